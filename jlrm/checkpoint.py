@@ -1,0 +1,194 @@
+"""Orbax checkpoints of a run, and single tensors read out of them.
+
+A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with three items: `params`,
+`opt_state` and `meta` (JSON). Parameters are a separate item so that evaluation and export read nothing else,
+and stacked layers are stored in chunks of one layer so that export can read one tensor at a time. Saving is
+asynchronous; a save that did not finish leaves no checkpoint behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from jlrm.config import UsageError
+
+STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
+
+
+class Checkpoints:
+    """The checkpoints of one stage; `close` waits for saves under way."""
+
+    def __init__(
+        self, run_dir: pathlib.Path, stage: str, *, keep_last: int = 1, keep_best: int = 0, metric: str = ""
+    ) -> None:
+        policies: list[keep.PreservationPolicy] = [keep.LatestN(keep_last)]
+        rank = None
+        if keep_best:
+
+            def rank(metrics: dict[str, float]) -> float:
+                return metrics[metric]
+
+            policies.append(
+                keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=rank,
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+        )
+        directory = (run_dir / "checkpoints" / stage).absolute()
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def save(
+        self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
+    ) -> None:
+        """Begin to save; returns when the arrays are copied. A step saved before is left as it is."""
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(state.params, save_args=_by_layer(state.params)),
+            opt_state=ocp.args.PyTreeSave({"opt_state": state.opt_state, "step": state.step}),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._manager.save(step, args=items, metrics=metrics)
+
+    def latest_step(self) -> int | None:
+        """Return the newest step that was saved whole."""
+        return self._manager.latest_step()
+
+    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """Restore a state onto the shardings of the given `ShapeDtypeStruct`s, whatever mesh saved it."""
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=_restore(abstract.params),
+                opt_state=_restore({"opt_state": abstract.opt_state, "step": abstract.step}),
+                meta=ocp.args.JsonRestore(),
+            ),
+        )
+        state = abstract._replace(params=restored["params"], **restored["opt_state"])
+        return state, restored["meta"]
+
+    def close(self) -> None:
+        """Wait for saves under way and let go of the directory."""
+        self._manager.close()
+
+    def wait(self) -> None:
+        """Wait until saves under way are on disk; raises what went wrong in them."""
+        self._manager.wait_until_finished()
+
+
+def find(source: str) -> pathlib.Path:
+    """Return the directory of one saved step for `RUN`, `RUN@STEP`, `RUN@STAGE/STEP` or `RUN@best`.
+
+    Without a step: the newest of the last stage that ran.
+
+    Raises:
+      UsageError: no such run or step.
+    """
+    text, _, wanted = source.partition("@")
+    run = pathlib.Path(text).expanduser()
+    saved = _saved_steps(run)
+    if not saved:
+        raise UsageError(f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it).")
+    stage, _, step = wanted.rpartition("/")
+    stage = stage or next(name for name in STAGES if name in saved)
+    if wanted == "best":
+        return run / "checkpoints" / stage / str(_best_step(run / "checkpoints" / stage, saved[stage]))
+    chosen = step or str(saved.get(stage, [""])[-1])
+    if stage not in saved or not chosen.isdigit() or int(chosen) not in saved[stage]:
+        known = ", ".join(f"{name}/{number}" for name, steps in saved.items() for number in steps)
+        raise UsageError(f"{run} has no checkpoint '{wanted}'. Saved: {known}.")
+    return run / "checkpoints" / stage / chosen
+
+
+def is_run(source: str) -> bool:
+    """Return whether `source` names a run directory (with or without @STEP), not a Hugging Face one."""
+    return (pathlib.Path(source.partition("@")[0]).expanduser() / "checkpoints").is_dir()
+
+
+def restore_params(step_dir: pathlib.Path, params: Any) -> Any:
+    """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s."""
+    with _checkpointer() as checkpointer:
+        args = _restore(params)
+        return checkpointer.restore(step_dir.absolute() / "params", args=args)
+
+
+def save_params(run_dir: pathlib.Path, stage: str, params: Any, meta: dict[str, Any]) -> None:
+    """Save parameters without an optimiser as step 0 of a stage of their own."""
+    with ocp.CheckpointManager((run_dir / "checkpoints" / stage).absolute()) as manager:
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)), meta=ocp.args.JsonSave(meta)
+        )
+        manager.save(0, args=items)
+
+
+def read_tensor(step_dir: pathlib.Path, path: str, layer: int | None) -> np.ndarray:
+    """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{step_dir.absolute()}/params/",
+            "path": f"{path}/",
+        },
+        # Without a cache limit of its own every read opens afresh and keeps nothing.
+        "context": {"cache_pool": {"total_bytes_limit": 0}},
+    }
+    array = tensorstore.open(spec).result()
+    return np.asarray((array if layer is None else array[layer]).read().result())
+
+
+def _by_layer(params: Any) -> Any:
+    """Ask for chunks of one layer in stacked arrays."""
+    whole = jax.tree.map(lambda _: ocp.SaveArgs(), params)
+    if isinstance(params, dict) and "layers" in params:
+        whole["layers"] = jax.tree.map(
+            lambda x: ocp.SaveArgs(chunk_byte_size=max(x.nbytes // x.shape[0], 1), shard_axes=(0,)),
+            params["layers"],
+        )
+    return whole
+
+
+def _restore(abstract: Any) -> Any:
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        yield checkpointer
+
+
+def _saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
+    found = {}
+    for stage in STAGES:
+        directory = run / "checkpoints" / stage
+        # A save under way carries a temporary suffix, so its name is no number.
+        steps = sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
+        if steps:
+            found[stage] = steps
+    return found
+
+
+def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
+    import json
+
+    ranked = {}
+    for step in steps:
+        file = directory / str(step) / "metrics" / "metrics"
+        if file.is_file():
+            ranked[step] = next(iter(json.loads(file.read_text()).values()))
+    if not ranked:
+        raise UsageError(f"No checkpoint in {directory} was saved with a held-out metric.")
+    return max(ranked, key=lambda step: ranked[step])

@@ -1,0 +1,351 @@
+"""Configuration: frozen dataclasses, one YAML file, `key=value` overrides on the command line.
+
+The dataclasses below *are* the documentation of every setting: each field carries its meaning and unit.
+`load` reads a YAML file onto them, coerces every value by the field's annotation (`1e-6` is a float although
+YAML reads it as text), and answers an unknown key with the nearest known one. There is no inheritance and no
+registry, and no field without an effect. Checks that need the model or the devices happen where those are
+known; checks of one section against another stand in `Config.__post_init__`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import pathlib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+
+class UsageError(Exception):
+    """A mistake in what the user gave. Commands print it as one sentence and exit with code 2."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    dir: str  # everything the run writes; started again in the same place, the run goes on by itself
+    seed: int = 0  # initial weights, order of the data, every sampled token
+    save_every: int = 50  # steps between checkpoints; one is always written at the end of a stage
+    keep_last: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # checkpoints kept by the highest `best_metric`
+    best_metric: str = "agreement"  # held-out metric that ranks checkpoints
+    eval_every: int = 50  # steps between evaluations on the held-out set; 0: only at the end of a stage
+    completions_every: int = 10  # steps between parquet files of sampled judgements; 0: none
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: no Weights & Biases
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    path: str = ""  # Hugging Face directory or hub id, or an earlier run's directory[@STEP]
+    preset: str = ""  # random weights of this named shape (model/presets.py); used when `path` is empty
+    tokenizer: str = ""  # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights and optimiser moments
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # matrix products, activations, KV cache
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    data: int = 1  # across slices: parameters replicated, gradients summed
+    fsdp: int = -1  # parameters sharded, gathered layer by layer; -1: all devices that are left
+    tensor: int = 1  # heads, MLP and vocabulary sharded during rollouts
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str  # JSONL file (JudgeLM-100K's or plain form, .gz too), or "toy"
+    eval: str = ""  # held-out file; empty: the last `eval_rows` rows of `train`
+    eval_rows: int = 200  # held-out comparisons
+    prompt: str = "judgelrm_train"  # template name (judge/prompts.py)
+    max_prompt_tokens: int = 1024
+    overlong: Literal["skip", "refuse"] = "skip"  # prompts over the limit: counted and left out, or an error
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    max_new_tokens: int = 2048
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})  # text: occurrence that ends
+    eval_temperature: float = 0.0  # for the held-out set
+    eval_batch_size: int = 32  # sequences
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    mode: Literal["judgelrm", "judgelrm_symmetric"] = "judgelrm_symmetric"
+    format: float = 1.0  # well-formed output
+    out_of_range: float = -0.5  # well-formed, but a score outside the scale
+    malformed: float = -1.0
+    no_verdict: float = 0.0  # added to either of the two above (the authors' code: -2.0)
+    relation: float = 2.0  # right order of the two scores
+    wrong_relation: float = -1.5
+    absolute_exact: float = 1.0  # both scores equal gold's
+    absolute_near: float = 0.6  # distance of the two scores together at most `near_distance`
+    near_distance: float = 2.0
+    confidence: float = 0.2  # margin at least gold's
+    length: float = 0.0  # longer than `length_tokens` (the paper's ablation: 0.2)
+    length_tokens: int = 120
+    limit: float = 0.0  # token limit reached (the paper's ablation: -1.0)
+    min_score: int = 1
+    max_score: int = 10
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, to zero at the last step
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # global norm; 0: off
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    steps: int = 0  # 0: no warm start
+    batch_size: int = 64  # sequences per optimiser step
+    micro_batches: int = 1  # passes per optimiser step: less memory, same result
+    max_target_tokens: int = 512  # longer written judgements are counted and left out
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    steps: int = 0  # rollout batches; 0: no GRPO
+    prompts: int = 16  # per step
+    rollouts: int = 8  # completions of each prompt
+    epochs: int = 1  # passes over one rollout batch
+    minibatches: int = 1  # optimiser steps per pass
+    micro_batches: int = 1  # passes per optimiser step: less memory, same result
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
+    ratio: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = "token_mean"
+    advantage_scale: Literal["group", "batch", "none"] = "group"  # what the centred reward is divided by
+    advantage_eps: float = 1e-6
+    mask_truncated: bool = False  # completions cut by the limit carry no loss (their reward still counts)
+    kl_weight: float = 0.001  # k3 against the frozen reference; 0: no reference in memory
+    entropy_weight: float = 0.001
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    data: DataConfig
+    model: ModelSource = field(default_factory=ModelSource)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+      UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad combination.
+    """
+    try:
+        text = pathlib.Path(path).read_text()
+    except OSError as error:
+        raise UsageError(f"Cannot read the config file {path}: {error.strerror}.") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(tree)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries, with the checks of `load`."""
+    return _coerce(Config, tree, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the resolved configuration as nested plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Write the resolved configuration as YAML that `load` reads back unchanged."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Return a phrase that helps after a mistyped name: the nearest known one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"Got '{override}', wanted section.key=value, e.g. grpo.steps=100.")
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UsageError(f"'{'.'.join(sections[: depth + 1])}' in '{override}' is not a section.")
+    try:
+        tree[name] = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise UsageError(f"The value of '{override}' is not valid YAML.") from None
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
+    if dataclasses.is_dataclass(kind):
+        return _coerce_section(kind, value, where)
+    wrong = UsageError(f"{where}={value!r} is not what was wanted: {_describe(kind)}.")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise UsageError(f"{where}={value!r} is not one of {', '.join(map(str, args))}.")
+        return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong
+        return {
+            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()
+        }
+    if isinstance(value, bool) is not (kind is bool):
+        raise wrong
+    try:
+        if kind is str and not isinstance(value, (str, int, float)):
+            raise wrong
+        converted = kind(value)
+    except (TypeError, ValueError):
+        raise wrong from None
+    if kind is int and isinstance(value, float) and converted != value:
+        raise wrong
+    return converted
+
+
+def _coerce_section(kind: Any, value: Any, where: str) -> Any:
+    if value is None:
+        value = {}
+    if not isinstance(value, dict):
+        raise UsageError(f"Section '{where}' must hold keys and values, got {value!r}.")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise UsageError(f"Unknown key '{_join(where, key)}'. {nearest(str(key), hints)}")
+    for spec in dataclasses.fields(kind):
+        if spec.name not in value and _has_no_default(spec) and not dataclasses.is_dataclass(hints[spec.name]):
+            raise UsageError(f"'{_join(where, spec.name)}' is not set.")
+    defaults = {
+        spec.name: {}
+        for spec in dataclasses.fields(kind)
+        if _has_no_default(spec) and dataclasses.is_dataclass(hints[spec.name])
+    }
+    default_sections = _default_sections(kind, hints)
+    built = {}
+    for key, given in {**defaults, **value}.items():
+        if key in default_sections and isinstance(given, dict):
+            given = {**dataclasses.asdict(default_sections[key]), **given}
+        built[key] = _coerce(hints[key], given, _join(where, key))
+    return kind(**built)
+
+
+def _default_sections(kind: Any, hints: dict[str, Any]) -> dict[str, Any]:
+    """Sections whose default differs from their class's own (SFT's optimiser), by name."""
+    return {
+        spec.name: spec.default_factory()
+        for spec in dataclasses.fields(kind)
+        if dataclasses.is_dataclass(hints[spec.name]) and spec.default_factory is not dataclasses.MISSING
+    }
+
+
+def _has_no_default(spec: dataclasses.Field) -> bool:
+    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return names.get(kind, str(kind))
+
+
+def _check(config: Config) -> None:
+    """Refuse values that no run can use, naming the field, the value and the way out."""
+    sampling, sft, grpo, reward = config.sampling, config.sft, config.grpo, config.reward
+    at_least = {
+        "run.save_every": (config.run.save_every, 1),
+        "run.keep_last": (config.run.keep_last, 1),
+        "run.keep_best": (config.run.keep_best, 0),
+        "run.eval_every": (config.run.eval_every, 0),
+        "run.completions_every": (config.run.completions_every, 0),
+        "data.eval_rows": (config.data.eval_rows, 1),
+        "data.max_prompt_tokens": (config.data.max_prompt_tokens, 1),
+        "sampling.max_new_tokens": (sampling.max_new_tokens, 1),
+        "sampling.temperature": (sampling.temperature, 0.0),
+        "sampling.eval_temperature": (sampling.eval_temperature, 0.0),
+        "sampling.eval_batch_size": (sampling.eval_batch_size, 1),
+        "sampling.top_k": (sampling.top_k, 0),
+        "sft.steps": (sft.steps, 0),
+        "sft.batch_size": (sft.batch_size, 1),
+        "sft.micro_batches": (sft.micro_batches, 1),
+        "grpo.steps": (grpo.steps, 0),
+        "grpo.prompts": (grpo.prompts, 1),
+        "grpo.rollouts": (grpo.rollouts, 2),
+        "grpo.epochs": (grpo.epochs, 1),
+        "grpo.minibatches": (grpo.minibatches, 1),
+        "grpo.micro_batches": (grpo.micro_batches, 1),
+        "grpo.clip_low": (grpo.clip_low, 0.0),
+        "grpo.clip_high": (grpo.clip_high, 0.0),
+        "grpo.kl_weight": (grpo.kl_weight, 0.0),
+    }
+    for name, (value, least) in at_least.items():
+        if not value >= least:
+            raise UsageError(f"{name}={value} is too small: at least {least}.")
+    if not config.run.dir:
+        raise UsageError("run.dir is empty: name a directory for everything that the run writes.")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
+    if bool(config.model.path) == bool(config.model.preset):
+        raise UsageError("Set exactly one of model.path (existing weights) and model.preset (random weights).")
+    if config.model.preset and not config.model.tokenizer:
+        raise UsageError("model.preset has no tokenizer of its own: set model.tokenizer.")
+    if not sft.steps and not grpo.steps:
+        raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
+    if grpo.steps and sampling.temperature == 0.0:
+        raise UsageError("sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing.")
+    if sft.batch_size % sft.micro_batches:
+        raise UsageError(f"sft.micro_batches={sft.micro_batches} does not divide sft.batch_size={sft.batch_size}.")
+    if grpo.prompts % grpo.minibatches:
+        raise UsageError(f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}.")
+    rows = grpo.prompts * grpo.rollouts // grpo.minibatches
+    if rows % grpo.micro_batches:
+        raise UsageError(
+            f"grpo.micro_batches={grpo.micro_batches} does not divide the {rows} sequences of an optimiser step."
+        )
+    if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
+        raise UsageError(f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high.")
+    if reward.min_score >= reward.max_score:
+        raise UsageError(f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}.")
+    for text, count in sampling.stop_strings.items():
+        if not text or count < 1:
+            raise UsageError(f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1.")

@@ -1,0 +1,1 @@
+"""Comparisons from files, as token batches addressed by step."""

@@ -1,0 +1,101 @@
+"""A small world for the embedded default: judge who named more things of the kind that was asked for.
+
+A question names a kind ("Name animals."), an answer is a list of words, and its true quality is the number of
+different right words in it, plus one. The written judgements that SFT imitates come from a hurried annotator:
+more often than not he counts every word of both answers, right or wrong, so the longer answer wins; the rest
+of the time he counts only right ones. His gold scores are right all the same. Imitation therefore learns his
+haste, and GRPO, which sees only outcomes, has to find that careful reading pays.
+
+Everything is a pure function of the seed. The tokenizer is a byte-level BPE trained on the world's own text.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+from jlrm.data.comparisons import Comparison
+from jlrm.judge import prompts
+
+KINDS = {
+    "animals": ("cat", "dog", "cow", "fox", "owl", "pig", "hen", "bee"),
+    "fruits": ("fig", "plum", "pear", "lime", "kiwi", "date", "grape", "peach"),
+    "colours": ("red", "blue", "green", "pink", "grey", "white", "black", "brown"),
+    "tools": ("saw", "axe", "drill", "file", "plane", "wrench", "rake", "spade"),
+}
+MAX_WORDS = 5  # of each sort in an answer
+HASTE = 0.55  # share of written judgements that count every word
+NUM_TRAIN = 20000
+VOCAB_SIZE = 448
+END, PAD = "<|im_end|>", "<|endoftext|>"
+
+
+def comparisons(seed: int, num_rows: int) -> list[Comparison]:
+    """Return comparisons with gold scores in 1..6 and a written judgement in `meta`."""
+    rng = np.random.default_rng(seed)
+    return [_comparison(rng, f"toy-{seed}-{i}") for i in range(num_rows)]
+
+
+def save_tokenizer(directory: pathlib.Path) -> None:
+    """Train the tokenizer and write it as a Hugging Face directory would hold it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[PAD, "<|im_start|>", END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = []
+    for row in comparisons(seed=0, num_rows=2000):
+        written = prompts.target(row.meta["reasoning"], *row.meta["judged"])
+        texts.append(
+            prompts.fill("toy", question=row.question, answer_1=row.answer_1, answer_2=row.answer_2)
+            + written
+        )
+    tokenizer.train_from_iterator(texts, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": PAD,
+        "model_max_length": 1024,
+        "clean_up_tokenization_spaces": False,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
+    kind = str(rng.choice(list(KINDS)))
+    answers = [_answer(rng, kind) for _ in range(2)]
+    right = [[word for word in answer if word in KINDS[kind]] for answer in answers]
+    is_hasty = rng.random() < HASTE
+    seen = answers if is_hasty else right
+    gold = [1.0 + len(words) for words in right]
+    judged = [1.0 + len(words) for words in seen]
+    return Comparison(
+        id=identity,
+        question=f"Name {kind}.",
+        answer_1=" ".join(answers[0]),
+        answer_2=" ".join(answers[1]),
+        score_1=gold[0],
+        score_2=gold[1],
+        source="toy",
+        meta={"reasoning": f"1: {' '.join(seen[0])}\n2: {' '.join(seen[1])}", "judged": judged},
+    )
+
+
+def _answer(rng: np.random.Generator, kind: str) -> list[str]:
+    """Return right and wrong words in random order, at least one in all."""
+    wrong_words = [word for name, words in KINDS.items() if name != kind for word in words]
+    num_right = int(rng.integers(0, MAX_WORDS + 1))
+    num_wrong = int(rng.integers(0 if num_right else 1, MAX_WORDS + 1 - num_right // 2))
+    chosen = list(rng.choice(KINDS[kind], num_right, replace=False))
+    chosen += list(rng.choice(wrong_words, num_wrong, replace=False))
+    return [str(word) for word in rng.permutation(chosen)]

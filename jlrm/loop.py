@@ -1,0 +1,207 @@
+"""What surrounds the steps of a training stage: resume, time, log, evaluate, save, and stop cleanly.
+
+    with Stage(run, "grpo", num_steps, optimizer, initial_params) as stage:
+        for step in stage:
+            with stage.timed("update"):
+                stage.state, values = update(stage.state, ...)
+            stage.finish(values, num_tokens)
+
+Nothing here knows an algorithm. Ctrl-C and SIGTERM let the step end, save, and leave by `Interrupted`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from jlrm import update
+from jlrm.checkpoint import Checkpoints
+from jlrm.commands import Interrupted
+from jlrm.config import to_dict
+from jlrm.judging import evaluate_heldout, make_sampler
+from jlrm.model import qwen
+from jlrm.model.qwen import Params
+from jlrm.run import Run, is_main_process
+from jlrm.rl.logprobs import Distribution
+from jlrm.tracking import Tracker
+from jlrm.update import TrainState
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_num_compiles = 0
+
+
+class Stage:
+    """One stage of a run: iterate over its remaining steps, `finish` each of them.
+
+    Begins from the stage's newest checkpoint, or from `initial` weights. `evaluation` holds the newest
+    held-out metrics, `num_tokens` and `seconds` what the stage has cost over all its starts.
+    """
+
+    state: TrainState
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        num_steps: int,
+        optimizer: optax.GradientTransformation,
+        initial: Callable[[], Params],
+    ) -> None:
+        settings = run.config.run
+        self._run, self._name, self._num_steps = run, name, num_steps
+        self._checkpoints = Checkpoints(
+            run.dir,
+            name,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            metric=settings.best_metric,
+        )
+        self.evaluation: dict[str, float] = {}
+        self.num_tokens, self.seconds = 0, 0.0
+        self._done = self._checkpoints.latest_step() or 0
+        if self._done:
+            abstract = update.abstract_state(run.model, run.training, optimizer)
+            self.state, meta = self._checkpoints.restore(self._done, abstract)
+            self.evaluation, self.num_tokens = meta["evaluation"], meta["num_tokens"]
+            self.seconds = meta["seconds"]
+        else:
+            self.state = update.init_state(run.model, run.training, optimizer, initial())
+        self.tracker = Tracker(
+            run.dir,
+            stage=name,
+            num_steps=num_steps,
+            first_step=self._done,
+            tensorboard=settings.tensorboard,
+            wandb_project=settings.wandb_project,
+            config=to_dict(run.config),
+            is_writer=is_main_process(),
+        )
+        self._evaluate = _make_evaluation(run)
+        self._seconds = collections.Counter[str]()
+        self._signum = 0
+        self._step_began = time.monotonic()
+
+    def __enter__(self) -> Stage:
+        self.tracker.__enter__()
+        self._old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        if self._done:
+            self.tracker.note(f"{self._name}: going on after step {self._done}")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        self.tracker.__exit__(*error)
+        self._checkpoints.close()
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the remaining steps, counted from 0; `finish` belongs to each."""
+        _count_compiles()
+        for step in range(self._done, self._num_steps):
+            self._step_began = time.monotonic()
+            self._seconds.clear()
+            yield step
+            assert self._done == step + 1, "finish was not called"
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `time/<phase>` of this step."""
+        began = time.monotonic()
+        yield
+        self._seconds[phase] += time.monotonic() - began
+
+    def evaluate(self) -> dict[str, float]:
+        """Judge the held-out set with the weights as they are."""
+        self.evaluation = self._evaluate(self.state.params)
+        return self.evaluation
+
+    def finish(self, values: dict[str, float], num_tokens: int) -> None:
+        """Log the step, evaluate and save where it is time, and stop if asked to.
+
+        Raises:
+          RuntimeError: the loss or the gradient is no finite number; nothing of this step is saved.
+          Interrupted: a signal came; the state is saved.
+        """
+        settings = self._run.config.run
+        step = self._done + 1
+        elapsed = time.monotonic() - self._step_began
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise RuntimeError(
+                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is whole; lower "
+                    f"{self._name}.optimizer.learning_rate or start from there with another seed."
+                )
+        self._done = step
+        self.num_tokens += num_tokens
+        self.seconds += elapsed
+        is_last = step == self._num_steps
+        values = dict(values)
+        is_evaluated = is_last or (settings.eval_every and step % settings.eval_every == 0)
+        if is_evaluated:
+            values |= {f"eval/{key}": value for key, value in self.evaluate().items()}
+        values |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        values |= {
+            "time/step": elapsed,
+            "perf/tokens_per_second": num_tokens / elapsed,
+            "perf/compiles": _num_compiles,
+        }
+        self.tracker.log(step, values)
+        if is_last or self._signum or step % settings.save_every == 0:
+            self._save(step, self.evaluation if is_evaluated else None)
+        if self._signum:
+            self._checkpoints.wait()
+            raise Interrupted(
+                self._signum,
+                f"Stopped after {self._name} step {step}, saved in {self._run.dir}. "
+                "The same command goes on from there.",
+            )
+
+    def _save(self, step: int, ranked_by: dict[str, float] | None) -> None:
+        meta = {
+            "stage": self._name,
+            "step": step,  # the position in the data too: batches are a function of seed and step
+            "evaluation": self.evaluation,
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "config": to_dict(self._run.config),
+        }
+        self._checkpoints.save(step, self.state, meta, ranked_by)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._signum = signum
+        signal.signal(signum, self._old_handlers[signum])
+        self.tracker.note("Stopping after this step and saving; the same again stops at once.")
+
+
+def _make_evaluation(run: Run) -> Callable[[Params], dict[str, float]]:
+    """Return weights → held-out metrics, compiled at first use."""
+    sampling = run.config.sampling
+    distribution = Distribution(sampling.eval_temperature, num_ids=len(run.tokenizer))
+    width = max(len(example.prompt_ids) for example in run.heldout)
+    sample = make_sampler(run, distribution, width)
+    decode = jax.jit(lambda params: qwen.decode_params(run.model, run.rollout, params))
+    return lambda params: evaluate_heldout(run, sample, decode(params))
+
+
+def _count_compiles() -> None:
+    """Begin to count the programs that XLA compiles, once per process."""
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        global _num_compiles
+        _num_compiles += event == COMPILE_EVENT
+
+    if not hasattr(_count_compiles, "is_listening"):
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        _count_compiles.is_listening = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,1 @@
+"""Qwen-style decoders: architecture, attention, named shapes and the Hugging Face format."""

@@ -1,0 +1,454 @@
+"""The Hugging Face format, both ways, from one table.
+
+`TABLE` gives each tensor's Hugging Face name, its place in our tree, and its letters. Letters before `|` are
+inputs: Hugging Face stores a projection as `[outputs, inputs]`, we as `[inputs, outputs]` with heads unfolded,
+so the same row of the table reads and writes. `layers` entries stand for one tensor a layer there and one
+stacked array here.
+
+Nothing is held whole. Import reads of each tensor the part a device needs; export writes safetensors shards as
+a stream, one tensor at a time. Only safetensors are read: pickled weights can run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+
+from jlrm.config import UsageError
+from jlrm.mesh import Layout
+from jlrm.model import qwen
+from jlrm.model.qwen import Params, QwenConfig, Yarn
+
+TABLE = (
+    ("model.embed_tokens.weight", "embed", "V D"),
+    ("model.layers.{}.input_layernorm.weight", "layers.attn_norm.scale", "D"),
+    ("model.layers.{}.self_attn.q_proj.weight", "layers.attn.q", "D | N H"),
+    ("model.layers.{}.self_attn.k_proj.weight", "layers.attn.k", "D | K H"),
+    ("model.layers.{}.self_attn.v_proj.weight", "layers.attn.v", "D | K H"),
+    ("model.layers.{}.self_attn.q_proj.bias", "layers.attn.q_bias", "N H"),
+    ("model.layers.{}.self_attn.k_proj.bias", "layers.attn.k_bias", "K H"),
+    ("model.layers.{}.self_attn.v_proj.bias", "layers.attn.v_bias", "K H"),
+    ("model.layers.{}.self_attn.q_norm.weight", "layers.attn.q_norm.scale", "H"),
+    ("model.layers.{}.self_attn.k_norm.weight", "layers.attn.k_norm.scale", "H"),
+    ("model.layers.{}.self_attn.o_proj.weight", "layers.attn.o", "N H | D"),
+    ("model.layers.{}.post_attention_layernorm.weight", "layers.mlp_norm.scale", "D"),
+    ("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate", "D | F"),
+    ("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up", "D | F"),
+    ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", "F | D"),
+    ("model.norm.weight", "final_norm.scale", "D"),
+    ("lm_head.weight", "head", "V D"),
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = ("config.json", "generation_config.json")
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a Hugging Face checkpoint and where it stands in ours."""
+
+    name: str
+    path: str
+    layer: int | None  # index into the stacked array
+    shape: tuple[int, ...]  # ours, of one layer
+    num_inputs: int  # leading dimensions that are inputs; 0: stored as it is
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape in the file: heads folded, a projection as [outputs, inputs]."""
+        if self.num_inputs:
+            inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+            return math.prod(outputs), math.prod(inputs)
+        return self.shape if self.path in ("embed", "head") else (math.prod(self.shape),)
+
+    def to_hf(self, value: np.ndarray) -> np.ndarray:
+        """Return our array of one layer as the file's, contiguous (safetensors writes raw memory)."""
+        if self.num_inputs:
+            value = value.reshape(self.hf_shape[::-1]).T
+        return np.ascontiguousarray(value.reshape(self.hf_shape))
+
+
+def tensors(config: QwenConfig) -> list[Tensor]:
+    """List every tensor of this architecture's checkpoint, with names and shapes."""
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }
+    absent = {
+        "head": config.tie_word_embeddings,
+        "q_bias": not config.qkv_bias,
+        "k_bias": not config.qkv_bias,
+        "v_bias": not config.qkv_bias,
+        "q_norm": not config.qk_norm,
+        "k_norm": not config.qk_norm,
+    }
+    found = []
+    for name, path, letters in TABLE:
+        if any(absent.get(part, False) for part in path.split(".")):
+            continue
+        inputs, bar, outputs = letters.partition("|")
+        shape = tuple(sizes[letter] for letter in (inputs + outputs).split())
+        num_inputs = len(inputs.split()) if bar else 0
+        layers = range(config.num_hidden_layers) if path.startswith("layers.") else [None]
+        found += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
+    return found
+
+
+def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
+    """Read the architecture from a directory's config.json.
+
+    Args:
+      numerics: `param_dtype`, `compute_dtype` and `remat` of the result.
+
+    Raises:
+      UsageError: no such file, or a model that this code would compute differently.
+    """
+    file = directory / "config.json"
+    try:
+        source = json.loads(file.read_text())
+    except OSError as error:
+        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{file} is not valid JSON: {error}.") from None
+    return config_from_hf(source, str(file), **numerics)
+
+
+def config_from_hf(source: dict[str, Any], where: str = "config.json", **numerics: str) -> QwenConfig:
+    """Map a config.json onto `QwenConfig`, or refuse what it asks for and we do not compute."""
+    kind = source.get("model_type")
+    refusals = {
+        f"model_type={kind}": kind not in ("qwen2", "qwen3"),
+        f"hidden_act={source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
+        "use_sliding_window=true": bool(source.get("use_sliding_window")),
+        "layer_types with sliding attention": any(
+            layer != "full_attention" for layer in source.get("layer_types") or []
+        ),
+        "attention_bias=true": kind == "qwen3" and bool(source.get("attention_bias")),
+        "attention_dropout": bool(source.get("attention_dropout")),
+        "quantization_config": source.get("quantization_config") is not None,
+    }
+    for what, is_refused in refusals.items():
+        if is_refused:
+            raise UsageError(
+                f"{where}: {what} is not supported; wanted a dense, unquantised Qwen2, Qwen2.5 or Qwen3 "
+                "model with full attention."
+            )
+    theta, yarn = _rope_from_hf(source, where)
+    try:
+        heads = source["num_attention_heads"]
+        return QwenConfig(
+            vocab_size=source["vocab_size"],
+            hidden_size=source["hidden_size"],
+            intermediate_size=source["intermediate_size"],
+            num_hidden_layers=source["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=source.get("num_key_value_heads") or heads,
+            head_dim=source.get("head_dim") or _default_head_dim(source),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=source.get("tie_word_embeddings", False),
+            rope_theta=theta,
+            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=source.get("max_position_embeddings", 32768),
+            yarn=yarn,
+            **numerics,
+        )
+    except KeyError as error:
+        raise UsageError(f"{where} has no field {error}.") from None
+
+
+def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
+    """Return a config.json for a model that has no source checkpoint.
+
+    Written in both dialects: transformers 4 reads `rope_theta` and `torch_dtype`, transformers 5
+    `rope_parameters` and `dtype`.
+    """
+    kind = "qwen3" if config.qk_norm else "qwen2"
+    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    return {
+        "architectures": [names[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_sliding_window": False,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+def resolve(source: str) -> pathlib.Path:
+    """Return the local directory of a Hugging Face model: a path as it is, a hub id downloaded.
+
+    Raises:
+      UsageError: neither a directory nor an id that the hub knows.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UsageError(f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B).")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = [*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
+        return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{source} is no local directory, and the hub did not give it: {reason}") from None
+
+
+def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> Params:
+    """Read a checkpoint onto the devices, each of which takes its part of every tensor.
+
+    Raises:
+      UsageError: no safetensors, or tensors that are missing, unknown or of another shape, by name.
+    """
+    wanted = tensors(config)
+    abstract = qwen.abstract_params(config, layout)
+    with contextlib.ExitStack() as stack:
+        files = _open(directory, stack)
+        _check_tensors(directory, files, wanted, config)
+        by_path: dict[str, list[Tensor]] = {}
+        for tensor in wanted:
+            by_path.setdefault(tensor.path, []).append(tensor)
+        tree: Params = {}
+        for path, group in by_path.items():
+            leaf = functools.reduce(lambda node, key: node[key], path.split("."), abstract)
+            read = functools.partial(_read_part, files, group, leaf.shape, leaf.dtype)
+            *parents, last = path.split(".")
+            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
+            node[last] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+        return jax.block_until_ready(tree)
+
+
+def save_tensors(
+    read: Callable[[Tensor], np.ndarray],
+    config: QwenConfig,
+    directory: pathlib.Path,
+    dtype: str,
+    shard_bytes: int = 5 * 10**9,
+) -> Iterator[str]:
+    """Write safetensors shards and their index, yielding each tensor's name when it is written.
+
+    `read` gives our array of one tensor (one layer of a stacked one); it is dropped before the next is read.
+    """
+    width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors(config):
+        size = math.prod(tensor.shape) * width
+        if filled and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        with open(directory / name, "wb") as file:
+            yield from _write_safetensors(file, shard, read, dtype, width)
+    if len(shards) > 1:
+        total = sum(math.prod(t.shape) * width for shard in shards for t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy configuration, tokenizer and chat template byte for byte; other versions rewrite them wrongly."""
+    copy_tokenizer(source, target)
+    for name in MODEL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy the tokenizer and its chat template alone, leaving no file of an earlier one."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        (target / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
+    """Read theta and scaling in the dialects of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
+    rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
+    theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return float(theta), None
+    if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UsageError(f"{where}: rope scaling {rope} is not supported; wanted none or plain YaRN.")
+    original = rope.get("original_max_position_embeddings")
+    if original is None:
+        original = source.get("max_position_embeddings", 32768)
+    factor = rope.get("factor") or source["max_position_embeddings"] / original
+    attention = rope.get("attention_factor")
+    if attention is None:
+        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+    return float(theta), Yarn(
+        factor=float(factor),
+        original_max_position_embeddings=int(original),
+        attention_factor=float(attention),
+        beta_fast=float(rope.get("beta_fast") or 32.0),
+        beta_slow=float(rope.get("beta_slow") or 1.0),
+        truncate=bool(rope.get("truncate", True)),
+    )
+
+
+def _default_head_dim(source: dict[str, Any]) -> int:
+    if source["model_type"] == "qwen3":
+        return 128  # the default of transformers' Qwen3Config, whatever the width
+    return source["hidden_size"] // source["num_attention_heads"]
+
+
+def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Return an open file for every tensor name of the checkpoint."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = {}
+    for name in names:
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory} holds no {name}. Only safetensors weights are read.")
+        try:
+            file = stack.enter_context(safe_open(directory / name, framework="numpy"))
+        except Exception as error:  # the library raises its own kinds and OSError alike
+            raise UsageError(f"{directory / name} is not a readable safetensors file: {error}") from None
+        files |= {key: file for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return files
+
+
+def _check_tensors(
+    directory: pathlib.Path, files: dict[str, Any], wanted: list[Tensor], config: QwenConfig
+) -> None:
+    names = {tensor.name for tensor in wanted}
+    # Qwen3-0.6B ships its tied head as a second copy; transformers ties and ignores it, and so do we.
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing, unknown = sorted(names - files.keys()), sorted(files.keys() - names - ignored)
+    shapes = {name: tuple(files[name].get_slice(name).get_shape()) for name in names & files.keys()}
+    wrong = [
+        f"{tensor.name} {list(shapes[tensor.name])} (wanted {list(tensor.hf_shape)})"
+        for tensor in wanted
+        if shapes.get(tensor.name, tensor.hf_shape) != tensor.hf_shape
+    ]
+    problems = {"missing": missing, "unknown": unknown, "of another shape than config.json says": wrong}
+    text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
+    if text:
+        raise UsageError(f"The weights in {directory} do not fit their config.json. Tensors {text}.")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_part(
+    files: dict[str, Any],
+    group: list[Tensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    index: tuple[slice, ...],
+) -> np.ndarray:
+    """Return the part `index` of one of our arrays, reading no more of the files than that."""
+    bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    if group[0].layer is None:
+        return _read_slice(files, group[0], bounds).astype(dtype)
+    chosen = group[bounds[0]]
+    part_shape = tuple(part.stop - part.start for part in bounds)
+    out = np.empty(part_shape, dtype)
+    for row, tensor in zip(out, chosen, strict=True):
+        row[...] = _read_slice(files, tensor, bounds[1:])
+    return out
+
+
+def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+    view = files[tensor.name].get_slice(tensor.name)
+    part_shape = tuple(part.stop - part.start for part in bounds)
+    if tensor.num_inputs:
+        inputs = _fold(bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs])
+        outputs = _fold(bounds[tensor.num_inputs :], tensor.shape[tensor.num_inputs :])
+        return view[outputs, inputs].T.reshape(part_shape)
+    if len(tensor.hf_shape) == 1:
+        return view[_fold(bounds, tensor.shape)].reshape(part_shape)
+    return view[tuple(bounds)]
+
+
+def _fold(bounds: list[slice], shape: tuple[int, ...]) -> slice:
+    """Return the slice of the folded dimension; only the first of the unfolded ones may be partial."""
+    inner = math.prod(shape[1:])
+    assert all(part == slice(0, size, 1) for part, size in zip(bounds[1:], shape[1:], strict=True))
+    return slice(bounds[0].start * inner, bounds[0].stop * inner)
+
+
+def _write_safetensors(
+    file: BinaryIO,
+    shard: list[Tensor],
+    read: Callable[[Tensor], np.ndarray],
+    dtype: str,
+    width: int,
+) -> Iterator[str]:
+    """Write one file as a stream: the library's own writer wants all of its tensors in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        end = offset + math.prod(tensor.shape) * width
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": tensor.hf_shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in shard:
+        value = tensor.to_hf(read(tensor)).astype(getattr(ml_dtypes, dtype, dtype))
+        file.write(value.tobytes())
+        yield tensor.name
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,82 @@
+"""Shapes of every published dense Qwen2.5 and Qwen3 size, and of the toy model of the quickstart.
+
+Sources: the config.json files of `Qwen/Qwen2.5-*-Instruct` and `Qwen/Qwen3-*`.
+"""
+
+from __future__ import annotations
+
+from jlrm.config import UsageError, nearest
+from jlrm.model.qwen import QwenConfig
+
+
+def _qwen25(width: int, mlp: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> QwenConfig:
+    return QwenConfig(
+        vocab_size=151936 if tied else 152064,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=width // heads,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_word_embeddings=tied,
+    )
+
+
+def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> QwenConfig:
+    return QwenConfig(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        qkv_bias=False,
+        qk_norm=True,
+        tie_word_embeddings=tied,
+        max_position_embeddings=40960,
+    )
+
+
+PRESETS = {
+    "toy": QwenConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        qkv_bias=True,
+        qk_norm=False,
+        tie_word_embeddings=True,
+        rope_theta=10000.0,
+        max_position_embeddings=1024,
+    ),
+    "qwen2.5-0.5b": _qwen25(896, 4864, 24, 14, 2, tied=True),
+    "qwen2.5-1.5b": _qwen25(1536, 8960, 28, 12, 2, tied=True),
+    "qwen2.5-3b": _qwen25(2048, 11008, 36, 16, 2, tied=True),
+    "qwen2.5-7b": _qwen25(3584, 18944, 28, 28, 4, tied=False),
+    "qwen2.5-14b": _qwen25(5120, 13824, 48, 40, 8, tied=False),
+    "qwen2.5-32b": _qwen25(5120, 27648, 64, 40, 8, tied=False),
+    "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8, tied=False),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, tied=False),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, tied=False),
+}
+
+
+def preset(name: str) -> QwenConfig:
+    """Return the named shape.
+
+    Raises:
+      UsageError: no such name.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"model.preset={name}: no such shape. {nearest(name, PRESETS)}")
+    return PRESETS[name]

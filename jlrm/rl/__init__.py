@@ -1,0 +1,1 @@
+"""Reinforcement learning as arithmetic: log-probabilities, advantages and losses on plain arrays."""

@@ -1,0 +1,247 @@
+"""What a run is made of: its directory, mesh, model, tokenizer and data, opened from one config.
+
+A run directory belongs to one config. Started again there, a run resumes; with a config that would make
+another run of it, it is refused. `model/` in it holds everything of a Hugging Face directory but the weights,
+so that a run can be exported without the checkpoint it began from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jlrm import checkpoint
+from jlrm.config import Config, UsageError, load, save, to_dict
+from jlrm.data import toy
+from jlrm.data.batches import Example, encode_prompts
+from jlrm.data.comparisons import Comparison, read_comparisons
+from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
+from jlrm.mesh import Layout, create_mesh, rollout_layout, training_layout
+from jlrm.model import hf, qwen
+from jlrm.model.presets import preset
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.rl.logprobs import Distribution
+
+log = logging.getLogger(__name__)
+
+# A resumed run may change these: they say when to stop and look, or where to run, not what is learned.
+FREE_FIELDS = ("run.", "mesh.", "sft.steps", "grpo.steps", "sampling.eval_batch_size")
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An opened run. `heldout` holds both orders of each pair: forward rows, then the same swapped."""
+
+    config: Config
+    dir: pathlib.Path
+    mesh: Mesh
+    training: Layout
+    rollout: Layout
+    model: QwenConfig
+    model_dir: pathlib.Path
+    tokenizer: Tokenizer
+    end_ids: tuple[int, ...]
+    train: list[Example]
+    heldout: list[Example]
+
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution that rollouts are drawn from and log-probabilities are taken under."""
+        sampling = self.config.sampling
+        return Distribution(
+            sampling.temperature, sampling.top_k, sampling.top_p, num_ids=len(self.tokenizer)
+        )
+
+
+def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
+    """Open a run: check it against what is in its directory, then read model, tokenizer and data.
+
+    Raises:
+      UsageError: anything the user can mend.
+    """
+    directory = pathlib.Path(config.run.dir).expanduser()
+    _check_same_run(config, directory)
+    mesh = create_mesh(config.mesh, devices)
+    train_rows, heldout_rows = _read_rows(config)
+    model, model_dir = _open_model(config, directory)
+    tokenizer = load_tokenizer(model_dir)
+    check_vocabulary(tokenizer, model.vocab_size)
+    train, heldout = _encode(config, train_rows, heldout_rows, tokenizer)
+    longest = config.data.max_prompt_tokens + max(
+        config.sampling.max_new_tokens, config.sft.max_target_tokens if config.sft.steps else 0
+    )
+    if longest > model.max_position_embeddings:
+        raise UsageError(
+            f"Prompt and completion together can have {longest} tokens, the model has positions for "
+            f"{model.max_position_embeddings}. Lower data.max_prompt_tokens or sampling.max_new_tokens."
+        )
+    _check_mesh(config, mesh, model)
+    save(config, directory / "config.yaml")
+    return Run(
+        config=config,
+        dir=directory,
+        mesh=mesh,
+        training=training_layout(mesh),
+        rollout=rollout_layout(mesh),
+        model=model,
+        model_dir=model_dir,
+        tokenizer=tokenizer,
+        end_ids=end_ids(tokenizer, model_dir),
+        train=train,
+        heldout=heldout,
+    )
+
+
+def initial_params(run: Run) -> Params:
+    """Return the weights training begins from: read, or random by the run's seed."""
+    source = run.config.model
+    if not source.path:
+        return qwen.init(run.model, run.training, run.config.run.seed)
+    if checkpoint.is_run(source.path):
+        abstract = qwen.abstract_params(run.model, run.training)
+        return checkpoint.restore_params(checkpoint.find(source.path), abstract)
+    return hf.load_params(hf.resolve(source.path), run.model, run.training)
+
+
+def _check_same_run(config: Config, directory: pathlib.Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"run.dir={directory} is a file. Name a directory.")
+    if not (directory / "config.yaml").is_file():
+        return
+    before, now = _flatten(to_dict(load(directory / "config.yaml"))), _flatten(to_dict(config))
+    changed = [
+        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+    ]
+    if changed:
+        raise UsageError(
+            f"{directory} holds a run with another config ({', '.join(changed)}). "
+            "Set run.dir to a new directory, or go back to the old values to resume."
+        )
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison]]:
+    data = config.data
+    if data.train == "toy":
+        return toy.comparisons(1, toy.NUM_TRAIN), toy.comparisons(2, data.eval_rows)
+    read = read_comparisons(data.train)
+    if read.dropped:
+        log.warning("%s: left out %s", data.train, read.describe_dropped())
+    if data.eval:
+        heldout = read_comparisons(data.eval)
+        return read.rows, _hold_out(heldout.rows, data.eval_rows)[1]
+    train, heldout = _hold_out(read.rows, data.eval_rows)
+    if not train:
+        raise UsageError(
+            f"{data.train} has {len(read.rows)} usable rows, data.eval_rows={data.eval_rows} would hold "
+            "all of them out. Lower it, or name a data.eval file."
+        )
+    return train, heldout
+
+
+def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], list[Comparison]]:
+    """Hold out whole questions, in the order of their hash: no question is on both sides."""
+    by_question: dict[str, list[Comparison]] = {}
+    for row in rows:
+        by_question.setdefault(row.question, []).append(row)
+    heldout: list[Comparison] = []
+    for question in sorted(by_question, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if len(heldout) >= num_rows:
+            break
+        heldout += by_question.pop(question)
+    return [row for row in rows if row.question in by_question], heldout[:num_rows]
+
+
+def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:
+    """Fill `model/` of the run directory and read the architecture from it."""
+    source, target = config.model, directory / "model"
+    numerics = {
+        "param_dtype": source.param_dtype,
+        "compute_dtype": source.compute_dtype,
+        "remat": source.remat,
+    }
+    if source.path:
+        if checkpoint.is_run(source.path):
+            checkpoint.find(source.path)
+            origin = pathlib.Path(source.path.partition("@")[0]).expanduser() / "model"
+        else:
+            origin = hf.resolve(source.path)
+        model = hf.read_config(origin, **numerics)
+        hf.copy_side_files(origin, target)
+    else:
+        model = dataclasses.replace(preset(source.preset), **numerics)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "config.json").write_text(json.dumps(hf.config_to_hf(model, "float32"), indent=2))
+    if source.tokenizer == "toy":
+        toy.save_tokenizer(target)
+    elif source.tokenizer:
+        hf.copy_tokenizer(hf.resolve(source.tokenizer), target)
+    return model, target
+
+
+def _encode(
+    config: Config, train: list[Comparison], heldout: list[Comparison], tokenizer: Tokenizer
+) -> tuple[list[Example], list[Example]]:
+    encoded = encode_prompts(train, tokenizer, config.data, progress="tokenise")
+    if encoded.dropped:
+        log.warning(
+            "%d of %d training rows left out: prompts over data.max_prompt_tokens=%d",
+            encoded.dropped["overlong"],
+            len(train),
+            config.data.max_prompt_tokens,
+        )
+    forward = encode_prompts(heldout, tokenizer, config.data).examples
+    swapped = encode_prompts([row.swapped() for row in heldout], tokenizer, config.data).examples
+    both = {e.comparison.id for e in forward} & {e.comparison.id for e in swapped}
+    if len(both) < len(heldout):
+        log.warning("%d of %d held-out rows left out", len(heldout) - len(both), len(heldout))
+    return encoded.examples, [e for e in [*forward, *swapped] if e.comparison.id in both]
+
+
+def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:
+    """Refuse batches and models that the mesh can't divide, naming what would fit."""
+    num_devices, tensor = mesh.size, mesh.shape["tensor"]
+    rows = {
+        "sft.batch_size / sft.micro_batches": config.sft.batch_size // config.sft.micro_batches,
+        "grpo.prompts · grpo.rollouts / (grpo.minibatches · grpo.micro_batches)": config.grpo.prompts
+        * config.grpo.rollouts
+        // (config.grpo.minibatches * config.grpo.micro_batches),
+        "sampling.eval_batch_size": config.sampling.eval_batch_size,
+    }
+    active = {"sft": config.sft.steps, "grp": config.grpo.steps, "sam": 1}
+    for name, value in rows.items():
+        if active[name[:3]] and value % num_devices:
+            raise UsageError(f"{name} = {value} sequences do not divide over {num_devices} devices.")
+    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
+        size = getattr(model, name)
+        if size % tensor:
+            fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0 and size % n == 0]
+            raise UsageError(
+                f"mesh.tensor={tensor} does not divide the model's {name}={size}. Use tensor in {fits}."
+            )
+    if model.hidden_size % mesh.shape["fsdp"]:
+        raise UsageError(
+            f"mesh.fsdp={mesh.shape['fsdp']} does not divide the model's hidden_size={model.hidden_size}."
+        )
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes logs and files."""
+    return jax.process_index() == 0

@@ -1,0 +1,290 @@
+"""Train a judge: `python -m jlrm.train --config FILE [section.key=value ...]`.
+
+SFT, where asked for, imitates written judgements. Then each GRPO step does this:
+
+ 1. Take P comparisons; which ones is a function of the seed and the step.
+ 2. Lay the weights out for decoding and sample R judgements of each, with their log-probabilities.
+ 3. Read the verdicts and pay the rewards, term by term.
+ 4. Advantage: a judgement's reward against the others of its comparison.
+ 5. Log-probabilities: of the frozen reference, and of the policy where the sampler's will not do.
+ 6. One or more optimiser steps on the clipped policy loss with KL and entropy terms.
+ 7. Log; now and then judge the held-out set, and save.
+
+Where this differs from JudgeLRM as published (each is a setting): rewards treat both answers alike and read the
+completion alone; token means are global instead of per device; the loss is not divided by an accumulation count
+without accumulation; overlong prompts are skipped instead of raising. With one optimiser step per rollout the
+old log-probabilities are the sampler's own, so the ratio corrects for whatever the two programs differ by; that
+gap is logged as `rollout/logprob_gap`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jlrm import commands, report, tracking, update
+from jlrm.config import Config, load
+from jlrm.data import batches
+from jlrm.data.batches import Example
+from jlrm.judging import SampleFn, Sampled, judge, make_sampler, metrics, sampled_rows
+from jlrm.loop import Stage
+from jlrm.mesh import global_array, host_array
+from jlrm.model import qwen
+from jlrm.model.qwen import Params
+from jlrm.rl.advantages import group_advantages
+from jlrm.rl.losses import PolicyLoss, token_weights
+from jlrm.run import Run, initial_params, is_main_process, open_run
+from jlrm.update import PolicyBatch, Sequences, TrainState
+
+log = logging.getLogger(__name__)
+
+
+def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Run every stage that the config asks for, going on from where the run directory stands.
+
+    Returns:
+      The content of `summary.json`: held-out metrics per stage, and what the run cost.
+    """
+    run = open_run(config, devices)
+    stages: dict[str, Stage] = {}
+    params = None
+    if config.sft.steps:
+        stages["sft"] = sft(run)
+        params = stages["sft"].state.params
+    if config.grpo.steps:
+        stages["grpo"] = grpo(run, initial_params(run) if params is None else params)
+    summary: dict[str, Any] = {name: stage.evaluation for name, stage in stages.items()}
+    summary |= {
+        "steps": config.sft.steps + config.grpo.steps,
+        "seconds": round(sum(stage.seconds for stage in stages.values()), 1),
+        "tokens": sum(stage.num_tokens for stage in stages.values()),
+    }
+    if is_main_process():
+        tracking.summary(run.dir, summary)
+        report.write_report(run.dir)
+    return summary
+
+
+def sft(run: Run) -> Stage:
+    """Imitate written judgements, with the loss on the judgement only; return the finished stage."""
+    config = run.config.sft
+    encoded = batches.encode_targets(run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0])
+    if encoded.dropped:
+        log.warning("sft: left out %s", dict(encoded.dropped))
+    examples = encoded.examples
+    widths = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
+    optimizer = update.make_optimizer(config.optimizer, config.steps)
+    rate = update.learning_rate(config.optimizer, config.steps)
+    step_fn = jax.jit(
+        partial(update.sft_update, run.model, run.training, optimizer, config.micro_batches),
+        donate_argnums=0,
+    )
+    with Stage(run, "sft", config.steps, optimizer, partial(initial_params, run)) as stage:
+        for step in stage:
+            rows = batches.batch_rows(run.config.run.seed, step, config.batch_size, len(examples))
+            chosen = [examples[row] for row in rows]
+            sequences = _to_devices(run, chosen, *widths)
+            with stage.timed("update"):
+                weights = token_weights(update.batch_mask(sequences))
+                stage.state, values = step_fn(stage.state, sequences, weights)
+                values = _floats(values)
+            num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
+            stage.finish({**values, "learning_rate": float(rate(step))}, num_tokens)
+    return stage
+
+
+def grpo(run: Run, initial: Params) -> Stage:
+    """Train by GRPO from the initial weights, which are also the frozen reference; return the stage."""
+    config, seed = run.config.grpo, run.config.run.seed
+    programs = _grpo_programs(run)
+    reference = _frozen(run, initial) if config.kl_weight else None
+    with Stage(run, "grpo", config.steps, programs.optimizer, lambda: initial) as stage:
+        del initial  # from here on the state owns it, and gives it up to the first update
+        for step in stage:
+            rows = batches.batch_rows(seed, step, config.prompts, len(run.train))
+            examples = [run.train[row] for row in rows for _ in range(config.rollouts)]
+            index = np.tile(np.arange(config.rollouts, dtype=np.int32), config.prompts)
+            with stage.timed("rollout"):
+                weights = programs.decode(stage.state.params)
+                prompt_ids = np.repeat(rows, config.rollouts).astype(np.int32)
+                sampled = programs.sample(weights, examples, prompt_ids, index, step)
+                del weights
+            with stage.timed("reward"):
+                judged = judge(
+                    run.config.reward, examples, sampled, run.config.sampling.max_new_tokens
+                )
+                grouped = judged.rewards.reshape(config.prompts, config.rollouts)
+                advantages = np.asarray(
+                    group_advantages(grouped, config.advantage_scale, config.advantage_eps)
+                ).reshape(-1)
+            with stage.timed("logprobs"):
+                old_logp, ref_logp, gap = _logprobs(run, programs, stage.state.params, reference, sampled)
+            with stage.timed("update"):
+                batch = (sampled.sequences, old_logp, ref_logp, advantages, sampled.rollout.is_finished)
+                stage.state, values = _optimise(run, programs, stage.state, *batch)
+            if config.kl_weight == 0:
+                values.pop("kl", None)
+            values |= metrics(judged, sampled)
+            values["frac_reward_zero_std"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
+            values["rollout/logprob_gap"] = values.pop("old_logp_gap") if gap is None else gap
+            values["learning_rate"] = float(programs.rate(int(stage.state.step) - 1))
+            every = run.config.run.completions_every
+            if every and step % every == 0:
+                stage.tracker.log_completions(step + 1, sampled_rows(examples, sampled, judged, advantages))
+            num_tokens = sum(len(e.prompt_ids) for e in examples) + int(sampled.lengths.sum())
+            stage.finish(values, num_tokens)
+    return stage
+
+
+class GRPOPrograms(NamedTuple):
+    """Everything that a GRPO run compiles."""
+
+    decode: Any  # params -> params laid out for decoding
+    sample: SampleFn
+    score: Any  # params, sequences -> log-probabilities, entropy
+    update: Any  # state, batch -> state, metrics
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+
+
+def _grpo_programs(run: Run) -> GRPOPrograms:
+    config = run.config.grpo
+    num_updates = config.steps * config.epochs * config.minibatches
+    optimizer = update.make_optimizer(config.optimizer, num_updates)
+    settings = PolicyLoss(
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        ratio=config.ratio,
+        kl_weight=config.kl_weight,
+        entropy_weight=config.entropy_weight,
+    )
+    fixed = (run.model, run.training, run.distribution)
+    step_fn = partial(update.grpo_update, *fixed, settings, optimizer, config.micro_batches)
+    num_passes = config.minibatches * config.micro_batches
+    width = max(len(example.prompt_ids) for example in run.train)
+    return GRPOPrograms(
+        decode=jax.jit(partial(qwen.decode_params, run.model, run.rollout)),
+        sample=make_sampler(run, run.distribution, width),
+        score=jax.jit(partial(update.score, *fixed, num_passes)),
+        update=jax.jit(step_fn, donate_argnums=0),
+        optimizer=optimizer,
+        rate=update.learning_rate(config.optimizer, num_updates),
+    )
+
+
+def _logprobs(
+    run: Run, programs: GRPOPrograms, params: Params, reference: Params | None, sampled: Sampled
+) -> tuple[Any, Any, float | None]:
+    """Return old and reference log-probabilities, and how far the sampler's are from the old ones.
+
+    With a single optimiser step the sampler's own are the old ones, and that step measures the gap itself.
+    """
+    old_logp, gap = sampled.rollout.logps, None
+    if run.config.grpo.epochs * run.config.grpo.minibatches > 1:
+        old_logp, _ = programs.score(params, sampled.sequences)
+        is_token = host_array(update.batch_mask(sampled.sequences))
+        gap = float(np.abs(host_array(old_logp) - host_array(sampled.rollout.logps))[is_token].mean())
+    if reference is None:
+        return old_logp, None, gap
+    ref_logp, _ = programs.score(reference, sampled.sequences)
+    return old_logp, jax.block_until_ready(ref_logp), gap
+
+
+def _optimise(
+    run: Run,
+    programs: GRPOPrograms,
+    state: TrainState,
+    sequences: Sequences,
+    old_logp: Any,
+    ref_logp: Any,
+    advantages: np.ndarray,
+    is_finished: Any,
+) -> tuple[TrainState, dict[str, float]]:
+    """Take `epochs` passes of `minibatches` optimiser steps; return the mean of their metrics."""
+    config = run.config.grpo
+    mask = update.batch_mask(sequences, is_finished if config.mask_truncated else None)
+    whole = sequences, old_logp, ref_logp, global_array(advantages, run.training.activation("B")), mask
+    per_step = []
+    for _ in range(config.epochs):
+        for i in range(config.minibatches):
+            sequences, old_logp, ref_logp, advantages, mask = _minibatch(run, whole, i)
+            weights = token_weights(mask, config.aggregation)
+            batch = PolicyBatch(sequences, old_logp, ref_logp, advantages, mask, weights)
+            state, values = programs.update(state, batch)
+            per_step.append(_floats(values))
+    return state, {name: float(np.mean([v[name] for v in per_step])) for name in per_step[0]}
+
+
+def _minibatch(run: Run, whole: Any, i: int) -> Any:
+    """Return the i-th part of a rollout batch, whole groups of rollouts, spread over all devices."""
+    config = run.config.grpo
+    if config.minibatches == 1:
+        return whole
+    size = config.prompts * config.rollouts // config.minibatches
+
+    def cut(x: jax.Array) -> jax.Array:
+        letters = " ".join(["B", *["T"] * (x.ndim - 1)])
+        return jax.device_put(x[i * size : (i + 1) * size], run.training.activation(letters))
+
+    return jax.tree.map(cut, whole)
+
+
+def _frozen(run: Run, params: Params) -> Params:
+    """Copy weights in compute precision: the originals are given up to the first update."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    dtype = run.model.compute_dtype
+    copy = jax.jit(
+        lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=shardings
+    )
+    return copy(params)
+
+
+def _to_devices(
+    run: Run, examples: Sequence[Example], prompt_width: int, target_width: int
+) -> Sequences:
+    cells, rows = run.training.activation("B T"), run.training.activation("B")
+    prompts, prompt_lengths = batches.pad([e.prompt_ids for e in examples], prompt_width)
+    targets, lengths = batches.pad([e.target_ids for e in examples], target_width)
+    arrays = (prompts, cells), (prompt_lengths, rows), (targets, cells), (lengths, rows)
+    return Sequences(*(global_array(value, sharding) for value, sharding in arrays))
+
+
+def _floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(values).items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m jlrm.train", description=__doc__.split("\n")[0])
+    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    parser.add_argument("--json", action="store_true", help="print summary.json on stdout at the end")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a setting")
+    args = parser.parse_args(argv)
+    began = time.monotonic()
+    config = load(args.config, args.overrides)
+    summary = train(config)
+    if not is_main_process():
+        return
+    if args.json:
+        print(json.dumps(summary))
+        return
+    columns = ["stage", "agreement", "parse_rate", "swap_consistency", "reward", "mean_length"]
+    rows = [{"stage": name, **summary[name]} for name in ("sft", "grpo") if name in summary]
+    print(tracking.table(rows, columns))
+    print(f"{time.monotonic() - began:.0f} s. Report: {config.run.dir}/report.html")
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))
