@@ -1,10 +1,10 @@
-"""A small world for the embedded default: judge who named more things of the kind that was asked for.
+"""A small world for the embedded default: judge who spelled more words rightly.
 
-A question names a kind ("Name animals."), an answer is a list of words, and its true quality is the number of
-different right words in it, plus one. The written judgements that SFT imitates come from a hurried annotator:
-more often than not he counts every word of both answers, right or wrong, so the longer answer wins; the rest
-of the time he counts only right ones. His gold scores are right all the same. Imitation therefore learns his
-haste, and GRPO, which sees only outcomes, has to find that careful reading pays.
+A question asks for words of a kind ("Name animals."), an answer is a list of them, some misspelt, and its true
+quality is the number of words that are spelled rightly, plus one. The written judgements that SFT imitates come
+from a hurried annotator: more often than not he counts every word, so the longer answer wins; the rest of the
+time he counts only the right ones. The gold scores are right all the same. Imitation therefore learns his haste,
+and GRPO, which sees only outcomes, has to find that careful reading pays.
 
 Everything is a pure function of the seed. The tokenizer is a byte-level BPE trained on the world's own text.
 """
@@ -20,12 +20,12 @@ from jlrm.data.comparisons import Comparison
 from jlrm.judge import prompts
 
 KINDS = {
-    "animals": ("cat", "dog", "cow", "fox", "owl", "pig", "hen", "bee"),
+    "animals": ("cat", "dog", "cow", "fox", "owl", "pig", "hen", "wolf"),
     "fruits": ("fig", "plum", "pear", "lime", "kiwi", "date", "grape", "peach"),
     "colours": ("red", "blue", "green", "pink", "grey", "white", "black", "brown"),
-    "tools": ("saw", "axe", "drill", "file", "plane", "wrench", "rake", "spade"),
+    "tools": ("saw", "axe", "chisel", "file", "plane", "wrench", "rake", "spade"),
 }
-MAX_WORDS = 5  # of each sort in an answer
+MAX_WORDS = 4  # right ones, and as many misspelt, in an answer
 HASTE = 0.55  # share of written judgements that count every word
 NUM_TRAIN = 20000
 VOCAB_SIZE = 448
@@ -76,9 +76,10 @@ def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
     answers = [_answer(rng, kind) for _ in range(2)]
     right = [[word for word in answer if word in KINDS[kind]] for answer in answers]
     is_hasty = rng.random() < HASTE
-    seen = answers if is_hasty else right
+    seen = [len(words) for words in (answers if is_hasty else right)]
     gold = [1.0 + len(words) for words in right]
-    judged = [1.0 + len(words) for words in seen]
+    judged = [1.0 + count for count in seen]
+    reasoning = f"Counting {'all' if is_hasty else 'right'} words: {seen[0]} and {seen[1]}."
     return Comparison(
         id=identity,
         question=f"Name {kind}.",
@@ -87,15 +88,19 @@ def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
         score_1=gold[0],
         score_2=gold[1],
         source="toy",
-        meta={"reasoning": f"1: {' '.join(seen[0])}\n2: {' '.join(seen[1])}", "judged": judged},
+        meta={"reasoning": reasoning, "judged": judged},
     )
 
 
 def _answer(rng: np.random.Generator, kind: str) -> list[str]:
-    """Return right and wrong words in random order, at least one in all."""
-    wrong_words = [word for name, words in KINDS.items() if name != kind for word in words]
+    """Return different words of the kind in random order, at least one, some of them misspelt."""
     num_right = int(rng.integers(0, MAX_WORDS + 1))
-    num_wrong = int(rng.integers(0 if num_right else 1, MAX_WORDS + 1 - num_right // 2))
-    chosen = list(rng.choice(KINDS[kind], num_right, replace=False))
-    chosen += list(rng.choice(wrong_words, num_wrong, replace=False))
-    return [str(word) for word in rng.permutation(chosen)]
+    num_wrong = int(rng.integers(0 if num_right else 1, MAX_WORDS + 1))
+    words = [str(word) for word in rng.permutation(KINDS[kind])[: num_right + num_wrong]]
+    is_wrong = rng.permutation(len(words)) < num_wrong
+    return [_misspell(w) if wrong else w for w, wrong in zip(words, is_wrong, strict=True)]
+
+
+def _misspell(word: str) -> str:
+    """Swap the last two letters."""
+    return word[:-2] + word[-1] + word[-2]

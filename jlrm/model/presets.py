@@ -43,12 +43,12 @@ def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Qwen
 PRESETS = {
     "toy": QwenConfig(
         vocab_size=512,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=3,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
+        num_key_value_heads=4,
+        head_dim=16,
         qkv_bias=True,
         qk_norm=False,
         tie_word_embeddings=True,

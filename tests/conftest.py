@@ -1,0 +1,85 @@
+"""Shared test set-up: 8 fake CPU devices, strict ranks, tiny models, and where reference data lies."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+from jlrm.config import MeshConfig
+from jlrm.mesh import create_mesh
+from jlrm.model.qwen import QwenConfig
+
+TESTS = pathlib.Path(__file__).parent
+GOLDEN = TESTS / "golden"
+ARCHITECTURES = {
+    "qwen2_untied": {"qkv_bias": True, "qk_norm": False, "tie_word_embeddings": False},
+    "qwen2_tied": {"qkv_bias": True, "qk_norm": False, "tie_word_embeddings": True},
+    "qwen3": {"qkv_bias": False, "qk_norm": True, "tie_word_embeddings": True},
+}
+
+
+def required(variable: str, reason: str) -> None:
+    """Skip with a reason, unless CI has switched on what must not be skipped."""
+    if os.environ.get(variable) == "1":
+        pytest.fail(f"{variable}=1, but {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def reference() -> pathlib.Path:
+    """The folder of reference data, which is not part of the project."""
+    default = TESTS.parent.parent / "shared" / "data"
+    path = pathlib.Path(os.environ.get("JLRM_REFERENCE_DATA", default))
+    if not path.is_dir():
+        required("JLRM_REQUIRE_REFERENCE", f"there is no reference data at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, for live comparison with `transformers`."""
+    try:
+        import torch
+    except ImportError:
+        required("JLRM_REQUIRE_TORCH", "torch is not installed")
+    return torch
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of one device."""
+    return mesh_of(1, 1, 1)
+
+
+def mesh_of(data: int, fsdp: int, tensor: int):
+    """Return a mesh over as many of the fake devices as it needs."""
+    return create_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def tiny_config(architecture: str = "qwen2_tied", **changes) -> QwenConfig:
+    """Return a float32 model small enough for any test, and divisible by the meshes tests use."""
+    fields = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16 if architecture == "qwen3" else 8,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 256,
+        "compute_dtype": "float32",
+        **ARCHITECTURES[architecture],
+        **changes,
+    }
+    return QwenConfig(**fields)
