@@ -28,7 +28,13 @@ class Checkpoints:
     """The checkpoints of one stage; `close` waits for saves under way."""
 
     def __init__(
-        self, run_dir: pathlib.Path, stage: str, *, keep_last: int = 1, keep_best: int = 0, metric: str = ""
+        self,
+        run_dir: pathlib.Path,
+        stage: str,
+        *,
+        keep_last: int = 1,
+        keep_best: int = 0,
+        metric: str = "",
     ) -> None:
         policies: list[keep.PreservationPolicy] = [keep.LatestN(keep_last)]
         rank = None
@@ -99,11 +105,15 @@ def find(source: str) -> pathlib.Path:
     run = pathlib.Path(text).expanduser()
     saved = _saved_steps(run)
     if not saved:
-        raise UsageError(f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it).")
+        raise UsageError(
+            f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it)."
+        )
     stage, _, step = wanted.rpartition("/")
     stage = stage or next(name for name in STAGES if name in saved)
     if wanted == "best":
-        return run / "checkpoints" / stage / str(_best_step(run / "checkpoints" / stage, saved[stage]))
+        return (
+            run / "checkpoints" / stage / str(_best_step(run / "checkpoints" / stage, saved[stage]))
+        )
     chosen = step or str(saved.get(stage, [""])[-1])
     if stage not in saved or not chosen.isdigit() or int(chosen) not in saved[stage]:
         known = ", ".join(f"{name}/{number}" for name, steps in saved.items() for number in steps)
@@ -127,7 +137,8 @@ def save_params(run_dir: pathlib.Path, stage: str, params: Any, meta: dict[str, 
     """Save parameters without an optimiser as step 0 of a stage of their own."""
     with ocp.CheckpointManager((run_dir / "checkpoints" / stage).absolute()) as manager:
         items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)), meta=ocp.args.JsonSave(meta)
+            params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
+            meta=ocp.args.JsonSave(meta),
         )
         manager.save(0, args=items)
 

@@ -25,13 +25,17 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str  # everything the run writes; started again in the same place, the run goes on by itself
+    dir: (
+        str  # everything the run writes; started again in the same place, the run goes on by itself
+    )
     seed: int = 0  # initial weights, order of the data, every sampled token
     save_every: int = 50  # steps between checkpoints; one is always written at the end of a stage
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints kept by the highest `best_metric`
     best_metric: str = "agreement"  # held-out metric that ranks checkpoints
-    eval_every: int = 50  # steps between evaluations on the held-out set; 0: only at the end of a stage
+    eval_every: int = (
+        50  # steps between evaluations on the held-out set; 0: only at the end of a stage
+    )
     completions_every: int = 10  # steps between parquet files of sampled judgements; 0: none
     tensorboard: bool = True
     wandb_project: str = ""  # empty: no Weights & Biases
@@ -40,10 +44,16 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelSource:
     path: str = ""  # Hugging Face directory or hub id, or an earlier run's directory[@STEP]
-    preset: str = ""  # random weights of this named shape (model/presets.py); used when `path` is empty
-    tokenizer: str = ""  # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated
+    preset: str = (
+        ""  # random weights of this named shape (model/presets.py); used when `path` is empty
+    )
+    tokenizer: str = (
+        ""  # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated
+    )
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights and optimiser moments
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"  # matrix products, activations, KV cache
+    compute_dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16"  # matrix products, activations, KV cache
+    )
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
 
 
@@ -61,7 +71,9 @@ class DataConfig:
     eval_rows: int = 200  # held-out comparisons
     prompt: str = "judgelrm_train"  # template name (judge/prompts.py)
     max_prompt_tokens: int = 1024
-    overlong: Literal["skip", "refuse"] = "skip"  # prompts over the limit: counted and left out, or an error
+    overlong: Literal["skip", "refuse"] = (
+        "skip"  # prompts over the limit: counted and left out, or an error
+    )
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,9 @@ class SamplingConfig:
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
     top_p: float = 1.0
-    stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})  # text: occurrence that ends
+    stop_strings: dict[str, int] = field(
+        default_factory=lambda: {"</answer>": 2}
+    )  # text: occurrence that ends
     eval_temperature: float = 0.0  # for the held-out set
     eval_batch_size: int = 32  # sequences
 
@@ -98,7 +112,9 @@ class RewardConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after warm-up, to zero at the last step
+    schedule: Literal["constant", "linear", "cosine"] = (
+        "constant"  # after warm-up, to zero at the last step
+    )
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -128,10 +144,16 @@ class GRPOConfig:
     clip_high: float = 0.2
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
     ratio: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = "token_mean"
-    advantage_scale: Literal["group", "batch", "none"] = "group"  # what the centred reward is divided by
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
+        "token_mean"
+    )
+    advantage_scale: Literal["group", "batch", "none"] = (
+        "group"  # what the centred reward is divided by
+    )
     advantage_eps: float = 1e-6
-    mask_truncated: bool = False  # completions cut by the limit carry no loss (their reward still counts)
+    mask_truncated: bool = (
+        False  # completions cut by the limit carry no loss (their reward still counts)
+    )
     kl_weight: float = 0.001  # k3 against the frozen reference; 0: no reference in memory
     entropy_weight: float = 0.001
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -167,7 +189,9 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}.")
+        raise UsageError(
+            f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
+        )
     for override in overrides:
         _apply_override(tree, override)
     return from_dict(tree)
@@ -205,7 +229,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             tree[section] = {}
         tree = tree[section]
         if not isinstance(tree, dict):
-            raise UsageError(f"'{'.'.join(sections[: depth + 1])}' in '{override}' is not a section.")
+            raise UsageError(
+                f"'{'.'.join(sections[: depth + 1])}' in '{override}' is not a section."
+            )
     try:
         tree[name] = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
@@ -226,7 +252,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise wrong
         return {
-            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()
+            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}.{k}")
+            for k, v in value.items()
         }
     if isinstance(value, bool) is not (kind is bool):
         raise wrong
@@ -251,7 +278,11 @@ def _coerce_section(kind: Any, value: Any, where: str) -> Any:
         if key not in hints:
             raise UsageError(f"Unknown key '{_join(where, key)}'. {nearest(str(key), hints)}")
     for spec in dataclasses.fields(kind):
-        if spec.name not in value and _has_no_default(spec) and not dataclasses.is_dataclass(hints[spec.name]):
+        if (
+            spec.name not in value
+            and _has_no_default(spec)
+            and not dataclasses.is_dataclass(hints[spec.name])
+        ):
             raise UsageError(f"'{_join(where, spec.name)}' is not set.")
     defaults = {
         spec.name: {}
@@ -272,7 +303,8 @@ def _default_sections(kind: Any, hints: dict[str, Any]) -> dict[str, Any]:
     return {
         spec.name: spec.default_factory()
         for spec in dataclasses.fields(kind)
-        if dataclasses.is_dataclass(hints[spec.name]) and spec.default_factory is not dataclasses.MISSING
+        if dataclasses.is_dataclass(hints[spec.name])
+        and spec.default_factory is not dataclasses.MISSING
     }
 
 
@@ -326,26 +358,40 @@ def _check(config: Config) -> None:
     if not 0.0 < sampling.top_p <= 1.0:
         raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
     if bool(config.model.path) == bool(config.model.preset):
-        raise UsageError("Set exactly one of model.path (existing weights) and model.preset (random weights).")
+        raise UsageError(
+            "Set exactly one of model.path (existing weights) and model.preset (random weights)."
+        )
     if config.model.preset and not config.model.tokenizer:
         raise UsageError("model.preset has no tokenizer of its own: set model.tokenizer.")
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
     if grpo.steps and sampling.temperature == 0.0:
-        raise UsageError("sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing.")
+        raise UsageError(
+            "sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing."
+        )
     if sft.batch_size % sft.micro_batches:
-        raise UsageError(f"sft.micro_batches={sft.micro_batches} does not divide sft.batch_size={sft.batch_size}.")
+        raise UsageError(
+            f"sft.micro_batches={sft.micro_batches} does not divide sft.batch_size={sft.batch_size}."
+        )
     if grpo.prompts % grpo.minibatches:
-        raise UsageError(f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}.")
+        raise UsageError(
+            f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}."
+        )
     rows = grpo.prompts * grpo.rollouts // grpo.minibatches
     if rows % grpo.micro_batches:
         raise UsageError(
             f"grpo.micro_batches={grpo.micro_batches} does not divide the {rows} sequences of an optimiser step."
         )
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
-        raise UsageError(f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high.")
+        raise UsageError(
+            f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
+        )
     if reward.min_score >= reward.max_score:
-        raise UsageError(f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}.")
+        raise UsageError(
+            f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."
+        )
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
-            raise UsageError(f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1.")
+            raise UsageError(
+                f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
+            )

@@ -35,8 +35,8 @@ class Sampled(NamedTuple):
     sequences: Sequences
     rollout: Rollout
     texts: list[str]
-    lengths: Int[np.ndarray, "B"]
-    is_finished: Bool[np.ndarray, "B"]
+    lengths: Int[np.ndarray, " B"]
+    is_finished: Bool[np.ndarray, " B"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Judgements:
 
     verdicts: list[Verdict]
     terms: list[dict[str, float]]
-    rewards: Float[np.ndarray, "B"]
-    is_right: Float[np.ndarray, "B"]  # 1 where the verdict prefers what gold prefers
+    rewards: Float[np.ndarray, " B"]
+    is_right: Float[np.ndarray, " B"]  # 1 where the verdict prefers what gold prefers
 
     def first(self, num_rows: int) -> Judgements:
         """Return the first rows alone, without those that only fill a batch."""
@@ -58,7 +58,7 @@ class Judgements:
         )
 
 
-SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, int], Sampled]
+SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, " int"], Sampled]
 
 
 def make_sampler(run: Run, distribution: Distribution, width: int) -> SampleFn:
@@ -122,7 +122,9 @@ def judge(
                 )
             )
         except Exception as error:
-            raise RuntimeError(f"The reward of row {example.comparison.id} failed: {error}") from error
+            raise RuntimeError(
+                f"The reward of row {example.comparison.id} failed: {error}"
+            ) from error
         verdicts.append(parse(text, min_score=config.min_score, max_score=config.max_score))
     preferred = [verdict.preference for verdict in verdicts]
     gold = [gold_preference(example) for example in examples]
@@ -153,7 +155,10 @@ def metrics(judged: Judgements, sampled: Sampled) -> dict[str, float]:
     }
     for name in judged.terms[0]:
         values = np.array([term[name] for term in judged.terms])
-        found |= {f"rewards/{name}/mean": float(values.mean()), f"rewards/{name}/std": float(values.std())}
+        found |= {
+            f"rewards/{name}/mean": float(values.mean()),
+            f"rewards/{name}/std": float(values.std()),
+        }
     return found
 
 
@@ -192,7 +197,15 @@ def sampled_rows(
     examples: Sequence[Example], sampled: Sampled, judged: Judgements, advantages: np.ndarray
 ) -> list[dict[str, Any]]:
     """Return one plain row per judgement, for people to read."""
-    rows = zip(examples, sampled.texts, judged.verdicts, judged.terms, judged.rewards, advantages, strict=True)
+    rows = zip(
+        examples,
+        sampled.texts,
+        judged.verdicts,
+        judged.terms,
+        judged.rewards,
+        advantages,
+        strict=True,
+    )
     return [
         {
             "id": example.comparison.id,

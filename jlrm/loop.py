@@ -30,8 +30,8 @@ from jlrm.config import to_dict
 from jlrm.judging import evaluate_heldout, make_sampler
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
-from jlrm.run import Run, is_main_process
 from jlrm.rl.logprobs import Distribution
+from jlrm.run import Run, is_main_process
 from jlrm.tracking import Tracker
 from jlrm.update import TrainState
 

@@ -51,7 +51,9 @@ class Layout:
         """
         names = letters.split()
         if len(names) != x.ndim:
-            raise ValueError(f"'{letters}' names {len(names)} dimensions, the array has {x.ndim}: {x.shape}.")
+            raise ValueError(
+                f"'{letters}' names {len(names)} dimensions, the array has {x.ndim}: {x.shape}."
+            )
         return jax.lax.with_sharding_constraint(x, self.activation(letters))
 
     def activation(self, letters: str) -> NamedSharding:
@@ -60,7 +62,9 @@ class Layout:
 
     def param(self, letters: Sequence[str | None]) -> NamedSharding:
         """Return the sharding of a parameter declared with these letters."""
-        return self._sharding(["-" if letter is None else letter for letter in letters], self.params)
+        return self._sharding(
+            ["-" if letter is None else letter for letter in letters], self.params
+        )
 
     def replicated(self) -> NamedSharding:
         """Return the sharding of an array that every device holds whole."""
@@ -73,7 +77,9 @@ class Layout:
     def _sharding(self, letters: Sequence[str], table: Table) -> NamedSharding:
         unknown = set(letters) - ALPHABET - {"-"}
         if unknown:
-            raise ValueError(f"Unknown letter {sorted(unknown)} in {letters}: see the alphabet in mesh.py.")
+            raise ValueError(
+                f"Unknown letter {sorted(unknown)} in {letters}: see the alphabet in mesh.py."
+            )
         return NamedSharding(self.mesh, PartitionSpec(*(table.get(letter) for letter in letters)))
 
 
@@ -108,7 +114,9 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UsageError(f"{wanted}: sizes are at least 1, and at most one of them is -1 (the rest).")
+        raise UsageError(
+            f"{wanted}: sizes are at least 1, and at most one of them is -1 (the rest)."
+        )
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise UsageError(f"{wanted} does not fit {len(devices)} devices. Leave one size at -1.")

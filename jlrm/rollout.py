@@ -40,8 +40,8 @@ class Rollout(NamedTuple):
 
     tokens: Int[Array, "B T"]
     logps: Float[Array, "B T"]  # under the sampling distribution, nats
-    lengths: Int[Array, "B"]  # the end token counts
-    is_finished: Bool[Array, "B"]  # False: cut off by max_new_tokens
+    lengths: Int[Array, " B"]  # the end token counts
+    is_finished: Bool[Array, " B"]  # False: cut off by max_new_tokens
 
 
 class Decoding(NamedTuple):
@@ -54,8 +54,8 @@ class Decoding(NamedTuple):
 
 
 def rollout_keys(
-    seed: int, step: Int[Array, ""], prompt_ids: Int[Array, "B"], rollout_index: Int[Array, "B"]
-) -> Key[Array, "B"]:
+    seed: int, step: Int[Array, ""], prompt_ids: Int[Array, " B"], rollout_index: Int[Array, " B"]
+) -> Key[Array, " B"]:
     """Return one key per sequence, a pure function of where it stands in the run."""
     base = jax.random.fold_in(jax.random.key(seed), step)
 
@@ -71,10 +71,10 @@ def generate(
     sampler: Sampler,
     params: Params,
     prompts: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    keys: Key[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
     stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, "A"],
+    stop_accept: Int[Array, " A"],
 ) -> Rollout:
     """Draw one completion for each right-padded prompt.
 
@@ -122,8 +122,8 @@ def generate(
 
 
 def sample(
-    log_probs: Float[Array, "B V"], distribution: Distribution, keys: Key[Array, "B"]
-) -> Int[Array, "B"]:
+    log_probs: Float[Array, "B V"], distribution: Distribution, keys: Key[Array, " B"]
+) -> Int[Array, " B"]:
     """Draw one id a row by inverting the cumulative distribution at one uniform number.
 
     The sum runs over blocks first and then inside one block: one pass over the vocabulary, no sort, one
@@ -143,8 +143,8 @@ def sample(
 
 
 def _invert(
-    mass: Float[Array, "B N"], target: Float[Array, "B"]
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+    mass: Float[Array, "B N"], target: Float[Array, " B"]
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Return where the running sum of `mass` passes `target`, and how far into that entry.
 
     Rounding can put the target at or past the end: the last entry with any mass is taken then, never an
@@ -153,7 +153,9 @@ def _invert(
     running = jnp.cumsum(mass, axis=-1)
     index = jnp.sum(running <= target[:, None], axis=-1).astype(jnp.int32)
     positions = jnp.arange(mass.shape[-1])[None, :]
-    index = jnp.minimum(index, jnp.max(jnp.where(mass > 0, positions, 0), axis=-1).astype(jnp.int32))
+    index = jnp.minimum(
+        index, jnp.max(jnp.where(mass > 0, positions, 0), axis=-1).astype(jnp.int32)
+    )
     before = jnp.take_along_axis(running - mass, index[:, None], axis=-1)[:, 0]
     return index, target - before
 
@@ -161,17 +163,19 @@ def _invert(
 def _record(
     state: Decoding,
     sampler: Sampler,
-    token: Int[Array, "B"],
+    token: Int[Array, " B"],
     log_probs: Float[Array, "B V"],
     stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, "A"],
+    stop_accept: Int[Array, " A"],
 ) -> Decoding:
     """Write the drawn tokens of the running rows and see which of them end here."""
     step, rollout = state.step, state.rollout
     running = ~rollout.is_finished
     token = jnp.where(running, token, 0)
     logp = jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]
-    stop_states = jax.vmap(lambda table, states: table[states, token])(stop_table, state.stop_states)
+    stop_states = jax.vmap(lambda table, states: table[states, token])(
+        stop_table, state.stop_states
+    )
     stop_states = jnp.where(running[None], stop_states, state.stop_states)
     is_end = jnp.any(stop_states == stop_accept[:, None], axis=0)
     if sampler.stop_ids:

@@ -133,7 +133,9 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -228,7 +230,9 @@ def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:
     active = {"sft": config.sft.steps, "grp": config.grpo.steps, "sam": 1}
     for name, value in rows.items():
         if active[name[:3]] and value % num_devices:
-            raise UsageError(f"{name} = {value} sequences do not divide over {num_devices} devices.")
+            raise UsageError(
+                f"{name} = {value} sequences do not divide over {num_devices} devices."
+            )
     for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
         size = getattr(model, name)
         if size % tensor:

@@ -20,7 +20,7 @@ class StopTables:
     """One automaton per stop string; state 0 is the start, `accept[a]` ends the sequence and is never left."""
 
     tables: Int[np.ndarray, "A states V"]
-    accept: Int[np.ndarray, "A"]
+    accept: Int[np.ndarray, " A"]
 
 
 def stop_tables(

@@ -37,7 +37,7 @@ from jlrm import commands, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
 from jlrm.data.batches import Example
-from jlrm.judging import SampleFn, Sampled, judge, make_sampler, metrics, sampled_rows
+from jlrm.judging import Sampled, SampleFn, judge, make_sampler, metrics, sampled_rows
 from jlrm.loop import Stage
 from jlrm.mesh import global_array, host_array
 from jlrm.model import qwen
@@ -79,7 +79,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 def sft(run: Run) -> Stage:
     """Imitate written judgements, with the loss on the judgement only; return the finished stage."""
     config = run.config.sft
-    encoded = batches.encode_targets(run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0])
+    encoded = batches.encode_targets(
+        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0]
+    )
     if encoded.dropped:
         log.warning("sft: left out %s", dict(encoded.dropped))
     examples = encoded.examples
@@ -129,9 +131,17 @@ def grpo(run: Run, initial: Params) -> Stage:
                     group_advantages(grouped, config.advantage_scale, config.advantage_eps)
                 ).reshape(-1)
             with stage.timed("logprobs"):
-                old_logp, ref_logp, gap = _logprobs(run, programs, stage.state.params, reference, sampled)
+                old_logp, ref_logp, gap = _logprobs(
+                    run, programs, stage.state.params, reference, sampled
+                )
             with stage.timed("update"):
-                batch = (sampled.sequences, old_logp, ref_logp, advantages, sampled.rollout.is_finished)
+                batch = (
+                    sampled.sequences,
+                    old_logp,
+                    ref_logp,
+                    advantages,
+                    sampled.rollout.is_finished,
+                )
                 stage.state, values = _optimise(run, programs, stage.state, *batch)
             if config.kl_weight == 0:
                 values.pop("kl", None)
@@ -141,7 +151,9 @@ def grpo(run: Run, initial: Params) -> Stage:
             values["learning_rate"] = float(programs.rate(int(stage.state.step) - 1))
             every = run.config.run.completions_every
             if every and step % every == 0:
-                stage.tracker.log_completions(step + 1, sampled_rows(examples, sampled, judged, advantages))
+                stage.tracker.log_completions(
+                    step + 1, sampled_rows(examples, sampled, judged, advantages)
+                )
             num_tokens = sum(len(e.prompt_ids) for e in examples) + int(sampled.lengths.sum())
             stage.finish(values, num_tokens)
     return stage
@@ -195,7 +207,9 @@ def _logprobs(
     if run.config.grpo.epochs * run.config.grpo.minibatches > 1:
         old_logp, _ = programs.score(params, sampled.sequences)
         is_token = host_array(update.batch_mask(sampled.sequences))
-        gap = float(np.abs(host_array(old_logp) - host_array(sampled.rollout.logps))[is_token].mean())
+        gap = float(
+            np.abs(host_array(old_logp) - host_array(sampled.rollout.logps))[is_token].mean()
+        )
     if reference is None:
         return old_logp, None, gap
     ref_logp, _ = programs.score(reference, sampled.sequences)
@@ -215,7 +229,13 @@ def _optimise(
     """Take `epochs` passes of `minibatches` optimiser steps; return the mean of their metrics."""
     config = run.config.grpo
     mask = update.batch_mask(sequences, is_finished if config.mask_truncated else None)
-    whole = sequences, old_logp, ref_logp, global_array(advantages, run.training.activation("B")), mask
+    whole = (
+        sequences,
+        old_logp,
+        ref_logp,
+        global_array(advantages, run.training.activation("B")),
+        mask,
+    )
     per_step = []
     for _ in range(config.epochs):
         for i in range(config.minibatches):
@@ -246,7 +266,8 @@ def _frozen(run: Run, params: Params) -> Params:
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     dtype = run.model.compute_dtype
     copy = jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree), out_shardings=shardings
+        lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree),
+        out_shardings=shardings,
     )
     return copy(params)
 
@@ -267,10 +288,16 @@ def _floats(values: dict[str, Any]) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
-    parser = argparse.ArgumentParser(prog="python -m jlrm.train", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.train", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
-    parser.add_argument("--json", action="store_true", help="print summary.json on stdout at the end")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change a setting")
+    parser.add_argument(
+        "--json", action="store_true", help="print summary.json on stdout at the end"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change a setting"
+    )
     args = parser.parse_args(argv)
     began = time.monotonic()
     config = load(args.config, args.overrides)

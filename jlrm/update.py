@@ -33,9 +33,9 @@ class Sequences(NamedTuple):
     """Prompts and completions, both right-padded; lengths count real tokens, the end token included."""
 
     prompts: Int[Array, "B P"]
-    prompt_lengths: Int[Array, "B"]
+    prompt_lengths: Int[Array, " B"]
     tokens: Int[Array, "B T"]
-    lengths: Int[Array, "B"]
+    lengths: Int[Array, " B"]
 
 
 class PolicyBatch(NamedTuple):
@@ -44,7 +44,7 @@ class PolicyBatch(NamedTuple):
     sequences: Sequences
     old_logp: Float[Array, "B T"]
     ref_logp: Float[Array, "B T"] | None
-    advantages: Float[Array, "B"]
+    advantages: Float[Array, " B"]
     mask: Bool[Array, "B T"]
     weights: Float[Array, "B T"]
 
@@ -74,7 +74,11 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    return (
+        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+        if config.clip_norm
+        else adamw
+    )
 
 
 def abstract_state(
@@ -158,7 +162,14 @@ def grpo_update(
         logp, entropy = _score(config, layout, distribution, params, part.sequences)
         gap = jnp.sum(jnp.where(part.mask, jnp.abs(logp - part.old_logp), 0.0))
         value, sums = policy_loss(
-            settings, logp, entropy, part.old_logp, part.ref_logp, part.advantages, part.mask, part.weights
+            settings,
+            logp,
+            entropy,
+            part.old_logp,
+            part.ref_logp,
+            part.advantages,
+            part.mask,
+            part.weights,
         )
         return value, {**sums, "old_logp_gap": gap}
 
@@ -168,7 +179,9 @@ def grpo_update(
     return state, {**whole, **{name: value / num_tokens for name, value in metrics.items()}}
 
 
-def batch_mask(sequences: Sequences, is_kept: Bool[Array, "B"] | None = None) -> Bool[Array, "B T"]:
+def batch_mask(
+    sequences: Sequences, is_kept: Bool[Array, " B"] | None = None
+) -> Bool[Array, "B T"]:
     """Return the loss mask: generated tokens, of the kept rows."""
     mask = completion_mask(sequences.lengths, sequences.tokens.shape[1])
     return mask if is_kept is None else mask & is_kept[:, None]
@@ -223,7 +236,9 @@ def _step(
     else:
         parts = _split(layout, batch, num_micro)
         shapes = jax.eval_shape(value_and_grad, state.params, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes)
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
+        )
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, value_and_grad(state.params, part)), None

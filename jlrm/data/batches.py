@@ -54,7 +54,9 @@ def encode_prompts(
     examples: list[Example] = []
     longest = 0
     for start in tqdm(
-        range(0, len(rows), ENCODE_ROWS), desc=progress, disable=not progress or len(rows) <= ENCODE_ROWS
+        range(0, len(rows), ENCODE_ROWS),
+        desc=progress,
+        disable=not progress or len(rows) <= ENCODE_ROWS,
     ):
         part = rows[start : start + ENCODE_ROWS]
         texts = [
@@ -75,7 +77,9 @@ def encode_prompts(
                     f"Row {row.id}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                     f"{config.max_prompt_tokens}. Raise it, or set data.overlong=skip."
                 )
-    dropped = collections.Counter(overlong=len(rows) - len(examples)) if len(rows) > len(examples) else {}
+    dropped = (
+        collections.Counter(overlong=len(rows) - len(examples)) if len(rows) > len(examples) else {}
+    )
     if not examples:
         raise UsageError(
             f"All {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens} "
@@ -119,7 +123,7 @@ def encode_targets(
     return Examples(kept, +dropped)
 
 
-def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.ndarray, "B"]:
+def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
     """Return the rows of a step: every epoch is a permutation of its own, and batches run across epochs."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
@@ -132,7 +136,7 @@ def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.n
 
 def pad(
     sequences: Sequence[Sequence[int]], width: int, num_rows: int | None = None
-) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
     """Return right-padded ids and lengths; with `num_rows`, the last sequence is repeated up to it."""
     sequences = list(sequences)
     sequences += [sequences[-1]] * ((num_rows or 0) - len(sequences))

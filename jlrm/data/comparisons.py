@@ -145,7 +145,9 @@ def _comparison(row: dict[str, Any], where: str, default_id: str) -> Comparison:
     meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
     if isinstance(row.get("text"), str):
         meta = {**meta, "reasoning": split_judgelm_text(row["text"])}
-    identity = next((row[key] for key in ("id", "review_id", "question_id") if key in row), default_id)
+    identity = next(
+        (row[key] for key in ("id", "review_id", "question_id") if key in row), default_id
+    )
     return Comparison(
         id=str(identity),
         **texts,

@@ -27,7 +27,9 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     if not (directory / "tokenizer.json").is_file():
-        raise UsageError(f"{directory} holds no tokenizer.json. Set model.tokenizer to a directory that does.")
+        raise UsageError(
+            f"{directory} holds no tokenizer.json. Set model.tokenizer to a directory that does."
+        )
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -55,7 +57,9 @@ def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
         listed = json.loads(file.read_text()).get("eos_token_id")
         found += listed if isinstance(listed, list) else [listed]
     if not any(token is not None for token in found):
-        raise UsageError(f"{directory} names no end token, neither in its tokenizer nor in generation_config.json.")
+        raise UsageError(
+            f"{directory} names no end token, neither in its tokenizer nor in generation_config.json."
+        )
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
@@ -86,7 +90,9 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     kinds = [decoder.get("type")] + [part.get("type") for part in decoder.get("decoders", [])]
     if "ByteLevel" not in kinds:
-        raise UsageError(f"sampling.stop_strings need a byte-level tokenizer, this one decodes by {kinds}.")
+        raise UsageError(
+            f"sampling.stop_strings need a byte-level tokenizer, this one decodes by {kinds}."
+        )
     added = {index: text for text, index in tokenizer.get_added_vocab().items()}
     spelled = byte_of_character()
     found = []

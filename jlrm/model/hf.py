@@ -139,7 +139,9 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
     return config_from_hf(source, str(file), **numerics)
 
 
-def config_from_hf(source: dict[str, Any], where: str = "config.json", **numerics: str) -> QwenConfig:
+def config_from_hf(
+    source: dict[str, Any], where: str = "config.json", **numerics: str
+) -> QwenConfig:
     """Map a config.json onto `QwenConfig`, or refuse what it asks for and we do not compute."""
     kind = source.get("model_type")
     refusals = {
@@ -224,7 +226,9 @@ def resolve(source: str) -> pathlib.Path:
     if path.is_dir():
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise UsageError(f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B).")
+        raise UsageError(
+            f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B)."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -233,7 +237,9 @@ def resolve(source: str) -> pathlib.Path:
         return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"{source} is no local directory, and the hub did not give it: {reason}") from None
+        raise UsageError(
+            f"{source} is no local directory, and the hub did not give it: {reason}"
+        ) from None
 
 
 def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> Params:
@@ -320,7 +326,9 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     if kind == "default":
         return float(theta), None
     if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(f"{where}: rope scaling {rope} is not supported; wanted none or plain YaRN.")
+        raise UsageError(
+            f"{where}: rope scaling {rope} is not supported; wanted none or plain YaRN."
+        )
     original = rope.get("original_max_position_embeddings")
     if original is None:
         original = source.get("max_position_embeddings", 32768)
@@ -358,7 +366,9 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
         try:
             file = stack.enter_context(safe_open(directory / name, framework="numpy"))
         except Exception as error:  # the library raises its own kinds and OSError alike
-            raise UsageError(f"{directory / name} is not a readable safetensors file: {error}") from None
+            raise UsageError(
+                f"{directory / name} is not a readable safetensors file: {error}"
+            ) from None
         files |= {key: file for key in file.keys()}  # noqa: SIM118 (no mapping)
     return files
 
@@ -376,10 +386,16 @@ def _check_tensors(
         for tensor in wanted
         if shapes.get(tensor.name, tensor.hf_shape) != tensor.hf_shape
     ]
-    problems = {"missing": missing, "unknown": unknown, "of another shape than config.json says": wrong}
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape than config.json says": wrong,
+    }
     text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
     if text:
-        raise UsageError(f"The weights in {directory} do not fit their config.json. Tensors {text}.")
+        raise UsageError(
+            f"The weights in {directory} do not fit their config.json. Tensors {text}."
+        )
 
 
 def _some(names: list[str], limit: int = 5) -> str:

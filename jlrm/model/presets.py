@@ -9,7 +9,9 @@ from jlrm.config import UsageError, nearest
 from jlrm.model.qwen import QwenConfig
 
 
-def _qwen25(width: int, mlp: int, layers: int, heads: int, kv_heads: int, *, tied: bool) -> QwenConfig:
+def _qwen25(
+    width: int, mlp: int, layers: int, heads: int, kv_heads: int, *, tied: bool
+) -> QwenConfig:
     return QwenConfig(
         vocab_size=151936 if tied else 152064,
         hidden_size=width,

@@ -127,7 +127,11 @@ class Attention(nn.Module):
         return out
 
     def _weight(
-        self, name: str, letters: tuple[str, ...], shape: tuple[int, ...], fan_in: tuple[int, ...] = (0,)
+        self,
+        name: str,
+        letters: tuple[str, ...],
+        shape: tuple[int, ...],
+        fan_in: tuple[int, ...] = (0,),
     ) -> Array:
         init = nn.with_partitioning(_fan_in_normal(fan_in), letters)
         value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
@@ -218,7 +222,9 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     boxed = jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
     letters = nn.get_partition_spec(boxed)
     return jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.param(spec)),
+        lambda leaf, spec: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=layout.param(spec)
+        ),
         nn.unbox(boxed),
         letters,
     )
@@ -250,7 +256,9 @@ def hidden_states(
 
 def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree per layer, the rollout layout."""
-    letters = nn.get_partition_spec(jax.eval_shape(lambda: _init(config, layout, jax.random.key(0))))
+    letters = nn.get_partition_spec(
+        jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
+    )
 
     def cast(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
@@ -275,7 +283,7 @@ def prefill(
     layout: Layout,
     params: Params,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     num_slots: int,
 ) -> tuple[Float[Array, "B T D"], list[KVCache]]:
     """Run right-padded prompts and return hidden states with caches of `num_slots` positions.
@@ -301,8 +309,8 @@ def decode_step(
     config: QwenConfig,
     layout: Layout,
     params: Params,
-    tokens: Int[Array, "B"],
-    positions: Int[Array, "B"],
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
     caches: list[KVCache],
     slot: Int[Array, ""],
     slot_mask: Bool[Array, "B S"],

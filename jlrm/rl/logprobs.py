@@ -33,7 +33,7 @@ class Distribution:
 def log_distribution(
     logits: Float[Array, "*batch V"],
     distribution: Distribution,
-    keep: Int[Array, "*batch"] | None = None,
+    keep: Int[Array, " *batch"] | None = None,
 ) -> Float[Array, "*batch V"]:
     """Return log-probabilities (nats, float32) after temperature, top-k and then top-p.
 
@@ -78,7 +78,7 @@ def completion_logps(
         return padded.reshape(num_rows, num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def score(hidden: Array, tokens: Array) -> tuple[Array, Array]:
+    def score(hidden: Array, tokens: Array) -> tuple[Array, " Array"]:
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         log_probs = log_distribution(layout.shard(logits, "B T V"), distribution, keep=tokens)
         logp = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
@@ -89,13 +89,13 @@ def completion_logps(
     _, parts = jax.lax.scan(
         lambda carry, part: (carry, score(*part)), None, (split(hidden), split(tokens))
     )
-    logp, entropy = (
-        part.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_tokens] for part in parts
-    )
+    logp, entropy = (part.swapaxes(0, 1).reshape(num_rows, -1)[:, :num_tokens] for part in parts)
     return logp, entropy
 
 
-def _kept_mask(logits: Float[Array, "*batch V"], distribution: Distribution) -> Bool[Array, "*batch V"]:
+def _kept_mask(
+    logits: Float[Array, "*batch V"], distribution: Distribution
+) -> Bool[Array, "*batch V"]:
     """Return which ids top-k and then top-p admit."""
     kept = jnp.ones(logits.shape, bool)
     if distribution.top_k:
@@ -126,7 +126,7 @@ def _largest_threshold(
     return jnp.min(jnp.where(ordered >= threshold, values, jnp.inf), axis=-1, keepdims=True)
 
 
-def _float_order(values: Float[Array, "*shape"]) -> Array:
+def _float_order(values: Float[Array, " *shape"]) -> Array:
     """Map float32 to uint32 so that the order is the same: flip all bits of negatives, else the sign."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

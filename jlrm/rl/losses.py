@@ -26,14 +26,12 @@ class PolicyLoss:
     entropy_weight: float = 0.0
 
 
-def completion_mask(lengths: Int[Array, "B"], num_tokens: int) -> Bool[Array, "B T"]:
+def completion_mask(lengths: Int[Array, " B"], num_tokens: int) -> Bool[Array, "B T"]:
     """Return which positions hold generated tokens, the end token included."""
     return jnp.arange(num_tokens)[None, :] < lengths[:, None]
 
 
-def token_weights(
-    mask: Bool[Array, "B T"], aggregation: str = "token_mean"
-) -> Float[Array, "B T"]:
+def token_weights(mask: Bool[Array, "B T"], aggregation: str = "token_mean") -> Float[Array, "B T"]:
     """Return each token's share in the loss, by the mask of the whole optimiser batch.
 
     "token_mean": 1 / all tokens (DAPO; TRL `dapo`, verl `token-mean`).
@@ -62,7 +60,7 @@ def policy_loss(
     entropy: Float[Array, "B T"],
     old_logp: Float[Array, "B T"],
     ref_logp: Float[Array, "B T"] | None,
-    advantages: Float[Array, "B"],
+    advantages: Float[Array, " B"],
     mask: Bool[Array, "B T"],
     weights: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -102,7 +100,7 @@ def policy_loss(
     return jnp.sum(weights * jnp.where(mask, token_loss, 0.0)), metrics
 
 
-def k3(logp: Float[Array, "*shape"], ref_logp: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def k3(logp: Float[Array, " *shape"], ref_logp: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
     """Return the non-negative, unbiased estimate of KL(policy | reference) from tokens of the policy.
 
     Source: http://joschu.net/blog/kl-approx.html, the estimator k3.
