@@ -58,7 +58,7 @@ class Judgements:
         )
 
 
-SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, " int"], Sampled]
+SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, int], Sampled]
 
 
 def make_sampler(run: Run, distribution: Distribution, width: int) -> SampleFn:

@@ -26,7 +26,7 @@ from jlrm.data.batches import Example, encode_prompts
 from jlrm.data.comparisons import Comparison, read_comparisons
 from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
 from jlrm.mesh import Layout, create_mesh, rollout_layout, training_layout
-from jlrm.model import hf, qwen
+from jlrm.model import hf, hf_config, qwen
 from jlrm.model.presets import preset
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.logprobs import Distribution
@@ -185,12 +185,14 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
             origin = pathlib.Path(source.path.partition("@")[0]).expanduser() / "model"
         else:
             origin = hf.resolve(source.path)
-        model = hf.read_config(origin, **numerics)
+        model = hf_config.read_config(origin, **numerics)
         hf.copy_side_files(origin, target)
     else:
         model = dataclasses.replace(preset(source.preset), **numerics)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").write_text(json.dumps(hf.config_to_hf(model, "float32"), indent=2))
+        (target / "config.json").write_text(
+            json.dumps(hf_config.config_to_hf(model, "float32"), indent=2)
+        )
     if source.tokenizer == "toy":
         toy.save_tokenizer(target)
     elif source.tokenizer:

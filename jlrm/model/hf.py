@@ -30,7 +30,7 @@ from safetensors import safe_open
 from jlrm.config import UsageError
 from jlrm.mesh import Layout
 from jlrm.model import qwen
-from jlrm.model.qwen import Params, QwenConfig, Yarn
+from jlrm.model.qwen import Params, QwenConfig
 
 TABLE = (
     ("model.embed_tokens.weight", "embed", "V D"),
@@ -118,102 +118,6 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         layers = range(config.num_hidden_layers) if path.startswith("layers.") else [None]
         found += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
     return found
-
-
-def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
-    """Read the architecture from a directory's config.json.
-
-    Args:
-      numerics: `param_dtype`, `compute_dtype` and `remat` of the result.
-
-    Raises:
-      UsageError: no such file, or a model that this code would compute differently.
-    """
-    file = directory / "config.json"
-    try:
-        source = json.loads(file.read_text())
-    except OSError as error:
-        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}.") from None
-    return config_from_hf(source, str(file), **numerics)
-
-
-def config_from_hf(
-    source: dict[str, Any], where: str = "config.json", **numerics: str
-) -> QwenConfig:
-    """Map a config.json onto `QwenConfig`, or refuse what it asks for and we do not compute."""
-    kind = source.get("model_type")
-    refusals = {
-        f"model_type={kind}": kind not in ("qwen2", "qwen3"),
-        f"hidden_act={source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
-        "use_sliding_window=true": bool(source.get("use_sliding_window")),
-        "layer_types with sliding attention": any(
-            layer != "full_attention" for layer in source.get("layer_types") or []
-        ),
-        "attention_bias=true": kind == "qwen3" and bool(source.get("attention_bias")),
-        "attention_dropout": bool(source.get("attention_dropout")),
-        "quantization_config": source.get("quantization_config") is not None,
-    }
-    for what, is_refused in refusals.items():
-        if is_refused:
-            raise UsageError(
-                f"{where}: {what} is not supported; wanted a dense, unquantised Qwen2, Qwen2.5 or Qwen3 "
-                "model with full attention."
-            )
-    theta, yarn = _rope_from_hf(source, where)
-    try:
-        heads = source["num_attention_heads"]
-        return QwenConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=source["hidden_size"],
-            intermediate_size=source["intermediate_size"],
-            num_hidden_layers=source["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=source.get("num_key_value_heads") or heads,
-            head_dim=source.get("head_dim") or _default_head_dim(source),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tie_word_embeddings=source.get("tie_word_embeddings", False),
-            rope_theta=theta,
-            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=source.get("max_position_embeddings", 32768),
-            yarn=yarn,
-            **numerics,
-        )
-    except KeyError as error:
-        raise UsageError(f"{where} has no field {error}.") from None
-
-
-def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
-    """Return a config.json for a model that has no source checkpoint.
-
-    Written in both dialects: transformers 4 reads `rope_theta` and `torch_dtype`, transformers 5
-    `rope_parameters` and `dtype`.
-    """
-    kind = "qwen3" if config.qk_norm else "qwen2"
-    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-    return {
-        "architectures": [names[kind]],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "max_position_embeddings": config.max_position_embeddings,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "torch_dtype": dtype,
-        "dtype": dtype,
-    }
 
 
 def resolve(source: str) -> pathlib.Path:
@@ -316,40 +220,6 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
-    """Read theta and scaling in the dialects of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
-    rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return float(theta), None
-    if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UsageError(
-            f"{where}: rope scaling {rope} is not supported; wanted none or plain YaRN."
-        )
-    original = rope.get("original_max_position_embeddings")
-    if original is None:
-        original = source.get("max_position_embeddings", 32768)
-    factor = rope.get("factor") or source["max_position_embeddings"] / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return float(theta), Yarn(
-        factor=float(factor),
-        original_max_position_embeddings=int(original),
-        attention_factor=float(attention),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        truncate=bool(rope.get("truncate", True)),
-    )
-
-
-def _default_head_dim(source: dict[str, Any]) -> int:
-    if source["model_type"] == "qwen3":
-        return 128  # the default of transformers' Qwen3Config, whatever the width
-    return source["hidden_size"] // source["num_attention_heads"]
 
 
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
