@@ -1,0 +1,46 @@
+# Sourced by the other scripts: makes .venv once, installs the project into it, and activates it.
+# Usage: source launch/setup.sh [EXTRA ...]      e.g. `source launch/setup.sh test`
+# PYTHON names the interpreter (3.11 to 3.13); JLRM_PACKAGES are installed besides, e.g. torch==2.13.0.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: no Python 3.11, 3.12 or 3.13 found. Install one, or set PYTHON to its path." >&2
+  return 1
+}
+
+install_project() {
+  local extras stamp wanted python
+  extras="$(IFS=,; echo "$*")"
+  stamp="$ROOT/.venv/.installed"
+  wanted="$(cksum < "$ROOT/setup.py") extras=$extras packages=${JLRM_PACKAGES:-}"
+  if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
+    return
+  fi
+  if [ ! -x "$ROOT/.venv/bin/python" ]; then
+    python="$(find_python)" || return 1
+    echo "Creating $ROOT/.venv with $("$python" --version)" >&2
+    "$python" -m venv "$ROOT/.venv" || return 1
+  fi
+  echo "Installing jlrm${extras:+[$extras]} (some minutes, once)" >&2
+  "$ROOT/.venv/bin/python" -m pip install --quiet --upgrade pip || return 1
+  if [ -n "${JLRM_PACKAGES:-}" ]; then
+    # Before the rest, so that nothing else decides their version.
+    read -r -a packages <<< "$JLRM_PACKAGES"
+    "$ROOT/.venv/bin/python" -m pip install --quiet "${packages[@]}" || return 1
+  fi
+  "$ROOT/.venv/bin/python" -m pip install --quiet -e "$ROOT${extras:+[$extras]}" || return 1
+  echo "$wanted" >> "$stamp"
+}
+
+install_project "$@" || exit 1
+# shellcheck disable=SC1091
+source "$ROOT/.venv/bin/activate"
+export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"
