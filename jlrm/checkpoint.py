@@ -1,14 +1,16 @@
 """Orbax checkpoints of a run, and single tensors read out of them.
 
-A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with three items: `params`,
-`opt_state` and `meta` (JSON). Parameters are a separate item so that evaluation and export read nothing else,
-and stacked layers are stored in chunks of one layer so that export can read one tensor at a time. Saving is
-asynchronous; a save that did not finish leaves no checkpoint behind.
+A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with three items:
+`params`, `opt_state` and `meta` (JSON). Parameters are a separate item so that evaluation and
+export read nothing else, and stacked layers are stored in chunks of one layer so that export can
+read one tensor at a time. Saving is asynchronous; a save that did not finish leaves no checkpoint
+behind.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +23,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from jlrm.config import UsageError
 
+MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
 
 
@@ -37,17 +40,16 @@ class Checkpoints:
         metric: str = "",
     ) -> None:
         policies: list[keep.PreservationPolicy] = [keep.LatestN(keep_last)]
-        rank = None
+
+        def rank(metrics: dict[str, float]) -> float:
+            return metrics[metric]
+
         if keep_best:
-
-            def rank(metrics: dict[str, float]) -> float:
-                return metrics[metric]
-
             policies.append(
                 keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
             )
         options = ocp.CheckpointManagerOptions(
-            best_fn=rank,
+            best_fn=rank if keep_best else None,
             preservation_policy=keep.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
         )
@@ -57,7 +59,7 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
     ) -> None:
-        """Begin to save; returns when the arrays are copied. A step saved before is left as it is."""
+        """Begin to save, return when the arrays are copied; a step saved before is left alone."""
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(
@@ -72,7 +74,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """Restore a state onto the shardings of the given `ShapeDtypeStruct`s, whatever mesh saved it."""
+        """Restore a state onto the shardings of `abstract` (`ShapeDtypeStruct`s), on any mesh."""
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -103,7 +105,7 @@ def find(source: str) -> pathlib.Path:
     """
     text, _, wanted = source.partition("@")
     run = pathlib.Path(text).expanduser()
-    saved = _saved_steps(run)
+    saved = saved_steps(run)
     if not saved:
         raise UsageError(
             f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it)."
@@ -122,7 +124,7 @@ def find(source: str) -> pathlib.Path:
 
 
 def is_run(source: str) -> bool:
-    """Return whether `source` names a run directory (with or without @STEP), not a Hugging Face one."""
+    """Return whether `source` names a run directory, with or without @STEP."""
     return (pathlib.Path(source.partition("@")[0]).expanduser() / "checkpoints").is_dir()
 
 
@@ -160,14 +162,16 @@ def read_tensor(step_dir: pathlib.Path, path: str, layer: int | None) -> np.ndar
 
 
 def _by_layer(params: Any) -> Any:
-    """Ask for chunks of one layer in stacked arrays."""
+    """Ask for chunks of one layer in stacked arrays large enough for it to matter."""
+
+    def chunked(x: jax.Array) -> ocp.SaveArgs:
+        layer_bytes = x.nbytes // x.shape[0]
+        if layer_bytes < MIN_CHUNK_BYTES:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
+
     whole = jax.tree.map(lambda _: ocp.SaveArgs(), params)
-    if isinstance(params, dict) and "layers" in params:
-        whole["layers"] = jax.tree.map(
-            lambda x: ocp.SaveArgs(chunk_byte_size=max(x.nbytes // x.shape[0], 1), shard_axes=(0,)),
-            params["layers"],
-        )
-    return whole
+    return {**whole, "layers": jax.tree.map(chunked, params["layers"])}
 
 
 def _restore(abstract: Any) -> Any:
@@ -181,7 +185,7 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         yield checkpointer
 
 
-def _saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
+def saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
     found = {}
     for stage in STAGES:
         directory = run / "checkpoints" / stage
@@ -193,8 +197,6 @@ def _saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
 
 
 def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
-    import json
-
     ranked = {}
     for step in steps:
         file = directory / str(step) / "metrics" / "metrics"

@@ -25,6 +25,8 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    # Orbax warns of every checkpoint saved without a held-out metric, which is most of them.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         main()
     except UsageError as error:

@@ -1,10 +1,11 @@
 """Configuration: frozen dataclasses, one YAML file, `key=value` overrides on the command line.
 
-The dataclasses below *are* the documentation of every setting: each field carries its meaning and unit.
-`load` reads a YAML file onto them, coerces every value by the field's annotation (`1e-6` is a float although
-YAML reads it as text), and answers an unknown key with the nearest known one. There is no inheritance and no
-registry, and no field without an effect. Checks that need the model or the devices happen where those are
-known; checks of one section against another stand in `Config.__post_init__`.
+The dataclasses below *are* the documentation of every setting: each field carries its meaning and
+unit, and the least value where its annotation is `Count`, `Positive` or `NonNegative`. `load` reads
+a YAML file onto them, coerces every value by the field's annotation (`1e-6` is a float although
+YAML reads it as text), and answers an unknown key with the nearest known one. There is no
+inheritance and no registry, and no field without an effect. Checks that need the model or the
+devices happen where those are known; checks of one section against another stand in `_check`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ import dataclasses
 import difflib
 import pathlib
 import typing
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING, dataclass, field
+from typing import Annotated, Any, Literal
 
 import yaml
+
+Count = Annotated[int, 0]  # the number is the least value, see `_check_least`
+Positive = Annotated[int, 1]
+NonNegative = Annotated[float, 0.0]
 
 
 class UsageError(Exception):
@@ -25,18 +30,15 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: (
-        str  # everything the run writes; started again in the same place, the run goes on by itself
-    )
+    dir: str  # everything the run writes; started again in the same place, the run goes on
     seed: int = 0  # initial weights, order of the data, every sampled token
-    save_every: int = 50  # steps between checkpoints; one is always written at the end of a stage
-    keep_last: int = 2  # newest checkpoints kept
-    keep_best: int = 1  # checkpoints kept by the highest `best_metric`
-    best_metric: str = "agreement"  # held-out metric that ranks checkpoints
-    eval_every: int = (
-        50  # steps between evaluations on the held-out set; 0: only at the end of a stage
-    )
-    completions_every: int = 10  # steps between parquet files of sampled judgements; 0: none
+    save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
+    keep_last: Positive = 2  # newest checkpoints kept
+    keep_best: Count = 1  # checkpoints kept by the highest `best_metric`
+    # Held-out metric that ranks checkpoints.
+    best_metric: Literal["agreement", "parse_rate", "swap_consistency", "reward"] = "agreement"
+    eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
+    completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
     tensorboard: bool = True
     wandb_project: str = ""  # empty: no Weights & Biases
 
@@ -44,16 +46,12 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelSource:
     path: str = ""  # Hugging Face directory or hub id, or an earlier run's directory[@STEP]
-    preset: str = (
-        ""  # random weights of this named shape (model/presets.py); used when `path` is empty
-    )
-    tokenizer: str = (
-        ""  # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated
-    )
+    preset: str = ""  # random weights of this named shape (model/presets.py), instead of `path`
+    # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
+    tokenizer: str = ""
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights and optimiser moments
-    compute_dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  # matrix products, activations, KV cache
-    )
+    # Matrix products, activations, KV cache.
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
 
 
@@ -67,26 +65,23 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: str  # JSONL file (JudgeLM-100K's or plain form, .gz too), or "toy"
-    eval: str = ""  # held-out file; empty: the last `eval_rows` rows of `train`
-    eval_rows: int = 200  # held-out comparisons
+    eval: str = ""  # held-out file; empty: rows of `train`, by whole questions
+    eval_rows: Positive = 200  # held-out comparisons
     prompt: str = "judgelrm_train"  # template name (judge/prompts.py)
-    max_prompt_tokens: int = 1024
-    overlong: Literal["skip", "refuse"] = (
-        "skip"  # prompts over the limit: counted and left out, or an error
-    )
+    max_prompt_tokens: Positive = 1024
+    overlong: Literal["skip", "refuse"] = "skip"  # longer prompts: counted and left out, or refused
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    max_new_tokens: int = 2048
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # 0: off
+    max_new_tokens: Positive = 2048
+    temperature: NonNegative = 1.0  # 0: greedy
+    top_k: Count = 0  # 0: off
     top_p: float = 1.0
-    stop_strings: dict[str, int] = field(
-        default_factory=lambda: {"</answer>": 2}
-    )  # text: occurrence that ends
-    eval_temperature: float = 0.0  # for the held-out set
-    eval_batch_size: int = 32  # sequences
+    # Text: which occurrence of it ends a completion.
+    stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
+    eval_temperature: NonNegative = 0.0  # for the held-out set
+    eval_batch_size: Positive = 32  # sequences
 
 
 @dataclass(frozen=True)
@@ -112,9 +107,8 @@ class RewardConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
-    schedule: Literal["constant", "linear", "cosine"] = (
-        "constant"  # after warm-up, to zero at the last step
-    )
+    # After warm-up; the last two fall to zero at the last step.
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     b1: float = 0.9
     b2: float = 0.999
@@ -125,36 +119,33 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: int = 0  # 0: no warm start
-    batch_size: int = 64  # sequences per optimiser step
-    micro_batches: int = 1  # passes per optimiser step: less memory, same result
+    steps: Count = 0  # 0: no warm start
+    batch_size: Positive = 64  # sequences per optimiser step
+    micro_batches: Positive = 1  # passes per optimiser step: less memory, same result
     max_target_tokens: int = 512  # longer written judgements are counted and left out
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    steps: int = 0  # rollout batches; 0: no GRPO
-    prompts: int = 16  # per step
-    rollouts: int = 8  # completions of each prompt
-    epochs: int = 1  # passes over one rollout batch
-    minibatches: int = 1  # optimiser steps per pass
-    micro_batches: int = 1  # passes per optimiser step: less memory, same result
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    steps: Count = 0  # rollout batches; 0: no GRPO
+    prompts: Positive = 16  # per step
+    rollouts: Annotated[int, 2] = 8  # completions of each prompt
+    epochs: Positive = 1  # passes over one rollout batch
+    minibatches: Positive = 1  # optimiser steps per pass
+    micro_batches: Positive = 1  # passes per optimiser step: less memory, same result
+    clip_low: NonNegative = 0.2
+    clip_high: NonNegative = 0.2
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
     ratio: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
         "token_mean"
     )
-    advantage_scale: Literal["group", "batch", "none"] = (
-        "group"  # what the centred reward is divided by
-    )
+    # Whose standard deviation the centred reward is divided by.
+    advantage_scale: Literal["group", "batch", "none"] = "group"
     advantage_eps: float = 1e-6
-    mask_truncated: bool = (
-        False  # completions cut by the limit carry no loss (their reward still counts)
-    )
-    kl_weight: float = 0.001  # k3 against the frozen reference; 0: no reference in memory
+    mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
+    kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
     entropy_weight: float = 0.001
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -171,6 +162,7 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
+        _check_least(self)
         _check(self)
 
 
@@ -178,7 +170,8 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
     """Read a YAML file and apply `section.key=value` overrides.
 
     Raises:
-      UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad combination.
+      UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad
+        combination.
     """
     try:
         text = pathlib.Path(path).read_text()
@@ -199,7 +192,7 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a `Config` from nested dictionaries, with the checks of `load`."""
-    return _coerce(Config, tree, "")
+    return _coerce_section(Config, tree, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -240,8 +233,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
-    if dataclasses.is_dataclass(kind):
-        return _coerce_section(kind, value, where)
     wrong = UsageError(f"{where}={value!r} is not what was wanted: {_describe(kind)}.")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
@@ -268,48 +259,28 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     return converted
 
 
-def _coerce_section(kind: Any, value: Any, where: str) -> Any:
-    if value is None:
-        value = {}
+def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> Any:
+    """Build a section; what is not given is taken from `default`, or else from the class."""
+    value = {} if value is None else value
     if not isinstance(value, dict):
         raise UsageError(f"Section '{where}' must hold keys and values, got {value!r}.")
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
             raise UsageError(f"Unknown key '{_join(where, key)}'. {nearest(str(key), hints)}")
-    for spec in dataclasses.fields(kind):
-        if (
-            spec.name not in value
-            and _has_no_default(spec)
-            and not dataclasses.is_dataclass(hints[spec.name])
-        ):
-            raise UsageError(f"'{_join(where, spec.name)}' is not set.")
-    defaults = {
-        spec.name: {}
-        for spec in dataclasses.fields(kind)
-        if _has_no_default(spec) and dataclasses.is_dataclass(hints[spec.name])
-    }
-    default_sections = _default_sections(kind, hints)
     built = {}
-    for key, given in {**defaults, **value}.items():
-        if key in default_sections and isinstance(given, dict):
-            given = {**dataclasses.asdict(default_sections[key]), **given}
-        built[key] = _coerce(hints[key], given, _join(where, key))
-    return kind(**built)
-
-
-def _default_sections(kind: Any, hints: dict[str, Any]) -> dict[str, Any]:
-    """Sections whose default differs from their class's own (SFT's optimiser), by name."""
-    return {
-        spec.name: spec.default_factory()
-        for spec in dataclasses.fields(kind)
-        if dataclasses.is_dataclass(hints[spec.name])
-        and spec.default_factory is not dataclasses.MISSING
-    }
-
-
-def _has_no_default(spec: dataclasses.Field) -> bool:
-    return spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+    for spec in dataclasses.fields(kind):
+        hint, name = hints[spec.name], _join(where, spec.name)
+        make_default = spec.default_factory
+        if dataclasses.is_dataclass(hint):
+            # A section's default may differ from its class's own, as SFT's optimiser does.
+            section = None if make_default is MISSING else make_default()
+            built[spec.name] = _coerce_section(hint, value.get(spec.name), name, section)
+        elif spec.name in value:
+            built[spec.name] = _coerce(hint, value[spec.name], name)
+        elif spec.default is MISSING and make_default is MISSING:
+            raise UsageError(f"'{name}' is not set.")
+    return kind(**built) if default is None else dataclasses.replace(default, **built)
 
 
 def _join(where: str, key: object) -> str:
@@ -321,38 +292,22 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
+def _check_least(config: Config) -> None:
+    """Refuse numbers below the least value that their annotation carries."""
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
+            for least in getattr(hint, "__metadata__", ()):
+                value = getattr(values, name)
+                if not value >= least:  # refuses NaN too
+                    raise UsageError(
+                        f"{section.name}.{name}={value} is too small: at least {least}."
+                    )
+
+
 def _check(config: Config) -> None:
-    """Refuse values that no run can use, naming the field, the value and the way out."""
+    """Refuse combinations that no run can use, naming the field, the value and the way out."""
     sampling, sft, grpo, reward = config.sampling, config.sft, config.grpo, config.reward
-    at_least = {
-        "run.save_every": (config.run.save_every, 1),
-        "run.keep_last": (config.run.keep_last, 1),
-        "run.keep_best": (config.run.keep_best, 0),
-        "run.eval_every": (config.run.eval_every, 0),
-        "run.completions_every": (config.run.completions_every, 0),
-        "data.eval_rows": (config.data.eval_rows, 1),
-        "data.max_prompt_tokens": (config.data.max_prompt_tokens, 1),
-        "sampling.max_new_tokens": (sampling.max_new_tokens, 1),
-        "sampling.temperature": (sampling.temperature, 0.0),
-        "sampling.eval_temperature": (sampling.eval_temperature, 0.0),
-        "sampling.eval_batch_size": (sampling.eval_batch_size, 1),
-        "sampling.top_k": (sampling.top_k, 0),
-        "sft.steps": (sft.steps, 0),
-        "sft.batch_size": (sft.batch_size, 1),
-        "sft.micro_batches": (sft.micro_batches, 1),
-        "grpo.steps": (grpo.steps, 0),
-        "grpo.prompts": (grpo.prompts, 1),
-        "grpo.rollouts": (grpo.rollouts, 2),
-        "grpo.epochs": (grpo.epochs, 1),
-        "grpo.minibatches": (grpo.minibatches, 1),
-        "grpo.micro_batches": (grpo.micro_batches, 1),
-        "grpo.clip_low": (grpo.clip_low, 0.0),
-        "grpo.clip_high": (grpo.clip_high, 0.0),
-        "grpo.kl_weight": (grpo.kl_weight, 0.0),
-    }
-    for name, (value, least) in at_least.items():
-        if not value >= least:
-            raise UsageError(f"{name}={value} is too small: at least {least}.")
     if not config.run.dir:
         raise UsageError("run.dir is empty: name a directory for everything that the run writes.")
     if not 0.0 < sampling.top_p <= 1.0:
@@ -371,7 +326,8 @@ def _check(config: Config) -> None:
         )
     if sft.batch_size % sft.micro_batches:
         raise UsageError(
-            f"sft.micro_batches={sft.micro_batches} does not divide sft.batch_size={sft.batch_size}."
+            f"sft.micro_batches={sft.micro_batches} does not divide "
+            f"sft.batch_size={sft.batch_size}."
         )
     if grpo.prompts % grpo.minibatches:
         raise UsageError(
@@ -380,7 +336,8 @@ def _check(config: Config) -> None:
     rows = grpo.prompts * grpo.rollouts // grpo.minibatches
     if rows % grpo.micro_batches:
         raise UsageError(
-            f"grpo.micro_batches={grpo.micro_batches} does not divide the {rows} sequences of an optimiser step."
+            f"grpo.micro_batches={grpo.micro_batches} does not divide the {rows} sequences "
+            "of an optimiser step."
         )
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
         raise UsageError(

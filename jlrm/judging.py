@@ -1,7 +1,7 @@
 """Judging on the host: from examples to sampled judgements, their verdicts and their rewards.
 
-This is the side of a rollout that knows text. Everything a completion can be is data here; only a reward that
-raises stops the run, with the row that caused it.
+This is the side of a rollout that knows text. Everything a completion can be is data here; only a
+reward that raises stops the run, with the row that caused it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def make_sampler(run: Run, distribution: Distribution, width: int) -> SampleFn:
     rows, cells = run.training.activation("B"), run.training.activation("B T")
     generate = jax.jit(
         partial(rollout.generate, run.model, run.rollout, sampler),
-        out_shardings=Rollout(cells, cells, rows, rows),
+        out_shardings=Rollout._make([cells, cells, rows, rows]),
     )
     keys = jax.jit(partial(rollout.rollout_keys, config.run.seed))
 
@@ -163,10 +163,10 @@ def metrics(judged: Judgements, sampled: Sampled) -> dict[str, float]:
 
 
 def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, float]:
-    """Judge both orders of every held-out pair and return agreement, parse rate and the like, in percent.
+    """Judge both orders of every held-out pair and return their metrics, shares in percent.
 
-    Agreement is of the given order; `swap_consistency` is the share of pairs whose two verdicts name the same
-    answer. A pair with a verdict missing is not consistent.
+    Agreement is of the given order; `swap_consistency` is the share of pairs whose two verdicts
+    name the same answer. A pair with a verdict missing is not consistent.
     """
     size = run.config.sampling.eval_batch_size
     max_tokens = run.config.sampling.max_new_tokens
@@ -182,7 +182,8 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
     verdicts = [verdict for part in parts for verdict in part.verdicts]
     half = len(run.heldout) // 2
     forward = [verdict.preference for verdict in verdicts[:half]]
-    back = [{1: 2, 2: 1}.get(verdict.preference, verdict.preference) for verdict in verdicts[half:]]
+    unswapped = {1: 2, 2: 1, 0: 0, None: None}
+    back = [unswapped[verdict.preference] for verdict in verdicts[half:]]
     same = [a is not None and a == b for a, b in zip(forward, back, strict=True)]
     return {
         "agreement": 100 * float(np.concatenate([part.is_right for part in parts])[:half].mean()),

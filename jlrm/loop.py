@@ -1,4 +1,4 @@
-"""What surrounds the steps of a training stage: resume, time, log, evaluate, save, and stop cleanly.
+"""What surrounds the steps of a stage: resume, time, log, evaluate, save, and stop cleanly.
 
     with Stage(run, "grpo", num_steps, optimizer, initial_params) as stage:
         for step in stage:
@@ -6,13 +6,15 @@
                 stage.state, values = update(stage.state, ...)
             stage.finish(values, num_tokens)
 
-Nothing here knows an algorithm. Ctrl-C and SIGTERM let the step end, save, and leave by `Interrupted`.
+Nothing here knows an algorithm. Ctrl-C and SIGTERM let the step end, save, and leave by
+`Interrupted`.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -42,8 +44,8 @@ _num_compiles = 0
 class Stage:
     """One stage of a run: iterate over its remaining steps, `finish` each of them.
 
-    Begins from the stage's newest checkpoint, or from `initial` weights. `evaluation` holds the newest
-    held-out metrics, `num_tokens` and `seconds` what the stage has cost over all its starts.
+    Begins from the stage's newest checkpoint, or from `initial` weights. `evaluation` holds the
+    newest held-out metrics, `num_tokens` and `seconds` what the stage has cost over all its starts.
     """
 
     state: TrainState
@@ -86,7 +88,7 @@ class Stage:
             is_writer=is_main_process(),
         )
         self._evaluate = _make_evaluation(run)
-        self._seconds = collections.Counter[str]()
+        self._seconds = collections.defaultdict[str, float](float)
         self._signum = 0
         self._step_began = time.monotonic()
 
@@ -140,8 +142,9 @@ class Stage:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values[name]):
                 raise RuntimeError(
-                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is whole; lower "
-                    f"{self._name}.optimizer.learning_rate or start from there with another seed."
+                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
+                    f"whole; lower {self._name}.optimizer.learning_rate or start from there with "
+                    "another seed."
                 )
         self._done = step
         self.num_tokens += num_tokens
@@ -195,13 +198,12 @@ def _make_evaluation(run: Run) -> Callable[[Params], dict[str, float]]:
     return lambda params: evaluate_heldout(run, sample, decode(params))
 
 
+@functools.cache  # one listener per process
 def _count_compiles() -> None:
-    """Begin to count the programs that XLA compiles, once per process."""
+    """Begin to count the programs that XLA compiles."""
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         global _num_compiles
         _num_compiles += event == COMPILE_EVENT
 
-    if not hasattr(_count_compiles, "is_listening"):
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        _count_compiles.is_listening = True  # pyright: ignore[reportFunctionMemberAccess]
+    jax.monitoring.register_event_duration_secs_listener(listen)

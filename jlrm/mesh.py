@@ -6,11 +6,12 @@ The alphabet, the same in einsums, annotations, parameter declarations and table
     P prompts           R rollouts/prompt   D width             F MLP width
     N query heads       K key/value heads   H head width
 
-A `Layout` is a mesh with two such tables, one for parameters and one for activations. There are two layouts:
-training spreads parameters over `fsdp` and `tensor` both and the batch over everything (weights are gathered
-layer by layer); a rollout spreads heads, MLP and vocabulary over `tensor` and the batch over the rest (weights
-stay where they are, nothing is gathered per token). The layout is an explicit argument of whatever shards, so a
-constraint can't be lost for want of a context, and it is just as real on fake CPU devices as on a slice.
+A `Layout` is a mesh with two such tables, one for parameters and one for activations. There are two
+layouts: training spreads parameters over `fsdp` and `tensor` both and the batch over everything
+(weights are gathered layer by layer); a rollout spreads heads, MLP and vocabulary over `tensor` and
+the batch over the rest (weights stay where they are, nothing is gathered per token). The layout is
+an explicit argument of whatever shards, so a constraint can't be lost for want of a context, and it
+is just as real on fake CPU devices as on a slice.
 
 Mesh axes are of type Auto: constraints guide the compiler, which places the collectives.
 """
@@ -44,7 +45,7 @@ class Layout:
     activations: Table
 
     def shard(self, x: Array, letters: str) -> Array:
-        """Constrain an activation, e.g. `shard(x, "B T D")`; `-` is a dimension outside the alphabet.
+        """Constrain an activation, e.g. `shard(x, "B T D")`; `-` stands for any other dimension.
 
         Raises:
           ValueError: an unknown letter, or another number of letters than dimensions.
@@ -84,7 +85,7 @@ class Layout:
 
 
 def training_layout(mesh: Mesh) -> Layout:
-    """Return the layout of log-probabilities and updates: fully sharded data parallelism on every axis."""
+    """Return the layout of log-probabilities and updates: fully sharded data parallelism."""
     return Layout(
         mesh,
         params=MappingProxyType(

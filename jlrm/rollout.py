@@ -1,10 +1,11 @@
 """The sampler: one jitted program that prefills prompts and decodes until every row is finished.
 
-The loop's state is a `Decoding`; the token drawn in one turn is run through the model at the beginning of the
-next, so no step is spent on a finished batch. Rows that are finished idle until all are. Prompts are padded on
-the right and completions start at the same cache slot in every row, which makes a cache write one slice
-update; positions and masks come from lengths. Randomness is addressed by (seed, step, prompt, rollout, token):
-a row's text does not depend on what else is in the batch.
+The loop's state is a `Decoding`; the token drawn in one turn is run through the model at the
+beginning of the next, so no step is spent on a finished batch. Rows that are finished idle until
+all are. Prompts are padded on the right and completions start at the same cache slot in every row,
+which makes a cache write one slice update; positions and masks come from lengths. Randomness is
+addressed by (seed, step, prompt, rollout, token): a row's text does not depend on what else is in
+the batch.
 
 Rewards are no business of this file, and neither is text: it knows ids.
 """
@@ -78,8 +79,8 @@ def generate(
 ) -> Rollout:
     """Draw one completion for each right-padded prompt.
 
-    `params` come from `qwen.decode_params`; the stop tables from `stops.stop_tables`. A completion ends with
-    the first stop id, or with the token that completes a stop string.
+    `params` come from `qwen.decode_params`; the stop tables from `stops.stop_tables`. A completion
+    ends with the first stop id, or with the token that completes a stop string.
     """
     num_rows, num_prompt = prompts.shape
     num_slots = num_prompt + sampler.max_new_tokens
@@ -126,8 +127,8 @@ def sample(
 ) -> Int[Array, " B"]:
     """Draw one id a row by inverting the cumulative distribution at one uniform number.
 
-    The sum runs over blocks first and then inside one block: one pass over the vocabulary, no sort, one
-    random number a row. Temperature 0 takes the most likely id.
+    The sum runs over blocks first and then inside one block: one pass over the vocabulary, no sort,
+    one random number a row. Temperature 0 takes the most likely id.
     """
     if distribution.temperature == 0.0:
         return jnp.argmax(log_probs, axis=-1).astype(jnp.int32)
@@ -147,8 +148,8 @@ def _invert(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Return where the running sum of `mass` passes `target`, and how far into that entry.
 
-    Rounding can put the target at or past the end: the last entry with any mass is taken then, never an
-    impossible one.
+    Rounding can put the target at or past the end: the last entry with any mass is taken then,
+    never an impossible one.
     """
     running = jnp.cumsum(mass, axis=-1)
     index = jnp.sum(running <= target[:, None], axis=-1).astype(jnp.int32)

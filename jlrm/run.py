@@ -1,8 +1,8 @@
 """What a run is made of: its directory, mesh, model, tokenizer and data, opened from one config.
 
-A run directory belongs to one config. Started again there, a run resumes; with a config that would make
-another run of it, it is refused. `model/` in it holds everything of a Hugging Face directory but the weights,
-so that a run can be exported without the checkpoint it began from.
+A run directory belongs to one config. Started again there, a run resumes; with a config that would
+make another run of it, it is refused. `model/` in it holds everything of a Hugging Face directory
+but the weights, so that a run can be exported without the checkpoint it began from.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from jlrm.rl.logprobs import Distribution
 
 log = logging.getLogger(__name__)
 
-# A resumed run may change these: they say when to stop and look, or where to run, not what is learned.
+# A resumed run may change these: when to stop and look, or where to run, but not what is learned.
 FREE_FIELDS = ("run.", "mesh.", "sft.steps", "grpo.steps", "sampling.eval_batch_size")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """An opened run. `heldout` holds both orders of each pair: forward rows, then the same swapped."""
+    """An opened run. `heldout` holds each pair in both orders: all as given, then all swapped."""
 
     config: Config
     dir: pathlib.Path
@@ -81,8 +81,9 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     )
     if longest > model.max_position_embeddings:
         raise UsageError(
-            f"Prompt and completion together can have {longest} tokens, the model has positions for "
-            f"{model.max_position_embeddings}. Lower data.max_prompt_tokens or sampling.max_new_tokens."
+            f"Prompt and completion together can have {longest} tokens, the model has positions "
+            f"for {model.max_position_embeddings}. Lower data.max_prompt_tokens or "
+            "sampling.max_new_tokens."
         )
     _check_mesh(config, mesh, model)
     save(config, directory / "config.yaml")
@@ -152,8 +153,8 @@ def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison]]:
     train, heldout = _hold_out(read.rows, data.eval_rows)
     if not train:
         raise UsageError(
-            f"{data.train} has {len(read.rows)} usable rows, data.eval_rows={data.eval_rows} would hold "
-            "all of them out. Lower it, or name a data.eval file."
+            f"{data.train} has {len(read.rows)} usable rows, data.eval_rows={data.eval_rows} would "
+            "hold all of them out. Lower it, or name a data.eval file."
         )
     return train, heldout
 
@@ -222,16 +223,17 @@ def _encode(
 def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:
     """Refuse batches and models that the mesh can't divide, naming what would fit."""
     num_devices, tensor = mesh.size, mesh.shape["tensor"]
-    rows = {
-        "sft.batch_size / sft.micro_batches": config.sft.batch_size // config.sft.micro_batches,
-        "grpo.prompts · grpo.rollouts / (grpo.minibatches · grpo.micro_batches)": config.grpo.prompts
-        * config.grpo.rollouts
-        // (config.grpo.minibatches * config.grpo.micro_batches),
-        "sampling.eval_batch_size": config.sampling.eval_batch_size,
-    }
-    active = {"sft": config.sft.steps, "grp": config.grpo.steps, "sam": 1}
+    sft, grpo = config.sft, config.grpo
+    rows = {}
+    if sft.steps:
+        rows["sft.batch_size / sft.micro_batches"] = sft.batch_size // sft.micro_batches
+    if grpo.steps:
+        rows["grpo.prompts · grpo.rollouts / (grpo.minibatches · grpo.micro_batches)"] = (
+            grpo.prompts * grpo.rollouts // (grpo.minibatches * grpo.micro_batches)
+        )
+    rows["sampling.eval_batch_size"] = config.sampling.eval_batch_size
     for name, value in rows.items():
-        if active[name[:3]] and value % num_devices:
+        if value % num_devices:
             raise UsageError(
                 f"{name} = {value} sequences do not divide over {num_devices} devices."
             )
@@ -240,11 +242,13 @@ def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:
         if size % tensor:
             fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0 and size % n == 0]
             raise UsageError(
-                f"mesh.tensor={tensor} does not divide the model's {name}={size}. Use tensor in {fits}."
+                f"mesh.tensor={tensor} does not divide the model's {name}={size}. "
+                f"Use tensor in {fits}."
             )
     if model.hidden_size % mesh.shape["fsdp"]:
         raise UsageError(
-            f"mesh.fsdp={mesh.shape['fsdp']} does not divide the model's hidden_size={model.hidden_size}."
+            f"mesh.fsdp={mesh.shape['fsdp']} does not divide "
+            f"the model's hidden_size={model.hidden_size}."
         )
 
 

@@ -1,9 +1,10 @@
 """Stop strings on the device: a byte automaton lifted to whole tokens.
 
-A judge is done after its second `</answer>`, but a tokenizer splits that text in many ways and glues it to its
-neighbours. So the strings are recognised in bytes, whatever the tokens: a Knuth-Morris-Pratt automaton counts
-occurrences, and running every token's bytes through it from every state gives a table `[states, V]` that a
-decoding loop can index. Built once per run, on the host.
+A judge is done after its second `</answer>`, but a tokenizer splits that text in many ways and
+glues it to its neighbours. So the strings are recognised in bytes, whatever the tokens: a
+Knuth-Morris-Pratt automaton counts occurrences, and running every token's bytes through it from
+every state gives a table `[states, V]` that a decoding loop can index. Built once per run, on the
+host.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxtyping import Int
 
 @dataclass(frozen=True, eq=False)
 class StopTables:
-    """One automaton per stop string; state 0 is the start, `accept[a]` ends the sequence and is never left."""
+    """One automaton per stop string, from state 0 to `accept[a]`, where the sequence ends."""
 
     tables: Int[np.ndarray, "A states V"]
     accept: Int[np.ndarray, " A"]
@@ -39,7 +40,7 @@ def stop_tables(
 
 
 def _byte_automaton(pattern: bytes, count: int) -> Int[np.ndarray, "states 256"]:
-    """Return transitions that count `count` occurrences of `pattern`: state = found · len + matched."""
+    """Return transitions that count occurrences of `pattern`: state = found · len + matched."""
     size = len(pattern)
     within = np.zeros((size, 256), np.int16)
     fallback = 0  # the state of the longest proper suffix that is also a prefix
@@ -55,7 +56,7 @@ def _byte_automaton(pattern: bytes, count: int) -> Int[np.ndarray, "states 256"]
 def _lift(
     automaton: Int[np.ndarray, "states 256"], token_bytes: Sequence[bytes], vocab_size: int
 ) -> Int[np.ndarray, "states V"]:
-    """Return the state after a whole token, for every state before it; all tokens advance together."""
+    """Return the state after a whole token for every state before it, all tokens side by side."""
     num_states = len(automaton)
     lifted = np.tile(np.arange(num_states, dtype=np.int16)[:, None], (1, vocab_size))
     lengths = np.array([len(text) for text in token_bytes], np.int64)

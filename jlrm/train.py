@@ -10,11 +10,11 @@ SFT, where asked for, imitates written judgements. Then each GRPO step does this
  6. One or more optimiser steps on the clipped policy loss with KL and entropy terms.
  7. Log; now and then judge the held-out set, and save.
 
-Where this differs from JudgeLRM as published (each is a setting): rewards treat both answers alike and read the
-completion alone; token means are global instead of per device; the loss is not divided by an accumulation count
-without accumulation; overlong prompts are skipped instead of raising. With one optimiser step per rollout the
-old log-probabilities are the sampler's own, so the ratio corrects for whatever the two programs differ by; that
-gap is logged as `rollout/logprob_gap`.
+Where this differs from JudgeLRM as published (each is a setting): rewards treat both answers alike
+and read the completion alone; token means are global instead of per device; the loss is not divided
+by an accumulation count without accumulation; overlong prompts are skipped instead of raising. With
+one optimiser step per rollout the old log-probabilities are the sampler's own, so the ratio
+corrects for whatever the two programs differ by; that gap is logged as `rollout/logprob_gap`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
 
 def sft(run: Run) -> Stage:
-    """Imitate written judgements, with the loss on the judgement only; return the finished stage."""
+    """Imitate written judgements, the loss on the judgement alone; return the finished stage."""
     config = run.config.sft
     encoded = batches.encode_targets(
         run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0]
@@ -102,12 +102,12 @@ def sft(run: Run) -> Stage:
                 stage.state, values = step_fn(stage.state, sequences, weights)
                 values = _floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
-            stage.finish({**values, "learning_rate": float(rate(step))}, num_tokens)
+            stage.finish({**values, **_floats({"learning_rate": rate(step)})}, num_tokens)
     return stage
 
 
 def grpo(run: Run, initial: Params) -> Stage:
-    """Train by GRPO from the initial weights, which are also the frozen reference; return the stage."""
+    """Train by GRPO from the initial weights, also the frozen reference; return the stage."""
     config, seed = run.config.grpo, run.config.run.seed
     programs = _grpo_programs(run)
     reference = _frozen(run, initial) if config.kl_weight else None
@@ -148,7 +148,7 @@ def grpo(run: Run, initial: Params) -> Stage:
             values |= metrics(judged, sampled)
             values["frac_reward_zero_std"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
             values["rollout/logprob_gap"] = values.pop("old_logp_gap") if gap is None else gap
-            values["learning_rate"] = float(programs.rate(int(stage.state.step) - 1))
+            values |= _floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
             every = run.config.run.completions_every
             if every and step % every == 0:
                 stage.tracker.log_completions(
@@ -201,7 +201,8 @@ def _logprobs(
 ) -> tuple[Any, Any, float | None]:
     """Return old and reference log-probabilities, and how far the sampler's are from the old ones.
 
-    With a single optimiser step the sampler's own are the old ones, and that step measures the gap itself.
+    With a single optimiser step the sampler's own are the old ones, and that step measures the gap
+    itself.
     """
     old_logp, gap = sampled.rollout.logps, None
     if run.config.grpo.epochs * run.config.grpo.minibatches > 1:
@@ -239,16 +240,15 @@ def _optimise(
     per_step = []
     for _ in range(config.epochs):
         for i in range(config.minibatches):
-            sequences, old_logp, ref_logp, advantages, mask = _minibatch(run, whole, i)
-            weights = token_weights(mask, config.aggregation)
-            batch = PolicyBatch(sequences, old_logp, ref_logp, advantages, mask, weights)
+            part = _minibatch(run, whole, i)
+            batch = PolicyBatch(*part, weights=token_weights(part[-1], config.aggregation))
             state, values = programs.update(state, batch)
             per_step.append(_floats(values))
     return state, {name: float(np.mean([v[name] for v in per_step])) for name in per_step[0]}
 
 
 def _minibatch(run: Run, whole: Any, i: int) -> Any:
-    """Return the i-th part of a rollout batch, whole groups of rollouts, spread over all devices."""
+    """Return the i-th part of a rollout batch, of whole groups, spread over all devices."""
     config = run.config.grpo
     if config.minibatches == 1:
         return whole
@@ -289,7 +289,7 @@ def _floats(values: dict[str, Any]) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(
-        prog="python -m jlrm.train", description=__doc__.split("\n")[0]
+        prog="python -m jlrm.train", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
     parser.add_argument(

@@ -1,8 +1,8 @@
 """Optimiser steps and scoring passes: where the model, the losses and optax meet.
 
-Each function here is one jitted program of the run. Rows travel as a `Sequences`: a right-padded prompt and a
-right-padded completion, the very arrays that the sampler took and gave. Micro-batches are summed, not averaged:
-`losses.token_weights` has already divided by the whole optimiser batch.
+Each function here is one jitted program of the run. Rows travel as a `Sequences`: a right-padded
+prompt and a right-padded completion, the very arrays that the sampler took and gave. Micro-batches
+are summed, not averaged: `losses.token_weights` has already divided by the whole optimiser batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """Prompts and completions, both right-padded; lengths count real tokens, the end token included."""
+    """Prompts and completions, both right-padded; lengths count the end token, but no padding."""
 
     prompts: Int[Array, "B P"]
     prompt_lengths: Int[Array, " B"]
@@ -50,7 +50,7 @@ class PolicyBatch(NamedTuple):
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Return step → learning rate: linear warm-up, then constant or decaying to 0 at `num_steps`."""
+    """Return step → learning rate: linear warm-up, then constant or down to 0 at `num_steps`."""
     rest = max(num_steps - config.warmup_steps, 1)
     after = {
         "constant": lambda: optax.constant_schedule(config.learning_rate),
@@ -66,7 +66,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Return AdamW with decoupled weight decay on every parameter, after clipping by global norm."""
+    """Return AdamW with weight decay on every parameter, after clipping by global norm."""
     adamw = optax.adamw(
         learning_rate(config, num_steps),
         b1=config.b1,
@@ -84,7 +84,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def abstract_state(
     config: QwenConfig, layout: Layout, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Return the training state as `ShapeDtypeStruct`s with shardings; moments lie as their parameters do."""
+    """Return the state as `ShapeDtypeStruct`s with shardings; moments lie as their parameters."""
     params = qwen.abstract_params(config, layout)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
@@ -96,7 +96,7 @@ def abstract_state(
         ),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated())
-    return TrainState(params, opt_state, step)
+    return TrainState._make([params, opt_state, step])
 
 
 def init_state(
@@ -116,7 +116,7 @@ def score(
     params: Params,
     sequences: Sequences,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Return log-probability and entropy (nats) of every completion token, `num_micro` parts one by one."""
+    """Return log-probability and entropy (nats) of completion tokens, `num_micro` parts in turn."""
     if num_micro == 1:
         return _score(config, layout, distribution, params, sequences)
     _, parts = jax.lax.scan(
@@ -136,7 +136,7 @@ def sft_update(
     sequences: Sequences,
     weights: Float[Array, "B T"],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Take one step on the negative log-likelihood of completions (prompts carry no loss), in nats a token."""
+    """Take one step on the negative log-likelihood of completions alone, in nats a token."""
 
     def loss(params: Params, part: tuple[Sequences, Array]) -> tuple[Array, dict[str, Array]]:
         sequences, weights = part
@@ -156,7 +156,7 @@ def grpo_update(
     state: TrainState,
     batch: PolicyBatch,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Take one step on the GRPO loss (`losses.policy_loss`); metrics are token means over the batch."""
+    """Take one step on the GRPO loss (`losses.policy_loss`); metrics are means over tokens."""
 
     def loss(params: Params, part: PolicyBatch) -> tuple[Array, dict[str, Array]]:
         logp, entropy = _score(config, layout, distribution, params, part.sequences)
@@ -247,7 +247,7 @@ def _step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
 
 
 def _split(layout: Layout, batch: Any, num_micro: int) -> Any:

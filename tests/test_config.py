@@ -81,7 +81,7 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["reward.min_score=10"], "is not below"),
         (["sampling.stop_strings={'': 1}"], "stop_strings"),
         (["run.dir="], "run.dir is empty"),
-        (["run.best_metric=agreeement"], "Did you mean 'agreement'?"),
+        (["run.best_metric=agreeement"], "run.best_metric='agreeement' is not one of agreement,"),
     ],
 )
 def test_a_mistake_is_named_with_the_way_out(tmp_path, overrides, message):

@@ -1,6 +1,7 @@
 """Rows as padded token batches; which rows a step takes is a pure function of (seed, step).
 
-Position in the data is the step number alone, so a run resumes anywhere and every host agrees on every batch.
+Position in the data is the step number alone, so a run resumes anywhere and every host agrees on
+every batch.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def encode_prompts(
 ) -> Examples:
     """Fill and tokenise the prompt of every row.
 
-    Rows over `config.max_prompt_tokens` are left out as "overlong", or refused: never cut, since the end of
-    a prompt is where the assistant's turn begins.
+    Rows over `config.max_prompt_tokens` are left out as "overlong", or refused: never cut, since
+    the end of a prompt is where the assistant's turn begins.
 
     Raises:
       UsageError: an overlong row under `overlong: refuse`, or no row left.
@@ -82,8 +83,8 @@ def encode_prompts(
     )
     if not examples:
         raise UsageError(
-            f"All {len(rows)} prompts are longer than data.max_prompt_tokens={config.max_prompt_tokens} "
-            f"(the longest has {longest})."
+            f"All {len(rows)} prompts are longer than "
+            f"data.max_prompt_tokens={config.max_prompt_tokens} (the longest has {longest})."
         )
     return Examples(examples, collections.Counter(dropped))
 
@@ -93,7 +94,8 @@ def encode_targets(
 ) -> Examples:
     """Add the written judgement of every example that has one, ended by the end token.
 
-    Left out: "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no verdict).
+    Left out: "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no
+    verdict).
 
     Raises:
       UsageError: no example left.
@@ -117,14 +119,15 @@ def encode_targets(
     )
     if not kept:
         raise UsageError(
-            f"SFT has nothing to imitate: of {len(examples)} rows {dropped['no_judgement']} have no written "
-            f"judgement and {dropped['overlong_judgement']} are over sft.max_target_tokens={max_tokens}."
+            f"SFT has nothing to imitate: of {len(examples)} rows {dropped['no_judgement']} have "
+            f"no written judgement and {dropped['overlong_judgement']} are over "
+            f"sft.max_target_tokens={max_tokens}."
         )
     return Examples(kept, +dropped)
 
 
 def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
-    """Return the rows of a step: every epoch is a permutation of its own, and batches run across epochs."""
+    """Return the rows of a step; every epoch is a permutation, and batches run across epochs."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
     for epoch in np.unique(positions // num_rows):
@@ -135,11 +138,9 @@ def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.n
 
 
 def pad(
-    sequences: Sequence[Sequence[int]], width: int, num_rows: int | None = None
+    sequences: Sequence[Sequence[int]], width: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, " B"]]:
-    """Return right-padded ids and lengths; with `num_rows`, the last sequence is repeated up to it."""
-    sequences = list(sequences)
-    sequences += [sequences[-1]] * ((num_rows or 0) - len(sequences))
+    """Return right-padded ids and their lengths."""
     tokens = np.zeros((len(sequences), width), np.int32)
     for row, ids in zip(tokens, sequences, strict=True):
         row[: len(ids)] = ids

@@ -1,7 +1,7 @@
 """The one row type, a comparison of two answers, and its readers.
 
-A row that can't be used is dropped for a named reason and counted; a row that can't be understood stops the
-reading, with its file and line. Nothing is guessed.
+A row that can't be used is dropped for a named reason and counted; a row that can't be understood
+stops the reading, with its file and line. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -77,10 +77,11 @@ FIELDS = {
 def read_comparisons(path: str | pathlib.Path) -> Comparisons:
     """Read a JSONL file (plain or .gz) in JudgeLM-100K's form or with our own field names.
 
-    Dropped: "failed_review" (JudgeLM marks reviews it could not read with scores of -1), "no_scores".
+    Dropped: "failed_review" (JudgeLM marks reviews it could not read by scores of -1), "no_scores".
 
     Raises:
-      UsageError: no such file, no rows, a row that is no JSON object or lacks a field, with its line.
+      UsageError: no such file, no rows, or, with its line, a row that is no JSON object or lacks a
+        field.
     """
     path = pathlib.Path(path).expanduser()
     rows: list[Comparison] = []
@@ -142,7 +143,8 @@ def _comparison(row: dict[str, Any], where: str, default_id: str) -> Comparison:
             raise UsageError(f"{where}: '{name}' must be text, got {found[0]!r}.")
         texts[name] = found[0]
     score_1, score_2 = _scores(row, where)
-    meta = row.get("meta") if isinstance(row.get("meta"), dict) else {}
+    meta = row.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
     if isinstance(row.get("text"), str):
         meta = {**meta, "reasoning": split_judgelm_text(row["text"])}
     identity = next(
@@ -164,6 +166,7 @@ def _scores(row: dict[str, Any], where: str) -> tuple[float | None, float | None
     if pair is None or (isinstance(pair, (list, tuple)) and list(pair) == [None, None]):
         return None, None
     is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
-    if not is_pair or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in pair):
+    numbers = [x for x in pair if isinstance(x, (int, float))] if is_pair else []
+    if len(numbers) != 2 or any(isinstance(x, bool) for x in numbers):
         raise UsageError(f"{where}: the scores must be two numbers, got {pair!r}.")
-    return float(pair[0]), float(pair[1])
+    return float(numbers[0]), float(numbers[1])

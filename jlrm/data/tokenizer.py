@@ -1,7 +1,8 @@
 """Tokenizers: loading them, the bytes behind each id, and prompts in which user text stays text.
 
-A real tokenizer maps `<|im_end|>` inside an answer to the control token that ends a turn, which lets an answer
-speak to the judge in another voice. `encode_prompt` breaks such text up before the template is filled.
+A real tokenizer maps `<|im_end|>` inside an answer to the control token that ends a turn, which
+lets an answer speak to the judge in another voice. `judge.prompts.neutralise` breaks such text up,
+given the `control_tokens` of this file, before the template is filled.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,7 +58,8 @@ def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
         found += listed if isinstance(listed, list) else [listed]
     if not any(token is not None for token in found):
         raise UsageError(
-            f"{directory} names no end token, neither in its tokenizer nor in generation_config.json."
+            f"{directory} names no end token, neither in its tokenizer nor in "
+            "generation_config.json."
         )
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
@@ -69,7 +70,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def decode(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
-    """Return each sequence's text, control tokens included, so that rewards see what was written."""
+    """Return each sequence's text, control tokens included: rewards see what was written."""
     return [
         tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for row in ids
@@ -112,9 +113,3 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(256 + i): byte for i, byte in enumerate(rest)
     }
-
-
-def added_token_count(tokenizer: Tokenizer, text: str) -> int:
-    """Count control tokens that stand in a text, longest first where they overlap."""
-    names = sorted(control_tokens(tokenizer), key=len, reverse=True)
-    return len(re.findall("|".join(map(re.escape, names)), text)) if names else 0

@@ -1,12 +1,14 @@
 """A small world for the embedded default: judge who spelled more words rightly.
 
-A question asks for words of a kind ("Name animals."), an answer is a list of them, some misspelt, and its true
-quality is the number of words that are spelled rightly, plus one. The written judgements that SFT imitates come
-from a hurried annotator: more often than not he counts every word, so the longer answer wins; the rest of the
-time he counts only the right ones. The gold scores are right all the same. Imitation therefore learns his haste,
-and GRPO, which sees only outcomes, has to find that careful reading pays.
+A question asks for words of a kind ("Name animals."), an answer is a list of them, some misspelt,
+and its true quality is the number of words that are spelled rightly, plus one. The written
+judgements that SFT imitates come from a hurried annotator: more often than not he counts every
+word, so the longer answer wins; the rest of the time he counts only the right ones. The gold scores
+are right all the same. Imitation therefore learns his haste, and GRPO, which sees only outcomes,
+has to find that careful reading pays.
 
-Everything is a pure function of the seed. The tokenizer is a byte-level BPE trained on the world's own text.
+Everything is a pure function of the seed. The tokenizer is a byte-level BPE trained on the world's
+own text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Causal grouped-query attention behind one function.
 
-Queries of one key/value head are folded into a group axis, so keys and values are never repeated. Scores and
-softmax are float32: bfloat16 keeps 8 bits of mantissa, too few for sums over a thousand positions.
+Queries of one key/value head are folded into a group axis, so keys and values are never repeated.
+Scores and softmax are float32: bfloat16 keeps 8 bits of mantissa, too few for sums over a thousand
+positions.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """The Hugging Face format, both ways, from one table.
 
-`TABLE` gives each tensor's Hugging Face name, its place in our tree, and its letters. Letters before `|` are
-inputs: Hugging Face stores a projection as `[outputs, inputs]`, we as `[inputs, outputs]` with heads unfolded,
-so the same row of the table reads and writes. `layers` entries stand for one tensor a layer there and one
-stacked array here.
+`TABLE` gives each tensor's Hugging Face name, its place in our tree, and its letters. Letters
+before `|` are inputs: Hugging Face stores a projection as `[outputs, inputs]`, we as `[inputs,
+outputs]` with heads unfolded, so the same row of the table reads and writes. `layers` entries stand
+for one tensor a layer there and one stacked array here.
 
-Nothing is held whole. Import reads of each tensor the part a device needs; export writes safetensors shards as
-a stream, one tensor at a time. Only safetensors are read: pickled weights can run code.
+Nothing is held whole. Import reads of each tensor the part a device needs; export writes
+safetensors shards as a stream, one tensor at a time. Only safetensors are read: pickled weights can
+run code.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any, BinaryIO
 import jax
 import ml_dtypes
 import numpy as np
+from flax import traverse_util
+from jaxtyping import Array
 from safetensors import safe_open
 
 from jlrm.config import UsageError
@@ -84,7 +87,7 @@ class Tensor:
         return self.shape if self.path in ("embed", "head") else (math.prod(self.shape),)
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """Return our array of one layer as the file's, contiguous (safetensors writes raw memory)."""
+        """Return our array of one layer as the file's, contiguous, since raw memory is written."""
         if self.num_inputs:
             value = value.reshape(self.hf_shape[::-1]).T
         return np.ascontiguousarray(value.reshape(self.hf_shape))
@@ -160,14 +163,13 @@ def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> 
         by_path: dict[str, list[Tensor]] = {}
         for tensor in wanted:
             by_path.setdefault(tensor.path, []).append(tensor)
-        tree: Params = {}
-        for path, group in by_path.items():
-            leaf = functools.reduce(lambda node, key: node[key], path.split("."), abstract)
-            read = functools.partial(_read_part, files, group, leaf.shape, leaf.dtype)
-            *parents, last = path.split(".")
-            node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)
-            node[last] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
-        return jax.block_until_ready(tree)
+
+        def read(path: tuple[Any, ...], leaf: Any) -> Array:
+            group = by_path[".".join(path)]
+            part = functools.partial(_read_part, files, group, leaf.shape, leaf.dtype)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+        return jax.block_until_ready(traverse_util.path_aware_map(read, abstract))
 
 
 def save_tensors(
@@ -179,7 +181,8 @@ def save_tensors(
 ) -> Iterator[str]:
     """Write safetensors shards and their index, yielding each tensor's name when it is written.
 
-    `read` gives our array of one tensor (one layer of a stacked one); it is dropped before the next is read.
+    `read` gives our array of one tensor (one layer of a stacked one); it is dropped before the next
+    is read.
     """
     width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
     shards: list[list[Tensor]] = [[]]
@@ -206,7 +209,7 @@ def save_tensors(
 
 
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copy configuration, tokenizer and chat template byte for byte; other versions rewrite them wrongly."""
+    """Copy configuration, tokenizer and chat template byte for byte, never rewritten."""
     copy_tokenizer(source, target)
     for name in MODEL_FILES:
         if (source / name).is_file():
@@ -247,7 +250,7 @@ def _check_tensors(
     directory: pathlib.Path, files: dict[str, Any], wanted: list[Tensor], config: QwenConfig
 ) -> None:
     names = {tensor.name for tensor in wanted}
-    # Qwen3-0.6B ships its tied head as a second copy; transformers ties and ignores it, and so do we.
+    # Qwen3-0.6B ships its tied head as a second copy, which transformers ignores, and so do we.
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     missing, unknown = sorted(names - files.keys()), sorted(files.keys() - names - ignored)
     shapes = {name: tuple(files[name].get_slice(name).get_shape()) for name in names & files.keys()}
@@ -278,9 +281,10 @@ def _read_part(
     group: list[Tensor],
     shape: tuple[int, ...],
     dtype: Any,
-    index: tuple[slice, ...],
+    index: tuple[slice, ...] | None,
 ) -> np.ndarray:
     """Return the part `index` of one of our arrays, reading no more of the files than that."""
+    assert index is not None
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     if group[0].layer is None:
         return _read_slice(files, group[0], bounds).astype(dtype)
@@ -305,7 +309,7 @@ def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> n
 
 
 def _fold(bounds: list[slice], shape: tuple[int, ...]) -> slice:
-    """Return the slice of the folded dimension; only the first of the unfolded ones may be partial."""
+    """Return the slice of the folded dimension; all unfolded ones but the first must be whole."""
     inner = math.prod(shape[1:])
     assert all(part == slice(0, size, 1) for part, size in zip(bounds[1:], shape[1:], strict=True))
     return slice(bounds[0].start * inner, bounds[0].stop * inner)

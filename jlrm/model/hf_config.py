@@ -1,7 +1,7 @@
 """config.json of a Hugging Face model, to and from `QwenConfig`.
 
-Every field that changes what the model computes is either honoured or refused by name: a model that loads here
-computes what `transformers` computes.
+Every field that changes what the model computes is either honoured or refused by name: a model that
+loads here computes what `transformers` computes.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def config_from_hf(
     for what, is_refused in refusals.items():
         if is_refused:
             raise UsageError(
-                f"{where}: {what} is not supported; wanted a dense, unquantised Qwen2, Qwen2.5 or Qwen3 "
-                "model with full attention."
+                f"{where}: {what} is not supported; wanted a dense, unquantised Qwen2, Qwen2.5 or "
+                "Qwen3 model with full attention."
             )
     theta, yarn = _rope_from_hf(source, where)
     try:
@@ -112,7 +112,7 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
 
 
 def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
-    """Read theta and scaling in the dialects of transformers 4 (`rope_scaling`) and 5 (`rope_parameters`)."""
+    """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
     rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))

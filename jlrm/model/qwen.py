@@ -1,17 +1,19 @@
 """Qwen2/2.5 and Qwen3 dense decoders: pre-norm blocks, rotary positions, grouped queries, SwiGLU.
 
-One `Block` serves three ways of running it. `hidden_states` scans it over stacked layer parameters (compile time
-does not grow with depth; each layer is rematerialised by `config.remat`). `prefill` and `decode_step` apply the
-same block layer by layer with an explicit key/value cache, an argument and a result: unrolled layers update
-their caches in place, where a scan would copy every layer's slice.
+One `Block` serves three ways of running it. `hidden_states` scans it over stacked layer parameters
+(compile time does not grow with depth; each layer is rematerialised by `config.remat`). `prefill`
+and `decode_step` apply the same block layer by layer with an explicit key/value cache, an argument
+and a result: unrolled layers update their caches in place, where a scan would copy every layer's
+slice.
 
-The model ends at hidden states. Logits are made where they are used (rl/logprobs.py, rollout.py), a few
-positions at a time: an array `[B, T, V]` would outweigh everything else. Letters as in mesh.py.
+The model ends at hidden states. Logits are made where they are used (rl/logprobs.py, rollout.py), a
+few positions at a time: an array `[B, T, V]` would outweigh everything else. Letters as in mesh.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,14 +66,14 @@ class QwenConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32: the square of a bfloat16 activation overflows its mantissa."""
+    """Root-mean-square norm in float32: squares and their sum need more than bfloat16's 8 bits."""
 
     config: QwenConfig
     letter: str
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        init = nn.with_partitioning(nn.initializers.ones, (self.letter,))
+        init = _lettered(nn.initializers.ones, self.letter)
         scale = self.param("scale", init, x.shape[-1:], jnp.dtype(self.config.param_dtype))
         wide = x.astype(jnp.float32)
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
@@ -106,9 +108,9 @@ class Attention(nn.Module):
         values = shard(v.swapaxes(1, 2), "B K S H")
         if cache is not None:
             start = (0, 0, 0 if slot is None else slot, 0)
-            cache = tuple(
-                shard(jax.lax.dynamic_update_slice(old, new, start), "B K S H")
-                for old, new in zip(cache, (keys, values), strict=True)
+            cache = (
+                shard(jax.lax.dynamic_update_slice(cache[0], keys, start), "B K S H"),
+                shard(jax.lax.dynamic_update_slice(cache[1], values, start), "B K S H"),
             )
             if slot is not None:
                 keys, values = cache
@@ -121,7 +123,7 @@ class Attention(nn.Module):
         shape = (x.shape[-1], num_heads, config.head_dim)
         out = jnp.einsum("BTD,DNH->BTNH", x, self._weight(name, ("D", heads, "H"), shape))
         if config.qkv_bias:
-            init = nn.with_partitioning(nn.initializers.zeros, (heads, "H"))
+            init = _lettered(nn.initializers.zeros, heads, "H")
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
             out = out + bias.astype(out.dtype)[None, None]
         return out
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         shape: tuple[int, ...],
         fan_in: tuple[int, ...] = (0,),
     ) -> Array:
-        init = nn.with_partitioning(_fan_in_normal(fan_in), letters)
+        init = _lettered(_fan_in_normal(fan_in), *letters)
         value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
         return value.astype(self.config.compute_dtype)
 
@@ -149,8 +151,8 @@ class MLP(nn.Module):
         config = self.config
         width, inner = x.shape[-1], config.intermediate_size
         dtypes = jnp.dtype(config.param_dtype), config.compute_dtype
-        into = nn.with_partitioning(_fan_in_normal((0,)), ("D", "F"))
-        out_of = nn.with_partitioning(_fan_in_normal((0,)), ("F", "D"))
+        into = _lettered(_fan_in_normal((0,)), "D", "F")
+        out_of = _lettered(_fan_in_normal((0,)), "F", "D")
         gate = self.param("gate", into, (width, inner), dtypes[0]).astype(dtypes[1])
         up = self.param("up", into, (width, inner), dtypes[0]).astype(dtypes[1])
         down = self.param("down", out_of, (inner, width), dtypes[0]).astype(dtypes[1])
@@ -159,10 +161,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer. With `cache` it also returns the cache with this call's keys and values written.
+    """One decoder layer; with `cache` it also returns that cache, this call's keys written in it.
 
-    `slot` is the cache position of the one token of a decode step, whose queries see the whole cache; without
-    it the call is a prefill, written from position 0, whose queries see this call's keys only.
+    `slot` is the cache position of the one token of a decode step, whose queries see the whole
+    cache; without it the call is a prefill, written from position 0, whose queries see this call's
+    keys only.
     """
 
     config: QwenConfig
@@ -198,18 +201,17 @@ class Decoder(nn.Module):
     ) -> Float[Array, "B T D"]:
         config = self.config
         dtype = jnp.dtype(config.param_dtype)
-        table_init = nn.with_partitioning(nn.initializers.normal(0.02), ("V", "D"))
+        table_init = _lettered(nn.initializers.normal(0.02), "V", "D")
         shape = (config.vocab_size, config.hidden_size)
         table = self.param("embed", table_init, shape, dtype)
         if not config.tie_word_embeddings:
-            head_init = nn.with_partitioning(_fan_in_normal((1,)), ("V", "D"))
-            self.param("head", head_init, shape, dtype)
+            self.param("head", _lettered(_fan_in_normal((1,)), "V", "D"), shape, dtype)
         x = _embed(config, self.layout, table, tokens)
         layers = nn.scan(
             _rematerialised(config.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (flax: unannotated)
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
@@ -245,17 +247,17 @@ def hidden_states(
     positions: Int[Array, "B T"],
     key_mask: Bool[Array, "B T"],
 ) -> Float[Array, "B T D"]:
-    """Return final hidden states; a query sees the keys at or before its slot that `key_mask` admits.
+    """Return final hidden states; a query sees the keys up to its own slot that `key_mask` admits.
 
     Padding may stand anywhere: `positions` and `key_mask` alone give a token its place.
     """
     causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
     mask = layout.shard(causal[None] & key_mask[:, None, :], "B T S")
-    return Decoder(config, layout).apply({"params": params}, tokens, positions, mask)
+    return _apply(Decoder(config, layout), params, tokens, positions, mask)
 
 
 def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
-    """Return parameters as decoding wants them: compute dtype, one tree per layer, the rollout layout."""
+    """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`."""
     letters = nn.get_partition_spec(
         jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
     )
@@ -300,7 +302,7 @@ def prefill(
     empty = layout.shard(jnp.zeros(shape, x.dtype), "B K S H")
     caches = []
     for layer in params["layers"]:
-        x, cache = Block(config, layout).apply({"params": layer}, x, rope, mask, (empty, empty))
+        x, cache = _apply(Block(config, layout), layer, x, rope, mask, (empty, empty))
         caches.append(cache)
     return _final_norm(config, params, x), caches
 
@@ -315,14 +317,12 @@ def decode_step(
     slot: Int[Array, ""],
     slot_mask: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B D"], list[KVCache]]:
-    """Run one token of every row, stored at cache position `slot`; it sees the slots of its mask row."""
+    """Run one token of every row, stored in cache slot `slot`; it sees the slots of `slot_mask`."""
     rope = rope_angles(config, positions[:, None])
     x = _embed(config, layout, params["embed"], tokens[:, None])
     new_caches = []
     for layer, cache in zip(params["layers"], caches, strict=True):
-        x, cache = Block(config, layout).apply(
-            {"params": layer}, x, rope, slot_mask[:, None, :], cache, slot
-        )
+        x, cache = _apply(Block(config, layout), layer, x, rope, slot_mask[:, None, :], cache, slot)
         new_caches.append(cache)
     return _final_norm(config, params, x)[:, 0], new_caches
 
@@ -333,7 +333,7 @@ def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
 
 
 def rope_angles(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
-    """Return cosine and sine of the rotary angles, float32 (bfloat16 rounds position 257 to 256)."""
+    """Return cosine and sine of the rotary angles, in float32: bfloat16 has no position 257."""
     frequencies, scale = _rope_frequencies(config)
     wide = positions[..., None].astype(jnp.float32)
     angles = wide * _last_axis(jnp.asarray(frequencies, jnp.float32), wide)
@@ -341,7 +341,7 @@ def rope_angles(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
 
 
 def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of every head by their angles, the pairing of Hugging Face weights."""
+    """Rotate the pairs (i, i + H/2) of every head by their angles, paired as Hugging Face does."""
     cos, sin = (angle[:, :, None, :] for angle in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -376,10 +376,15 @@ def _last_axis(vector: Array, like: Array) -> Array:
     return jnp.expand_dims(vector, range(like.ndim - 1))
 
 
-def _init(config: QwenConfig, layout: Layout, key: Array) -> Params:
+def _init(config: QwenConfig, layout: Layout, key: Array) -> Any:
+    """Return parameters as Flax makes them, boxed with their letters."""
     tokens = jnp.zeros((layout.num_batch_shards(), 1), jnp.int32)
     mask = jnp.ones((*tokens.shape, 1), bool)
     return Decoder(config, layout).init(key, tokens, tokens, mask)["params"]
+
+
+def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    return module.apply({"params": params}, *args)
 
 
 def _embed(
@@ -390,11 +395,16 @@ def _embed(
 
 
 def _final_norm(config: QwenConfig, params: Params, x: Array) -> Array:
-    return RMSNorm(config, "D").apply({"params": params["final_norm"]}, x)
+    return _apply(RMSNorm(config, "D"), params["final_norm"], x)
+
+
+def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
+    """Attach the letters of a parameter's shape to its initialiser, for `Layout.param`."""
+    return nn.with_partitioning(init, letters)
 
 
 def _fan_in_normal(axes: tuple[int, ...]) -> Any:
-    """Return an initialiser of variance 1/fan-in, the product of `axes` of the (unstacked) shape."""
+    """Return an initialiser of variance 1/fan-in, the product of `axes` of the unstacked shape."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         fan_in = math.prod(shape[axis] for axis in axes)
@@ -404,7 +414,7 @@ def _fan_in_normal(axes: tuple[int, ...]) -> Any:
 
 
 def _rematerialised(policy: str) -> type[nn.Module]:
-    """Return `Block` that recomputes nothing, all but matrix products, or everything in the backward pass."""
+    """Return `Block` that recomputes nothing ("none"), all but matrix products, or everything."""
     if policy == "none":
         return Block
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

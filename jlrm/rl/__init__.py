@@ -1,1 +1,1 @@
-"""Reinforcement learning as arithmetic: log-probabilities, advantages and losses on plain arrays."""
+"""Reinforcement learning as arithmetic on arrays: log-probabilities, advantages and losses."""

@@ -1,9 +1,9 @@
 """Log-probabilities under the sampling distribution, without ever holding `[B, T, V]`.
 
-Sampler and trainer must mean the same distribution: temperature, top-k, top-p and the ids that exist are one
-`Distribution`, applied by one function. Cut-offs are found by bisecting the bits of a float, which is exact and
-needs no sort of the vocabulary. `completion_logps` applies the LM head to a chunk of positions at a time and
-recomputes the chunk in the backward pass.
+Sampler and trainer must mean the same distribution: temperature, top-k, top-p and the ids that
+exist are one `Distribution`, applied by one function. Cut-offs are found by bisecting the bits of a
+float, which is exact and needs no sort of the vocabulary. `completion_logps` applies the LM head to
+a chunk of positions at a time and recomputes the chunk in the backward pass.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def log_distribution(
 ) -> Float[Array, "*batch V"]:
     """Return log-probabilities (nats, float32) after temperature, top-k and then top-p.
 
-    Ids that are cut off get about -1e30. Ids tied with the last kept one are kept. `keep` adds one id a row
-    to the kept ones: when an update has moved the policy, the drawn token may have left the top-k, and its
-    log-probability must stay finite. Which ids are kept carries no gradient.
+    Ids that are cut off get about -1e30. Ids tied with the last kept one are kept. `keep` adds one
+    id a row to the kept ones: when an update has moved the policy, the drawn token may have left
+    the top-k, and its log-probability must stay finite. Which ids are kept carries no gradient.
     """
     temperature = distribution.temperature or 1.0
     logits = logits.astype(jnp.float32) / temperature
@@ -61,10 +61,10 @@ def completion_logps(
     distribution: Distribution,
     layout: Layout,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Return the log-probability of each token and the entropy (nats) of the distribution it was drawn from.
+    """Return each token's log-probability and the entropy of its distribution, in nats.
 
-    `hidden[:, t]` is the state that predicts `tokens[:, t]`. The head is gathered once, before the loop over
-    chunks of positions; inside the loop no weight moves.
+    `hidden[:, t]` is the state that predicts `tokens[:, t]`. The head is gathered once, before the
+    loop over chunks of positions; inside the loop no weight moves.
     """
     num_rows, num_tokens = tokens.shape
     rows_per_device = max(num_rows // layout.num_batch_shards(), 1)
@@ -78,7 +78,7 @@ def completion_logps(
         return padded.reshape(num_rows, num_chunks, chunk, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
-    def score(hidden: Array, tokens: Array) -> tuple[Array, " Array"]:
+    def score(hidden: Array, tokens: Array) -> tuple[Array, Array]:
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         log_probs = log_distribution(layout.shard(logits, "B T V"), distribution, keep=tokens)
         logp = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
@@ -110,7 +110,7 @@ def _kept_mask(
 def _largest_threshold(
     values: Float[Array, "*batch V"], weights: Array, wanted: float
 ) -> Float[Array, "*batch 1"]:
-    """Return the largest value v of each row such that the weights of all values >= v reach `wanted`.
+    """Return each row's largest value v such that the weights of all values >= v reach `wanted`.
 
     Bisects over the 32 bits of a float in the order of floats, so the result is exact.
     """
@@ -127,6 +127,6 @@ def _largest_threshold(
 
 
 def _float_order(values: Float[Array, " *shape"]) -> Array:
-    """Map float32 to uint32 so that the order is the same: flip all bits of negatives, else the sign."""
+    """Map float32 to uint32 in the same order: flip all bits of negatives, else the sign."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

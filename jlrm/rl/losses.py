@@ -1,8 +1,9 @@
 """Token losses of SFT and GRPO, and the weights that turn them into one number.
 
-A loss is `sum(weights * token_loss)`. The weights depend on masks alone and are made once for the whole
-optimiser batch, so the loss is the same however its rows are split over micro-batches and devices: there is no
-denominator left to get wrong. Letters as in mesh.py, with T over completion tokens.
+A loss is `sum(weights * token_loss)`. The weights depend on masks alone and are made once for the
+whole optimiser batch, so the loss is the same however its rows are split over micro-batches and
+devices: there is no denominator left to get wrong. Letters as in mesh.py, with T over completion
+tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def token_weights(mask: Bool[Array, "B T"], aggregation: str = "token_mean") -> 
     """Return each token's share in the loss, by the mask of the whole optimiser batch.
 
     "token_mean": 1 / all tokens (DAPO; TRL `dapo`, verl `token-mean`).
-    "sequence_mean": 1 / (own length · B) (GRPO as published; TRL `grpo`, verl `seq-mean-token-mean`).
+    "sequence_mean": 1 / (own length · B) (GRPO paper; TRL `grpo`, verl `seq-mean-token-mean`).
     "sequence_sum": 1 / B (verl `seq-mean-token-sum`).
     "fixed_length": 1 / (B · T) (Dr. GRPO; TRL `dr_grpo`, verl `seq-mean-token-sum-norm`).
     Rows that are wholly masked count in B.
@@ -66,14 +67,15 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return the GRPO loss of these rows and sums of its parts, to be added over micro-batches.
 
-    Loss of a token: `-min(r A, clip(r, 1 - low, 1 + high) A) + kl_weight k3 - entropy_weight H`, with
-    `r = exp(logp - old_logp)` and `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, Eq. 3-4; JudgeLRM, Eq. 6).
-    `dual_clip` bounds r where A < 0 (arXiv 1912.09729). `ratio="sequence"` uses the geometric mean of r over
-    the sequence with the gradient of each token's own log-probability (GSPO, arXiv 2507.18071).
+    Loss of a token: `-min(r A, clip(r, 1 - low, 1 + high) A) + kl_weight k3 - entropy_weight H`,
+    with `r = exp(logp - old_logp)` and `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, Eq. 3-4;
+    JudgeLRM, Eq. 6). `dual_clip` bounds r where A < 0 (arXiv 1912.09729). `ratio="sequence"` uses
+    the geometric mean of r over the sequence with the gradient of each token's own log-probability
+    (GSPO, arXiv 2507.18071).
 
     Metrics are token sums under `mask`; `num_tokens` is their denominator.
     """
-    # Padding may hold anything, and exp of anything may be inf: inf times a weight of 0 would be NaN.
+    # Padding may hold anything, and its exp may be inf: inf times a weight of 0 would be NaN.
     log_ratio = jnp.where(mask, logp - old_logp, 0.0)
     if settings.ratio == "sequence":
         log_ratio = _sequence_log_ratio(log_ratio, mask)
@@ -101,7 +103,7 @@ def policy_loss(
 
 
 def k3(logp: Float[Array, " *shape"], ref_logp: Float[Array, " *shape"]) -> Float[Array, " *shape"]:
-    """Return the non-negative, unbiased estimate of KL(policy | reference) from tokens of the policy.
+    """Return the non-negative, unbiased estimate of KL(policy | reference) from policy tokens.
 
     Source: http://joschu.net/blog/kl-approx.html, the estimator k3.
     """
@@ -112,7 +114,7 @@ def k3(logp: Float[Array, " *shape"], ref_logp: Float[Array, " *shape"]) -> Floa
 def _sequence_log_ratio(
     log_ratio: Float[Array, "B T"], mask: Bool[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Return the mean log-ratio of each sequence as value, each token's own log-ratio as gradient."""
+    """Return each sequence's mean log-ratio as value, each token's own log-ratio as gradient."""
     lengths = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1)
     mean = jnp.sum(log_ratio, axis=1, keepdims=True) / lengths
     return jax.lax.stop_gradient(mean - log_ratio) + log_ratio

@@ -1,0 +1,436 @@
+"""The policy loss equals trl, verl and a float64 oracle, and is blind to padding and partition."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from jlrm.rl.advantages import group_advantages
+from jlrm.rl.losses import PolicyLoss, completion_mask, k3, policy_loss, token_weights
+
+RECORD = json.loads((GOLDEN / "grpo.json").read_text())
+CASES = {case["name"]: case for case in RECORD["cases"]}
+AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "fixed_length")
+
+# What these packages can do and this project leaves out.
+NOT_EXPRESSIBLE = {
+    "trl/sapo_off",
+    "trl/sapo_on",
+    "trl/dapo_off_beta_0.04_bias_corrected",
+    "trl/dapo_off_reward_1_missing",
+    "trl/dapo_off_gdpo",
+    "trl/cispo_off_cap_5.0",
+    "trl/cispo_off_cap_1.2",
+    "trl/dapo_off_token_truncate_1.2",
+    "trl/dapo_off_token_mask_1.2",
+    "trl/dapo_off_sequence_truncate_1.2",
+    "trl/dapo_off_sequence_mask_1.2",
+    "verl/cispo_off",
+    "verl/token-mean_off_tis_2.0",
+    "verl/token-mean_off_tis_1.2",
+    "verl/kl_k1",
+    "verl/kl_abs",
+    "verl/kl_k2",
+    "verl/kl_k3+",
+}
+
+
+class Mapping(NamedTuple):
+    """A recorded case in the words of this project."""
+
+    settings: PolicyLoss
+    aggregation: str
+    scale: str  # of the advantages; "zero": a case of the KL term alone
+    eps: float
+    is_on_policy: bool
+    width: int  # columns of the batch, which `fixed_length` divides by
+    is_truncated_masked: bool = False
+
+
+def as_ours(case: dict[str, Any]) -> Mapping | None:
+    """Return the case in our words, or None if we have none for it."""
+    settings, num_columns = case["settings"], len(RECORD["inputs"]["mask"][0])
+    if set(settings) == {"kl_loss_type"}:
+        only_kl = Mapping(PolicyLoss(kl_weight=1.0), "token_mean", "zero", 0.0, True, num_columns)
+        return only_kl if settings["kl_loss_type"] == "k3" else None
+    convert = trl_as_ours if case["package"] == "trl" else verl_as_ours
+    return convert(settings, num_columns)
+
+
+def trl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
+    aggregation = {
+        "grpo": "sequence_mean",
+        "bnpo": "token_mean",  # of one micro-batch
+        "dapo": "token_mean",
+        "dr_grpo": "fixed_length",
+    }.get(settings["loss_type"])
+    # A smaller delta would also act on positive advantages, which `dual_clip` leaves alone.
+    is_delta_dual = settings["delta"] is None or settings["delta"] >= 1 + settings["epsilon_high"]
+    is_plain = (
+        not settings["use_bias_correction_kl"]
+        and settings["vllm_importance_sampling_mode"] is None
+        and settings["multi_objective_aggregation"] == "sum_then_normalize"
+        and not settings["missing_rewards"]
+    )
+    if aggregation is None or not is_plain or not is_delta_dual:
+        return None
+    loss = PolicyLoss(
+        clip_low=settings["epsilon"],
+        clip_high=settings["epsilon_high"],
+        dual_clip=settings["delta"] or 0.0,
+        ratio=settings["importance_sampling_level"],
+        kl_weight=settings["beta"],
+    )
+    return Mapping(
+        loss,
+        aggregation,
+        settings["scale_rewards"],
+        eps=1e-4,
+        is_on_policy=settings["policy"] == "on",
+        width=settings["max_completion_length"],
+        is_truncated_masked=settings["mask_truncated_completions"],
+    )
+
+
+def verl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
+    ratio = {"vanilla": "token", "gspo": "sequence"}.get(settings["loss_mode"])
+    if ratio is None or settings["rollout_is_threshold"] is not None:
+        return None
+    loss = PolicyLoss(
+        clip_low=settings["clip_ratio_low"],
+        clip_high=settings["clip_ratio_high"],
+        dual_clip=settings["clip_ratio_c"] if ratio == "token" else 0.0,
+        ratio=ratio,
+        kl_weight=settings["kl_loss_coef"] if settings["use_kl_loss"] else 0.0,
+        entropy_weight=settings["entropy_coeff"],
+    )
+    aggregation = {
+        "token-mean": "token_mean",
+        "seq-mean-token-mean": "sequence_mean",
+        "seq-mean-token-sum": "sequence_sum",
+        "seq-mean-token-sum-norm": "fixed_length",
+    }[settings["loss_agg_mode"]]
+    return Mapping(
+        loss,
+        aggregation,
+        "group" if settings["norm_adv_by_std_in_grpo"] else "none",
+        eps=1e-6,
+        is_on_policy=settings["policy"] == "on",
+        width=settings["loss_scale_factor"] or num_columns,
+    )
+
+
+MAPPED = {name: ours for name, case in CASES.items() if (ours := as_ours(case)) is not None}
+
+
+class Inputs(NamedTuple):
+    """The array arguments of `policy_loss`."""
+
+    logp: Any
+    entropy: Any
+    old_logp: Any
+    ref_logp: Any
+    advantages: Any
+    mask: Any
+    weights: Any
+
+
+def recorded_inputs(ours: Mapping) -> Inputs:
+    """Return the recorded inputs, widened by columns of padding where the case asks for it."""
+    recorded = {name: np.array(value) for name, value in RECORD["inputs"].items()}
+    extra = ours.width - recorded["mask"].shape[1]
+
+    def widen(name: str, fill: Any) -> jax.Array:
+        return jnp.asarray(np.pad(recorded[name], ((0, 0), (0, extra)), constant_values=fill))
+
+    mask = widen("mask", False)
+    if ours.is_truncated_masked:
+        mask = mask.at[recorded["truncated_rows"]].set(False)
+    grouped = recorded["rewards"].reshape(-1, int(recorded["group_size"]))
+    advantages = jnp.zeros(len(recorded["rewards"]))
+    if ours.scale != "zero":
+        advantages = group_advantages(jnp.asarray(grouped), ours.scale, ours.eps).reshape(-1)
+    logp = widen("logp", -7.0)
+    return Inputs(
+        logp,
+        widen("entropy", 9.0),
+        logp if ours.is_on_policy else widen("old_logp", -1.0),
+        widen("ref_logp", -3.0),
+        advantages,
+        mask,
+        token_weights(mask, ours.aggregation),
+    )
+
+
+value_and_grads = jax.jit(
+    jax.value_and_grad(policy_loss, argnums=(1, 2), has_aux=True),
+    static_argnums=0,
+    compiler_options={"xla_backend_optimization_level": 0},  # compiled more often than run
+)
+
+
+def test_the_list_of_what_cannot_be_expressed_is_exact():
+    assert set(CASES) - set(MAPPED) == NOT_EXPRESSIBLE
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_loss_gradient_and_metrics_equal_the_reference_packages(name):
+    case, ours = CASES[name], MAPPED[name]
+    inputs = recorded_inputs(ours)
+    if ours.settings.kl_weight == 0:
+        inputs = inputs._replace(ref_logp=None)
+    (loss, sums), (gradient, _) = value_and_grads(ours.settings, *inputs)
+    num_columns = np.array(case["gradient"]).shape[1]
+    close = {"rtol": 1e-5, "atol": 1e-7}
+    np.testing.assert_allclose(loss, case["loss"], **close)
+    np.testing.assert_allclose(gradient[:, :num_columns], case["gradient"], **close)
+    assert not np.any(gradient[:, num_columns:])
+
+    means = {metric: float(value / sums["num_tokens"]) for metric, value in sums.items()}
+    theirs = case["metrics"]
+    wanted = {
+        "entropy": theirs.get("entropy"),
+        "kl": theirs.get("kl", theirs.get("kl_loss")),
+        "approx_kl": theirs.get("actor/ppo_kl"),
+    }
+    if ours.settings.ratio == "token":  # TRL averages a sequence's over rows, we over tokens
+        wanted |= {
+            metric: theirs.get(metric) for metric in ("clip_ratio/low_mean", "clip_ratio/high_mean")
+        }
+    for metric, value in wanted.items():
+        if value is not None:
+            assert means[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
+    if "actor/pg_clipfrac" in theirs:
+        clipped = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
+        assert clipped == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-5)
+
+
+def random_inputs(aggregation: str = "token_mean", num_rows: int = 6, seed: int = 0) -> Inputs:
+    """Return rows of many lengths, one wholly masked, with ratios far outside the clip."""
+    rng = np.random.default_rng(seed)
+    shape = (num_rows, 5)
+    mask = np.arange(5)[None] < rng.integers(1, 6, size=num_rows)[:, None]
+    mask[1] = False
+    logp = -rng.uniform(0.05, 3.0, size=shape)
+    arrays = (
+        logp,
+        rng.uniform(0.0, 2.0, size=shape),
+        logp + rng.normal(0.0, 0.8, size=shape),
+        logp + rng.normal(0.0, 0.8, size=shape),
+        rng.normal(0.0, 2.0, size=num_rows),
+        mask,
+    )
+    inputs = [jnp.asarray(x, None if x.dtype == bool else jnp.float32) for x in arrays]
+    return Inputs(*inputs, weights=token_weights(inputs[-1], aggregation))
+
+
+def oracle(settings: PolicyLoss, aggregation: str, inputs: Inputs) -> float:
+    """Return the loss in float64, row by row and token by token, by the papers' formulas."""
+    rows = []
+    for logp, entropy, old, ref, advantage, mask in zip(*inputs[:6], strict=True):
+        length = int(mask.sum())
+        mean_ratio = np.exp(np.mean((logp - old)[:length])) if length else 1.0
+        terms = []
+        for t in range(length):
+            ratio = mean_ratio if settings.ratio == "sequence" else np.exp(logp[t] - old[t])
+            within = min(max(ratio, 1 - settings.clip_low), 1 + settings.clip_high)
+            if advantage >= 0:
+                gain = min(ratio, within) * advantage
+            else:  # the pessimistic one of two losses, but no worse than the dual clip
+                gain = max(ratio, within) * advantage
+                if settings.dual_clip:
+                    gain = max(gain, settings.dual_clip * advantage)
+            kl = np.exp(ref[t] - logp[t]) - (ref[t] - logp[t]) - 1
+            terms.append(-gain + settings.kl_weight * kl - settings.entropy_weight * entropy[t])
+        rows.append(terms)
+    num_rows, num_columns = inputs.mask.shape
+    if aggregation == "token_mean":
+        return sum(map(sum, rows)) / sum(map(len, rows))
+    if aggregation == "sequence_mean":
+        return sum(sum(terms) / max(len(terms), 1) for terms in rows) / num_rows
+    if aggregation == "sequence_sum":
+        return sum(map(sum, rows)) / num_rows
+    return sum(map(sum, rows)) / (num_rows * num_columns)
+
+
+def finite_differences(function: Any, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(*x.shape):
+        high, low = x.copy(), x.copy()
+        high[index] += step
+        low[index] -= step
+        gradient[index] = (function(high) - function(low)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize(
+    ("ratio", "dual_clip", "kl_weight", "entropy_weight"),
+    itertools.product(("token", "sequence"), (0.0, 1.5), (0.0, 0.3), (0.0, 0.2)),
+)
+def test_value_and_gradients_equal_a_float64_oracle(
+    aggregation, ratio, dual_clip, kl_weight, entropy_weight
+):
+    settings = PolicyLoss(0.15, 0.25, dual_clip, ratio, kl_weight, entropy_weight)
+    inputs = random_inputs(aggregation)
+    (loss, _), gradients = value_and_grads(settings, *inputs)
+    wide = Inputs(*(np.asarray(x, None if x.dtype == bool else np.float64) for x in inputs))
+    np.testing.assert_allclose(loss, oracle(settings, aggregation, wide), rtol=1e-5)
+    for name, gradient in zip(("logp", "entropy"), gradients, strict=True):
+        wanted = finite_differences(
+            lambda x, name=name: oracle(settings, aggregation, wide._replace(**{name: x})),
+            getattr(wide, name),
+        )
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
+    mask = jnp.ones((2, 1), bool)
+    logp, zeros = jnp.full((2, 1), jnp.log(10.0)), jnp.zeros((2, 1))
+    sign = jnp.array([1.0, -1.0])
+
+    def losses(dual_clip: float) -> np.ndarray:
+        settings = PolicyLoss(dual_clip=dual_clip)
+        return np.array(
+            [
+                policy_loss(settings, logp, zeros, zeros, None, sign, mask, weights)[0]
+                for weights in jnp.eye(2)[..., None]
+            ]
+        )
+
+    np.testing.assert_allclose(losses(0.0), [-1.2, 10.0], rtol=1e-6)
+    np.testing.assert_allclose(losses(3.0), [-1.2, 3.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("garbage", [np.inf, -np.inf, 3e38, -3e38])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_padding_holds_never_matters(ratio, garbage):
+    settings = PolicyLoss(0.2, 0.2, 3.0, ratio, 0.1, 0.1)
+    inputs = random_inputs()
+    arrays = ("logp", "entropy", "old_logp", "ref_logp")
+    dirty = {name: jnp.where(inputs.mask, getattr(inputs, name), garbage) for name in arrays}
+    clean = value_and_grads(settings, *inputs)
+    one_by_one = [value_and_grads(settings, *inputs._replace(**{n: x})) for n, x in dirty.items()]
+    for found in [*one_by_one, value_and_grads(settings, *inputs._replace(**dirty))]:
+        jax.tree.map(np.testing.assert_array_equal, found, clean)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@hypothesis_settings(deadline=None, max_examples=15)
+@given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
+def test_parts_of_any_partition_add_up_to_the_whole(aggregation, order, cuts):
+    settings = PolicyLoss(0.2, 0.3, 2.0, "token", 0.1, 0.1)
+    inputs = random_inputs(aggregation)
+    whole = value_and_grads(settings, *inputs)
+    parts = [
+        value_and_grads(settings, *(x[np.array(rows)] for x in inputs))
+        for rows in np.split(np.array(order), sorted(cuts))
+    ]
+    close = {"rtol": 1e-5, "atol": 1e-6}
+    totals = jax.tree.map(lambda *values: sum(values), *(part[0] for part in parts))
+    jax.tree.map(partial(np.testing.assert_allclose, **close), totals, whole[0])
+    gradients = jax.tree.map(lambda *g: np.concatenate(g), *(part[1] for part in parts))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[np.array(order)], **close),
+        gradients,
+        whole[1],
+    )
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "factor"),
+    [
+        ("token_mean", 1.0),
+        ("sequence_mean", 6 / 7),
+        ("sequence_sum", 6 / 7),
+        ("fixed_length", 6 / 7),
+    ],
+)
+def test_a_wholly_masked_row_counts_as_a_row_and_as_nothing_else(aggregation, factor):
+    settings = PolicyLoss(kl_weight=0.1, entropy_weight=0.1)
+    inputs = random_inputs(aggregation)
+    extra = Inputs(*(jnp.concatenate([x, x[:1]]) for x in inputs))
+    mask = extra.mask.at[6].set(False)
+    extra = extra._replace(mask=mask, weights=token_weights(mask, aggregation))
+    (loss, sums), gradients = value_and_grads(settings, *inputs)
+    (found, found_sums), found_gradients = value_and_grads(settings, *extra)
+    np.testing.assert_allclose(found, factor * loss, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found_sums, sums)
+    for a, b in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(a[:6], factor * b, rtol=1e-5)
+        assert not np.any(a[6])
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_batch_without_any_token_gives_zeros(aggregation, ratio):
+    mask = jnp.zeros((6, 5), bool)
+    inputs = random_inputs()._replace(mask=mask, weights=token_weights(mask, aggregation))
+    found = value_and_grads(PolicyLoss(0.2, 0.2, 3.0, ratio, 0.1, 0.1), *inputs)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_weights_follow_the_mask(aggregation):
+    mask = completion_mask(jnp.array([0, 1, 4, 2]), 4)
+    assert np.array_equal(mask.astype(int), [[0] * 4, [1, 0, 0, 0], [1] * 4, [1, 1, 0, 0]])
+    share = {
+        "token_mean": [0, 1 / 7, 1 / 7, 1 / 7],
+        "sequence_mean": [0, 1 / 4, 1 / 16, 1 / 8],
+        "sequence_sum": [0, 1 / 4, 1 / 4, 1 / 4],
+        "fixed_length": [0, 1 / 16, 1 / 16, 1 / 16],
+    }[aggregation]
+    wanted = np.where(mask, np.array(share)[:, None], 0)
+    np.testing.assert_allclose(token_weights(mask, aggregation), wanted, rtol=1e-6)
+
+
+def test_an_unknown_aggregation_is_an_error():
+    with pytest.raises(ValueError, match="token-mean"):
+        token_weights(jnp.ones((1, 1), bool), "token-mean")
+
+
+def test_clip_metrics_count_tokens_whose_gradient_the_clip_removes():
+    ratios = jnp.array([0.5, 0.9, 1.1, 1.5])
+    log_ratio = jnp.tile(jnp.log(ratios), (3, 1))
+    zeros, mask = jnp.zeros((3, 4)), jnp.ones((3, 4), bool)
+    advantages = jnp.array([1.0, -2.0, 0.0])
+    inputs = Inputs(log_ratio, zeros, zeros, None, advantages, mask, mask.astype(jnp.float32))
+    (_, sums), (gradient, _) = value_and_grads(PolicyLoss(), *inputs)
+    assert sums["clip_ratio/high_mean"] == 1  # the 1.5 of the first row
+    assert sums["clip_ratio/low_mean"] == 1  # the 0.5 of the second
+    assert sums["num_tokens"] == 12
+    is_clipped = np.zeros((3, 4), bool)
+    is_clipped[0, 3] = is_clipped[1, 0] = is_clipped[2] = True
+    assert np.array_equal(np.asarray(gradient) == 0, is_clipped)
+
+
+def test_the_reference_is_measured_even_where_its_weight_is_zero():
+    inputs = random_inputs()
+    (loss, sums), _ = value_and_grads(PolicyLoss(), *inputs)
+    (without, fewer), _ = value_and_grads(PolicyLoss(), *inputs._replace(ref_logp=None))
+    assert loss == without
+    assert set(sums) - set(fewer) == {"kl"}
+    difference = np.asarray(inputs.ref_logp - inputs.logp, np.float64)[np.asarray(inputs.mask)]
+    wanted = np.sum(np.exp(difference) - difference - 1)
+    np.testing.assert_allclose(sums["kl"], wanted, rtol=1e-5)
+
+
+def test_k3_is_the_divergence_on_average_and_never_negative():
+    rng = np.random.default_rng(0)
+    policy, reference = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(2, 50)), jnp.float32))
+    estimates = k3(policy, reference)
+    assert np.all(np.asarray(estimates) >= 0)
+    divergence = jnp.sum(jnp.exp(policy) * (policy - reference))
+    np.testing.assert_allclose(jnp.sum(jnp.exp(policy) * estimates), divergence, rtol=1e-5)
+    assert not np.any(k3(policy, policy))

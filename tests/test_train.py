@@ -1,0 +1,272 @@
+"""The whole recipe on a tiny model: it resumes exactly, compiles once, and says clearly what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from jlrm import checkpoint, commands, config, export, train
+from jlrm.data import toy
+from jlrm.data.comparisons import write_comparisons
+from jlrm.mesh import training_layout
+from jlrm.model import hf, hf_config, qwen
+from jlrm.tracking import read_metrics
+
+TIMES = ("time/", "perf/tokens")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    write_comparisons(toy.comparisons(seed=3, num_rows=64), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory) -> list[str]:
+    """Overrides that start from a model which already writes verdicts, so that rewards differ."""
+    directory = tmp_path_factory.mktemp("warm") / "run"
+    run(
+        directory,
+        "toy",
+        "sft.steps=120",
+        "sft.batch_size=32",
+        "sft.optimizer.learning_rate=4e-3",
+        "grpo.steps=0",
+    )
+    path = f"model.path={directory}"
+    return [path, "model.preset=", "model.tokenizer=", "sampling.max_new_tokens=32"]
+
+
+def settings(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str) -> config.Config:
+    """A run of seconds: toy shapes, float32, one device unless overridden."""
+    fixed = {
+        "run": {"dir": str(run_dir), "eval_every": 0, "save_every": 2, "tensorboard": False},
+        "model": {"preset": "toy", "tokenizer": "toy", "compute_dtype": "float32"},
+        "data": {"train": str(data), "prompt": "toy", "max_prompt_tokens": 48, "eval_rows": 8},
+        "sampling": {"max_new_tokens": 8, "eval_batch_size": 8},
+        "grpo": {"steps": 4, "prompts": 4, "rollouts": 4, "optimizer": {"learning_rate": 1e-3}},
+        "sft": {"batch_size": 8, "max_target_tokens": 48},
+    }
+    path = run_dir.with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fixed))
+    return config.load(path, overrides)
+
+
+def run(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str, num_devices: int = 1):
+    return train.train(settings(run_dir, data, *overrides), jax.devices()[:num_devices])
+
+
+def final_params(run_dir: pathlib.Path):
+    model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
+    abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
+    return checkpoint.restore_params(checkpoint.find(str(run_dir)), abstract)
+
+
+def comparable(rows: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in row.items() if not k.startswith((*TIMES, "eval/", "perf/compiles"))}
+        for row in rows
+    ]
+
+
+def assert_equal_trees(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(tmp_path, data):
+    several = ["grpo.epochs=2", "grpo.minibatches=2", "grpo.micro_batches=2", "sft.micro_batches=2"]
+    summary = run(tmp_path / "r", data, "sft.steps=4", *several, "run.completions_every=2")
+    rows = read_metrics(tmp_path / "r")
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        (stage, step) for stage in ("sft", "grpo") for step in (1, 2, 3, 4)
+    ]
+    for stage in ("sft", "grpo"):
+        # The last step evaluates, which compiles the evaluation's sampler.
+        compiles = [row["perf/compiles"] for row in rows if row["stage"] == stage][:3]
+        assert compiles[0] > 0 and compiles[1] == compiles[2] == compiles[0], compiles
+    names = set(rows[-1])
+    for name in ("reward", "reward_std", "rewards/relation/mean", "frac_reward_zero_std", "kl"):
+        assert name in names
+    for name in ("entropy", "clip_ratio/low_mean", "completions/clipped_ratio", "judge/parse_rate"):
+        assert name in names
+    for name in (
+        "rollout/logprob_gap",
+        "grad_norm",
+        "learning_rate",
+        "time/rollout",
+        "time/update",
+    ):
+        assert name in names
+    assert all(row["rollout/logprob_gap"] < 1e-5 for row in rows if row["stage"] == "grpo")
+    written = {path.name for path in (tmp_path / "r").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "completions", "model"} <= written
+    assert {"report.html", "report.png", "summary.json"} <= written
+    assert json.loads((tmp_path / "r" / "summary.json").read_text()) == summary
+    assert set(summary["grpo"]) >= {"agreement", "parse_rate", "reward"}
+    assert summary["steps"] == 8 and summary["tokens"] > 0
+
+
+def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, data, warm):
+    options = [*warm, "sft.steps=2"]
+    run(tmp_path / "whole", data, *options)
+    run(tmp_path / "broken", data, *options, "grpo.steps=2")
+    run(tmp_path / "broken", data, *options, "grpo.steps=4")
+    assert any(row.get("reward_std", 0) > 0.1 for row in read_metrics(tmp_path / "whole"))
+    assert comparable(read_metrics(tmp_path / "whole")) == comparable(
+        read_metrics(tmp_path / "broken")
+    )
+    assert_equal_trees(final_params(tmp_path / "whole"), final_params(tmp_path / "broken"))
+
+
+def test_eight_devices_learn_what_one_does(tmp_path, data, warm):
+    options = [*warm, "sft.steps=2", "grpo.steps=2"]
+    run(tmp_path / "one", data, *options)
+    run(tmp_path / "eight", data, *options, "mesh.data=2", "mesh.tensor=2", num_devices=8)
+    for one, eight in zip(
+        comparable(read_metrics(tmp_path / "one")),
+        comparable(read_metrics(tmp_path / "eight")),
+        strict=True,
+    ):
+        assert one.keys() == eight.keys()
+        for name in one.keys() - {"stage", "step"}:
+            assert one[name] == pytest.approx(eight[name], abs=1e-4), name
+
+
+def test_without_kl_no_reference_is_scored(tmp_path, data):
+    run(tmp_path / "r", data, "grpo.kl_weight=0", "grpo.steps=1")
+    (row,) = read_metrics(tmp_path / "r")
+    assert "kl" not in row and row["time/logprobs"] < 0.05
+
+
+def test_training_from_a_hugging_face_directory_and_from_a_run(tmp_path, data):
+    run(tmp_path / "first", data, "sft.steps=1", "grpo.steps=0")
+    export.export_to_hf(str(tmp_path / "first"), tmp_path / "hf", "float32")
+    before = final_params(tmp_path / "first")
+    model = hf_config.read_config(tmp_path / "hf")
+    loaded = hf.load_params(tmp_path / "hf", model, training_layout(mesh_of(1, 1, 1)))
+    assert_equal_trees(before, loaded)
+    rows = {}
+    for name, source in {"a": tmp_path / "hf", "b": tmp_path / "first"}.items():
+        no_preset = [f"model.path={source}", "model.preset=", "model.tokenizer="]
+        run(tmp_path / name, data, *no_preset, "grpo.steps=1")
+        rows[name] = comparable(read_metrics(tmp_path / name))
+    assert rows["a"] == rows["b"]
+
+
+@pytest.fixture
+def command(tmp_path, data):
+    """Run the command with a config that works but for the overrides, expecting a refusal."""
+
+    def refuse(capsys, *overrides: str) -> str:
+        settings(tmp_path / "r", data)
+        argv = ["--config", str(tmp_path / "r.yaml"), *overrides]
+        assert commands.run(lambda: train.main(argv)) == 2
+        return capsys.readouterr().err
+
+    return refuse
+
+
+def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, command, capsys):
+    def file(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    good = data.read_text().splitlines()[0]
+    cases = {
+        f"data.train={tmp_path}/nothing.jsonl": "Cannot read the data file",
+        f"data.train={file('empty.jsonl', '')}": "is empty",
+        f"data.train={file('torn.jsonl', good + chr(10) + good[:40])}": "torn.jsonl, line 2 is not valid JSON",
+        f"data.train={file('list.jsonl', '[1]')}": "line 1 must be a JSON object",
+        f"data.train={file('field.jsonl', '{}')}": "line 1 has no field 'question'",
+        f"data.train={tmp_path}": "Cannot read the data file",
+        "data.eval_rows=10000": "would hold",
+        "data.max_prompt_tokens=3": "longer than data.max_prompt_tokens=3",
+        "data.overlong=refuse data.max_prompt_tokens=30": "the prompt has",
+        "data.prompt=toyy": "Did you mean 'toy'?",
+        "model.preset=qwen2.5-7": "Did you mean 'qwen2.5-7b'?",
+        f"model.preset= model.path={tmp_path}/none": "No model directory at",
+        f"model.preset= model.path={tmp_path}": "config.json",
+        f"model.tokenizer={tmp_path}": "holds no tokenizer.json",
+        "sampling.max_new_tokens=4000": "positions for",
+        "mesh.tensor=3": "does not fit",
+        "mesh.fsdp=1 mesh.data=1": "does not fit 8 devices",
+        "mesh.tensor=8": "does not divide the model's num_key_value_heads=4",
+        "grpo.prompts=3": "do not divide over 8 devices",
+        "sft.steps=1 sft.max_target_tokens=3": "nothing to imitate",
+    }
+    for overrides, message in cases.items():
+        error = command(capsys, *overrides.split(" "))
+        assert message in error, (overrides, error)
+        assert error.startswith("error: ") and len(error.splitlines()) <= 2, error
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, data, command, capsys):
+    run(tmp_path / "small", data, "sft.steps=1", "grpo.steps=0")
+    fields = json.loads((tmp_path / "small/model/config.json").read_text())
+    (tmp_path / "small/model/config.json").write_text(json.dumps({**fields, "vocab_size": 96}))
+    error = command(capsys, f"model.path={tmp_path}/small", "model.preset=", "model.tokenizer=")
+    assert "ids, the model's vocabulary only 96" in error
+
+
+def test_a_run_directory_belongs_to_one_config(tmp_path, data, command, capsys):
+    run(tmp_path / "r", data, "grpo.steps=1")
+    error = command(capsys, "grpo.rollouts=8", "mesh.fsdp=8")
+    assert "another config (grpo.rollouts 4 -> 8)" in error
+
+
+def test_a_reward_that_fails_stops_the_run_and_names_the_row(tmp_path, data):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["score_1"] = -0.5
+    path = tmp_path / "bad.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(RuntimeError, match=r"The reward of row toy-3-\d+ failed"):
+        run(tmp_path / "r", path)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
+    options = [
+        *warm,
+        "grpo.steps=6",
+        "run.save_every=1",
+        "mesh.fsdp=8",
+        "sampling.eval_batch_size=8",
+    ]
+    run(tmp_path / "whole", data, *options, num_devices=8)
+    settings(tmp_path / "r", data)
+    argv = [sys.executable, "-m", "jlrm.train", "--config", str(tmp_path / "r.yaml"), *options]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(checkpoint.saved_steps(tmp_path / "r").get("grpo", [])) >= 2:
+            break
+        time.sleep(0.02)
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=120)
+    if signum == signal.SIGINT:
+        assert process.returncode == 130, error
+        assert "Stopped after grpo step" in error and "The same command goes on" in error
+    assert len(read_metrics(tmp_path / "r")) < 6
+    run(tmp_path / "r", data, *options, num_devices=8)
+    assert comparable(read_metrics(tmp_path / "r")) == comparable(read_metrics(tmp_path / "whole"))
+    assert_equal_trees(final_params(tmp_path / "r"), final_params(tmp_path / "whole"))
+
+
+def test_mesh_config_is_free_to_change_between_starts(tmp_path, data):
+    run(tmp_path / "r", data, "grpo.steps=1", num_devices=8)
+    summary = run(tmp_path / "r", data, "grpo.steps=2", "mesh.tensor=2", num_devices=2)
+    assert summary["steps"] == 2
