@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import UsageError
+from jlrm.config import UsageError, load
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
@@ -112,10 +112,8 @@ def find(source: str) -> pathlib.Path:
         )
     stage, _, step = wanted.rpartition("/")
     stage = stage or next(name for name in STAGES if name in saved)
-    if wanted == "best":
-        return (
-            run / "checkpoints" / stage / str(_best_step(run / "checkpoints" / stage, saved[stage]))
-        )
+    if step == "best" and stage in saved:
+        step = str(_best_step(run, stage, saved[stage]))
     chosen = step or str(saved.get(stage, [""])[-1])
     if stage not in saved or not chosen.isdigit() or int(chosen) not in saved[stage]:
         known = ", ".join(f"{name}/{number}" for name, steps in saved.items() for number in steps)
@@ -196,12 +194,14 @@ def saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
     return found
 
 
-def _best_step(directory: pathlib.Path, steps: list[int]) -> int:
+def _best_step(run: pathlib.Path, stage: str, steps: list[int]) -> int:
+    """Return the step ranked highest by the run's own `run.best_metric`."""
+    metric = load(run / "config.yaml").run.best_metric
     ranked = {}
     for step in steps:
-        file = directory / str(step) / "metrics" / "metrics"
+        file = run / "checkpoints" / stage / str(step) / "metrics" / "metrics"
         if file.is_file():
-            ranked[step] = next(iter(json.loads(file.read_text()).values()))
+            ranked[step] = json.loads(file.read_text())[metric]
     if not ranked:
-        raise UsageError(f"No checkpoint in {directory} was saved with a held-out metric.")
+        raise UsageError(f"No {stage} checkpoint of {run} was saved with a held-out metric.")
     return max(ranked, key=lambda step: ranked[step])

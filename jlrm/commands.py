@@ -9,9 +9,10 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
-from jlrm.config import UsageError
+from jlrm.config import RunError, UsageError
 
 
 class Interrupted(Exception):
@@ -25,13 +26,18 @@ class Interrupted(Exception):
 def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    # Orbax warns of every checkpoint saved without a held-out metric, which is most of them.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
+    logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
     try:
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        if error.__cause__ is not None:
+            traceback.print_exception(error.__cause__)
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum

@@ -24,6 +24,10 @@ Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0.0]
 
 
+class RunError(Exception):
+    """A run can't go on, and the message says why. Commands print it and exit with code 1."""
+
+
 class UsageError(Exception):
     """A mistake in what the user gave. Commands print it as one sentence and exit with code 2."""
 
@@ -106,15 +110,15 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: float = 1e-6
+    learning_rate: NonNegative = 1e-6
     # After warm-up; the last two fall to zero at the last step.
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = 0
+    warmup_steps: Count = 0
     b1: float = 0.9
     b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0  # global norm; 0: off
+    eps: NonNegative = 1e-8
+    weight_decay: NonNegative = 0.01
+    clip_norm: NonNegative = 1.0  # global norm; 0: off
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class GRPOConfig:
     )
     # Whose standard deviation the centred reward is divided by.
     advantage_scale: Literal["group", "batch", "none"] = "group"
-    advantage_eps: float = 1e-6
+    advantage_eps: NonNegative = 1e-6
     mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
     kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
     entropy_weight: float = 0.001
@@ -292,17 +296,15 @@ def _describe(kind: Any) -> str:
     return names.get(kind, str(kind))
 
 
-def _check_least(config: Config) -> None:
+def _check_least(section: Any, where: str = "") -> None:
     """Refuse numbers below the least value that their annotation carries."""
-    for section in dataclasses.fields(config):
-        values = getattr(config, section.name)
-        for name, hint in typing.get_type_hints(type(values), include_extras=True).items():
-            for least in getattr(hint, "__metadata__", ()):
-                value = getattr(values, name)
-                if not value >= least:  # refuses NaN too
-                    raise UsageError(
-                        f"{section.name}.{name}={value} is too small: at least {least}."
-                    )
+    for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        if dataclasses.is_dataclass(value):
+            _check_least(value, _join(where, name))
+        for least in getattr(hint, "__metadata__", ()):
+            if not value >= least:  # refuses NaN too
+                raise UsageError(f"{_join(where, name)}={value} is too small: at least {least}.")
 
 
 def _check(config: Config) -> None:

@@ -3,8 +3,9 @@
     python -m jlrm.export --checkpoint RUN[@STEP] --out DIR     a directory that transformers loads
     python -m jlrm.export --from-hf MODEL --out DIR             an Orbax checkpoint to train from
 
-Export reads one tensor at a time out of the checkpoint and appends it to a safetensors file, so its memory is
-that of the largest tensor, and it needs no accelerator. A directory appears whole or not at all.
+Export reads one tensor at a time out of the checkpoint and appends it to a safetensors file, so its
+memory is that of the largest tensor, and it needs no accelerator. A directory appears whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     partial = _begin(out)
     params = hf.load_params(directory, config, layout)
     hf.copy_side_files(directory, partial / "model")
-    checkpoint.save_params(partial, "import", params, {"stage": "import", "step": 0, "source": source})
+    checkpoint.save_params(
+        partial, "import", params, {"stage": "import", "step": 0, "source": source}
+    )
     os.replace(partial, out)
 
 
@@ -106,7 +109,7 @@ def _begin(out: pathlib.Path) -> pathlib.Path:
 
 
 def _write_configs(directory: pathlib.Path, dtype: str) -> None:
-    """Name the dtype, and spell RoPE for transformers 4 and 5 alike; all else stays the source's."""
+    """Name the dtype, and spell RoPE for transformers 4 and 5 alike; the rest is the source's."""
     file = directory / "config.json"
     fields = json.loads(file.read_text())
     rope = fields.get("rope_parameters") or {}
@@ -144,7 +147,8 @@ def _card(name: str, meta: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert."""
     parser = argparse.ArgumentParser(
-        prog="python -m jlrm.export", description="Move weights between a run and Hugging Face's format."
+        prog="python -m jlrm.export",
+        description="Move weights between a run and Hugging Face's format.",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="RUN[@STEP]", help="@STEP: 100, sft/100 or best")

@@ -16,12 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jlrm import mesh, rollout, stops
-from jlrm.config import RewardConfig
+from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import batches
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import decode, token_bytes
 from jlrm.judge import rewards
 from jlrm.judge.verdict import Verdict, parse
+from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.rl.logprobs import Distribution
 from jlrm.rollout import Rollout, Sampler
@@ -58,6 +59,7 @@ class Judgements:
         )
 
 
+Evaluation = Callable[[Params], dict[str, float]]
 SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, int], Sampled]
 
 
@@ -106,7 +108,8 @@ def judge(
     """Score every completion against its example's gold.
 
     Raises:
-      RuntimeError: a reward function raised; names the row.
+      UsageError: a gold that the reward can't use.
+      RunError: a reward function raised. Both name the row.
     """
     terms, verdicts = [], []
     for example, text, length in zip(examples, sampled.texts, sampled.lengths, strict=True):
@@ -121,10 +124,10 @@ def judge(
                     max_tokens=max_tokens,
                 )
             )
+        except UsageError as error:
+            raise UsageError(f"Row {example.comparison.id}: {error}") from None
         except Exception as error:
-            raise RuntimeError(
-                f"The reward of row {example.comparison.id} failed: {error}"
-            ) from error
+            raise RunError(f"The reward of row {example.comparison.id} failed: {error}") from error
         verdicts.append(parse(text, min_score=config.min_score, max_score=config.max_score))
     preferred = [verdict.preference for verdict in verdicts]
     gold = [gold_preference(example) for example in examples]
@@ -160,6 +163,14 @@ def metrics(judged: Judgements, sampled: Sampled) -> dict[str, float]:
             f"rewards/{name}/std": float(values.std()),
         }
     return found
+
+
+def make_evaluation(run: Run) -> Evaluation:
+    """Return weights -> held-out metrics (`evaluate_heldout`), compiled at first use."""
+    distribution = Distribution(run.config.sampling.eval_temperature, num_ids=len(run.tokenizer))
+    sample = make_sampler(run, distribution, max(len(e.prompt_ids) for e in run.heldout))
+    decode = jax.jit(partial(qwen.decode_params, run.model, run.rollout))
+    return lambda params: evaluate_heldout(run, sample, decode(params))
 
 
 def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, float]:

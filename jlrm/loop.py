@@ -20,7 +20,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -28,11 +28,9 @@ import optax
 from jlrm import update
 from jlrm.checkpoint import Checkpoints
 from jlrm.commands import Interrupted
-from jlrm.config import to_dict
-from jlrm.judging import evaluate_heldout, make_sampler
-from jlrm.model import qwen
+from jlrm.config import RunError, to_dict
+from jlrm.judging import Evaluation
 from jlrm.model.qwen import Params
-from jlrm.rl.logprobs import Distribution
 from jlrm.run import Run, is_main_process
 from jlrm.tracking import Tracker
 from jlrm.update import TrainState
@@ -41,11 +39,21 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _num_compiles = 0
 
 
+class Outcome(NamedTuple):
+    """What is left of a stage when its state is gone."""
+
+    start: dict[str, float]  # held-out metrics before the first step; empty: not taken
+    evaluation: dict[str, float]  # and after the last
+    num_tokens: int
+    seconds: float
+
+
 class Stage:
     """One stage of a run: iterate over its remaining steps, `finish` each of them.
 
-    Begins from the stage's newest checkpoint, or from `initial` weights. `evaluation` holds the
-    newest held-out metrics, `num_tokens` and `seconds` what the stage has cost over all its starts.
+    Begins from the stage's newest checkpoint, or from `initial` weights. `start` and `evaluation`
+    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time,
+    evaluation and saving included) what the stage has cost over all its starts.
     """
 
     state: TrainState
@@ -57,6 +65,7 @@ class Stage:
         num_steps: int,
         optimizer: optax.GradientTransformation,
         initial: Callable[[], Params],
+        evaluate: Evaluation,
     ) -> None:
         settings = run.config.run
         self._run, self._name, self._num_steps = run, name, num_steps
@@ -67,14 +76,16 @@ class Stage:
             keep_best=settings.keep_best,
             metric=settings.best_metric,
         )
+        self.start: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
         self._done = self._checkpoints.latest_step() or 0
+        self.is_resumed = self._done > 0
         if self._done:
             abstract = update.abstract_state(run.model, run.training, optimizer)
             self.state, meta = self._checkpoints.restore(self._done, abstract)
-            self.evaluation, self.num_tokens = meta["evaluation"], meta["num_tokens"]
-            self.seconds = meta["seconds"]
+            self.start, self.evaluation = meta["start"], meta["evaluation"]
+            self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
         else:
             self.state = update.init_state(run.model, run.training, optimizer, initial())
         self.tracker = Tracker(
@@ -87,10 +98,10 @@ class Stage:
             config=to_dict(run.config),
             is_writer=is_main_process(),
         )
-        self._evaluate = _make_evaluation(run)
+        self._evaluate = evaluate
         self._seconds = collections.defaultdict[str, float](float)
         self._signum = 0
-        self._step_began = time.monotonic()
+        self._marked = self._step_began = time.monotonic()
 
     def __enter__(self) -> Stage:
         self.tracker.__enter__()
@@ -105,8 +116,10 @@ class Stage:
     def __exit__(self, *error: Any) -> None:
         for signum, handler in self._old_handlers.items():
             signal.signal(signum, handler)
-        self.tracker.__exit__(*error)
-        self._checkpoints.close()
+        try:
+            self.tracker.__exit__(*error)
+        finally:
+            self._checkpoints.close()
 
     def __iter__(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 0; `finish` belongs to each."""
@@ -124,44 +137,39 @@ class Stage:
         yield
         self._seconds[phase] += time.monotonic() - began
 
-    def evaluate(self) -> dict[str, float]:
-        """Judge the held-out set with the weights as they are."""
-        self.evaluation = self._evaluate(self.state.params)
-        return self.evaluation
+    def evaluate_start(self) -> None:
+        """Judge the held-out set before the first step, to have something to compare with."""
+        if not self.is_resumed:
+            self.start = self._evaluate(self.state.params)
+            self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
     def finish(self, values: dict[str, float], num_tokens: int) -> None:
         """Log the step, evaluate and save where it is time, and stop if asked to.
 
         Raises:
-          RuntimeError: the loss or the gradient is no finite number; nothing of this step is saved.
+          RunError: the loss or the gradient is no finite number; nothing of this step is saved.
           Interrupted: a signal came; the state is saved.
         """
-        settings = self._run.config.run
-        step = self._done + 1
+        settings, step = self._run.config.run, self._done + 1
+        self._check_finite(step, values)
         elapsed = time.monotonic() - self._step_began
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise RuntimeError(
-                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
-                    f"whole; lower {self._name}.optimizer.learning_rate or start from there with "
-                    "another seed."
-                )
-        self._done = step
-        self.num_tokens += num_tokens
-        self.seconds += elapsed
-        is_last = step == self._num_steps
-        values = dict(values)
-        is_evaluated = is_last or (settings.eval_every and step % settings.eval_every == 0)
-        if is_evaluated:
-            values |= {f"eval/{key}": value for key, value in self.evaluate().items()}
-        values |= {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        values |= {
+        values = {
+            **values,
+            **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
             "time/step": elapsed,
             "perf/tokens_per_second": num_tokens / elapsed,
             "perf/compiles": _num_compiles,
         }
+        self._done = step
+        self.num_tokens += num_tokens
+        is_last = step == self._num_steps
+        is_evaluated = is_last or _is_due(step, settings.eval_every)
+        if is_evaluated:
+            self.evaluation = self._evaluate(self.state.params)
+            values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
         self.tracker.log(step, values)
-        if is_last or self._signum or step % settings.save_every == 0:
+        if is_evaluated or self._signum or _is_due(step, settings.save_every):
+            # What was evaluated is saved too, since the best of these is kept.
             self._save(step, self.evaluation if is_evaluated else None)
         if self._signum:
             self._checkpoints.wait()
@@ -171,10 +179,26 @@ class Stage:
                 "The same command goes on from there.",
             )
 
+    def outcome(self) -> Outcome:
+        """Return what the stage came to."""
+        return Outcome(self.start, self.evaluation, self.num_tokens, self.seconds)
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise RunError(
+                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
+                    f"whole; {self._name}.optimizer.learning_rate may be too high."
+                )
+
     def _save(self, step: int, ranked_by: dict[str, float] | None) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._marked
+        self._marked = now
         meta = {
             "stage": self._name,
             "step": step,  # the position in the data too: batches are a function of seed and step
+            "start": self.start,
             "evaluation": self.evaluation,
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
@@ -188,14 +212,8 @@ class Stage:
         self.tracker.note("Stopping after this step and saving; the same again stops at once.")
 
 
-def _make_evaluation(run: Run) -> Callable[[Params], dict[str, float]]:
-    """Return weights → held-out metrics, compiled at first use."""
-    sampling = run.config.sampling
-    distribution = Distribution(sampling.eval_temperature, num_ids=len(run.tokenizer))
-    width = max(len(example.prompt_ids) for example in run.heldout)
-    sample = make_sampler(run, distribution, width)
-    decode = jax.jit(lambda params: qwen.decode_params(run.model, run.rollout, params))
-    return lambda params: evaluate_heldout(run, sample, decode(params))
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 @functools.cache  # one listener per process

@@ -33,8 +33,8 @@ from jlrm.rl.logprobs import Distribution
 
 log = logging.getLogger(__name__)
 
-# A resumed run may change these: when to stop and look, or where to run, but not what is learned.
-FREE_FIELDS = ("run.", "mesh.", "sft.steps", "grpo.steps", "sampling.eval_batch_size")
+# A resumed run may change these: they say when to look and where to run, not what is learned.
+FREE_FIELDS = ("run.", "mesh.", "sampling.eval_batch_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,10 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
             "sampling.max_new_tokens."
         )
     _check_mesh(config, mesh, model)
+    if config.grpo.steps and len(train) < config.grpo.prompts:
+        raise UsageError(
+            f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
+        )
     save(config, directory / "config.yaml")
     return Run(
         config=config,
@@ -100,6 +104,14 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         train=train,
         heldout=heldout,
     )
+
+
+def grpo_params(run: Run) -> Params:
+    """Return the weights GRPO begins from: those at the end of SFT, else the initial ones."""
+    if not run.config.sft.steps:
+        return initial_params(run)
+    saved = checkpoint.find(f"{run.dir}@sft/{run.config.sft.steps}")
+    return checkpoint.restore_params(saved, qwen.abstract_params(run.model, run.training))
 
 
 def initial_params(run: Run) -> Params:
@@ -122,13 +134,19 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
+        if before.get(key) != now.get(key) and not _is_free(key, config)
     ]
     if changed:
         raise UsageError(
             f"{directory} holds a run with another config ({', '.join(changed)}). "
             "Set run.dir to a new directory, or go back to the old values to resume."
         )
+
+
+def _is_free(key: str, config: Config) -> bool:
+    if key == "grpo.steps":  # a longer run is the same run, unless its schedule looks at its end
+        return config.grpo.optimizer.schedule == "constant"
+    return key.startswith(FREE_FIELDS) and key not in ("run.seed", "run.best_metric")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -149,7 +167,13 @@ def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison]]:
         log.warning("%s: left out %s", data.train, read.describe_dropped())
     if data.eval:
         heldout = read_comparisons(data.eval)
-        return read.rows, _hold_out(heldout.rows, data.eval_rows)[1]
+        if heldout.dropped:
+            log.warning("%s: left out %s", data.eval, heldout.describe_dropped())
+        _, chosen = _hold_out(heldout.rows, data.eval_rows)
+        shared = {row.question for row in chosen} & {row.question for row in read.rows}
+        if shared:
+            log.warning("%d held-out questions are in %s too", len(shared), data.train)
+        return read.rows, chosen
     train, heldout = _hold_out(read.rows, data.eval_rows)
     if not train:
         raise UsageError(
@@ -173,13 +197,15 @@ def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], 
 
 
 def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:
-    """Fill `model/` of the run directory and read the architecture from it."""
+    """Fill `model/` of the run directory, once, and read the architecture from it."""
     source, target = config.model, directory / "model"
     numerics = {
         "param_dtype": source.param_dtype,
         "compute_dtype": source.compute_dtype,
         "remat": source.remat,
     }
+    if (directory / "config.yaml").is_file():  # written when all of this was done
+        return hf_config.read_config(target, **numerics), target
     if source.path:
         if checkpoint.is_run(source.path):
             checkpoint.find(source.path)
@@ -191,9 +217,8 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
     else:
         model = dataclasses.replace(preset(source.preset), **numerics)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "config.json").write_text(
-            json.dumps(hf_config.config_to_hf(model, "float32"), indent=2)
-        )
+        fields = hf_config.config_to_hf(model, "float32")
+        (target / "config.json").write_text(json.dumps(fields, indent=2))
     if source.tokenizer == "toy":
         toy.save_tokenizer(target)
     elif source.tokenizer:
@@ -212,12 +237,21 @@ def _encode(
             len(train),
             config.data.max_prompt_tokens,
         )
-    forward = encode_prompts(heldout, tokenizer, config.data).examples
-    swapped = encode_prompts([row.swapped() for row in heldout], tokenizer, config.data).examples
-    both = {e.comparison.id for e in forward} & {e.comparison.id for e in swapped}
+    forward = _fitting(heldout, tokenizer, config)
+    swapped = _fitting([row.swapped() for row in heldout], tokenizer, config)
+    both = sorted(forward.keys() & swapped.keys())
     if len(both) < len(heldout):
         log.warning("%d of %d held-out rows left out", len(heldout) - len(both), len(heldout))
-    return encoded.examples, [e for e in [*forward, *swapped] if e.comparison.id in both]
+    if not both:
+        raise UsageError("No held-out pair fits data.max_prompt_tokens in both orders.")
+    return encoded.examples, [order[row] for order in (forward, swapped) for row in both]
+
+
+def _fitting(rows: list[Comparison], tokenizer: Tokenizer, config: Config) -> dict[int, Example]:
+    """Return the examples that fit, by the index of their row."""
+    numbered = [dataclasses.replace(row, meta={"row": i}) for i, row in enumerate(rows)]
+    encoded = encode_prompts(numbered, tokenizer, config.data)
+    return {example.comparison.meta["row"]: example for example in encoded.examples}
 
 
 def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:

@@ -37,14 +37,23 @@ from jlrm import commands, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
 from jlrm.data.batches import Example
-from jlrm.judging import Sampled, SampleFn, judge, make_sampler, metrics, sampled_rows
-from jlrm.loop import Stage
+from jlrm.judging import (
+    Evaluation,
+    Sampled,
+    SampleFn,
+    judge,
+    make_evaluation,
+    make_sampler,
+    metrics,
+    sampled_rows,
+)
+from jlrm.loop import Outcome, Stage
 from jlrm.mesh import global_array, host_array
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
 from jlrm.rl.losses import PolicyLoss, token_weights
-from jlrm.run import Run, initial_params, is_main_process, open_run
+from jlrm.run import Run, grpo_params, initial_params, is_main_process, open_run
 from jlrm.update import PolicyBatch, Sequences, TrainState
 
 log = logging.getLogger(__name__)
@@ -57,18 +66,19 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
       The content of `summary.json`: held-out metrics per stage, and what the run cost.
     """
     run = open_run(config, devices)
-    stages: dict[str, Stage] = {}
-    params = None
+    evaluate = make_evaluation(run)
+    outcomes: dict[str, Outcome] = {}
     if config.sft.steps:
-        stages["sft"] = sft(run)
-        params = stages["sft"].state.params
+        outcomes["sft"] = sft(run, evaluate)
     if config.grpo.steps:
-        stages["grpo"] = grpo(run, initial_params(run) if params is None else params)
-    summary: dict[str, Any] = {name: stage.evaluation for name, stage in stages.items()}
+        outcomes["grpo"] = grpo(run, evaluate)
+    first = next(iter(outcomes.values()))
+    summary: dict[str, Any] = {"start": first.start} if first.start else {}
+    summary |= {stage: outcome.evaluation for stage, outcome in outcomes.items()}
     summary |= {
         "steps": config.sft.steps + config.grpo.steps,
-        "seconds": round(sum(stage.seconds for stage in stages.values()), 1),
-        "tokens": sum(stage.num_tokens for stage in stages.values()),
+        "seconds": round(sum(outcome.seconds for outcome in outcomes.values()), 1),
+        "tokens": sum(outcome.num_tokens for outcome in outcomes.values()),
     }
     if is_main_process():
         tracking.summary(run.dir, summary)
@@ -76,8 +86,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     return summary
 
 
-def sft(run: Run) -> Stage:
-    """Imitate written judgements, the loss on the judgement alone; return the finished stage."""
+def sft(run: Run, evaluate: Evaluation) -> Outcome:
+    """Imitate written judgements; the loss is on the judgement alone."""
     config = run.config.sft
     encoded = batches.encode_targets(
         run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0]
@@ -92,7 +102,10 @@ def sft(run: Run) -> Stage:
         partial(update.sft_update, run.model, run.training, optimizer, config.micro_batches),
         donate_argnums=0,
     )
-    with Stage(run, "sft", config.steps, optimizer, partial(initial_params, run)) as stage:
+    initial = partial(initial_params, run)
+    with Stage(run, "sft", config.steps, optimizer, initial, evaluate) as stage:
+        if run.config.model.path:
+            stage.evaluate_start()
         for step in stage:
             rows = batches.batch_rows(run.config.run.seed, step, config.batch_size, len(examples))
             chosen = [examples[row] for row in rows]
@@ -103,16 +116,20 @@ def sft(run: Run) -> Stage:
                 values = _floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
             stage.finish({**values, **_floats({"learning_rate": rate(step)})}, num_tokens)
-    return stage
+    return stage.outcome()
 
 
-def grpo(run: Run, initial: Params) -> Stage:
-    """Train by GRPO from the initial weights, also the frozen reference; return the stage."""
+def grpo(run: Run, evaluate: Evaluation) -> Outcome:
+    """Train by GRPO; the weights it begins from are also the frozen reference."""
     config, seed = run.config.grpo, run.config.run.seed
     programs = _grpo_programs(run)
-    reference = _frozen(run, initial) if config.kl_weight else None
-    with Stage(run, "grpo", config.steps, programs.optimizer, lambda: initial) as stage:
-        del initial  # from here on the state owns it, and gives it up to the first update
+    initial = partial(grpo_params, run)
+    with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
+        reference = None
+        if config.kl_weight:
+            reference = _frozen(run, initial() if stage.is_resumed else stage.state.params)
+        if run.config.model.path and not run.config.sft.steps:
+            stage.evaluate_start()
         for step in stage:
             rows = batches.batch_rows(seed, step, config.prompts, len(run.train))
             examples = [run.train[row] for row in rows for _ in range(config.rollouts)]
@@ -143,20 +160,18 @@ def grpo(run: Run, initial: Params) -> Stage:
                     sampled.rollout.is_finished,
                 )
                 stage.state, values = _optimise(run, programs, stage.state, *batch)
-            if config.kl_weight == 0:
-                values.pop("kl", None)
+            update_gap = values.pop("old_logp_gap")
             values |= metrics(judged, sampled)
             values["frac_reward_zero_std"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
-            values["rollout/logprob_gap"] = values.pop("old_logp_gap") if gap is None else gap
+            values["rollout/logprob_gap"] = update_gap if gap is None else gap
             values |= _floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
             every = run.config.run.completions_every
-            if every and step % every == 0:
-                stage.tracker.log_completions(
-                    step + 1, sampled_rows(examples, sampled, judged, advantages)
-                )
+            if every and (step % every == 0 or step + 1 == config.steps):
+                judgements = sampled_rows(examples, sampled, judged, advantages)
+                stage.tracker.log_completions(step + 1, judgements)
             num_tokens = sum(len(e.prompt_ids) for e in examples) + int(sampled.lengths.sum())
             stage.finish(values, num_tokens)
-    return stage
+    return stage.outcome()
 
 
 class GRPOPrograms(NamedTuple):
@@ -264,12 +279,12 @@ def _minibatch(run: Run, whole: Any, i: int) -> Any:
 def _frozen(run: Run, params: Params) -> Params:
     """Copy weights in compute precision: the originals are given up to the first update."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-    dtype = run.model.compute_dtype
-    copy = jax.jit(
-        lambda tree: jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), tree),
-        out_shardings=shardings,
-    )
-    return copy(params)
+
+    def copy(params: Params) -> Params:
+        # Without a copy, a cast that changes nothing would give back the very same buffers.
+        return jax.tree.map(jnp.copy, qwen.to_compute_dtype(run.model, params))
+
+    return jax.jit(copy, out_shardings=shardings)(params)
 
 
 def _to_devices(
@@ -298,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     began = time.monotonic()
     config = load(args.config, args.overrides)
     summary = train(config)

@@ -64,7 +64,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-MODEL_FILES = ("config.json", "generation_config.json")
+MODEL_FILES = ("generation_config.json", "config.json")
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 

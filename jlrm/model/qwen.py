@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -258,26 +259,34 @@ def hidden_states(
 
 def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`."""
+    params = to_compute_dtype(config, params)
     letters = nn.get_partition_spec(
         jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
     )
 
-    def cast(tree: Params, letters: Any, drop: int) -> Params:
+    def place(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
-            lambda x, spec: jax.lax.with_sharding_constraint(
-                x.astype(config.compute_dtype), layout.param(spec[drop:])
-            ),
+            lambda x, spec: jax.lax.with_sharding_constraint(x, layout.param(spec[drop:])),
             tree,
             letters,
         )
 
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-    outer = cast(outer, {name: letters[name] for name in outer}, 0)
+    outer = place(outer, {name: letters[name] for name in outer}, 0)
     layers = [
-        cast(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
+        place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
     return {**outer, "layers": layers}
+
+
+def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
+    """Cast weights as their use would; norm scales are used in float32 and stay as they are."""
+
+    def cast(path: Any, x: Array) -> Array:
+        return x if path[-1] == "scale" else x.astype(config.compute_dtype)
+
+    return dict(flax.traverse_util.path_aware_map(cast, params))
 
 
 def prefill(
