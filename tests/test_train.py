@@ -1,4 +1,4 @@
-"""The whole recipe on a tiny model: it resumes exactly, compiles once, and says clearly what is wrong."""
+"""The whole recipe on a tiny model: it resumes exactly, compiles once, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ import pytest
 from conftest import mesh_of
 
 from jlrm import checkpoint, commands, config, export, train
+from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import toy
-from jlrm.data.comparisons import write_comparisons
+from jlrm.data.batches import Example
+from jlrm.data.comparisons import Comparison, write_comparisons
+from jlrm.judge import prompts, rewards
+from jlrm.judging import Sampled, judge
 from jlrm.mesh import training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.tracking import read_metrics
@@ -187,9 +191,12 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
     cases = {
         f"data.train={tmp_path}/nothing.jsonl": "Cannot read the data file",
         f"data.train={file('empty.jsonl', '')}": "is empty",
-        f"data.train={file('torn.jsonl', good + chr(10) + good[:40])}": "torn.jsonl, line 2 is not valid JSON",
+        f"data.train={file('torn.jsonl', good + chr(10) + good[:40])}": "line 2 is not valid JSON",
         f"data.train={file('list.jsonl', '[1]')}": "line 1 must be a JSON object",
         f"data.train={file('field.jsonl', '{}')}": "line 1 has no field 'question'",
+        f"data.train={file('minus.jsonl', json.dumps({**json.loads(good), 'score_1': -0.5}))}": (
+            "line 1: scores must be finite and not negative"
+        ),
         f"data.train={tmp_path}": "Cannot read the data file",
         "data.eval_rows=10000": "would hold",
         "data.max_prompt_tokens=3": "longer than data.max_prompt_tokens=3",
@@ -226,14 +233,16 @@ def test_a_run_directory_belongs_to_one_config(tmp_path, data, command, capsys):
     assert "another config (grpo.rollouts 4 -> 8)" in error
 
 
-def test_a_reward_that_fails_stops_the_run_and_names_the_row(tmp_path, data):
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    for row in rows:
-        row["score_1"] = -0.5
-    path = tmp_path / "bad.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(RuntimeError, match=r"The reward of row toy-3-\d+ failed"):
-        run(tmp_path / "r", path)
+def test_a_reward_that_fails_stops_the_run_and_names_the_row():
+    row = Comparison("row-7", "q", "a", "b", score_1="8", score_2=4.0)  # as no reader gives it
+    lengths, is_finished = np.array([3]), np.array([True])
+    text = "</think><answer>8</answer><answer>4</answer>"
+    sampled = Sampled(None, None, [text], lengths, is_finished)
+    prompt = prompts.fill("judgelrm_train", question="q", answer_1="a", answer_2="b")
+    with pytest.raises(RunError, match="The reward of row row-7 failed"):
+        judge(rewards.JUDGELRM, [Example(row, prompt, [1])], sampled, 8)
+    with pytest.raises(UsageError, match="Row row-7: gold="):
+        judge(RewardConfig(), [Example(row, prompt, [1])], sampled, 8)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

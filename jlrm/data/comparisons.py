@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import gzip
 import json
+import math
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -169,4 +170,6 @@ def _scores(row: dict[str, Any], where: str) -> tuple[float | None, float | None
     numbers = [x for x in pair if isinstance(x, (int, float))] if is_pair else []
     if len(numbers) != 2 or any(isinstance(x, bool) for x in numbers):
         raise UsageError(f"{where}: the scores must be two numbers, got {pair!r}.")
+    if -1 not in numbers and not all(0 <= score < math.inf for score in numbers):
+        raise UsageError(f"{where}: scores must be finite and not negative, got {pair!r}.")
     return float(numbers[0]), float(numbers[1])
