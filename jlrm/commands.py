@@ -25,7 +25,7 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
     logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
     try:

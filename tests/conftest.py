@@ -1,4 +1,4 @@
-"""Shared test set-up: 8 fake CPU devices, strict ranks, tiny models, and where reference data lies."""
+"""Shared set-up: 8 fake CPU devices, strict ranks, tiny models, where reference data lies."""
 
 from __future__ import annotations
 

@@ -113,6 +113,16 @@ def test_top_k_beyond_the_vocabulary_keeps_all():
     np.testing.assert_allclose(found, jax.nn.log_softmax(logits), rtol=1e-6)
 
 
+def test_a_top_p_just_below_one_leaves_top_k_as_it_is():
+    """Where rounding keeps the sum of probabilities below top-p, every id of the top-k stays."""
+    logits = random_logits((64, 1000))
+    top_p = float(np.nextafter(np.float32(1), np.float32(0)))
+    log_probs = log_probs_of(logits, Distribution(top_k=50, top_p=top_p))
+    probs = np.exp(np.asarray(log_probs))
+    assert np.any(np.cumsum(probs, axis=1, dtype=np.float32)[:, -1] < top_p)
+    assert np.all(is_kept(log_probs).sum(axis=1) <= 50)
+
+
 def test_batch_axes_are_free():
     logits = random_logits((2, 3, 40))
     distribution = Distribution(0.7, 5, 0.9)

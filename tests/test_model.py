@@ -434,23 +434,40 @@ def test_decoding_parameters_are_single_layers_in_the_compute_dtype_and_the_roll
     decoding = jax.jit(lambda params: qwen.decode_params(config, rollout, params))(params)
     abstract = qwen.abstract_params(config, rollout)
     assert len(decoding["layers"]) == config.num_hidden_layers
+    assert decoding.keys() == params.keys()
 
-    def compare(found: Array, source: Array, wanted: Any, axes: int) -> None:
-        assert found.dtype == jnp.bfloat16
+    def compare(path: Any, found: Array, source: Array, wanted: Any, axes: int) -> None:
+        # Norm scales are used in float32, whatever the compute dtype.
+        dtype = source.dtype if path[-1].key == "scale" else jnp.bfloat16
         spec = wanted.sharding.spec[axes:]
         sharding = jax.sharding.NamedSharding(rollout.mesh, jax.sharding.PartitionSpec(*spec))
-        assert found.sharding.is_equivalent_to(sharding, found.ndim)
-        np.testing.assert_array_equal(np.asarray(found), np.asarray(source.astype(jnp.bfloat16)))
+        assert found.dtype == dtype, jax.tree_util.keystr(path)
+        assert found.sharding.is_equivalent_to(sharding, found.ndim), jax.tree_util.keystr(path)
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(source.astype(dtype)))
 
-    outer = decoding.keys() - {"layers"}
-    assert outer == params.keys() - {"layers"}
-    for name in outer:
-        jax.tree.map(
-            lambda *leaves: compare(*leaves, 0), decoding[name], params[name], abstract[name]
-        )
+    def compare_trees(axes: int, *trees: Params) -> None:
+        jax.tree_util.tree_map_with_path(functools.partial(compare, axes=axes), *trees)
+
+    trees = (decoding, params, abstract)
     for i, layer in enumerate(decoding["layers"]):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        jax.tree.map(lambda *leaves: compare(*leaves, 1), layer, one, abstract["layers"])
+        compare_trees(1, layer, one, abstract["layers"])
+    outer = params.keys() - {"layers"}
+    compare_trees(0, *({name: tree[name] for name in outer} for tree in trees))
+
+
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen3"])
+def test_weights_cast_beforehand_give_the_states_of_those_cast_at_their_use(name):
+    config, layout, params = golden(name)
+    half = dataclasses.replace(config, compute_dtype="bfloat16")
+    tokens, mask = arrays(name)["tokens"], arrays(name)["mask"].astype(bool)
+    cast = qwen.to_compute_dtype(half, params)
+    assert cast["embed"].dtype == jnp.bfloat16
+    states = [
+        np.asarray(hidden_states(half, layout, weights, tokens, positions_of(mask), mask))
+        for weights in (params, cast)
+    ]
+    np.testing.assert_array_equal(states[1].astype(np.float32), states[0].astype(np.float32))
 
 
 # ------------------------------------------------------------------ parameters

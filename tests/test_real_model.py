@@ -23,7 +23,7 @@ from jlrm.rollout import Sampler, generate, rollout_keys
 from jlrm.stops import stop_tables
 
 NUM_NEW = 64
-TOPICS = "Paris tides copper jazz chess bread glaciers bees Rome silk".split()
+TOPICS = ["Paris", "tides", "copper", "jazz", "chess", "bread", "bees", "Rome", "silk", "glaciers"]
 QUESTIONS = [f"Tell me one fact about {topic}." for topic in TOPICS] + [
     f"Which of two answers about {topic} is better, the short one or the long one, and why so?"
     for topic in TOPICS

@@ -1,0 +1,91 @@
+"""The arrows of the design: a file imports only from lower ranks, and only the top may print."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent / "jlrm"
+# Each place, first match wins. Files of one rank may import each other only where listed below.
+RANKS = {
+    "__init__": 0,
+    "config": 0,
+    "mesh": 1,
+    "judge": 1,
+    "stops": 1,
+    "commands": 1,
+    "model": 2,
+    "data": 2,
+    "rl": 2,
+    "rollout": 3,
+    "update": 3,
+    "checkpoint": 3,
+    "tracking": 3,
+    "report": 3,
+    "run": 4,
+    "judging": 4,
+    "loop": 4,
+    "train": 5,
+    "export": 5,
+}
+# Within a rank: a package's own files, and these.
+SIDEWAYS = {("report", "tracking"), ("judging", "run"), ("loop", "judging"), ("loop", "run")}
+FORBIDDEN = {
+    "judge": {"jax", "numpy", "flax"},
+    "rl": {"transformers", "json", "pathlib"},
+    "config": {"jax", "numpy"},
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def place(module: str) -> str:
+    """Return the first name after `jlrm`, the unit that has a rank."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(path: pathlib.Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "jlrm":
+            found |= {f"jlrm.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def here(path: pathlib.Path) -> str:
+    return place(".".join(["jlrm", *path.relative_to(ROOT).with_suffix("").parts]))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_to_lower_ranks(path):
+    mine = here(path)
+    assert mine in RANKS, f"{path.name} has no rank: give it one"
+    for module in imports(path):
+        if module.split(".")[0] != "jlrm":
+            continue
+        other = place(module)
+        if other != mine and (mine, other) not in SIDEWAYS:
+            assert RANKS[other] < RANKS[mine], f"{mine} imports {module}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_place_does_not_know_what_it_must_not(path):
+    roots = {module.split(".")[0] for module in imports(path)}
+    assert not roots & FORBIDDEN.get(here(path), set())
+
+
+def test_linen_stays_inside_the_model():
+    linen = {"flax", "flax.linen"}
+    users = {here(path) for path in FILES if imports(path) & linen}
+    assert users <= {"model"}
+
+
+def test_every_module_says_what_it_does():
+    for path in FILES:
+        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
