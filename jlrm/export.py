@@ -112,13 +112,14 @@ def _write_configs(directory: pathlib.Path, dtype: str) -> None:
     """Name the dtype, and spell RoPE for transformers 4 and 5 alike; the rest is the source's."""
     file = directory / "config.json"
     fields = json.loads(file.read_text())
-    rope = fields.get("rope_parameters") or {}
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     if theta is not None:
-        scaling = fields.get("rope_scaling") or {}
-        kind = {"rope_type": scaling.get("rope_type", scaling.get("type", "default"))}
+        kind = rope.get("rope_type", rope.get("type", "default"))
         fields["rope_theta"] = theta
-        fields["rope_parameters"] = {**scaling, **kind, **rope, "rope_theta": theta}
+        fields["rope_parameters"] = {**rope, "rope_type": kind, "rope_theta": theta}
+        if kind != "default":
+            fields["rope_scaling"] = fields["rope_parameters"]
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(fields, indent=2))
     generation = directory / "generation_config.json"

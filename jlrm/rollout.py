@@ -84,6 +84,8 @@ def generate(
     """
     num_rows, num_prompt = prompts.shape
     num_slots = num_prompt + sampler.max_new_tokens
+    # Rows come spread over all devices, as training wants them; masks made from them should not.
+    prompts, prompt_lengths = layout.shard(prompts, "B T"), layout.shard(prompt_lengths, "B")
     hidden, caches = qwen.prefill(config, layout, params, prompts, prompt_lengths, num_slots)
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)[:, 0]
     slots = jnp.arange(num_slots)[None, :]

@@ -137,12 +137,16 @@ def resolve(source: str) -> pathlib.Path:
             f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B)."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         patterns = [*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
         return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
             f"{source} is no local directory, and the hub did not give it: {reason}"
@@ -212,13 +216,15 @@ def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy configuration, tokenizer and chat template byte for byte, never rewritten."""
     copy_tokenizer(source, target)
     for name in MODEL_FILES:
-        if (source / name).is_file():
+        if (source / name).is_file() and not source.samefile(target):
             shutil.copyfile(source / name, target / name)
 
 
 def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copy the tokenizer and its chat template alone, leaving no file of an earlier one."""
     target.mkdir(parents=True, exist_ok=True)
+    if source.samefile(target):
+        return
     for name in TOKENIZER_FILES:
         (target / name).unlink(missing_ok=True)
         if (source / name).is_file():
@@ -229,7 +235,10 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any
     """Return an open file for every tensor name of the checkpoint."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
     else:
         names = ["model.safetensors"]
     files = {}
@@ -259,6 +268,12 @@ def _check_tensors(
         for tensor in wanted
         if shapes.get(tensor.name, tensor.hf_shape) != tensor.hf_shape
     ]
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if head in ignored and {head, embed} <= files.keys() and not wrong:
+        views = files[head].get_slice(head), files[embed].get_slice(embed)
+        bounds = [(i, min(i + 8192, config.vocab_size)) for i in range(0, config.vocab_size, 8192)]
+        if any((views[0][i:j] != views[1][i:j]).any() for i, j in bounds):
+            wrong.append(f"{head} (tied, and differs from {embed})")
     problems = {
         "missing": missing,
         "unknown": unknown,

@@ -6,6 +6,7 @@ loads here computes what `transformers` computes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -49,6 +50,11 @@ def config_from_hf(
         "attention_bias=true": kind == "qwen3" and bool(source.get("attention_bias")),
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
+        "is_causal=false": source.get("is_causal") is False,
+        "original_max_position_embeddings outside of rope_parameters": source.get(
+            "original_max_position_embeddings"
+        )
+        is not None,
     }
     for what, is_refused in refusals.items():
         if is_refused:
@@ -65,7 +71,7 @@ def config_from_hf(
             intermediate_size=source["intermediate_size"],
             num_hidden_layers=source["num_hidden_layers"],
             num_attention_heads=heads,
-            num_key_value_heads=source.get("num_key_value_heads") or heads,
+            num_key_value_heads=source.get("num_key_value_heads", 32) or heads,
             head_dim=source.get("head_dim") or _default_head_dim(source),
             qkv_bias=kind == "qwen2",
             qk_norm=kind == "qwen3",
@@ -87,6 +93,9 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     `rope_parameters` and `dtype`.
     """
     kind = "qwen3" if config.qk_norm else "qwen2"
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.yarn is not None:
+        rope |= {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
     names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
         "architectures": [names[kind]],
@@ -101,7 +110,7 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_sliding_window": False,
@@ -113,8 +122,14 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
 
 def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
     """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
-    rope = {**(source.get("rope_scaling") or {}), **(source.get("rope_parameters") or {})}
+    # transformers lets the older dialect win where a file has both.
+    rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    nested = [key for key, value in rope.items() if isinstance(value, dict)]
+    if nested:
+        raise UsageError(f"{where}: rope parameters per layer type {nested} are not supported.")
     theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
+    if not isinstance(theta, int | float):
+        raise UsageError(f"{where}: rope_theta={theta} is no number.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return float(theta), None
@@ -125,7 +140,9 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     original = rope.get("original_max_position_embeddings")
     if original is None:
         original = source.get("max_position_embeddings", 32768)
-    factor = rope.get("factor") or source["max_position_embeddings"] / original
+    if "factor" not in rope:
+        raise UsageError(f"{where}: rope scaling {rope} has no factor.")
+    factor = rope["factor"] or source.get("max_position_embeddings", 32768) / original
     attention = rope.get("attention_factor")
     if attention is None:
         attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
