@@ -150,15 +150,15 @@ def _invert(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Return where the running sum of `mass` passes `target`, and how far into that entry.
 
-    Rounding can put the target at or past the end: the last entry with any mass is taken then,
-    never an impossible one.
+    Rounding can put the target below zero or past the end, and a parallel sum need not rise where
+    nothing is added. An entry without mass is never taken: the first or last with any is instead.
     """
     running = jnp.cumsum(mass, axis=-1)
-    index = jnp.sum(running <= target[:, None], axis=-1).astype(jnp.int32)
+    is_passed = (running > target[:, None]) & (mass > 0)
     positions = jnp.arange(mass.shape[-1])[None, :]
-    index = jnp.minimum(
-        index, jnp.max(jnp.where(mass > 0, positions, 0), axis=-1).astype(jnp.int32)
-    )
+    last = jnp.max(jnp.where(mass > 0, positions, 0), axis=-1)
+    index = jnp.where(jnp.any(is_passed, axis=-1), jnp.argmax(is_passed, axis=-1), last)
+    index = index.astype(jnp.int32)
     before = jnp.take_along_axis(running - mass, index[:, None], axis=-1)[:, 0]
     return index, target - before
 
