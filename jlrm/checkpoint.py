@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import UsageError, load
+from jlrm.config import RunError, UsageError, load
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
@@ -53,8 +53,8 @@ class Checkpoints:
             preservation_policy=keep.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
         )
-        directory = (run_dir / "checkpoints" / stage).absolute()
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        self._directory = (run_dir / "checkpoints" / stage).absolute()
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
@@ -67,7 +67,8 @@ class Checkpoints:
             opt_state=ocp.args.PyTreeSave({"opt_state": state.opt_state, "step": state.step}),
             meta=ocp.args.JsonSave(meta),
         )
-        self._manager.save(step, args=items, metrics=metrics)
+        with self._explain():  # what went wrong in the save before this one comes up here
+            self._manager.save(step, args=items, metrics=metrics)
 
     def latest_step(self) -> int | None:
         """Return the newest step that was saved whole."""
@@ -88,11 +89,26 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for saves under way and let go of the directory."""
-        self._manager.close()
+        with self._explain():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:  # tensorstore's full disk is a ValueError
+            reason = str(error)
+            if "RESOURCE_EXHAUSTED" not in reason and "No space left" not in reason:
+                raise
+            raise RunError(
+                f"No space is left for a checkpoint in {self._directory}. Those before it are "
+                "whole: free some space and repeat the command."
+            ) from None
 
     def wait(self) -> None:
         """Wait until saves under way are on disk; raises what went wrong in them."""
-        self._manager.wait_until_finished()
+        with self._explain():
+            self._manager.wait_until_finished()
 
 
 def find(source: str) -> pathlib.Path:

@@ -49,6 +49,7 @@ class Line(NamedTuple):
     x: np.ndarray
     y: np.ndarray
     std: np.ndarray | None = None  # drawn as a band
+    is_noisy: bool = True  # smoothed where it is long
 
 
 Chart = tuple[Panel, list[Line]]
@@ -156,7 +157,7 @@ def _held_out_chart(rows: list[Row], summary: Row) -> Chart:
             x, y = _series(rows, stage, f"eval/{name}")
             points |= zip(x + offset, y, strict=True)
         x, y = np.array(sorted(points.items()), dtype=np.float64).reshape(-1, 2).T
-        lines.append(Line(name.replace("_", " "), x, y))
+        lines.append(Line(name.replace("_", " "), x, y, is_noisy=False))
     only = "".join(num_steps) if len(num_steps) == 1 else ""
     boundary = 0 if only else num_steps.get("sft", 0)
     return Panel("Held-out comparisons (%)", only, "", 1, False, False, boundary), lines
@@ -182,7 +183,7 @@ def _draw(charts: Sequence[Chart], theme: Theme, num_columns: int, title: str = 
 
 
 def _draw_line(axes: Any, line: Line, colour: str) -> None:
-    is_long = line.y.size > MANY_POINTS
+    is_long = line.is_noisy and line.y.size > MANY_POINTS
     middle = _running_mean(line.y) if is_long else line.y
     axes.plot(line.x, middle, color=colour, lw=1.8, marker="" if is_long else "o", ms=4)
     if is_long:
