@@ -9,4 +9,5 @@ ruff format --check .
 pyright --pythonpath "$ROOT/.venv/bin/python"
 export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}"
-exec python -m pytest -n "${JLRM_TEST_WORKERS:-2}" "$@"
+# By file, so that what a file sets up is set up once.
+exec python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -230,8 +230,7 @@ def layout() -> Layout:
 
 
 # Compiling is what takes time here, and the code need not be fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1), compiler_options=QUICK)
+hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1))
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, WIDTH))
 
 

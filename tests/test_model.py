@@ -28,7 +28,6 @@ from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import Params, QwenConfig
 
 # Compiling is what takes time here, so tests share shapes, and the code need not be fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NAMES = ("qwen2_untied", "qwen2_tied", "qwen3", "qwen3_rope")
 
 
@@ -78,7 +77,7 @@ def right_mask(lengths: np.ndarray | list[int], width: int) -> np.ndarray:
     return np.arange(width)[None] < np.asarray(lengths)[:, None]
 
 
-hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1), compiler_options=QUICK)
+hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1))
 
 
 def logits_of(model: Model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -87,7 +86,7 @@ def logits_of(model: Model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.asarray(hidden @ qwen.head(config, params).T)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def decode(
     config: QwenConfig,
     layout: Layout,
@@ -132,11 +131,7 @@ def _loss(
     return -jnp.sum(logp * pairs) / jnp.sum(pairs), hidden
 
 
-value_and_grad = jax.jit(
-    jax.value_and_grad(_loss, argnums=2, has_aux=True),
-    static_argnums=(0, 1),
-    compiler_options=QUICK,
-)
+value_and_grad = jax.jit(jax.value_and_grad(_loss, argnums=2, has_aux=True), static_argnums=(0, 1))
 
 
 def assert_trees_close(actual: Any, wanted: Any, atol: float) -> None:
@@ -208,7 +203,7 @@ def test_a_state_depends_on_its_row_up_to_its_position_and_on_nothing_else(name)
     mask = np.ones_like(tokens, bool)
     direction = np.random.default_rng(0).normal(size=config.hidden_size).astype(np.float32)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def jacobian(table: Array) -> Array:
         def outputs(table: Array) -> Array:
             states = qwen.hidden_states(
@@ -321,7 +316,7 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
     mask = np.ones_like(tokens, bool)
     positions = positions_of(mask)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def unrolled(params: Params) -> Array:
         causal = np.tril(np.ones((7, 7), bool))[None] & mask[:, None]
         x = params["embed"][tokens]
@@ -355,8 +350,9 @@ def test_rematerialisation_changes_memory_and_no_gradient():
         kept = jax.tree.leaves(jax.eval_shape(residuals, params))
         saved[remat] = sum(math.prod(leaf.shape) for leaf in kept)
     assert saved["full"] < saved["dots"] < saved["none"]
-    assert_trees_close(grads["dots"], grads["none"], 1e-6)
-    assert_trees_close(grads["full"], grads["none"], 1e-6)
+    # XLA fuses the recomputation in its own way, which moves the last bits of float32.
+    assert_trees_close(grads["dots"], grads["none"], 1e-5)
+    assert_trees_close(grads["full"], grads["none"], 1e-5)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads["none"]):
         assert np.abs(np.asarray(leaf)).max() > 1e-4, jax.tree_util.keystr(path)
 
@@ -405,7 +401,7 @@ def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mes
     assert len(states.devices()) == math.prod(mesh)
     np.testing.assert_allclose(loss, wanted_loss, rtol=0, atol=1e-5)
     np.testing.assert_allclose(
-        np.asarray(states)[mask], np.asarray(wanted_states)[mask], rtol=0, atol=1e-5
+        np.asarray(states)[mask], np.asarray(wanted_states)[mask], rtol=1e-5, atol=1e-5
     )
     assert_trees_close(grads, wanted, 1e-4)
 
