@@ -75,6 +75,8 @@ def policy_loss(
 
     Metrics are token sums under `mask`; `num_tokens` is their denominator.
     """
+    if ref_logp is None and settings.kl_weight:
+        raise ValueError(f"kl_weight={settings.kl_weight} needs ref_logp.")
     # Padding may hold anything, and its exp may be inf: inf times a weight of 0 would be NaN.
     log_ratio = jnp.where(mask, logp - old_logp, 0.0)
     if settings.ratio == "sequence":
