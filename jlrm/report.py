@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jlrm import commands
 from jlrm.config import UsageError
 from jlrm.tracking import read_metrics, write_atomically
 
@@ -361,20 +362,16 @@ summary { cursor: pointer; padding-bottom: .75rem }
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and draw."""
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.report", description="Write report.html and report.png of a run again."
     )
     parser.add_argument("run_dir", type=pathlib.Path, help="run.dir of the run's configuration")
-    run_dir = parser.parse_args(arguments).run_dir
-    try:
-        write_report(run_dir)
-    except UsageError as error:
-        print(f"jlrm.report: {error}", file=sys.stderr)
-        return 2
+    run_dir = parser.parse_args(argv).run_dir
+    write_report(run_dir)
     print(run_dir / "report.html")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(commands.run(main))

@@ -22,7 +22,8 @@ from jlrm.mesh import Layout, training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.model.hf_config import config_from_hf, config_to_hf
 from jlrm.model.presets import PRESETS
-from jlrm.model.qwen import QwenConfig, Yarn
+from jlrm.model.qwen import QwenConfig
+from jlrm.model.rope import Yarn
 
 QWEN2 = {
     "model_type": "qwen2",

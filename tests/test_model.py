@@ -26,6 +26,7 @@ from jlrm.mesh import ALPHABET, Layout, rollout_layout, training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import Params, QwenConfig
+from jlrm.model.rope import angles
 
 # Compiling is what takes time here, so tests share shapes, and the code need not be fast.
 NAMES = ("qwen2_untied", "qwen2_tied", "qwen3", "qwen3_rope")
@@ -322,7 +323,7 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
         x = params["embed"][tokens]
         for i in range(4):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            rope = qwen.rope_angles(config, positions)
+            rope = angles(positions, config.head_dim, config.rope_theta, config.yarn)
             x, _ = qwen.Block(config, layout).apply({"params": layer}, x, rope, causal)
         norm = qwen.RMSNorm(config, "D")
         return norm.apply({"params": params["final_norm"]}, x)

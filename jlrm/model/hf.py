@@ -353,7 +353,7 @@ def _write_safetensors(
     file.write(len(text).to_bytes(8, "little") + text)
     for tensor in shard:
         value = tensor.to_hf(read(tensor)).astype(getattr(ml_dtypes, dtype, dtype))
-        file.write(value.tobytes())
+        file.write(value.reshape(-1).view(np.uint8).data)
         yield tensor.name
     file.flush()
     os.fsync(file.fileno())

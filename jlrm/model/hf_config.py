@@ -13,7 +13,8 @@ import pathlib
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.model.qwen import QwenConfig, Yarn
+from jlrm.model.qwen import QwenConfig
+from jlrm.model.rope import Yarn
 
 
 def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:

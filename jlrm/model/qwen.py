@@ -25,22 +25,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.mesh import Layout
 from jlrm.model.attention import attend
+from jlrm.model.rope import Rope, Yarn, angles, rotate
 
 Params = dict[str, Any]
-Rope = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
 KVCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN context extension (arXiv 2309.00071), fields as in a Hugging Face `rope_parameters`."""
-
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
 
 
 @dataclass(frozen=True)
@@ -216,7 +204,7 @@ class Decoder(nn.Module):
             length=config.num_hidden_layers,
             metadata_params={nn.PARTITION_NAME: "L"},
         )
-        x, _ = layers(config, self.layout, name="layers")(x, rope_angles(config, positions), mask)
+        x, _ = layers(config, self.layout, name="layers")(x, _rope(config, positions), mask)
         return RMSNorm(config, "D", name="final_norm")(x)
 
 
@@ -305,7 +293,7 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
     causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
     mask = causal[None] & (positions < lengths[:, None])[:, None, :]
-    rope = rope_angles(config, positions)
+    rope = _rope(config, positions)
     x = _embed(config, layout, params["embed"], tokens)
     shape = (num_rows, config.num_key_value_heads, num_slots, config.head_dim)
     empty = layout.shard(jnp.zeros(shape, x.dtype), "B K S H")
@@ -327,7 +315,7 @@ def decode_step(
     slot_mask: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B D"], list[KVCache]]:
     """Run one token of every row, stored in cache slot `slot`; it sees the slots of `slot_mask`."""
-    rope = rope_angles(config, positions[:, None])
+    rope = _rope(config, positions[:, None])
     x = _embed(config, layout, params["embed"], tokens[:, None])
     new_caches = []
     for layer, cache in zip(params["layers"], caches, strict=True):
@@ -341,48 +329,13 @@ def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
     return params["embed"] if config.tie_word_embeddings else params["head"]
 
 
-def rope_angles(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
-    """Return cosine and sine of the rotary angles, in float32: bfloat16 has no position 257."""
-    frequencies, scale = _rope_frequencies(config)
-    wide = positions[..., None].astype(jnp.float32)
-    angles = wide * _last_axis(jnp.asarray(frequencies, jnp.float32), wide)
-    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
-
-
-def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of every head by their angles, paired as Hugging Face does."""
-    cos, sin = (angle[:, :, None, :] for angle in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
-
-
-def _rope_frequencies(config: QwenConfig) -> tuple[list[float], float]:
-    """Return the H/2 angular frequencies and the factor on cosine and sine (1 without YaRN)."""
-    half = config.head_dim // 2
-    plain = [config.rope_theta ** (-i / half) for i in range(half)]
-    yarn = config.yarn
-    if yarn is None:
-        return plain, 1.0
-
-    def dimension(rotations: float) -> float:
-        """The dimension that turns this many times over the original context (YaRN, Eq. 17-18)."""
-        turns = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-        return half * math.log(turns) / math.log(config.rope_theta)
-
-    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
-    if yarn.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, config.head_dim - 1)
-    span = high - low if high != low else 0.001
-    ramp = [min(max((i - low) / span, 0.0), 1.0) for i in range(half)]
-    blended = [f * (1 - r) + f / yarn.factor * r for f, r in zip(plain, ramp, strict=True)]
-    return blended, yarn.attention_factor
-
-
 def _last_axis(vector: Array, like: Array) -> Array:
     """Give a vector the leading axes of `like`, since implicit rank promotion is an error here."""
     return jnp.expand_dims(vector, range(like.ndim - 1))
+
+
+def _rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
+    return angles(positions, config.head_dim, config.rope_theta, config.yarn)
 
 
 def _init(config: QwenConfig, layout: Layout, key: Array) -> Any:
