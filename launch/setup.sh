@@ -1,5 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv once, installs the project into it, and activates it.
-# Usage: source launch/setup.sh [EXTRA ...]      e.g. `source launch/setup.sh test`
+# Usage: source launch/setup.sh EXTRAS      comma-separated; "" for none (left out, bash would pass on
+# the caller's own arguments). Example: `source launch/setup.sh test,wandb`
 # PYTHON names the interpreter (3.11 to 3.13); JLRM_PACKAGES are installed besides, e.g. torch==2.13.0.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -17,8 +19,7 @@ find_python() {
 }
 
 install_project() {
-  local extras stamp wanted python
-  extras="$(IFS=,; echo "$*")"
+  local extras="$1" stamp wanted python
   stamp="$ROOT/.venv/.installed"
   wanted="$(cksum < "$ROOT/setup.py") extras=$extras packages=${JLRM_PACKAGES:-}"
   if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
@@ -40,7 +41,7 @@ install_project() {
   echo "$wanted" >> "$stamp"
 }
 
-install_project "$@" || exit 1
+install_project "$1" || exit 1
 # shellcheck disable=SC1091
 source "$ROOT/.venv/bin/activate"
 export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"
