@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ARCHITECTURES, GOLDEN, mesh_of, tiny_config
+from conftest import ARCHITECTURES, GOLDEN, IS_OLD_JAX, ROUNDING, mesh_of, tiny_config
 from flax import linen as nn
 from jaxtyping import Array
 
@@ -352,8 +352,9 @@ def test_rematerialisation_changes_memory_and_no_gradient():
         saved[remat] = sum(math.prod(leaf.shape) for leaf in kept)
     assert saved["full"] < saved["dots"] < saved["none"]
     # XLA fuses the recomputation in its own way, which moves the last bits of float32.
-    assert_trees_close(grads["dots"], grads["none"], 1e-5)
-    assert_trees_close(grads["full"], grads["none"], 1e-5)
+    bound = 1e-6 if IS_OLD_JAX else 1e-5
+    assert_trees_close(grads["dots"], grads["none"], bound)
+    assert_trees_close(grads["full"], grads["none"], bound)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads["none"]):
         assert np.abs(np.asarray(leaf)).max() > 1e-4, jax.tree_util.keystr(path)
 
@@ -402,7 +403,7 @@ def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mes
     assert len(states.devices()) == math.prod(mesh)
     np.testing.assert_allclose(loss, wanted_loss, rtol=0, atol=1e-5)
     np.testing.assert_allclose(
-        np.asarray(states)[mask], np.asarray(wanted_states)[mask], rtol=1e-5, atol=1e-5
+        np.asarray(states)[mask], np.asarray(wanted_states)[mask], rtol=ROUNDING, atol=1e-5
     )
     assert_trees_close(grads, wanted, 1e-4)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, tiny_config
+from conftest import ROUNDING, mesh_of, tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -136,7 +136,9 @@ def check_teacher_forcing(config: qwen.QwenConfig, distribution: Distribution) -
     )
     logp, _ = score(random_params(config), sequences)
     drawn = is_drawn(found)
-    np.testing.assert_allclose(found.logps[drawn], np.asarray(logp)[drawn], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        found.logps[drawn], np.asarray(logp)[drawn], rtol=ROUNDING, atol=1e-5
+    )
     assert np.all(found.logps[~drawn] == 0) and np.all(found.tokens[~drawn] == 0)
     if distribution.num_ids:
         assert found.tokens.max() < distribution.num_ids
