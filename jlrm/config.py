@@ -68,10 +68,17 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str  # JSONL file (JudgeLM-100K's or plain form, .gz too), or "toy"
-    eval: str = ""  # held-out file; empty: rows of `train`, by whole questions
+    # A file, a prepared directory, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py);
+    # or "toy".
+    train: str
+    eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
     eval_rows: Positive = 200  # held-out comparisons
+    # Our field name: the source's own, e.g. {answer_1: response_a}.
+    columns: dict[str, str] = field(default_factory=dict)
+    scores: Literal["score", "score_w_reference"] = "score"  # which scores of a JudgeLM row
     prompt: str = "judgelrm_train"  # template name (judge/prompts.py)
+    # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
+    orders: Literal["given", "both"] = "given"
     max_prompt_tokens: Positive = 1024
     overlong: Literal["skip", "refuse"] = "skip"  # longer prompts: counted and left out, or refused
 
@@ -90,22 +97,31 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    mode: Literal["judgelrm", "judgelrm_symmetric"] = "judgelrm_symmetric"
+    # "none": only what `plugins` pay.
+    mode: Literal["judgelrm", "judgelrm_symmetric", "none"] = "judgelrm_symmetric"
     format: float = 1.0  # well-formed output
     out_of_range: float = -0.5  # well-formed, but a score outside the scale
     malformed: float = -1.0
     no_verdict: float = 0.0  # added to either of the two above (the authors' code: -2.0)
     relation: float = 2.0  # right order of the two scores
     wrong_relation: float = -1.5
+    preference: float = 2.0  # the same for rows that have a preference alone
+    wrong_preference: float = -1.5
     absolute_exact: float = 1.0  # both scores equal gold's
     absolute_near: float = 0.6  # distance of the two scores together at most `near_distance`
     near_distance: float = 2.0
     confidence: float = 0.2  # margin at least gold's
+    brier: float = 0.0  # proper score of the confidence that the margin implies: from 1 to -3
+    certain_margin: NonNegative = 0.0  # margin that means certainty; 0: the whole scale
+    # Share of its content's pay that a verdict loses when the other order's contradicts it.
+    swap_consistency: NonNegative = 0.0
     length: float = 0.0  # longer than `length_tokens` (the paper's ablation: 0.2)
     length_tokens: int = 120
     limit: float = 0.0  # token limit reached (the paper's ablation: -1.0)
-    min_score: int = 1
+    min_score: int = 1  # of the scale, in the prompt `jlrm` too
     max_score: int = 10
+    # "module:function" in TRL's or verl's form (judge/plugins.py): its weight.
+    plugins: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,10 @@ class GRPOConfig:
     # Whose standard deviation the centred reward is divided by.
     advantage_scale: Literal["group", "batch", "none"] = "group"
     advantage_eps: NonNegative = 1e-6
+    # Groups of equal rewards: kept with no advantage, taken out of the loss, or sampled anew from
+    # the next prompts.
+    zero_variance: Literal["keep", "skip", "resample"] = "keep"
+    max_draws: Positive = 4  # rollout batches per step under "resample"
     mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
     kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
     entropy_weight: float = 0.001
@@ -344,6 +364,19 @@ def _check(config: Config) -> None:
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
         raise UsageError(
             f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
+        )
+    if config.data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
+        raise UsageError(
+            f"data.orders=both needs an even number of grpo.prompts for each of grpo.minibatches="
+            f"{grpo.minibatches}, got grpo.prompts={grpo.prompts}."
+        )
+    if reward.swap_consistency and config.data.orders != "both":
+        raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
+    if reward.mode == "none" and not reward.plugins:
+        raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
+    if reward.mode == "judgelrm" and reward.brier:
+        raise UsageError(
+            "reward.brier has no place in reward.mode=judgelrm. Use judgelrm_symmetric."
         )
     if reward.min_score >= reward.max_score:
         raise UsageError(

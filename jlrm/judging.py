@@ -6,6 +6,7 @@ reward that raises stops the run, with the row that caused it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,9 @@ from jlrm.data import batches
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import decode, token_bytes
 from jlrm.judge import rewards
-from jlrm.judge.verdict import Verdict, parse
+from jlrm.judge.plugins import Plugin
+from jlrm.judge.rewards import Terms
+from jlrm.judge.verdict import Verdict, parse, swap_preference
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.rl.logprobs import Distribution
@@ -36,6 +39,7 @@ class Sampled(NamedTuple):
     sequences: Sequences
     rollout: Rollout
     texts: list[str]
+    ids: list[list[int]]
     lengths: Int[np.ndarray, " B"]
     is_finished: Bool[np.ndarray, " B"]
 
@@ -45,18 +49,30 @@ class Judgements:
     """Verdicts and rewards of a batch, one entry per completion."""
 
     verdicts: list[Verdict]
-    terms: list[dict[str, float]]
-    rewards: Float[np.ndarray, " B"]
+    terms: list[Terms]
     is_right: Float[np.ndarray, " B"]  # 1 where the verdict prefers what gold prefers
 
-    def first(self, num_rows: int) -> Judgements:
-        """Return the first rows alone, without those that only fill a batch."""
+    @property
+    def rewards(self) -> Float[np.ndarray, " B"]:
+        """The sum of the terms of each completion."""
+        return np.array([rewards.total(terms) for terms in self.terms], np.float32)
+
+    def take(self, rows: Sequence[int]) -> Judgements:
+        """Return some of the rows, in this order."""
         return Judgements(
-            self.verdicts[:num_rows],
-            self.terms[:num_rows],
-            self.rewards[:num_rows],
-            self.is_right[:num_rows],
+            [self.verdicts[row] for row in rows],
+            [self.terms[row] for row in rows],
+            self.is_right[np.asarray(rows, np.int64)],
         )
+
+
+def concatenate(parts: Sequence[Judgements]) -> Judgements:
+    """Return the rows of all parts, one after the other."""
+    return Judgements(
+        [verdict for part in parts for verdict in part.verdicts],
+        [terms for part in parts for terms in part.terms],
+        np.concatenate([part.is_right for part in parts]),
+    )
 
 
 Evaluation = Callable[[Params], dict[str, float]]
@@ -95,73 +111,113 @@ def make_sampler(run: Run, distribution: Distribution, width: int) -> SampleFn:
             params, *prompts, keys(np.int32(step), prompt_ids, rollout_index), table, accept
         )
         ids, counts = mesh.host_array(result.tokens), mesh.host_array(result.lengths)
-        texts = decode(run.tokenizer, [row[:count] for row, count in zip(ids, counts, strict=True)])
-        sequences = Sequences(*prompts, result.tokens, result.lengths)
-        return Sampled(sequences, result, texts, counts, mesh.host_array(result.is_finished))
+        written = [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
+        return Sampled(
+            Sequences(*prompts, result.tokens, result.lengths),
+            result,
+            decode(run.tokenizer, written),
+            written,
+            counts,
+            mesh.host_array(result.is_finished),
+        )
 
     return sample
 
 
 def judge(
-    config: RewardConfig, examples: Sequence[Example], sampled: Sampled, max_tokens: int
+    config: RewardConfig,
+    plugins: Sequence[Plugin],
+    examples: Sequence[Example],
+    sampled: Sampled,
+    max_tokens: int,
 ) -> Judgements:
-    """Score every completion against its example's gold.
+    """Score every completion against its example's label, by our own terms and by plug-ins.
 
     Raises:
-      UsageError: a gold that the reward can't use.
+      UsageError: a label that the reward can't use.
       RunError: a reward function raised. Both name the row.
     """
-    terms, verdicts = [], []
+    terms: list[Terms] = []
+    verdicts: list[Verdict] = []
     for example, text, length in zip(examples, sampled.texts, sampled.lengths, strict=True):
+        row = example.comparison
         try:
             terms.append(
                 rewards.score(
                     config,
                     prompt=example.prompt,
                     completion=text,
-                    gold=example.comparison.gold,
+                    gold=row.scores,
+                    preference=row.preference,
                     num_tokens=int(length),
                     max_tokens=max_tokens,
                 )
             )
         except UsageError as error:
-            raise UsageError(f"Row {example.comparison.id}: {error}") from None
+            raise UsageError(f"Row {row.id}: {error}") from None
         except Exception as error:
-            raise RunError(f"The reward of row {example.comparison.id} failed: {error}") from error
+            raise RunError(f"The reward of row {row.id} failed: {error}") from error
         verdicts.append(parse(text, min_score=config.min_score, max_score=config.max_score))
-    preferred = [verdict.preference for verdict in verdicts]
-    gold = [gold_preference(example) for example in examples]
-    return Judgements(
-        verdicts=verdicts,
-        terms=terms,
-        rewards=np.array([rewards.total(term) for term in terms], np.float32),
-        is_right=np.array([a == b for a, b in zip(preferred, gold, strict=True)], np.float32),
-    )
+    if plugins:
+        columns = [
+            {**vars(e.comparison), "prompt": e.prompt, "completion": text, "completion_ids": ids}
+            for e, text, ids in zip(examples, sampled.texts, sampled.ids, strict=True)
+        ]
+        for plugin in plugins:
+            for term, value in zip(terms, plugin.score(columns), strict=True):
+                term[plugin.name] = value
+    labels = [example.comparison.label for example in examples]
+    is_right = [v.preference == label for v, label in zip(verdicts, labels, strict=True)]
+    return Judgements(verdicts, terms, np.array(is_right, np.float32))
 
 
-def gold_preference(example: Example) -> int:
-    """Return which answer gold prefers, 0 for a tie."""
-    first, second = example.comparison.gold
-    return 0 if first == second else 1 if first > second else 2
+def compare_orders(config: RewardConfig, judged: Judgements, partner: Sequence[int]) -> Judgements:
+    """Add the term `swap_consistency`; `partner` is each row's judgement of the other order."""
+    terms = [
+        {
+            **term,
+            "swap_consistency": rewards.withhold(config, term, verdict, judged.verdicts[other]),
+        }
+        for term, verdict, other in zip(judged.terms, judged.verdicts, partner, strict=True)
+    ]
+    return dataclasses.replace(judged, terms=terms)
 
 
-def metrics(judged: Judgements, sampled: Sampled) -> dict[str, float]:
-    """Return the metrics of a batch of judgements; agreement and parse rate in percent."""
+def consistency(verdicts: Sequence[Verdict], partner: Sequence[int]) -> float:
+    """Return the share of verdicts, in percent, whose partner names the same answer.
+
+    A verdict that is missing, on either side, is not consistent.
+    """
+    same = [
+        verdict.preference is not None
+        and verdict.preference == swap_preference(verdicts[other].preference)
+        for verdict, other in zip(verdicts, partner, strict=True)
+    ]
+    return 100 * float(np.mean(same))
+
+
+def metrics(judged: Judgements, lengths: np.ndarray, is_finished: np.ndarray) -> dict[str, float]:
+    """Return the metrics of a batch of judgements; agreement and parse rate in percent.
+
+    The mean of a term is over the rows it applies to; a term that applies to none is left out.
+    """
     is_parsed = np.array([verdict.status == "ok" for verdict in judged.verdicts])
+    paid = judged.rewards
     found = {
-        "reward": float(judged.rewards.mean()),
-        "reward_std": float(judged.rewards.std(ddof=1)),
+        "reward": float(paid.mean()),
+        "reward_std": float(paid.std(ddof=1)),
         "judge/agreement": 100 * float(judged.is_right.mean()),
         "judge/parse_rate": 100 * float(is_parsed.mean()),
-        "completions/mean_length": float(sampled.lengths.mean()),
-        "completions/clipped_ratio": 1 - float(sampled.is_finished.mean()),
+        "completions/mean_length": float(lengths.mean()),
+        "completions/clipped_ratio": 1 - float(is_finished.mean()),
     }
     for name in judged.terms[0]:
-        values = np.array([term[name] for term in judged.terms])
-        found |= {
-            f"rewards/{name}/mean": float(values.mean()),
-            f"rewards/{name}/std": float(values.std()),
-        }
+        values = np.array([t[name] for t in judged.terms if t[name] is not None], np.float64)
+        if len(values):
+            found |= {
+                f"rewards/{name}/mean": float(values.mean()),
+                f"rewards/{name}/std": float(values.std()),
+            }
     return found
 
 
@@ -181,6 +237,7 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
     """
     size = run.config.sampling.eval_batch_size
     max_tokens = run.config.sampling.max_new_tokens
+    config = run.config.reward
     parts: list[Judgements] = []
     num_tokens = 0
     for start in range(0, len(run.heldout), size):
@@ -189,18 +246,19 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
         prompt_ids = np.arange(start, start + size, dtype=np.int32)
         sampled = sample(params, padded, prompt_ids, np.zeros(size, np.int32), 0)
         num_tokens += int(sampled.lengths[: len(part)].sum())
-        parts.append(judge(run.config.reward, padded, sampled, max_tokens).first(len(part)))
-    verdicts = [verdict for part in parts for verdict in part.verdicts]
+        judged = judge(config, run.plugins, padded, sampled, max_tokens)
+        parts.append(judged.take(range(len(part))))
+    judged = concatenate(parts)
     half = len(run.heldout) // 2
-    forward = [verdict.preference for verdict in verdicts[:half]]
-    unswapped = {1: 2, 2: 1, 0: 0, None: None}
-    back = [unswapped[verdict.preference] for verdict in verdicts[half:]]
-    same = [a is not None and a == b for a, b in zip(forward, back, strict=True)]
+    partner = [*range(half, 2 * half), *range(half)]
+    if config.swap_consistency:
+        judged = compare_orders(config, judged, partner)
+    is_parsed = [verdict.status == "ok" for verdict in judged.verdicts]
     return {
-        "agreement": 100 * float(np.concatenate([part.is_right for part in parts])[:half].mean()),
-        "parse_rate": 100 * float(np.mean([verdict.status == "ok" for verdict in verdicts])),
-        "swap_consistency": 100 * float(np.mean(same)),
-        "reward": float(np.concatenate([part.rewards for part in parts]).mean()),
+        "agreement": 100 * float(judged.is_right[:half].mean()),
+        "parse_rate": 100 * float(np.mean(is_parsed)),
+        "swap_consistency": consistency(judged.verdicts, partner),
+        "reward": float(judged.rewards.mean()),
         "mean_length": num_tokens / len(run.heldout),
     }
 
@@ -223,8 +281,9 @@ def sampled_rows(
             "id": example.comparison.id,
             "prompt": example.prompt,
             "completion": text,
-            "gold": list(example.comparison.gold),
-            "verdict": None if verdict.status != "ok" else [verdict.score_1, verdict.score_2],
+            "gold": list(example.comparison.scores or ()),
+            "label": example.comparison.label,
+            "verdict": None if verdict.scores is None else list(verdict.scores),
             "status": verdict.status,
             **{f"rewards/{name}": value for name, value in terms.items()},
             "reward": float(reward),

@@ -79,6 +79,7 @@ class Stage:
         self.start: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
+        self.position = 0  # in the data, in batches drawn
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:
@@ -86,6 +87,7 @@ class Stage:
             self.state, meta = self._checkpoints.restore(self._done, abstract)
             self.start, self.evaluation = meta["start"], meta["evaluation"]
             self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
+            self.position = meta["position"]
         else:
             self.state = update.init_state(run.model, run.training, optimizer, initial())
         self.tracker = Tracker(
@@ -143,8 +145,10 @@ class Stage:
             self.start = self._evaluate(self.state.params)
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
-    def finish(self, values: dict[str, float], num_tokens: int) -> None:
+    def finish(self, values: dict[str, float], num_tokens: int, num_draws: int = 1) -> None:
         """Log the step, evaluate and save where it is time, and stop if asked to.
+
+        num_draws: batches of data that the step has used.
 
         Raises:
           RunError: the loss or the gradient is no finite number; nothing of this step is saved.
@@ -161,6 +165,7 @@ class Stage:
             "perf/compiles": _num_compiles,
         }
         self._done = step
+        self.position += num_draws
         self.num_tokens += num_tokens
         is_last = step == self._num_steps
         is_evaluated = is_last or _is_due(step, settings.eval_every)
@@ -197,7 +202,8 @@ class Stage:
         self._marked = now
         meta = {
             "stage": self._name,
-            "step": step,  # the position in the data too: batches are a function of seed and step
+            "step": step,
+            "position": self.position,  # all there is to know of the data: see data/batches.py
             "start": self.start,
             "evaluation": self.evaluation,
             "num_tokens": self.num_tokens,

@@ -291,19 +291,18 @@ def _judgements_html(run_dir: pathlib.Path) -> str:
 
 
 def _outcome(row: Row) -> str:
-    gold, verdict = row.get("gold"), row.get("verdict")
-    if not verdict or None in verdict:
+    verdict = row.get("verdict")
+    if not verdict:
         return "unparsed"
-    if not gold or None in gold:
-        return "without gold"
-    return "right" if np.sign(np.subtract(*gold)) == np.sign(np.subtract(*verdict)) else "wrong"
+    better = 0 if verdict[0] == verdict[1] else 1 if verdict[0] > verdict[1] else 2
+    return "right" if better == row["label"] else "wrong"
 
 
 def _card(row: Row) -> str:
     outcome = _outcome(row)
     scores = [["", "Answer 1", "Answer 2"]]
     for name in ("gold", "verdict"):
-        pair = row.get(name) or (None, None)
+        pair = row.get(name) or (None, None)  # no gold scores: a preference alone
         scores.append([name.title(), *("–" if v is None else f"{v:g}" for v in pair)])
     rewards = {name.removeprefix("rewards/"): v for name, v in row.items() if "rewards/" in name}
     rewards |= {"total": row.get("reward"), "advantage": row.get("advantage")}

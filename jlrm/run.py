@@ -21,10 +21,12 @@ from jax.sharding import Mesh
 
 from jlrm import checkpoint
 from jlrm.config import Config, UsageError, load, save, to_dict
-from jlrm.data import toy
+from jlrm.data import readers, toy
 from jlrm.data.batches import Example, encode_prompts
-from jlrm.data.comparisons import Comparison, read_comparisons
+from jlrm.data.comparisons import Comparison, Dropped, describe_dropped, write_dropped
 from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
+from jlrm.judge import plugins
+from jlrm.judge.plugins import Plugin
 from jlrm.mesh import Layout, create_mesh, rollout_layout, training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.model.presets import preset
@@ -50,7 +52,8 @@ class Run:
     model_dir: pathlib.Path
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
-    train: list[Example]
+    plugins: list[Plugin]
+    train: list[Example]  # with `data.orders: both` row 2i+1 is row 2i in the other order
     heldout: list[Example]
 
     @property
@@ -60,6 +63,11 @@ class Run:
         return Distribution(
             sampling.temperature, sampling.top_k, sampling.top_p, num_ids=len(self.tokenizer)
         )
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """The least and the highest score."""
+        return self.config.reward.min_score, self.config.reward.max_score
 
 
 def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
@@ -71,11 +79,12 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     directory = pathlib.Path(config.run.dir).expanduser()
     _check_same_run(config, directory)
     mesh = create_mesh(config.mesh, devices)
-    train_rows, heldout_rows = _read_rows(config)
+    loaded = plugins.load(config.reward.plugins)
+    train_rows, heldout_rows, dropped = _read_rows(config)
     model, model_dir = _open_model(config, directory)
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(tokenizer, model.vocab_size)
-    train, heldout = _encode(config, train_rows, heldout_rows, tokenizer)
+    train, heldout, unfit = _encode(config, train_rows, heldout_rows, tokenizer)
     longest = config.data.max_prompt_tokens + max(
         config.sampling.max_new_tokens, config.sft.max_target_tokens if config.sft.steps else 0
     )
@@ -90,6 +99,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
         )
+    write_dropped([*dropped, *unfit], directory / "dropped.jsonl")
     save(config, directory / "config.yaml")
     return Run(
         config=config,
@@ -101,6 +111,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         model_dir=model_dir,
         tokenizer=tokenizer,
         end_ids=end_ids(tokenizer, model_dir),
+        plugins=loaded,
         train=train,
         heldout=heldout,
     )
@@ -158,29 +169,43 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison]]:
+def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison], list[Dropped]]:
+    """Return training rows, held-out rows, and what was left out of both."""
     data = config.data
     if data.train == "toy":
-        return toy.comparisons(1, toy.NUM_TRAIN), toy.comparisons(2, data.eval_rows)
-    read = read_comparisons(data.train)
-    if read.dropped:
-        log.warning("%s: left out %s", data.train, read.describe_dropped())
+        return toy.comparisons(1, toy.NUM_TRAIN), toy.comparisons(2, data.eval_rows), []
+    train, dropped = _read(config, data.train)
     if data.eval:
-        heldout = read_comparisons(data.eval)
-        if heldout.dropped:
-            log.warning("%s: left out %s", data.eval, heldout.describe_dropped())
-        _, chosen = _hold_out(heldout.rows, data.eval_rows)
-        shared = {row.question for row in chosen} & {row.question for row in read.rows}
+        rows, dropped_too = _read(config, data.eval)
+        _, heldout = _hold_out(rows, data.eval_rows)
+        shared = {row.question for row in heldout} & {row.question for row in train}
         if shared:
             log.warning("%d held-out questions are in %s too", len(shared), data.train)
-        return read.rows, chosen
-    train, heldout = _hold_out(read.rows, data.eval_rows)
-    if not train:
+        return train, heldout, [*dropped, *dropped_too]
+    rest, heldout = _hold_out(train, data.eval_rows)
+    if not rest:
         raise UsageError(
-            f"{data.train} has {len(read.rows)} usable rows, data.eval_rows={data.eval_rows} would "
+            f"{data.train} has {len(train)} usable rows, data.eval_rows={data.eval_rows} would "
             "hold all of them out. Lower it, or name a data.eval file."
         )
-    return train, heldout
+    return rest, heldout, dropped
+
+
+def _read(config: Config, source: str) -> tuple[list[Comparison], list[Dropped]]:
+    """Read a source; the released code's reward can't use rows that have a preference alone."""
+    read = readers.read(source, columns=config.data.columns, scores=config.data.scores)
+    rows, dropped = read.rows, read.dropped
+    if config.reward.mode == "judgelrm":
+        unscored = [Dropped(source, row.id, "no_scores") for row in rows if row.scores is None]
+        rows, dropped = [row for row in rows if row.scores is not None], [*dropped, *unscored]
+        if not rows:
+            raise UsageError(
+                f"{source} has no scores, only preferences. Set reward.mode=judgelrm_symmetric, "
+                "which is paid by preferences too."
+            )
+    if dropped:
+        log.warning("%s: left out %s", source, describe_dropped(dropped))
+    return rows, dropped
 
 
 def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], list[Comparison]]:
@@ -228,30 +253,49 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
 
 def _encode(
     config: Config, train: list[Comparison], heldout: list[Comparison], tokenizer: Tokenizer
-) -> tuple[list[Example], list[Example]]:
-    encoded = encode_prompts(train, tokenizer, config.data, progress="tokenise")
-    if encoded.dropped:
+) -> tuple[list[Example], list[Example], list[Dropped]]:
+    """Return training and held-out examples, and the rows whose prompts are too long."""
+    if config.data.orders == "both":
+        forward, backward, unfit = _both_orders(config, train, tokenizer, progress="tokenise")
+        examples = [example for pair in zip(forward, backward, strict=True) for example in pair]
+    else:
+        scale = (config.reward.min_score, config.reward.max_score)
+        encoded = encode_prompts(train, tokenizer, config.data, scale, progress="tokenise")
+        examples, unfit = encoded.examples, encoded.dropped
+    if unfit:
         log.warning(
             "%d of %d training rows left out: prompts over data.max_prompt_tokens=%d",
-            encoded.dropped["overlong"],
+            len(unfit),
             len(train),
             config.data.max_prompt_tokens,
         )
-    forward = _fitting(heldout, tokenizer, config)
-    swapped = _fitting([row.swapped() for row in heldout], tokenizer, config)
-    both = sorted(forward.keys() & swapped.keys())
-    if len(both) < len(heldout):
-        log.warning("%d of %d held-out rows left out", len(heldout) - len(both), len(heldout))
+    forward, backward, unfit_too = _both_orders(config, heldout, tokenizer)
+    if unfit_too:
+        log.warning("%d of %d held-out rows left out", len(unfit_too), len(heldout))
+    return examples, [*forward, *backward], [*unfit, *unfit_too]
+
+
+def _both_orders(
+    config: Config, rows: list[Comparison], tokenizer: Tokenizer, *, progress: str = ""
+) -> tuple[list[Example], list[Example], list[Dropped]]:
+    """Return the rows that fit in both orders: as given, swapped, and those that do not fit."""
+    scale = (config.reward.min_score, config.reward.max_score)
+
+    def encode(part: list[Comparison]) -> tuple[dict[int, Example], list[Dropped]]:
+        numbered = [dataclasses.replace(row, id=str(i)) for i, row in enumerate(part)]
+        encoded = encode_prompts(numbered, tokenizer, config.data, scale, progress=progress)
+        fitting = {int(e.comparison.id): e for e in encoded.examples}
+        examples = {i: dataclasses.replace(e, comparison=part[i]) for i, e in fitting.items()}
+        return examples, encoded.dropped
+
+    forward, long_forward = encode(rows)
+    backward, long_backward = encode([row.swapped() for row in rows])
+    both = sorted(forward.keys() & backward.keys())
     if not both:
-        raise UsageError("No held-out pair fits data.max_prompt_tokens in both orders.")
-    return encoded.examples, [order[row] for order in (forward, swapped) for row in both]
-
-
-def _fitting(rows: list[Comparison], tokenizer: Tokenizer, config: Config) -> dict[int, Example]:
-    """Return the examples that fit, by the index of their row."""
-    numbered = [dataclasses.replace(row, meta={"row": i}) for i, row in enumerate(rows)]
-    encoded = encode_prompts(numbered, tokenizer, config.data)
-    return {example.comparison.meta["row"]: example for example in encoded.examples}
+        raise UsageError("No pair fits data.max_prompt_tokens in both orders.")
+    unfit = {int(row.id): row for row in [*long_backward, *long_forward]}
+    renamed = [dataclasses.replace(row, id=rows[i].id) for i, row in sorted(unfit.items())]
+    return [forward[i] for i in both], [backward[i] for i in both], renamed
 
 
 def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:

@@ -2,10 +2,10 @@
 
 SFT, where asked for, imitates written judgements. Then each GRPO step does this:
 
- 1. Take P comparisons; which ones is a function of the seed and the step.
+ 1. Take P comparisons; which ones is a function of the seed and of the batches drawn before.
  2. Lay the weights out for decoding and sample R judgements of each, with their log-probabilities.
  3. Read the verdicts and pay the rewards, term by term.
- 4. Advantage: a judgement's reward against the others of its comparison.
+ 4. Advantage: a judgement's reward against the others of its group. (1 to 4: groups.py)
  5. Log-probabilities: of the frozen reference, and of the policy where the sampler's will not do.
  6. One or more optimiser steps on the clipped policy loss with KL and entropy terms.
  7. Log; now and then judge the held-out set, and save.
@@ -33,25 +33,24 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlrm import commands, report, tracking, update
+from jlrm import commands, groups, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
 from jlrm.data.batches import Example
+from jlrm.data.comparisons import describe_dropped
+from jlrm.groups import Batch
 from jlrm.judging import (
     Evaluation,
     Sampled,
     SampleFn,
-    judge,
     make_evaluation,
     make_sampler,
-    metrics,
     sampled_rows,
 )
 from jlrm.loop import Outcome, Stage
 from jlrm.mesh import global_array, host_array
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
-from jlrm.rl.advantages import group_advantages
 from jlrm.rl.losses import PolicyLoss, token_weights
 from jlrm.run import Run, grpo_params, initial_params, is_main_process, open_run
 from jlrm.update import PolicyBatch, Sequences, TrainState
@@ -90,10 +89,10 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
     """Imitate written judgements; the loss is on the judgement alone."""
     config = run.config.sft
     encoded = batches.encode_targets(
-        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0]
+        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0], run.scale
     )
     if encoded.dropped:
-        log.warning("sft: left out %s", dict(encoded.dropped))
+        log.warning("sft: left out %s", describe_dropped(encoded.dropped))
     examples = encoded.examples
     widths = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
@@ -107,7 +106,8 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
         if run.config.model.path:
             stage.evaluate_start()
         for step in stage:
-            rows = batches.batch_rows(run.config.run.seed, step, config.batch_size, len(examples))
+            seed, position = run.config.run.seed, stage.position
+            rows = batches.batch_rows(seed, position, config.batch_size, len(examples))
             chosen = [examples[row] for row in rows]
             sequences = _to_devices(run, chosen, *widths)
             with stage.timed("update"):
@@ -121,7 +121,7 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
 
 def grpo(run: Run, evaluate: Evaluation) -> Outcome:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
-    config, seed = run.config.grpo, run.config.run.seed
+    config = run.config.grpo
     programs = _grpo_programs(run)
     initial = partial(grpo_params, run)
     with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
@@ -131,46 +131,30 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
         if run.config.model.path and not run.config.sft.steps:
             stage.evaluate_start()
         for step in stage:
-            rows = batches.batch_rows(seed, step, config.prompts, len(run.train))
-            examples = [run.train[row] for row in rows for _ in range(config.rollouts)]
-            index = np.tile(np.arange(config.rollouts, dtype=np.int32), config.prompts)
             with stage.timed("rollout"):
                 weights = programs.decode(stage.state.params)
-                prompt_ids = np.repeat(rows, config.rollouts).astype(np.int32)
-                sampled = programs.sample(weights, examples, prompt_ids, index, step)
-                del weights
-            with stage.timed("reward"):
-                judged = judge(
-                    run.config.reward, examples, sampled, run.config.sampling.max_new_tokens
-                )
-                grouped = judged.rewards.reshape(config.prompts, config.rollouts)
-                advantages = np.asarray(
-                    group_advantages(grouped, config.advantage_scale, config.advantage_eps)
-                ).reshape(-1)
+            drawn = groups.draw(run, programs.sample, weights, stage.position, stage.timed)
+            del weights
+            batch = drawn.batch
             with stage.timed("logprobs"):
                 old_logp, ref_logp, gap = _logprobs(
-                    run, programs, stage.state.params, reference, sampled
+                    run, programs, stage.state.params, reference, batch.sampled
                 )
             with stage.timed("update"):
-                batch = (
-                    sampled.sequences,
-                    old_logp,
-                    ref_logp,
-                    advantages,
-                    sampled.rollout.is_finished,
+                stage.state, values = _optimise(
+                    run, programs, stage.state, batch, old_logp, ref_logp
                 )
-                stage.state, values = _optimise(run, programs, stage.state, *batch)
             update_gap = values.pop("old_logp_gap")
-            values |= metrics(judged, sampled)
-            values["frac_reward_zero_std"] = float(np.mean(np.ptp(grouped, axis=1) == 0))
+            values |= drawn.metrics
             values["rollout/logprob_gap"] = update_gap if gap is None else gap
             values |= _floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
             every = run.config.run.completions_every
             if every and (step % every == 0 or step + 1 == config.steps):
-                judgements = sampled_rows(examples, sampled, judged, advantages)
+                judgements = sampled_rows(
+                    batch.examples, batch.sampled, batch.judged, batch.advantages
+                )
                 stage.tracker.log_completions(step + 1, judgements)
-            num_tokens = sum(len(e.prompt_ids) for e in examples) + int(sampled.lengths.sum())
-            stage.finish(values, num_tokens)
+            stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
 
 
@@ -236,28 +220,29 @@ def _optimise(
     run: Run,
     programs: GRPOPrograms,
     state: TrainState,
-    sequences: Sequences,
+    batch: Batch,
     old_logp: Any,
     ref_logp: Any,
-    advantages: np.ndarray,
-    is_finished: Any,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take `epochs` passes of `minibatches` optimiser steps; return the mean of their metrics."""
-    config = run.config.grpo
-    mask = update.batch_mask(sequences, is_finished if config.mask_truncated else None)
+    config, by_row = run.config.grpo, run.training.activation("B")
+    is_kept = batch.is_learned
+    if config.mask_truncated:
+        is_kept = is_kept & batch.sampled.is_finished
+    sequences = batch.sampled.sequences
     whole = (
         sequences,
         old_logp,
         ref_logp,
-        global_array(advantages, run.training.activation("B")),
-        mask,
+        global_array(batch.advantages, by_row),
+        update.batch_mask(sequences, global_array(is_kept, by_row)),
     )
     per_step = []
     for _ in range(config.epochs):
         for i in range(config.minibatches):
             part = _minibatch(run, whole, i)
-            batch = PolicyBatch(*part, weights=token_weights(part[-1], config.aggregation))
-            state, values = programs.update(state, batch)
+            weighted = PolicyBatch(*part, weights=token_weights(part[-1], config.aggregation))
+            state, values = programs.update(state, weighted)
             per_step.append(_floats(values))
     return state, {name: float(np.mean([v[name] for v in per_step])) for name in per_step[0]}
 

@@ -16,6 +16,7 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from qwen import qwen3, qwen3_official, qwen25  # noqa: F401 (fixtures)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

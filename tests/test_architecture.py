@@ -26,12 +26,21 @@ RANKS = {
     "report": 3,
     "run": 4,
     "judging": 4,
+    "groups": 4,
     "loop": 4,
     "train": 5,
     "export": 5,
+    "prepare": 5,
 }
 # Within a rank: a package's own files, and these.
-SIDEWAYS = {("report", "tracking"), ("judging", "run"), ("loop", "judging"), ("loop", "run")}
+SIDEWAYS = {
+    ("report", "tracking"),
+    ("judging", "run"),
+    ("groups", "judging"),
+    ("groups", "run"),
+    ("loop", "judging"),
+    ("loop", "run"),
+}
 FORBIDDEN = {
     "judge": {"jax", "numpy", "flax"},
     "rl": {"transformers", "json", "pathlib"},

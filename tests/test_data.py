@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import pathlib
 
 import numpy as np
@@ -11,7 +9,6 @@ import pytest
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import batches, toy
-from jlrm.data.comparisons import read_comparisons, write_comparisons
 from jlrm.data.tokenizer import (
     control_tokens,
     decode,
@@ -22,15 +19,6 @@ from jlrm.data.tokenizer import (
 )
 from jlrm.judge.verdict import parse
 
-JUDGELM = {
-    "question_id": 3,
-    "question_body": "Why?",
-    "answer1_body": "Because.",
-    "answer2_body": "No idea.",
-    "score": [8.0, 2.5],
-    "text": "8 2.5\nThe first one tries.",
-}
-
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
@@ -39,72 +27,11 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(directory)
 
 
-def lines(path, *rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
-
-
-def test_judgelm_form(tmp_path):
-    failed = {**JUDGELM, "score": [-1, -1]}
-    unscored = {key: value for key, value in JUDGELM.items() if key != "score"}
-    read = read_comparisons(lines(tmp_path / "x.jsonl", JUDGELM, failed, unscored))
-    (row,) = read.rows
-    assert row.gold == (8.0, 2.5) and row.answer_2 == "No idea." and row.id == "3"
-    assert row.meta["reasoning"] == "The first one tries."
-    assert read.dropped == {"failed_review": 1, "no_scores": 1}
-    assert read.describe_dropped() == "1 failed_review, 1 no_scores"
-
-
-def test_written_rows_read_back_equal_also_compressed(tmp_path):
-    rows = toy.comparisons(seed=0, num_rows=20)
-    write_comparisons(rows, tmp_path / "x.jsonl")
-    assert read_comparisons(tmp_path / "x.jsonl").rows == rows
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress((tmp_path / "x.jsonl").read_bytes()))
-    assert read_comparisons(tmp_path / "x.jsonl.gz").rows == rows
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "is empty"),
-        (b"\n \n", "is empty"),
-        (b'{"question": "1"}', "has no field 'answer_1'"),
-        (json.dumps({**JUDGELM, "question_body": 7}).encode(), "'question' must be text, got 7"),
-        (json.dumps({**JUDGELM, "score": [1]}).encode(), "scores must be two numbers"),
-        (json.dumps({**JUDGELM, "score": ["8", 4]}).encode(), "scores must be two numbers"),
-        (json.dumps({**JUDGELM, "score": [True, 4]}).encode(), "scores must be two numbers"),
-        (b'{"a": NaN', "line 1 is not valid JSON"),
-        (b"\xff\xfe{}", "is not UTF-8"),
-        (json.dumps({**JUDGELM, "score": [-1, -1]}).encode(), "no usable row"),
-    ],
-)
-def test_what_cannot_be_used_is_said(tmp_path, content, message):
-    (tmp_path / "x.jsonl").write_bytes(content)
-    with pytest.raises(UsageError) as error:
-        read_comparisons(tmp_path / "x.jsonl")
-    assert message in str(error.value)
-
-
-def test_a_torn_gzip_file_is_an_error(tmp_path):
-    whole = gzip.compress(json.dumps(JUDGELM).encode() * 100)
-    (tmp_path / "x.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match="Cannot read the data file"):
-        read_comparisons(tmp_path / "x.jsonl.gz")
-
-
 def test_swapping_twice_is_nothing():
     (row,) = toy.comparisons(seed=5, num_rows=1)
     swapped = row.swapped()
-    assert swapped.gold == row.gold[::-1] and swapped.answer_1 == row.answer_2
-    assert swapped.swapped().gold == row.gold and "reasoning" not in swapped.meta
-
-
-def test_the_real_score_pairs_are_read_whole(reference):
-    read = read_comparisons(reference / "train" / "vicuna80_reviews.jsonl.gz")
-    assert len(read.rows) == 1354 and not read.dropped
-    first = [row.gold for row in read.rows]
-    assert sum(a > b for a, b in first) == 266 and sum(a < b for a, b in first) == 930
-    assert all(row.meta["reasoning"] for row in read.rows[:100])
+    assert swapped.scores == row.scores[::-1] and swapped.answer_1 == row.answer_2
+    assert swapped.swapped().scores == row.scores and "reasoning" not in swapped.meta
 
 
 def test_batches_visit_every_row_once_an_epoch_and_depend_on_nothing_but_seed_and_step():
@@ -115,12 +42,20 @@ def test_batches_visit_every_row_once_an_epoch_and_depend_on_nothing_but_seed_an
     assert list(batches.batch_rows(8, 0, 6, 20)) != list(seen[:6])
 
 
+def test_batches_of_pairs_hold_both_orders_together_and_every_pair_once_an_epoch():
+    seen = np.concatenate([batches.pair_rows(7, position, 6, 20) for position in range(10)])
+    np.testing.assert_array_equal(seen[::2] + 1, seen[1::2])
+    assert not np.any(seen[::2] % 2)
+    assert all(sorted(seen[i : i + 20]) == list(range(20)) for i in (0, 20, 40))
+
+
 def test_overlong_prompts_are_counted_or_refused_never_cut(tokenizer):
     rows = toy.comparisons(seed=1, num_rows=50)
     config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30)
     encoded = batches.encode_prompts(rows, tokenizer, config)
-    assert len(encoded.examples) + encoded.dropped["overlong"] == 50
-    assert 0 < encoded.dropped["overlong"] < 50
+    kept, dropped = ({e.comparison.id for e in encoded.examples}, {d.id for d in encoded.dropped})
+    assert kept and dropped and kept | dropped == {row.id for row in rows} and not kept & dropped
+    assert {d.reason for d in encoded.dropped} == {"overlong"}
     assert all(len(example.prompt_ids) <= 30 for example in encoded.examples)
     assert decode(tokenizer, [encoded.examples[0].prompt_ids]) == [encoded.examples[0].prompt]
     strict = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30, overlong="refuse")

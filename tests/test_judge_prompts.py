@@ -52,7 +52,7 @@ def test_equals_the_reference_file(name: str, reference) -> None:
 
 
 def test_toy_prompt() -> None:
-    assert prompts.fill("toy", question="q", answer_1="a", answer_2="b") == (
+    assert prompts.fill(TEMPLATES["toy"], question="q", answer_1="a", answer_2="b") == (
         "<|im_start|>user\nq\n1: a\n2: b<|im_end|>\n<|im_start|>assistant\n<think>"
     )
 
@@ -68,7 +68,7 @@ def test_text_is_filled_in_once(name: str, question: str, answer_1: str, answer_
     between, rest = rest.split("{answer_1}")
     and_between, after = rest.split("{answer_2}")
     expected = before + question + between + answer_1 + and_between + answer_2 + after
-    filled = prompts.fill(name, question=question, answer_1=answer_1, answer_2=answer_2)
+    filled = prompts.fill(TEMPLATES[name], question=question, answer_1=answer_1, answer_2=answer_2)
     assert filled == expected
 
 
@@ -76,17 +76,24 @@ def test_text_is_filled_in_once(name: str, question: str, answer_1: str, answer_
 def test_single_text_is_filled_in_once(question: str, answer: str) -> None:
     before, rest = prompts.SINGLE_TEMPLATES["judgelrm_single"].split("{question}")
     between, after = rest.split("{answer}")
-    filled = prompts.fill_single("judgelrm_single", question=question, answer=answer)
+    filled = prompts.fill_single(TEMPLATES["judgelrm_single"], question=question, answer=answer)
     assert filled == before + question + between + answer + after
 
 
 def test_unknown_template_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"'judgelrm_trian'.*Did you mean 'judgelrm_train'"):
-        prompts.fill("judgelrm_trian", question="", answer_1="", answer_2="")
-    with pytest.raises(UsageError, match="'judgelrm_single' is no prompt template for two answers"):
-        prompts.fill("judgelrm_single", question="", answer_1="", answer_2="")
-    with pytest.raises(UsageError, match=r"'toy'.*one answer.*'judgelrm_single'"):
-        prompts.fill_single("toy", question="", answer="")
+        prompts.messages("judgelrm_trian", 1, 10)
+
+
+def test_the_jlrm_prompt_states_its_scale_and_no_example_scores() -> None:
+    system, user = prompts.messages("jlrm", 0, 5)
+    assert "from 0 to 5" in system and not re.findall(r"<answer>\s*\d", system)
+    assert re.findall(r"\{\w+\}", system) == []
+    assert re.findall(r"\{\w+\}", user) == ["{question}", "{answer_1}", "{answer_2}"]
+
+
+def test_lone_surrogates_become_what_can_be_encoded() -> None:
+    assert prompts.neutralise("a\ud800b", QWEN_TOKENS) == "a\ufffdb"
 
 
 @given(TEXTS)
@@ -123,7 +130,7 @@ def test_neutralise_refuses_what_a_space_cannot_break() -> None:
 @given(st.sampled_from(sorted(prompts.PAIR_TEMPLATES)), st.tuples(TEXTS, TEXTS, TEXTS))
 def test_a_filled_prompt_has_the_control_tokens_of_its_template(name: str, texts: tuple) -> None:
     question, answer_1, answer_2 = (prompts.neutralise(text, QWEN_TOKENS) for text in texts)
-    filled = prompts.fill(name, question=question, answer_1=answer_1, answer_2=answer_2)
+    filled = prompts.fill(TEMPLATES[name], question=question, answer_1=answer_1, answer_2=answer_2)
     for token in QWEN_TOKENS:
         assert filled.count(token) == prompts.PAIR_TEMPLATES[name].count(token)
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judge import prompts
-from jlrm.judge.rewards import JUDGELRM, TERMS, score, total
+from jlrm.judge.rewards import JUDGELRM, TERMS, Terms, brier_term, score, total, withhold
+from jlrm.judge.verdict import parse, swap_preference
 
 MAIN = JUDGELRM
 BASE = dataclasses.replace(MAIN, length=0.2, limit=-1.0)
@@ -33,7 +34,8 @@ COLUMNS = {
 
 
 def _prompt(question: str = "q", answer_1: str = "a", answer_2: str = "b") -> str:
-    return prompts.fill("judgelrm_train", question=question, answer_1=answer_1, answer_2=answer_2)
+    template = prompts.PAIR_TEMPLATES["judgelrm_train"]
+    return prompts.fill(template, question=question, answer_1=answer_1, answer_2=answer_2)
 
 
 def _judgement(score_1: Any, score_2: Any, reasoning: str = "r") -> str:
@@ -453,7 +455,7 @@ def test_symmetric_mode_refuses_gold_that_is_no_pair_of_scores(gold: tuple) -> N
 def test_every_setting_has_its_term(
     mode: str, setting: str, value: float, completion: str, term: str, expected: float
 ) -> None:
-    def terms(config: RewardConfig) -> dict[str, float]:
+    def terms(config: RewardConfig) -> Terms:
         return score(
             config,
             prompt=_prompt(),
@@ -467,6 +469,112 @@ def test_every_setting_has_its_term(
     changed = terms(dataclasses.replace(config, **{setting: value}))
     assert changed[term] == pytest.approx(expected)
     assert terms(config)[term] != pytest.approx(expected)
+
+
+# ---- preferences, calibration, consistency -------------------------------------------------------
+
+LABELS = st.sampled_from([0, 1, 2])
+
+
+def _by_preference(config: RewardConfig, completion: str, preference: int | None) -> Terms:
+    return score(
+        config,
+        prompt="",
+        completion=completion,
+        preference=preference,
+        num_tokens=200,
+        max_tokens=MAX_TOKENS,
+    )
+
+
+@given(WRITTEN, WRITTEN, LABELS, st.floats(0, 2), st.floats(0, 9))
+def test_preferences_and_calibration_have_no_sides(
+    first: str, second: str, label: int, brier: float, margin: float
+) -> None:
+    config = dataclasses.replace(SYMMETRIC, brier=brier, certain_margin=margin)
+    here = _by_preference(config, _judgement(first, second), label)
+    there = _by_preference(config, _judgement(second, first), swap_preference(label))
+    assert here == pytest.approx(there)
+
+
+def test_a_row_with_a_preference_alone_is_paid_by_it_and_by_no_scores() -> None:
+    right, wrong, none = (
+        _by_preference(SYMMETRIC, text, 1) for text in (_judgement(8, 4), _judgement(4, 8), "r")
+    )
+    assert right["preference"] == 2.0 and wrong["preference"] == -1.5 and none["preference"] == 0.0
+    for terms in (right, wrong, none):
+        assert terms["relation"] is terms["absolute"] is terms["confidence"] is None
+    assert [total(terms) for terms in (right, wrong, none)] == [3.0, -0.5, -1.0]
+    assert _by_preference(SYMMETRIC, _judgement(5, 5), 0)["preference"] == 2.0
+    scored = score(
+        SYMMETRIC, prompt="", completion="r", gold=(8, 4), num_tokens=1, max_tokens=MAX_TOKENS
+    )
+    assert scored["preference"] is None
+    with pytest.raises(UsageError, match="preference=None"):
+        _by_preference(SYMMETRIC, _judgement(8, 4), None)
+
+
+@pytest.mark.parametrize(
+    ("scores", "label", "expected"),
+    [
+        ((10, 1), 1, 1.0),
+        ((10, 1), 2, -3.0),
+        ((5, 5), 1, 0.0),
+        ((5, 5), 0, 1.0),
+        ((10, 1), 0, 0.0),
+        ((7, 4), 1, 1 - 4 * (1 / 3) ** 2),
+    ],
+)
+def test_brier_values(scores: tuple, label: int, expected: float) -> None:
+    config = dataclasses.replace(SYMMETRIC, brier=1.0)
+    assert _by_preference(config, _judgement(*scores), label)["brier"] == pytest.approx(expected)
+
+
+@given(st.floats(0, 1), st.integers(0, 9))
+def test_brier_is_proper(truth: float, margin: int) -> None:
+    """No margin earns more in expectation than the one that states the true probability."""
+    config = dataclasses.replace(SYMMETRIC, brier=1.0, min_score=0, max_score=100)
+
+    def expected(stated: float) -> float:
+        scores = (50 + 50 * (2 * stated - 1), 50 - 50 * (2 * stated - 1))
+        return truth * brier_term(config, scores, 1) + (1 - truth) * brier_term(config, scores, 2)
+
+    assert expected(truth) >= expected(margin / 9) - 1e-9
+
+
+def test_certain_margin_is_where_certainty_begins() -> None:
+    config = dataclasses.replace(SYMMETRIC, brier=1.0, certain_margin=2.0)
+    assert _by_preference(config, _judgement(6, 4), 1)["brier"] == 1.0
+    assert _by_preference(config, _judgement(9, 4), 1)["brier"] == 1.0
+    assert _by_preference(config, _judgement(6, 5), 1)["brier"] == pytest.approx(0.75)
+
+
+@given(WRITTEN, WRITTEN, WRITTEN, WRITTEN, PAIRS)
+def test_a_verdict_that_flips_is_paid_for_its_structure_alone(
+    first: str, second: str, third: str, fourth: str, gold: tuple
+) -> None:
+    config = dataclasses.replace(SYMMETRIC, swap_consistency=1.0)
+    forward, backward = _judgement(first, second), _judgement(third, fourth)
+    verdict, other = parse(forward), parse(backward)
+    terms = score(
+        config, prompt="", completion=forward, gold=gold, num_tokens=9, max_tokens=MAX_TOKENS
+    )
+    lost = withhold(config, terms, verdict, other)
+    if None not in (verdict.preference, other.preference) and (
+        verdict.preference == swap_preference(other.preference)
+    ):
+        assert lost == 0.0
+    else:
+        structure = (terms["format"] or 0.0) + (terms["no_verdict"] or 0.0)
+        assert total(terms) + lost == pytest.approx(min(total(terms), structure))
+    assert withhold(dataclasses.replace(config, swap_consistency=0.5), terms, verdict, other) == (
+        pytest.approx(lost / 2)
+    )
+
+
+def test_mode_none_pays_nothing() -> None:
+    terms = _by_preference(dataclasses.replace(SYMMETRIC, mode="none"), _judgement(8, 4), 1)
+    assert set(terms.values()) == {None} and total(terms) == 0.0
 
 
 def test_length_tokens() -> None:

@@ -49,6 +49,7 @@ def judgements() -> list[dict[str, Any]]:
             "prompt": f"Which answer is better? {EVIL}",
             "completion": f"<think>{EVIL}</think>",
             "gold": [8.0, 3.5],
+            "label": 1,
             "verdict": verdict,
             "status": "ok" if verdict else "malformed",
             "rewards/format": 1.0,
@@ -184,7 +185,7 @@ def test_judgements_of_different_prompts_come_first_and_of_the_last_step(tmp_pat
     write_grpo(tmp_path, 2)
     settings: dict[str, Any] = dict(tensorboard=False, wandb_project="", config={}, is_writer=True)
     with tracking.Tracker(tmp_path, stage="grpo", num_steps=9, first_step=2, **settings) as tracker:
-        rows = [{"id": f"p{i // 4}", "gold": [1, 2], "verdict": [1, 2]} for i in range(12)]
+        rows = [{"id": f"p{i // 4}", "label": 2, "verdict": [1, 2]} for i in range(12)]
         tracker.log_completions(9, rows)
     text, _ = render(tmp_path)
     assert "GRPO, step 9" in text
@@ -192,18 +193,18 @@ def test_judgements_of_different_prompts_come_first_and_of_the_last_step(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("gold", "verdict", "outcome"),
+    ("label", "verdict", "outcome"),
     [
-        ([8, 3], [7, 6.5], "right"),
-        ([5, 5], [7, 7], "right"),
-        ([5, 5], [7, 6], "wrong"),
-        ([8, 3], [4, 4], "wrong"),
-        ([8, 3], None, "unparsed"),
-        (None, [4, 4], "without gold"),
+        (1, [7, 6.5], "right"),
+        (0, [7, 7], "right"),
+        (0, [7, 6], "wrong"),
+        (1, [4, 4], "wrong"),
+        (2, [4, 5], "right"),
+        (1, None, "unparsed"),
     ],
 )
-def test_outcomes_follow_the_order_of_the_scores(gold, verdict, outcome):
-    assert report._outcome({"gold": gold, "verdict": verdict}) == outcome
+def test_outcomes_follow_the_order_of_the_scores(label, verdict, outcome):
+    assert report._outcome({"label": label, "verdict": verdict}) == outcome
 
 
 def test_smoothing_keeps_level_and_length():

@@ -238,13 +238,14 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row():
     row = Comparison("row-7", "q", "a", "b", score_1="8", score_2=4.0)  # as no reader gives it
     lengths, is_finished = np.array([3]), np.array([True])
     text = "</think><answer>8</answer><answer>4</answer>"
-    sampled = Sampled(None, None, [text], lengths, is_finished)
-    prompt = prompts.fill("judgelrm_train", question="q", answer_1="a", answer_2="b")
+    sampled = Sampled(None, None, [text], [[1]], lengths, is_finished)
+    template = prompts.PAIR_TEMPLATES["judgelrm_train"]
+    prompt = prompts.fill(template, question="q", answer_1="a", answer_2="b")
     with pytest.raises(RunError, match="The reward of row row-7 failed"):
-        judge(rewards.JUDGELRM, [Example(row, prompt, [1])], sampled, 8)
+        judge(rewards.JUDGELRM, [], [Example(row, prompt, [1])], sampled, 8)
     unusable = dataclasses.replace(row, score_1=-1.0)
     with pytest.raises(UsageError, match="Row row-7: gold="):
-        judge(RewardConfig(), [Example(unusable, prompt, [1])], sampled, 8)
+        judge(RewardConfig(), [], [Example(unusable, prompt, [1])], sampled, 8)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

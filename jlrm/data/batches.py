@@ -1,12 +1,12 @@
-"""Rows as padded token batches; which rows a step takes is a pure function of (seed, step).
+"""Rows as padded token batches; which rows a batch has is a pure function of (seed, position).
 
-Position in the data is the step number alone, so a run resumes anywhere and every host agrees on
-every batch.
+The position is one integer, the number of batches before, so a run resumes anywhere and every host
+agrees on every batch.
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +15,8 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data.comparisons import Comparison
-from jlrm.data.tokenizer import Tokenizer, control_tokens, encode
+from jlrm.data.comparisons import Comparison, Dropped
+from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, prompt_template
 from jlrm.judge import prompts
 
 ENCODE_ROWS = 2048  # rows tokenised at a time, for a progress bar that moves
@@ -34,25 +34,35 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples, and how many rows were left out, by reason."""
+    """Examples, and the rows that were left out."""
 
     examples: list[Example]
-    dropped: collections.Counter[str]
+    dropped: list[Dropped]
 
 
 def encode_prompts(
-    rows: Sequence[Comparison], tokenizer: Tokenizer, config: DataConfig, *, progress: str = ""
+    rows: Sequence[Comparison],
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    scale: tuple[int, int] = (1, 10),
+    *,
+    progress: str = "",
 ) -> Examples:
     """Fill and tokenise the prompt of every row.
 
     Rows over `config.max_prompt_tokens` are left out as "overlong", or refused: never cut, since
-    the end of a prompt is where the assistant's turn begins.
+    the end of a prompt is where the assistant's turn begins. `scale` is written into a prompt that
+    states one.
 
     Raises:
-      UsageError: an overlong row under `overlong: refuse`, or no row left.
+      UsageError: an overlong row under `overlong: refuse`, no row left, or no such template.
     """
-    control = control_tokens(tokenizer)
+    template = prompt_template(tokenizer, config.prompt, min_score=scale[0], max_score=scale[1])
+    # Think tags too where they are ordinary text: a judge that quotes an answer and is then cut off
+    # would otherwise end with that answer's idea of a verdict.
+    control = control_tokens(tokenizer) | set(prompts.THINK_TAGS)
     examples: list[Example] = []
+    dropped: list[Dropped] = []
     longest = 0
     for start in tqdm(
         range(0, len(rows), ENCODE_ROWS),
@@ -62,7 +72,7 @@ def encode_prompts(
         part = rows[start : start + ENCODE_ROWS]
         texts = [
             prompts.fill(
-                config.prompt,
+                template,
                 question=prompts.neutralise(row.question, control),
                 answer_1=prompts.neutralise(row.answer_1, control),
                 answer_2=prompts.neutralise(row.answer_2, control),
@@ -78,19 +88,22 @@ def encode_prompts(
                     f"Row {row.id}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                     f"{config.max_prompt_tokens}. Raise it, or set data.overlong=skip."
                 )
-    dropped = (
-        collections.Counter(overlong=len(rows) - len(examples)) if len(rows) > len(examples) else {}
-    )
+            else:
+                dropped.append(Dropped(f"prompt of {len(ids)} tokens", row.id, "overlong"))
     if not examples:
         raise UsageError(
             f"All {len(rows)} prompts are longer than "
             f"data.max_prompt_tokens={config.max_prompt_tokens} (the longest has {longest})."
         )
-    return Examples(examples, collections.Counter(dropped))
+    return Examples(examples, dropped)
 
 
 def encode_targets(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_tokens: int, end_id: int
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    end_id: int,
+    scale: tuple[int, int] = (1, 10),
 ) -> Examples:
     """Add the written judgement of every example that has one, ended by the end token.
 
@@ -101,40 +114,54 @@ def encode_targets(
       UsageError: no example left.
     """
     control = control_tokens(tokenizer)
-    written = [example for example in examples if example.comparison.meta.get("reasoning")]
-    texts = [
-        prompts.target(
-            prompts.neutralise(example.comparison.meta["reasoning"], control),
-            *example.comparison.meta.get("judged", example.comparison.gold),
-        )
-        for example in written
-    ]
-    kept = [
-        Example(example.comparison, example.prompt, example.prompt_ids, [*ids, end_id])
-        for example, ids in zip(written, encode(tokenizer, texts), strict=True)
-        if len(ids) < max_tokens
-    ]
-    dropped = collections.Counter(
-        no_judgement=len(examples) - len(written), overlong_judgement=len(written) - len(kept)
-    )
+    written: list[Example] = []
+    texts: list[str] = []
+    dropped: list[Dropped] = []
+    for example in examples:
+        row = example.comparison
+        judged = row.meta.get("judged", row.scores)
+        if not row.meta.get("reasoning") or judged is None:
+            dropped.append(Dropped("written judgement", row.id, "no_judgement"))
+            continue
+        reasoning = prompts.neutralise(row.meta["reasoning"], control)
+        text = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
+        written.append(example)
+        # A prompt that opens its `<think>` with a line break has the target's first one already.
+        texts.append(text.removeprefix("\n") if example.prompt.endswith("\n") else text)
+    kept: list[Example] = []
+    for example, ids in zip(written, encode(tokenizer, texts), strict=True):
+        if len(ids) < max_tokens:
+            kept.append(dataclasses.replace(example, target_ids=[*ids, end_id]))
+        else:
+            where = f"judgement of {len(ids)} tokens"
+            dropped.append(Dropped(where, example.comparison.id, "overlong_judgement"))
     if not kept:
         raise UsageError(
-            f"SFT has nothing to imitate: of {len(examples)} rows {dropped['no_judgement']} have "
-            f"no written judgement and {dropped['overlong_judgement']} are over "
+            f"SFT has nothing to imitate: of {len(examples)} rows "
+            f"{len(examples) - len(written)} have no written judgement and {len(written)} are over "
             f"sft.max_target_tokens={max_tokens}."
         )
-    return Examples(kept, +dropped)
+    return Examples(kept, dropped)
 
 
-def batch_rows(seed: int, step: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
-    """Return the rows of a step; every epoch is a permutation, and batches run across epochs."""
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+def batch_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
+    """Return the rows of the batch at a position, counted in batches.
+
+    Every epoch is a permutation, and batches run across epochs.
+    """
+    places = np.arange(position * batch_size, (position + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
-    for epoch in np.unique(positions // num_rows):
+    for epoch in np.unique(places // num_rows):
         order = np.random.default_rng((seed, int(epoch))).permutation(num_rows)
-        here = positions // num_rows == epoch
-        rows[here] = order[positions[here] % num_rows]
+        here = places // num_rows == epoch
+        rows[here] = order[places[here] % num_rows]
     return rows
+
+
+def pair_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
+    """Return the rows of a batch of whole pairs, where row 2i+1 is row 2i in the other order."""
+    pairs = batch_rows(seed, position, batch_size // 2, num_rows // 2)
+    return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
 
 
 def pad(

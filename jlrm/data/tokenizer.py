@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import UsageError
+from jlrm.judge import prompts
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; imported late, it costs a second
 
@@ -62,6 +63,41 @@ def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
             "generation_config.json."
         )
     return tuple(dict.fromkeys(token for token in found if token is not None))
+
+
+def prompt_template(
+    tokenizer: Tokenizer, name: str, *, min_score: int = 1, max_score: int = 10
+) -> str:
+    """Return the text of a pair template, with its fields `{question}`, `{answer_1}`, `{answer_2}`.
+
+    `jlrm` goes through the tokenizer's chat template, thinking switched on where it has a switch,
+    and opens `<think>` exactly once whether or not that template does so itself. The scale is
+    written into it; the other templates are fixed texts.
+
+    Raises:
+      UsageError: no such template, no chat template, or one that a field does not come through.
+    """
+    if name in prompts.PAIR_TEMPLATES:
+        return prompts.PAIR_TEMPLATES[name]
+    system, user = prompts.messages(name, min_score, max_score)
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"data.prompt={name} needs a chat template, which this tokenizer lacks. Set "
+            "model.tokenizer to an instruct model's, or data.prompt=judgelrm_train."
+        )
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    text = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    if not text.rstrip().endswith("<think>"):
+        text += "<think>\n"
+    for message in (system, user):
+        if text.count(message) != 1:
+            raise UsageError(
+                f"The tokenizer's chat template changes or drops a message of data.prompt={name}. "
+                "Use data.prompt=judgelrm_train, which needs no chat template."
+            )
+    return text
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

@@ -57,7 +57,12 @@ def save_tokenizer(directory: pathlib.Path) -> None:
     for row in comparisons(seed=0, num_rows=2000):
         written = prompts.target(row.meta["reasoning"], *row.meta["judged"])
         texts.append(
-            prompts.fill("toy", question=row.question, answer_1=row.answer_1, answer_2=row.answer_2)
+            prompts.fill(
+                prompts.PAIR_TEMPLATES["toy"],
+                question=row.question,
+                answer_1=row.answer_1,
+                answer_2=row.answer_2,
+            )
             + written
         )
     tokenizer.train_from_iterator(texts, trainer)

@@ -1,5 +1,9 @@
 """The reward of one judgement, term by term: structure, order, distance, margin, length.
 
+Every term is a small function with a weight in `RewardConfig`; 0 switches it off. A row that has a
+preference alone is paid `preference` where a scored row is paid `relation`, `absolute` and
+`confidence`. A term that does not apply to a row is None: neither paid nor in the term's mean.
+
 Two modes share the terms. They differ in how scores are read and in what counts as the right order:
 
 judgelrm            what the authors' code pays, quirks included. The text is prompt + completion,
@@ -11,8 +15,9 @@ judgelrm            what the authors' code pays, quirks included. The text is pr
 judgelrm_symmetric  the paper's formula. The order is the sign of the difference, scores come from
                     the completion alone, decimals are allowed, and swapping changes nothing.
 
-Left out: means over a batch, advantages, devices. A failed judgement earns what the settings say;
-a gold label that mode judgelrm_symmetric cannot use stops the run.
+`swap_consistency` needs both orders of a pair, so it comes after the rows are scored (`withhold`).
+Left out: rewards of users (judge/plugins.py), means over a batch, advantages, devices. A failed
+judgement earns what the settings say; a label that mode judgelrm_symmetric can't use stops the run.
 """
 
 from __future__ import annotations
@@ -22,9 +27,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlrm.config import RewardConfig, UsageError
-from jlrm.judge.verdict import BLOCK, parse, split_tags
+from jlrm.judge.verdict import (
+    BLOCK,
+    Verdict,
+    implied_probability,
+    parse,
+    split_tags,
+    swap_preference,
+)
 
-TERMS = ("format", "no_verdict", "relation", "absolute", "confidence", "length")
+Terms = dict[str, float | None]
+
+CONTENT = ("relation", "preference", "absolute", "confidence", "brier")
+TERMS = ("format", "no_verdict", *CONTENT, "length")
 
 # The main model: the authors' `reward_w_length`, which pays nothing for length despite its name.
 JUDGELRM = RewardConfig(mode="judgelrm", no_verdict=-2.0, min_score=0)
@@ -35,27 +50,45 @@ def score(
     *,
     prompt: str,
     completion: str,
-    gold: Sequence[Any],
+    gold: Sequence[Any] | None = None,
+    preference: int | None = None,
     num_tokens: int,
     max_tokens: int,
-) -> dict[str, float]:
+) -> Terms:
     """Return the reward terms of one completion; their sum (`total`) is the reward.
 
-    gold: the two gold scores. Mode judgelrm also reads a one-element sequence with a text that
-    begins with a line of two integers, and scores any other gold as no verdict.
+    gold: the two gold scores, None where only a preference is known. Mode judgelrm also reads a
+    one-element sequence with a text that begins with a line of two integers, and scores any other
+    gold as no verdict.
+    preference: 1, 2, or 0 for a tie; read by mode judgelrm_symmetric where gold is None.
     num_tokens: tokens of the completion; max_tokens: the limit it was sampled under.
     Source: paper v3 Eq. 1-5 and 9; the authors' `reward_score/judgelrm.py`.
-    Raises UsageError in mode judgelrm_symmetric where gold is not two scores.
+    Raises UsageError in mode judgelrm_symmetric where there is neither.
     """
+    if config.mode == "none":
+        return dict.fromkeys(TERMS)
     length = length_term(config, num_tokens, max_tokens)
     if config.mode == "judgelrm":
-        return _judgelrm(config, prompt + completion, gold, length)
-    return _symmetric(config, completion, gold, length)
+        return _judgelrm(config, prompt + completion, () if gold is None else gold, length)
+    return _symmetric(config, completion, gold, preference, length)
 
 
-def total(terms: Mapping[str, float]) -> float:
-    """Sum the terms of one completion."""
-    return sum(terms.values())
+def total(terms: Mapping[str, float | None]) -> float:
+    """Sum the terms of one completion that apply to it."""
+    return sum(value for value in terms.values() if value is not None)
+
+
+def withhold(config: RewardConfig, terms: Terms, verdict: Verdict, other: Verdict) -> float:
+    """Return what a verdict loses when the one on the same pair in the other order contradicts it.
+
+    That is `swap_consistency` times what its content earned, as a negative number; 0 where both
+    name the same answer, or where the content earned nothing. A missing verdict contradicts. At
+    `swap_consistency: 1` a verdict that flips is paid for its structure alone.
+    """
+    if verdict.scores is not None and verdict.preference == swap_preference(other.preference):
+        return 0.0
+    earned = sum(terms[name] or 0.0 for name in CONTENT)
+    return -config.swap_consistency * max(earned, 0.0)
 
 
 def length_term(config: RewardConfig, num_tokens: int, max_tokens: int) -> float:
@@ -77,16 +110,30 @@ def confidence_term(config: RewardConfig, scores: Sequence[float], gold: Sequenc
     return config.confidence if abs(scores[0] - scores[1]) >= abs(gold[0] - gold[1]) else 0.0
 
 
+def brier_term(config: RewardConfig, scores: Sequence[float], label: int) -> float:
+    """Pay the quadratic score of the probability that the margin gives to answer 1.
+
+    1 - 4 (p - y)^2 with y = 1, 0, or 1/2 for a tie: certain and right earns 1, no margin 0 (on a
+    pair that is no tie), certain and wrong -3. The expectation is highest where p is the true
+    probability, so a judge gains nothing by claiming more than it knows (Brier, 1950).
+    """
+    span = config.certain_margin or config.max_score - config.min_score
+    truth = {1: 1.0, 2: 0.0, 0: 0.5}[label]
+    return config.brier * (
+        1.0 - 4.0 * (implied_probability(scores[0], scores[1], span) - truth) ** 2
+    )
+
+
 def content_terms(
     config: RewardConfig, scores: Sequence[float], gold: Sequence[float], *, is_right: bool
-) -> dict[str, float]:
+) -> Terms:
     """Compare scores with gold; distance and margin count only where the order is right.
 
     A term without weight is not computed: gold given as text has an order but no distance.
     """
     if not is_right:
         return {"relation": config.wrong_relation}
-    terms = {"relation": config.relation}
+    terms: Terms = {"relation": config.relation}
     if config.absolute_exact or config.absolute_near:
         terms["absolute"] = absolute_term(config, scores, gold)
     if config.confidence:
@@ -95,45 +142,60 @@ def content_terms(
 
 
 def _symmetric(
-    config: RewardConfig, completion: str, gold: Sequence[float], length: float
-) -> dict[str, float]:
-    if len(gold) != 2 or not all(math.isfinite(g) and g >= 0 for g in gold):
-        raise UsageError(
-            f"gold={gold!r} is no pair of scores. Wanted two finite numbers, neither negative"
-            " (JudgeLM marks a failed review by -1). Leave the row out."
-        )
+    config: RewardConfig,
+    completion: str,
+    gold: Sequence[float] | None,
+    preference: int | None,
+    length: float,
+) -> Terms:
+    label = _label(gold, preference)
     verdict = parse(completion, min_score=config.min_score, max_score=config.max_score)
-    if verdict.score_1 is None or verdict.score_2 is None:
+    if verdict.scores is None:
         # Tags in order around no score of the scale: the lesser fault, in the authors' code too.
         is_structured = verdict.status in ("out_of_range", "not_a_number")
         structure = config.out_of_range if is_structured else config.malformed
-        return _terms(format=structure, no_verdict=config.no_verdict)
-    scores = (verdict.score_1, verdict.score_2)
-    is_right = _sign(scores[0] - scores[1]) == _sign(gold[0] - gold[1])
-    content = content_terms(config, scores, gold, is_right=is_right)
-    return _terms(format=config.format, length=length, **content)
+        return _terms(gold, format=structure, no_verdict=config.no_verdict)
+    is_right = verdict.preference == label
+    if gold is None:
+        paid = config.preference if is_right else config.wrong_preference
+        content: Terms = {"preference": paid}
+    else:
+        content = content_terms(config, verdict.scores, gold, is_right=is_right)
+    content["brier"] = brier_term(config, verdict.scores, label)
+    return _terms(gold, format=config.format, length=length, **content)
+
+
+def _label(gold: Sequence[float] | None, preference: int | None) -> int:
+    """The better answer by scores, or by the preference where there are none; 0 for a tie."""
+    if gold is None and preference in (0, 1, 2):
+        return preference
+    if gold is None or len(gold) != 2 or not all(math.isfinite(g) and g >= 0 for g in gold):
+        raise UsageError(
+            f"gold={gold!r} is no pair of scores and preference={preference!r} none of 0, 1, 2. "
+            "Wanted two finite numbers, neither negative (JudgeLM marks a failed review by -1), or "
+            "a preference. Leave the row out."
+        )
+    return {1: 1, -1: 2, 0: 0}[_sign(gold[0] - gold[1])]
 
 
 def _sign(difference: float) -> int:
     return (difference > 0) - (difference < 0)
 
 
-def _judgelrm(
-    config: RewardConfig, text: str, gold: Sequence[Any], length: float
-) -> dict[str, float]:
+def _judgelrm(config: RewardConfig, text: str, gold: Sequence[Any], length: float) -> Terms:
     label = _authors_gold(gold)
     if label is None:
-        return _terms(no_verdict=config.no_verdict)
+        return _terms(gold, no_verdict=config.no_verdict)
     header = next((h for h in ("Assistant:", "<|im_start|>assistant") if h in text), None)
     structure, scores = _authors_structure(config, text.partition(header)[2] if header else text)
     if header is None or scores is None:
-        return _terms(format=structure, no_verdict=config.no_verdict)
+        return _terms(gold, format=structure, no_verdict=config.no_verdict)
     is_right = (label[0] >= label[1]) == (scores[0] >= scores[1])
     try:
         content = content_terms(config, scores, label, is_right=is_right)
     except TypeError:  # gold as two texts: the authors' code pays this and the length term
         content = {"no_verdict": config.no_verdict}
-    return _terms(format=structure, length=length, **content)
+    return _terms(gold, format=structure, length=length, **content)
 
 
 def _authors_gold(gold: Sequence[Any]) -> Sequence[Any] | None:
@@ -173,5 +235,7 @@ def _authors_structure(config: RewardConfig, text: str) -> tuple[float, tuple[in
     return config.format, scores
 
 
-def _terms(**given: float) -> dict[str, float]:
-    return {name: given.get(name, 0.0) for name in TERMS}
+def _terms(gold: Sequence[Any] | None, **given: float | None) -> Terms:
+    """All terms; what is not given is 0, or None where the row's kind of label has no such term."""
+    absent = ("preference",) if gold is not None else ("relation", "absolute", "confidence")
+    return {name: None if name in absent else given.get(name, 0.0) for name in TERMS}

@@ -27,6 +27,8 @@ Status = Literal[
     "out_of_range",
 ]
 
+Preference = Literal[0, 1, 2]  # the better answer; 0: a tie
+
 BLOCK = ["<answer>", "</answer>"]
 
 # Neither pattern can backtrack over more than one run of characters: both are linear.
@@ -42,13 +44,32 @@ class Verdict:
     reasoning: str  # before </think>; all of the text where that is missing
 
     @property
-    def preference(self) -> Literal[0, 1, 2] | None:
+    def preference(self) -> Preference | None:
         """The better answer; 0 for a tie, None without a verdict."""
+        if self.scores is None:
+            return None
+        first, second = self.scores
+        return 0 if first == second else 1 if first > second else 2
+
+    @property
+    def scores(self) -> tuple[float, float] | None:
+        """Both scores, None without a verdict."""
         if self.score_1 is None or self.score_2 is None:
             return None
-        if self.score_1 == self.score_2:
-            return 0
-        return 1 if self.score_1 > self.score_2 else 2
+        return self.score_1, self.score_2
+
+
+def swap_preference(preference: Preference | None) -> Preference | None:
+    """Return the same preference for the answers in the other order."""
+    return {1: 2, 2: 1, 0: 0, None: None}[preference]
+
+
+def implied_probability(score_1: float, score_2: float, certain_margin: float) -> float:
+    """Return the probability that answer 1 is better, as the margin of the scores states it.
+
+    Linear in the margin: 1/2 without one, 1 or 0 from `certain_margin` on.
+    """
+    return min(max(0.5 + (score_1 - score_2) / (2.0 * certain_margin), 0.0), 1.0)
 
 
 def parse(

@@ -1,0 +1,168 @@
+"""Groups of judgements that GRPO compares: drawn, judged, and given their advantages.
+
+A group is the R rollouts of a prompt, or with `data.orders: both` the 2R rollouts of a pair in both
+orders. A group of equal rewards teaches nothing. `grpo.zero_variance` keeps it (no advantage, but
+KL and entropy count), takes it out of the loss, or draws the next prompts until there are enough
+others (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2), at most `grpo.max_draws` batches a
+step. What was drawn and not learned from is counted. The position in the data, one integer, moves
+by the batches drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jlrm.data import batches
+from jlrm.data.batches import Example
+from jlrm.judging import (
+    Judgements,
+    Sampled,
+    SampleFn,
+    compare_orders,
+    concatenate,
+    consistency,
+    judge,
+    metrics,
+)
+from jlrm.mesh import global_array, host_array
+from jlrm.model.qwen import Params
+from jlrm.rl.advantages import group_advantages
+from jlrm.run import Run
+
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+class Batch(NamedTuple):
+    """A rollout batch, its rows in whole groups one after the other."""
+
+    examples: list[Example]
+    sampled: Sampled
+    judged: Judgements
+    advantages: Float[np.ndarray, " B"]
+    is_learned: Bool[np.ndarray, " B"]  # False: out of the loss
+
+
+class Drawn(NamedTuple):
+    """The batch of a step, how many batches were drawn for it, and metrics of all of them."""
+
+    batch: Batch
+    num_draws: int
+    num_tokens: int
+    metrics: dict[str, float]
+
+
+def draw(run: Run, sample: SampleFn, weights: Params, position: int, timed: Timed) -> Drawn:
+    """Draw the batch of a step from a position in the data on."""
+    config = run.config.grpo
+    is_resampling = config.zero_variance == "resample"
+    drawn: list[Batch] = []
+    num_informative = 0
+    for i in range(config.max_draws if is_resampling else 1):
+        drawn.append(_draw_once(run, sample, weights, position + i, timed))
+        num_informative += int(_is_informative(run, drawn[-1]).sum())
+        if num_informative >= _num_groups(run):
+            break
+    batch = drawn[0] if len(drawn) == 1 else _choose(run, drawn)
+    if config.zero_variance != "keep":
+        batch = batch._replace(is_learned=_rows(run, _is_informative(run, batch)))
+    return Drawn(batch, len(drawn), _num_tokens(drawn), _metrics(run, drawn, batch))
+
+
+def _draw_once(run: Run, sample: SampleFn, weights: Params, position: int, timed: Timed) -> Batch:
+    config, data = run.config.grpo, run.config.data
+    pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
+    rows = pick(run.config.run.seed, position, config.prompts, len(run.train))
+    examples = [run.train[row] for row in rows for _ in range(config.rollouts)]
+    index = np.tile(np.arange(config.rollouts, dtype=np.int32), config.prompts)
+    with timed("rollout"):
+        prompt_ids = np.repeat(rows, config.rollouts).astype(np.int32)
+        sampled = sample(weights, examples, prompt_ids, index, position)
+    with timed("reward"):
+        limit = run.config.sampling.max_new_tokens
+        judged = judge(run.config.reward, run.plugins, examples, sampled, limit)
+        if run.config.reward.swap_consistency:
+            judged = compare_orders(run.config.reward, judged, _partner(run))
+        grouped = judged.rewards.reshape(_num_groups(run), -1)
+        advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
+    everything = np.ones(len(examples), bool)
+    return Batch(examples, sampled, judged, np.asarray(advantages).reshape(-1), everything)
+
+
+def _partner(run: Run) -> list[int]:
+    """The same rollout of the same pair in the other order, by row."""
+    num_rollouts = run.config.grpo.rollouts
+    rows = np.arange(run.config.grpo.prompts * num_rollouts)
+    is_first = (rows // num_rollouts) % 2 == 0
+    return np.where(is_first, rows + num_rollouts, rows - num_rollouts).tolist()
+
+
+def _num_groups(run: Run) -> int:
+    return run.config.grpo.prompts // (2 if run.config.data.orders == "both" else 1)
+
+
+def _is_informative(run: Run, batch: Batch) -> Bool[np.ndarray, " groups"]:
+    return np.ptp(batch.judged.rewards.reshape(_num_groups(run), -1), axis=1) > 0
+
+
+def _rows(run: Run, groups: np.ndarray) -> np.ndarray:
+    return np.repeat(groups, run.config.grpo.prompts * run.config.grpo.rollouts // len(groups))
+
+
+def _choose(run: Run, drawn: list[Batch]) -> Batch:
+    """Take the first groups with something to learn from; others fill up if there are too few."""
+    is_informative = np.concatenate([_is_informative(run, batch) for batch in drawn])
+    # A stable sort: informative groups first, each kind in the order it was drawn.
+    groups = np.sort(np.argsort(~is_informative, kind="stable")[: _num_groups(run)])
+    size = run.config.grpo.prompts * run.config.grpo.rollouts // _num_groups(run)
+    rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
+
+    def take(*parts: jax.Array) -> jax.Array:
+        whole = np.concatenate([host_array(part) for part in parts])[rows]
+        letters = " ".join(["B", *["T"] * (whole.ndim - 1)])
+        return global_array(whole, run.training.activation(letters))
+
+    examples = [example for batch in drawn for example in batch.examples]
+    texts = [text for batch in drawn for text in batch.sampled.texts]
+    ids = [row for batch in drawn for row in batch.sampled.ids]
+    sampled = Sampled(
+        jax.tree.map(take, *[batch.sampled.sequences for batch in drawn]),
+        jax.tree.map(take, *[batch.sampled.rollout for batch in drawn]),
+        [texts[row] for row in rows],
+        [ids[row] for row in rows],
+        np.concatenate([batch.sampled.lengths for batch in drawn])[rows],
+        np.concatenate([batch.sampled.is_finished for batch in drawn])[rows],
+    )
+    judged = concatenate([batch.judged for batch in drawn]).take(rows.tolist())
+    advantages = np.concatenate([batch.advantages for batch in drawn])[rows]
+    everything = np.ones(len(rows), bool)
+    return Batch([examples[row] for row in rows], sampled, judged, advantages, everything)
+
+
+def _num_tokens(drawn: list[Batch]) -> int:
+    prompts = sum(len(example.prompt_ids) for batch in drawn for example in batch.examples)
+    return prompts + sum(int(batch.sampled.lengths.sum()) for batch in drawn)
+
+
+def _metrics(run: Run, drawn: list[Batch], batch: Batch) -> dict[str, float]:
+    """Metrics of everything that was drawn: of the policy, not of the choice from it."""
+    judged = concatenate([each.judged for each in drawn])
+    lengths = np.concatenate([each.sampled.lengths for each in drawn])
+    is_finished = np.concatenate([each.sampled.is_finished for each in drawn])
+    is_informative = np.concatenate([_is_informative(run, each) for each in drawn])
+    found = metrics(judged, lengths, is_finished)
+    found["frac_reward_zero_std"] = 1 - float(is_informative.mean())
+    if run.config.data.orders == "both":
+        share = [consistency(each.judged.verdicts, _partner(run)) for each in drawn]
+        found["judge/swap_consistency"] = float(np.mean(share))
+    if run.config.grpo.zero_variance != "keep":
+        num_learned = int(batch.is_learned.reshape(_num_groups(run), -1)[:, 0].sum())
+        found["groups/draws"] = len(drawn)
+        found["groups/masked"] = _num_groups(run) - num_learned
+        found["groups/discarded"] = len(is_informative) - _num_groups(run)
+    return found
