@@ -15,6 +15,7 @@ REQUIRED = [
     "orbax-checkpoint>=0.12.3,<1.0",
     "transformers>=5.0",
     "datasets>=4.0",
+    "fsspec",
     "tensorflow-datasets>=4.9.9",
     "array_record>=0.8.1",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it
@@ -34,6 +35,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "plan": ["libtpu"],  # compiles for TPU topologies on a machine without one
+    "gcs": ["gcsfs"],  # data at gs://
     "wandb": ["wandb"],
     "test": [
         "beartype>=0.18",

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jlrm.config import UsageError
-from jlrm.data import readers
+from jlrm.data import forms, readers
 from jlrm.data.comparisons import Comparison, count_reasons, write_comparisons
 from jlrm.data.readers import read
 from jlrm.judge.prompts import PAIR_TEMPLATES, fill
@@ -225,7 +225,7 @@ def test_verl_form(tmp_path):
     header = "\n\n[Assistant 1’s Answer]\n"
     rows = [
         *(verl(), verl(answer_2="x" + header), verl(answer_1="x" + header), verl(question=header)),
-        {**verl(question=header), "extra_info": {k: OURS[k] for k in readers.TEXTS}},
+        {**verl(question=header), "extra_info": {k: OURS[k] for k in forms.TEXTS}},
         {**verl(), "prompt": "Why?"},
         *(verl(truth=[2, 3]), verl(truth={"score_1": 1, "score_2": 4})),
         *(verl(truth={"preference": "B"}), verl(truth={"x": 1})),

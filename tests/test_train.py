@@ -13,6 +13,7 @@ import time
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import mesh_of
 
@@ -84,6 +85,11 @@ def comparable(rows: list[dict]) -> list[dict]:
         {k: v for k, v in row.items() if not k.startswith((*TIMES, "eval/", "perf/compiles"))}
         for row in rows
     ]
+
+
+def steps(run_dir: pathlib.Path) -> list[dict]:
+    """The metrics of training steps alone, without those of an evaluation before the first."""
+    return [row for row in read_metrics(run_dir) if "loss" in row]
 
 
 def assert_equal_trees(a, b):
@@ -198,7 +204,7 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
         f"data.train={file('minus.jsonl', json.dumps({**json.loads(good), 'score_1': -0.5}))}": (
             "line 1: scores must be finite and not negative"
         ),
-        f"data.train={tmp_path}": "Cannot read the data file",
+        f"data.train={tmp_path}": "Cannot read the dataset",
         "data.eval_rows=10000": "would hold",
         "data.max_prompt_tokens=3": "longer than data.max_prompt_tokens=3",
         "data.overlong=refuse data.max_prompt_tokens=30": "the prompt has",
@@ -282,3 +288,93 @@ def test_mesh_config_is_free_to_change_between_starts(tmp_path, data):
     run(tmp_path / "r", data, "grpo.steps=1", num_devices=8)
     summary = run(tmp_path / "r", data, "grpo.steps=2", "mesh.tensor=2", num_devices=2)
     assert summary["steps"] == 2
+
+
+def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, data, warm):
+    options = ["data.orders=both", "reward.swap_consistency=1", "grpo.steps=2"]
+    run(tmp_path / "r", data, *warm, *options)
+    for row in steps(tmp_path / "r"):
+        assert row["rewards/swap_consistency/mean"] <= 0
+        assert 0 <= row["judge/swap_consistency"] <= 100
+    (file, _) = sorted((tmp_path / "r/completions").glob("*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    pairs = [rows[i : i + 8] for i in range(0, 16, 8)]
+    for group in pairs:  # 4 rollouts of each order
+        assert len({row["id"] for row in group}) == 1
+        assert len({row["prompt"] for row in group}) == 2
+        rewards_of = np.array([row["reward"] for row in group])
+        advantages = np.array([row["advantage"] for row in group])
+        if np.ptp(rewards_of):
+            wanted = (rewards_of - rewards_of.mean()) / (rewards_of.std(ddof=1) + 1e-6)
+            np.testing.assert_allclose(advantages, wanted, atol=1e-5)
+
+
+def test_a_run_on_preferences_alone(tmp_path, warm):
+    rows = [
+        dataclasses.replace(row, score_1=None, score_2=None, preference=row.label)
+        for row in toy.comparisons(seed=4, num_rows=64)
+    ]
+    write_comparisons(rows, tmp_path / "preferences.jsonl")
+    summary = run(tmp_path / "r", tmp_path / "preferences.jsonl", *warm, "grpo.steps=2")
+    row = read_metrics(tmp_path / "r")[-1]
+    assert "rewards/preference/mean" in row and "rewards/relation/mean" not in row
+    assert 0 <= summary["grpo"]["agreement"] <= 100
+    with pytest.raises(UsageError, match="has no scores, only preferences"):
+        run(tmp_path / "s", tmp_path / "preferences.jsonl", *warm, "reward.mode=judgelrm")
+
+
+@pytest.fixture
+def parity(tmp_path, monkeypatch):
+    """A plug-in that pays rollouts of every second row alike, and the others differently."""
+    (tmp_path / "parity_reward.py").write_text(
+        "def parity(completions, id, **columns):\n"
+        "    number = [int(name.rsplit('-', 1)[1]) for name in id]\n"
+        "    return [float(i) if n % 2 else 1.0 for i, n in enumerate(number)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return ["reward.mode=none", "reward.plugins={parity_reward:parity: 1.0}"]
+
+
+def test_groups_of_equal_rewards_are_kept_masked_or_drawn_anew(tmp_path, data, warm, parity):
+    options = [*warm, *parity, "grpo.steps=3", "grpo.kl_weight=0", "grpo.entropy_weight=0"]
+    for choice in ("keep", "skip", "resample"):
+        run(tmp_path / choice, data, *options, f"grpo.zero_variance={choice}")
+    kept, skipped, resampled = (steps(tmp_path / choice) for choice in ("keep", "skip", "resample"))
+    assert any(0 < row["frac_reward_zero_std"] < 1 for row in kept)
+    assert "groups/draws" not in kept[0] and "rewards/relation/mean" not in kept[0]
+    for row in skipped:
+        assert row["groups/draws"] == 1 and row["groups/discarded"] == 0
+        assert row["groups/masked"] == 4 * row["frac_reward_zero_std"]
+    assert skipped[0]["frac_reward_zero_std"] == kept[0]["frac_reward_zero_std"]
+    assert [row["grad_norm"] for row in skipped] != [row["grad_norm"] for row in kept]
+    for row in resampled:
+        assert 1 < row["groups/draws"] <= 4
+        assert row["groups/discarded"] == 4 * (row["groups/draws"] - 1)
+        assert (
+            row["perf/compiles"] == resampled[1]["perf/compiles"]
+            or row is resampled[0]
+            or (row is resampled[-1])
+        )
+    enough = [row for row in resampled if row["groups/masked"] == 0]
+    assert enough
+
+
+def test_resampling_goes_on_exactly_after_a_stop(tmp_path, data, warm, parity):
+    options = [*warm, *parity, "grpo.zero_variance=resample"]
+    run(tmp_path / "whole", data, *options)
+    run(tmp_path / "broken", data, *options, "grpo.steps=2")
+    run(tmp_path / "broken", data, *options)
+    assert comparable(read_metrics(tmp_path / "whole")) == comparable(
+        read_metrics(tmp_path / "broken")
+    )
+
+
+def test_dropped_rows_are_listed_in_the_run_directory(tmp_path, data):
+    lines = data.read_text().splitlines()
+    failed = json.dumps({**json.loads(lines[0]), "id": "bad", "score_1": -1.0, "score_2": -1.0})
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines, failed]))
+    run(tmp_path / "r", tmp_path / "x.jsonl", "grpo.steps=1", "data.max_prompt_tokens=40")
+    listed = [json.loads(line) for line in (tmp_path / "r/dropped.jsonl").read_text().splitlines()]
+    assert {"failed_review", "overlong"} == {row["reason"] for row in listed}
+    (bad,) = [row for row in listed if row["id"] == "bad"]
+    assert bad["where"] == f"{tmp_path}/x.jsonl, line 65"

@@ -1,0 +1,535 @@
+"""Make one checked dataset to train from out of comparisons from anywhere.
+
+    python -m jlrm.prepare --input SRC [SRC ...] --out DIR [--against BENCHMARK [...]] [--swap]
+
+    1  read           every input; rows its reader can't use are kept in the list of dropped ones
+    2  deduplicate    the same two answers to the same question, with the same label
+    3  decontaminate  questions that a benchmark asks, or most of whose word n-grams it has
+    4  measure        prompts that are too long for training, in either order
+    5  split          whole questions into `validation`, by their hash
+    6  swap           each training row is followed by itself in the other order
+    7  count          rows, sources, labels, scores, lengths
+    8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
+
+DIR appears whole or not at all, and holds neither times nor the machine's paths: the same command
+makes the same bytes. Train from it with `data.train=DIR#train data.eval=DIR#validation`. A line
+of `dropped.jsonl` says where a row stood, its id and the reason; every row that was read is there,
+or in a split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import jlrm
+from jlrm import commands
+from jlrm.config import DataConfig, UsageError
+from jlrm.data import readers
+from jlrm.data.batches import encode_prompts
+from jlrm.data.comparisons import (
+    Comparison,
+    Dropped,
+    count_reasons,
+    describe_dropped,
+    write_dropped,
+)
+from jlrm.data.contamination import Benchmarks, fold, read_benchmarks, tidy
+from jlrm.data.dataset import NAME, Place, open_place
+from jlrm.data.tokenizer import Tokenizer, load_tokenizer
+
+ENCODE_ROWS = 2048  # prompts tokenised at a time: the ids of all of them would fill the memory
+OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
+# Messages of the parts used here name settings of a training config.
+FLAGS = {
+    "data.columns": "--columns",
+    "data.prompt": "--prompt",
+    "model.tokenizer": "--tokenizer",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is prepared from what, and how; the fields are the command's flags."""
+
+    input: Sequence[str]
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    scores: str = "score"
+    validation: float = 0.02  # share of questions; 0: no validation split
+    swap: bool = False
+    tokenizer: str = ""  # empty: prompts are not measured
+    prompt: str = "judgelrm_train"
+    max_prompt_tokens: int = 1024
+    against: Sequence[str] = ()
+    ngram: int = 13  # words
+    overlap: float = 0.5  # share of a question's n-grams
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.validation < 1.0:
+            raise UsageError(
+                f"--validation={self.validation} is outside [0, 1): name a share of the questions."
+            )
+        if not 0.0 < self.overlap <= 1.0:
+            raise UsageError(
+                f"--overlap={self.overlap} is outside (0, 1]: name a share of a question's n-grams."
+            )
+        for flag, value in (("ngram", self.ngram), ("max-prompt-tokens", self.max_prompt_tokens)):
+            if value < 1:
+                raise UsageError(f"--{flag}={value} is too small: at least 1.")
+
+
+class Placed(NamedTuple):
+    """A row, and where it was read."""
+
+    source: str
+    where: str
+    row: Comparison
+
+
+def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
+    """Write the dataset of a recipe into a directory, or to a url that fsspec knows.
+
+    Returns:
+      the statistics, and whether this very dataset was there already.
+
+    Raises:
+      UsageError: anything the user can mend.
+      OSError, RunError: the file system or the store refuses.
+    """
+    place = open_place(out)
+    tokenizer_dir = _find_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+    tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
+    rows, dropped = read(recipe)
+    benchmarks = read_benchmarks(recipe.against, recipe.ngram)
+    preparation = _describe(recipe, rows, benchmarks, tokenizer_dir)
+    if before := statistics_of(preparation, place):
+        return before, True
+
+    statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
+    rows = sift(rows, duplicates(rows), dropped)
+    statistics["pairs_with_differing_labels"] = count_differing_labels(rows)
+    found = benchmarks.find([placed.row.question for placed in rows], recipe.overlap)
+    rows = sift(rows, [reason for reason, _ in found], dropped)
+    if tokenizer:
+        counts = prompt_tokens(rows, tokenizer, recipe)
+        is_overlong = [count > recipe.max_prompt_tokens for count in counts]
+        rows = sift(rows, ["overlong" if over else "" for over in is_overlong], dropped)
+        statistics["prompt_tokens"] = percentiles(
+            count for count, over in zip(counts, is_overlong, strict=True) if not over
+        )
+    if not rows:
+        raise UsageError(
+            f"No row is left of {statistics['rows_read']}: {describe_dropped(dropped)}. "
+            "Name other inputs, or loosen what drops them."
+        )
+    splits = split(rows, recipe.validation)
+    if recipe.swap:
+        splits["train"] = with_swapped(splits["train"])
+    statistics |= {
+        "rows_kept": len(rows),
+        "dropped": count_reasons(dropped),
+        "contaminated_by": _counted(source for _, source in found if source),
+        "splits": {name: describe(part) for name, part in splits.items()},
+    }
+    write(place, splits, dropped, statistics, preparation)
+    return statistics, False
+
+
+# ---------------------------------------------------------------------------------- 1 read
+
+
+def read(recipe: Recipe) -> tuple[list[Placed], list[Dropped]]:
+    """Read every input. Scores are rounded to float32, as they are stored.
+
+    Dropped on top of what the readers drop: "unstorable_scores", too large for float32, or two that
+    differ by less than it can tell.
+    """
+    rows: list[Placed] = []
+    dropped: list[Dropped] = []
+    for source in recipe.input:
+        found = readers.read(source, columns=recipe.columns, scores=recipe.scores)
+        dropped += found.dropped
+        placed = [
+            Placed(source, f"{source}, usable row {number}", _as_stored(row))
+            for number, row in enumerate(found.rows, 1)
+        ]
+        reasons = [
+            "" if _order(stored.row) == _order(row) else "unstorable_scores"
+            for stored, row in zip(placed, found.rows, strict=True)
+        ]
+        rows += sift(placed, reasons, dropped)
+    return rows, dropped
+
+
+def sift(rows: list[Placed], reasons: Sequence[str], dropped: list[Dropped]) -> list[Placed]:
+    """Return the rows that have no reason to be left out; the others are added to `dropped`."""
+    kept = []
+    for placed, reason in zip(rows, reasons, strict=True):
+        if reason:
+            dropped.append(Dropped(placed.where, placed.row.id, reason))
+        else:
+            kept.append(placed)
+    return kept
+
+
+def _as_stored(row: Comparison) -> Comparison:
+    if row.scores is None:
+        return row
+    with np.errstate(over="ignore"):  # found by `_order`
+        first, second = (float(str(np.float32(score))) for score in row.scores)
+    return dataclasses.replace(row, score_1=first, score_2=second)
+
+
+def _order(row: Comparison) -> tuple[bool, ...] | None:
+    """Return what of the scores must survive rounding: they are finite, and one is higher."""
+    if row.scores is None:
+        return None
+    first, second = row.scores
+    return max(row.scores) < math.inf, first > second, first < second
+
+
+# --------------------------------------------------------------------------- 2 deduplicate
+
+
+def duplicates(rows: Sequence[Placed]) -> list[str]:
+    """Return "duplicate" for a row that says what one before it says, "" for the others.
+
+    That is the same question and answers, in either order, and the same label; white space and
+    Unicode's ways to compose a character don't count.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    reasons = []
+    for placed in rows:
+        said = (*_pair(placed.row), _label_of_pair(placed.row))
+        reasons.append("duplicate" if said in seen else "")
+        seen.add(said)
+    return reasons
+
+
+def count_differing_labels(rows: Sequence[Placed]) -> int:
+    """Count the pairs of answers that have rows with different labels."""
+    labels = collections.defaultdict(set)
+    for placed in rows:
+        labels[_pair(placed.row)].add(_label_of_pair(placed.row))
+    return sum(len(found) > 1 for found in labels.values())
+
+
+def _pair(row: Comparison) -> tuple[str, str, str]:
+    row = row.swapped() if _is_reversed(row) else row
+    return tidy(row.question), tidy(row.answer_1), tidy(row.answer_2)
+
+
+def _label_of_pair(row: Comparison) -> int:
+    return (row.swapped() if _is_reversed(row) else row).label
+
+
+def _is_reversed(row: Comparison) -> bool:
+    """Return whether the answers are not in the order that their texts alone decide."""
+    first, second = ((tidy(text), text) for text in (row.answer_1, row.answer_2))
+    return first > second
+
+
+# ------------------------------------------------------------------------------- 4 measure
+
+
+def prompt_tokens(rows: Sequence[Placed], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
+    """Count the tokens of each row's prompt, as training makes it; with --swap the longer order."""
+    unlimited = DataConfig(train="", prompt=recipe.prompt, max_prompt_tokens=sys.maxsize)
+    counts: list[int] = []
+    with tqdm(total=len(rows), desc="tokenise", delay=1) as progress:
+        for start in range(0, len(rows), ENCODE_ROWS):
+            given = [placed.row for placed in rows[start : start + ENCODE_ROWS]]
+            orders = [given, [row.swapped() for row in given]] if recipe.swap else [given]
+            encoded = [encode_prompts(part, tokenizer, unlimited).examples for part in orders]
+            for examples in zip(*encoded, strict=True):
+                counts.append(max(len(example.prompt_ids) for example in examples))
+            progress.update(len(given))
+    return counts
+
+
+# ---------------------------------------------------------------------- 5 split and 6 swap
+
+
+def split(rows: list[Placed], share: float) -> dict[str, list[Placed]]:
+    """Hold out a share of the questions, at least one, each with all its rows.
+
+    Questions are held out in the order of their hash, so more data moves few of them.
+
+    Raises:
+      UsageError: no question is left to train on.
+    """
+    if not share:
+        return {"train": rows}
+    keys = [hashlib.sha256(fold(placed.row.question).encode()).digest() for placed in rows]
+    questions = sorted(set(keys))
+    heldout = set(questions[: max(1, round(share * len(questions)))])
+    if len(heldout) == len(questions):
+        raise UsageError(
+            f"--validation={share} holds out every question: there are {len(questions)}. Lower it, "
+            "or set it to 0."
+        )
+    parts: dict[str, list[Placed]] = {"train": [], "validation": []}
+    for placed, key in zip(rows, keys, strict=True):
+        parts["validation" if key in heldout else "train"].append(placed)
+    return parts
+
+
+def with_swapped(rows: Iterable[Placed]) -> list[Placed]:
+    """Return every row followed by itself in the other order."""
+    both = []
+    for placed in rows:
+        swapped = dataclasses.replace(placed.row.swapped(), id=f"{placed.row.id}/swapped")
+        both += [placed, placed._replace(row=swapped)]
+    return both
+
+
+# ----------------------------------------------------------------------------- 7 count
+
+
+def describe(part: Sequence[Placed]) -> dict[str, Any]:
+    """Count what a split holds; rows without a source of their own count under their input."""
+    rows = [placed.row for placed in part]
+    labels = collections.Counter(row.label for row in rows)
+    scored = [row.scores for row in rows if row.scores]
+    histogram = collections.Counter(round(2 * score) / 2 for pair in scored for score in pair)
+    return {
+        "rows": len(rows),
+        "sources": _counted(placed.row.source or placed.source for placed in part),
+        "labels": {"1": labels[1], "2": labels[2], "tie": labels[0]},
+        "with_scores": len(scored),
+        "preference_only": len(rows) - len(scored),
+        "half_point_scores": sum(any(score % 1 == 0.5 for score in pair) for pair in scored),
+        "score_histogram": {f"{score:g}": histogram[score] for score in sorted(histogram)},
+        "characters": percentiles(
+            len(row.question) + len(row.answer_1) + len(row.answer_2) for row in rows
+        ),
+    }
+
+
+def _counted(names: Iterable[str]) -> dict[str, int]:
+    return dict(sorted(collections.Counter(names).items()))
+
+
+def percentiles(numbers: Iterable[int]) -> dict[str, int]:
+    """Return the values that 50, 90, 99 and 100 per cent of the numbers don't exceed."""
+    ordered = sorted(numbers)
+    if not ordered:
+        return {}
+    rank = {f"p{percent}": math.ceil(percent / 100 * len(ordered)) for percent in (50, 90, 99)}
+    return {name: ordered[place - 1] for name, place in rank.items()} | {"max": ordered[-1]}
+
+
+# ---------------------------------------------------------------------------------- 8 write
+
+
+def statistics_of(preparation: dict[str, Any], place: Place) -> dict[str, Any] | None:
+    """Return the statistics of this preparation if its dataset is there, None if nothing is.
+
+    Raises:
+      UsageError: something else is there.
+    """
+    files = place.files()
+    if not files or place.is_torn(files, OWN_FILES):
+        return None
+    if not place.holds_dataset(files) or not files >= {"preparation.json", "statistics.json"}:
+        found = ", ".join(sorted(files)[:3])
+        raise UsageError(
+            f"{place.name} is not empty, and no prepared dataset (it holds {found}). "
+            "Name another --out, or delete it."
+        )
+    before = place.read_json("preparation.json")
+    keys = [key for key in preparation if before.get(key) != preparation[key]]
+    if keys:
+        words = {"sha256": "content of what it reads", "jlrm": "version of jlrm"}
+        changed = ", ".join(words.get(key, "--" + key.replace("_", "-")) for key in keys)
+        raise UsageError(
+            f"{place.name} holds a dataset prepared with another {changed}. "
+            "Name another --out, or delete it."
+        )
+    return place.read_json("statistics.json")
+
+
+def write(
+    place: Place,
+    splits: dict[str, list[Placed]],
+    dropped: list[Dropped],
+    statistics: dict[str, Any],
+    preparation: dict[str, Any],
+) -> None:
+    """Write the dataset with what belongs to it; `statistics` gets its "bytes"."""
+
+    def add_files(directory: pathlib.Path) -> None:
+        records = directory.glob(f"{NAME}-*")
+        statistics["bytes"] = sum(file.stat().st_size for file in records)
+        write_dropped(dropped, directory / "dropped.jsonl")
+        for name, content in (("statistics", statistics), ("preparation", preparation)):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (directory / f"{name}.json").write_text(text, encoding="utf-8")
+
+    place.write({name: [placed.row for placed in part] for name, part in splits.items()}, add_files)
+
+
+def _describe(
+    recipe: Recipe,
+    rows: Sequence[Placed],
+    benchmarks: Benchmarks,
+    tokenizer_dir: pathlib.Path | None,
+) -> dict[str, Any]:
+    """Return what decides the dataset: the settings, the contents of all it reads, the version."""
+    digests = {}
+    for source in recipe.input:
+        read_of_it = (repr(placed.row) for placed in rows if placed.source == source)
+        digests[source] = _digest(source, read_of_it)
+    for source in recipe.against:
+        read_of_it = (text for text, owner in benchmarks.questions.items() if owner == source)
+        digests[source] = _digest(source, read_of_it)
+    if tokenizer_dir is not None:
+        names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        files = [tokenizer_dir / name for name in names]
+        digests[recipe.tokenizer] = _digest_files([file for file in files if file.exists()])
+    described = {"jlrm": jlrm.__version__, **dataclasses.asdict(recipe), "sha256": digests}
+    return json.loads(json.dumps(described))  # as it is read back
+
+
+def _digest(source: str, read_of_it: Iterable[str]) -> str:
+    """Hash a file or all files of a directory, or what was read of a source that isn't local."""
+    path = pathlib.Path(source).expanduser()
+    if not path.exists():
+        path = pathlib.Path(source.rpartition("#")[0] or source).expanduser()
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if path.is_dir():
+        return _digest_files(sorted(file for file in path.rglob("*") if file.is_file()))
+    digest = hashlib.sha256()
+    for text in read_of_it:
+        digest.update(f"{text}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest_files(files: Iterable[pathlib.Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {_digest(str(file), ())}\n".encode())
+    return digest.hexdigest()
+
+
+def _find_tokenizer(source: str) -> pathlib.Path:
+    """Return a tokenizer's directory; of a hub id only the tokenizer is downloaded."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise UsageError(
+            f"There is no tokenizer at {source}. Name a directory that holds a tokenizer.json, or "
+            "a hub id such as Qwen/Qwen3-0.6B."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["tokenizer*", "*token*.json", "vocab.json", "merges.txt", "chat_template*"]
+        return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # the hub's own errors, and those of three libraries under it
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f"{source} is no local directory, and the hub did not give its tokenizer: {reason}"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------- command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, prepare, and print what came of it."""
+    args = _parser().parse_args(argv)
+    if args.tokenizer is None and (args.prompt or args.max_prompt_tokens):
+        flag = "--prompt" if args.prompt else "--max-prompt-tokens"
+        raise UsageError(f"{flag} needs --tokenizer, with which prompts are measured.")
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    out, as_json = given.pop("out"), given.pop("json")
+    given["columns"] = _columns(given.get("columns", []))
+    start = time.perf_counter()
+    try:
+        statistics, was_there = prepare(Recipe(**given), out)
+    except UsageError as error:
+        raise UsageError(_in_flags(str(error))) from None
+    seconds = time.perf_counter() - start
+    rate = f"{statistics['rows_read'] / seconds:.0f} rows/s, {seconds:.1f} s"
+    done = f"{out} is already prepared." if was_there else f"Written: {out} ({rate})"
+    if as_json:
+        print(done, file=sys.stderr)
+        print(json.dumps(statistics, ensure_ascii=False))
+    else:
+        print("\n".join([*_table(statistics), done]))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.prepare",
+        description="Make one checked dataset to train from out of comparisons from anywhere.",
+        epilog="Train from it with data.train=DIR#train data.eval=DIR#validation.",
+    )
+    add = parser.add_argument
+    source = "a file, directory, url, hf:ORG/NAME or tfds:NAME, #SPLIT after it"
+    add("--input", required=True, nargs="+", metavar="SRC", help=source)
+    add("--out", required=True, metavar="DIR", help="directory to be made, or a url such as gs://")
+    add("--columns", nargs="+", metavar="OURS=THEIRS", help="e.g. answer_1=response_a")
+    add("--scores", choices=["score", "score_w_reference"], help="of JudgeLM rows: %(choices)s")
+    add("--validation", type=float, metavar="SHARE", help="of questions held out (0.02; 0: none)")
+    add("--swap", action="store_true", help="each training row in the other order too")
+    add("--tokenizer", metavar="DIR", help="or hub id: leave out prompts that are too long")
+    add("--prompt", metavar="NAME", help="template that is measured (judgelrm_train)")
+    add("--max-prompt-tokens", type=int, metavar="N", help="longest prompt (1024)")
+    add("--against", nargs="+", metavar="SRC", help="benchmarks: leave out what they ask")
+    add("--ngram", type=int, metavar="N", help="words of an n-gram (13)")
+    add("--overlap", type=float, metavar="SHARE", help="of n-grams that mark a question (0.5)")
+    add("--json", action="store_true", help="statistics as one JSON object on stdout")
+    return parser
+
+
+def _columns(pairs: Sequence[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        ours, separator, theirs = pair.partition("=")
+        if not (ours and separator and theirs):
+            raise UsageError(f"--columns {pair}: wanted OURS=THEIRS, e.g. answer_1=response_a.")
+        columns[ours] = theirs
+    return columns
+
+
+def _in_flags(message: str) -> str:
+    for setting, flag in FLAGS.items():
+        message = message.replace(setting, flag)
+    return message
+
+
+def _table(statistics: dict[str, Any]) -> Iterator[str]:
+    """Return lines that add up: rows read, less each reason, are the rows kept."""
+    yield f"{'read':26}{statistics['rows_read']:>10}"
+    for reason, count in statistics["dropped"].items():
+        yield f"  {reason:24}{-count:>10}"
+    yield f"{'kept':26}{statistics['rows_kept']:>10}"
+    for name, part in statistics["splits"].items():
+        labels = ", ".join(f"{label}: {count}" for label, count in part["labels"].items())
+        yield f"  {name:24}{part['rows']:>10}   {labels}"
+    if differing := statistics["pairs_with_differing_labels"]:
+        yield f"{'pairs of differing labels':26}{differing:>10}"
+    yield f"{'bytes':26}{statistics['bytes']:>10}"
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))
