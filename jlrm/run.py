@@ -256,6 +256,11 @@ def _encode(
 ) -> tuple[list[Example], list[Example], list[Dropped]]:
     """Return training and held-out examples, and the rows whose prompts are too long."""
     if config.data.orders == "both":
+        if any(row.id.endswith("/swapped") for row in train):
+            raise UsageError(
+                f"{config.data.train} holds swapped rows already (prepared with --swap), and "
+                "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
+            )
         forward, backward, unfit = _both_orders(config, train, tokenizer, progress="tokenise")
         examples = [example for pair in zip(forward, backward, strict=True) for example in pair]
     else:

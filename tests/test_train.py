@@ -309,6 +309,14 @@ def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, d
             np.testing.assert_allclose(advantages, wanted, atol=1e-5)
 
 
+def test_rows_that_are_swapped_already_are_not_swapped_back(tmp_path):
+    rows = toy.comparisons(seed=4, num_rows=64)
+    swapped = [dataclasses.replace(row.swapped(), id=f"{row.id}/swapped") for row in rows]
+    write_comparisons([*rows, *swapped], tmp_path / "swapped.jsonl")
+    with pytest.raises(UsageError, match="holds swapped rows already"):
+        run(tmp_path / "r", tmp_path / "swapped.jsonl", "data.orders=both")
+
+
 def test_a_run_on_preferences_alone(tmp_path, warm):
     rows = [
         dataclasses.replace(row, score_1=None, score_2=None, preference=row.label)
