@@ -118,6 +118,11 @@ def test_top_k_50_of_a_vocabulary_of_several_blocks():
     check_teacher_forcing(config, Distribution(top_k=50))
 
 
+# Two float32 programs for one number differ by its last bits, which ones depends on the processor:
+# with jax 0.10 at most 8.4e-6 on one machine; on another 1.14e-5 at a value of -3.2, 3.6e-6 of it.
+LOGP_ROUNDING = 5e-6
+
+
 def check_teacher_forcing(config: qwen.QwenConfig, distribution: Distribution) -> None:
     prompts, prompt_lengths = random_prompts()
     found = draw(
@@ -137,7 +142,7 @@ def check_teacher_forcing(config: qwen.QwenConfig, distribution: Distribution) -
     logp, _ = score(random_params(config), sequences)
     drawn = is_drawn(found)
     np.testing.assert_allclose(
-        found.logps[drawn], np.asarray(logp)[drawn], rtol=ROUNDING, atol=1e-5
+        found.logps[drawn], np.asarray(logp)[drawn], rtol=max(ROUNDING, LOGP_ROUNDING), atol=1e-5
     )
     assert np.all(found.logps[~drawn] == 0) and np.all(found.tokens[~drawn] == 0)
     if distribution.num_ids:
