@@ -123,6 +123,11 @@ class RewardConfig:
     # "module:function" in TRL's or verl's form (judge/plugins.py): its weight.
     plugins: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def scale(self) -> tuple[int, int]:
+        """The least and the highest score."""
+        return self.min_score, self.max_score
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -372,6 +377,8 @@ def _check(config: Config) -> None:
         )
     if reward.swap_consistency and config.data.orders != "both":
         raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
+    if reward.swap_consistency and reward.mode == "none":
+        raise UsageError("reward.swap_consistency takes back what reward.mode=none does not pay.")
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
     if reward.mode == "judgelrm" and reward.brier:

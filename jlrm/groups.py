@@ -45,13 +45,13 @@ class Batch(NamedTuple):
     sampled: Sampled
     judged: Judgements
     advantages: Float[np.ndarray, " B"]
-    is_learned: Bool[np.ndarray, " B"]  # False: out of the loss
 
 
 class Drawn(NamedTuple):
     """The batch of a step, how many batches were drawn for it, and metrics of all of them."""
 
     batch: Batch
+    is_learned: Bool[np.ndarray, " B"]  # False: out of the loss
     num_draws: int
     num_tokens: int
     metrics: dict[str, float]
@@ -69,9 +69,12 @@ def draw(run: Run, sample: SampleFn, weights: Params, position: int, timed: Time
         if num_informative >= _num_groups(run):
             break
     batch = drawn[0] if len(drawn) == 1 else _choose(run, drawn)
+    is_learned = np.ones(_num_groups(run), bool)
     if config.zero_variance != "keep":
-        batch = batch._replace(is_learned=_rows(run, _is_informative(run, batch)))
-    return Drawn(batch, len(drawn), _num_tokens(drawn), _metrics(run, drawn, batch))
+        is_learned = _is_informative(run, batch)
+    by_row = np.repeat(is_learned, len(batch.examples) // len(is_learned))
+    values = _metrics(run, drawn, is_learned)
+    return Drawn(batch, by_row, len(drawn), _num_tokens(drawn), values)
 
 
 def _draw_once(run: Run, sample: SampleFn, weights: Params, position: int, timed: Timed) -> Batch:
@@ -90,8 +93,7 @@ def _draw_once(run: Run, sample: SampleFn, weights: Params, position: int, timed
             judged = compare_orders(run.config.reward, judged, _partner(run))
         grouped = judged.rewards.reshape(_num_groups(run), -1)
         advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
-    everything = np.ones(len(examples), bool)
-    return Batch(examples, sampled, judged, np.asarray(advantages).reshape(-1), everything)
+    return Batch(examples, sampled, judged, np.asarray(advantages).reshape(-1))
 
 
 def _partner(run: Run) -> list[int]:
@@ -110,16 +112,12 @@ def _is_informative(run: Run, batch: Batch) -> Bool[np.ndarray, " groups"]:
     return np.ptp(batch.judged.rewards.reshape(_num_groups(run), -1), axis=1) > 0
 
 
-def _rows(run: Run, groups: np.ndarray) -> np.ndarray:
-    return np.repeat(groups, run.config.grpo.prompts * run.config.grpo.rollouts // len(groups))
-
-
 def _choose(run: Run, drawn: list[Batch]) -> Batch:
     """Take the first groups with something to learn from; others fill up if there are too few."""
     is_informative = np.concatenate([_is_informative(run, batch) for batch in drawn])
     # A stable sort: informative groups first, each kind in the order it was drawn.
     groups = np.sort(np.argsort(~is_informative, kind="stable")[: _num_groups(run)])
-    size = run.config.grpo.prompts * run.config.grpo.rollouts // _num_groups(run)
+    size = len(drawn[0].examples) // _num_groups(run)
     rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
 
     def take(*parts: jax.Array) -> jax.Array:
@@ -140,8 +138,7 @@ def _choose(run: Run, drawn: list[Batch]) -> Batch:
     )
     judged = concatenate([batch.judged for batch in drawn]).take(rows.tolist())
     advantages = np.concatenate([batch.advantages for batch in drawn])[rows]
-    everything = np.ones(len(rows), bool)
-    return Batch([examples[row] for row in rows], sampled, judged, advantages, everything)
+    return Batch([examples[row] for row in rows], sampled, judged, advantages)
 
 
 def _num_tokens(drawn: list[Batch]) -> int:
@@ -149,7 +146,7 @@ def _num_tokens(drawn: list[Batch]) -> int:
     return prompts + sum(int(batch.sampled.lengths.sum()) for batch in drawn)
 
 
-def _metrics(run: Run, drawn: list[Batch], batch: Batch) -> dict[str, float]:
+def _metrics(run: Run, drawn: list[Batch], is_learned: np.ndarray) -> dict[str, float]:
     """Metrics of everything that was drawn: of the policy, not of the choice from it."""
     judged = concatenate([each.judged for each in drawn])
     lengths = np.concatenate([each.sampled.lengths for each in drawn])
@@ -161,8 +158,7 @@ def _metrics(run: Run, drawn: list[Batch], batch: Batch) -> dict[str, float]:
         share = [consistency(each.judged.verdicts, _partner(run)) for each in drawn]
         found["judge/swap_consistency"] = float(np.mean(share))
     if run.config.grpo.zero_variance != "keep":
-        num_learned = int(batch.is_learned.reshape(_num_groups(run), -1)[:, 0].sum())
         found["groups/draws"] = len(drawn)
-        found["groups/masked"] = _num_groups(run) - num_learned
+        found["groups/masked"] = int(np.sum(~is_learned))
         found["groups/discarded"] = len(is_informative) - _num_groups(run)
     return found

@@ -160,7 +160,7 @@ def judge(
         verdicts.append(parse(text, min_score=config.min_score, max_score=config.max_score))
     if plugins:
         columns = [
-            {**vars(e.comparison), "prompt": e.prompt, "completion": text, "completion_ids": ids}
+            {**e.comparison.record(), "prompt": e.prompt, "completion": text, "completion_ids": ids}
             for e, text, ids in zip(examples, sampled.texts, sampled.ids, strict=True)
         ]
         for plugin in plugins:

@@ -20,27 +20,23 @@ or in a split.
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import jlrm
 from jlrm import commands
-from jlrm.config import DataConfig, UsageError
+from jlrm.config import UsageError
 from jlrm.data import readers
-from jlrm.data.batches import encode_prompts
 from jlrm.data.comparisons import (
     Comparison,
     Dropped,
@@ -48,11 +44,22 @@ from jlrm.data.comparisons import (
     describe_dropped,
     write_dropped,
 )
-from jlrm.data.contamination import Benchmarks, fold, read_benchmarks, tidy
-from jlrm.data.dataset import NAME, Place, open_place
-from jlrm.data.tokenizer import Tokenizer, load_tokenizer
+from jlrm.data.contamination import Benchmarks, read_benchmarks
+from jlrm.data.curation import (
+    count_differing_labels,
+    counted,
+    describe,
+    duplicates,
+    percentiles,
+    prompt_tokens,
+    sift,
+    split,
+    with_swapped,
+)
+from jlrm.data.dataset import NAME, write_to
+from jlrm.data.stores import LAST_FILES, Place, open_place
+from jlrm.data.tokenizer import load_tokenizer
 
-ENCODE_ROWS = 2048  # prompts tokenised at a time: the ids of all of them would fill the memory
 OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
 # Messages of the parts used here name settings of a training config.
 FLAGS = {
@@ -92,14 +99,6 @@ class Recipe:
                 raise UsageError(f"--{flag}={value} is too small: at least 1.")
 
 
-class Placed(NamedTuple):
-    """A row, and where it was read."""
-
-    source: str
-    where: str
-    row: Comparison
-
-
 def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     """Write the dataset of a recipe into a directory, or to a url that fsspec knows.
 
@@ -122,10 +121,10 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
     rows = sift(rows, duplicates(rows), dropped)
     statistics["pairs_with_differing_labels"] = count_differing_labels(rows)
-    found = benchmarks.find([placed.row.question for placed in rows], recipe.overlap)
+    found = benchmarks.find([row.question for row in rows], recipe.overlap)
     rows = sift(rows, [reason for reason, _ in found], dropped)
     if tokenizer:
-        counts = prompt_tokens(rows, tokenizer, recipe)
+        counts = prompt_tokens(rows, tokenizer, recipe.prompt, both_orders=recipe.swap)
         is_overlong = [count > recipe.max_prompt_tokens for count in counts]
         rows = sift(rows, ["overlong" if over else "" for over in is_overlong], dropped)
         statistics["prompt_tokens"] = percentiles(
@@ -142,7 +141,7 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     statistics |= {
         "rows_kept": len(rows),
         "dropped": count_reasons(dropped),
-        "contaminated_by": _counted(source for _, source in found if source),
+        "contaminated_by": counted(source for _, source in found if source),
         "splits": {name: describe(part) for name, part in splits.items()},
     }
     write(place, splits, dropped, statistics, preparation)
@@ -152,38 +151,24 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
 # ---------------------------------------------------------------------------------- 1 read
 
 
-def read(recipe: Recipe) -> tuple[list[Placed], list[Dropped]]:
+def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
     """Read every input. Scores are rounded to float32, as they are stored.
 
     Dropped on top of what the readers drop: "unstorable_scores", too large for float32, or two that
     differ by less than it can tell.
     """
-    rows: list[Placed] = []
+    rows: list[Comparison] = []
     dropped: list[Dropped] = []
     for source in recipe.input:
         found = readers.read(source, columns=recipe.columns, scores=recipe.scores)
         dropped += found.dropped
-        placed = [
-            Placed(source, f"{source}, usable row {number}", _as_stored(row))
-            for number, row in enumerate(found.rows, 1)
-        ]
+        stored = [_as_stored(row) for row in found.rows]
         reasons = [
-            "" if _order(stored.row) == _order(row) else "unstorable_scores"
-            for stored, row in zip(placed, found.rows, strict=True)
+            "" if _order(after) == _order(before) else "unstorable_scores"
+            for after, before in zip(stored, found.rows, strict=True)
         ]
-        rows += sift(placed, reasons, dropped)
+        rows += sift(stored, reasons, dropped)
     return rows, dropped
-
-
-def sift(rows: list[Placed], reasons: Sequence[str], dropped: list[Dropped]) -> list[Placed]:
-    """Return the rows that have no reason to be left out; the others are added to `dropped`."""
-    kept = []
-    for placed, reason in zip(rows, reasons, strict=True):
-        if reason:
-            dropped.append(Dropped(placed.where, placed.row.id, reason))
-        else:
-            kept.append(placed)
-    return kept
 
 
 def _as_stored(row: Comparison) -> Comparison:
@@ -202,137 +187,6 @@ def _order(row: Comparison) -> tuple[bool, ...] | None:
     return max(row.scores) < math.inf, first > second, first < second
 
 
-# --------------------------------------------------------------------------- 2 deduplicate
-
-
-def duplicates(rows: Sequence[Placed]) -> list[str]:
-    """Return "duplicate" for a row that says what one before it says, "" for the others.
-
-    That is the same question and answers, in either order, and the same label; white space and
-    Unicode's ways to compose a character don't count.
-    """
-    seen: set[tuple[Any, ...]] = set()
-    reasons = []
-    for placed in rows:
-        said = (*_pair(placed.row), _label_of_pair(placed.row))
-        reasons.append("duplicate" if said in seen else "")
-        seen.add(said)
-    return reasons
-
-
-def count_differing_labels(rows: Sequence[Placed]) -> int:
-    """Count the pairs of answers that have rows with different labels."""
-    labels = collections.defaultdict(set)
-    for placed in rows:
-        labels[_pair(placed.row)].add(_label_of_pair(placed.row))
-    return sum(len(found) > 1 for found in labels.values())
-
-
-def _pair(row: Comparison) -> tuple[str, str, str]:
-    row = row.swapped() if _is_reversed(row) else row
-    return tidy(row.question), tidy(row.answer_1), tidy(row.answer_2)
-
-
-def _label_of_pair(row: Comparison) -> int:
-    return (row.swapped() if _is_reversed(row) else row).label
-
-
-def _is_reversed(row: Comparison) -> bool:
-    """Return whether the answers are not in the order that their texts alone decide."""
-    first, second = ((tidy(text), text) for text in (row.answer_1, row.answer_2))
-    return first > second
-
-
-# ------------------------------------------------------------------------------- 4 measure
-
-
-def prompt_tokens(rows: Sequence[Placed], tokenizer: Tokenizer, recipe: Recipe) -> list[int]:
-    """Count the tokens of each row's prompt, as training makes it; with --swap the longer order."""
-    unlimited = DataConfig(train="", prompt=recipe.prompt, max_prompt_tokens=sys.maxsize)
-    counts: list[int] = []
-    with tqdm(total=len(rows), desc="tokenise", delay=1) as progress:
-        for start in range(0, len(rows), ENCODE_ROWS):
-            given = [placed.row for placed in rows[start : start + ENCODE_ROWS]]
-            orders = [given, [row.swapped() for row in given]] if recipe.swap else [given]
-            encoded = [encode_prompts(part, tokenizer, unlimited).examples for part in orders]
-            for examples in zip(*encoded, strict=True):
-                counts.append(max(len(example.prompt_ids) for example in examples))
-            progress.update(len(given))
-    return counts
-
-
-# ---------------------------------------------------------------------- 5 split and 6 swap
-
-
-def split(rows: list[Placed], share: float) -> dict[str, list[Placed]]:
-    """Hold out a share of the questions, at least one, each with all its rows.
-
-    Questions are held out in the order of their hash, so more data moves few of them.
-
-    Raises:
-      UsageError: no question is left to train on.
-    """
-    if not share:
-        return {"train": rows}
-    keys = [hashlib.sha256(fold(placed.row.question).encode()).digest() for placed in rows]
-    questions = sorted(set(keys))
-    heldout = set(questions[: max(1, round(share * len(questions)))])
-    if len(heldout) == len(questions):
-        raise UsageError(
-            f"--validation={share} holds out every question: there are {len(questions)}. Lower it, "
-            "or set it to 0."
-        )
-    parts: dict[str, list[Placed]] = {"train": [], "validation": []}
-    for placed, key in zip(rows, keys, strict=True):
-        parts["validation" if key in heldout else "train"].append(placed)
-    return parts
-
-
-def with_swapped(rows: Iterable[Placed]) -> list[Placed]:
-    """Return every row followed by itself in the other order."""
-    both = []
-    for placed in rows:
-        swapped = dataclasses.replace(placed.row.swapped(), id=f"{placed.row.id}/swapped")
-        both += [placed, placed._replace(row=swapped)]
-    return both
-
-
-# ----------------------------------------------------------------------------- 7 count
-
-
-def describe(part: Sequence[Placed]) -> dict[str, Any]:
-    """Count what a split holds; rows without a source of their own count under their input."""
-    rows = [placed.row for placed in part]
-    labels = collections.Counter(row.label for row in rows)
-    scored = [row.scores for row in rows if row.scores]
-    histogram = collections.Counter(round(2 * score) / 2 for pair in scored for score in pair)
-    return {
-        "rows": len(rows),
-        "sources": _counted(placed.row.source or placed.source for placed in part),
-        "labels": {"1": labels[1], "2": labels[2], "tie": labels[0]},
-        "with_scores": len(scored),
-        "preference_only": len(rows) - len(scored),
-        "half_point_scores": sum(any(score % 1 == 0.5 for score in pair) for pair in scored),
-        "score_histogram": {f"{score:g}": histogram[score] for score in sorted(histogram)},
-        "characters": percentiles(
-            len(row.question) + len(row.answer_1) + len(row.answer_2) for row in rows
-        ),
-    }
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    return dict(sorted(collections.Counter(names).items()))
-
-
-def percentiles(numbers: Iterable[int]) -> dict[str, int]:
-    """Return the values that 50, 90, 99 and 100 per cent of the numbers don't exceed."""
-    ordered = sorted(numbers)
-    if not ordered:
-        return {}
-    rank = {f"p{percent}": math.ceil(percent / 100 * len(ordered)) for percent in (50, 90, 99)}
-    return {name: ordered[place - 1] for name, place in rank.items()} | {"max": ordered[-1]}
-
-
 # ---------------------------------------------------------------------------------- 8 write
 
 
@@ -343,7 +197,7 @@ def statistics_of(preparation: dict[str, Any], place: Place) -> dict[str, Any] |
       UsageError: something else is there.
     """
     files = place.files()
-    if not files or place.is_torn(files, OWN_FILES):
+    if not files or _is_torn(place, files):
         return None
     if not place.holds_dataset(files) or not files >= {"preparation.json", "statistics.json"}:
         found = ", ".join(sorted(files)[:3])
@@ -363,9 +217,16 @@ def statistics_of(preparation: dict[str, Any], place: Place) -> dict[str, Any] |
     return place.read_json("statistics.json")
 
 
+def _is_torn(place: Place, files: set[str]) -> bool:
+    """Return whether these are files of an interrupted upload and no others."""
+    rest = files - OWN_FILES - {*LAST_FILES}
+    is_ours = all(name.startswith(f"{NAME}-") for name in rest)
+    return place.is_remote and is_ours and not place.holds_dataset(files)
+
+
 def write(
     place: Place,
-    splits: dict[str, list[Placed]],
+    splits: dict[str, list[Comparison]],
     dropped: list[Dropped],
     statistics: dict[str, Any],
     preparation: dict[str, Any],
@@ -380,19 +241,19 @@ def write(
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (directory / f"{name}.json").write_text(text, encoding="utf-8")
 
-    place.write({name: [placed.row for placed in part] for name, part in splits.items()}, add_files)
+    write_to(place, splits, add_files)
 
 
 def _describe(
     recipe: Recipe,
-    rows: Sequence[Placed],
+    rows: Sequence[Comparison],
     benchmarks: Benchmarks,
     tokenizer_dir: pathlib.Path | None,
 ) -> dict[str, Any]:
     """Return what decides the dataset: the settings, the contents of all it reads, the version."""
     digests = {}
     for source in recipe.input:
-        read_of_it = (repr(placed.row) for placed in rows if placed.source == source)
+        read_of_it = (repr(row) for row in rows if row.where.startswith(f"{source}, "))
         digests[source] = _digest(source, read_of_it)
     for source in recipe.against:
         read_of_it = (text for text, owner in benchmarks.questions.items() if owner == source)
@@ -429,25 +290,9 @@ def _digest_files(files: Iterable[pathlib.Path]) -> str:
 
 
 def _find_tokenizer(source: str) -> pathlib.Path:
-    """Return a tokenizer's directory; of a hub id only the tokenizer is downloaded."""
-    path = pathlib.Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise UsageError(
-            f"There is no tokenizer at {source}. Name a directory that holds a tokenizer.json, or "
-            "a hub id such as Qwen/Qwen3-0.6B."
-        )
-    from huggingface_hub import snapshot_download
+    from jlrm.model import hf  # brings JAX, which nothing else here needs
 
-    try:
-        patterns = ["tokenizer*", "*token*.json", "vocab.json", "merges.txt", "chat_template*"]
-        return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # the hub's own errors, and those of three libraries under it
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(
-            f"{source} is no local directory, and the hub did not give its tokenizer: {reason}"
-        ) from None
+    return hf.resolve(source, hf.TOKENIZER_FILES)
 
 
 # ---------------------------------------------------------------------------------- command

@@ -29,6 +29,7 @@ import numpy as np
 
 from jlrm import commands
 from jlrm.config import UsageError
+from jlrm.judge.verdict import preferred
 from jlrm.tracking import read_metrics, write_atomically
 
 Row = dict[str, Any]
@@ -294,8 +295,7 @@ def _outcome(row: Row) -> str:
     verdict = row.get("verdict")
     if not verdict:
         return "unparsed"
-    better = 0 if verdict[0] == verdict[1] else 1 if verdict[0] > verdict[1] else 2
-    return "right" if better == row["label"] else "wrong"
+    return "right" if preferred(*verdict) == row["label"] else "wrong"
 
 
 def _card(row: Row) -> str:

@@ -8,7 +8,6 @@ but the weights, so that a run can be exported without the checkpoint it began f
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -23,7 +22,15 @@ from jlrm import checkpoint
 from jlrm.config import Config, UsageError, load, save, to_dict
 from jlrm.data import readers, toy
 from jlrm.data.batches import Example, encode_prompts
-from jlrm.data.comparisons import Comparison, Dropped, describe_dropped, write_dropped
+from jlrm.data.comparisons import (
+    Comparison,
+    Dropped,
+    by_question,
+    describe_dropped,
+    fold,
+    write_dropped,
+)
+from jlrm.data.curation import SWAPPED
 from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
 from jlrm.judge import plugins
 from jlrm.judge.plugins import Plugin
@@ -63,11 +70,6 @@ class Run:
         return Distribution(
             sampling.temperature, sampling.top_k, sampling.top_p, num_ids=len(self.tokenizer)
         )
-
-    @property
-    def scale(self) -> tuple[int, int]:
-        """The least and the highest score."""
-        return self.config.reward.min_score, self.config.reward.max_score
 
 
 def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
@@ -196,7 +198,7 @@ def _read(config: Config, source: str) -> tuple[list[Comparison], list[Dropped]]
     read = readers.read(source, columns=config.data.columns, scores=config.data.scores)
     rows, dropped = read.rows, read.dropped
     if config.reward.mode == "judgelrm":
-        unscored = [Dropped(source, row.id, "no_scores") for row in rows if row.scores is None]
+        unscored = [Dropped.of(row, "no_scores") for row in rows if row.scores is None]
         rows, dropped = [row for row in rows if row.scores is not None], [*dropped, *unscored]
         if not rows:
             raise UsageError(
@@ -209,16 +211,14 @@ def _read(config: Config, source: str) -> tuple[list[Comparison], list[Dropped]]
 
 
 def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Hold out whole questions, in the order of their hash: no question is on both sides."""
-    by_question: dict[str, list[Comparison]] = {}
-    for row in rows:
-        by_question.setdefault(row.question, []).append(row)
+    """Hold out whole questions: none is on both sides."""
+    groups = by_question(rows)
     heldout: list[Comparison] = []
-    for question in sorted(by_question, key=lambda text: hashlib.sha256(text.encode()).digest()):
+    for question in list(groups):
         if len(heldout) >= num_rows:
             break
-        heldout += by_question.pop(question)
-    return [row for row in rows if row.question in by_question], heldout[:num_rows]
+        heldout += groups.pop(question)
+    return [row for row in rows if fold(row.question) in groups], heldout[:num_rows]
 
 
 def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:
@@ -247,7 +247,7 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
     if source.tokenizer == "toy":
         toy.save_tokenizer(target)
     elif source.tokenizer:
-        hf.copy_tokenizer(hf.resolve(source.tokenizer), target)
+        hf.copy_tokenizer(hf.resolve(source.tokenizer, hf.TOKENIZER_FILES), target)
     return model, target
 
 
@@ -256,7 +256,7 @@ def _encode(
 ) -> tuple[list[Example], list[Example], list[Dropped]]:
     """Return training and held-out examples, and the rows whose prompts are too long."""
     if config.data.orders == "both":
-        if any(row.id.endswith("/swapped") for row in train):
+        if any(row.id.endswith(SWAPPED) for row in train):
             raise UsageError(
                 f"{config.data.train} holds swapped rows already (prepared with --swap), and "
                 "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
@@ -264,7 +264,7 @@ def _encode(
         forward, backward, unfit = _both_orders(config, train, tokenizer, progress="tokenise")
         examples = [example for pair in zip(forward, backward, strict=True) for example in pair]
     else:
-        scale = (config.reward.min_score, config.reward.max_score)
+        scale = config.reward.scale
         encoded = encode_prompts(train, tokenizer, config.data, scale, progress="tokenise")
         examples, unfit = encoded.examples, encoded.dropped
     if unfit:
@@ -284,23 +284,26 @@ def _both_orders(
     config: Config, rows: list[Comparison], tokenizer: Tokenizer, *, progress: str = ""
 ) -> tuple[list[Example], list[Example], list[Dropped]]:
     """Return the rows that fit in both orders: as given, swapped, and those that do not fit."""
-    scale = (config.reward.min_score, config.reward.max_score)
-
-    def encode(part: list[Comparison]) -> tuple[dict[int, Example], list[Dropped]]:
-        numbered = [dataclasses.replace(row, id=str(i)) for i, row in enumerate(part)]
-        encoded = encode_prompts(numbered, tokenizer, config.data, scale, progress=progress)
-        fitting = {int(e.comparison.id): e for e in encoded.examples}
-        examples = {i: dataclasses.replace(e, comparison=part[i]) for i, e in fitting.items()}
-        return examples, encoded.dropped
-
-    forward, long_forward = encode(rows)
-    backward, long_backward = encode([row.swapped() for row in rows])
-    both = sorted(forward.keys() & backward.keys())
-    if not both:
+    backward_rows = [row.swapped() for row in rows]
+    fitting: dict[int, Example] = {}
+    for order in (rows, backward_rows):
+        encoded = encode_prompts(
+            order, tokenizer, config.data, config.reward.scale, progress=progress
+        )
+        # By identity: ids of rows need not differ.
+        fitting |= {id(example.comparison): example for example in encoded.examples}
+    forward: list[Example] = []
+    backward: list[Example] = []
+    unfit: list[Dropped] = []
+    for row, swapped in zip(rows, backward_rows, strict=True):
+        if id(row) in fitting and id(swapped) in fitting:
+            forward.append(fitting[id(row)])
+            backward.append(fitting[id(swapped)])
+        else:
+            unfit.append(Dropped.of(row, "overlong"))
+    if not forward:
         raise UsageError("No pair fits data.max_prompt_tokens in both orders.")
-    unfit = {int(row.id): row for row in [*long_backward, *long_forward]}
-    renamed = [dataclasses.replace(row, id=rows[i].id) for i, row in sorted(unfit.items())]
-    return [forward[i] for i in both], [backward[i] for i in both], renamed
+    return forward, backward, unfit
 
 
 def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:

@@ -37,8 +37,8 @@ from jlrm import commands, groups, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
 from jlrm.data.batches import Example
-from jlrm.data.comparisons import describe_dropped
-from jlrm.groups import Batch
+from jlrm.data.comparisons import describe_dropped, write_dropped
+from jlrm.groups import Drawn
 from jlrm.judging import (
     Evaluation,
     Sampled,
@@ -89,10 +89,12 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
     """Imitate written judgements; the loss is on the judgement alone."""
     config = run.config.sft
     encoded = batches.encode_targets(
-        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0], run.scale
+        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0], run.config.reward.scale
     )
     if encoded.dropped:
         log.warning("sft: left out %s", describe_dropped(encoded.dropped))
+    if is_main_process():
+        write_dropped(encoded.dropped, run.dir / "dropped_sft.jsonl")
     examples = encoded.examples
     widths = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
@@ -142,7 +144,7 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
                 )
             with stage.timed("update"):
                 stage.state, values = _optimise(
-                    run, programs, stage.state, batch, old_logp, ref_logp
+                    run, programs, stage.state, drawn, old_logp, ref_logp
                 )
             update_gap = values.pop("old_logp_gap")
             values |= drawn.metrics
@@ -220,13 +222,13 @@ def _optimise(
     run: Run,
     programs: GRPOPrograms,
     state: TrainState,
-    batch: Batch,
+    drawn: Drawn,
     old_logp: Any,
     ref_logp: Any,
 ) -> tuple[TrainState, dict[str, float]]:
     """Take `epochs` passes of `minibatches` optimiser steps; return the mean of their metrics."""
     config, by_row = run.config.grpo, run.training.activation("B")
-    is_kept = batch.is_learned
+    batch, is_kept = drawn.batch, drawn.is_learned
     if config.mask_truncated:
         is_kept = is_kept & batch.sampled.is_finished
     sequences = batch.sampled.sequences

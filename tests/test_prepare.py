@@ -20,10 +20,11 @@ import pytest
 
 from jlrm import commands, prepare
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import batches, contamination, dataset, toy
-from jlrm.data.comparisons import Comparison, write_comparisons
-from jlrm.data.dataset import open_place, write_dataset
+from jlrm.data import batches, contamination, curation, dataset, toy
+from jlrm.data.comparisons import Comparison, fold, write_comparisons
+from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
+from jlrm.data.stores import open_place
 from jlrm.data.tokenizer import load_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -205,7 +206,7 @@ def test_no_question_is_in_both_splits(tmp_path, share):
     out = tmp_path / "out"
     statistics = made(out, jsonl(tmp_path / "x.jsonl", rows), flags=(f"--validation={share}",))
     parts = [read(f"{out}#{name}").rows for name in ("train", "validation")]
-    train, heldout = ({contamination.fold(row.question) for row in part} for part in parts)
+    train, heldout = ({fold(row.question) for row in part} for part in parts)
     assert not train & heldout and len(train | heldout) == 20
     assert len(heldout) == max(1, round(20 * share))
     assert sum(map(len, parts)) == statistics["rows_kept"] == len(rows)
@@ -216,10 +217,10 @@ def test_no_question_is_in_both_splits(tmp_path, share):
 
 
 def test_more_data_moves_no_question_into_training_that_was_held_out_at_the_same_count(tmp_path):
-    rows = [prepare.Placed("s", "w", row) for row in distinct(300)]
-    few, many = prepare.split(rows[:150], 0.2), prepare.split(rows, 0.2)
-    heldout = {placed.row.question for placed in many["validation"]}
-    moved = {placed.row.question for placed in few["validation"]} - heldout
+    rows = distinct(300)
+    few, many = curation.split(rows[:150], 0.2), curation.split(rows, 0.2)
+    heldout = {row.question for row in many["validation"]}
+    moved = {row.question for row in few["validation"]} - heldout
     assert len(moved) <= 5
 
 
@@ -565,8 +566,8 @@ ERRORS = {
     ),
     "limit without tokenizer": (["--max-prompt-tokens", "9"], "--max-prompt-tokens needs --tok"),
     "prompt without tokenizer": (["--prompt", "toy"], "--prompt needs --tokenizer"),
-    "unknown tokenizer": (["--tokenizer", "nowhere"], "There is no tokenizer at nowhere"),
-    "offline tokenizer": (["--tokenizer", "org/nothing-here"], "the hub did not give its tokeni"),
+    "unknown tokenizer": (["--tokenizer", "nowhere"], "No model directory at nowhere"),
+    "offline tokenizer": (["--tokenizer", "org/nothing-here"], "the hub did not give it"),
     "no tokenizer in it": (["--tokenizer", "EMPTY"], "Set --tokenizer to a directory"),
     "unknown prompt": (["--tokenizer", "TOKENIZER", "--prompt", "judgelm"], "'judgelm'"),
     "everything is too long": (
@@ -578,7 +579,7 @@ ERRORS = {
     "no questions": (["--against", "NO_QUESTIONS"], "has no question texts"),
     "no benchmark": (["--against", "nowhere.json"], "Cannot read the data file nowhere.json"),
     "all held out": (["--validation", "0.999"], "holds out every question: there are 20"),
-    "unknown store": (["--out", "nosuch://x/y"], "Cannot write to nosuch://x/y"),
+    "unknown store": (["--out", "nosuch://x/y"], "Cannot open nosuch://x/y"),
 }
 
 
@@ -641,8 +642,7 @@ def test_the_real_training_files_against_every_benchmark(reference, tmp_path):
     left = [row for name in ("train", "validation") for row in read(f"{out}#{name}").rows]
     assert len(left) == train + heldout
     assert not any(row.source.startswith("humanevalpack") for row in left)
-    mix = read(sources[1]).rows
-    hep = {f"{sources[1]}, usable row {i}" for i, row in enumerate(mix, 1) if "pack" in row.source}
+    hep = {row.where for row in read(sources[1]).rows if "pack" in row.source}
     found = {line["where"]: line["reason"] for line in lines}
     assert len(hep) == 984
     assert {found[where] for where in hep} <= {"contaminated_exact", "duplicate"}

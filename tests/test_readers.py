@@ -97,7 +97,7 @@ def prepare_tfds(root: pathlib.Path, rows: list[Comparison]) -> pathlib.Path:
 
         def _generate_examples(self, rows):
             for number, row in enumerate(rows):
-                example = dataclasses.asdict(row) | {"meta": json.dumps(row.meta)}
+                example = row.record() | {"meta": json.dumps(row.meta)}
                 for name in ("score_1", "score_2"):
                     example[name] = math.nan if example[name] is None else example[name]
                 example["preference"] = -1 if row.preference is None else row.preference
@@ -333,13 +333,13 @@ def write_csv(path: pathlib.Path, rows: list[Comparison], delimiter: str = ",") 
         names = [spec.name for spec in dataclasses.fields(Comparison) if spec.name != "meta"]
         writer = csv.DictWriter(file, names, delimiter=delimiter, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+        writer.writerows(row.record() for row in rows)
     return str(path)
 
 
 def arrow(rows: list[Comparison]) -> list[dict]:
     """Return rows for a format of fixed columns, in which `meta` is text."""
-    return [dataclasses.asdict(row) | {"meta": json.dumps(row.meta)} for row in rows]
+    return [row.record() | {"meta": json.dumps(row.meta)} for row in rows]
 
 
 def test_written_rows_read_back_equal(tmp_path):
@@ -349,9 +349,7 @@ def test_written_rows_read_back_equal(tmp_path):
     assert read(str(tmp_path / "x.jsonl.gz")).rows == ROWS
     (tmp_path / "x.json").write_bytes((tmp_path / "x.jsonl").read_bytes())
     assert read(str(tmp_path / "x.json")).rows == ROWS
-    (tmp_path / "y.json").write_text(
-        " \n" + json.dumps([dataclasses.asdict(row) for row in ROWS], indent=1)
-    )
+    (tmp_path / "y.json").write_text(" \n" + json.dumps([row.record() for row in ROWS], indent=1))
     assert read(str(tmp_path / "y.json")).rows == ROWS
 
 

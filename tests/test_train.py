@@ -380,9 +380,14 @@ def test_resampling_goes_on_exactly_after_a_stop(tmp_path, data, warm, parity):
 def test_dropped_rows_are_listed_in_the_run_directory(tmp_path, data):
     lines = data.read_text().splitlines()
     failed = json.dumps({**json.loads(lines[0]), "id": "bad", "score_1": -1.0, "score_2": -1.0})
-    (tmp_path / "x.jsonl").write_text("\n".join([*lines, failed]))
-    run(tmp_path / "r", tmp_path / "x.jsonl", "grpo.steps=1", "data.max_prompt_tokens=40")
+    unwritten = json.dumps({**json.loads(lines[0]), "id": "unwritten", "meta": {}})
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines, failed, unwritten]))
+    options = ["sft.steps=1", "grpo.steps=1", "data.max_prompt_tokens=40"]
+    run(tmp_path / "r", tmp_path / "x.jsonl", *options)
     listed = [json.loads(line) for line in (tmp_path / "r/dropped.jsonl").read_text().splitlines()]
     assert {"failed_review", "overlong"} == {row["reason"] for row in listed}
     (bad,) = [row for row in listed if row["id"] == "bad"]
     assert bad["where"] == f"{tmp_path}/x.jsonl, line 65"
+    (line,) = (tmp_path / "r/dropped_sft.jsonl").read_text().splitlines()
+    where = f"{tmp_path}/x.jsonl, line 66"
+    assert json.loads(line) == {"where": where, "id": "unwritten", "reason": "no_judgement"}

@@ -89,7 +89,7 @@ def encode_prompts(
                     f"{config.max_prompt_tokens}. Raise it, or set data.overlong=skip."
                 )
             else:
-                dropped.append(Dropped(f"prompt of {len(ids)} tokens", row.id, "overlong"))
+                dropped.append(Dropped.of(row, "overlong"))
     if not examples:
         raise UsageError(
             f"All {len(rows)} prompts are longer than "
@@ -121,7 +121,7 @@ def encode_targets(
         row = example.comparison
         judged = row.meta.get("judged", row.scores)
         if not row.meta.get("reasoning") or judged is None:
-            dropped.append(Dropped("written judgement", row.id, "no_judgement"))
+            dropped.append(Dropped.of(row, "no_judgement"))
             continue
         reasoning = prompts.neutralise(row.meta["reasoning"], control)
         text = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
@@ -133,8 +133,7 @@ def encode_targets(
         if len(ids) < max_tokens:
             kept.append(dataclasses.replace(example, target_ids=[*ids, end_id]))
         else:
-            where = f"judgement of {len(ids)} tokens"
-            dropped.append(Dropped(where, example.comparison.id, "overlong_judgement"))
+            dropped.append(Dropped.of(example.comparison, "overlong_judgement"))
     if not kept:
         raise UsageError(
             f"SFT has nothing to imitate: of {len(examples)} rows "

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import pathlib
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from jlrm.judge.verdict import preferred, swap_preference
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class Comparison:
     preference: int | None = None  # 1, 2, 0 = tie
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)  # "reasoning": a written judgement, for SFT
+    # Its place, e.g. "pairs.jsonl, line 12", named where it is left out; no part of its value.
+    where: str = field(default="", compare=False, repr=False)
 
     @property
     def scores(self) -> tuple[float, float] | None:
@@ -42,19 +49,21 @@ class Comparison:
         if self.preference is not None:
             return self.preference
         assert self.scores is not None, f"row {self.id} has no label"
-        first, second = self.scores
-        return 0 if first == second else 1 if first > second else 2
+        return preferred(*self.scores)
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as a plain dictionary, without its place."""
+        return {name: value for name, value in vars(self).items() if name != "where"}
 
     def swapped(self) -> Comparison:
         """Return the same comparison with its answers in the other order."""
-        preference = {1: 2, 2: 1}.get(self.preference or 0, self.preference)
         return dataclasses.replace(
             self,
             answer_1=self.answer_2,
             answer_2=self.answer_1,
             score_1=self.score_2,
             score_2=self.score_1,
-            preference=preference,
+            preference=swap_preference(self.preference),
             # A written judgement names the answers by their places.
             meta={k: v for k, v in self.meta.items() if k not in ("reasoning", "judged")},
         )
@@ -64,9 +73,14 @@ class Comparison:
 class Dropped:
     """A row that was left out: where it stood, its id, and why."""
 
-    where: str  # e.g. "pairs.jsonl, line 12"
+    where: str
     id: str
     reason: str  # a word to count by, e.g. "failed_review"
+
+    @classmethod
+    def of(cls, row: Comparison, reason: str) -> Dropped:
+        """Leave out a row that had been read."""
+        return cls(row.where, row.id, reason)
 
 
 @dataclass(frozen=True)
@@ -77,28 +91,50 @@ class Comparisons:
     dropped: list[Dropped]
 
 
-def count_reasons(dropped: list[Dropped]) -> dict[str, int]:
+def count_reasons(dropped: Sequence[Dropped]) -> dict[str, int]:
     """Count dropped rows by reason, in the order of reasons."""
     return dict(sorted(collections.Counter(row.reason for row in dropped).items()))
 
 
-def describe_dropped(dropped: list[Dropped]) -> str:
+def describe_dropped(dropped: Sequence[Dropped]) -> str:
     """Return e.g. "12 failed_review, 3 overlong", or "" if nothing was left out."""
     return ", ".join(f"{count} {reason}" for reason, count in count_reasons(dropped).items())
 
 
-def write_comparisons(rows: list[Comparison], path: pathlib.Path) -> None:
+def tidy(text: str) -> str:
+    """Compose characters (NFC), and make every run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def fold(text: str) -> str:
+    """Return the text tidied and in lower case."""
+    return tidy(text.lower())
+
+
+def by_question(rows: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+    """Group rows by their folded question, in the order of the questions' hash.
+
+    To hold out the first of these is a choice that more data changes little.
+    """
+    groups: dict[str, list[Comparison]] = {}
+    for row in rows:
+        groups.setdefault(fold(row.question), []).append(row)
+    in_order = sorted(groups, key=lambda question: hashlib.sha256(question.encode()).digest())
+    return {question: groups[question] for question in in_order}
+
+
+def write_comparisons(rows: Sequence[Comparison], path: pathlib.Path) -> None:
     """Write rows as JSONL that `readers.read` reads back."""
-    _write_lines(rows, path)
+    _write_lines([row.record() for row in rows], path)
 
 
-def write_dropped(dropped: list[Dropped], path: pathlib.Path) -> None:
+def write_dropped(dropped: Sequence[Dropped], path: pathlib.Path) -> None:
     """Write one JSON object for each row that was left out."""
-    _write_lines(dropped, path)
+    _write_lines([vars(row) for row in dropped], path)
 
 
-def _write_lines(rows: list[Any], path: pathlib.Path) -> None:
+def _write_lines(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for row in rows:
-            file.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

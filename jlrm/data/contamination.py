@@ -13,7 +13,6 @@ from __future__ import annotations
 import collections
 import logging
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from jlrm.config import UsageError
 from jlrm.data import forms, readers
+from jlrm.data.comparisons import fold
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +78,6 @@ def read_benchmarks(sources: Iterable[str], num_words: int) -> Benchmarks:
             for ngram in _ngrams(text, num_words):
                 ngrams.setdefault(ngram, source)
     return Benchmarks(questions, ngrams, num_words)
-
-
-def tidy(text: str) -> str:
-    """Compose characters (NFC), and make every run of white space one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def fold(text: str) -> str:
-    """Return the text tidied and in lower case."""
-    return tidy(text.lower())
 
 
 def _ngrams(folded: str, num_words: int) -> list[str]:

@@ -23,19 +23,32 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from jlrm.config import RunError, UsageError
 from jlrm.data.comparisons import Comparison
+from jlrm.data.stores import Place
 
 SHARD_CHARACTERS = 100_000_000
 TEXTS = ("id", "question", "answer_1", "answer_2", "source", "meta")
 NAME = "comparisons"  # of the dataset; its record files begin with it
-LAST_FILES = ("features.json", "dataset_info.json")  # without both a directory is no dataset
+
+
+def write_to(
+    place: Place,
+    splits: Mapping[str, Sequence[Comparison]],
+    add_files: Callable[[pathlib.Path], None],
+) -> None:
+    """Write a dataset to a place, as `write_dataset` does; into a store it is copied when whole."""
+    if not place.is_remote:
+        write_dataset(splits, pathlib.Path(place.root), add_files)
+        return
+    with tempfile.TemporaryDirectory(prefix="jlrm-") as holder:
+        directory = pathlib.Path(holder) / "dataset"
+        write_dataset(splits, directory, add_files)
+        place.upload(directory)
 
 
 def write_dataset(
@@ -64,99 +77,6 @@ def write_dataset(
     if add_files is not None:
         add_files(partial)
     os.replace(partial, directory)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a dataset goes: a local directory, or one of a store that is named by a url."""
-
-    name: str  # as the user spelled it
-    system: Any  # fsspec's file system
-    root: str  # the directory's name there
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether files go there one by one: no store renames a directory at once."""
-        return "://" in self.name
-
-    def files(self) -> set[str]:
-        """Return the names of all files, relative to the directory; none if there is none.
-
-        Raises:
-          UsageError: it is a file itself.
-        """
-        with self._store_errors():
-            if self.system.isfile(self.root):
-                raise UsageError(f"{self.name} is a file. Name a directory.")
-            return {path[len(self.root) :].lstrip("/") for path in self.system.find(self.root)}
-
-    def holds_dataset(self, files: set[str]) -> bool:
-        """Return whether these files are, or include, a whole dataset."""
-        return files.issuperset(LAST_FILES)
-
-    def is_torn(self, files: set[str], own_files: set[str]) -> bool:
-        """Return whether these are files of an interrupted upload, with `own_files`, and no others.
-
-        A local directory is never torn.
-        """
-        rest = files - own_files - {*LAST_FILES}
-        is_ours = all(name.startswith(f"{NAME}-") for name in rest)
-        return self.is_remote and is_ours and not self.holds_dataset(files)
-
-    def read_json(self, name: str) -> Any:
-        """Read a file that `add_files` wrote."""
-        with self._store_errors():
-            return json.loads(self.system.cat_file(f"{self.root}/{name}"))
-
-    def write(
-        self, splits: Mapping[str, Sequence[Comparison]], add_files: Callable[[pathlib.Path], None]
-    ) -> None:
-        """Write a dataset, as `write_dataset` does; into a store it is copied when it is whole."""
-        if not self.is_remote:
-            write_dataset(splits, pathlib.Path(self.root), add_files)
-            return
-        with tempfile.TemporaryDirectory(prefix="jlrm-") as holder:
-            directory = pathlib.Path(holder) / "dataset"
-            write_dataset(splits, directory, add_files)
-            torn = self.files()
-            with self._store_errors():
-                for name in torn:
-                    self.system.rm_file(f"{self.root}/{name}")
-                self._upload(directory)
-
-    def _upload(self, directory: pathlib.Path) -> None:
-        self.system.makedirs(self.root, exist_ok=True)
-        names = sorted({file.name for file in directory.iterdir()} - {*LAST_FILES})
-        for name in tqdm([*names, *LAST_FILES], desc="upload", delay=1):
-            self.system.put_file(str(directory / name), f"{self.root}/{name}")
-
-    @contextlib.contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UsageError):
-            raise
-        except Exception as error:  # a store's client raises anything
-            raise RunError(f"Cannot use {self.name}: {error}") from error
-
-
-def open_place(name: str) -> Place:
-    """Open a directory, which need not exist, or a url such as gs://BUCKET/DIR.
-
-    Raises:
-      UsageError: a kind of store that nothing installed can reach.
-    """
-    import fsspec
-
-    try:
-        system, root = fsspec.core.url_to_fs(os.path.expanduser(name))
-    except (ImportError, ValueError) as error:
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(name.partition("://")[0])
-        advice = f" Do: pip install {package}" if package else ""
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"Cannot write to {name}: {reason}.{advice}") from None
-    system.invalidate_cache()
-    return Place(name, system, root.rstrip("/"))
 
 
 def _build(splits: Mapping[str, Sequence[Comparison]], directory: pathlib.Path) -> None:

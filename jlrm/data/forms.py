@@ -53,6 +53,7 @@ def comparison(row: Row, identity: str, where: str) -> Comparison:
         preference=_preference(row.get("preference"), where),
         source="" if source is None else str(source),
         meta=_meta(row),
+        where=where,
     )
     if pair is None and comparison.preference is None:
         raise Unusable("no_label")

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import math
 import os
 import pathlib
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
@@ -37,14 +35,13 @@ from jlrm.data.forms import (
     renamed,
     there_are,
 )
+from jlrm.data.stores import local_copy
 
 Rows = Iterator[tuple[str, Row]]  # the place, e.g. "line 12", and what stands there
 
 NUMBERS = ("score_1", "score_2", "score", "score_w_reference", "preference")  # in CSV: not text
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
-# What tells two versions of a remote file apart; file systems differ in which of them they have.
-STAMPS = ("size", "etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
 
 
 def read(
@@ -98,7 +95,7 @@ def read(
 def _open(source: str, columns: Mapping[str, str]) -> Rows:
     name, split = _without_split(source)
     if "://" in name:
-        path = _local_copy(name)
+        path = local_copy(name)
     elif name.startswith("hf:"):
         return _numbered(_hub_rows(name.removeprefix("hf:"), split))
     elif name.startswith("tfds:"):
@@ -307,54 +304,3 @@ def _shortest(value: float) -> float:
     with np.errstate(over="ignore"):
         single = np.float32(value)
     return float(str(single)) if float(single) == value else value
-
-
-def _local_copy(url: str) -> pathlib.Path:
-    """Copy a file or prepared directory into the cache, unless it is there in the same version."""
-    system, root = _file_system(url)
-    files = _remote_files(system, root, url)
-    parent, _, base = root.rpartition("/")
-    version = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()[:32]
-    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    cached = cache / version / base
-    if cached.exists():
-        return cached
-    cache.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole, so that an interrupted copy is never read.
-    with tempfile.TemporaryDirectory(dir=cache, prefix="incomplete-") as holder:
-        whole = pathlib.Path(holder) / "whole"
-        local = [whole / name[len(parent) :].lstrip("/") for name in files]
-        for path in local:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        system.get(list(files), [str(path) for path in local])
-        try:
-            whole.rename(cache / version)
-        except OSError:
-            if not cached.exists():  # else another process has just made the same copy
-                raise
-    return cached
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        system, root = fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        package = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}.get(url.split("://")[0])
-        advice = f" Do: pip install {package}" if package else ""
-        raise UsageError(f"Cannot read {url}: {_reason(error)}.{advice}") from None
-    system.invalidate_cache()
-    return system, root.rstrip("/")
-
-
-def _remote_files(system: Any, root: str, url: str) -> dict[str, list[str]]:
-    """Return the names of the files, each with what changes when the file does."""
-    is_directory = system.isdir(root)
-    infos = system.find(root, detail=True) if is_directory else {root: system.info(root)}
-    infos = {name: info for name, info in sorted(infos.items()) if info.get("type") == "file"}
-    if is_directory and f"{root}/features.json" not in infos:
-        raise UsageError(f"{url} is no prepared TFDS directory (no features.json), nor a file.")
-    if any(".." in name.split("/") for name in infos):
-        raise UsageError(f"{url} holds a file named '..', which would leave the cache.")
-    return {name: [str(info.get(stamp)) for stamp in STAMPS] for name, info in infos.items()}

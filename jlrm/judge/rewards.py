@@ -32,6 +32,7 @@ from jlrm.judge.verdict import (
     Verdict,
     implied_probability,
     parse,
+    preferred,
     split_tags,
     swap_preference,
 )
@@ -175,11 +176,7 @@ def _label(gold: Sequence[float] | None, preference: int | None) -> int:
             "Wanted two finite numbers, neither negative (JudgeLM marks a failed review by -1), or "
             "a preference. Leave the row out."
         )
-    return {1: 1, -1: 2, 0: 0}[_sign(gold[0] - gold[1])]
-
-
-def _sign(difference: float) -> int:
-    return (difference > 0) - (difference < 0)
+    return preferred(gold[0], gold[1])
 
 
 def _judgelrm(config: RewardConfig, text: str, gold: Sequence[Any], length: float) -> Terms:

@@ -46,10 +46,7 @@ class Verdict:
     @property
     def preference(self) -> Preference | None:
         """The better answer; 0 for a tie, None without a verdict."""
-        if self.scores is None:
-            return None
-        first, second = self.scores
-        return 0 if first == second else 1 if first > second else 2
+        return None if self.scores is None else preferred(*self.scores)
 
     @property
     def scores(self) -> tuple[float, float] | None:
@@ -59,7 +56,12 @@ class Verdict:
         return self.score_1, self.score_2
 
 
-def swap_preference(preference: Preference | None) -> Preference | None:
+def preferred(score_1: float, score_2: float) -> Preference:
+    """Return which of two scores is higher."""
+    return 0 if score_1 == score_2 else 1 if score_1 > score_2 else 2
+
+
+def swap_preference(preference: int | None) -> int | None:
     """Return the same preference for the answers in the other order."""
     return {1: 2, 2: 1, 0: 0, None: None}[preference]
 

@@ -19,7 +19,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -65,6 +65,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MODEL_FILES = ("generation_config.json", "config.json")
+ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -123,8 +124,10 @@ def tensors(config: QwenConfig) -> list[Tensor]:
     return found
 
 
-def resolve(source: str) -> pathlib.Path:
+def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
     """Return the local directory of a Hugging Face model: a path as it is, a hub id downloaded.
+
+    files: names and patterns of what is needed of it.
 
     Raises:
       UsageError: neither a directory nor an id that the hub knows.
@@ -144,8 +147,7 @@ def resolve(source: str) -> pathlib.Path:
     )
 
     try:
-        patterns = [*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
-        return pathlib.Path(snapshot_download(source, allow_patterns=patterns))
+        return pathlib.Path(snapshot_download(source, allow_patterns=[*files]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(

@@ -1,0 +1,143 @@
+"""Directories and files of local disks and of stores such as gs://, behind fsspec.
+
+`local_copy` brings what is read onto the local disk, once per version. `Place` is where a dataset
+is written to. Neither knows what a row is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from jlrm.config import RunError, UsageError
+
+# Without both a directory is no TFDS dataset: they are copied last.
+LAST_FILES = ("features.json", "dataset_info.json")
+# What tells two versions of a remote file apart; file systems differ in which of them they have.
+STAMPS = ("size", "etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+def local_copy(url: str) -> pathlib.Path:
+    """Copy a file or prepared directory into the cache, unless it is there in the same version."""
+    system, root = _open(url)
+    files = _remote_files(system, root, url)
+    parent, _, base = root.rpartition("/")
+    version = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()[:32]
+    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
+    cached = cache / version / base
+    if cached.exists():
+        return cached
+    cache.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole, so that an interrupted copy is never read.
+    with tempfile.TemporaryDirectory(dir=cache, prefix="incomplete-") as holder:
+        whole = pathlib.Path(holder) / "whole"
+        local = [whole / name[len(parent) :].lstrip("/") for name in files]
+        for path in local:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        system.get(list(files), [str(path) for path in local])
+        try:
+            whole.rename(cache / version)
+        except OSError:
+            if not cached.exists():  # else another process has just made the same copy
+                raise
+    return cached
+
+
+def _remote_files(system: Any, root: str, url: str) -> dict[str, list[str]]:
+    """Return the names of the files, each with what changes when the file does."""
+    is_directory = system.isdir(root)
+    infos = system.find(root, detail=True) if is_directory else {root: system.info(root)}
+    infos = {name: info for name, info in sorted(infos.items()) if info.get("type") == "file"}
+    if is_directory and f"{root}/features.json" not in infos:
+        raise UsageError(f"{url} is no prepared TFDS directory (no features.json), nor a file.")
+    if any(".." in name.split("/") for name in infos):
+        raise UsageError(f"{url} holds a file named '..', which would leave the cache.")
+    return {name: [str(info.get(stamp)) for stamp in STAMPS] for name, info in infos.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dataset goes: a local directory, or one of a store that is named by a url."""
+
+    name: str  # as the user spelled it
+    system: Any  # fsspec's file system
+    root: str  # the directory's name there
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether files go there one by one: no store renames a directory at once."""
+        return "://" in self.name
+
+    def files(self) -> set[str]:
+        """Return the names of all files, relative to the directory; none if there is none.
+
+        Raises:
+          UsageError: it is a file itself.
+        """
+        with self._store_errors():
+            if self.system.isfile(self.root):
+                raise UsageError(f"{self.name} is a file. Name a directory.")
+            return {path[len(self.root) :].lstrip("/") for path in self.system.find(self.root)}
+
+    def holds_dataset(self, files: set[str]) -> bool:
+        """Return whether these files are, or include, a whole dataset."""
+        return files.issuperset(LAST_FILES)
+
+    def read_json(self, name: str) -> Any:
+        """Read a file that `add_files` wrote."""
+        with self._store_errors():
+            return json.loads(self.system.cat_file(f"{self.root}/{name}"))
+
+    def upload(self, directory: pathlib.Path) -> None:
+        """Copy a whole dataset into a store, in place of what an interrupted upload left there."""
+        torn = self.files()
+        with self._store_errors():
+            for name in torn:
+                self.system.rm_file(f"{self.root}/{name}")
+            self.system.makedirs(self.root, exist_ok=True)
+            names = sorted({file.name for file in directory.iterdir()} - {*LAST_FILES})
+            for name in tqdm([*names, *LAST_FILES], desc="upload", delay=1):
+                self.system.put_file(str(directory / name), f"{self.root}/{name}")
+
+    @contextlib.contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, UsageError):
+            raise
+        except Exception as error:  # a store's client raises anything
+            raise RunError(f"Cannot use {self.name}: {error}") from error
+
+
+def open_place(name: str) -> Place:
+    """Open a directory, which need not exist, or a url such as gs://BUCKET/DIR.
+
+    Raises:
+      UsageError: a kind of store that nothing installed can reach.
+    """
+    return Place(name, *_open(os.path.expanduser(name)))
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """Return a url's file system, asked anew what it holds, and the name of its root there."""
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        package = PACKAGES.get(url.partition("://")[0])
+        advice = f" Do: pip install {package}" if package else ""
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"Cannot open {url}: {reason}.{advice}") from None
+    system.invalidate_cache()
+    return system, root.rstrip("/")
