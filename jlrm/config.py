@@ -89,6 +89,8 @@ class SamplingConfig:
     temperature: NonNegative = 1.0  # 0: greedy
     top_k: Count = 0  # 0: off
     top_p: float = 1.0
+    # Rollouts of a prompt that run at once, the next begins where one ends; 0: all of them.
+    slots: Count = 0
     # Text: which occurrence of it ends a completion.
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
     eval_temperature: NonNegative = 0.0  # for the held-out set
@@ -137,6 +139,9 @@ class OptimizerConfig:
     warmup_steps: Count = 0
     b1: float = 0.9
     b2: float = 0.999
+    # Precision of the two moments at rest; they are computed in float32.
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.01
     clip_norm: NonNegative = 1.0  # global norm; 0: off
@@ -146,7 +151,7 @@ class OptimizerConfig:
 class SFTConfig:
     steps: Count = 0  # 0: no warm start
     batch_size: Positive = 64  # sequences per optimiser step
-    micro_batches: Positive = 1  # passes per optimiser step: less memory, same result
+    pack_tokens: Count = 0  # tokens a device runs at a time: less memory, same result; 0: chosen
     max_target_tokens: int = 512  # longer written judgements are counted and left out
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
 
@@ -158,7 +163,7 @@ class GRPOConfig:
     rollouts: Annotated[int, 2] = 8  # completions of each prompt
     epochs: Positive = 1  # passes over one rollout batch
     minibatches: Positive = 1  # optimiser steps per pass
-    micro_batches: Positive = 1  # passes per optimiser step: less memory, same result
+    pack_tokens: Count = 0  # tokens a device runs at a time: less memory, same result; 0: chosen
     clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.2
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
@@ -173,6 +178,13 @@ class GRPOConfig:
     # the next prompts.
     zero_variance: Literal["keep", "skip", "resample"] = "keep"
     max_draws: Positive = 4  # rollout batches per step under "resample"
+    # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
+    # the new weights ("next"), or before the update, with weights one step old ("stale": rewards
+    # cost no device time, and the loss corrects by importance_cap).
+    ahead: Literal["none", "next", "stale"] = "next"
+    # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
+    # token by min(old / sampled probability, importance_cap); 0: off.
+    importance_cap: NonNegative = 0.0
     mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
     kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
     entropy_weight: float = 0.001
@@ -351,24 +363,22 @@ def _check(config: Config) -> None:
         raise UsageError(
             "sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing."
         )
-    if sft.batch_size % sft.micro_batches:
-        raise UsageError(
-            f"sft.micro_batches={sft.micro_batches} does not divide "
-            f"sft.batch_size={sft.batch_size}."
-        )
     if grpo.prompts % grpo.minibatches:
         raise UsageError(
             f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}."
         )
-    rows = grpo.prompts * grpo.rollouts // grpo.minibatches
-    if rows % grpo.micro_batches:
-        raise UsageError(
-            f"grpo.micro_batches={grpo.micro_batches} does not divide the {rows} sequences "
-            "of an optimiser step."
-        )
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
         raise UsageError(
             f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
+        )
+    if grpo.ahead == "stale" and not grpo.importance_cap:
+        raise UsageError(
+            "grpo.ahead=stale samples from older weights, which the loss must correct for: set "
+            "grpo.importance_cap, e.g. 2.0."
+        )
+    if grpo.ahead == "stale" and grpo.zero_variance == "resample":
+        raise UsageError(
+            "grpo.ahead=stale can't know where zero_variance=resample ends. Use skip or keep."
         )
     if config.data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
         raise UsageError(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -27,10 +26,10 @@ from jlrm.judging import (
     compare_orders,
     concatenate,
     consistency,
+    join_sampled,
     judge,
     metrics,
 )
-from jlrm.mesh import global_array, host_array
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
 from jlrm.run import Run
@@ -57,14 +56,34 @@ class Drawn(NamedTuple):
     metrics: dict[str, float]
 
 
-def draw(run: Run, sample: SampleFn, weights: Params, position: int, timed: Timed) -> Drawn:
-    """Draw the batch of a step from a position in the data on."""
+class Started(NamedTuple):
+    """A rollout that is under way on the devices."""
+
+    position: int
+    prompts: list[Example]
+    collect: Callable[[], Sampled]
+
+
+def start(run: Run, sample: SampleFn, weights: Params, position: int) -> Started:
+    """Begin the rollout of the batch at a position in the data."""
+    config, data = run.config.grpo, run.config.data
+    pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
+    rows = pick(run.config.run.seed, position, config.prompts, len(run.train))
+    prompts = [run.train[row] for row in rows]
+    return Started(position, prompts, sample(weights, prompts, rows, position))
+
+
+def draw(run: Run, begin: Callable[[int], Started], started: Started, timed: Timed) -> Drawn:
+    """Wait for the batch of a step and judge it; under "resample" begin the next ones as needed."""
     config = run.config.grpo
     is_resampling = config.zero_variance == "resample"
     drawn: list[Batch] = []
     num_informative = 0
     for i in range(config.max_draws if is_resampling else 1):
-        drawn.append(_draw_once(run, sample, weights, position + i, timed))
+        if i:
+            with timed("rollout"):
+                started = begin(started.position + 1)
+        drawn.append(_finish(run, started, timed))
         num_informative += int(_is_informative(run, drawn[-1]).sum())
         if num_informative >= _num_groups(run):
             break
@@ -77,15 +96,11 @@ def draw(run: Run, sample: SampleFn, weights: Params, position: int, timed: Time
     return Drawn(batch, by_row, len(drawn), _num_tokens(drawn), values)
 
 
-def _draw_once(run: Run, sample: SampleFn, weights: Params, position: int, timed: Timed) -> Batch:
-    config, data = run.config.grpo, run.config.data
-    pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
-    rows = pick(run.config.run.seed, position, config.prompts, len(run.train))
-    examples = [run.train[row] for row in rows for _ in range(config.rollouts)]
-    index = np.tile(np.arange(config.rollouts, dtype=np.int32), config.prompts)
+def _finish(run: Run, started: Started, timed: Timed) -> Batch:
+    config, prompts = run.config.grpo, started.prompts
     with timed("rollout"):
-        prompt_ids = np.repeat(rows, config.rollouts).astype(np.int32)
-        sampled = sample(weights, examples, prompt_ids, index, position)
+        sampled = started.collect()
+    examples = [example for example in prompts for _ in range(config.rollouts)]
     with timed("reward"):
         limit = run.config.sampling.max_new_tokens
         judged = judge(run.config.reward, run.plugins, examples, sampled, limit)
@@ -120,22 +135,8 @@ def _choose(run: Run, drawn: list[Batch]) -> Batch:
     size = len(drawn[0].examples) // _num_groups(run)
     rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
 
-    def take(*parts: jax.Array) -> jax.Array:
-        whole = np.concatenate([host_array(part) for part in parts])[rows]
-        letters = " ".join(["B", *["T"] * (whole.ndim - 1)])
-        return global_array(whole, run.training.activation(letters))
-
     examples = [example for batch in drawn for example in batch.examples]
-    texts = [text for batch in drawn for text in batch.sampled.texts]
-    ids = [row for batch in drawn for row in batch.sampled.ids]
-    sampled = Sampled(
-        jax.tree.map(take, *[batch.sampled.sequences for batch in drawn]),
-        jax.tree.map(take, *[batch.sampled.rollout for batch in drawn]),
-        [texts[row] for row in rows],
-        [ids[row] for row in rows],
-        np.concatenate([batch.sampled.lengths for batch in drawn])[rows],
-        np.concatenate([batch.sampled.is_finished for batch in drawn])[rows],
-    )
+    sampled = join_sampled([batch.sampled for batch in drawn]).take(rows.tolist())
     judged = concatenate([batch.judged for batch in drawn]).take(rows.tolist())
     advantages = np.concatenate([batch.advantages for batch in drawn])[rows]
     return Batch([examples[row] for row in rows], sampled, judged, advantages)

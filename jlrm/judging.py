@@ -25,23 +25,26 @@ from jlrm.judge import rewards
 from jlrm.judge.plugins import Plugin
 from jlrm.judge.rewards import Terms
 from jlrm.judge.verdict import Verdict, parse, swap_preference
-from jlrm.model import qwen
+from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
 from jlrm.rl.logprobs import Distribution
-from jlrm.rollout import Rollout, Sampler
+from jlrm.rollout import Sampler
 from jlrm.run import Run
-from jlrm.update import Sequences
 
 
 class Sampled(NamedTuple):
-    """Completions of a batch of examples, on the devices and on the host."""
+    """Completions on the host, those of one prompt after those of the one before."""
 
-    sequences: Sequences
-    rollout: Rollout
     texts: list[str]
     ids: list[list[int]]
+    logps: Float[np.ndarray, "B T"]  # of the sampling distribution, nats
     lengths: Int[np.ndarray, " B"]
     is_finished: Bool[np.ndarray, " B"]
+
+    def take(self, rows: Sequence[int]) -> Sampled:
+        """Return some of the rows, in this order."""
+        arrays = (array[np.asarray(rows, np.int64)] for array in self[2:])
+        return Sampled([self.texts[r] for r in rows], [self.ids[r] for r in rows], *arrays)
 
 
 @dataclass(frozen=True)
@@ -75,51 +78,65 @@ def concatenate(parts: Sequence[Judgements]) -> Judgements:
     )
 
 
+def join_sampled(parts: Sequence[Sampled]) -> Sampled:
+    """Return the rows of all parts, one after the other."""
+    return Sampled(
+        [text for part in parts for text in part.texts],
+        [row for part in parts for row in part.ids],
+        *(np.concatenate(arrays) for arrays in zip(*(part[2:] for part in parts), strict=True)),
+    )
+
+
 Evaluation = Callable[[Params], dict[str, float]]
-SampleFn = Callable[[Params, Sequence[Example], np.ndarray, np.ndarray, int], Sampled]
+# sample(weights from `decode.decode_params`, prompts, their numbers in the data, position) begins
+# on the devices and returns at once; what it returns waits for the completions.
+SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]
 
 
-def make_sampler(run: Run, distribution: Distribution, width: int) -> SampleFn:
-    """Compile-once sampler: `sample(params, examples, prompt_ids, rollout_index, step)`.
+def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts: int) -> SampleFn:
+    """Return a sampler of `num_rollouts` completions of each prompt, compiled once.
 
-    `params` come from `qwen.decode_params`; `width` is the fixed prompt width in tokens.
+    `width` is the fixed prompt width in tokens. Prompts are filled up to what the mesh divides.
     """
     config = run.config
-    sampler = Sampler(distribution, config.sampling.max_new_tokens, run.end_ids)
+    slots = min(config.sampling.slots or num_rollouts, num_rollouts)
+    sampler = Sampler(distribution, config.sampling.max_new_tokens, run.end_ids, slots)
     spelled = token_bytes(run.tokenizer) if config.sampling.stop_strings else []
     tables = stops.stop_tables(config.sampling.stop_strings, spelled, run.model.vocab_size)
     replicated = run.rollout.replicated()
     table = mesh.global_array(tables.tables, replicated)
     accept = mesh.global_array(tables.accept, replicated)
-    rows, cells = run.training.activation("B"), run.training.activation("B T")
-    generate = jax.jit(
-        partial(rollout.generate, run.model, run.rollout, sampler),
-        out_shardings=Rollout._make([cells, cells, rows, rows]),
+    by_prompt = run.rollout.activation("P"), run.rollout.activation("P T")
+    generate = jax.jit(partial(rollout.generate, run.model, run.rollout, sampler))
+    keys = jax.jit(
+        partial(rollout.rollout_keys, config.run.seed, num_rollouts=num_rollouts),
+        out_shardings=run.rollout.activation("P R"),
     )
-    keys = jax.jit(partial(rollout.rollout_keys, config.run.seed))
+    multiple = run.rollout.num_batch_shards()
 
     def sample(
-        params: Params,
-        examples: Sequence[Example],
-        prompt_ids: np.ndarray,
-        rollout_index: np.ndarray,
-        step: int,
-    ) -> Sampled:
-        tokens, lengths = batches.pad([example.prompt_ids for example in examples], width)
-        prompts = mesh.global_array(tokens, cells), mesh.global_array(lengths, rows)
+        params: Params, examples: Sequence[Example], prompt_ids: np.ndarray, step: int
+    ) -> Callable[[], Sampled]:
+        num_prompts = len(examples)
+        filled = [*examples, *[examples[-1]] * (-num_prompts % multiple)]
+        tokens, lengths = batches.pad([example.prompt_ids for example in filled], width)
+        prompt_ids = np.resize(prompt_ids, len(filled)).astype(np.int32)
         result = generate(
-            params, *prompts, keys(np.int32(step), prompt_ids, rollout_index), table, accept
+            params,
+            mesh.global_array(tokens, by_prompt[1]),
+            mesh.global_array(lengths, by_prompt[0]),
+            keys(np.int32(step), prompt_ids),
+            table,
+            accept,
         )
-        ids, counts = mesh.host_array(result.tokens), mesh.host_array(result.lengths)
-        written = [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
-        return Sampled(
-            Sequences(*prompts, result.tokens, result.lengths),
-            result,
-            decode(run.tokenizer, written),
-            written,
-            counts,
-            mesh.host_array(result.is_finished),
-        )
+
+        def collect() -> Sampled:
+            host = jax.tree.map(lambda x: mesh.host_array(x)[:num_prompts], result)
+            ids, logps, counts, is_finished = (x.reshape(-1, *x.shape[2:]) for x in host)
+            written = [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
+            return Sampled(decode(run.tokenizer, written), written, logps, counts, is_finished)
+
+        return collect
 
     return sample
 
@@ -224,9 +241,9 @@ def metrics(judged: Judgements, lengths: np.ndarray, is_finished: np.ndarray) ->
 def make_evaluation(run: Run) -> Evaluation:
     """Return weights -> held-out metrics (`evaluate_heldout`), compiled at first use."""
     distribution = Distribution(run.config.sampling.eval_temperature, num_ids=len(run.tokenizer))
-    sample = make_sampler(run, distribution, max(len(e.prompt_ids) for e in run.heldout))
-    decode = jax.jit(partial(qwen.decode_params, run.model, run.rollout))
-    return lambda params: evaluate_heldout(run, sample, decode(params))
+    sample = make_sampler(run, distribution, max(len(e.prompt_ids) for e in run.heldout), 1)
+    lay_out = jax.jit(partial(decode_params, run.model, run.rollout))
+    return lambda params: evaluate_heldout(run, sample, lay_out(params))
 
 
 def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, float]:
@@ -244,7 +261,7 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
         part = run.heldout[start : start + size]
         padded = [*part, *[part[-1]] * (size - len(part))]
         prompt_ids = np.arange(start, start + size, dtype=np.int32)
-        sampled = sample(params, padded, prompt_ids, np.zeros(size, np.int32), 0)
+        sampled = sample(params, padded, prompt_ids, 0)()
         num_tokens += int(sampled.lengths[: len(part)].sum())
         judged = judge(config, run.plugins, padded, sampled, max_tokens)
         parts.append(judged.take(range(len(part))))

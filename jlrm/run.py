@@ -96,7 +96,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
             f"for {model.max_position_embeddings}. Lower data.max_prompt_tokens or "
             "sampling.max_new_tokens."
         )
-    _check_mesh(config, mesh, model)
+    _check_mesh(mesh, model)
     if config.grpo.steps and len(train) < config.grpo.prompts:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
@@ -306,36 +306,24 @@ def _both_orders(
     return forward, backward, unfit
 
 
-def _check_mesh(config: Config, mesh: Mesh, model: QwenConfig) -> None:
-    """Refuse batches and models that the mesh can't divide, naming what would fit."""
-    num_devices, tensor = mesh.size, mesh.shape["tensor"]
-    sft, grpo = config.sft, config.grpo
-    rows = {}
-    if sft.steps:
-        rows["sft.batch_size / sft.micro_batches"] = sft.batch_size // sft.micro_batches
-    if grpo.steps:
-        rows["grpo.prompts · grpo.rollouts / (grpo.minibatches · grpo.micro_batches)"] = (
-            grpo.prompts * grpo.rollouts // (grpo.minibatches * grpo.micro_batches)
-        )
-    rows["sampling.eval_batch_size"] = config.sampling.eval_batch_size
-    for name, value in rows.items():
-        if value % num_devices:
-            raise UsageError(
-                f"{name} = {value} sequences do not divide over {num_devices} devices."
-            )
-    for name in ("num_key_value_heads", "num_attention_heads", "intermediate_size", "vocab_size"):
+def _check_mesh(mesh: Mesh, model: QwenConfig) -> None:
+    """Refuse models that the mesh can't divide, naming what would fit."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    needs = {
+        "num_attention_heads": ("mesh.tensor", tensor),
+        "num_key_value_heads": ("mesh.tensor", tensor),
+        "head_dim": ("mesh.fsdp", fsdp),
+        "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+    }
+    for name, (axes, shards) in needs.items():
         size = getattr(model, name)
-        if size % tensor:
-            fits = [n for n in range(1, num_devices + 1) if num_devices % n == 0 and size % n == 0]
+        if size % shards:
+            fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
             raise UsageError(
-                f"mesh.tensor={tensor} does not divide the model's {name}={size}. "
-                f"Use tensor in {fits}."
+                f"{axes}={shards} does not divide the model's {name}={size}. Use {axes} in {fits}."
             )
-    if model.hidden_size % mesh.shape["fsdp"]:
-        raise UsageError(
-            f"mesh.fsdp={mesh.shape['fsdp']} does not divide "
-            f"the model's hidden_size={model.hidden_size}."
-        )
 
 
 def is_main_process() -> bool:

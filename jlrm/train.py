@@ -33,27 +33,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jlrm import commands, groups, report, tracking, update
+from jlrm import commands, groups, packing, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
-from jlrm.data.batches import Example
 from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.groups import Drawn
 from jlrm.judging import (
     Evaluation,
-    Sampled,
     SampleFn,
     make_evaluation,
     make_sampler,
     sampled_rows,
 )
 from jlrm.loop import Outcome, Stage
-from jlrm.mesh import global_array, host_array
+from jlrm.mesh import compiler_options, host_array
 from jlrm.model import qwen
+from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
-from jlrm.rl.losses import PolicyLoss, token_weights
+from jlrm.packing import Group, Rows
+from jlrm.rl.losses import PolicyLoss, PolicyTargets, completion_mask, token_weights
 from jlrm.run import Run, grpo_params, initial_params, is_main_process, open_run
-from jlrm.update import PolicyBatch, Sequences, TrainState
+from jlrm.update import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +96,16 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
     if is_main_process():
         write_dropped(encoded.dropped, run.dir / "dropped_sft.jsonl")
     examples = encoded.examples
-    widths = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
+    longest = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
+    num_devices = run.mesh.size
+    batch_tokens = sum(longest) * -(-config.batch_size // num_devices)
+    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
     rate = update.learning_rate(config.optimizer, config.steps)
     step_fn = jax.jit(
-        partial(update.sft_update, run.model, run.training, optimizer, config.micro_batches),
+        partial(update.sft_update, run.model, run.training, optimizer),
         donate_argnums=0,
+        compiler_options=compiler_options(run.mesh),
     )
     initial = partial(initial_params, run)
     with Stage(run, "sft", config.steps, optimizer, initial, evaluate) as stage:
@@ -111,12 +115,18 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
             seed, position = run.config.run.seed, stage.position
             rows = batches.batch_rows(seed, position, config.batch_size, len(examples))
             chosen = [examples[row] for row in rows]
-            sequences = _to_devices(run, chosen, *widths)
+            packed = packing.pack(
+                [Group(e.prompt_ids, [e.target_ids]) for e in chosen], sizes, num_devices
+            )
             with stage.timed("update"):
-                weights = token_weights(update.batch_mask(sequences))
-                stage.state, values = step_fn(stage.state, sequences, weights)
+                weights = token_weights(packed.is_target.reshape(1, -1))
+                weights = weights.reshape(packed.is_target.shape)
+                stage.state, values = step_fn(
+                    stage.state, *packing.to_devices(run.training, (packed.rows, weights))
+                )
                 values = _floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
+            values |= packed.metrics
             stage.finish({**values, **_floats({"learning_rate": rate(step)})}, num_tokens)
     return stage.outcome()
 
@@ -132,26 +142,38 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
             reference = _frozen(run, initial() if stage.is_resumed else stage.state.params)
         if run.config.model.path and not run.config.sft.steps:
             stage.evaluate_start()
+
+        def begin(position: int) -> groups.Started:
+            weights = programs.decode(stage.state.params)
+            return groups.start(run, programs.sample, weights, position)
+
+        started = None
         for step in stage:
+            is_last = step + 1 == config.steps
             with stage.timed("rollout"):
-                weights = programs.decode(stage.state.params)
-            drawn = groups.draw(run, programs.sample, weights, stage.position, stage.timed)
-            del weights
+                started = started or begin(stage.position)
+                ahead = None
+                if config.ahead == "stale" and not is_last:
+                    ahead = begin(stage.position + 1)
+            drawn = groups.draw(run, begin, started, stage.timed)
             batch = drawn.batch
+            parts = _minibatches(run, programs, drawn)
             with stage.timed("logprobs"):
-                old_logp, ref_logp, gap = _logprobs(
-                    run, programs, stage.state.params, reference, batch.sampled
-                )
+                parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
             with stage.timed("update"):
-                stage.state, values = _optimise(
-                    run, programs, stage.state, drawn, old_logp, ref_logp
-                )
+                stage.state, reports = _optimise(programs, stage.state, parts, config.epochs)
+            if config.ahead == "next" and not is_last:
+                ahead = begin(stage.position + drawn.num_draws)
+            started = ahead
+            with stage.timed("update"):
+                values = _means(reports)  # waits for the devices
             update_gap = values.pop("old_logp_gap")
             values |= drawn.metrics
             values["rollout/logprob_gap"] = update_gap if gap is None else gap
             values |= _floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
+            values |= _means([part.packing for part in parts])
             every = run.config.run.completions_every
-            if every and (step % every == 0 or step + 1 == config.steps):
+            if every and (step % every == 0 or is_last):
                 judgements = sampled_rows(
                     batch.examples, batch.sampled, batch.judged, batch.advantages
                 )
@@ -161,14 +183,23 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
 
 
 class GRPOPrograms(NamedTuple):
-    """Everything that a GRPO run compiles."""
+    """Everything that a GRPO run compiles, and the lengths it compiles training rows for."""
 
     decode: Any  # params -> params laid out for decoding
     sample: SampleFn
-    score: Any  # params, sequences -> log-probabilities, entropy
-    update: Any  # state, batch -> state, metrics
+    score: Any  # params, rows -> log-probabilities, entropy
+    update: Any  # state, rows, targets -> state, metrics
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
+    sizes: list[int]
+
+
+class Minibatch(NamedTuple):
+    """What one optimiser step learns from, on the devices, and metrics of its packing."""
+
+    rows: Rows
+    targets: PolicyTargets
+    packing: dict[str, float]
 
 
 def _grpo_programs(run: Run) -> GRPOPrograms:
@@ -184,83 +215,115 @@ def _grpo_programs(run: Run) -> GRPOPrograms:
         entropy_weight=config.entropy_weight,
     )
     fixed = (run.model, run.training, run.distribution)
-    step_fn = partial(update.grpo_update, *fixed, settings, optimizer, config.micro_batches)
-    num_passes = config.minibatches * config.micro_batches
+    options = compiler_options(run.mesh)
     width = max(len(example.prompt_ids) for example in run.train)
+    limit = run.config.sampling.max_new_tokens
+    prompts_per_device = -(-config.prompts // (config.minibatches * run.mesh.size))
+    batch_tokens = prompts_per_device * (width + config.rollouts * limit)
     return GRPOPrograms(
-        decode=jax.jit(partial(qwen.decode_params, run.model, run.rollout)),
-        sample=make_sampler(run, run.distribution, width),
-        score=jax.jit(partial(update.score, *fixed, num_passes)),
-        update=jax.jit(step_fn, donate_argnums=0),
+        decode=jax.jit(partial(decode_params, run.model, run.rollout)),
+        sample=make_sampler(run, run.distribution, width, config.rollouts),
+        score=jax.jit(partial(update.score, *fixed), compiler_options=options),
+        update=jax.jit(
+            partial(update.grpo_update, *fixed, settings, optimizer),
+            donate_argnums=0,
+            compiler_options=options,
+        ),
         optimizer=optimizer,
         rate=update.learning_rate(config.optimizer, num_updates),
+        sizes=packing.row_sizes(width, limit, batch_tokens, config.pack_tokens),
     )
 
 
+def _minibatches(run: Run, programs: GRPOPrograms, drawn: Drawn) -> list[Minibatch]:
+    """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled."""
+    config, batch, num_rollouts = run.config.grpo, drawn.batch, run.config.grpo.rollouts
+    is_kept = drawn.is_learned
+    if config.mask_truncated:
+        is_kept = is_kept & batch.sampled.is_finished
+    parts = []
+    for chosen in np.split(np.arange(len(batch.examples)), config.minibatches):
+        sampled, kept = batch.sampled.take(chosen.tolist()), is_kept[chosen]
+        groups_ = [
+            Group(batch.examples[chosen[i]].prompt_ids, sampled.ids[i : i + num_rollouts])
+            for i in range(0, len(chosen), num_rollouts)
+        ]
+        packed = packing.pack(groups_, programs.sizes, run.mesh.size)
+        mask = completion_mask(sampled.lengths, sampled.logps.shape[1]) & kept[:, None]
+        targets = PolicyTargets(
+            old_logp=packed.take(sampled.logps),
+            ref_logp=None,
+            advantages=packed.take(batch.advantages[chosen]),
+            mask=packed.take(kept),
+            weights=packed.take(token_weights(mask, config.aggregation)),
+        )
+        rows, targets = packing.to_devices(run.training, (packed.rows, targets))
+        parts.append(Minibatch(rows, targets, packed.metrics))
+    return parts
+
+
 def _logprobs(
-    run: Run, programs: GRPOPrograms, params: Params, reference: Params | None, sampled: Sampled
-) -> tuple[Any, Any, float | None]:
-    """Return old and reference log-probabilities, and how far the sampler's are from the old ones.
+    run: Run,
+    programs: GRPOPrograms,
+    params: Params,
+    reference: Params | None,
+    parts: list[Minibatch],
+) -> tuple[list[Minibatch], float | None]:
+    """Add old and reference log-probabilities; return how far the sampler's are from the old ones.
 
     With a single optimiser step the sampler's own are the old ones, and that step measures the gap
     itself.
     """
-    old_logp, gap = sampled.rollout.logps, None
-    if run.config.grpo.epochs * run.config.grpo.minibatches > 1:
-        old_logp, _ = programs.score(params, sampled.sequences)
-        is_token = host_array(update.batch_mask(sampled.sequences))
-        gap = float(
-            np.abs(host_array(old_logp) - host_array(sampled.rollout.logps))[is_token].mean()
-        )
-    if reference is None:
-        return old_logp, None, gap
-    ref_logp, _ = programs.score(reference, sampled.sequences)
-    return old_logp, jax.block_until_ready(ref_logp), gap
+    config, gap = run.config.grpo, None
+    if config.epochs * config.minibatches > 1 or config.importance_cap:
+        scored = [_with(part, old_logp=programs.score(params, part.rows)[0]) for part in parts]
+        gap = _mean_gap(parts, scored)
+        if config.importance_cap:
+            scored = [
+                _weighed(*pair, config.importance_cap) for pair in zip(parts, scored, strict=True)
+            ]
+        parts = scored
+    if reference is not None:
+        parts = [_with(part, ref_logp=programs.score(reference, part.rows)[0]) for part in parts]
+    return jax.block_until_ready(parts), gap
+
+
+def _with(part: Minibatch, **targets: Any) -> Minibatch:
+    return part._replace(targets=part.targets._replace(**targets))
+
+
+def _weighed(sampled: Minibatch, scored: Minibatch, cap: float) -> Minibatch:
+    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to `cap`.
+
+    Truncated importance sampling (https://fengyao.notion.site/off-policy-rl).
+    """
+    ratio = jnp.exp(scored.targets.old_logp - sampled.targets.old_logp)
+    return _with(scored, weights=scored.targets.weights * jnp.minimum(ratio, cap))
+
+
+def _mean_gap(sampled: list[Minibatch], scored: list[Minibatch]) -> float:
+    total = num_tokens = 0.0
+    for before, after in zip(sampled, scored, strict=True):
+        mask = host_array(before.targets.mask)
+        gap = np.abs(host_array(before.targets.old_logp) - host_array(after.targets.old_logp))
+        total, num_tokens = total + gap[mask].sum(), num_tokens + mask.sum()
+    return float(total / max(num_tokens, 1))
 
 
 def _optimise(
-    run: Run,
-    programs: GRPOPrograms,
-    state: TrainState,
-    drawn: Drawn,
-    old_logp: Any,
-    ref_logp: Any,
-) -> tuple[TrainState, dict[str, float]]:
-    """Take `epochs` passes of `minibatches` optimiser steps; return the mean of their metrics."""
-    config, by_row = run.config.grpo, run.training.activation("B")
-    batch, is_kept = drawn.batch, drawn.is_learned
-    if config.mask_truncated:
-        is_kept = is_kept & batch.sampled.is_finished
-    sequences = batch.sampled.sequences
-    whole = (
-        sequences,
-        old_logp,
-        ref_logp,
-        global_array(batch.advantages, by_row),
-        update.batch_mask(sequences, global_array(is_kept, by_row)),
-    )
-    per_step = []
-    for _ in range(config.epochs):
-        for i in range(config.minibatches):
-            part = _minibatch(run, whole, i)
-            weighted = PolicyBatch(*part, weights=token_weights(part[-1], config.aggregation))
-            state, values = programs.update(state, weighted)
-            per_step.append(_floats(values))
-    return state, {name: float(np.mean([v[name] for v in per_step])) for name in per_step[0]}
+    programs: GRPOPrograms, state: TrainState, parts: list[Minibatch], epochs: int
+) -> tuple[TrainState, list[dict[str, jax.Array]]]:
+    """Take an optimiser step on every minibatch, `epochs` times; return the metrics of each."""
+    reports = []
+    for part in parts * epochs:
+        state, metrics = programs.update(state, part.rows, part.targets)
+        reports.append(metrics)
+    return state, reports
 
 
-def _minibatch(run: Run, whole: Any, i: int) -> Any:
-    """Return the i-th part of a rollout batch, of whole groups, spread over all devices."""
-    config = run.config.grpo
-    if config.minibatches == 1:
-        return whole
-    size = config.prompts * config.rollouts // config.minibatches
-
-    def cut(x: jax.Array) -> jax.Array:
-        letters = " ".join(["B", *["T"] * (x.ndim - 1)])
-        return jax.device_put(x[i * size : (i + 1) * size], run.training.activation(letters))
-
-    return jax.tree.map(cut, whole)
+def _means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    reports = jax.device_get(reports)
+    return {name: float(np.mean([each[name] for each in reports])) for name in reports[0]}
 
 
 def _frozen(run: Run, params: Params) -> Params:
@@ -272,16 +335,6 @@ def _frozen(run: Run, params: Params) -> Params:
         return jax.tree.map(jnp.copy, qwen.to_compute_dtype(run.model, params))
 
     return jax.jit(copy, out_shardings=shardings)(params)
-
-
-def _to_devices(
-    run: Run, examples: Sequence[Example], prompt_width: int, target_width: int
-) -> Sequences:
-    cells, rows = run.training.activation("B T"), run.training.activation("B")
-    prompts, prompt_lengths = batches.pad([e.prompt_ids for e in examples], prompt_width)
-    targets, lengths = batches.pad([e.target_ids for e in examples], target_width)
-    arrays = (prompts, cells), (prompt_lengths, rows), (targets, cells), (lengths, rows)
-    return Sequences(*(global_array(value, sharding) for value, sharding in arrays))
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Optimiser steps and scoring passes: where the model, the losses and optax meet.
 
-Each function here is one jitted program of the run. Rows travel as a `Sequences`: a right-padded
-prompt and a right-padded completion, the very arrays that the sampler took and gave. Micro-batches
-are summed, not averaged: `losses.token_weights` has already divided by the whole optimiser batch.
+Each function here is one jitted program of the run. It takes packed rows (packing.py), and walks
+over their passes; how many there are is known at run time only. Passes are summed, not averaged:
+`losses.token_weights` has already divided by the whole optimiser batch.
 """
 
 from __future__ import annotations
@@ -13,40 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jlrm.config import OptimizerConfig
 from jlrm.mesh import Layout
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.logprobs import Distribution, completion_logps
-from jlrm.rl.losses import PolicyLoss, completion_mask, policy_loss
+from jlrm.packing import Rows
+from jlrm.rl.logprobs import Distribution, completion_logps, summed_token_loss
+from jlrm.rl.losses import PolicyLoss, PolicyTargets, policy_loss, sequence_log_ratio
 
 
 class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     step: Int[Array, ""]  # optimiser steps taken
-
-
-class Sequences(NamedTuple):
-    """Prompts and completions, both right-padded; lengths count the end token, but no padding."""
-
-    prompts: Int[Array, "B P"]
-    prompt_lengths: Int[Array, " B"]
-    tokens: Int[Array, "B T"]
-    lengths: Int[Array, " B"]
-
-
-class PolicyBatch(NamedTuple):
-    """What one GRPO optimiser step learns from."""
-
-    sequences: Sequences
-    old_logp: Float[Array, "B T"]
-    ref_logp: Float[Array, "B T"] | None
-    advantages: Float[Array, " B"]
-    mask: Bool[Array, "B T"]
-    weights: Float[Array, "B T"]
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -67,18 +48,37 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
     """Return AdamW with weight decay on every parameter, after clipping by global norm."""
-    adamw = optax.adamw(
-        learning_rate(config, num_steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    adamw = optax.chain(
+        _at_rest(adam, mu=config.mu_dtype, nu=config.nu_dtype),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate(config, num_steps)),
     )
     return (
         optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
         if config.clip_norm
         else adamw
     )
+
+
+def _at_rest(adam: optax.GradientTransformation, **dtypes: str) -> optax.GradientTransformation:
+    """Keep Adam's moments in these dtypes between steps; the step itself computes in float32."""
+
+    def cast(state: Any, dtypes: dict[str, str]) -> Any:
+        moments = {
+            name: jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), getattr(state, name))
+            for name, dtype in dtypes.items()
+        }
+        return state._replace(**moments)
+
+    def init(params: Any) -> Any:
+        return cast(adam.init(params), dtypes)
+
+    def step(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = adam.update(updates, cast(state, dict.fromkeys(dtypes, "float32")), params)
+        return updates, cast(state, dtypes)
+
+    return optax.GradientTransformation(init, step)
 
 
 def abstract_state(
@@ -112,38 +112,47 @@ def score(
     config: QwenConfig,
     layout: Layout,
     distribution: Distribution,
-    num_micro: int,
     params: Params,
-    sequences: Sequences,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Return log-probability and entropy (nats) of completion tokens, `num_micro` parts in turn."""
-    if num_micro == 1:
-        return _score(config, layout, distribution, params, sequences)
-    _, parts = jax.lax.scan(
-        lambda carry, part: (carry, _score(config, layout, distribution, params, part)),
-        None,
-        _split(layout, sequences, num_micro),
-    )
-    return jax.tree.map(_join, parts)
+    rows: Rows,
+) -> tuple[Float[Array, "A B C"], Float[Array, "A B C"]]:
+    """Return log-probability and entropy (nats) of every target, 0 where there is none."""
+    params = qwen.to_compute_dtype(config, params)
+    head = qwen.head(config, params)
+
+    def one(part: Rows) -> tuple[Array, Array]:
+        states = _states(config, layout, params, part)
+        return completion_logps(states, head, part.targets, part.count, distribution, layout)
+
+    if rows.tokens.shape[0] == 1:
+        return jax.tree.map(lambda x: x[None], one(_pass(rows, 0)))
+
+    def write(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.tree.map(lambda all_, x: all_.at[i].set(x), found, one(_pass(rows, i)))
+
+    empty = layout.shard(jnp.zeros(rows.targets.shape, jnp.float32), "- B -")
+    return jax.lax.fori_loop(0, rows.num_passes, write, (empty, empty))
 
 
 def sft_update(
     config: QwenConfig,
     layout: Layout,
     optimizer: optax.GradientTransformation,
-    num_micro: int,
     state: TrainState,
-    sequences: Sequences,
-    weights: Float[Array, "B T"],
+    rows: Rows,
+    weights: Float[Array, "A B C"],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Take one step on the negative log-likelihood of completions alone, in nats a token."""
 
-    def loss(params: Params, part: tuple[Sequences, Array]) -> tuple[Array, dict[str, Array]]:
-        sequences, weights = part
-        logp, _ = _score(config, layout, Distribution(), params, sequences)
+    def token_loss(logp: Array, entropy: Array, weights: Array) -> tuple[Array, dict[str, Array]]:
         return -jnp.sum(weights * jnp.where(weights > 0, logp, 0.0)), {}
 
-    return _step(layout, optimizer, loss, num_micro, state, (sequences, weights))
+    def loss(params: Params, part: tuple[Rows, Array]) -> tuple[Array, dict[str, Array]]:
+        rows, weights = part
+        states, head = _states(config, layout, params, rows), qwen.head(config, params)
+        where = rows.targets, rows.count
+        return summed_token_loss(token_loss, states, head, *where, weights, Distribution(), layout)
+
+    return _step(config, layout, optimizer, loss, state, (rows, weights))
 
 
 def grpo_update(
@@ -152,114 +161,87 @@ def grpo_update(
     distribution: Distribution,
     settings: PolicyLoss,
     optimizer: optax.GradientTransformation,
-    num_micro: int,
     state: TrainState,
-    batch: PolicyBatch,
+    rows: Rows,
+    targets: PolicyTargets,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Take one step on the GRPO loss (`losses.policy_loss`); metrics are means over tokens."""
 
-    def loss(params: Params, part: PolicyBatch) -> tuple[Array, dict[str, Array]]:
-        logp, entropy = _score(config, layout, distribution, params, part.sequences)
-        gap = jnp.sum(jnp.where(part.mask, jnp.abs(logp - part.old_logp), 0.0))
-        value, sums = policy_loss(
-            settings,
-            logp,
-            entropy,
-            part.old_logp,
-            part.ref_logp,
-            part.advantages,
-            part.mask,
-            part.weights,
-        )
-        return value, {**sums, "old_logp_gap": gap}
+    def token_loss(logp: Array, entropy: Array, targets: PolicyTargets) -> Any:
+        return policy_loss(settings, logp, entropy, targets)
 
-    state, metrics = _step(layout, optimizer, loss, num_micro, state, batch)
+    def loss(params: Params, part: tuple[Rows, PolicyTargets]) -> tuple[Array, dict[str, Array]]:
+        rows, targets = part
+        states, head = _states(config, layout, params, rows), qwen.head(config, params)
+        where = rows.targets, rows.count
+        if settings.ratio == "sequence":  # known before the loss of any of its tokens
+            logp, _ = completion_logps(
+                *jax.lax.stop_gradient((states, head)), *where, distribution, layout
+            )
+            ratios = sequence_log_ratio(logp - targets.old_logp, targets.mask, rows.sequence)
+            targets = targets._replace(sequence_log_ratio=ratios)
+        return summed_token_loss(token_loss, states, head, *where, targets, distribution, layout)
+
+    state, metrics = _step(config, layout, optimizer, loss, state, (rows, targets))
     num_tokens = jnp.maximum(metrics.pop("num_tokens"), 1.0)
     whole = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
     return state, {**whole, **{name: value / num_tokens for name, value in metrics.items()}}
 
 
-def batch_mask(
-    sequences: Sequences, is_kept: Bool[Array, " B"] | None = None
-) -> Bool[Array, "B T"]:
-    """Return the loss mask: generated tokens, of the kept rows."""
-    mask = completion_mask(sequences.lengths, sequences.tokens.shape[1])
-    return mask if is_kept is None else mask & is_kept[:, None]
-
-
-def _score(
-    config: QwenConfig,
-    layout: Layout,
-    distribution: Distribution,
-    params: Params,
-    sequences: Sequences,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Run prompt and completion in one row, laid out as the sampler's cache is."""
-    num_prompt, num_tokens = sequences.prompts.shape[1], sequences.tokens.shape[1]
-    prompt_lengths = sequences.prompt_lengths[:, None]
-    tokens = jnp.concatenate([sequences.prompts, sequences.tokens], axis=1)
-    slots = jnp.arange(num_prompt)[None, :]
-    offsets = jnp.arange(num_tokens)[None, :]
-    positions = jnp.concatenate(
-        [jnp.broadcast_to(slots, sequences.prompts.shape), prompt_lengths + offsets], axis=1
+def _states(
+    config: QwenConfig, layout: Layout, params: Params, rows: Rows
+) -> Float[Array, "B C D"]:
+    """Run one pass and return the states that predict its targets."""
+    hidden = qwen.hidden_states(config, layout, params, rows.tokens, rows.positions, rows.packing)
+    take = jax.shard_map(  # of its own rows each device, which the compiler would not find out
+        lambda hidden, sources: jnp.take_along_axis(hidden, sources[..., None], axis=1),
+        mesh=layout.mesh,
+        in_specs=(layout.activation("B - -").spec, layout.activation("B -").spec),
+        out_specs=layout.activation("B - -").spec,
     )
-    key_mask = jnp.concatenate(
-        [slots < prompt_lengths, offsets < sequences.lengths[:, None]], axis=1
-    )
-    hidden = qwen.hidden_states(
-        config,
-        layout,
-        params,
-        layout.shard(tokens, "B T"),
-        layout.shard(positions, "B T"),
-        layout.shard(key_mask, "B T"),
-    )
-    # The last prompt token predicts the first of the completion, each of those the next.
-    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[..., None], axis=1)
-    states = jnp.concatenate([last, hidden[:, num_prompt:-1]], axis=1)
-    head = qwen.head(config, params)
-    return completion_logps(states, head, sequences.tokens, distribution, layout)
+    return take(hidden, rows.sources)
 
 
 def _step(
+    config: QwenConfig,
     layout: Layout,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[Params, Any], tuple[Array, dict[str, Array]]],
-    num_micro: int,
+    loss: Callable[[Params, tuple[Rows, Any]], tuple[Array, dict[str, Array]]],
     state: TrainState,
-    batch: Any,
+    batch: tuple[Rows, Any],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Sum loss, gradients and metrics over micro-batches and apply the optimiser once."""
-    value_and_grad = jax.value_and_grad(loss, has_aux=True)
-    if num_micro == 1:
-        (value, sums), grads = value_and_grad(state.params, batch)
+    """Sum loss, gradients and metrics over passes in float32 and apply the optimiser once.
+
+    Weights are cast once, before the passes: what moves between devices, and each pass's own
+    gradients, are in compute precision.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, qwen.abstract_params(config, layout))
+
+    def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
+        found, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return found, jax.lax.with_sharding_constraint(grads, shardings)
+
+    params = qwen.to_compute_dtype(config, state.params)
+    params = jax.lax.with_sharding_constraint(params, shardings)
+    if batch[0].tokens.shape[0] == 1:
+        (value, sums), grads = value_and_grad(params, _pass(batch, 0))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
     else:
-        parts = _split(layout, batch, num_micro)
-        shapes = jax.eval_shape(value_and_grad, state.params, jax.tree.map(lambda x: x[0], parts))
+        shapes = jax.eval_shape(value_and_grad, params, _pass(batch, 0))
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
         )
 
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(state.params, part)), None
+        def add(i: Array, total: Any) -> Any:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, _pass(batch, i)))
 
-        ((value, sums), grads), _ = jax.lax.scan(add, zeros, parts)
+        (value, sums), grads = jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
-    return state._replace(params=params, opt_state=opt_state, step=state.step + 1), metrics
+    return TrainState(new_params, opt_state, state.step + 1), metrics
 
 
-def _split(layout: Layout, batch: Any, num_micro: int) -> Any:
-    """Cut rows into micro-batches so that every device keeps its own rows: stride, not block."""
-
-    def split(x: Array) -> Array:
-        parts = x.reshape(x.shape[0] // num_micro, num_micro, *x.shape[1:]).swapaxes(0, 1)
-        return layout.shard(parts, " ".join(["-", "B", *["-"] * (x.ndim - 1)]))
-
-    return jax.tree.map(split, batch)
-
-
-def _join(parts: Array) -> Array:
-    """Undo `_split`."""
-    return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
+def _pass(batch: Any, i: Int[Array, ""] | int) -> Any:
+    """Return the i-th pass; a number that belongs to all of them stays."""
+    return jax.tree.map(lambda x: x[i] if x.ndim else x, batch)

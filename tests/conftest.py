@@ -15,6 +15,7 @@ os.environ.setdefault(
 )
 
 import jax
+import jax.numpy as jnp
 import pytest
 from qwen import qwen3, qwen3_official, qwen25  # noqa: F401 (fixtures)
 
@@ -23,7 +24,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jlrm.config import MeshConfig
 from jlrm.mesh import create_mesh
-from jlrm.model.qwen import QwenConfig
+from jlrm.model.attention import BLOCK, Packing
+from jlrm.model.qwen import QwenConfig, hidden_states
 
 # jax 0.11 and later fuse float32 programs otherwise: two forms of one number differ by up to 1e-5
 # of it there (measured on 0.12), and by nothing beyond the absolute bounds on 0.10.
@@ -94,3 +96,19 @@ def tiny_config(architecture: str = "qwen2_tied", **changes) -> QwenConfig:
         **changes,
     }
     return QwenConfig(**fields)
+
+
+def plain_packing(key_mask) -> Packing:
+    """Return rows of one causal sequence each, padded anywhere, as packed rows."""
+    group = jnp.asarray(key_mask, jnp.int32)
+    num_rows, num_slots = group.shape
+    return Packing(group, jnp.zeros_like(group), jnp.full(num_rows, num_slots))
+
+
+def plain_states(config, layout, params, tokens, positions, key_mask):
+    """Return the hidden states of rows of one causal sequence each, padded anywhere."""
+    width = tokens.shape[1]
+    more = ((0, 0), (0, -width % BLOCK))
+    tokens, positions, key_mask = (jnp.pad(x, more) for x in (tokens, positions, key_mask))
+    packing = plain_packing(key_mask)
+    return hidden_states(config, layout, params, tokens, positions, packing)[:, :width]

@@ -20,6 +20,7 @@ RANKS = {
     "data": 2,
     "rl": 2,
     "rollout": 3,
+    "packing": 3,
     "update": 3,
     "checkpoint": 3,
     "tracking": 3,
@@ -29,12 +30,14 @@ RANKS = {
     "groups": 4,
     "loop": 4,
     "train": 5,
+    "bench": 5,
     "export": 5,
     "prepare": 5,
 }
 # Within a rank: a package's own files, and these.
 SIDEWAYS = {
     ("report", "tracking"),
+    ("update", "packing"),
     ("judging", "run"),
     ("groups", "judging"),
     ("groups", "run"),

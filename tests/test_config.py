@@ -81,8 +81,11 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["sampling.temperature=0"], "sampling.temperature=0"),
         (["sampling.top_p=0"], "outside (0, 1]"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
-        (["grpo.micro_batches=3"], "grpo.micro_batches=3 does not divide the 128 sequences"),
-        (["sft.micro_batches=3"], "sft.micro_batches=3 does not divide sft.batch_size=64."),
+        (["grpo.ahead=stale"], "set grpo.importance_cap, e.g. 2.0."),
+        (
+            ["grpo.ahead=stale", "grpo.importance_cap=2", "grpo.zero_variance=resample"],
+            "Use skip or keep.",
+        ),
         (["grpo.dual_clip=1.1"], "grpo.dual_clip=1.1"),
         (["model.path=x"], "exactly one of model.path"),
         (["model.tokenizer="], "model.preset has no tokenizer"),

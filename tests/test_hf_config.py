@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from conftest import ARCHITECTURES, GOLDEN, mesh_of, tiny_config
+from conftest import ARCHITECTURES, GOLDEN, mesh_of, plain_states, tiny_config
 from safetensors.numpy import load_file, save_file
 
 from jlrm.config import UsageError
@@ -231,7 +231,7 @@ def layout() -> Layout:
 
 
 # Compiling is what takes time here, and the code need not be fast.
-hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1))
+hidden_states = jax.jit(plain_states, static_argnums=(0, 1))
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, WIDTH))
 
 

@@ -17,7 +17,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from jlrm.rl.advantages import group_advantages
-from jlrm.rl.losses import PolicyLoss, completion_mask, k3, policy_loss, token_weights
+from jlrm.rl.losses import (
+    PolicyLoss,
+    PolicyTargets,
+    completion_mask,
+    k3,
+    policy_loss,
+    sequence_log_ratio,
+    token_weights,
+)
 
 RECORD = json.loads((GOLDEN / "grpo.json").read_text())
 CASES = {case["name"]: case for case in RECORD["cases"]}
@@ -135,7 +143,7 @@ MAPPED = {name: ours for name, case in CASES.items() if (ours := as_ours(case)) 
 
 
 class Inputs(NamedTuple):
-    """The array arguments of `policy_loss`."""
+    """The array arguments of `row_loss`."""
 
     logp: Any
     entropy: Any
@@ -173,8 +181,20 @@ def recorded_inputs(ours: Mapping) -> Inputs:
     )
 
 
+def row_loss(
+    settings: PolicyLoss, logp, entropy, old_logp, ref_logp, advantages, mask, weights
+) -> tuple[Any, Any]:
+    """The loss of rows that are one completion each, with one advantage each."""
+    ratios = None
+    if settings.ratio == "sequence":
+        ratios = sequence_log_ratio(logp - old_logp, mask, jnp.zeros(logp.shape, jnp.int32))
+    advantages = jnp.broadcast_to(jnp.asarray(advantages)[:, None], logp.shape)
+    targets = PolicyTargets(old_logp, ref_logp, advantages, mask, weights, ratios)
+    return policy_loss(settings, logp, entropy, targets)
+
+
 value_and_grads = jax.jit(
-    jax.value_and_grad(policy_loss, argnums=(1, 2), has_aux=True),
+    jax.value_and_grad(row_loss, argnums=(1, 2), has_aux=True),
     static_argnums=0,
     compiler_options={"xla_backend_optimization_level": 0},  # compiled more often than run
 )
@@ -232,7 +252,7 @@ def random_inputs(aggregation: str = "token_mean", num_rows: int = 6, seed: int 
         mask,
     )
     inputs = [jnp.asarray(x, None if x.dtype == bool else jnp.float32) for x in arrays]
-    return Inputs(*inputs, weights=token_weights(inputs[-1], aggregation))
+    return Inputs(*inputs, weights=jnp.asarray(token_weights(inputs[-1], aggregation)))
 
 
 def oracle(settings: PolicyLoss, aggregation: str, inputs: Inputs) -> float:
@@ -304,7 +324,7 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
         settings = PolicyLoss(dual_clip=dual_clip)
         return np.array(
             [
-                policy_loss(settings, logp, zeros, zeros, None, sign, mask, weights)[0]
+                row_loss(settings, logp, zeros, zeros, None, sign, mask, weights)[0]
                 for weights in jnp.eye(2)[..., None]
             ]
         )
@@ -383,7 +403,7 @@ def test_a_batch_without_any_token_gives_zeros(aggregation, ratio):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_weights_follow_the_mask(aggregation):
-    mask = completion_mask(jnp.array([0, 1, 4, 2]), 4)
+    mask = completion_mask(np.array([0, 1, 4, 2]), 4)
     assert np.array_equal(mask.astype(int), [[0] * 4, [1, 0, 0, 0], [1] * 4, [1, 1, 0, 0]])
     share = {
         "token_mean": [0, 1 / 7, 1 / 7, 1 / 7],

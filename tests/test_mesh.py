@@ -93,12 +93,14 @@ def test_training_spreads_parameters_over_fsdp_and_tensor_and_the_batch_over_eve
 
 def test_a_rollout_spreads_heads_mlp_and_vocabulary_and_moves_no_weight():
     layout = rollout_layout(mesh_of(2, 2, 2))
-    assert shard_shape(layout.param(("V", "D")), 96, 32) == (48, 32)
+    assert shard_shape(layout.param(("V", "D")), 96, 32) == (24, 32)
     assert shard_shape(layout.param(("D", "N", "H")), 32, 4, 8) == (32, 2, 8)
-    assert shard_shape(layout.param(("F", "D")), 64, 32) == (32, 32)
-    assert shard_shape(layout.activation("B K S H"), 8, 2, 5, 8) == (2, 1, 5, 8)
-    assert shard_shape(layout.activation("B V"), 8, 96) == (2, 48)
+    assert shard_shape(layout.param(("F", "D")), 64, 32) == (16, 32)
+    assert shard_shape(layout.activation("P R K S H"), 8, 3, 2, 5, 8) == (2, 3, 1, 5, 8)
+    assert shard_shape(layout.activation("M V"), 8, 96) == (4, 24)
+    assert shard_shape(layout.activation("M T F"), 8, 5, 64) == (4, 5, 16)
     assert shard_shape(layout.activation("B T D"), 8, 5, 32) == (2, 5, 32)
+    assert layout.num_shards("V") == 4 and layout.num_shards("T") == 1
     assert layout.num_batch_shards() == 4
 
 

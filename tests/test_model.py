@@ -17,19 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ARCHITECTURES, GOLDEN, IS_OLD_JAX, ROUNDING, mesh_of, tiny_config
-from flax import linen as nn
+from conftest import (
+    ARCHITECTURES,
+    GOLDEN,
+    IS_OLD_JAX,
+    ROUNDING,
+    mesh_of,
+    plain_states,
+    tiny_config,
+)
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jlrm.config import UsageError
 from jlrm.mesh import ALPHABET, Layout, rollout_layout, training_layout
-from jlrm.model import hf, hf_config, qwen
+from jlrm.model import decode, hf, hf_config, qwen
+from jlrm.model.attention import attend
 from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.model.rope import angles
 
 # Compiling is what takes time here, so tests share shapes, and the code need not be fast.
 NAMES = ("qwen2_untied", "qwen2_tied", "qwen3", "qwen3_rope")
+LAG = 3  # steps from the beginning of one completion of a prompt to that of its next
 
 
 class Model(NamedTuple):
@@ -65,9 +75,14 @@ def random_tokens(name: str, rows: int, length: int) -> np.ndarray:
 
 
 def prompts_of(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the reference's prompts, lengths and continuations; four rows suit every mesh."""
+    """Return the reference's prompts and lengths; two completions each, the first the reference's.
+
+    Four prompts suit every mesh.
+    """
     stored, rows = arrays(name), [0, 1, 2, 0]
-    return stored["tokens"][rows], stored["mask"][rows].sum(axis=1), stored["greedy"][rows]
+    greedy = stored["greedy"][rows]
+    completions = np.stack([greedy, random_tokens(f"second {name}", *greedy.shape)], axis=1)
+    return stored["tokens"][rows], stored["mask"][rows].sum(axis=1), completions
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
@@ -78,7 +93,7 @@ def right_mask(lengths: np.ndarray | list[int], width: int) -> np.ndarray:
     return np.arange(width)[None] < np.asarray(lengths)[:, None]
 
 
-hidden_states = jax.jit(qwen.hidden_states, static_argnums=(0, 1))
+hidden_states = jax.jit(plain_states, static_argnums=(0, 1))
 
 
 def logits_of(model: Model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -88,32 +103,49 @@ def logits_of(model: Model, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def decode(
+def decode_states(
     config: QwenConfig,
     layout: Layout,
     params: Params,
     prompts: Array,
     lengths: Array,
-    completion: Array,
+    completions: Array,
 ) -> tuple[Array, Array]:
-    """Feed a completion token by token; return the states of the prompts and of the completion."""
-    num_prompt, num_new = prompts.shape[1], completion.shape[1]
-    decoding = qwen.decode_params(config, layout, params)
-    prompt_states, caches = qwen.prefill(
-        config, layout, decoding, prompts, lengths, num_prompt + num_new
-    )
-    slots = jnp.arange(num_prompt + num_new)[None]
+    """Feed completions `[P, R, N]` token by token; return states of the prompts and of these.
 
-    def step(caches: Any, i: Array) -> tuple[Any, Array]:
-        slot = num_prompt + i
-        visible = (slots < lengths[:, None]) | ((slots >= num_prompt) & (slots <= slot))
-        state, caches = qwen.decode_step(
-            config, layout, decoding, completion[:, i], lengths + i, caches, slot, visible
+    The completions of a prompt begin one after the other, so that the ring of slots wraps.
+    """
+    num_prompts, num_rollouts, num_new = completions.shape
+    decoding = decode.decode_params(config, layout, params)
+    prompt_states, prefix = decode.prefill(config, layout, decoding, prompts)
+    is_prompt = jnp.arange(prompts.shape[1])[None] < lengths[:, None]
+    begins = jnp.tile(LAG * jnp.arange(num_rollouts), num_prompts)
+    ends = jnp.repeat(lengths, num_rollouts)
+    tokens = completions.reshape(-1, num_new)
+
+    def step(caches: Any, turn: Array) -> tuple[Any, Array]:
+        slot, index = turn % num_new, turn - begins
+        age = (slot - jnp.arange(num_new)) % num_new
+        state, caches = decode.decode_step(
+            config,
+            layout,
+            decoding,
+            jnp.take_along_axis(tokens, index[:, None], axis=1, mode="clip")[:, 0],
+            ends + index,
+            prefix,
+            is_prompt,
+            caches,
+            slot,
+            age[None] <= index[:, None],
         )
         return caches, state
 
-    _, states = jax.lax.scan(step, caches, jnp.arange(num_new))
-    return prompt_states, states.swapaxes(0, 1)
+    caches = decode.empty_caches(config, layout, (num_prompts, num_rollouts), num_new)
+    num_turns = num_new + LAG * (num_rollouts - 1)
+    _, states = jax.lax.scan(step, caches, jnp.arange(num_turns))
+    turns = begins[None] + jnp.arange(num_new)[:, None]
+    states = jnp.take_along_axis(states, turns[..., None], axis=0).swapaxes(0, 1)
+    return prompt_states, states.reshape(*completions.shape, -1)
 
 
 def _loss(
@@ -125,7 +157,7 @@ def _loss(
     mask: Array,
 ) -> tuple[Array, Array]:
     """Return a next-token loss over neighbours in the mask, which every parameter moves; states."""
-    hidden = qwen.hidden_states(config, layout, params, tokens, positions, mask)
+    hidden = plain_states(config, layout, params, tokens, positions, mask)
     logits = jnp.einsum("BTD,VD->BTV", hidden[:, :-1], qwen.head(config, params))
     logp = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
     pairs = mask[:, 1:] & mask[:, :-1]
@@ -165,12 +197,12 @@ def test_logits_are_those_of_transformers(name, side):
 def test_greedy_decoding_continues_as_transformers_does(name):
     """Fed the reference's tokens one by one, every state predicts the reference's next token."""
     config, layout, params = golden(name, rollout_layout)
-    prompts, lengths, greedy = prompts_of(name)
-    prompt_states, states = decode(config, layout, params, prompts, lengths, greedy)
+    prompts, lengths, completions = prompts_of(name)
+    prompt_states, states = decode_states(config, layout, params, prompts, lengths, completions)
     last = np.asarray(prompt_states)[np.arange(len(lengths)), lengths - 1]
-    predicting = np.concatenate([last[:, None], np.asarray(states)[:, :-1]], axis=1)
+    predicting = np.concatenate([last[:, None], np.asarray(states)[:, 0, :-1]], axis=1)
     choices = np.argmax(predicting @ np.asarray(qwen.head(config, params)).T, axis=-1)
-    np.testing.assert_array_equal(choices, greedy)
+    np.testing.assert_array_equal(choices, completions[:, 0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,14 +239,17 @@ def test_a_state_depends_on_its_row_up_to_its_position_and_on_nothing_else(name)
     @jax.jit
     def jacobian(table: Array) -> Array:
         def outputs(table: Array) -> Array:
-            states = qwen.hidden_states(
+            states = plain_states(
                 config, layout, params | {"embed": table}, tokens, positions_of(mask), mask
             )
             return states @ direction
 
-        return jax.jacrev(outputs)(table)
+        # One output at a time: jax 0.10's CPU compiler gets norms of a vmapped backward pass wrong.
+        rows = jnp.eye(tokens.size).reshape(-1, *tokens.shape)
+        return jax.lax.map(lambda row: jax.vjp(outputs, table)[1](row)[0], rows)
 
-    reach = np.abs(np.asarray(jacobian(params["embed"]))).max(axis=-1)[..., tokens]
+    reach = np.abs(np.asarray(jacobian(params["embed"]))).max(axis=-1)[:, tokens]
+    reach = reach.reshape(*tokens.shape, *tokens.shape)
     row, position = np.indices(tokens.shape)
     same_row = row[:, :, None, None] == row[None, None]
     may_see = same_row & (position[:, :, None, None] >= position[None, None])
@@ -283,32 +318,38 @@ def test_positions_matter_by_their_differences_only(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_decode_steps_give_the_states_of_a_full_pass(name):
-    """Ragged prompts, a cache that holds keys of padding, and the scan over layers unrolled."""
+    """Ragged prompts, a prefix that holds keys of padding, and the scan over layers unrolled."""
     config, layout, params = golden(name, rollout_layout)
-    num_rows, num_prompt = prompts_of(name)[0].shape
-    num_new = prompts_of(name)[2].shape[1]
+    num_prompts, num_prompt = prompts_of(name)[0].shape
+    num_rollouts, num_new = prompts_of(name)[2].shape[1:]
+    num_rows = num_prompts * num_rollouts
     lengths = np.array([num_prompt, num_prompt - 3, 2, 1])
-    prompts = random_tokens(f"prompts {name}", num_rows, num_prompt)
-    completion = random_tokens(f"completion {name}", num_rows, num_new)
-    prompt_states, states = decode(config, layout, params, prompts, lengths, completion)
+    prompts = random_tokens(f"prompts {name}", num_prompts, num_prompt)
+    completions = random_tokens(f"completions {name}", num_rows, num_new)
+    prompt_states, states = decode_states(
+        config, layout, params, prompts, lengths, completions.reshape(num_prompts, num_rollouts, -1)
+    )
 
     whole = np.zeros((num_rows, num_prompt + num_new), np.int64)
-    for row, length in enumerate(lengths):
-        whole[row, :length] = prompts[row, :length]
-        whole[row, length : length + num_new] = completion[row]
-    mask = right_mask(lengths + num_new, whole.shape[1])
-    full = np.asarray(hidden_states(config, layout, params, whole, positions_of(mask), mask))
-    for row, length in enumerate(lengths):
+    of_rows = np.repeat(lengths, num_rollouts)
+    for row, length in enumerate(of_rows):
+        whole[row, :length] = prompts[row // num_rollouts, :length]
+        whole[row, length : length + num_new] = completions[row]
+    mask = right_mask(of_rows + num_new, whole.shape[1])
+    full = np.asarray(hidden_states(*golden(name), whole, positions_of(mask), mask))
+    prompt_states = np.asarray(prompt_states)
+    states = np.asarray(states).reshape(num_rows, num_new, -1)
+    for row, length in enumerate(of_rows):
         np.testing.assert_allclose(
-            np.asarray(prompt_states)[row, :length], full[row, :length], rtol=0, atol=1e-5
+            prompt_states[row // num_rollouts, :length], full[row, :length], rtol=0, atol=1e-5
         )
         np.testing.assert_allclose(
-            np.asarray(states)[row], full[row, length : length + num_new], rtol=0, atol=1e-5
+            states[row], full[row, length : length + num_new], rtol=0, atol=1e-5
         )
 
 
 def test_scanned_layers_are_the_unrolled_ones_in_order():
-    """Four layers that all differ, applied one by one to the same tokens."""
+    """Four layers that all differ, applied one by one to the same tokens, with dense attention."""
     config, layout, params = golden("qwen3")
     config = dataclasses.replace(config, num_hidden_layers=4)
     more = jax.tree.map(lambda leaf: jnp.concatenate([leaf, 0.9 * leaf]), params["layers"])
@@ -317,6 +358,9 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
     mask = np.ones_like(tokens, bool)
     positions = positions_of(mask)
 
+    def attend_all(layout: Layout, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, None]:
+        return attend(q, k, v, mask), None
+
     @jax.jit
     def unrolled(params: Params) -> Array:
         causal = np.tril(np.ones((7, 7), bool))[None] & mask[:, None]
@@ -324,7 +368,8 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
         for i in range(4):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
             rope = angles(positions, config.head_dim, config.rope_theta, config.yarn)
-            x, _ = qwen.Block(config, layout).apply({"params": layer}, x, rope, causal)
+            block = qwen.Block(config, layout, attend_all)
+            x, _ = block.apply({"params": layer}, x, rope, causal)
         norm = qwen.RMSNorm(config, "D")
         return norm.apply({"params": params["final_norm"]}, x)
 
@@ -345,8 +390,8 @@ def test_rematerialisation_changes_memory_and_no_gradient():
         _, grads[remat] = value_and_grad(config, layout, params, *arguments)
 
         def residuals(params: Params, config=config, layout=layout, arguments=arguments) -> Any:
-            loss = functools.partial(qwen.hidden_states, config, layout)
-            return jax.vjp(lambda params: loss(params, *arguments), params)[1]
+            run = functools.partial(plain_states, config, layout)
+            return jax.vjp(lambda params: run(params, *arguments), params)[1]
 
         kept = jax.tree.leaves(jax.eval_shape(residuals, params))
         saved[remat] = sum(math.prod(leaf.shape) for leaf in kept)
@@ -381,8 +426,8 @@ def test_bfloat16_decodes_near_float32():
     config, layout, params = golden(name, rollout_layout)
     half = dataclasses.replace(config, compute_dtype="bfloat16")
     arguments = (layout, params, *prompts_of(name))
-    narrow, wide = decode(half, *arguments)[1], decode(config, *arguments)[1]
-    assert 1e-4 < relative_error(narrow, wide, np.ones(wide.shape[:2], bool)) < 0.03
+    narrow, wide = decode_states(half, *arguments)[1], decode_states(config, *arguments)[1]
+    assert 1e-4 < relative_error(narrow, wide, np.ones(wide.shape[:3], bool)) < 0.03
 
 
 # ------------------------------------------------------------------ sharded as unsharded
@@ -412,10 +457,10 @@ def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mes
     ("name", "mesh"), [("qwen2_untied", (1, 1, 2)), ("qwen3", (2, 2, 2))], ids=str
 )
 def test_a_sharded_rollout_gives_the_states_of_one_device(name, mesh):
-    prompts, lengths, completion = prompts_of(name)
+    prompts, lengths, completions = prompts_of(name)
     real = right_mask(lengths, prompts.shape[1])
-    wanted = decode(*golden(name, rollout_layout), prompts, lengths, completion)
-    found = decode(*golden(name, rollout_layout, mesh), prompts, lengths, completion)
+    wanted = decode_states(*golden(name, rollout_layout), prompts, lengths, completions)
+    found = decode_states(*golden(name, rollout_layout, mesh), prompts, lengths, completions)
     assert len(found[1].devices()) == math.prod(mesh)
     np.testing.assert_allclose(
         np.asarray(found[0])[real], np.asarray(wanted[0])[real], rtol=0, atol=1e-5
@@ -429,7 +474,7 @@ def test_decoding_parameters_are_single_layers_in_the_compute_dtype_and_the_roll
     config, _, params = golden("qwen2_untied", training_layout, mesh)
     config = dataclasses.replace(config, compute_dtype="bfloat16")
     rollout = layout_of(rollout_layout, *mesh)
-    decoding = jax.jit(lambda params: qwen.decode_params(config, rollout, params))(params)
+    decoding = jax.jit(lambda params: decode.decode_params(config, rollout, params))(params)
     abstract = qwen.abstract_params(config, rollout)
     assert len(decoding["layers"]) == config.num_hidden_layers
     assert decoding.keys() == params.keys()
@@ -494,23 +539,23 @@ def test_parameters_are_born_sharded_and_the_same_on_every_mesh(mesh):
 
 
 def test_a_device_holds_its_part_of_every_weight():
-    """The layout's table, spelled out for one mesh: fsdp halves the width, tensor the rest."""
+    """The layout's table, spelled out for one mesh: the first dimensions are cut, by both axes."""
     wanted = {
-        "embed": (48, 16),
-        "head": (48, 16),
-        "final_norm.scale": (16,),
-        "layers.attn_norm.scale": (2, 16),
-        "layers.mlp_norm.scale": (2, 16),
-        "layers.attn.q": (2, 16, 2, 16),
-        "layers.attn.k": (2, 16, 1, 16),
-        "layers.attn.v": (2, 16, 1, 16),
-        "layers.attn.o": (2, 2, 16, 16),
-        "layers.attn.q_bias": (2, 2, 16),
-        "layers.attn.k_bias": (2, 1, 16),
-        "layers.attn.v_bias": (2, 1, 16),
-        "layers.mlp.gate": (2, 16, 32),
-        "layers.mlp.up": (2, 16, 32),
-        "layers.mlp.down": (2, 32, 16),
+        "embed": (24, 32),
+        "head": (24, 32),
+        "final_norm.scale": (8,),
+        "layers.attn_norm.scale": (2, 8),
+        "layers.mlp_norm.scale": (2, 8),
+        "layers.attn.q": (2, 8, 4, 16),
+        "layers.attn.k": (2, 8, 2, 16),
+        "layers.attn.v": (2, 8, 2, 16),
+        "layers.attn.o": (2, 2, 8, 32),
+        "layers.attn.q_bias": (2, 2, 8),
+        "layers.attn.k_bias": (2, 2, 8),
+        "layers.attn.v_bias": (2, 2, 8),
+        "layers.mlp.gate": (2, 8, 64),
+        "layers.mlp.up": (2, 8, 64),
+        "layers.mlp.down": (2, 16, 32),
     }
     found = {
         ".".join(key.key for key in path): {shard.data.shape for shard in leaf.addressable_shards}
@@ -564,19 +609,15 @@ def test_every_parameter_is_declared_with_letters_of_its_dimensions(architecture
         head_dim=8,
         num_hidden_layers=3,
     )
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    decoder = qwen.Decoder(config, layout_of(training_layout, 1, 1, 1))
-    boxed = jax.eval_shape(
-        lambda: decoder.init(jax.random.key(0), tokens, tokens, jnp.ones((1, 1, 1), bool))
-    )["params"]
-    leaves = jax.tree_util.tree_leaves_with_path(
-        boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
-    )
-    assert len(leaves) >= 11
-    for path, leaf in leaves:
-        assert isinstance(leaf, nn.Partitioned), jax.tree_util.keystr(path)
-        assert set(leaf.names) <= ALPHABET, jax.tree_util.keystr(path)
-        assert leaf.value.shape == tuple(sizes[letter] for letter in leaf.names)
+    abstract = qwen.abstract_params(config, layout_of(training_layout, 1, 1, 1))
+    assert len(jax.tree.leaves(abstract)) >= 11
+
+    def check(path: Any, leaf: Any, letters: Any) -> None:
+        assert isinstance(letters, PartitionSpec), jax.tree_util.keystr(path)
+        assert set(letters) <= ALPHABET, jax.tree_util.keystr(path)
+        assert leaf.shape == tuple(sizes[letter] for letter in letters)
+
+    jax.tree_util.tree_map_with_path(check, abstract, qwen.param_letters(config))
 
 
 # ------------------------------------------------------------------ presets

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of
+from conftest import mesh_of, plain_states
 
 from jlrm.data import batches
 from jlrm.mesh import rollout_layout, training_layout
-from jlrm.model import hf, hf_config, qwen
+from jlrm.model import decode, hf, hf_config, qwen
 from jlrm.rl.logprobs import Distribution
 from jlrm.rollout import Sampler, generate, rollout_keys
 from jlrm.stops import stop_tables
@@ -68,7 +68,7 @@ def logits(ours, ids: list[list[int]], side: str) -> list[np.ndarray]:
         tokens[row, start : start + len(sequence)] = sequence
         key_mask[row, start : start + len(sequence)] = True
     positions = np.maximum(np.cumsum(key_mask, axis=1) - 1, 0)
-    hidden = jax.jit(partial(qwen.hidden_states, config, layout))(
+    hidden = jax.jit(partial(plain_states, config, layout))(
         params, jnp.array(tokens), jnp.array(positions), jnp.array(key_mask)
     )
     return [
@@ -85,13 +85,13 @@ def greedy(ours, ids: list[list[int]], end_id: int) -> list[list[int]]:
     tables = stop_tables({}, [], config.vocab_size)
     rows = np.arange(len(ids), dtype=np.int32)
     sampler = Sampler(Distribution(temperature=0.0), NUM_NEW, (end_id,))
-    weights = jax.jit(partial(qwen.decode_params, config, layout))(params)
+    weights = jax.jit(partial(decode.decode_params, config, layout))(params)
     result = jax.jit(partial(generate, config, layout, sampler))(
-        weights, tokens, lengths, rollout_keys(0, 0, rows, rows), tables.tables, tables.accept
+        weights, tokens, lengths, rollout_keys(0, 0, rows, 1), tables.tables, tables.accept
     )
     return [
         list(map(int, row[:length]))
-        for row, length in zip(np.asarray(result.tokens), result.lengths, strict=True)
+        for row, length in zip(np.asarray(result.tokens)[:, 0], result.lengths[:, 0], strict=True)
     ]
 
 

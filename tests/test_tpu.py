@@ -19,16 +19,19 @@ import pytest
 from conftest import required
 from jax.sharding import AxisType, Mesh
 
-from jlrm import rollout, update
+from jlrm import packing, rollout, update
 from jlrm.config import OptimizerConfig
-from jlrm.mesh import AXES, rollout_layout, training_layout
-from jlrm.model import qwen
+from jlrm.mesh import AXES, compiler_options, rollout_layout, training_layout
+from jlrm.model import decode, qwen
+from jlrm.model.attention import Packing
 from jlrm.model.presets import preset
+from jlrm.packing import Rows
 from jlrm.rl.logprobs import Distribution
-from jlrm.rl.losses import PolicyLoss
-from jlrm.rollout import Sampler
+from jlrm.rl.losses import PolicyLoss, PolicyTargets
+from jlrm.rollout import SMALLEST_CACHE, Sampler
 
-ROWS, PROMPT, NEW = 16, 512, 1024
+ROWS, PROMPT = 16, 512
+SLOTS = 4096
 DISTRIBUTION = Distribution(temperature=1.0, top_p=0.9, num_ids=151665)
 
 
@@ -61,14 +64,22 @@ def shaped(layout, letters: str, *shape: int, dtype=jnp.int32):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.activation(letters))
 
 
-def sequences(layout) -> update.Sequences:
-    cells, rows = "B T", "B"
-    return update.Sequences(
-        shaped(layout, cells, ROWS, PROMPT),
-        shaped(layout, rows, ROWS),
-        shaped(layout, cells, ROWS, NEW),
-        shaped(layout, rows, ROWS),
-    )
+def packed_rows(layout, num_rows: int, num_slots: int, num_passes: int = 1) -> Rows:
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        sharding = packing.spread(layout, len(shape))
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    cells = array(num_passes, num_rows, num_slots)
+    packed = Packing(cells, cells, array(num_passes, num_rows))
+    return Rows(cells, cells, packed, cells, cells, cells, array(num_passes), array())
+
+
+def policy_targets(rows: Rows) -> PolicyTargets:
+    def like(dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(rows.tokens.shape, dtype, sharding=rows.tokens.sharding)
+
+    numbers = like(jnp.float32)
+    return PolicyTargets(numbers, numbers, numbers, like(jnp.bool), numbers)
 
 
 def largest_array(text: str) -> int:
@@ -77,70 +88,84 @@ def largest_array(text: str) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def test_update_and_scoring(devices):
+@pytest.mark.parametrize("num_passes", [1, 4])
+def test_update_and_scoring(devices, num_passes):
     config = model("qwen3-0.6b")
-    layout = training_layout(mesh(devices, 1, 4, 1))
+    layout = training_layout(mesh(devices, 1, 2, 2))
     optimizer = update.make_optimizer(OptimizerConfig(), 100)
     state = update.abstract_state(config, layout, optimizer)
     settings = PolicyLoss(kl_weight=0.001, entropy_weight=0.001)
-    numbers = partial(shaped, layout, "B T", ROWS, NEW)
-    batch = update.PolicyBatch(
-        sequences(layout),
-        numbers(dtype=jnp.float32),
-        numbers(dtype=jnp.float32),
-        shaped(layout, "B", ROWS, dtype=jnp.float32),
-        numbers(dtype=jnp.bool),
-        numbers(dtype=jnp.float32),
-    )
-    step = partial(update.grpo_update, config, layout, DISTRIBUTION, settings, optimizer, 2)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    rows = packed_rows(layout, 4, SLOTS, num_passes)
+    step = partial(update.grpo_update, config, layout, DISTRIBUTION, settings, optimizer)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, rows, policy_targets(rows))
+    compiled = lowered.compile(compiler_options(layout.mesh))
     state_bytes = sum(
         np.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
     )
     # The old state's memory becomes the new one's.
     assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * state_bytes
-    # Each chip has a quarter of the rows; their logits never exist at once.
-    whole_logits = ROWS // 4 * NEW * config.vocab_size
-    assert largest_array(compiled.as_text()) < whole_logits / 2
-    score = partial(update.score, config, layout, DISTRIBUTION, 1)
-    jax.jit(score).lower(state.params, sequences(layout)).compile()
+    text = compiled.as_text()
+    # Each chip has one row; its logits never exist at once, nor does a square of its slots.
+    assert largest_array(text) < min(SLOTS * config.vocab_size, SLOTS * SLOTS) / 2
+    assert "splash" in text
+    # A gradient moves in shares, whole ones never.
+    reduced = re.findall(r"(?:f32|bf16)\[([0-9,]+)\]\S* all-reduce\(", text)
+    whole = config.hidden_size * config.intermediate_size
+    assert all(math.prod(map(int, shape.split(","))) < whole / 2 for shape in reduced)
+    score = partial(update.score, config, layout, DISTRIBUTION)
+    jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
 
 
-@pytest.mark.parametrize(("name", "tensor"), [("qwen2.5-0.5b", 2), ("qwen3-0.6b", 4)])
-def test_rollout(devices, name, tensor):
-    config = model(name)
-    grid = mesh(devices, 1, 4 // tensor, tensor)
+def loop_bodies(text: str) -> str:
+    """Return the bodies of a compiled program's loops."""
+    names = set(re.findall(r"body=(%[\w.\-]+)", text))
+    starts = (text.index(f"\n{name} (") for name in names)
+    return "\n".join(text[start : text.index("\n}", start)] for start in starts)
+
+
+def sizes(pattern: str, text: str) -> list[int]:
+    """Return the numbers of elements of what operations of this name produce."""
+    shapes = re.findall(rf"(?:f32|bf16)\[([0-9,]+)\]\S* {pattern}\(", text)
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    ("name", "num_new", "num_slots"), [("qwen2.5-7b", 512, 0), ("qwen3-0.6b", 1024, 2)]
+)
+def test_rollout(devices, name, num_new, num_slots):
+    from jax.experimental import topologies
+
+    num_rollouts, config = 8, model(name)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
+    grid = mesh(np.array(topology.devices), 1, 4, 4)
     training, layout = training_layout(grid), rollout_layout(grid)
     params = qwen.abstract_params(config, training)
-    decode = jax.jit(partial(qwen.decode_params, config, layout))
-    lowered = decode.lower(params)
+    place = jax.jit(partial(decode.decode_params, config, layout))
     weights = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(decode, params),
-        lowered.compile().output_shardings,
+        jax.eval_shape(place, params),
+        place.lower(params).compile().output_shardings,
     )
-    sampler = Sampler(DISTRIBUTION, NEW, (151645, 151643))
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ROWS))
-    tables = jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16)
+    sampler = Sampler(Distribution(num_ids=151665), num_new, (151645, 151643), num_slots)
     compiled = (
         jax.jit(partial(rollout.generate, config, layout, sampler))
         .lower(
             weights,
             shaped(training, "B T", ROWS, PROMPT),
             shaped(training, "B", ROWS),
-            keys,
-            tables,
+            jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (ROWS, num_rollouts))),
+            jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16),
             jax.ShapeDtypeStruct((1,), jnp.int16),
         )
         .compile()
     )
-    # Activations move between chips, weights never.
-    gathers = re.findall(r"(?:f32|bf16)\[([0-9,]+)\]\S* all-gather\(", compiled.as_text())
-    gathered = [tuple(map(int, shape.split(","))) for shape in gathers]
-    shapes = {
-        leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(decode, params)) if leaf.ndim > 1
-    }
-    assert gathered and not shapes & set(gathered)
-    assert max(map(math.prod, gathered)) < config.hidden_size * config.intermediate_size
-    assert "while(" in compiled.as_text()
+    body = loop_bodies(compiled.as_text())
+    num_rows = ROWS * (num_slots or num_rollouts)
+    # Of a step's activations each chip gathers those of all rows at most; weights and logits stay.
+    gathered = sizes("all-gather", body)
+    assert gathered and max(gathered) <= num_rows * config.hidden_size
+    assert max(sizes("all-reduce", body)) <= num_rows * config.hidden_size
+    # Caches are written in place, in each of the loops between which they grow.
+    num_cached = num_rows * SMALLEST_CACHE * config.num_key_value_heads * config.head_dim
+    assert max(sizes("copy", body)) < num_cached / grid.size

@@ -1,29 +1,40 @@
-"""An optimiser step is the same however its rows are ordered, cut and spread over devices."""
+"""An optimiser step is the same however its groups are packed, ordered, cut and spread."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import mesh_of, tiny_config
+from conftest import mesh_of, plain_packing, tiny_config
 
-from jlrm import update
+from jlrm import packing, update
 from jlrm.config import OptimizerConfig
 from jlrm.mesh import training_layout
 from jlrm.model import qwen
-from jlrm.rl.logprobs import Distribution
-from jlrm.rl.losses import PolicyLoss, policy_loss, token_weights
-from jlrm.update import PolicyBatch, Sequences, TrainState
+from jlrm.model.attention import Packing
+from jlrm.packing import Group, Packed, Rows
+from jlrm.rl.logprobs import Distribution, log_distribution
+from jlrm.rl.losses import (
+    PolicyLoss,
+    PolicyTargets,
+    completion_mask,
+    policy_loss,
+    sequence_log_ratio,
+    token_weights,
+)
+from jlrm.update import TrainState
 
-NUM_ROWS, NUM_PROMPT, NUM_NEW, END = 16, 5, 6, 7
+NUM_GROUPS, NUM_ROLLOUTS, NUM_PROMPT, NUM_NEW, END = 6, 3, 20, 16, 7
+NUM_ROWS = NUM_GROUPS * NUM_ROLLOUTS
 CONFIG = tiny_config()
 DISTRIBUTION = Distribution(temperature=0.8, top_k=40, top_p=0.95, num_ids=90)
 SETTINGS = PolicyLoss(kl_weight=0.1, entropy_weight=0.05, dual_clip=3.0)
@@ -31,6 +42,43 @@ FAST = {"xla_backend_optimization_level": 0}  # these programs are compiled more
 ADAMW = OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5)
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 1, 2)]
 ONE = (1, 1, 1)
+ONE_PASS, SEVERAL_PASSES = [512], [128]
+
+
+class Batch(NamedTuple):
+    """A minibatch on the host; everything but prompts is by completion."""
+
+    prompts: list[list[int]]
+    completions: list[list[list[int]]]  # by group
+    old_logp: np.ndarray
+    ref_logp: np.ndarray
+    advantages: np.ndarray
+    is_kept: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(ids) for group in self.completions for ids in group])
+
+    @property
+    def mask(self) -> np.ndarray:
+        return completion_mask(self.lengths, NUM_NEW) & self.is_kept[:, None]
+
+    def groups(self) -> list[Group]:
+        return [Group(*group) for group in zip(self.prompts, self.completions, strict=True)]
+
+    def plain(self) -> Batch:
+        """The same with the prompt once for every completion."""
+        pairs = zip(self.prompts, self.completions, strict=True)
+        alone = [(prompt, [ids]) for prompt, group in pairs for ids in group]
+        return self._replace(prompts=[p for p, _ in alone], completions=[c for _, c in alone])
+
+    def shuffled(self, order: np.ndarray) -> Batch:
+        """The same groups in another order."""
+        rows = np.arange(len(self.lengths)).reshape(len(order), -1)[order].reshape(-1)
+        arrays = (array[rows] for array in self[2:])
+        return Batch(
+            [self.prompts[i] for i in order], [self.completions[i] for i in order], *arrays
+        )
 
 
 @functools.cache
@@ -44,7 +92,9 @@ def optimizer_of(name: str) -> optax.GradientTransformation:
     return update.make_optimizer(ADAMW, 10) if name == "adamw" else optax.sgd(1.0)
 
 
-def initial_state(optimizer: str, mesh_shape: tuple[int, int, int] = ONE) -> TrainState:
+def initial_state(
+    optimizer: str, mesh_shape: tuple[int, int, int] = ONE, config: qwen.QwenConfig = CONFIG
+) -> TrainState:
     """Return the state before the first step, with weights that have no zero or one left."""
     layout = layout_of(mesh_shape)
     rng = np.random.default_rng(0)
@@ -53,60 +103,114 @@ def initial_state(optimizer: str, mesh_shape: tuple[int, int, int] = ONE) -> Tra
         value = float(path[-1].key == "scale") + 0.3 * rng.normal(size=leaf.shape)
         return jax.device_put(value.astype(np.float32), leaf.sharding)
 
-    params = jax.tree.map_with_path(make, qwen.abstract_params(CONFIG, layout))
-    return update.init_state(CONFIG, layout, optimizer_of(optimizer), params)
+    params = jax.tree.map_with_path(make, qwen.abstract_params(config, layout))
+    return update.init_state(config, layout, optimizer_of(optimizer), params)
 
 
-def random_sequences(seed: int = 0) -> Sequences:
-    """Return ragged prompts and completions; a completion that is not full-length has an END."""
-    rng = np.random.default_rng(seed)
-    prompt_lengths = rng.integers(1, NUM_PROMPT + 1, size=NUM_ROWS)
-    lengths = rng.integers(1, NUM_NEW + 1, size=NUM_ROWS)
-    prompts = rng.integers(8, 90, size=(NUM_ROWS, NUM_PROMPT))
-    tokens = rng.integers(8, 90, size=(NUM_ROWS, NUM_NEW))
-    tokens[np.arange(NUM_ROWS), lengths - 1] = END
-    prompts[np.arange(NUM_PROMPT)[None] >= prompt_lengths[:, None]] = 0
-    tokens[np.arange(NUM_NEW)[None] >= lengths[:, None]] = 0
-    return Sequences(*(x.astype(np.int32) for x in (prompts, prompt_lengths, tokens, lengths)))
-
-
-@functools.cache
-def random_batch() -> PolicyBatch:
-    """Return a batch whose ratios are on both sides of the clip, with one row wholly masked."""
+def random_batch(
+    num_groups: int = NUM_GROUPS,
+    num_rollouts: int = NUM_ROLLOUTS,
+    config: qwen.QwenConfig = CONFIG,
+) -> Batch:
+    """Return ragged groups whose ratios are on both sides of the clip, one completion masked."""
     rng = np.random.default_rng(1)
-    sequences = random_sequences()
-    logp = np.asarray(score(1)(initial_state("sgd").params, sequences)[0])
-    mask = update.batch_mask(sequences, jnp.arange(NUM_ROWS) != 3)
+
+    def ids(most: int) -> list[int]:
+        return rng.integers(8, 90, size=rng.integers(1, most + 1)).tolist()
+
+    prompts = [ids(NUM_PROMPT) for _ in range(num_groups)]
+    completions = [[[*ids(NUM_NEW - 1), END] for _ in range(num_rollouts)] for _ in prompts]
+    num_rows = num_groups * num_rollouts
+    kept = np.arange(num_rows) != 3 if num_rows > 3 else np.ones(num_rows, bool)
+    empty = np.zeros((num_rows, NUM_NEW), np.float32)
+    batch = Batch(prompts, completions, empty, empty, rng.normal(size=num_rows), kept)
+    packed, params = pack(batch), initial_state("sgd", ONE, config).params
+    logp = by_completion(packed, score(config)(params, packed.rows)[0], num_rows)
     old_logp, ref_logp = (
         (logp + rng.normal(0.0, 0.4, size=logp.shape)).astype(np.float32) for _ in range(2)
     )
-    advantages = rng.normal(size=NUM_ROWS).astype(np.float32)
-    return PolicyBatch(
-        sequences, old_logp, ref_logp, advantages, np.asarray(mask), np.asarray(token_weights(mask))
+    return batch._replace(
+        old_logp=old_logp, ref_logp=ref_logp, advantages=batch.advantages.astype(np.float32)
+    )
+
+
+def pack(batch: Batch, sizes: Sequence[int] = ONE_PASS, num_rows: int = 1) -> Packed:
+    return packing.pack(batch.groups(), sizes, num_rows)
+
+
+def by_completion(packed: Packed, values: Any, num_rows: int = NUM_ROWS) -> np.ndarray:
+    """Undo `Packed.take`."""
+    found = np.zeros((num_rows, NUM_NEW), np.float32)
+    where = packed.is_target
+    found[packed.completion[where], packed.offset[where]] = np.asarray(values)[where]
+    return found
+
+
+def targets_of(packed: Packed, batch: Batch, aggregation: str = "token_mean") -> PolicyTargets:
+    return PolicyTargets(
+        packed.take(batch.old_logp),
+        packed.take(batch.ref_logp),
+        packed.take(batch.advantages),
+        packed.take(batch.is_kept),
+        packed.take(token_weights(batch.mask, aggregation)),
     )
 
 
 @functools.cache
-def score(num_micro: int) -> Callable[..., Any]:
-    fixed = (CONFIG, layout_of(ONE), DISTRIBUTION, num_micro)
-    return jax.jit(functools.partial(update.score, *fixed), compiler_options=FAST)
-
-
-@functools.cache
-def grpo(num_micro: int, optimizer: str = "sgd", mesh_shape: Any = ONE) -> Callable[..., Any]:
-    fixed = (CONFIG, layout_of(mesh_shape), DISTRIBUTION, SETTINGS, optimizer_of(optimizer))
-    program = functools.partial(update.grpo_update, *fixed, num_micro)
+def score(config: qwen.QwenConfig = CONFIG, distribution: Distribution = DISTRIBUTION) -> Any:
+    program = functools.partial(update.score, config, layout_of(ONE), distribution)
     return jax.jit(program, compiler_options=FAST)
 
 
+def scores(batch: Batch, sizes: Sequence[int] = ONE_PASS, params: Any = None) -> Any:
+    params = initial_state("sgd").params if params is None else params
+    return score()(params, pack(batch, sizes).rows)
+
+
 @functools.cache
-def sft(num_micro: int, optimizer: str = "sgd", mesh_shape: Any = ONE) -> Callable[..., Any]:
-    fixed = (CONFIG, layout_of(mesh_shape), optimizer_of(optimizer), num_micro)
+def grpo(
+    optimizer: str = "sgd",
+    mesh_shape: Any = ONE,
+    settings: PolicyLoss = SETTINGS,
+    config: qwen.QwenConfig = CONFIG,
+) -> Callable[..., Any]:
+    fixed = (config, layout_of(mesh_shape), DISTRIBUTION, settings, optimizer_of(optimizer))
+    return jax.jit(functools.partial(update.grpo_update, *fixed), compiler_options=FAST)
+
+
+def grpo_step(
+    batch: Batch,
+    sizes: Sequence[int] = ONE_PASS,
+    *program: Any,
+    state: TrainState | None = None,
+    **options: Any,
+) -> Any:
+    """Take one step on a batch; by default plain descent on one device."""
+    mesh_shape = options.get("mesh_shape", ONE)
+    state = initial_state(*(program or ("sgd",)), mesh_shape) if state is None else state
+    packed = pack(batch, sizes, math.prod(mesh_shape))
+    arrays = packing.to_devices(layout_of(mesh_shape), (packed.rows, targets_of(packed, batch)))
+    return grpo(*program, **options)(state, *arrays)
+
+
+@functools.cache
+def sft(optimizer: str = "sgd", mesh_shape: Any = ONE) -> Callable[..., Any]:
+    fixed = (CONFIG, layout_of(mesh_shape), optimizer_of(optimizer))
     return jax.jit(functools.partial(update.sft_update, *fixed), compiler_options=FAST)
 
 
-def sft_weights(sequences: Sequences) -> np.ndarray:
-    return np.asarray(token_weights(update.batch_mask(sequences)))
+def sft_step(
+    batch: Batch,
+    sizes: Sequence[int] = ONE_PASS,
+    mesh_shape: Any = ONE,
+    weights: np.ndarray | None = None,
+    state: TrainState | None = None,
+) -> Any:
+    packed = pack(batch, sizes, math.prod(mesh_shape))
+    if weights is None:
+        weights = token_weights(completion_mask(batch.lengths, NUM_NEW))
+    arrays = packing.to_devices(layout_of(mesh_shape), (packed.rows, packed.take(weights)))
+    return sft(mesh_shape=mesh_shape)(state or initial_state("sgd", mesh_shape), *arrays)
 
 
 def check_same(found: Any, wanted: Any, atol: float = 1e-5) -> None:
@@ -123,40 +227,49 @@ def check_same(found: Any, wanted: Any, atol: float = 1e-5) -> None:
 # --- invariance ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_micro", [2, 4])
-def test_a_grpo_step_does_not_depend_on_micro_batches(num_micro):
-    state = initial_state("sgd")
-    check_same(grpo(num_micro)(state, random_batch()), grpo(1)(state, random_batch()))
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3"])
+@pytest.mark.parametrize("num_rollouts", [1, 3, 8])
+def test_a_shared_prompt_gives_the_step_of_repeated_ones(architecture, num_rollouts):
+    config = tiny_config(architecture)
+    batch = random_batch(4, num_rollouts, config)
+    state = initial_state("sgd", ONE, config)
+    shared, plain = (
+        grpo_step(each, sizes, state=state, config=config)
+        for each, sizes in ((batch, [640]), (batch.plain(), [1024]))
+    )
+    np.testing.assert_allclose(shared[1]["loss"], plain[1]["loss"], atol=1e-6)
+    check_same(shared, plain)
 
 
-def test_a_sft_step_does_not_depend_on_micro_batches():
-    state, sequences = initial_state("sgd"), random_sequences()
-    weights = sft_weights(sequences)
-    check_same(sft(4)(state, sequences, weights), sft(1)(state, sequences, weights))
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_grpo_step_does_not_depend_on_the_number_of_passes(ratio):
+    batch, options = random_batch(), {"settings": dataclasses.replace(SETTINGS, ratio=ratio)}
+    several, one = grpo_step(batch, SEVERAL_PASSES, **options), grpo_step(batch, **options)
+    assert int(pack(batch, SEVERAL_PASSES).rows.num_passes) > 1
+    check_same(several, one)
 
 
-@pytest.mark.parametrize("num_micro", [1, 4])
-def test_a_step_does_not_depend_on_the_order_of_rows(num_micro):
-    order = np.random.default_rng(2).permutation(NUM_ROWS)
-    state, batch = initial_state("sgd"), random_batch()
-    shuffled = jax.tree.map(lambda x: x[order], batch)
-    check_same(grpo(num_micro)(state, shuffled), grpo(num_micro)(state, batch))
-    arguments = batch.sequences, batch.weights
-    shuffled = jax.tree.map(lambda x: x[order], arguments)
-    check_same(sft(num_micro)(state, *shuffled), sft(num_micro)(state, *arguments))
+def test_a_sft_step_does_not_depend_on_the_number_of_passes():
+    batch = random_batch().plain()
+    check_same(sft_step(batch, SEVERAL_PASSES), sft_step(batch, [1024]))
+
+
+@pytest.mark.parametrize("sizes", [ONE_PASS, SEVERAL_PASSES])
+def test_a_step_does_not_depend_on_the_order_of_groups(sizes):
+    order = np.random.default_rng(2).permutation(NUM_GROUPS)
+    batch = random_batch()
+    check_same(grpo_step(batch.shuffled(order), sizes), grpo_step(batch, sizes))
+    check_same(sft_step(batch.shuffled(order), sizes), sft_step(batch, sizes))
 
 
 def take_steps(mesh_shape: tuple[int, int, int]) -> tuple[TrainState, list[Any]]:
     """Take three optimiser steps on batches that differ."""
     state, batch = initial_state("adamw", mesh_shape), random_batch()
-    num_micro = 1 if mesh_shape == ONE else 2
     history = []
     for step in range(3):
-        advantages = np.roll(batch.advantages, step)
+        each = batch._replace(advantages=np.roll(batch.advantages, step))
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        state, metrics = grpo(num_micro, "adamw", mesh_shape)(
-            state, batch._replace(advantages=advantages)
-        )
+        state, metrics = grpo_step(each, [128], "adamw", state=state, mesh_shape=mesh_shape)
         history.append(metrics)
         is_same = jax.tree.map(
             lambda x, sharding: x.sharding.is_equivalent_to(sharding, x.ndim), state, shardings
@@ -176,118 +289,140 @@ def test_several_devices_take_the_steps_of_one(mesh_shape):
 
 
 def test_several_devices_take_the_sft_step_of_one():
-    sequences = random_sequences()
-    weights = sft_weights(sequences)
-    wanted = sft(1)(initial_state("sgd"), sequences, weights)
-    found = sft(2, "sgd", (2, 2, 2))(initial_state("sgd", (2, 2, 2)), sequences, weights)
-    check_same(found, wanted)
+    batch = random_batch()
+    check_same(sft_step(batch, [128], (2, 2, 2)), sft_step(batch))
 
 
-@pytest.mark.parametrize("num_micro", [2, 4])
-def test_scores_of_parts_come_back_in_the_order_of_rows(num_micro):
-    params, sequences = initial_state("sgd").params, random_sequences()
-    check_same(score(num_micro)(params, sequences), score(1)(params, sequences))
+def test_scores_do_not_depend_on_packing():
+    batch = random_batch()
+    wanted = [by_completion(pack(batch), x) for x in scores(batch)]
+    for each, sizes in ((batch, SEVERAL_PASSES), (batch.plain(), [1024])):
+        found = [by_completion(pack(each, sizes), x) for x in scores(each, sizes)]
+        check_same(found, wanted, atol=2e-6)
+
+
+def test_scores_are_those_of_each_sequence_alone():
+    batch, state = random_batch(), initial_state("sgd")
+    logp = by_completion(pack(batch), scores(batch)[0])
+    pairs = [(p, c) for p, g in zip(batch.prompts, batch.completions, strict=True) for c in g]
+    for row, (prompt, completion) in enumerate(pairs):
+        tokens = np.zeros((1, 128), np.int32)
+        tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
+        positions = np.arange(128)[None]
+        mask = positions < len(prompt) + len(completion)
+        hidden = qwen.hidden_states(
+            CONFIG, layout_of(ONE), state.params, tokens, positions, plain_packing(mask)
+        )
+        logits = hidden[0, len(prompt) - 1 :][: len(completion)] @ state.params["embed"].T
+        wanted = log_distribution(logits, DISTRIBUTION, keep=np.array(completion))
+        wanted = np.asarray(wanted)[np.arange(len(completion)), completion]
+        np.testing.assert_allclose(logp[row, : len(completion)], wanted, rtol=1e-5, atol=1e-5)
 
 
 # --- what a step learns from ---------------------------------------------------------------------
 
 
-def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient():
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient(ratio):
+    settings = dataclasses.replace(SETTINGS, ratio=ratio)
     state, batch = initial_state("sgd"), random_batch()
-    after, metrics = grpo(1)(state, batch)
-    logp, entropy = score(1)(state.params, batch.sequences)
-    loss, sums = policy_loss(SETTINGS, logp, entropy, *batch[1:])
+    after, metrics = grpo_step(batch, state=state, settings=settings)
+    packed = pack(batch)
+    logp, entropy = (x[0] for x in scores(batch))
+    targets = jax.tree.map(lambda x: jnp.asarray(x[0]), targets_of(packed, batch))
+    ratios = sequence_log_ratio(
+        logp - targets.old_logp, targets.mask, jnp.asarray(packed.rows.sequence[0])
+    )
+    targets = targets._replace(sequence_log_ratio=ratios)
+    loss, sums = policy_loss(settings, logp, entropy, targets)
     num_tokens = int(batch.mask.sum())
     wanted = {name: value / num_tokens for name, value in sums.items() if name != "num_tokens"}
     wanted["loss"] = loss
-    gap = np.abs(np.asarray(logp) - batch.old_logp)[batch.mask]
-    wanted["old_logp_gap"] = gap.mean()
     gradient = jax.tree.map(jnp.subtract, state.params, after.params)
     wanted["grad_norm"] = optax.global_norm(gradient)
     check_same(metrics, wanted, atol=1e-6)
-    assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
+    if ratio == "token":
+        assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
 
 
 def test_a_grpo_step_makes_rewarded_completions_likelier():
     state, batch = initial_state("sgd"), random_batch()
-    before, _ = score(1)(state.params, batch.sequences)
+    before = by_completion(pack(batch), scores(batch)[0])
     for sign in (1.0, -1.0):
         advantages = np.where(np.arange(NUM_ROWS) == 0, sign, 0.0).astype(np.float32)
         on_policy = batch._replace(old_logp=before, ref_logp=before, advantages=advantages)
-        gradient = jax.tree.map(jnp.subtract, grpo(1)(state, on_policy)[0].params, state.params)
+        after_step = grpo_step(on_policy, state=state)[0].params
+        gradient = jax.tree.map(jnp.subtract, after_step, state.params)
         params = jax.tree.map(lambda x, g: x + 0.01 * g, state.params, gradient)
-        after, _ = score(1)(params, batch.sequences)
+        after = by_completion(pack(batch), scores(batch, params=params)[0])
         change = np.sum(np.where(batch.mask, after - before, 0.0), axis=1)
         assert sign * change[0] > 0
 
 
 def test_several_sft_steps_lower_the_loss():
-    state, sequences = initial_state("adamw"), random_sequences()
+    state, batch = initial_state("adamw"), random_batch()
+    packed = pack(batch)
+    weights = packed.take(token_weights(completion_mask(batch.lengths, NUM_NEW)))
     losses = []
     for step in range(5):
         assert state.step == step
-        state, metrics = sft(1, "adamw")(state, sequences, sft_weights(sequences))
+        state, metrics = sft("adamw")(state, packed.rows, weights)
         losses.append(float(metrics["loss"]))
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_sft_loss_is_the_mean_over_target_tokens_alone():
-    state, sequences = initial_state("sgd"), random_sequences()
-    _, metrics = sft(1)(state, sequences, sft_weights(sequences))
-    program = functools.partial(update.score, CONFIG, layout_of(ONE), Distribution(), 1)
-    logp, _ = jax.jit(program, compiler_options=FAST)(state.params, sequences)
-    is_target = np.arange(NUM_NEW)[None] < sequences.lengths[:, None]
-    np.testing.assert_allclose(metrics["loss"], -np.asarray(logp)[is_target].mean(), rtol=1e-5)
+    state, batch = initial_state("sgd"), random_batch()
+    _, metrics = sft_step(batch, state=state)
+    logp, _ = score(distribution=Distribution())(state.params, pack(batch).rows)
+    wanted = -np.asarray(logp)[pack(batch).is_target].mean()
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-5)
 
 
 def test_the_end_token_is_learned():
-    state, sequences = initial_state("sgd"), random_sequences()
-    weights = sft_weights(sequences)
+    state, batch = initial_state("sgd"), random_batch()
+    weights = token_weights(completion_mask(batch.lengths, NUM_NEW))
     without = weights.copy()
-    without[np.arange(NUM_ROWS), sequences.lengths - 1] = 0
+    without[np.arange(NUM_ROWS), batch.lengths - 1] = 0
     gradients = [
         np.asarray(state.params["final_norm"]["scale"] - after.params["final_norm"]["scale"])
-        for after, _ in (sft(1)(state, sequences, w) for w in (weights, without))
+        for after, _ in (sft_step(batch, weights=w, state=state) for w in (weights, without))
     ]
     assert np.abs(gradients[0] - gradients[1]).max() > 1e-3
 
 
-def test_what_padding_holds_changes_nothing():
+@pytest.mark.parametrize("sizes", [ONE_PASS, SEVERAL_PASSES])
+def test_what_padding_holds_changes_nothing(sizes):
     state, batch = initial_state("sgd"), random_batch()
-    sequences = batch.sequences
-    is_prompt = np.arange(NUM_PROMPT)[None] < sequences.prompt_lengths[:, None]
-    is_target = np.arange(NUM_NEW)[None] < sequences.lengths[:, None]
-    assert not is_prompt.all() and not is_target.all()
-    dirty = sequences._replace(
-        prompts=np.where(is_prompt, sequences.prompts, 50),
-        tokens=np.where(is_target, sequences.tokens, 60),
+    packed = pack(batch, sizes)
+    targets = targets_of(packed, batch)
+    is_slot = packed.rows.packing.group > 0
+    assert not is_slot.all() and not packed.is_target.all()
+    rows = packed.rows._replace(
+        tokens=np.where(is_slot, packed.rows.tokens, 50),
+        positions=np.where(is_slot, packed.rows.positions, 9),
+        targets=np.where(packed.is_target, packed.rows.targets, 60),
     )
-    weights = sft_weights(sequences)
-    check_same(sft(1)(state, dirty, weights), sft(1)(state, sequences, weights), atol=1e-6)
-    found = grpo(1)(
-        state,
-        batch._replace(
-            sequences=dirty,
-            old_logp=np.where(is_target, batch.old_logp, np.inf),
-            ref_logp=np.where(is_target, batch.ref_logp, -np.inf),
-        ),
+    dirty = targets._replace(
+        old_logp=np.where(packed.is_target, targets.old_logp, np.inf),
+        ref_logp=np.where(packed.is_target, targets.ref_logp, -np.inf),
     )
-    check_same(found, grpo(1)(state, batch), atol=1e-6)
+    check_same(grpo()(state, rows, dirty), grpo()(state, packed.rows, targets), atol=1e-6)
+    weights = packed.take(token_weights(batch.mask))
+    check_same(sft()(state, rows, weights), sft()(state, packed.rows, weights), atol=1e-6)
 
 
-def test_a_masked_row_teaches_nothing():
-    state, batch = initial_state("sgd"), random_batch()
+def test_a_masked_completion_teaches_nothing():
+    batch = random_batch()
     assert not batch.mask[3].any()
-    tokens, old_logp = batch.sequences.tokens.copy(), batch.old_logp.copy()
-    tokens[3], old_logp[3] = 33, -40.0
+    old_logp = batch.old_logp.copy()
+    old_logp[3] = -40.0
+    completions = [list(group) for group in batch.completions]
+    completions[1][0] = [33] * len(completions[1][0])
     advantages = np.where(np.arange(NUM_ROWS) == 3, 99.0, batch.advantages).astype(np.float32)
-    changed = batch._replace(
-        sequences=batch.sequences._replace(tokens=tokens),
-        old_logp=old_logp,
-        advantages=advantages,
-    )
-    check_same(grpo(1)(state, changed), grpo(1)(state, batch), atol=1e-6)
+    changed = batch._replace(completions=completions, old_logp=old_logp, advantages=advantages)
+    check_same(grpo_step(changed), grpo_step(batch), atol=1e-6)
 
 
 # --- optimiser -----------------------------------------------------------------------------------
@@ -384,7 +519,7 @@ def check_placement(array: jax.Array, abstract: jax.ShapeDtypeStruct) -> None:
 WIDE = tiny_config(
     vocab_size=151936, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
 )
-WIDE_LOGITS = 8 * 64 * 151936
+WIDE_LOGITS = 512 * 151936
 
 
 def largest_array(program: Callable[..., Any], *arguments: Any) -> int:
@@ -394,56 +529,45 @@ def largest_array(program: Callable[..., Any], *arguments: Any) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
-def wide_arguments() -> tuple[Any, Sequences, jax.ShapeDtypeStruct]:
-    """Return abstract weights, sequences and one array of a number per completion token."""
-    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    sequences = Sequences(integers((8, 16)), integers((8,)), integers((8, 64)), integers((8,)))
-    params = qwen.abstract_params(WIDE, layout_of(ONE))
-    return params, sequences, jax.ShapeDtypeStruct((8, 64), jnp.float32)
+def wide_rows() -> Rows:
+    """Return the shapes of one pass of one row."""
+    cells = jax.ShapeDtypeStruct((1, 1, 512), jnp.int32)
+    per_row = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    per_pass, number = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    packing_ = Packing(cells, cells, per_row)
+    return Rows(cells, cells, packing_, cells, cells, cells, per_pass, number)
 
 
 def test_scoring_never_holds_all_logits():
-    params, sequences, _ = wide_arguments()
-    program = functools.partial(update.score, WIDE, layout_of(ONE), DISTRIBUTION, 1)
-    assert largest_array(program, params, sequences) < WIDE_LOGITS
+    params = qwen.abstract_params(WIDE, layout_of(ONE))
+    program = functools.partial(update.score, WIDE, layout_of(ONE), DISTRIBUTION)
+    assert largest_array(program, params, wide_rows()) < WIDE_LOGITS
 
 
 def test_a_grpo_step_never_holds_all_logits_nor_a_reference_it_does_not_use():
-    _, sequences, numbers = wide_arguments()
-    batch = PolicyBatch(
-        sequences,
-        old_logp=numbers,
-        ref_logp=None,
-        advantages=jax.ShapeDtypeStruct((8,), jnp.float32),
-        mask=jax.ShapeDtypeStruct((8, 64), bool),
-        weights=numbers,
-    )
+    numbers = jax.ShapeDtypeStruct((1, 1, 512), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, 1, 512), bool)
+    targets = PolicyTargets(numbers, None, numbers, mask, numbers)
     optimizer = optimizer_of("adamw")
     state = update.abstract_state(WIDE, layout_of(ONE), optimizer)
-    program = functools.partial(
-        update.grpo_update,
-        WIDE,
-        layout_of(ONE),
-        Distribution(),
-        PolicyLoss(entropy_weight=0.001),
-        optimizer,
-        1,
-    )
-    assert largest_array(program, state, batch) < WIDE_LOGITS
-    _, metrics = jax.eval_shape(program, state, batch)
+    settings = PolicyLoss(entropy_weight=0.001)
+    fixed = (WIDE, layout_of(ONE), Distribution(), settings, optimizer)
+    program = functools.partial(update.grpo_update, *fixed)
+    assert largest_array(program, state, wide_rows(), targets) < WIDE_LOGITS
+    _, metrics = jax.eval_shape(program, state, wide_rows(), targets)
     assert "kl" not in metrics and "entropy" in metrics
 
 
 def test_the_search_for_all_logits_would_find_them():
-    params, sequences, weights = wide_arguments()
+    params = qwen.abstract_params(WIDE, layout_of(ONE))
+    weights = jax.ShapeDtypeStruct((1, 512), jnp.float32)
 
-    def naive(params: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
-        positions = jnp.broadcast_to(jnp.arange(64), tokens.shape)
-        mask = jnp.ones(tokens.shape, bool)
-        hidden = qwen.hidden_states(WIDE, layout_of(ONE), params, tokens, positions, mask)
+    def naive(params: Any, rows: Rows, weights: jax.Array) -> jax.Array:
+        tokens, positions, packed = jax.tree.map(lambda x: x[0], rows[:3])
+        hidden = qwen.hidden_states(WIDE, layout_of(ONE), params, tokens, positions, packed)
         log_probs = jax.nn.log_softmax(hidden @ params["embed"].T, axis=-1)
         logp = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
         return jnp.sum(weights * logp)
 
-    assert largest_array(naive, params, sequences.tokens, weights) >= WIDE_LOGITS
-    assert largest_array(jax.grad(naive), params, sequences.tokens, weights) >= WIDE_LOGITS
+    assert largest_array(naive, params, wide_rows(), weights) >= WIDE_LOGITS
+    assert largest_array(jax.grad(naive), params, wide_rows(), weights) >= WIDE_LOGITS

@@ -1,10 +1,10 @@
 """Qwen2/2.5 and Qwen3 dense decoders: pre-norm blocks, rotary positions, grouped queries, SwiGLU.
 
-One `Block` serves three ways of running it. `hidden_states` scans it over stacked layer parameters
-(compile time does not grow with depth; each layer is rematerialised by `config.remat`). `prefill`
-and `decode_step` apply the same block layer by layer with an explicit key/value cache, an argument
-and a result: unrolled layers update their caches in place, where a scan would copy every layer's
-slice.
+One `Block` serves every way of running it: it is told how to `attend`, and hands on what that
+returns beside the output. `hidden_states`, for training, scans it over stacked layer parameters
+(compile time does not grow with depth; each layer is rematerialised by `config.remat`) with the
+attention of packed rows. `decode.py` applies it layer by layer, with attention over explicit
+key/value caches.
 
 The model ends at hidden states. Logits are made where they are used (rl/logprobs.py, rollout.py), a
 few positions at a time: an array `[B, T, V]` would outweigh everything else. Letters as in mesh.py.
@@ -15,20 +15,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
 
-from jlrm.mesh import Layout
-from jlrm.model.attention import attend
+from jlrm.mesh import LOCAL, Layout, Local
+from jlrm.model.attention import Packing, attend_packed
 from jlrm.model.rope import Rope, Yarn, angles, rotate
 
 Params = dict[str, Any]
-KVCache = tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]
+# attend(layout, q "B T N H", k "B K T H", v "B K T H", context) -> output "B T N H", anything else
+Attend = Callable[[Any, Array, Array, Array, Any], tuple[Array, Any]]
 
 
 @dataclass(frozen=True)
@@ -71,20 +74,16 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions, over its own keys or over a cache."""
+    """Grouped-query self-attention with rotary positions; `attend` says over which keys."""
 
     config: QwenConfig
-    layout: Layout
+    layout: Layout | Local
+    attend: Attend
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rope: Rope,
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None,
-        slot: Int[Array, ""] | None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self, x: Float[Array, "B T D"], rope: Rope, context: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
         config, shard = self.config, self.layout.shard
         q = self._project(x, "q", "N", config.num_attention_heads)
         k = self._project(x, "k", "K", config.num_key_value_heads)
@@ -93,19 +92,11 @@ class Attention(nn.Module):
             q = RMSNorm(config, "H", name="q_norm")(q)
             k = RMSNorm(config, "H", name="k_norm")(k)
         q = shard(rotate(q, rope), "B T N H")
-        keys = shard(rotate(k, rope).swapaxes(1, 2), "B K S H")
-        values = shard(v.swapaxes(1, 2), "B K S H")
-        if cache is not None:
-            start = (0, 0, 0 if slot is None else slot, 0)
-            cache = (
-                shard(jax.lax.dynamic_update_slice(cache[0], keys, start), "B K S H"),
-                shard(jax.lax.dynamic_update_slice(cache[1], values, start), "B K S H"),
-            )
-            if slot is not None:
-                keys, values = cache
-        out = attend(q, keys, values, mask)
+        k = shard(rotate(k, rope).swapaxes(1, 2), "B K T H")
+        v = shard(v.swapaxes(1, 2), "B K T H")
+        out, extra = self.attend(self.layout, q, k, v, context)
         kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
-        return shard(jnp.einsum("BTNH,NHD->BTD", out, kernel), "B T D"), cache
+        return shard(jnp.einsum("BTNH,NHD->BTD", out, kernel), "B T D"), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
@@ -133,7 +124,7 @@ class MLP(nn.Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
     config: QwenConfig
-    layout: Layout
+    layout: Layout | Local
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -145,86 +136,55 @@ class MLP(nn.Module):
         gate = self.param("gate", into, (width, inner), dtypes[0]).astype(dtypes[1])
         up = self.param("up", into, (width, inner), dtypes[0]).astype(dtypes[1])
         down = self.param("down", out_of, (inner, width), dtypes[0]).astype(dtypes[1])
-        hidden = jax.nn.silu(x @ gate) * (x @ up)
-        return self.layout.shard(self.layout.shard(hidden, "B T F") @ down, "B T D")
+        x = self.layout.shard(x, "M T D")
+        hidden = self.layout.shard(jax.nn.silu(x @ gate) * (x @ up), "M T F")
+        return self.layout.shard(hidden @ down, "B T D")
 
 
 class Block(nn.Module):
-    """One decoder layer; with `cache` it also returns that cache, this call's keys written in it.
-
-    `slot` is the cache position of the one token of a decode step, whose queries see the whole
-    cache; without it the call is a prefill, written from position 0, whose queries see this call's
-    keys only.
-    """
+    """One decoder layer; returns what `attend` returned beside its output, too."""
 
     config: QwenConfig
-    layout: Layout
+    layout: Layout | Local
+    attend: Attend
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rope: Rope,
-        mask: Bool[Array, "B T S"],
-        cache: KVCache | None = None,
-        slot: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self, x: Float[Array, "B T D"], rope: Rope, context: Any
+    ) -> tuple[Float[Array, "B T D"], Any]:
         normed = RMSNorm(self.config, "D", name="attn_norm")(x)
-        attended, cache = Attention(self.config, self.layout, name="attn")(
-            normed, rope, mask, cache, slot
-        )
+        attention = Attention(self.config, self.layout, self.attend, name="attn")
+        attended, extra = attention(normed, rope, context)
         x = x + attended
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
-        return x + MLP(self.config, self.layout, name="mlp")(normed), cache
-
-
-class Decoder(nn.Module):
-    """The whole decoder up to its final norm, layers stacked on a leading axis."""
-
-    config: QwenConfig
-    layout: Layout
-
-    @nn.compact
-    def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], mask: Bool[Array, "B T T"]
-    ) -> Float[Array, "B T D"]:
-        config = self.config
-        dtype = jnp.dtype(config.param_dtype)
-        table_init = _lettered(nn.initializers.normal(0.02), "V", "D")
-        shape = (config.vocab_size, config.hidden_size)
-        table = self.param("embed", table_init, shape, dtype)
-        if not config.tie_word_embeddings:
-            self.param("head", _lettered(_fan_in_normal((1,)), "V", "D"), shape, dtype)
-        x = _embed(config, self.layout, table, tokens)
-        layers = nn.scan(
-            _rematerialised(config.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]  (flax: unannotated)
-            length=config.num_hidden_layers,
-            metadata_params={nn.PARTITION_NAME: "L"},
-        )
-        x, _ = layers(config, self.layout, name="layers")(x, _rope(config, positions), mask)
-        return RMSNorm(config, "D", name="final_norm")(x)
+        return x + MLP(self.config, self.layout, name="mlp")(normed), extra
 
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     """Return the parameter tree as `ShapeDtypeStruct`s that carry their shardings in `layout`."""
-    boxed = jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
-    letters = nn.get_partition_spec(boxed)
+    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return jax.tree.map(
-        lambda leaf, spec: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=layout.param(spec)
+        lambda leaf, letters: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=layout.param(letters)
         ),
-        nn.unbox(boxed),
-        letters,
+        shapes,
+        param_letters(config),
     )
+
+
+def param_letters(config: QwenConfig) -> Any:
+    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
+    layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
+    table = PartitionSpec("V", "D")
+    outer = {"embed": table} if config.tie_word_embeddings else {"embed": table, "head": table}
+    layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
+    return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
 
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:
     """Return random parameters, born sharded: normal with variance 1/fan-in, embedding 0.02."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, layout))
-    make = jax.jit(lambda key: nn.unbox(_init(config, layout, key)), out_shardings=shardings)
+    make = jax.jit(partial(_init, config), out_shardings=shardings)
     return make(jax.random.key(seed))
 
 
@@ -234,38 +194,42 @@ def hidden_states(
     params: Params,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    key_mask: Bool[Array, "B T"],
+    packing: Packing,
 ) -> Float[Array, "B T D"]:
-    """Return final hidden states; a query sees the keys up to its own slot that `key_mask` admits.
+    """Return final hidden states of packed rows, T a multiple of `attention.BLOCK`.
 
-    Padding may stand anywhere: `positions` and `key_mask` alone give a token its place.
+    `positions` and `packing` alone give a token its place; padding may hold anything.
+
+    What each device does is written out, not left to the compiler: it runs its own rows and gathers
+    one layer's weights at a time, axis by axis. The gradient of that is a reduce-scatter along each
+    axis, where the compiler's own choice on many slices is to sum whole gradients everywhere.
     """
-    causal = jnp.tril(jnp.ones((tokens.shape[1], tokens.shape[1]), bool))
-    mask = layout.shard(causal[None] & key_mask[:, None, :], "B T S")
-    return _apply(Decoder(config, layout), params, tokens, positions, mask)
+    letters = param_letters(config)
+    names = {name for name in params if name != "head"}
+    attend = partial(_attend_packed, layout.platform)
+    block = Block(config, LOCAL, attend)
 
+    def run(params: Params, tokens: Array, positions: Array, packing: Packing) -> Array:
+        x = _look_up(layout, params["embed"], tokens).astype(config.compute_dtype)
+        angles_ = rope(config, positions)
 
-def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
-    """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`."""
-    params = to_compute_dtype(config, params)
-    letters = nn.get_partition_spec(
-        jax.eval_shape(lambda: _init(config, layout, jax.random.key(0)))
-    )
+        def layer(x: Array, weights: Params) -> tuple[Array, None]:
+            return apply(block, _gather(layout, weights, letters["layers"]), x, angles_, packing)
 
-    def place(tree: Params, letters: Any, drop: int) -> Params:
-        return jax.tree.map(
-            lambda x, spec: jax.lax.with_sharding_constraint(x, layout.param(spec[drop:])),
-            tree,
-            letters,
-        )
+        x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
+        norm = _gather(layout, params["final_norm"], letters["final_norm"])
+        return apply(RMSNorm(config, "D"), norm, x)
 
-    outer = {name: leaf for name, leaf in params.items() if name != "layers"}
-    outer = place(outer, {name: letters[name] for name in outer}, 0)
-    layers = [
-        place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
-        for i in range(config.num_hidden_layers)
-    ]
-    return {**outer, "layers": layers}
+    cells, rows = layout.activation("B -").spec, layout.activation("B").spec
+    packed: Any = Packing(cells, cells, rows)  # pyright: ignore[reportArgumentType]
+    weights = {name: jax.tree.map(lambda x: layout.param(x).spec, letters[name]) for name in names}
+    return jax.shard_map(
+        run,
+        mesh=layout.mesh,
+        in_specs=(weights, cells, cells, packed),
+        out_specs=layout.activation("B - -").spec,
+        check_vma=False,  # the TPU kernels do not say over which axes their results vary
+    )({name: params[name] for name in names}, tokens, positions, packing)
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
@@ -277,56 +241,64 @@ def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
     return dict(flax.traverse_util.path_aware_map(cast, params))
 
 
-def prefill(
-    config: QwenConfig,
-    layout: Layout,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    num_slots: int,
-) -> tuple[Float[Array, "B T D"], list[KVCache]]:
-    """Run right-padded prompts and return hidden states with caches of `num_slots` positions.
-
-    `params` come from `decode_params`. Slots from T on are empty, for `decode_step` to fill.
-    """
-    num_rows, num_tokens = tokens.shape
-    positions = jnp.broadcast_to(jnp.arange(num_tokens), tokens.shape)
-    causal = jnp.tril(jnp.ones((num_tokens, num_tokens), bool))
-    mask = causal[None] & (positions < lengths[:, None])[:, None, :]
-    rope = _rope(config, positions)
-    x = _embed(config, layout, params["embed"], tokens)
-    shape = (num_rows, config.num_key_value_heads, num_slots, config.head_dim)
-    empty = layout.shard(jnp.zeros(shape, x.dtype), "B K S H")
-    caches = []
-    for layer in params["layers"]:
-        x, cache = _apply(Block(config, layout), layer, x, rope, mask, (empty, empty))
-        caches.append(cache)
-    return _final_norm(config, params, x), caches
-
-
-def decode_step(
-    config: QwenConfig,
-    layout: Layout,
-    params: Params,
-    tokens: Int[Array, " B"],
-    positions: Int[Array, " B"],
-    caches: list[KVCache],
-    slot: Int[Array, ""],
-    slot_mask: Bool[Array, "B S"],
-) -> tuple[Float[Array, "B D"], list[KVCache]]:
-    """Run one token of every row, stored in cache slot `slot`; it sees the slots of `slot_mask`."""
-    rope = _rope(config, positions[:, None])
-    x = _embed(config, layout, params["embed"], tokens[:, None])
-    new_caches = []
-    for layer, cache in zip(params["layers"], caches, strict=True):
-        x, cache = _apply(Block(config, layout), layer, x, rope, slot_mask[:, None, :], cache, slot)
-        new_caches.append(cache)
-    return _final_norm(config, params, x)[:, 0], new_caches
-
-
 def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
     """Return the output embedding: the input one where they are tied."""
     return params["embed"] if config.tie_word_embeddings else params["head"]
+
+
+def rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
+    """Return the rotary angles of these positions."""
+    return angles(positions, config.head_dim, config.rope_theta, config.yarn)
+
+
+def embed(
+    config: QwenConfig, layout: Layout, table: Float[Array, "V D"], tokens: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Return the rows of the embedding table, in compute precision."""
+    rows = jnp.take(table, tokens, axis=0).astype(config.compute_dtype)
+    return layout.shard(rows, "B T D")
+
+
+def final_norm(config: QwenConfig, params: Params, x: Float[Array, "B T D"]) -> Array:
+    """Apply the norm after the last layer."""
+    return apply(RMSNorm(config, "D"), params["final_norm"], x)
+
+
+def apply(module: nn.Module, params: Params, *args: Any) -> Any:
+    """Apply a Flax module to its own parameters."""
+    return module.apply({"params": params}, *args)
+
+
+def _attend_packed(
+    platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
+) -> tuple[Array, None]:
+    return attend_packed(q, k, v, packing, platform), None
+
+
+def _gather(layout: Layout, weights: Params, letters: Any) -> Params:
+    """Return one layer's weights whole, of the parts that the devices hold."""
+
+    def gather(x: Array, letters: PartitionSpec) -> Array:
+        of_layer = [letter for letter in letters if letter != "L"]
+        for dimension, axes in enumerate(layout.param_axes(of_layer)):
+            for axis in reversed(axes):
+                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+        return x
+
+    return jax.tree.map(gather, weights, letters)
+
+
+def _look_up(layout: Layout, table: Array, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Return embeddings, of a table that is spread by rows, without gathering it.
+
+    It is turned to be spread by columns, each device looks up its columns for the tokens of all,
+    and the result is turned back.
+    """
+    axes = layout.param_axes("V")[0]
+    turned = jax.lax.all_to_all(table, axes, split_axis=1, concat_axis=0, tiled=True)
+    everyones = jax.lax.all_gather(tokens, axes, axis=0, tiled=True)
+    columns = jnp.take(turned, everyones, axis=0)
+    return jax.lax.all_to_all(columns, axes, split_axis=0, concat_axis=2, tiled=True)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:
@@ -334,30 +306,26 @@ def _last_axis(vector: Array, like: Array) -> Array:
     return jnp.expand_dims(vector, range(like.ndim - 1))
 
 
-def _rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
-    return angles(positions, config.head_dim, config.rope_theta, config.yarn)
+def _init(config: QwenConfig, key: Array) -> Params:
+    """Return random parameters; those of layers are stacked on a leading axis."""
+    table_key, head_key, layers_key = jax.random.split(key, 3)
+    shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)
+    layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
+    params: Params = {
+        "embed": nn.initializers.normal(0.02)(table_key, shape, dtype),
+        "layers": jax.vmap(lambda key: nn.unbox(_init_layer(config, key)))(layer_keys),
+        "final_norm": {"scale": jnp.ones(config.hidden_size, dtype)},
+    }
+    if not config.tie_word_embeddings:
+        params["head"] = _fan_in_normal((1,))(head_key, shape, dtype)
+    return params
 
 
-def _init(config: QwenConfig, layout: Layout, key: Array) -> Any:
-    """Return parameters as Flax makes them, boxed with their letters."""
-    tokens = jnp.zeros((layout.num_batch_shards(), 1), jnp.int32)
-    mask = jnp.ones((*tokens.shape, 1), bool)
-    return Decoder(config, layout).init(key, tokens, tokens, mask)["params"]
-
-
-def _apply(module: nn.Module, params: Params, *args: Any) -> Any:
-    return module.apply({"params": params}, *args)
-
-
-def _embed(
-    config: QwenConfig, layout: Layout, table: Array, tokens: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    rows = jnp.take(table, tokens, axis=0).astype(config.compute_dtype)
-    return layout.shard(rows, "B T D")
-
-
-def _final_norm(config: QwenConfig, params: Params, x: Array) -> Array:
-    return _apply(RMSNorm(config, "D"), params["final_norm"], x)
+def _init_layer(config: QwenConfig, key: Array) -> Any:
+    """Return the parameters of one layer as Flax makes them, boxed with their letters."""
+    block = Block(config, LOCAL, lambda layout, q, k, v, context: (q, None))
+    x = jnp.zeros((1, 1, config.hidden_size), config.compute_dtype)
+    return block.init(key, x, rope(config, jnp.zeros((1, 1), jnp.int32)), None)["params"]
 
 
 def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
@@ -375,10 +343,10 @@ def _fan_in_normal(axes: tuple[int, ...]) -> Any:
     return init
 
 
-def _rematerialised(policy: str) -> type[nn.Module]:
-    """Return `Block` that recomputes nothing ("none"), all but matrix products, or everything."""
+def _rematerialised(policy: str, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a layer that recomputes nothing ("none"), all but matrix products, or everything."""
     if policy == "none":
-        return Block
+        return layer
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # Inside a scan XLA can't undo rematerialisation by common-subexpression elimination.
-    return nn.remat(Block, policy=dots if policy == "dots" else None, prevent_cse=False)
+    return jax.checkpoint(layer, policy=dots if policy == "dots" else None, prevent_cse=False)

@@ -1,0 +1,690 @@
+"""Measure a run's programs here: `python -m jlrm.bench --config FILE [section.key=value ...]`.
+
+Weights, prompts and completions are random, so neither data nor a tokenizer is needed. Prompts have
+half of `data.max_prompt_tokens` up to all of it, one of them all; every completion runs to
+`sampling.max_new_tokens`. The phases of a GRPO step, each run once to compile and then repeated:
+
+    rollout    lay the weights out for decoding, generate, fetch the tokens
+    logprobs   score the batch once, as for old or reference log-probabilities
+    update     pack the batch, send it, take all optimiser steps
+
+Model FLOPs are those that any implementation needs, by formula (`forward_flops`); `mfu` is them a
+second over the best rate of a matrix product. `roofline_share` is the least possible time over the
+measured one, where each piece of work takes the longer of FLOPs / rate and bytes / bandwidth, as if
+both were spread evenly over all devices. Both limits are measured in the same process: no data
+sheet enters. Small models live in caches, for which the bandwidth of memory is no limit.
+
+Left out: rewards, data and checkpoints, which are the host's. With `--compare` two configs live in
+memory side by side, and their repetitions alternate: what disturbs one disturbs the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from jlrm import checkpoint, commands, packing, rollout, stops, tracking, update
+from jlrm.config import Config, UsageError, load
+from jlrm.mesh import (
+    Layout,
+    compiler_options,
+    create_mesh,
+    global_array,
+    host_array,
+    rollout_layout,
+    training_layout,
+)
+from jlrm.model import hf_config, qwen
+from jlrm.model.decode import decode_params
+from jlrm.model.presets import PRESETS, preset
+from jlrm.model.qwen import QwenConfig
+from jlrm.packing import Group, Packed
+from jlrm.rl.logprobs import Distribution
+from jlrm.rl.losses import PolicyLoss, PolicyTargets, token_weights
+from jlrm.rollout import Sampler
+from jlrm.run import _check_mesh as check_mesh
+from jlrm.run import is_main_process
+
+PHASES = ("rollout", "logprobs", "update")
+PREFILL = "prefill"  # the beginning of a rollout, measured beside it
+COLUMNS = {  # of the table: key of a phase's figures, unit of the column
+    "s": ("seconds", 1),
+    "least s": ("min_seconds", 1),
+    "spread %": ("spread", 0.01),
+    "tokens": ("tokens", 1),
+    "tokens/s": ("tokens_per_second", 1),
+    "plain/s": ("plain_tokens_per_second", 1),
+    "TFLOP": ("flops", 1e12),
+    "MFU %": ("mfu", 0.01),
+    "roofline %": ("roofline_share", 0.01),
+    "padding %": ("padding", 0.01),
+    "prefill %": ("prefill_share", 0.01),
+    "peak GiB": ("peak_bytes", 2**30),
+    "compile s": ("compile_s", 1),
+}
+
+
+# --- What the work costs, by arithmetic ---
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The sizes of a GRPO batch, in tokens."""
+
+    prompts: tuple[int, ...]  # the length of each
+    rollouts: int  # of each prompt
+    new_tokens: int  # of each rollout
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Tokens of all completions."""
+        return len(self.prompts) * self.rollouts * self.new_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all completions, and of each prompt once."""
+        return sum(self.prompts) + self.num_completion_tokens
+
+    @property
+    def num_plain_tokens(self) -> int:
+        """Tokens of a layout in which each rollout has a prompt of its own."""
+        return sum(self.prompts) * self.rollouts + self.num_completion_tokens
+
+    def split(self, num_parts: int) -> list[Batch]:
+        """Return equal parts of whole groups."""
+        size = len(self.prompts) // num_parts
+        return [
+            dataclasses.replace(self, prompts=self.prompts[i * size : (i + 1) * size])
+            for i in range(num_parts)
+        ]
+
+
+class Cost(NamedTuple):
+    """What a piece of work computes and moves; pieces follow one another."""
+
+    flops: float
+    bytes: float
+
+
+def layer_weights(config: QwenConfig) -> int:
+    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up and down."""
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    return config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+
+
+def head_weights(config: QwenConfig) -> int:
+    """Return how many weights the output embedding holds."""
+    return config.vocab_size * config.hidden_size
+
+
+def forward_flops(config: QwenConfig, num_tokens: int, num_pairs: int, num_logits: int) -> int:
+    """Return the FLOPs of matrix products in a forward pass.
+
+    A product costs 2 FLOPs a weight and token. A token and one that it sees, itself included, cost
+    4 N H a layer: a score, and a weighted value. The head costs 2 V D for each position that
+    predicts. Norms, rotary angles, activations and softmax are not counted, nor is looking up an
+    embedding; a backward pass costs twice as much, and recomputing for it (`remat`) counts nothing.
+    """
+    pair = 4 * config.num_attention_heads * config.head_dim
+    of_layer = 2 * layer_weights(config) * num_tokens + pair * num_pairs
+    return config.num_hidden_layers * of_layer + 2 * head_weights(config) * num_logits
+
+
+def causal_pairs(num_tokens: int, num_before: int = 0) -> int:
+    """Return how many pairs tokens make with those they see: `num_before`, and earlier of them."""
+    return num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
+
+
+def batch_flops(config: QwenConfig, batch: Batch) -> int:
+    """Return the FLOPs of one forward pass, each prompt run once.
+
+    The last token of a completion predicts nothing and is not run.
+    """
+    num_run = batch.new_tokens - 1
+    return forward_flops(
+        config,
+        sum(length + batch.rollouts * num_run for length in batch.prompts),
+        sum(
+            causal_pairs(length) + batch.rollouts * causal_pairs(num_run, length)
+            for length in batch.prompts
+        ),
+        batch.num_completion_tokens,
+    )
+
+
+def rollout_costs(config: QwenConfig, batch: Batch, num_slots: int = 0) -> list[Cost]:
+    """Return the costs of a rollout: of prefill, and of each step of decoding.
+
+    All read the weights once; a step reads besides them the keys and values of every prompt once,
+    and those of each rollout's own tokens. With `num_slots` rollouts of a prompt at once (0: all)
+    there are several waves of steps.
+    """
+    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    weights = size * (config.num_hidden_layers * layer_weights(config) + head_weights(config))
+    of_token = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    num_prompts, num_prompt_tokens = len(batch.prompts), sum(batch.prompts)
+    pairs = sum(map(causal_pairs, batch.prompts))
+    firsts = num_prompts * batch.rollouts  # the logits of each rollout's first token
+    costs = [Cost(forward_flops(config, num_prompt_tokens, pairs, firsts), weights)]
+    slots = num_slots or batch.rollouts
+    for begun in range(0, batch.rollouts, slots):
+        wave = min(slots, batch.rollouts - begun)
+        num_rows = num_prompts * wave
+        for own in range(1, batch.new_tokens):
+            pairs = wave * num_prompt_tokens + num_rows * own
+            flops = forward_flops(config, num_rows, pairs, num_rows)
+            costs.append(Cost(flops, weights + of_token * (num_prompt_tokens + num_rows * own)))
+    return costs
+
+
+def score_costs(config: QwenConfig, batch: Batch) -> list[Cost]:
+    """Return the cost of scoring: a forward pass, which reads the weights once."""
+    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    return [Cost(batch_flops(config, batch), size * _num_weights(config))]
+
+
+def update_costs(config: QwenConfig, batch: Batch, moment_bytes: int) -> list[Cost]:
+    """Return the costs of one optimiser step: of its gradient, and then of its application.
+
+    The gradient reads weights in both passes and is written once. The optimiser reads it, and reads
+    and writes the weights and both moments, which take `moment_bytes` a weight together.
+    """
+    num_weights = _num_weights(config)
+    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    at_rest = np.dtype(jnp.dtype(config.param_dtype)).itemsize + moment_bytes
+    return [
+        Cost(3 * batch_flops(config, batch), 3 * size * num_weights),
+        Cost(0, (size + 2 * at_rest) * num_weights),
+    ]
+
+
+def least_seconds(costs: Sequence[Cost], flops_rate: float, bytes_rate: float) -> float:
+    """Return the time that the pieces take on a machine that reaches its limits."""
+    return sum(max(cost.flops / flops_rate, cost.bytes / bytes_rate) for cost in costs)
+
+
+def _num_weights(config: QwenConfig) -> int:
+    """Return how many weights the matrices hold; norms and biases are a thousandth of them."""
+    num_tables = 1 if config.tie_word_embeddings else 2
+    of_layers = config.num_hidden_layers * layer_weights(config)
+    return of_layers + num_tables * head_weights(config)
+
+
+# --- The programs of a run, and a batch for them ---
+
+
+def read_model(config: Config) -> QwenConfig:
+    """Return the architecture: of a preset, of a local directory or of a run.
+
+    The official models of the presets are known by their hub id.
+
+    Raises:
+      UsageError: it would have to be downloaded.
+    """
+    source = config.model
+    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    if source.preset:
+        return dataclasses.replace(preset(source.preset), **numerics)
+    if checkpoint.is_run(source.path):
+        run_dir = pathlib.Path(source.path.partition("@")[0]).expanduser()
+        return hf_config.read_config(run_dir / "model", **numerics)
+    directory = pathlib.Path(source.path).expanduser()
+    if directory.is_dir():
+        return hf_config.read_config(directory, **numerics)
+    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
+    if organisation == "qwen" and name in PRESETS:
+        return dataclasses.replace(preset(name), **numerics)
+    raise UsageError(
+        f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
+        " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
+    )
+
+
+def open_model(config: Config) -> tuple[Mesh, QwenConfig]:
+    """Return the mesh of all devices, and a model that it divides."""
+    mesh, model = create_mesh(config.mesh), read_model(config)
+    check_mesh(mesh, model)
+    return mesh, model
+
+
+def draw_batch(config: Config) -> Batch:
+    """Return a batch as large as the config allows, prompts of random lengths."""
+    longest = config.data.max_prompt_tokens
+    rng = np.random.default_rng(config.run.seed)
+    lengths = rng.integers(-(-longest // 2), longest + 1, config.grpo.prompts)
+    lengths[0] = longest
+    return Batch(tuple(lengths.tolist()), config.grpo.rollouts, config.sampling.max_new_tokens)
+
+
+class Workload:
+    """The programs of a GRPO run as `train.py` compiles them, its state, and a random batch.
+
+    `rollout`, `prefill`, `logprobs` and `update` each do their work once and wait for it.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, model: QwenConfig) -> None:
+        self.config, self.mesh, self.model = config, mesh, model
+        self.training, self.decoding = training_layout(mesh), rollout_layout(mesh)
+        self.batch = draw_batch(config)
+        self.number = 0  # of the rollout
+        self._make_programs()
+        self._make_arrays()
+        params = qwen.init(self.model, self.training, config.run.seed)
+        self.state = update.init_state(self.model, self.training, self.optimizer, params)
+        self.reference = self._frozen() if config.grpo.kl_weight else None
+
+    def rollout(self) -> None:
+        """Lay out the weights, generate all completions and fetch them."""
+        self._generate(self.generate)
+
+    def prefill(self) -> None:
+        """Do what a rollout does up to its first tokens."""
+        self._generate(self.generate_first)
+
+    def logprobs(self) -> None:
+        """Score the batch once."""
+        params = self.state.params if self.reference is None else self.reference
+        for rows in self.rows:
+            jax.block_until_ready(self.score(params, rows))
+
+    def update(self) -> None:
+        """Pack and send the batch, and take the optimiser steps of one GRPO step."""
+        parts = []
+        for packed, chosen in self._packed():
+            targets = self._targets(packed, chosen)
+            parts.append(packing.to_devices(self.training, (packed.rows, targets)))
+        for rows, targets in parts * self.config.grpo.epochs:
+            self.state, metrics = self.step(self.state, rows, targets)
+        jax.block_until_ready((self.state, metrics))
+
+    def costs(self) -> dict[str, list[Cost]]:
+        """Return what each phase costs at least."""
+        grpo, model = self.config.grpo, self.model
+        dtypes = grpo.optimizer.mu_dtype, grpo.optimizer.nu_dtype
+        moment_bytes = sum(np.dtype(jnp.dtype(dtype)).itemsize for dtype in dtypes)
+        parts = self.batch.split(grpo.minibatches)
+        steps = [cost for part in parts for cost in update_costs(model, part, moment_bytes)]
+        return {
+            "rollout": rollout_costs(model, self.batch, self.config.sampling.slots),
+            "logprobs": [cost for part in parts for cost in score_costs(model, part)],
+            "update": steps * grpo.epochs,
+        }
+
+    def counts(self) -> dict[str, dict[str, float]]:
+        """Return how many tokens each phase is for, and what packing adds to them."""
+        tokens, plain = self.batch.num_tokens, self.batch.num_plain_tokens
+        epochs = self.config.grpo.epochs
+        return {
+            "rollout": {"tokens": self.batch.num_completion_tokens},
+            "logprobs": {"tokens": tokens, "plain_tokens": plain, "padding": self.padding},
+            "update": {
+                "tokens": tokens * epochs,
+                "plain_tokens": plain * epochs,
+                "padding": self.padding,
+            },
+        }
+
+    def _make_programs(self) -> None:
+        config, grpo, model = self.config, self.config.grpo, self.model
+        # As with a tokenizer that has one id less than the head; that id never ends a completion.
+        unused = model.vocab_size - 1
+        sampling = config.sampling
+        distribution = Distribution(sampling.temperature, sampling.top_k, sampling.top_p, unused)
+        num_updates = grpo.steps * grpo.epochs * grpo.minibatches
+        self.optimizer = update.make_optimizer(grpo.optimizer, num_updates)
+        names = ("clip_low", "clip_high", "dual_clip", "ratio", "kl_weight", "entropy_weight")
+        loss = PolicyLoss(**{name: getattr(grpo, name) for name in names})
+        self.generate, self.generate_first = (
+            jax.jit(
+                partial(
+                    rollout.generate,
+                    model,
+                    self.decoding,
+                    Sampler(distribution, num_new, (unused,), min(sampling.slots, grpo.rollouts)),
+                )
+            )
+            for num_new in (sampling.max_new_tokens, 1)
+        )
+        self.keys = jax.jit(
+            partial(rollout.rollout_keys, config.run.seed, num_rollouts=grpo.rollouts),
+            out_shardings=self.decoding.activation("P R"),
+        )
+        self.lay_out = jax.jit(partial(decode_params, model, self.decoding))
+        fixed, options = (model, self.training, distribution), compiler_options(self.mesh)
+        self.score = jax.jit(partial(update.score, *fixed), compiler_options=options)
+        self.step = jax.jit(
+            partial(update.grpo_update, *fixed, loss, self.optimizer),
+            donate_argnums=0,
+            compiler_options=options,
+        )
+        width, num_new = config.data.max_prompt_tokens, sampling.max_new_tokens
+        prompts_per_device = -(-grpo.prompts // (grpo.minibatches * self.mesh.size))
+        most_tokens = prompts_per_device * (width + grpo.rollouts * num_new)
+        self.sizes = packing.row_sizes(width, num_new, most_tokens, grpo.pack_tokens)
+
+    def _make_arrays(self) -> None:
+        """Draw prompts and completions, and put on the devices what does not change."""
+        batch, num_ids = self.batch, self.model.vocab_size - 1
+        rng = np.random.default_rng(self.config.run.seed)
+        num_prompts, num_rows = len(batch.prompts), len(batch.prompts) * batch.rollouts
+        self.prompts = [rng.integers(0, num_ids, length).tolist() for length in batch.prompts]
+        self.completions = rng.integers(0, num_ids, (num_rows, batch.new_tokens)).tolist()
+        self.logps = np.full((num_rows, batch.new_tokens), -np.log(num_ids), np.float32)
+        self.advantages = rng.standard_normal(num_rows).astype(np.float32)
+        multiple = self.decoding.num_batch_shards()
+        filled = [*self.prompts, *[self.prompts[-1]] * (-num_prompts % multiple)]
+        tokens = np.zeros((len(filled), max(batch.prompts)), np.int32)
+        for row, ids in zip(tokens, filled, strict=True):
+            row[: len(ids)] = ids
+        lengths = np.array([len(ids) for ids in filled], np.int32)
+        # Without a tokenizer no id spells anything, and no stop string is ever found.
+        tables = stops.stop_tables(self.config.sampling.stop_strings, [], self.model.vocab_size)
+        place, whole = self.decoding.activation, self.decoding.replicated()
+        self.prompt_arrays = global_array(tokens, place("P T")), global_array(lengths, place("P"))
+        self.stop_arrays = global_array(tables.tables, whole), global_array(tables.accept, whole)
+        packed = [packed for packed, _ in self._packed()]
+        self.padding = statistics.mean(part.metrics["perf/padding"] for part in packed)
+        self.rows = [packing.to_devices(self.training, part.rows) for part in packed]
+
+    def _frozen(self) -> Any:
+        """Return the reference, a copy in compute precision, which is there in a run too."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
+
+        def copy(params: Any) -> Any:
+            return jax.tree.map(jnp.copy, qwen.to_compute_dtype(self.model, params))
+
+        return jax.jit(copy, out_shardings=shardings)(self.state.params)
+
+    def _generate(self, generate: Callable[..., Any]) -> None:
+        self.number += 1
+        numbers = np.arange(len(self.prompt_arrays[1]), dtype=np.int32)
+        keys = self.keys(np.int32(self.number), numbers)
+        weights = self.lay_out(self.state.params)
+        result = generate(weights, *self.prompt_arrays, keys, *self.stop_arrays)
+        jax.tree.map(host_array, result)
+
+    def _packed(self) -> list[tuple[Packed, np.ndarray]]:
+        """Pack each minibatch; return it with the numbers of its completions."""
+        grpo, found = self.config.grpo, []
+        for prompts in np.split(np.arange(grpo.prompts), grpo.minibatches):
+            groups = [
+                Group(self.prompts[i], self.completions[i * grpo.rollouts :][: grpo.rollouts])
+                for i in prompts
+            ]
+            first, size = prompts[0] * grpo.rollouts, len(prompts) * grpo.rollouts
+            packed = packing.pack(groups, self.sizes, self.mesh.size)
+            found.append((packed, np.arange(first, first + size)))
+        return found
+
+    def _targets(self, packed: Packed, chosen: np.ndarray) -> PolicyTargets:
+        is_kept = np.ones(len(chosen), bool)
+        mask = np.ones((len(chosen), self.batch.new_tokens), bool)
+        logps = packed.take(self.logps[chosen])
+        return PolicyTargets(
+            old_logp=logps,
+            ref_logp=logps if self.config.grpo.kl_weight else None,
+            advantages=packed.take(self.advantages[chosen]),
+            mask=packed.take(is_kept),
+            weights=packed.take(token_weights(mask, self.config.grpo.aggregation)),
+        )
+
+
+# --- Measuring ---
+
+
+@dataclass
+class Times:
+    """How long the calls of one phase took, and the memory in use at most until then."""
+
+    first: float  # compiles
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+
+def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times]]:
+    """Run every phase once and then `repeats` times, those of the workloads alternately."""
+    found: list[dict[str, Times]] = [{} for _ in workloads]
+    phases = ("rollout", PREFILL, "logprobs", "update")
+    total = len(phases) * len(workloads) * (1 + repeats)
+    with tqdm(total=total, file=sys.stderr, disable=not is_main_process()) as bar:
+
+        def timed(workload: Workload, phase: str) -> float:
+            bar.set_description(phase)
+            began = time.perf_counter()
+            getattr(workload, phase)()
+            seconds = time.perf_counter() - began
+            bar.update()
+            return seconds
+
+        for phase in phases:
+            for workload, times in zip(workloads, found, strict=True):
+                times[phase] = Times(timed(workload, phase))
+            for repeat in range(repeats):
+                pairs = list(zip(workloads, found, strict=True))
+                for workload, times in pairs if repeat % 2 == 0 else reversed(pairs):
+                    times[phase].seconds.append(timed(workload, phase))
+            for workload, times in zip(workloads, found, strict=True):
+                times[phase].peak_bytes = peak_bytes(workload.mesh)
+    return found
+
+
+def peak_bytes(mesh: Mesh) -> int:
+    """Return the most memory in use so far: of a device, or of the process where they don't say."""
+    stats = [device.memory_stats() for device in mesh.local_devices]
+    peaks = [found["peak_bytes_in_use"] for found in stats if found]
+    if peaks:
+        return max(peaks)
+    import resource  # which Windows does not have
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def figures(
+    times: dict[str, Times],
+    costs: dict[str, list[Cost]],
+    counts: dict[str, dict[str, float]],
+    limits: dict[str, Any],
+) -> dict[str, dict[str, float]]:
+    """Return the figures of each phase; `mfu`, `padding` and other shares are of 1.
+
+    `spread` is the longest less the shortest time, over the median, which is `seconds`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    rates = limits["matmul_flops_per_second"], limits["read_bytes_per_second"]
+    for phase in PHASES:
+        seconds = statistics.median(times[phase].seconds)
+        flops = sum(cost.flops for cost in costs[phase])
+        least, most = min(times[phase].seconds), max(times[phase].seconds)
+        count = counts[phase]
+        found[phase] = {
+            "seconds": seconds,
+            "min_seconds": least,
+            "spread": (most - least) / seconds,
+            **count,
+            "tokens_per_second": count["tokens"] / seconds,
+            "flops": flops,
+            "mfu": flops / seconds / rates[0],
+            "roofline_share": least_seconds(costs[phase], *rates) / seconds,
+            "peak_bytes": times[phase].peak_bytes,
+            "compile_s": max(times[phase].first - seconds, 0.0),
+        }
+        if "plain_tokens" in count:
+            found[phase]["plain_tokens_per_second"] = count["plain_tokens"] / seconds
+    first_token = statistics.median(times[PREFILL].seconds)
+    found["rollout"]["prefill_share"] = first_token / found["rollout"]["seconds"]
+    return found
+
+
+def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, dict[str, float]]:
+    """Return how many times as long each phase of `of` took as that of `to`, pair by pair."""
+    found = {}
+    for phase in PHASES:
+        pairs = [a / b for a, b in zip(of[phase].seconds, to[phase].seconds, strict=True)]
+        found[phase] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+    return found
+
+
+def machine(mesh: Mesh, dtype: str) -> dict[str, Any]:
+    """Return what the devices are and what they can do together, as measured now."""
+    layout, device = training_layout(mesh), mesh.devices.flat[0]
+    size, flops_rate = matmul_rate(layout, dtype)
+    return {
+        "matmul_flops_per_second": flops_rate,
+        "matmul_size": size,
+        "dtype": dtype,
+        "read_bytes_per_second": read_rate(layout),
+        "note": "rates are measured here, over all devices; they are no data-sheet values",
+        "platform": device.platform,
+        "device_kind": device.device_kind,
+        "num_devices": mesh.size,
+        "num_processes": jax.process_count(),
+        "jax": jax.__version__,
+    }
+
+
+def matmul_rate(layout: Layout, dtype: str) -> tuple[int, float]:
+    """Return the size of the fastest square product in `dtype`, and all devices' FLOPs a second.
+
+    The sizes are fixed: processes that chose by their own clocks would run different programs.
+    """
+    is_cpu = layout.platform == "cpu"
+    sizes, num_products = ((256, 512, 1024), 2) if is_cpu else ((1024, 2048, 4096, 8192), 16)
+    place = layout.activation("B - -")
+
+    @jax.jit
+    def multiply(x: Float[Array, "B N N"], y: Float[Array, "B N N"]) -> Float[Array, "B N N"]:
+        return jax.lax.fori_loop(0, num_products, lambda _, x: x @ y, x)
+
+    rates = []
+    for size in sizes:
+        shape = layout.mesh.size, size, size
+        x = jax.jit(partial(jnp.full, shape, 1 / size, dtype), out_shardings=place)()
+        flops = 2 * num_products * layout.mesh.size * size**3
+        rates.append((flops / _best_seconds(multiply, x, x), size))
+    rate, size = max(rates)
+    return size, rate
+
+
+def read_rate(layout: Layout) -> float:
+    """Return the bytes a second that all devices together read, of arrays too big for caches."""
+    num_devices, is_cpu = layout.mesh.size, layout.platform == "cpu"
+    num_bytes = 2**28 // num_devices if is_cpu else 2**31  # CPU devices share one memory
+    make = partial(jnp.ones, (num_devices, num_bytes // 4), jnp.float32)
+    x = jax.jit(make, out_shardings=layout.activation("B -"))()
+    return x.nbytes / _best_seconds(jax.jit(partial(jnp.sum, axis=1)), x)
+
+
+def _best_seconds(program: Callable[..., Any], *args: Any, repeats: int = 3) -> float:
+    jax.block_until_ready(program(*args))
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*args))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+# --- The command ---
+
+
+def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
+    """Measure one config, or two against each other; return what `--json` prints."""
+    meshes, models = zip(*map(open_model, configs), strict=True)
+    dtypes = dict.fromkeys(model.compute_dtype for model in models)
+    machines = {dtype: machine(meshes[0], dtype) for dtype in dtypes}  # while memory is free
+    workloads = list(map(Workload, configs, meshes, models))
+    times = measure(workloads, repeats)
+    results = []
+    for workload, of_one in zip(workloads, times, strict=True):
+        limits = machines[workload.model.compute_dtype]
+        found = figures(of_one, workload.costs(), workload.counts(), limits)
+        results.append({**found, "machine": limits})
+    if len(results) == 1:
+        return results[0]
+    return {**results[0], "compare": {**results[1], "ratio": ratios(times[1], times[0])}}
+
+
+def describe(result: dict[str, Any], names: Sequence[str]) -> str:
+    """Return the result as text: a table for each config, and one of the ratios."""
+    lines = []
+    parts = [result, result["compare"]] if "compare" in result else [result]
+    for name, part in zip(names, parts, strict=True):
+        rows = [{"phase": phase, **_row(part[phase])} for phase in PHASES]
+        lines += [name, tracking.table(rows, ["phase", *COLUMNS]), _machine_line(part["machine"])]
+    if "compare" in result:
+        rows = [{"phase": p, **result["compare"]["ratio"][p]} for p in PHASES]
+        lines += [
+            "",
+            f"Time of {names[1]} over that of {names[0]}, of runs that followed each other:",
+            tracking.table(rows, ["phase", "median", "min", "max"]),
+        ]
+    return "\n".join(lines)
+
+
+def _row(phase: dict[str, float]) -> dict[str, Any]:
+    """Return a phase's figures in the units of the table."""
+    found: dict[str, Any] = {}
+    for column, (name, unit) in COLUMNS.items():
+        value = phase.get(name)
+        found[column] = value if value is None or name == "tokens" else float(value / unit)
+    return found
+
+
+def _machine_line(limits: dict[str, Any]) -> str:
+    return (
+        f"{limits['num_devices']} x {limits['device_kind']} ({limits['platform']}), "
+        f"{limits['num_processes']} process(es), jax {limits['jax']}; "
+        f"measured, no data-sheet values: {limits['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s "
+        f"({limits['dtype']} products of {limits['matmul_size']}), "
+        f"{limits['read_bytes_per_second'] / 1e9:.3g} GB/s"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.bench",
+        description="Measure rollout, log-probabilities and update of a config on these devices, "
+        "with random weights and tokens: throughput, MFU, and share of the roofline.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    parser.add_argument("--compare", metavar="CONFIG", help="measure this one in turn with it")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each phase (5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change a setting, of both"
+    )
+    args = parser.parse_intermixed_args(argv)
+    if args.repeats < 1:
+        raise UsageError(f"--repeats {args.repeats} measures nothing: at least 1.")
+    names = [args.config, args.compare] if args.compare else [args.config]
+    configs = [load(name, args.overrides) for name in names]
+    for name, config in zip(names, configs, strict=True):
+        if not config.grpo.steps:
+            raise UsageError(
+                f"{name} has grpo.steps=0, and what is measured is GRPO. Set grpo.steps=1."
+            )
+    result = bench(configs, args.repeats)
+    if is_main_process():
+        print(json.dumps(result) if args.json else describe(result, names))
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))
