@@ -58,7 +58,7 @@ from jlrm.packing import Group, Packed
 from jlrm.rl.logprobs import Distribution
 from jlrm.rl.losses import PolicyLoss, PolicyTargets, token_weights
 from jlrm.rollout import Sampler
-from jlrm.run import _check_mesh as check_mesh
+from jlrm.run import check_mesh
 from jlrm.run import is_main_process
 
 PHASES = ("rollout", "logprobs", "update")
@@ -376,7 +376,9 @@ class Workload:
         width, num_new = config.data.max_prompt_tokens, sampling.max_new_tokens
         prompts_per_device = -(-grpo.prompts // (grpo.minibatches * self.mesh.size))
         most_tokens = prompts_per_device * (width + grpo.rollouts * num_new)
-        self.sizes = packing.row_sizes(width, num_new, most_tokens, grpo.pack_tokens)
+        self.sizes = packing.row_sizes(
+            width, num_new, most_tokens, grpo.pack_tokens, self.training.platform
+        )
 
     def _make_arrays(self) -> None:
         """Draw prompts and completions, and put on the devices what does not change."""
@@ -663,6 +665,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m jlrm.bench",
         description="Measure rollout, log-probabilities and update of a config on these devices, "
         "with random weights and tokens: throughput, MFU, and share of the roofline.",
+        epilog="MFU: needed FLOPs over the best rate of a matrix product. Roofline: least possible "
+        "time, by FLOPs and bytes, over the time taken. Both limits are measured in the same run. "
+        "Prefill: the share of a rollout up to its first tokens. plain/s: tokens a second, were "
+        "each rollout's prompt counted.",
     )
     parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
     parser.add_argument("--compare", metavar="CONFIG", help="measure this one in turn with it")

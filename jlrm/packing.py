@@ -26,7 +26,8 @@ from jlrm.mesh import Layout, global_array
 from jlrm.model.attention import BLOCK, Packing, prefix_align
 
 GROWTH = 1.08  # from one row length of the closed set to the next, at least
-AUTO_TOKENS = 6144  # a row as long as this fills a chip; longer ones leave fast memory
+# A row that keeps a chip busy; longer ones leave its fast memory. A CPU's caches are smaller.
+AUTO_TOKENS = {"cpu": 1536}
 
 
 class Group(NamedTuple):
@@ -79,17 +80,21 @@ class Packed:
 
 
 def row_sizes(
-    longest_prompt: int, longest_completion: int, most_tokens: int, pack_tokens: int = 0
+    longest_prompt: int,
+    longest_completion: int,
+    most_tokens: int,
+    pack_tokens: int = 0,
+    platform: str = "tpu",
 ) -> list[int]:
     """Return the closed set of row lengths, ascending.
 
     Args:
       longest_prompt, longest_completion: what the longest row must have room for, in tokens.
       most_tokens: of the longest batch of one device; longer rows would never be full.
-      pack_tokens: wanted length of the longest row; 0 chooses.
+      pack_tokens: wanted length of the longest row; 0 chooses for `platform`.
     """
     aligned = _round_up(longest_prompt, _coarsest(longest_prompt + longest_completion))
-    wanted = pack_tokens or min(most_tokens, AUTO_TOKENS)
+    wanted = pack_tokens or min(most_tokens, AUTO_TOKENS.get(platform, 6144))
     size = _round_up(max(aligned + longest_completion, wanted), BLOCK)
     sizes = [size]
     while size > BLOCK:
@@ -135,54 +140,62 @@ def spread(layout: Layout, num_dimensions: int) -> NamedSharding:
 class _Piece(NamedTuple):
     """A group, or as much of it as one row takes."""
 
-    group: int
     prompt: Sequence[int]
     completions: list[tuple[int, Sequence[int]]]  # (number counted through all groups, ids)
+    num_slots: int  # of its completions
+    num_targets: int
 
-    @property
-    def num_slots(self) -> int:
-        return sum(len(ids) - 1 for _, ids in self.completions)
 
-    @property
-    def num_targets(self) -> int:
-        return sum(len(ids) for _, ids in self.completions)
+class _Room(NamedTuple):
+    """What a row holds so far: slots of prompts and of completions, and targets."""
+
+    prompts: int = 0
+    slots: int = 0
+    targets: int = 0
+
+    def with_(self, prompt: int, slots: int, targets: int) -> _Room:
+        return _Room(self.prompts + prompt, self.slots + slots, self.targets + targets)
+
+    def fits(self, size: int) -> bool:
+        prompts = _round_up(self.prompts, prefix_align(size))
+        return max(prompts + self.slots, self.targets) <= size
 
 
 def _pieces(groups: Sequence[Group], size: int) -> list[_Piece]:
-    """Cut groups so that each piece fits a row, as evenly as its completions allow."""
+    """Cut groups so that each piece fits a row by itself, if it can."""
     pieces: list[_Piece] = []
     number = 0
-    for index, group in enumerate(groups):
-        open_piece = _Piece(index, group.prompt, [])
+    for group in groups:
+        completions: list[tuple[int, Sequence[int]]] = []
+        room = empty = _Room(len(group.prompt))
         for ids in group.completions:
-            entry = number, ids
-            grown = open_piece._replace(completions=[*open_piece.completions, entry])
-            if open_piece.completions and not _fits([grown], size):
-                pieces.append(open_piece)
-                grown = open_piece._replace(completions=[entry])
-            open_piece = grown
+            grown = room.with_(0, len(ids) - 1, len(ids))
+            if completions and not grown.fits(size):
+                pieces.append(_Piece(group.prompt, completions, room.slots, room.targets))
+                completions, grown = [], empty.with_(0, len(ids) - 1, len(ids))
+            completions.append((number, ids))
+            room = grown
             number += 1
-        pieces.append(open_piece)
+        pieces.append(_Piece(group.prompt, completions, room.slots, room.targets))
     return pieces
-
-
-def _fits(pieces: Sequence[_Piece], size: int) -> bool:
-    prompts = _round_up(sum(len(piece.prompt) for piece in pieces), prefix_align(size))
-    targets = sum(piece.num_targets for piece in pieces)
-    return max(prompts + sum(piece.num_slots for piece in pieces), targets) <= size
 
 
 def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
     """Put each piece, longest first, into the first row with room; None: one fits nowhere."""
     bins: list[list[_Piece]] = []
+    rooms: list[_Room] = []
     for piece in sorted(pieces, key=lambda p: -(len(p.prompt) + p.num_slots)):
-        home = next((row for row in bins if _fits([*row, piece], size)), None)
-        if home is not None:
-            home.append(piece)
-        elif _fits([piece], size):
-            bins.append([piece])
+        needs = len(piece.prompt), piece.num_slots, piece.num_targets
+        for i, room in enumerate(rooms):
+            if room.with_(*needs).fits(size):
+                bins[i].append(piece)
+                rooms[i] = room.with_(*needs)
+                break
         else:
-            return None
+            if not _Room(*needs).fits(size):
+                return None
+            bins.append([piece])
+            rooms.append(_Room(*needs))
     return bins
 
 

@@ -96,7 +96,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
             f"for {model.max_position_embeddings}. Lower data.max_prompt_tokens or "
             "sampling.max_new_tokens."
         )
-    _check_mesh(mesh, model)
+    check_mesh(mesh, model)
     if config.grpo.steps and len(train) < config.grpo.prompts:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
@@ -306,7 +306,7 @@ def _both_orders(
     return forward, backward, unfit
 
 
-def _check_mesh(mesh: Mesh, model: QwenConfig) -> None:
+def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
     """Refuse models that the mesh can't divide, naming what would fit."""
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     needs = {

@@ -99,7 +99,7 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
     longest = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
     num_devices = run.mesh.size
     batch_tokens = sum(longest) * -(-config.batch_size // num_devices)
-    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens)
+    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens, run.training.platform)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
     rate = update.learning_rate(config.optimizer, config.steps)
     step_fn = jax.jit(
@@ -231,7 +231,9 @@ def _grpo_programs(run: Run) -> GRPOPrograms:
         ),
         optimizer=optimizer,
         rate=update.learning_rate(config.optimizer, num_updates),
-        sizes=packing.row_sizes(width, limit, batch_tokens, config.pack_tokens),
+        sizes=packing.row_sizes(
+            width, limit, batch_tokens, config.pack_tokens, run.training.platform
+        ),
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from jlrm import packing, rollout, update
 from jlrm.config import MeshConfig, OptimizerConfig
-from jlrm.mesh import create_mesh, global_array, rollout_layout, training_layout
+from jlrm.mesh import compiler_options, create_mesh, global_array, rollout_layout, training_layout
 from jlrm.model import hf, hf_config
 from jlrm.model.decode import decode_params
 from jlrm.packing import Group, Packed
@@ -32,7 +32,7 @@ from jlrm.rollout import Sampler
 
 
 class Peer:
-    def __init__(self, spec: Any, remat: str = "none", pack_tokens: int = 0) -> None:
+    def __init__(self, spec: Any, remat: str = "dots", pack_tokens: int = 0) -> None:
         self.spec = spec
         self.versions = {"jax": jax.__version__}
         self.model = hf_config.read_config(
@@ -46,6 +46,7 @@ class Peer:
             spec.new_tokens,
             spec.prompts * (spec.prompt_len + spec.group * spec.new_tokens),
             pack_tokens,
+            self.training.platform,
         )
         distribution = Distribution(spec.temperature)
         sampler = Sampler(distribution, spec.new_tokens, (), spec.group)
@@ -58,8 +59,13 @@ class Peer:
         self.lay_out = jax.jit(partial(decode_params, self.model, self.layout))
         self.generate = jax.jit(partial(rollout.generate, self.model, self.layout, sampler))
         self.keys = jax.jit(partial(rollout.rollout_keys, spec.seed, num_rollouts=spec.group))
-        self.score = jax.jit(partial(update.score, *fixed))
-        self.step = jax.jit(partial(update.grpo_update, *fixed, loss, optimizer), donate_argnums=0)
+        options = compiler_options(mesh)
+        self.score = jax.jit(partial(update.score, *fixed), compiler_options=options)
+        self.step = jax.jit(
+            partial(update.grpo_update, *fixed, loss, optimizer),
+            donate_argnums=0,
+            compiler_options=options,
+        )
         params = hf.load_params(spec.dir, self.model, self.training)
         self.state = update.init_state(self.model, self.training, optimizer, params)
 

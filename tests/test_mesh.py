@@ -80,12 +80,14 @@ def test_sizes_that_fit_no_mesh_are_refused_by_name(sizes):
         assert f"mesh.{axis}={size}" in str(error.value)
 
 
-def test_training_spreads_parameters_over_fsdp_and_tensor_and_the_batch_over_everything():
+def test_training_cuts_parameters_along_their_first_letters_and_the_batch_over_everything():
     layout = training_layout(mesh_of(2, 2, 2))
-    assert shard_shape(layout.param(("V", "D")), 96, 32) == (48, 16)
-    assert shard_shape(layout.param(("L", "D", "N", "H")), 3, 32, 4, 8) == (3, 16, 2, 8)
-    assert shard_shape(layout.param(("L", "D", "K", "H")), 3, 32, 2, 8) == (3, 16, 1, 8)
-    assert shard_shape(layout.param(("L", "F", "D")), 3, 64, 32) == (3, 32, 16)
+    assert shard_shape(layout.param(("V", "D")), 96, 32) == (24, 32)
+    assert shard_shape(layout.param(("L", "D", "N", "H")), 3, 32, 4, 8) == (3, 8, 4, 8)
+    assert shard_shape(layout.param(("L", "D", "K", "H")), 3, 32, 2, 8) == (3, 8, 2, 8)
+    assert shard_shape(layout.param(("L", "N", "H", "D")), 3, 4, 8, 32) == (3, 2, 4, 32)
+    assert shard_shape(layout.param(("L", "F", "D")), 3, 64, 32) == (3, 16, 32)
+    assert layout.param_axes(("L", "F", "D")) == [(), ("fsdp", "tensor"), ()]
     assert shard_shape(layout.activation("B T D"), 8, 5, 32) == (1, 5, 32)
     assert shard_shape(layout.activation("B T V"), 8, 5, 96) == (1, 5, 96)
     assert layout.num_batch_shards() == 8
@@ -116,7 +118,7 @@ def test_tables_name_letters_of_the_alphabet_and_axes_of_the_mesh(make):
 def test_a_dimension_outside_the_alphabet_lies_whole_on_every_device():
     layout = training_layout(mesh_of(2, 2, 2))
     assert shard_shape(layout.activation("- -"), 96, 32) == (96, 32)
-    assert shard_shape(layout.param((None, "D")), 96, 32) == (96, 16)
+    assert shard_shape(layout.param((None, "D")), 96, 32) == (96, 8)
     assert shard_shape(layout.replicated(), 96, 32) == (96, 32)
 
 

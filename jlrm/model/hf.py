@@ -315,21 +315,32 @@ def _read_part(
 
 def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
     view = files[tensor.name].get_slice(tensor.name)
-    part_shape = tuple(part.stop - part.start for part in bounds)
     if tensor.num_inputs:
-        inputs = _fold(bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs])
-        outputs = _fold(bounds[tensor.num_inputs :], tensor.shape[tensor.num_inputs :])
-        return view[outputs, inputs].T.reshape(part_shape)
+        inputs, shape_in, cut_in = _fold(
+            bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs]
+        )
+        outputs, shape_out, cut_out = _fold(
+            bounds[tensor.num_inputs :], tensor.shape[tensor.num_inputs :]
+        )
+        return view[outputs, inputs].T.reshape(shape_in + shape_out)[cut_in + cut_out]
     if len(tensor.hf_shape) == 1:
-        return view[_fold(bounds, tensor.shape)].reshape(part_shape)
+        folded, shape, cut = _fold(bounds, tensor.shape)
+        return view[folded].reshape(shape)[cut]
     return view[tuple(bounds)]
 
 
-def _fold(bounds: list[slice], shape: tuple[int, ...]) -> slice:
-    """Return the slice of the folded dimension; all unfolded ones but the first must be whole."""
+def _fold(
+    bounds: list[slice], shape: tuple[int, ...]
+) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Return what to read of a folded dimension, its unfolded shape, and what to keep of that.
+
+    Only a cut of the first unfolded dimension is one range in the file; others are made after.
+    """
     inner = math.prod(shape[1:])
-    assert all(part == slice(0, size, 1) for part, size in zip(bounds[1:], shape[1:], strict=True))
-    return slice(bounds[0].start * inner, bounds[0].stop * inner)
+    first = bounds[0]
+    num_read = first.stop - first.start
+    folded = slice(first.start * inner, first.stop * inner)
+    return folded, (num_read, *shape[1:]), (slice(num_read), *bounds[1:])
 
 
 def _write_safetensors(
