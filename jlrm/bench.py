@@ -8,8 +8,8 @@ half of `data.max_prompt_tokens` up to all of it, one of them all; every complet
     logprobs   score the batch once, as for old or reference log-probabilities
     update     pack the batch, send it, take all optimiser steps
 
-Model FLOPs are those that any implementation needs, by formula (`forward_flops`); `mfu` is them a
-second over the best rate of a matrix product. `roofline_share` is the least possible time over the
+Model FLOPs are those that any implementation needs (costs.py); `mfu` is them a second over the best
+rate of a matrix product. `roofline_share` is the least possible time over the
 measured one, where each piece of work takes the longer of FLOPs / rate and bytes / bandwidth, as if
 both were spread evenly over all devices. Both limits are measured in the same process: no data
 sheet enters. Small models live in caches, for which the bandwidth of memory is no limit.
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +39,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jlrm import checkpoint, commands, packing, rollout, stops, tracking, update
+from jlrm import checkpoint, commands, costs, packing, rollout, stops, tracking, update
 from jlrm.config import Config, UsageError, load
+from jlrm.costs import Batch, Cost
 from jlrm.mesh import (
     Layout,
     compiler_options,
@@ -58,8 +59,7 @@ from jlrm.packing import Group, Packed
 from jlrm.rl.logprobs import Distribution
 from jlrm.rl.losses import PolicyLoss, PolicyTargets, token_weights
 from jlrm.rollout import Sampler
-from jlrm.run import check_mesh
-from jlrm.run import is_main_process
+from jlrm.run import check_mesh, is_main_process
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -78,152 +78,6 @@ COLUMNS = {  # of the table: key of a phase's figures, unit of the column
     "peak GiB": ("peak_bytes", 2**30),
     "compile s": ("compile_s", 1),
 }
-
-
-# --- What the work costs, by arithmetic ---
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The sizes of a GRPO batch, in tokens."""
-
-    prompts: tuple[int, ...]  # the length of each
-    rollouts: int  # of each prompt
-    new_tokens: int  # of each rollout
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Tokens of all completions."""
-        return len(self.prompts) * self.rollouts * self.new_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of all completions, and of each prompt once."""
-        return sum(self.prompts) + self.num_completion_tokens
-
-    @property
-    def num_plain_tokens(self) -> int:
-        """Tokens of a layout in which each rollout has a prompt of its own."""
-        return sum(self.prompts) * self.rollouts + self.num_completion_tokens
-
-    def split(self, num_parts: int) -> list[Batch]:
-        """Return equal parts of whole groups."""
-        size = len(self.prompts) // num_parts
-        return [
-            dataclasses.replace(self, prompts=self.prompts[i * size : (i + 1) * size])
-            for i in range(num_parts)
-        ]
-
-
-class Cost(NamedTuple):
-    """What a piece of work computes and moves; pieces follow one another."""
-
-    flops: float
-    bytes: float
-
-
-def layer_weights(config: QwenConfig) -> int:
-    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up and down."""
-    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
-
-
-def head_weights(config: QwenConfig) -> int:
-    """Return how many weights the output embedding holds."""
-    return config.vocab_size * config.hidden_size
-
-
-def forward_flops(config: QwenConfig, num_tokens: int, num_pairs: int, num_logits: int) -> int:
-    """Return the FLOPs of matrix products in a forward pass.
-
-    A product costs 2 FLOPs a weight and token. A token and one that it sees, itself included, cost
-    4 N H a layer: a score, and a weighted value. The head costs 2 V D for each position that
-    predicts. Norms, rotary angles, activations and softmax are not counted, nor is looking up an
-    embedding; a backward pass costs twice as much, and recomputing for it (`remat`) counts nothing.
-    """
-    pair = 4 * config.num_attention_heads * config.head_dim
-    of_layer = 2 * layer_weights(config) * num_tokens + pair * num_pairs
-    return config.num_hidden_layers * of_layer + 2 * head_weights(config) * num_logits
-
-
-def causal_pairs(num_tokens: int, num_before: int = 0) -> int:
-    """Return how many pairs tokens make with those they see: `num_before`, and earlier of them."""
-    return num_tokens * num_before + num_tokens * (num_tokens + 1) // 2
-
-
-def batch_flops(config: QwenConfig, batch: Batch) -> int:
-    """Return the FLOPs of one forward pass, each prompt run once.
-
-    The last token of a completion predicts nothing and is not run.
-    """
-    num_run = batch.new_tokens - 1
-    return forward_flops(
-        config,
-        sum(length + batch.rollouts * num_run for length in batch.prompts),
-        sum(
-            causal_pairs(length) + batch.rollouts * causal_pairs(num_run, length)
-            for length in batch.prompts
-        ),
-        batch.num_completion_tokens,
-    )
-
-
-def rollout_costs(config: QwenConfig, batch: Batch, num_slots: int = 0) -> list[Cost]:
-    """Return the costs of a rollout: of prefill, and of each step of decoding.
-
-    All read the weights once; a step reads besides them the keys and values of every prompt once,
-    and those of each rollout's own tokens. With `num_slots` rollouts of a prompt at once (0: all)
-    there are several waves of steps.
-    """
-    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
-    weights = size * (config.num_hidden_layers * layer_weights(config) + head_weights(config))
-    of_token = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    num_prompts, num_prompt_tokens = len(batch.prompts), sum(batch.prompts)
-    pairs = sum(map(causal_pairs, batch.prompts))
-    firsts = num_prompts * batch.rollouts  # the logits of each rollout's first token
-    costs = [Cost(forward_flops(config, num_prompt_tokens, pairs, firsts), weights)]
-    slots = num_slots or batch.rollouts
-    for begun in range(0, batch.rollouts, slots):
-        wave = min(slots, batch.rollouts - begun)
-        num_rows = num_prompts * wave
-        for own in range(1, batch.new_tokens):
-            pairs = wave * num_prompt_tokens + num_rows * own
-            flops = forward_flops(config, num_rows, pairs, num_rows)
-            costs.append(Cost(flops, weights + of_token * (num_prompt_tokens + num_rows * own)))
-    return costs
-
-
-def score_costs(config: QwenConfig, batch: Batch) -> list[Cost]:
-    """Return the cost of scoring: a forward pass, which reads the weights once."""
-    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
-    return [Cost(batch_flops(config, batch), size * _num_weights(config))]
-
-
-def update_costs(config: QwenConfig, batch: Batch, moment_bytes: int) -> list[Cost]:
-    """Return the costs of one optimiser step: of its gradient, and then of its application.
-
-    The gradient reads weights in both passes and is written once. The optimiser reads it, and reads
-    and writes the weights and both moments, which take `moment_bytes` a weight together.
-    """
-    num_weights = _num_weights(config)
-    size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
-    at_rest = np.dtype(jnp.dtype(config.param_dtype)).itemsize + moment_bytes
-    return [
-        Cost(3 * batch_flops(config, batch), 3 * size * num_weights),
-        Cost(0, (size + 2 * at_rest) * num_weights),
-    ]
-
-
-def least_seconds(costs: Sequence[Cost], flops_rate: float, bytes_rate: float) -> float:
-    """Return the time that the pieces take on a machine that reaches its limits."""
-    return sum(max(cost.flops / flops_rate, cost.bytes / bytes_rate) for cost in costs)
-
-
-def _num_weights(config: QwenConfig) -> int:
-    """Return how many weights the matrices hold; norms and biases are a thousandth of them."""
-    num_tables = 1 if config.tie_word_embeddings else 2
-    of_layers = config.num_hidden_layers * layer_weights(config)
-    return of_layers + num_tables * head_weights(config)
 
 
 # --- The programs of a run, and a batch for them ---
@@ -319,10 +173,10 @@ class Workload:
         dtypes = grpo.optimizer.mu_dtype, grpo.optimizer.nu_dtype
         moment_bytes = sum(np.dtype(jnp.dtype(dtype)).itemsize for dtype in dtypes)
         parts = self.batch.split(grpo.minibatches)
-        steps = [cost for part in parts for cost in update_costs(model, part, moment_bytes)]
+        steps = [cost for part in parts for cost in costs.update_costs(model, part, moment_bytes)]
         return {
-            "rollout": rollout_costs(model, self.batch, self.config.sampling.slots),
-            "logprobs": [cost for part in parts for cost in score_costs(model, part)],
+            "rollout": costs.rollout_costs(model, self.batch, self.config.sampling.slots),
+            "logprobs": [cost for part in parts for cost in costs.score_costs(model, part)],
             "update": steps * grpo.epochs,
         }
 
@@ -365,7 +219,8 @@ class Workload:
             partial(rollout.rollout_keys, config.run.seed, num_rollouts=grpo.rollouts),
             out_shardings=self.decoding.activation("P R"),
         )
-        self.lay_out = jax.jit(partial(decode_params, model, self.decoding))
+        is_quantised = self.config.sampling.weights == "int8"
+        self.lay_out = jax.jit(partial(decode_params, model, self.decoding, quantise=is_quantised))
         fixed, options = (model, self.training, distribution), compiler_options(self.mesh)
         self.score = jax.jit(partial(update.score, *fixed), compiler_options=options)
         self.step = jax.jit(
@@ -500,7 +355,7 @@ def peak_bytes(mesh: Mesh) -> int:
 
 def figures(
     times: dict[str, Times],
-    costs: dict[str, list[Cost]],
+    phase_costs: dict[str, list[Cost]],
     counts: dict[str, dict[str, float]],
     limits: dict[str, Any],
 ) -> dict[str, dict[str, float]]:
@@ -512,7 +367,7 @@ def figures(
     rates = limits["matmul_flops_per_second"], limits["read_bytes_per_second"]
     for phase in PHASES:
         seconds = statistics.median(times[phase].seconds)
-        flops = sum(cost.flops for cost in costs[phase])
+        flops = sum(cost.flops for cost in phase_costs[phase])
         least, most = min(times[phase].seconds), max(times[phase].seconds)
         count = counts[phase]
         found[phase] = {
@@ -523,7 +378,7 @@ def figures(
             "tokens_per_second": count["tokens"] / seconds,
             "flops": flops,
             "mfu": flops / seconds / rates[0],
-            "roofline_share": least_seconds(costs[phase], *rates) / seconds,
+            "roofline_share": costs.least_seconds(phase_costs[phase], *rates) / seconds,
             "peak_bytes": times[phase].peak_bytes,
             "compile_s": max(times[phase].first - seconds, 0.0),
         }

@@ -89,6 +89,9 @@ class SamplingConfig:
     temperature: NonNegative = 1.0  # 0: greedy
     top_k: Count = 0  # 0: off
     top_p: float = 1.0
+    # Weights that rollouts are drawn with; "int8" halves what a step reads, and the loss needs
+    # grpo.importance_cap, since the sampler is then another policy. Evaluation is never quantised.
+    weights: Literal["full", "int8"] = "full"
     # Rollouts of a prompt that run at once, the next begins where one ends; 0: all of them.
     slots: Count = 0
     # Text: which occurrence of it ends a completion.
@@ -357,6 +360,12 @@ def _check(config: Config) -> None:
         )
     if config.model.preset and not config.model.tokenizer:
         raise UsageError("model.preset has no tokenizer of its own: set model.tokenizer.")
+    for name, optimizer in (("sft", sft.optimizer), ("grpo", grpo.optimizer)):
+        if optimizer.nu_dtype == "bfloat16" and optimizer.b2 > 1 - 2**-8:
+            raise UsageError(
+                f"{name}.optimizer.nu_dtype=bfloat16 has 8 bits, and with b2={optimizer.b2} a step "
+                "moves the moment by less than they resolve. Lower b2 to 0.99, or keep float32."
+            )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
     if grpo.steps and sampling.temperature == 0.0:
@@ -370,6 +379,11 @@ def _check(config: Config) -> None:
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
         raise UsageError(
             f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
+        )
+    if grpo.steps and sampling.weights == "int8" and not grpo.importance_cap:
+        raise UsageError(
+            "sampling.weights=int8 samples from another policy, which the loss must correct for: "
+            "set grpo.importance_cap, e.g. 2.0."
         )
     if grpo.ahead == "stale" and not grpo.importance_cap:
         raise UsageError(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jlrm.mesh import Layout
-from jlrm.model import decode, qwen
+from jlrm.model import decode
 from jlrm.model.decode import KeysValues
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.logprobs import REMOVED, Distribution, log_distribution
@@ -124,7 +124,7 @@ def generate(
         logits = jnp.einsum(
             "BD,VD->BV",
             layout.shard(hidden, "M D"),
-            qwen.head(config, params),
+            decode.head(config, params),
             preferred_element_type=jnp.float32,
         )
         uniform = layout.shard(_uniform(state.slots, uniforms), "M")

@@ -216,12 +216,13 @@ def _grpo_programs(run: Run) -> GRPOPrograms:
     )
     fixed = (run.model, run.training, run.distribution)
     options = compiler_options(run.mesh)
+    is_quantised = run.config.sampling.weights == "int8"
     width = max(len(example.prompt_ids) for example in run.train)
     limit = run.config.sampling.max_new_tokens
     prompts_per_device = -(-config.prompts // (config.minibatches * run.mesh.size))
     batch_tokens = prompts_per_device * (width + config.rollouts * limit)
     return GRPOPrograms(
-        decode=jax.jit(partial(decode_params, run.model, run.rollout)),
+        decode=jax.jit(partial(decode_params, run.model, run.rollout, quantise=is_quantised)),
         sample=make_sampler(run, run.distribution, width, config.rollouts),
         score=jax.jit(partial(update.score, *fixed), compiler_options=options),
         update=jax.jit(

@@ -112,3 +112,13 @@ def plain_states(config, layout, params, tokens, positions, key_mask):
     tokens, positions, key_mask = (jnp.pad(x, more) for x in (tokens, positions, key_mask))
     packing = plain_packing(key_mask)
     return hidden_states(config, layout, params, tokens, positions, packing)[:, :width]
+
+
+def dense_attention(q, k, v, mask):
+    """Attend over all keys at once: what the skipping of blocks is compared with."""
+    num_groups = q.shape[2] // k.shape[1]
+    grouped = q.reshape(*q.shape[:2], k.shape[1], num_groups, q.shape[3])
+    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * q.shape[3] ** -0.5, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape)

@@ -21,6 +21,7 @@ RANKS = {
     "rl": 2,
     "rollout": 3,
     "packing": 3,
+    "costs": 3,
     "update": 3,
     "checkpoint": 3,
     "tracking": 3,

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, required
+from conftest import dense_attention, mesh_of, required
 from jax.sharding import AxisType, Mesh
 
 from jlrm.mesh import AXES, training_layout
 from jlrm.model.attention import (
     MASKED,
     Packing,
-    attend,
     attend_packed,
     prefix_align,
     visible_blocks,
@@ -71,7 +70,7 @@ def visible(packing: Packing) -> np.ndarray:
 
 
 def dense(q, k, v, packing: Packing):
-    out = attend(q, k, v, jnp.asarray(visible(packing)))
+    out = dense_attention(q, k, v, jnp.asarray(visible(packing)))
     return jnp.where((packing.group > 0)[..., None, None], out, 0)
 
 

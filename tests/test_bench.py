@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config
 
-from jlrm import bench, commands, config, packing
-from jlrm.bench import Batch, Cost, Times
+from jlrm import bench, commands, config, costs, packing
+from jlrm.bench import Times
 from jlrm.config import UsageError
+from jlrm.costs import Batch, Cost
 from jlrm.mesh import rollout_layout
 from jlrm.model import decode, hf_config, qwen
 from jlrm.model.presets import preset
@@ -56,11 +57,11 @@ def write_model(directory, model):
 
 
 def test_forward_flops_by_hand():
-    assert bench.layer_weights(MODEL) == LAYER == 144
-    assert bench.forward_flops(MODEL, 1, 0, 0) == 3 * 2 * LAYER
-    assert bench.forward_flops(MODEL, 0, 1, 0) == 3 * 2 * (2 * 2 + 2 * 2)  # 2 heads: q·k, w·v
-    assert bench.forward_flops(MODEL, 0, 0, 1) == 2 * HEAD
-    assert bench.forward_flops(MODEL, 5, 15, 2) == 3 * (1440 + 240) + 160
+    assert costs.layer_weights(MODEL) == LAYER == 144
+    assert costs.forward_flops(MODEL, 1, 0, 0) == 3 * 2 * LAYER
+    assert costs.forward_flops(MODEL, 0, 1, 0) == 3 * 2 * (2 * 2 + 2 * 2)  # 2 heads: q·k, w·v
+    assert costs.forward_flops(MODEL, 0, 0, 1) == 2 * HEAD
+    assert costs.forward_flops(MODEL, 5, 15, 2) == 3 * (1440 + 240) + 160
 
 
 def test_tokens_and_pairs_are_those_that_packed_rows_run_and_see():
@@ -74,7 +75,7 @@ def test_tokens_and_pairs_are_those_that_packed_rows_run_and_see():
     sees = (group[:, None] == group) & (group > 0)[:, None] & (slots <= slots[:, None])
     sees &= (slots < prefix) | (slots >= start[:, None])
     counts = int((group > 0).sum()), int(sees.sum()), int(packed.is_target.sum())
-    assert bench.batch_flops(MODEL, BATCH) == bench.forward_flops(MODEL, *counts)
+    assert costs.batch_flops(MODEL, BATCH) == costs.forward_flops(MODEL, *counts)
 
 
 def test_tokens_of_both_layouts():
@@ -83,40 +84,40 @@ def test_tokens_of_both_layouts():
     assert BATCH.num_plain_tokens == 4 * 8 + 48
     parts = BATCH.split(2)
     assert [part.prompts for part in parts] == [(3,), (5,)]
-    assert sum(bench.batch_flops(MODEL, part) for part in parts) == bench.batch_flops(MODEL, BATCH)
+    assert sum(costs.batch_flops(MODEL, part) for part in parts) == costs.batch_flops(MODEL, BATCH)
 
 
 @pytest.mark.parametrize("num_slots", [0, 4, 3, 1])
 def test_a_rollout_computes_what_a_forward_pass_does_however_many_run_at_once(num_slots):
-    costs = bench.rollout_costs(MODEL, BATCH, num_slots)
-    assert sum(cost.flops for cost in costs) == bench.batch_flops(MODEL, BATCH)
+    found = costs.rollout_costs(MODEL, BATCH, num_slots)
+    assert sum(cost.flops for cost in found) == costs.batch_flops(MODEL, BATCH)
     waves = math.ceil(4 / (num_slots or 4))
-    assert len(costs) == 1 + waves * (BATCH.new_tokens - 1)
+    assert len(found) == 1 + waves * (BATCH.new_tokens - 1)
 
 
 def test_bytes_of_a_rollout_by_hand():
     """Of prefill the weights; of step i besides them the prompts once, and i tokens a rollout."""
     weights = 4 * (3 * LAYER + HEAD)
     token = 4 * 3 * 2 * 1 * 2  # float32, layers, keys and values, heads, width
-    found = [cost.bytes for cost in bench.rollout_costs(MODEL, BATCH)]
+    found = [cost.bytes for cost in costs.rollout_costs(MODEL, BATCH)]
     assert found == [weights, *(weights + token * (8 + 8 * i) for i in range(1, 6))]
     halved = dataclasses.replace(MODEL, compute_dtype="bfloat16")
-    assert [cost.bytes for cost in bench.rollout_costs(halved, BATCH)] == [x / 2 for x in found]
+    assert [cost.bytes for cost in costs.rollout_costs(halved, BATCH)] == [x / 2 for x in found]
 
 
 def test_bytes_of_an_update_by_hand():
     weights = 3 * LAYER + HEAD
-    gradient, optimizer = bench.update_costs(MODEL, BATCH, moment_bytes=8)
-    assert gradient == Cost(3 * bench.batch_flops(MODEL, BATCH), 3 * 4 * weights)
+    gradient, optimizer = costs.update_costs(MODEL, BATCH, moment_bytes=8)
+    assert gradient == Cost(3 * costs.batch_flops(MODEL, BATCH), 3 * 4 * weights)
     assert optimizer == Cost(0, (4 + 2 * (4 + 8)) * weights)
     untied = dataclasses.replace(MODEL, tie_word_embeddings=False)
-    assert bench.score_costs(untied, BATCH)[0].bytes == 4 * (weights + HEAD)
+    assert costs.score_costs(untied, BATCH)[0].bytes == 4 * (weights + HEAD)
 
 
 def test_each_piece_takes_the_longer_of_its_two_times():
-    costs = [Cost(flops=100, bytes=10), Cost(flops=10, bytes=100)]
-    assert bench.least_seconds(costs, flops_rate=10, bytes_rate=100) == 10 + 1
-    assert bench.least_seconds(costs, flops_rate=100, bytes_rate=10) == 1 + 10
+    pieces = [Cost(flops=100, bytes=10), Cost(flops=10, bytes=100)]
+    assert costs.least_seconds(pieces, flops_rate=10, bytes_rate=100) == 10 + 1
+    assert costs.least_seconds(pieces, flops_rate=100, bytes_rate=10) == 1 + 10
 
 
 def product_flops(jaxpr) -> int:
@@ -147,7 +148,7 @@ def test_flops_are_those_of_the_products_in_the_program(architecture):
         return jnp.sum(decode.prefill(model, layout, params, tokens)[0])
 
     tokens = jnp.zeros((2, 24), jnp.int32)
-    wanted = bench.forward_flops(model, 2 * 24, 2 * 24 * 24, 0)
+    wanted = costs.forward_flops(model, 2 * 24, 2 * 24 * 24, 0)
     assert product_flops(jax.make_jaxpr(loss)(params, tokens).jaxpr) == wanted
     assert product_flops(jax.make_jaxpr(jax.grad(loss))(params, tokens).jaxpr) == 3 * wanted
 
@@ -155,10 +156,10 @@ def test_flops_are_those_of_the_products_in_the_program(architecture):
 def test_figures_are_of_the_median():
     times = {phase: Times(9.0, [2.0, 1.0, 4.0], 7) for phase in (*bench.PHASES, bench.PREFILL)}
     times[bench.PREFILL].seconds = [0.5]
-    costs = {phase: [Cost(100, 10), Cost(0, 50)] for phase in bench.PHASES}
+    phase_costs = {phase: [Cost(100, 10), Cost(0, 50)] for phase in bench.PHASES}
     counts = {phase: {"tokens": 6} for phase in bench.PHASES}
     limits = {"matmul_flops_per_second": 200.0, "read_bytes_per_second": 50.0}
-    assert bench.figures(times, costs, counts, limits)["rollout"] == {
+    assert bench.figures(times, phase_costs, counts, limits)["rollout"] == {
         "seconds": 2.0,
         "min_seconds": 1.0,
         "spread": 1.5,

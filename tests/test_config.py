@@ -81,6 +81,8 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["sampling.temperature=0"], "sampling.temperature=0"),
         (["sampling.top_p=0"], "outside (0, 1]"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
+        (["grpo.optimizer.nu_dtype=bfloat16"], "Lower b2 to 0.99, or keep float32."),
+        (["sampling.weights=int8"], "set grpo.importance_cap, e.g. 2.0."),
         (["grpo.ahead=stale"], "set grpo.importance_cap, e.g. 2.0."),
         (
             ["grpo.ahead=stale", "grpo.importance_cap=2", "grpo.zero_variance=resample"],

@@ -22,6 +22,7 @@ from conftest import (
     GOLDEN,
     IS_OLD_JAX,
     ROUNDING,
+    dense_attention,
     mesh_of,
     plain_states,
     tiny_config,
@@ -32,7 +33,6 @@ from jaxtyping import Array
 from jlrm.config import UsageError
 from jlrm.mesh import ALPHABET, Layout, rollout_layout, training_layout
 from jlrm.model import decode, hf, hf_config, qwen
-from jlrm.model.attention import attend
 from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.model.rope import angles
@@ -359,7 +359,7 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
     positions = positions_of(mask)
 
     def attend_all(layout: Layout, q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, None]:
-        return attend(q, k, v, mask), None
+        return dense_attention(q, k, v, mask), None
 
     @jax.jit
     def unrolled(params: Params) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Sequence
@@ -197,6 +198,34 @@ def test_ids_beyond_the_tokenizer_are_never_drawn():
     prompts, lengths = random_prompts()
     assert draw(prompts, lengths, distribution=FOUR_IDS).tokens.max() == 3
     assert draw(prompts, lengths).tokens.max() > 3
+
+
+# --- 8-bit weights -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen2_untied", "qwen3"])
+def test_8_bit_weights_draw_from_the_policy_they_stand_for(architecture):
+    """The rounded one: drawing from what the integers stand for gives the same."""
+    config = tiny_config(architecture)
+    layout = rollout_layout(mesh_of(1, 1, 1))
+    full = decode.decode_params(config, layout, random_params(config))
+    narrow = decode.decode_params(config, layout, random_params(config), quantise=True)
+    rounded = decode.dequantise(config, narrow)
+    program = jax.jit(functools.partial(generate, config, layout, Sampler(PLAIN, NUM_NEW, ())))
+    arguments = *random_prompts(), grid_keys(), NO_STOPS.tables, NO_STOPS.accept
+    found = jax.tree.map(np.asarray, program(narrow, *arguments))
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    program = jax.jit(functools.partial(generate, untied, layout, Sampler(PLAIN, NUM_NEW, ())))
+    wanted = jax.tree.map(np.asarray, program(rounded, *arguments))
+    np.testing.assert_array_equal(found.tokens, wanted.tokens)
+    np.testing.assert_allclose(found.logps, wanted.logps, rtol=1e-5, atol=1e-5)
+    for layer, before in zip(narrow["layers"], full["layers"], strict=True):
+        for name in ("q", "o"):
+            stored, original = layer["attn"][name], np.asarray(before["attn"][name])
+            assert stored.values.dtype == np.int8 and stored.values.shape == original.shape
+            error = np.abs(np.asarray(decode.dequantise(config, stored)) - original)
+            assert error.max() > 0 and np.all(error <= np.asarray(stored.scale) * 0.501)
+    assert layer["attn"]["o"].scale.shape == (1, 1, config.hidden_size)
 
 
 # --- where a completion ends ---------------------------------------------------------------------

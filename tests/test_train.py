@@ -217,7 +217,7 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
         "sampling.max_new_tokens=4000": "positions for",
         "mesh.tensor=3": "does not fit",
         "mesh.fsdp=1 mesh.data=1": "does not fit 8 devices",
-        "mesh.tensor=8": "does not divide the model's num_key_value_heads=4",
+        "mesh.tensor=8": "does not divide the model's num_attention_heads=4",
         "grpo.prompts=3": "do not divide over 8 devices",
         "sft.steps=1 sft.max_target_tokens=3": "nothing to imitate",
     }
@@ -245,7 +245,7 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row():
     row = Comparison("row-7", "q", "a", "b", score_1="8", score_2=4.0)  # as no reader gives it
     lengths, is_finished = np.array([3]), np.array([True])
     text = "</think><answer>8</answer><answer>4</answer>"
-    sampled = Sampled(None, None, [text], [[1]], lengths, is_finished)
+    sampled = Sampled([text], [[1]], np.zeros((1, 1)), lengths, is_finished)
     template = prompts.PAIR_TEMPLATES["judgelrm_train"]
     prompt = prompts.fill(template, question="q", answer_1="a", answer_2="b")
     with pytest.raises(RunError, match="The reward of row row-7 failed"):
@@ -253,6 +253,32 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row():
     unusable = dataclasses.replace(row, score_1=-1.0)
     with pytest.raises(UsageError, match="Row row-7: gold="):
         judge(RewardConfig(), [], [Example(unusable, prompt, [1])], sampled, 8)
+
+
+def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_update(
+    tmp_path, data, warm
+):
+    ways = {
+        "none": ["grpo.ahead=none"],
+        "next": ["grpo.ahead=next"],
+        "capped": ["grpo.ahead=next", "grpo.importance_cap=2"],
+        "stale": ["grpo.ahead=stale", "grpo.importance_cap=2"],
+        "int8": ["sampling.weights=int8", "grpo.importance_cap=2"],
+    }
+    rows = {}
+    for name, overrides in ways.items():
+        run(tmp_path / name, data, *warm, *overrides)
+        rows[name] = comparable(steps(tmp_path / name))
+    assert rows["next"] == rows["none"]
+    gaps = {name: [row["rollout/logprob_gap"] for row in rows[name]] for name in ways}
+    assert max(gaps["next"] + gaps["capped"]) < 1e-5
+    # On-policy the weights are 1 up to rounding.
+    for one, other in zip(rows["capped"], rows["next"], strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-4)
+    # One step off-policy begins on-policy, and then samples from weights a step old.
+    assert gaps["stale"][0] < 1e-5 < 1e-3 < min(gaps["stale"][1:])
+    assert rows["stale"][0]["reward"] == rows["next"][0]["reward"]
+    assert min(gaps["int8"]) > 1e-4 and max(gaps["int8"]) < 0.2
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])

@@ -492,6 +492,23 @@ def test_the_optimizer_is_that_of_torch(torch, clip_norm):
             )
 
 
+def test_moments_in_half_precision_are_near_those_in_full():
+    gradients = np.random.default_rng(0).normal(size=(20, 3, 4)).astype(np.float32)
+    steps, moments = {}, {}
+    for dtype in ("float32", "bfloat16"):
+        config = OptimizerConfig(learning_rate=0.1, b2=0.99, mu_dtype=dtype, nu_dtype=dtype)
+        optimizer = update.make_optimizer(config, 20)
+        params = jnp.ones((3, 4))
+        opt_state = optimizer.init(params)
+        for gradient in gradients:
+            updates, opt_state = optimizer.update(jnp.asarray(gradient), opt_state, params)
+        steps[dtype] = np.asarray(updates)
+        moments[dtype] = [optax.tree_utils.tree_get(opt_state, name) for name in ("mu", "nu")]
+        assert all(moment.dtype == dtype for moment in moments[dtype])
+    np.testing.assert_allclose(steps["bfloat16"], steps["float32"], rtol=0.05, atol=2e-3)
+    assert np.any(steps["bfloat16"] != steps["float32"])
+
+
 @pytest.mark.parametrize("mesh_shape", MESHES)
 def test_moments_lie_as_their_parameters_do(mesh_shape):
     state = initial_state("adamw", mesh_shape)

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention: dense with a given mask, and over packed rows.
+"""Grouped-query attention over packed rows.
 
 Queries of one key/value head are folded together, so keys and values are never repeated. Scores and
 softmax are float32: bfloat16 keeps 8 bits of mantissa, too few for sums over a thousand positions.
@@ -38,24 +38,6 @@ class Packing(NamedTuple):
     group: Int[Array, "B T"]  # 0: padding
     start: Int[Array, "B T"]  # first slot of the token's own segment: its completion or its prompt
     prefix: Int[Array, " B"]  # slots below this one hold prompts; a multiple of `prefix_align(T)`
-
-
-def attend(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"],
-    v: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
-) -> Float[Array, "B T N H"]:
-    """Return the attention output of every query over the keys its mask row admits.
-
-    The scale is 1/sqrt(H); query head n uses key/value head n // (N/K).
-    """
-    num_groups = q.shape[2] // k.shape[1]
-    grouped = q.reshape(*q.shape[:2], k.shape[1], num_groups, q.shape[3])
-    scores = jnp.einsum("BTKGH,BKSH->BKGTS", grouped, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * q.shape[3] ** -0.5, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BKSH->BTKGH", weights, v).reshape(q.shape)
 
 
 def attend_packed(

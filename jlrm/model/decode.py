@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -22,6 +23,8 @@ from jlrm.mesh import Layout
 from jlrm.model import qwen
 from jlrm.model.qwen import Block, Params, QwenConfig
 
+# Dimensions of each matrix that are inputs.
+INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "down"), (0,)), "o": (0, 1)}
 QUERIES = 256  # prompt positions whose scores are held at a time
 MASKED = -1e30  # finite: a row that sees nothing gives a mean of values instead of NaN
 
@@ -48,8 +51,22 @@ class _Context(NamedTuple):
     slot_mask: Bool[Array, "B S"]
 
 
-def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
-    """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`."""
+class Int8(NamedTuple):
+    """A matrix as 8-bit integers, and what they are multiplied by: a float32 for each output."""
+
+    values: Int[Array, "..."]
+    scale: Float[Array, "..."]
+
+
+def decode_params(
+    config: QwenConfig, layout: Layout, params: Params, quantise: bool = False
+) -> Params:
+    """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`.
+
+    With `quantise` matrices are `Int8`, those of layers and the head, which is then a copy of its
+    own; the embedding table stays as it is. A step reads half the bytes, and what is sampled, and
+    reported as log-probability, is the quantised policy's.
+    """
     params = qwen.to_compute_dtype(config, params)
     letters = qwen.param_letters(config)
 
@@ -66,7 +83,45 @@ def decode_params(config: QwenConfig, layout: Layout, params: Params) -> Params:
         place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
-    return {**outer, "layers": layers}
+    if not quantise:
+        return {**outer, "layers": layers}
+    head = _quantise(qwen.head(config, params), (1,))
+    layers = [
+        flax.traverse_util.path_aware_map(
+            lambda path, x: (
+                _quantise(x, INPUTS[str(path[-1])]) if path[-1] in INPUTS else x  # norms, biases
+            ),
+            layer,
+        )
+        for layer in layers
+    ]
+    return {**outer, "head": head, "layers": layers}
+
+
+def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
+    """Return the output embedding of `decode_params`."""
+    if isinstance(params.get("head"), Int8):
+        return dequantise(config, params["head"])
+    return qwen.head(config, params)
+
+
+def dequantise(config: QwenConfig, params: Any) -> Any:
+    """Return quantised matrices in compute dtype; XLA does so where it reads them."""
+
+    def widen(x: Any) -> Any:
+        if not isinstance(x, Int8):
+            return x
+        return x.values.astype(config.compute_dtype) * x.scale.astype(config.compute_dtype)
+
+    return jax.tree.map(widen, params, is_leaf=lambda x: isinstance(x, Int8))
+
+
+def _quantise(x: Array, inputs: tuple[int, ...]) -> Int8:
+    """Round to 255 levels, evenly spread over what each output's weights reach."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=inputs, keepdims=True) / 127
+    values = jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    return Int8(values, scale)
 
 
 def prefill(
@@ -82,7 +137,7 @@ def prefill(
     x = qwen.embed(config, layout, params["embed"], tokens)
     block, prefix = Block(config, layout, _attend_prompt), []
     for layer in params["layers"]:
-        x, keys_values = qwen.apply(block, layer, x, rope, None)
+        x, keys_values = qwen.apply(block, dequantise(config, layer), x, rope, None)
         prefix.append(keys_values)
     return qwen.final_norm(config, params, x), prefix
 
@@ -130,7 +185,7 @@ def decode_step(
     block, new_caches = Block(config, layout, _attend_cached), []
     for layer, keys_values, cache in zip(params["layers"], prefix, caches, strict=True):
         context = _Context(keys_values, prefix_mask, cache, slot, slot_mask)
-        x, cache = qwen.apply(block, layer, x, rope, context)
+        x, cache = qwen.apply(block, dequantise(config, layer), x, rope, context)
         new_caches.append(cache)
     return qwen.final_norm(config, params, x)[:, 0], new_caches
 
