@@ -218,7 +218,6 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
         "mesh.tensor=3": "does not fit",
         "mesh.fsdp=1 mesh.data=1": "does not fit 8 devices",
         "mesh.tensor=8": "does not divide the model's num_attention_heads=4",
-        "grpo.prompts=3": "do not divide over 8 devices",
         "sft.steps=1 sft.max_target_tokens=3": "nothing to imitate",
     }
     for overrides, message in cases.items():
