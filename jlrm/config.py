@@ -183,7 +183,8 @@ class GRPOConfig:
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
     # the new weights ("next"), or before the update, with weights one step old ("stale": rewards
-    # cost no device time, and the loss corrects by importance_cap).
+    # cost no device time, and the loss corrects by importance_cap; a run that goes on after a stop
+    # takes its first step on-policy).
     ahead: Literal["none", "next", "stale"] = "next"
     # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
     # token by min(old / sampled probability, importance_cap); 0: off.
