@@ -9,9 +9,9 @@ half of `data.max_prompt_tokens` up to all of it, one of them all; every complet
     update     pack the batch, send it, take all optimiser steps
 
 Model FLOPs are those that any implementation needs (costs.py); `mfu` is them a second over the best
-rate of a matrix product. `roofline_share` is the least possible time over the
-measured one, where each piece of work takes the longer of FLOPs / rate and bytes / bandwidth, as if
-both were spread evenly over all devices. Both limits are measured in the same process: no data
+rate of a matrix product. `roofline_share` is the least possible time over the measured one, where
+each piece of work takes the longer of FLOPs / rate and bytes / bandwidth, as if both were spread
+evenly over all devices. Both limits are measured in the same process: no data
 sheet enters. Small models live in caches, for which the bandwidth of memory is no limit.
 
 Left out: rewards, data and checkpoints, which are the host's. With `--compare` two configs live in
@@ -27,37 +27,33 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
 from tqdm import tqdm
 
-from jlrm import checkpoint, commands, costs, packing, rollout, stops, tracking, update
+from jlrm import checkpoint, commands, costs, machine, stops, tracking, update
 from jlrm.config import Config, UsageError, load
 from jlrm.costs import Batch, Cost
-from jlrm.mesh import (
-    Layout,
-    compiler_options,
-    create_mesh,
-    global_array,
-    host_array,
-    rollout_layout,
-    training_layout,
-)
+from jlrm.mesh import create_mesh, rollout_layout, training_layout
 from jlrm.model import hf_config, qwen
-from jlrm.model.decode import decode_params
 from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import QwenConfig
-from jlrm.packing import Group, Packed
-from jlrm.rl.logprobs import Distribution
-from jlrm.rl.losses import PolicyLoss, PolicyTargets, token_weights
+from jlrm.packing import Group
+from jlrm.programs import (
+    Generate,
+    Minibatch,
+    fetch,
+    grpo_programs,
+    make_generator,
+    pack_minibatch,
+)
+from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler
 from jlrm.run import check_mesh, is_main_process
 
@@ -127,21 +123,41 @@ def draw_batch(config: Config) -> Batch:
 
 
 class Workload:
-    """The programs of a GRPO run as `train.py` compiles them, its state, and a random batch.
+    """The programs of a GRPO run, its state, and a random batch.
 
     `rollout`, `prefill`, `logprobs` and `update` each do their work once and wait for it.
     """
 
     def __init__(self, config: Config, mesh: Mesh, model: QwenConfig) -> None:
         self.config, self.mesh, self.model = config, mesh, model
-        self.training, self.decoding = training_layout(mesh), rollout_layout(mesh)
+        self.training, decoding = training_layout(mesh), rollout_layout(mesh)
         self.batch = draw_batch(config)
+        sampling, longest = config.sampling, config.data.max_prompt_tokens
+        # As with a tokenizer that has one id less than the head; that id never ends a completion.
+        unused = model.vocab_size - 1
+        distribution = Distribution(sampling.temperature, sampling.top_k, sampling.top_p, unused)
+        fixed = config, model, self.training, decoding
+        self.programs = grpo_programs(*fixed, distribution, longest)
+        # Without a tokenizer no id spells anything, and no stop string is ever found.
+        tables = stops.stop_tables(sampling.stop_strings, [], model.vocab_size)
+        self.generate, self.generate_first = (
+            make_generator(
+                model,
+                decoding,
+                Sampler(distribution, num_new, (unused,), sampling.slots),
+                tables,
+                config.run.seed,
+                config.grpo.rollouts,
+                longest,
+            )
+            for num_new in (sampling.max_new_tokens, 1)
+        )
         self.number = 0  # of the rollout
-        self._make_programs()
-        self._make_arrays()
-        params = qwen.init(self.model, self.training, config.run.seed)
-        self.state = update.init_state(self.model, self.training, self.optimizer, params)
-        self.reference = self._frozen() if config.grpo.kl_weight else None
+        params = qwen.init(model, self.training, config.run.seed)
+        self.state = update.init_state(model, self.training, self.programs.optimizer, params)
+        self.reference = self.programs.freeze(params) if config.grpo.kl_weight else None
+        self._draw_tokens()
+        self.parts = self._pack()
 
     def rollout(self) -> None:
         """Lay out the weights, generate all completions and fetch them."""
@@ -154,24 +170,20 @@ class Workload:
     def logprobs(self) -> None:
         """Score the batch once."""
         params = self.state.params if self.reference is None else self.reference
-        for rows in self.rows:
-            jax.block_until_ready(self.score(params, rows))
+        for part in self.parts:
+            jax.block_until_ready(self.programs.score(params, part.rows))
 
     def update(self) -> None:
         """Pack and send the batch, and take the optimiser steps of one GRPO step."""
-        parts = []
-        for packed, chosen in self._packed():
-            targets = self._targets(packed, chosen)
-            parts.append(packing.to_devices(self.training, (packed.rows, targets)))
-        for rows, targets in parts * self.config.grpo.epochs:
-            self.state, metrics = self.step(self.state, rows, targets)
-        jax.block_until_ready((self.state, metrics))
+        for part in self._pack() * self.config.grpo.epochs:
+            self.state, _ = self.programs.update(self.state, part.rows, part.targets)
+        jax.block_until_ready(self.state)
 
     def costs(self) -> dict[str, list[Cost]]:
         """Return what each phase costs at least."""
         grpo, model = self.config.grpo, self.model
         dtypes = grpo.optimizer.mu_dtype, grpo.optimizer.nu_dtype
-        moment_bytes = sum(np.dtype(jnp.dtype(dtype)).itemsize for dtype in dtypes)
+        moment_bytes = sum(jnp.dtype(dtype).itemsize for dtype in dtypes)
         parts = self.batch.split(grpo.minibatches)
         steps = [cost for part in parts for cost in costs.update_costs(model, part, moment_bytes)]
         return {
@@ -183,123 +195,55 @@ class Workload:
     def counts(self) -> dict[str, dict[str, float]]:
         """Return how many tokens each phase is for, and what packing adds to them."""
         tokens, plain = self.batch.num_tokens, self.batch.num_plain_tokens
+        padding = statistics.mean(part.packing["perf/padding"] for part in self.parts)
         epochs = self.config.grpo.epochs
         return {
             "rollout": {"tokens": self.batch.num_completion_tokens},
-            "logprobs": {"tokens": tokens, "plain_tokens": plain, "padding": self.padding},
+            "logprobs": {"tokens": tokens, "plain_tokens": plain, "padding": padding},
             "update": {
                 "tokens": tokens * epochs,
                 "plain_tokens": plain * epochs,
-                "padding": self.padding,
+                "padding": padding,
             },
         }
 
-    def _make_programs(self) -> None:
-        config, grpo, model = self.config, self.config.grpo, self.model
-        # As with a tokenizer that has one id less than the head; that id never ends a completion.
-        unused = model.vocab_size - 1
-        sampling = config.sampling
-        distribution = Distribution(sampling.temperature, sampling.top_k, sampling.top_p, unused)
-        num_updates = grpo.steps * grpo.epochs * grpo.minibatches
-        self.optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-        names = ("clip_low", "clip_high", "dual_clip", "ratio", "kl_weight", "entropy_weight")
-        loss = PolicyLoss(**{name: getattr(grpo, name) for name in names})
-        self.generate, self.generate_first = (
-            jax.jit(
-                partial(
-                    rollout.generate,
-                    model,
-                    self.decoding,
-                    Sampler(distribution, num_new, (unused,), min(sampling.slots, grpo.rollouts)),
-                )
-            )
-            for num_new in (sampling.max_new_tokens, 1)
-        )
-        self.keys = jax.jit(
-            partial(rollout.rollout_keys, config.run.seed, num_rollouts=grpo.rollouts),
-            out_shardings=self.decoding.activation("P R"),
-        )
-        is_quantised = self.config.sampling.weights == "int8"
-        self.lay_out = jax.jit(partial(decode_params, model, self.decoding, quantise=is_quantised))
-        fixed, options = (model, self.training, distribution), compiler_options(self.mesh)
-        self.score = jax.jit(partial(update.score, *fixed), compiler_options=options)
-        self.step = jax.jit(
-            partial(update.grpo_update, *fixed, loss, self.optimizer),
-            donate_argnums=0,
-            compiler_options=options,
-        )
-        width, num_new = config.data.max_prompt_tokens, sampling.max_new_tokens
-        prompts_per_device = -(-grpo.prompts // (grpo.minibatches * self.mesh.size))
-        most_tokens = prompts_per_device * (width + grpo.rollouts * num_new)
-        self.sizes = packing.row_sizes(
-            width, num_new, most_tokens, grpo.pack_tokens, self.training.platform
-        )
-
-    def _make_arrays(self) -> None:
-        """Draw prompts and completions, and put on the devices what does not change."""
+    def _draw_tokens(self) -> None:
         batch, num_ids = self.batch, self.model.vocab_size - 1
         rng = np.random.default_rng(self.config.run.seed)
-        num_prompts, num_rows = len(batch.prompts), len(batch.prompts) * batch.rollouts
+        num_rows = len(batch.prompts) * batch.rollouts
         self.prompts = [rng.integers(0, num_ids, length).tolist() for length in batch.prompts]
         self.completions = rng.integers(0, num_ids, (num_rows, batch.new_tokens)).tolist()
         self.logps = np.full((num_rows, batch.new_tokens), -np.log(num_ids), np.float32)
         self.advantages = rng.standard_normal(num_rows).astype(np.float32)
-        multiple = self.decoding.num_batch_shards()
-        filled = [*self.prompts, *[self.prompts[-1]] * (-num_prompts % multiple)]
-        tokens = np.zeros((len(filled), max(batch.prompts)), np.int32)
-        for row, ids in zip(tokens, filled, strict=True):
-            row[: len(ids)] = ids
-        lengths = np.array([len(ids) for ids in filled], np.int32)
-        # Without a tokenizer no id spells anything, and no stop string is ever found.
-        tables = stops.stop_tables(self.config.sampling.stop_strings, [], self.model.vocab_size)
-        place, whole = self.decoding.activation, self.decoding.replicated()
-        self.prompt_arrays = global_array(tokens, place("P T")), global_array(lengths, place("P"))
-        self.stop_arrays = global_array(tables.tables, whole), global_array(tables.accept, whole)
-        packed = [packed for packed, _ in self._packed()]
-        self.padding = statistics.mean(part.metrics["perf/padding"] for part in packed)
-        self.rows = [packing.to_devices(self.training, part.rows) for part in packed]
 
-    def _frozen(self) -> Any:
-        """Return the reference, a copy in compute precision, which is there in a run too."""
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state.params)
-
-        def copy(params: Any) -> Any:
-            return jax.tree.map(jnp.copy, qwen.to_compute_dtype(self.model, params))
-
-        return jax.jit(copy, out_shardings=shardings)(self.state.params)
-
-    def _generate(self, generate: Callable[..., Any]) -> None:
+    def _generate(self, generate: Generate) -> None:
         self.number += 1
-        numbers = np.arange(len(self.prompt_arrays[1]), dtype=np.int32)
-        keys = self.keys(np.int32(self.number), numbers)
-        weights = self.lay_out(self.state.params)
-        result = generate(weights, *self.prompt_arrays, keys, *self.stop_arrays)
-        jax.tree.map(host_array, result)
+        weights = self.programs.lay_out(self.state.params)
+        numbers = np.arange(len(self.prompts))
+        fetch(generate(weights, self.prompts, numbers, self.number), len(self.prompts))
 
-    def _packed(self) -> list[tuple[Packed, np.ndarray]]:
-        """Pack each minibatch; return it with the numbers of its completions."""
-        grpo, found = self.config.grpo, []
-        for prompts in np.split(np.arange(grpo.prompts), grpo.minibatches):
+    def _pack(self) -> list[Minibatch]:
+        grpo, parts = self.config.grpo, []
+        for chosen in np.split(np.arange(grpo.prompts), grpo.minibatches):
+            rows = slice(chosen[0] * grpo.rollouts, (chosen[-1] + 1) * grpo.rollouts)
             groups = [
                 Group(self.prompts[i], self.completions[i * grpo.rollouts :][: grpo.rollouts])
-                for i in prompts
+                for i in chosen
             ]
-            first, size = prompts[0] * grpo.rollouts, len(prompts) * grpo.rollouts
-            packed = packing.pack(groups, self.sizes, self.mesh.size)
-            found.append((packed, np.arange(first, first + size)))
-        return found
-
-    def _targets(self, packed: Packed, chosen: np.ndarray) -> PolicyTargets:
-        is_kept = np.ones(len(chosen), bool)
-        mask = np.ones((len(chosen), self.batch.new_tokens), bool)
-        logps = packed.take(self.logps[chosen])
-        return PolicyTargets(
-            old_logp=logps,
-            ref_logp=logps if self.config.grpo.kl_weight else None,
-            advantages=packed.take(self.advantages[chosen]),
-            mask=packed.take(is_kept),
-            weights=packed.take(token_weights(mask, self.config.grpo.aggregation)),
-        )
+            logps, advantages = self.logps[rows], self.advantages[rows]
+            parts.append(
+                pack_minibatch(
+                    self.training,
+                    self.programs.sizes,
+                    groups,
+                    logps,
+                    advantages,
+                    np.ones(len(logps), bool),
+                    grpo.aggregation,
+                    logps if grpo.kl_weight else None,
+                )
+            )
+        return parts
 
 
 # --- Measuring ---
@@ -337,20 +281,8 @@ def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times
                 for workload, times in pairs if repeat % 2 == 0 else reversed(pairs):
                     times[phase].seconds.append(timed(workload, phase))
             for workload, times in zip(workloads, found, strict=True):
-                times[phase].peak_bytes = peak_bytes(workload.mesh)
+                times[phase].peak_bytes = machine.peak_bytes(workload.mesh)
     return found
-
-
-def peak_bytes(mesh: Mesh) -> int:
-    """Return the most memory in use so far: of a device, or of the process where they don't say."""
-    stats = [device.memory_stats() for device in mesh.local_devices]
-    peaks = [found["peak_bytes_in_use"] for found in stats if found]
-    if peaks:
-        return max(peaks)
-    import resource  # which Windows does not have
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def figures(
@@ -398,66 +330,6 @@ def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, dict[str, fl
     return found
 
 
-def machine(mesh: Mesh, dtype: str) -> dict[str, Any]:
-    """Return what the devices are and what they can do together, as measured now."""
-    layout, device = training_layout(mesh), mesh.devices.flat[0]
-    size, flops_rate = matmul_rate(layout, dtype)
-    return {
-        "matmul_flops_per_second": flops_rate,
-        "matmul_size": size,
-        "dtype": dtype,
-        "read_bytes_per_second": read_rate(layout),
-        "note": "rates are measured here, over all devices; they are no data-sheet values",
-        "platform": device.platform,
-        "device_kind": device.device_kind,
-        "num_devices": mesh.size,
-        "num_processes": jax.process_count(),
-        "jax": jax.__version__,
-    }
-
-
-def matmul_rate(layout: Layout, dtype: str) -> tuple[int, float]:
-    """Return the size of the fastest square product in `dtype`, and all devices' FLOPs a second.
-
-    The sizes are fixed: processes that chose by their own clocks would run different programs.
-    """
-    is_cpu = layout.platform == "cpu"
-    sizes, num_products = ((256, 512, 1024), 2) if is_cpu else ((1024, 2048, 4096, 8192), 16)
-    place = layout.activation("B - -")
-
-    @jax.jit
-    def multiply(x: Float[Array, "B N N"], y: Float[Array, "B N N"]) -> Float[Array, "B N N"]:
-        return jax.lax.fori_loop(0, num_products, lambda _, x: x @ y, x)
-
-    rates = []
-    for size in sizes:
-        shape = layout.mesh.size, size, size
-        x = jax.jit(partial(jnp.full, shape, 1 / size, dtype), out_shardings=place)()
-        flops = 2 * num_products * layout.mesh.size * size**3
-        rates.append((flops / _best_seconds(multiply, x, x), size))
-    rate, size = max(rates)
-    return size, rate
-
-
-def read_rate(layout: Layout) -> float:
-    """Return the bytes a second that all devices together read, of arrays too big for caches."""
-    num_devices, is_cpu = layout.mesh.size, layout.platform == "cpu"
-    num_bytes = 2**28 // num_devices if is_cpu else 2**31  # CPU devices share one memory
-    make = partial(jnp.ones, (num_devices, num_bytes // 4), jnp.float32)
-    x = jax.jit(make, out_shardings=layout.activation("B -"))()
-    return x.nbytes / _best_seconds(jax.jit(partial(jnp.sum, axis=1)), x)
-
-
-def _best_seconds(program: Callable[..., Any], *args: Any, repeats: int = 3) -> float:
-    jax.block_until_ready(program(*args))
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(program(*args))
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
 # --- The command ---
 
 
@@ -465,7 +337,7 @@ def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
     """Measure one config, or two against each other; return what `--json` prints."""
     meshes, models = zip(*map(open_model, configs), strict=True)
     dtypes = dict.fromkeys(model.compute_dtype for model in models)
-    machines = {dtype: machine(meshes[0], dtype) for dtype in dtypes}  # while memory is free
+    machines = {dtype: machine.limits(meshes[0], dtype) for dtype in dtypes}  # before memory fills
     workloads = list(map(Workload, configs, meshes, models))
     times = measure(workloads, repeats)
     results = []

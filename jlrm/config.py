@@ -350,11 +350,9 @@ def _check_least(section: Any, where: str = "") -> None:
 
 def _check(config: Config) -> None:
     """Refuse combinations that no run can use, naming the field, the value and the way out."""
-    sampling, sft, grpo, reward = config.sampling, config.sft, config.grpo, config.reward
+    sft, grpo = config.sft, config.grpo
     if not config.run.dir:
         raise UsageError("run.dir is empty: name a directory for everything that the run writes.")
-    if not 0.0 < sampling.top_p <= 1.0:
-        raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
     if bool(config.model.path) == bool(config.model.preset):
         raise UsageError(
             "Set exactly one of model.path (existing weights) and model.preset (random weights)."
@@ -369,10 +367,31 @@ def _check(config: Config) -> None:
             )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
+    _check_sampling(config.sampling, grpo)
+    _check_grpo(grpo, config.data)
+    _check_reward(config.reward, config.data)
+
+
+def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
     if grpo.steps and sampling.temperature == 0.0:
         raise UsageError(
             "sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing."
         )
+    if grpo.steps and sampling.weights == "int8" and not grpo.importance_cap:
+        raise UsageError(
+            "sampling.weights=int8 samples from another policy, which the loss must correct for: "
+            "set grpo.importance_cap, e.g. 2.0."
+        )
+    for text, count in sampling.stop_strings.items():
+        if not text or count < 1:
+            raise UsageError(
+                f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
+            )
+
+
+def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
     if grpo.prompts % grpo.minibatches:
         raise UsageError(
             f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}."
@@ -380,11 +399,6 @@ def _check(config: Config) -> None:
     if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
         raise UsageError(
             f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
-        )
-    if grpo.steps and sampling.weights == "int8" and not grpo.importance_cap:
-        raise UsageError(
-            "sampling.weights=int8 samples from another policy, which the loss must correct for: "
-            "set grpo.importance_cap, e.g. 2.0."
         )
     if grpo.ahead == "stale" and not grpo.importance_cap:
         raise UsageError(
@@ -395,12 +409,15 @@ def _check(config: Config) -> None:
         raise UsageError(
             "grpo.ahead=stale can't know where zero_variance=resample ends. Use skip or keep."
         )
-    if config.data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
+    if data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
         raise UsageError(
             f"data.orders=both needs an even number of grpo.prompts for each of grpo.minibatches="
             f"{grpo.minibatches}, got grpo.prompts={grpo.prompts}."
         )
-    if reward.swap_consistency and config.data.orders != "both":
+
+
+def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
+    if reward.swap_consistency and data.orders != "both":
         raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
     if reward.swap_consistency and reward.mode == "none":
         raise UsageError("reward.swap_consistency takes back what reward.mode=none does not pay.")
@@ -414,8 +431,3 @@ def _check(config: Config) -> None:
         raise UsageError(
             f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."
         )
-    for text, count in sampling.stop_strings.items():
-        if not text or count < 1:
-            raise UsageError(
-                f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
-            )

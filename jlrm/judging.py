@@ -16,9 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jlrm import mesh, rollout, stops
+from jlrm import stops
 from jlrm.config import RewardConfig, RunError, UsageError
-from jlrm.data import batches
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import decode, token_bytes
 from jlrm.judge import rewards
@@ -27,7 +26,8 @@ from jlrm.judge.rewards import Terms
 from jlrm.judge.verdict import Verdict, parse, swap_preference
 from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
-from jlrm.rl.logprobs import Distribution
+from jlrm.programs import fetch, make_generator
+from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler
 from jlrm.run import Run
 
@@ -88,53 +88,35 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
 
 
 Evaluation = Callable[[Params], dict[str, float]]
-# sample(weights from `decode.decode_params`, prompts, their numbers in the data, position) begins
+# sample(weights from `decode_params`, prompts, their numbers in the data, position) begins
 # on the devices and returns at once; what it returns waits for the completions.
 SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]
 
 
 def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts: int) -> SampleFn:
-    """Return a sampler of `num_rollouts` completions of each prompt, compiled once.
-
-    `width` is the fixed prompt width in tokens. Prompts are filled up to what the mesh divides.
-    """
-    config = run.config
-    slots = min(config.sampling.slots or num_rollouts, num_rollouts)
-    sampler = Sampler(distribution, config.sampling.max_new_tokens, run.end_ids, slots)
-    spelled = token_bytes(run.tokenizer) if config.sampling.stop_strings else []
-    tables = stops.stop_tables(config.sampling.stop_strings, spelled, run.model.vocab_size)
-    replicated = run.rollout.replicated()
-    table = mesh.global_array(tables.tables, replicated)
-    accept = mesh.global_array(tables.accept, replicated)
-    by_prompt = run.rollout.activation("P"), run.rollout.activation("P T")
-    generate = jax.jit(partial(rollout.generate, run.model, run.rollout, sampler))
-    keys = jax.jit(
-        partial(rollout.rollout_keys, config.run.seed, num_rollouts=num_rollouts),
-        out_shardings=run.rollout.activation("P R"),
+    """Return a sampler of `num_rollouts` completions of each prompt, of at most `width` tokens."""
+    sampling = run.config.sampling
+    spelled = token_bytes(run.tokenizer) if sampling.stop_strings else []
+    generate = make_generator(
+        run.model,
+        run.rollout,
+        Sampler(distribution, sampling.max_new_tokens, run.end_ids, sampling.slots),
+        stops.stop_tables(sampling.stop_strings, spelled, run.model.vocab_size),
+        run.config.run.seed,
+        num_rollouts,
+        width,
     )
-    multiple = run.rollout.num_batch_shards()
 
     def sample(
-        params: Params, examples: Sequence[Example], prompt_ids: np.ndarray, step: int
+        weights: Params, examples: Sequence[Example], numbers: np.ndarray, step: int
     ) -> Callable[[], Sampled]:
-        num_prompts = len(examples)
-        filled = [*examples, *[examples[-1]] * (-num_prompts % multiple)]
-        tokens, lengths = batches.pad([example.prompt_ids for example in filled], width)
-        prompt_ids = np.resize(prompt_ids, len(filled)).astype(np.int32)
-        result = generate(
-            params,
-            mesh.global_array(tokens, by_prompt[1]),
-            mesh.global_array(lengths, by_prompt[0]),
-            keys(np.int32(step), prompt_ids),
-            table,
-            accept,
-        )
+        begun = generate(weights, [example.prompt_ids for example in examples], numbers, step)
 
         def collect() -> Sampled:
-            host = jax.tree.map(lambda x: mesh.host_array(x)[:num_prompts], result)
-            ids, logps, counts, is_finished = (x.reshape(-1, *x.shape[2:]) for x in host)
-            written = [row[:count].tolist() for row, count in zip(ids, counts, strict=True)]
-            return Sampled(decode(run.tokenizer, written), written, logps, counts, is_finished)
+            ids, logps, lengths, is_finished = fetch(begun, len(examples))
+            written = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+            texts = decode(run.tokenizer, written)
+            return Sampled(texts, written, *map(np.asarray, (logps, lengths, is_finished)))
 
         return collect
 

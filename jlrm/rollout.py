@@ -26,7 +26,7 @@ from jlrm.mesh import Layout
 from jlrm.model import decode
 from jlrm.model.decode import KeysValues
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.logprobs import REMOVED, Distribution, log_distribution
+from jlrm.rl.distribution import REMOVED, Distribution, log_distribution
 
 BLOCK = 512  # vocabulary ids whose probability is summed together when a token is drawn
 SMALLEST_CACHE = 512  # each doubling is another loop to compile

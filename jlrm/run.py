@@ -38,7 +38,7 @@ from jlrm.mesh import Layout, create_mesh, rollout_layout, training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.model.presets import preset
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.logprobs import Distribution
+from jlrm.rl.distribution import Distribution
 
 log = logging.getLogger(__name__)
 

@@ -26,12 +26,11 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jlrm import commands, groups, packing, report, tracking, update
 from jlrm.config import Config, load
@@ -40,18 +39,16 @@ from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.groups import Drawn
 from jlrm.judging import (
     Evaluation,
-    SampleFn,
     make_evaluation,
     make_sampler,
     sampled_rows,
 )
 from jlrm.loop import Outcome, Stage
 from jlrm.mesh import compiler_options, host_array
-from jlrm.model import qwen
-from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
-from jlrm.packing import Group, Rows
-from jlrm.rl.losses import PolicyLoss, PolicyTargets, completion_mask, token_weights
+from jlrm.packing import Group
+from jlrm.programs import GRPOPrograms, Minibatch, grpo_programs, pack_minibatch
+from jlrm.rl.losses import token_weights
 from jlrm.run import Run, grpo_params, initial_params, is_main_process, open_run
 from jlrm.update import TrainState
 
@@ -134,18 +131,21 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
 def grpo(run: Run, evaluate: Evaluation) -> Outcome:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config = run.config.grpo
-    programs = _grpo_programs(run)
+    width = max(len(example.prompt_ids) for example in run.train)
+    sample = make_sampler(run, run.distribution, width, config.rollouts)
+    programs = grpo_programs(
+        run.config, run.model, run.training, run.rollout, run.distribution, width
+    )
     initial = partial(grpo_params, run)
     with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
         reference = None
         if config.kl_weight:
-            reference = _frozen(run, initial() if stage.is_resumed else stage.state.params)
+            reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
         if run.config.model.path and not run.config.sft.steps:
             stage.evaluate_start()
 
         def begin(position: int) -> groups.Started:
-            weights = programs.decode(stage.state.params)
-            return groups.start(run, programs.sample, weights, position)
+            return groups.start(run, sample, programs.lay_out(stage.state.params), position)
 
         started = None
         for step in stage:
@@ -157,7 +157,7 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
                     ahead = begin(stage.position + 1)
             drawn = groups.draw(run, begin, started, stage.timed)
             batch = drawn.batch
-            parts = _minibatches(run, programs, drawn)
+            parts = _minibatches(run, programs.sizes, drawn)
             with stage.timed("logprobs"):
                 parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
             with stage.timed("update"):
@@ -182,63 +182,7 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
     return stage.outcome()
 
 
-class GRPOPrograms(NamedTuple):
-    """Everything that a GRPO run compiles, and the lengths it compiles training rows for."""
-
-    decode: Any  # params -> params laid out for decoding
-    sample: SampleFn
-    score: Any  # params, rows -> log-probabilities, entropy
-    update: Any  # state, rows, targets -> state, metrics
-    optimizer: optax.GradientTransformation
-    rate: optax.Schedule
-    sizes: list[int]
-
-
-class Minibatch(NamedTuple):
-    """What one optimiser step learns from, on the devices, and metrics of its packing."""
-
-    rows: Rows
-    targets: PolicyTargets
-    packing: dict[str, float]
-
-
-def _grpo_programs(run: Run) -> GRPOPrograms:
-    config = run.config.grpo
-    num_updates = config.steps * config.epochs * config.minibatches
-    optimizer = update.make_optimizer(config.optimizer, num_updates)
-    settings = PolicyLoss(
-        clip_low=config.clip_low,
-        clip_high=config.clip_high,
-        dual_clip=config.dual_clip,
-        ratio=config.ratio,
-        kl_weight=config.kl_weight,
-        entropy_weight=config.entropy_weight,
-    )
-    fixed = (run.model, run.training, run.distribution)
-    options = compiler_options(run.mesh)
-    is_quantised = run.config.sampling.weights == "int8"
-    width = max(len(example.prompt_ids) for example in run.train)
-    limit = run.config.sampling.max_new_tokens
-    prompts_per_device = -(-config.prompts // (config.minibatches * run.mesh.size))
-    batch_tokens = prompts_per_device * (width + config.rollouts * limit)
-    return GRPOPrograms(
-        decode=jax.jit(partial(decode_params, run.model, run.rollout, quantise=is_quantised)),
-        sample=make_sampler(run, run.distribution, width, config.rollouts),
-        score=jax.jit(partial(update.score, *fixed), compiler_options=options),
-        update=jax.jit(
-            partial(update.grpo_update, *fixed, settings, optimizer),
-            donate_argnums=0,
-            compiler_options=options,
-        ),
-        optimizer=optimizer,
-        rate=update.learning_rate(config.optimizer, num_updates),
-        sizes=packing.row_sizes(
-            width, limit, batch_tokens, config.pack_tokens, run.training.platform
-        ),
-    )
-
-
-def _minibatches(run: Run, programs: GRPOPrograms, drawn: Drawn) -> list[Minibatch]:
+def _minibatches(run: Run, sizes: list[int], drawn: Drawn) -> list[Minibatch]:
     """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled."""
     config, batch, num_rollouts = run.config.grpo, drawn.batch, run.config.grpo.rollouts
     is_kept = drawn.is_learned
@@ -246,22 +190,13 @@ def _minibatches(run: Run, programs: GRPOPrograms, drawn: Drawn) -> list[Minibat
         is_kept = is_kept & batch.sampled.is_finished
     parts = []
     for chosen in np.split(np.arange(len(batch.examples)), config.minibatches):
-        sampled, kept = batch.sampled.take(chosen.tolist()), is_kept[chosen]
-        groups_ = [
+        sampled = batch.sampled.take(chosen.tolist())
+        whole = [
             Group(batch.examples[chosen[i]].prompt_ids, sampled.ids[i : i + num_rollouts])
             for i in range(0, len(chosen), num_rollouts)
         ]
-        packed = packing.pack(groups_, programs.sizes, run.mesh.size)
-        mask = completion_mask(sampled.lengths, sampled.logps.shape[1]) & kept[:, None]
-        targets = PolicyTargets(
-            old_logp=packed.take(sampled.logps),
-            ref_logp=None,
-            advantages=packed.take(batch.advantages[chosen]),
-            mask=packed.take(kept),
-            weights=packed.take(token_weights(mask, config.aggregation)),
-        )
-        rows, targets = packing.to_devices(run.training, (packed.rows, targets))
-        parts.append(Minibatch(rows, targets, packed.metrics))
+        about = sampled.logps, batch.advantages[chosen], is_kept[chosen]
+        parts.append(pack_minibatch(run.training, sizes, whole, *about, config.aggregation))
     return parts
 
 
@@ -327,17 +262,6 @@ def _optimise(
 def _means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
     reports = jax.device_get(reports)
     return {name: float(np.mean([each[name] for each in reports])) for name in reports[0]}
-
-
-def _frozen(run: Run, params: Params) -> Params:
-    """Copy weights in compute precision: the originals are given up to the first update."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
-
-    def copy(params: Params) -> Params:
-        # Without a copy, a cast that changes nothing would give back the very same buffers.
-        return jax.tree.map(jnp.copy, qwen.to_compute_dtype(run.model, params))
-
-    return jax.jit(copy, out_shardings=shardings)(params)
 
 
 def _floats(values: dict[str, Any]) -> dict[str, float]:

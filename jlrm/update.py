@@ -20,7 +20,8 @@ from jlrm.mesh import Layout
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.packing import Rows
-from jlrm.rl.logprobs import Distribution, completion_logps, summed_token_loss
+from jlrm.rl.distribution import Distribution
+from jlrm.rl.logprobs import completion_logps, summed_token_loss
 from jlrm.rl.losses import PolicyLoss, PolicyTargets, policy_loss, sequence_log_ratio
 
 

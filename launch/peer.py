@@ -13,150 +13,136 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import spec as spec_lib  # pyright: ignore[reportMissingImports]  (the harness')
 
-from jlrm import packing, rollout, update
-from jlrm.config import MeshConfig, OptimizerConfig
-from jlrm.mesh import compiler_options, create_mesh, global_array, rollout_layout, training_layout
+from jlrm import config as configs
+from jlrm import update
+from jlrm.mesh import create_mesh, host_array, rollout_layout, training_layout
 from jlrm.model import hf, hf_config
-from jlrm.model.decode import decode_params
-from jlrm.packing import Group, Packed
+from jlrm.packing import Group
+from jlrm.programs import Minibatch, fetch, grpo_programs, make_generator, pack_minibatch
 from jlrm.rl.advantages import group_advantages
-from jlrm.rl.logprobs import Distribution
-from jlrm.rl.losses import PolicyLoss, PolicyTargets, token_weights
-from jlrm.rollout import Sampler
+from jlrm.rl.distribution import Distribution
+from jlrm.rollout import Rollout, Sampler
+from jlrm.stops import stop_tables
+
+
+def settings(spec: Any, pack_tokens: int) -> configs.Config:
+    """Return the workload as a config of ours."""
+    optimizer = {"learning_rate": spec.lr, "clip_norm": spec.max_grad_norm, "weight_decay": 0.0}
+    grpo = {
+        "steps": 1000,
+        "prompts": spec.prompts,
+        "rollouts": spec.group,
+        "clip_low": spec.epsilon,
+        "clip_high": spec.epsilon,
+        "kl_weight": spec.beta,
+        "entropy_weight": 0.0,
+        "aggregation": "sequence_mean",
+        "pack_tokens": pack_tokens,
+        "optimizer": optimizer,
+    }
+    return configs.from_dict(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": "unused"},
+            "model": {"path": str(spec.dir)},
+            "sampling": {"max_new_tokens": spec.new_tokens, "temperature": spec.temperature},
+            "grpo": grpo,
+        }
+    )
 
 
 class Peer:
     def __init__(self, spec: Any, remat: str = "dots", pack_tokens: int = 0) -> None:
-        self.spec = spec
+        self.spec, self.prompts = spec, spec_lib.prompt_ids(spec)
         self.versions = {"jax": jax.__version__}
-        self.model = hf_config.read_config(
+        config = settings(spec, pack_tokens)
+        model = hf_config.read_config(
             spec.dir, param_dtype="float32", compute_dtype="float32", remat=remat
         )
-        mesh = create_mesh(MeshConfig(), jax.devices()[:1])
-        self.training, self.layout = training_layout(mesh), rollout_layout(mesh)
-        self.prompts = self._prompts()
-        self.sizes = packing.row_sizes(
-            spec.prompt_len,
-            spec.new_tokens,
-            spec.prompts * (spec.prompt_len + spec.group * spec.new_tokens),
-            pack_tokens,
-            self.training.platform,
-        )
+        mesh = create_mesh(config.mesh, jax.devices()[:1])
+        self.training, decoding = training_layout(mesh), rollout_layout(mesh)
         distribution = Distribution(spec.temperature)
-        sampler = Sampler(distribution, spec.new_tokens, (), spec.group)
-        optimizer = update.make_optimizer(
-            OptimizerConfig(learning_rate=spec.lr, clip_norm=spec.max_grad_norm, weight_decay=0.0),
-            1000,
+        fixed = config, model, self.training, decoding
+        self.programs = grpo_programs(*fixed, distribution, spec.prompt_len)
+        self.generate = make_generator(
+            model,
+            decoding,
+            Sampler(distribution, spec.new_tokens, ()),
+            stop_tables({}, [], spec.vocab),
+            spec.seed,
+            spec.group,
+            spec.prompt_len,
         )
-        loss = PolicyLoss(spec.epsilon, spec.epsilon, kl_weight=spec.beta)
-        fixed = self.model, self.training, distribution
-        self.lay_out = jax.jit(partial(decode_params, self.model, self.layout))
-        self.generate = jax.jit(partial(rollout.generate, self.model, self.layout, sampler))
-        self.keys = jax.jit(partial(rollout.rollout_keys, spec.seed, num_rollouts=spec.group))
-        options = compiler_options(mesh)
-        self.score = jax.jit(partial(update.score, *fixed), compiler_options=options)
-        self.step = jax.jit(
-            partial(update.grpo_update, *fixed, loss, optimizer),
-            donate_argnums=0,
-            compiler_options=options,
-        )
-        params = hf.load_params(spec.dir, self.model, self.training)
-        self.state = update.init_state(self.model, self.training, optimizer, params)
+        params = hf.load_params(spec.dir, model, self.training)
+        self.state = update.init_state(model, self.training, self.programs.optimizer, params)
 
     def rollout(self, tick: Callable[[], bool]) -> np.ndarray:
         number, tokens = 0, np.zeros(0)
         while tick():
             number += 1
-            tokens = self._sample(number)[0]
-        return tokens
+            tokens = self._sample(number).tokens
+        return np.asarray(tokens)
 
     def update(self, tick: Callable[[], bool]) -> None:
-        batch = self.spec_batch()
         while tick():
-            packed = self._pack(batch["completion_ids"])
-            targets = self._targets(
-                packed, batch["old_logps"], batch["ref_logps"], batch["advantages"]
-            )
-            rows, targets = packing.to_devices(self.training, (packed.rows, targets))
-            self.state, _ = jax.block_until_ready(self.step(self.state, rows, targets))
+            part = self._fixed_batch()
+            self.state, _ = self.programs.update(self.state, part.rows, part.targets)
+            jax.block_until_ready(self.state)
 
     def iteration(self, tick: Callable[[], bool]) -> None:
-        import spec as spec_lib  # pyright: ignore[reportMissingImports]
-
         tokenizer = spec_lib.tokenizer(self.spec)
-        reference = jax.tree.map(lambda x: x + 0, self.state.params)
+        reference = self.programs.freeze(self.state.params)
         number = 0
         while tick():
             number += 1
-            tokens, logps = self._sample(number)
-            rewards = spec_lib.reward(None, tokenizer.batch_decode(tokens))
+            sampled = self._sample(number)
+            rewards = spec_lib.reward(None, tokenizer.batch_decode(sampled.tokens))
             advantages = group_advantages(np.reshape(rewards, (-1, self.spec.group)), eps=1e-4)
-            packed = self._pack(tokens)
-            targets = self._targets(packed, logps, logps, np.asarray(advantages).reshape(-1))
-            rows, targets = packing.to_devices(self.training, (packed.rows, targets))
-            targets = targets._replace(ref_logp=self.score(reference, rows)[0])
-            self.state, metrics = self.step(self.state, rows, targets)
+            part = self._pack(sampled.tokens, sampled.logps, np.asarray(advantages).reshape(-1))
+            ref_logp, _ = self.programs.score(reference, part.rows)
+            targets = part.targets._replace(ref_logp=ref_logp)
+            self.state, metrics = self.programs.update(self.state, part.rows, targets)
             jax.device_get(metrics)
 
     def check(self) -> dict[str, float]:
-        batch = self.spec_batch()
-        packed = self._pack(batch["completion_ids"])
-        rows = packing.to_devices(self.training, packed.rows)
-        logps = np.asarray(self.score(self.state.params, rows)[0], np.float64)
-        targets = self._targets(packed, batch["old_logps"], batch["ref_logps"], batch["advantages"])
-        _, metrics = self.step(self.state, rows, packing.to_devices(self.training, targets))
-        return {"logp": float(logps[packed.is_target].mean()), "loss": float(metrics["loss"])}
+        part = self._fixed_batch()
+        logps = host_array(self.programs.score(self.state.params, part.rows)[0])
+        logps = logps[host_array(part.targets.mask)].astype(np.float64)
+        _, metrics = self.programs.update(self.state, part.rows, part.targets)
+        return {"logp": float(logps.mean()), "loss": float(metrics["loss"])}
 
-    def spec_batch(self) -> dict[str, np.ndarray]:
-        """Return the harness' fixed batch."""
-        import spec as spec_lib  # pyright: ignore[reportMissingImports]
+    def _sample(self, number: int) -> Rollout:
+        weights = self.programs.lay_out(self.state.params)
+        numbers = np.arange(len(self.prompts))
+        begun = self.generate(weights, self.prompts, numbers, number)
+        return fetch(begun, len(self.prompts))
 
-        return spec_lib.update_batch(self.spec)
+    def _fixed_batch(self) -> Minibatch:
+        batch = spec_lib.update_batch(self.spec)
+        about = batch["old_logps"], batch["advantages"], batch["ref_logps"]
+        return self._pack(batch["completion_ids"], *about)
 
-    def _prompts(self) -> list[list[int]]:
-        import spec as spec_lib  # pyright: ignore[reportMissingImports]
-
-        return spec_lib.prompt_ids(self.spec)
-
-    def _sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        spec = self.spec
-        tokens = np.zeros((spec.prompts, spec.prompt_len), np.int32)
-        for row, ids in zip(tokens, self.prompts, strict=True):
-            row[: len(ids)] = ids
-        lengths = np.array([len(ids) for ids in self.prompts], np.int32)
-        tables = np.zeros((0, 1, spec.vocab), np.int16), np.zeros(0, np.int16)
-        result = self.generate(
-            self.lay_out(self.state.params),
-            global_array(tokens, self.layout.activation("P T")),
-            global_array(lengths, self.layout.activation("P")),
-            self.keys(np.int32(number), np.arange(spec.prompts, dtype=np.int32)),
-            *tables,
-        )
-        shape = spec.batch, spec.new_tokens
-        return np.asarray(result.tokens).reshape(shape), np.asarray(result.logps).reshape(shape)
-
-    def _pack(self, completions: np.ndarray) -> Packed:
+    def _pack(
+        self, tokens: Any, logps: Any, advantages: np.ndarray, ref_logps: Any = None
+    ) -> Minibatch:
         size = self.spec.group
         groups = [
-            Group(prompt, completions[i * size : (i + 1) * size].tolist())
+            Group(prompt, tokens[i * size : (i + 1) * size].tolist())
             for i, prompt in enumerate(self.prompts)
         ]
-        return packing.pack(groups, self.sizes, 1)
-
-    def _targets(
-        self, packed: Packed, old_logps: Any, ref_logps: Any, advantages: np.ndarray
-    ) -> PolicyTargets:
-        mask = np.ones((self.spec.batch, self.spec.new_tokens), bool)
-        return PolicyTargets(
-            packed.take(old_logps),
-            packed.take(ref_logps),
-            packed.take(advantages),
-            packed.take(np.ones(self.spec.batch, bool)),
-            packed.take(token_weights(mask, "sequence_mean")),
+        return pack_minibatch(
+            self.training,
+            self.programs.sizes,
+            groups,
+            logps,
+            advantages,
+            np.ones(len(tokens), bool),
+            "sequence_mean",
+            ref_logps,
         )

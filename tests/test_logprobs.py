@@ -17,13 +17,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jlrm.mesh import training_layout
+from jlrm.rl import distribution as distributions
 from jlrm.rl import logprobs
-from jlrm.rl.logprobs import (
-    Distribution,
-    completion_logps,
-    log_distribution,
-    summed_token_loss,
-)
+from jlrm.rl.distribution import Distribution, log_distribution
+from jlrm.rl.logprobs import completion_logps, summed_token_loss
 
 DISTRIBUTIONS = {
     "plain": Distribution(),
@@ -184,8 +181,8 @@ def ordinary_floats() -> st.SearchStrategy[float]:
 
 @jax.jit
 def threshold_of(values: jax.Array, weights: jax.Array, wanted: float) -> jax.Array:
-    vocabulary = logprobs._Vocabulary(values.shape[-1])
-    return logprobs._largest_threshold(values, weights, wanted, vocabulary)
+    vocabulary = distributions.Vocabulary(values.shape[-1])
+    return distributions._largest_threshold(values, weights, wanted, vocabulary)
 
 
 @settings(deadline=None, max_examples=300)

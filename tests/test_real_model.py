@@ -18,7 +18,7 @@ from conftest import mesh_of, plain_states
 from jlrm.data import batches
 from jlrm.mesh import rollout_layout, training_layout
 from jlrm.model import decode, hf, hf_config, qwen
-from jlrm.rl.logprobs import Distribution
+from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler, generate, rollout_keys
 from jlrm.stops import stop_tables
 

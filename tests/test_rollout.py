@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from jlrm import rollout
 from jlrm.mesh import rollout_layout, training_layout
 from jlrm.model import decode, qwen
-from jlrm.rl.logprobs import Distribution, log_distribution
+from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.rollout import Rollout, Sampler, generate, rollout_keys, sample
 from jlrm.stops import StopTables, stop_tables
 

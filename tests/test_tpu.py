@@ -26,7 +26,7 @@ from jlrm.model import decode, qwen
 from jlrm.model.attention import Packing
 from jlrm.model.presets import preset
 from jlrm.packing import Rows
-from jlrm.rl.logprobs import Distribution
+from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyLoss, PolicyTargets
 from jlrm.rollout import SMALLEST_CACHE, Sampler
 

@@ -22,7 +22,7 @@ from jlrm.mesh import training_layout
 from jlrm.model import qwen
 from jlrm.model.attention import Packing
 from jlrm.packing import Group, Packed, Rows
-from jlrm.rl.logprobs import Distribution, log_distribution
+from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.rl.losses import (
     PolicyLoss,
     PolicyTargets,

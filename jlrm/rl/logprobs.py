@@ -1,9 +1,5 @@
 """Log-probabilities under the sampling distribution, without ever holding `[B, C, V]`.
 
-Sampler and trainer must mean the same distribution: temperature, top-k, top-p and the ids that
-exist are one `Distribution`, applied by one function. Cut-offs are found by bisecting the bits of a
-float, which is exact and needs no sort of the vocabulary.
-
 The LM head is applied to a chunk of positions at a time. Each device keeps its part of the
 vocabulary for the whole call, and the states of a chunk travel to it: weights would be far more to
 move, and moved again for every chunk. The vocabulary is spread over `tensor` and `fsdp`, not over
@@ -24,11 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jlrm.mesh import AXES, Layout
+from jlrm.rl.distribution import Distribution, Vocabulary, kept_logits
 
-REMOVED = -1e30  # logit of an id that can't be drawn; finite, so that gradients stay finite
 # Positions of a chunk on a device, over all its rows. With 152k ids that is 148 MiB of logits. On
 # one CPU core, 256 reach 70 to 80 % of a bare product of matrices; 64 or 1024 take 10 to 20 % more.
 CHUNK_POSITIONS = 256
@@ -36,31 +32,6 @@ VOCABULARY_AXES = ("fsdp", "tensor")  # as the training layout has V, so that th
 ROWS, HEAD_ROWS, WHOLE = PartitionSpec(AXES), PartitionSpec(VOCABULARY_AXES), PartitionSpec()
 
 TokenLoss = Callable[[Array, Array, Any], tuple[Array, dict[str, Array]]]
-
-
-@dataclass(frozen=True)
-class Distribution:
-    """How logits become a distribution to draw from."""
-
-    temperature: float = 1.0  # 0: log-probabilities are those at temperature 1
-    top_k: int = 0  # 0: off
-    top_p: float = 1.0
-    num_ids: int = 0  # ids from here on exist in the head but not in the tokenizer; 0: all exist
-
-
-def log_distribution(
-    logits: Float[Array, "*batch V"],
-    distribution: Distribution,
-    keep: Int[Array, " *batch"] | None = None,
-) -> Float[Array, "*batch V"]:
-    """Return log-probabilities (nats, float32) after temperature, top-k and then top-p.
-
-    Ids that are cut off get about -1e30. Ids tied with the last kept one are kept. `keep` adds one
-    id a row to the kept ones: when an update has moved the policy, the drawn token may have left
-    the top-k, and its log-probability must stay finite. Which ids are kept carries no gradient.
-    """
-    kept = _kept_logits(logits, distribution, keep, _Vocabulary(logits.shape[-1]))
-    return jax.nn.log_softmax(kept, axis=-1)
 
 
 def completion_logps(
@@ -200,67 +171,6 @@ def _add(totals: Any, terms: Any) -> Any:
     return jax.tree.map(jnp.add, totals, terms)
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
-    """Which part of the vocabulary this device's logits are, and what devices do together."""
-
-    size: int  # ids in the head
-    axes: tuple[str, ...] = ()  # mesh axes over which logits are spread; (): they are whole
-    num_shards: int = 1
-
-    def first(self, logits: Array) -> Array | int:
-        """Return the id of the first of these logits."""
-        return jax.lax.axis_index(self.axes) * logits.shape[-1] if self.axes else 0
-
-    def ids(self, logits: Array) -> Int[Array, "*batch v"]:
-        """Return the id of each of these logits."""
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-        return ids + self.first(logits)
-
-    def sum(self, *terms: Array) -> list[Array]:
-        """Sum each of these over all ids, which stay as an axis of length 1."""
-        return self.sum_of_devices([jnp.sum(term, axis=-1, keepdims=True) for term in terms])
-
-    def max(self, x: Array) -> Array:
-        highest = jnp.max(x, axis=-1, keepdims=True)
-        return jax.lax.pmax(highest, self.axes) if self.axes else highest
-
-    def min(self, x: Array) -> Array:
-        return -self.max(-x)
-
-    def sum_of_devices(self, tree: Any) -> Any:
-        return jax.lax.psum(tree, self.axes) if self.axes else tree
-
-    def value_of(self, tokens: Int[Array, "*batch 1"], x: Array) -> Float[Array, "*batch 1"]:
-        """Return `x` of each row's token, wherever that lies.
-
-        An index, for on CPUs a sum over `ids == tokens` adds a tenth to the cost of scoring.
-        """
-        index = tokens - self.first(x)
-        value = jnp.take_along_axis(x, index, axis=-1, mode="clip")
-        is_here = (index >= 0) & (index < x.shape[-1])
-        return self.sum_of_devices(jnp.where(is_here, value, 0.0))
-
-    def gather(self, x: Array) -> Array:
-        """Return the rows of all devices that share the vocabulary."""
-        return jax.lax.all_gather(x, self.axes, tiled=True) if self.axes else x
-
-    def scatter(self, x: Array) -> Array:
-        """Undo `gather`: sum over the devices, each keeps its own rows.
-
-        One axis after the other: over both at once TPU compilers sum whole arrays on every device.
-        """
-        for axis in self.axes:
-            x = jax.lax.psum_scatter(x, axis, tiled=True)
-        return x
-
-    def own(self, x: Array, num_rows: int) -> Array:
-        """Undo `gather` for what all devices have alike."""
-        if not self.axes:
-            return x
-        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axes) * num_rows, num_rows)
-
-
 class _Scores(NamedTuple):
     """A chunk of positions: its rows are those of all devices, its logits this device's.
 
@@ -275,7 +185,7 @@ class _Scores(NamedTuple):
     entropy: Float[Array, "B*C 1"]
 
     def gradient(
-        self, by_logp: Array, by_entropy: Array, distribution: Distribution, vocabulary: _Vocabulary
+        self, by_logp: Array, by_entropy: Array, distribution: Distribution, vocabulary: Vocabulary
     ) -> Float[Array, "B*C v"]:
         """Return a gradient by the head's logits, given those by log-probability and entropy.
 
@@ -302,7 +212,7 @@ class _Share:
     data: Any
     chunk: int  # positions
     distribution: Distribution
-    vocabulary: _Vocabulary
+    vocabulary: Vocabulary
 
     def run(self, step: Callable[[Array, Any], Any], initial: Any) -> Any:
         """Fold `step(start, carry)` over the chunks that begin before `count`."""
@@ -339,7 +249,7 @@ class _Share:
         states = vocabulary.gather(states.reshape(-1, states.shape[-1]))
         tokens = vocabulary.gather(tokens.reshape(-1, 1))
         logits = jnp.einsum("RD,VD->RV", states, self.head, preferred_element_type=jnp.float32)
-        logits = _kept_logits(logits, self.distribution, tokens[:, 0], vocabulary)
+        logits = kept_logits(logits, self.distribution, tokens[:, 0], vocabulary)
         highest = vocabulary.max(logits)
         shifted = logits - highest
         mass = jnp.exp(shifted)
@@ -370,7 +280,7 @@ def _spread(
     """Run `local` on every device with its share: rows over all of them, ids over most."""
     axes = tuple(axis for axis in VOCABULARY_AXES if layout.mesh.shape[axis] > 1)
     num_shards = math.prod(layout.mesh.shape[axis] for axis in axes)
-    vocabulary = _Vocabulary(head.shape[0], axes, num_shards)
+    vocabulary = Vocabulary(head.shape[0], axes, num_shards)
     head = jnp.pad(head.astype(states.dtype), ((0, -head.shape[0] % num_shards), (0, 0)))
 
     def run(states: Array, head: Array, tokens: Array, count: Array, data: Any) -> Any:
@@ -394,65 +304,3 @@ def _spread(
         check_vma=False,
     )
     return spread(states, head, tokens, jnp.asarray(count, jnp.int32), data)
-
-
-def _kept_logits(
-    logits: Float[Array, "*batch v"],
-    distribution: Distribution,
-    keep: Int[Array, " *batch"] | None,
-    vocabulary: _Vocabulary,
-) -> Float[Array, "*batch v"]:
-    """Return float32 logits at the temperature, REMOVED where an id can't be drawn."""
-    logits = logits.astype(jnp.float32) / (distribution.temperature or 1.0)
-    ids = vocabulary.ids(logits)
-    num_ids = distribution.num_ids or vocabulary.size
-    if num_ids < logits.shape[-1] * vocabulary.num_shards:
-        logits = jnp.where(ids < num_ids, logits, REMOVED)
-    if distribution.top_k or distribution.top_p < 1.0:
-        kept = _kept_mask(jax.lax.stop_gradient(logits), distribution, vocabulary)
-        if keep is not None:
-            kept |= ids == keep[..., None]
-        logits = jnp.where(kept, logits, REMOVED)
-    return logits
-
-
-def _kept_mask(
-    logits: Float[Array, "*batch v"], distribution: Distribution, vocabulary: _Vocabulary
-) -> Bool[Array, "*batch v"]:
-    """Return which ids top-k and then top-p admit."""
-    kept = jnp.ones(logits.shape, bool)
-    if distribution.top_k:
-        wanted = min(distribution.top_k, vocabulary.size)
-        ones = jnp.ones(logits.shape, jnp.int32)
-        kept = logits >= _largest_threshold(logits, ones, wanted, vocabulary)
-    if distribution.top_p < 1.0:
-        highest = vocabulary.max(logits)  # which is kept
-        mass = jnp.where(kept, jnp.exp(logits - highest), 0.0)
-        probs = mass / vocabulary.sum(mass)[0]
-        kept &= logits >= _largest_threshold(logits, probs, distribution.top_p, vocabulary)
-    return kept
-
-
-def _largest_threshold(
-    values: Float[Array, "*batch v"], weights: Array, wanted: float, vocabulary: _Vocabulary
-) -> Float[Array, "*batch 1"]:
-    """Return each row's largest value v such that the weights of all values >= v reach `wanted`.
-
-    Bisects over the 32 bits of a float in the order of floats, so the result is exact.
-    """
-    ordered = _float_order(values)
-
-    def narrow(bit: Int[Array, ""], threshold: Array) -> Array:
-        higher = threshold | (jnp.uint32(1 << 31) >> bit.astype(jnp.uint32))
-        (reached,) = vocabulary.sum(jnp.where(ordered >= higher, weights, 0))
-        return jnp.where(reached >= wanted, higher, threshold)
-
-    lowest = jnp.zeros((*values.shape[:-1], 1), jnp.uint32)
-    threshold = jax.lax.fori_loop(0, 32, narrow, lowest)
-    return vocabulary.min(jnp.where(ordered >= threshold, values, jnp.inf))
-
-
-def _float_order(values: Float[Array, " *shape"]) -> Array:
-    """Map float32 to uint32 in the same order: flip all bits of negatives, else the sign."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
