@@ -16,14 +16,16 @@ os.environ.setdefault(
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 from qwen import qwen3, qwen3_official, qwen25  # noqa: F401 (fixtures)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jlrm.config import MeshConfig
-from jlrm.mesh import create_mesh
+from jlrm.mesh import AXES, create_mesh
 from jlrm.model.attention import BLOCK, Packing
 from jlrm.model.qwen import QwenConfig, hidden_states
 
@@ -77,6 +79,22 @@ def mesh():
 def mesh_of(data: int, fsdp: int, tensor: int):
     """Return a mesh over as many of the fake devices as it needs."""
     return create_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+
+
+def tpu_mesh(topology: str, *shape: int) -> Mesh:
+    """Return a mesh of the chips of a slice that need not be here: libtpu compiles for it."""
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
+    )
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        required("JLRM_REQUIRE_LIBTPU", "libtpu is not installed (pip install 'jlrm[plan]')")
+    from jax.experimental import topologies
+
+    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    devices = np.array(described.devices).reshape(shape)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def tiny_config(architecture: str = "qwen2_tied", **changes) -> QwenConfig:

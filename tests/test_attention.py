@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from functools import partial
 
@@ -11,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import dense_attention, mesh_of, required
-from jax.sharding import AxisType, Mesh
+from conftest import dense_attention, mesh_of, tpu_mesh
 
-from jlrm.mesh import AXES, training_layout
+from jlrm.mesh import training_layout
 from jlrm.model.attention import (
     MASKED,
     Packing,
@@ -261,25 +259,9 @@ def test_splash_reads_long_slots(groups):
     assert_equal((mine,), (dense(q, k, v, packing),))
 
 
-@pytest.fixture(scope="module")
-def devices():
-    """The chips of a v5e 2x2 slice, described."""
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
-    )
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        required("JLRM_REQUIRE_LIBTPU", "libtpu is not installed (pip install 'jlrm[plan]')")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return np.array(topology.devices)
-
-
 @pytest.mark.parametrize(("heads", "width", "num_rows"), [((28, 4), 128, 4), ((14, 2), 64, 8)])
-def test_splash_compiles_for_tpus(devices, heads, width, num_rows):
-    grid = Mesh(devices.reshape(1, 4, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+def test_splash_compiles_for_tpus(heads, width, num_rows):
+    grid = tpu_mesh("v5e:2x2", 1, 4, 1)
     layout, num_slots = training_layout(grid), 5120
 
     def shaped(letters, *shape, dtype=jnp.bfloat16):

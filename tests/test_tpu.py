@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from functools import partial
 
@@ -16,12 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import required
-from jax.sharding import AxisType, Mesh
+from conftest import tpu_mesh
 
 from jlrm import packing, rollout, update
 from jlrm.config import OptimizerConfig
-from jlrm.mesh import AXES, compiler_options, rollout_layout, training_layout
+from jlrm.mesh import compiler_options, rollout_layout, training_layout
 from jlrm.model import decode, qwen
 from jlrm.model.attention import Packing
 from jlrm.model.presets import preset
@@ -33,26 +31,6 @@ from jlrm.rollout import SMALLEST_CACHE, Sampler
 ROWS, PROMPT = 16, 512
 SLOTS = 4096
 DISTRIBUTION = Distribution(temperature=1.0, top_p=0.9, num_ids=151665)
-
-
-@pytest.fixture(scope="module")
-def devices():
-    """The chips of a v5e 2x2 slice, described."""
-    os.environ.update(
-        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
-    )
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        required("JLRM_REQUIRE_LIBTPU", "libtpu is not installed (pip install 'jlrm[plan]')")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-    return np.array(topology.devices)
-
-
-def mesh(devices, *shape: int) -> Mesh:
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def model(name: str, **changes) -> qwen.QwenConfig:
@@ -88,14 +66,21 @@ def largest_array(text: str) -> int:
     return max(math.prod(map(int, shape.split(","))) for shape in shapes)
 
 
+def sizes(operation: str, text: str) -> list[int]:
+    """Return the numbers of elements of what operations of this name produce."""
+    results = re.findall(rf"= (.*) {operation}(?:-start)?\(", text)
+    shapes = re.findall(r"(?:f32|bf16)\[([0-9,]+)\]", "\n".join(results))
+    return [math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
 @pytest.mark.parametrize("num_passes", [1, 4])
-def test_update_and_scoring(devices, num_passes):
+def test_update_and_scoring(num_passes):
     config = model("qwen3-0.6b")
-    layout = training_layout(mesh(devices, 1, 2, 2))
+    layout = training_layout(tpu_mesh("v5e:4x4", 1, 4, 4))
     optimizer = update.make_optimizer(OptimizerConfig(), 100)
     state = update.abstract_state(config, layout, optimizer)
     settings = PolicyLoss(kl_weight=0.001, entropy_weight=0.001)
-    rows = packed_rows(layout, 4, SLOTS, num_passes)
+    rows = packed_rows(layout, layout.mesh.size, SLOTS, num_passes)
     step = partial(update.grpo_update, config, layout, DISTRIBUTION, settings, optimizer)
     lowered = jax.jit(step, donate_argnums=0).lower(state, rows, policy_targets(rows))
     compiled = lowered.compile(compiler_options(layout.mesh))
@@ -110,12 +95,12 @@ def test_update_and_scoring(devices, num_passes):
     assert largest_array(text) < SLOTS * config.vocab_size / 2
     assert not re.search(rf"\[(?:\d+,)*{SLOTS},{SLOTS}[,\]]", text)
     assert "splash" in text
-    # A gradient moves in shares, whole ones never.
+    # A gradient moves in shares, whole ones never; a fused all-reduce-scatter moves shares too.
     computations = re.split(r"\n(?=%|ENTRY)", text)
-    whole = [part for part in computations if not part.startswith("%all-reduce-scatter")]
-    reduced = re.findall(r"(?:f32|bf16)\[([0-9,]+)\]\S* all-reduce\(", "\n".join(whole))
-    one_weight = config.hidden_size * config.intermediate_size
-    assert all(math.prod(map(int, shape.split(","))) < one_weight / 2 for shape in reduced)
+    others = [part for part in computations if not part.startswith("%all-reduce-scatter")]
+    smallest_matrix = config.hidden_size * config.num_key_value_heads * config.head_dim
+    assert max(sizes("all-reduce", "\n".join(others))) < smallest_matrix / 2
+    assert "all-reduce-scatter" in text or " reduce-scatter(" in text
     score = partial(update.score, config, layout, DISTRIBUTION)
     jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
 
@@ -127,21 +112,12 @@ def loop_bodies(text: str) -> str:
     return "\n".join(text[start : text.index("\n}", start)] for start in starts)
 
 
-def sizes(pattern: str, text: str) -> list[int]:
-    """Return the numbers of elements of what operations of this name produce."""
-    shapes = re.findall(rf"(?:f32|bf16)\[([0-9,]+)\]\S* {pattern}\(", text)
-    return [math.prod(map(int, shape.split(","))) for shape in shapes]
-
-
 @pytest.mark.parametrize(
     ("name", "num_new", "num_slots"), [("qwen2.5-7b", 512, 0), ("qwen3-0.6b", 1024, 2)]
 )
-def test_rollout(devices, name, num_new, num_slots):
-    from jax.experimental import topologies
-
+def test_rollout(name, num_new, num_slots):
     num_rollouts, config = 8, model(name)
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    grid = mesh(np.array(topology.devices), 1, 4, 4)
+    grid = tpu_mesh("v5e:4x4", 1, 4, 4)
     training, layout = training_layout(grid), rollout_layout(grid)
     params = qwen.abstract_params(config, training)
     place = jax.jit(partial(decode.decode_params, config, layout))
