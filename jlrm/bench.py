@@ -37,7 +37,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm import checkpoint, commands, costs, machine, stops, tracking, update
+from jlrm import checkpoint, commands, costs, hosts, machine, stops, tracking, update
 from jlrm.config import Config, UsageError, load
 from jlrm.costs import Batch, Cost
 from jlrm.mesh import create_mesh, rollout_layout, training_layout
@@ -55,7 +55,7 @@ from jlrm.programs import (
 )
 from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler
-from jlrm.run import check_mesh, is_main_process
+from jlrm.run import check_mesh
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -263,7 +263,7 @@ def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times
     found: list[dict[str, Times]] = [{} for _ in workloads]
     phases = ("rollout", PREFILL, "logprobs", "update")
     total = len(phases) * len(workloads) * (1 + repeats)
-    with tqdm(total=total, file=sys.stderr, disable=not is_main_process()) as bar:
+    with tqdm(total=total, file=sys.stderr, disable=not hosts.is_main()) as bar:
 
         def timed(workload: Workload, phase: str) -> float:
             bar.set_description(phase)
@@ -404,6 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting, of both"
     )
+    hosts.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     if args.repeats < 1:
         raise UsageError(f"--repeats {args.repeats} measures nothing: at least 1.")
@@ -414,8 +415,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(
                 f"{name} has grpo.steps=0, and what is measured is GRPO. Set grpo.steps=1."
             )
-    result = bench(configs, args.repeats)
-    if is_main_process():
+    with hosts.joined(args, configs[0]):
+        result = bench(configs, args.repeats)
+    if hosts.is_main():
         print(json.dumps(result) if args.json else describe(result, names))
 
 

@@ -28,26 +28,35 @@ def run(main: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
     logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+    code, message = _outcome(main)
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    # A run of several processes ends in all of them. Imported: this one may be part of such a run.
+    if (hosts := sys.modules.get("jlrm.hosts")) is not None:
+        hosts.leave(code, message.removeprefix("error: "))
+    return code
+
+
+def _outcome(main: Callable[[], None]) -> tuple[int, str]:
+    """Run `main`; return the exit code and what to say."""
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2, f"error: {error}"
     except RunError as error:
         if error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1, f"error: {error}"
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.signum
+        return 128 + stop.signum, str(stop)
     except KeyboardInterrupt:
-        print("Stopped at once; checkpoints that were finished are whole.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, "Stopped at once; checkpoints that were finished are whole."
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, ""
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 1, f"error: {error}"
+    except Exception as error:  # a fault of ours: in full, and the other processes hear of it too
+        traceback.print_exc()
+        return 1, f"error: {type(error).__name__}: {error}"
+    return 0, ""

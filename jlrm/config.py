@@ -43,6 +43,8 @@ class RunConfig:
     best_metric: Literal["agreement", "parse_rate", "swap_consistency", "reward"] = "agreement"
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
+    # Seconds that a host may stay behind the others before all give up and name it.
+    host_timeout: Positive = 1800
     tensorboard: bool = True
     wandb_project: str = ""  # empty: no Weights & Biases
 

@@ -102,8 +102,7 @@ def _finish(run: Run, started: Started, timed: Timed) -> Batch:
         sampled = started.collect()
     examples = [example for example in prompts for _ in range(config.rollouts)]
     with timed("reward"):
-        limit = run.config.sampling.max_new_tokens
-        judged = judge(run.config.reward, run.plugins, examples, sampled, limit)
+        judged = judge(run, examples, sampled, len(examples) // _num_groups(run))
         if run.config.reward.swap_consistency:
             judged = compare_orders(run.config.reward, judged, _partner(run))
         grouped = judged.rewards.reshape(_num_groups(run), -1)

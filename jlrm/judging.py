@@ -1,7 +1,8 @@
 """Judging on the host: from examples to sampled judgements, their verdicts and their rewards.
 
 This is the side of a rollout that knows text. Everything a completion can be is data here; only a
-reward that raises stops the run, with the row that caused it.
+reward that raises stops the run, with the row that caused it. Each process decodes and scores its
+share of the completions; what it found, a few numbers a row, is then known to all.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jlrm import stops
+from jlrm import hosts, stops
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import decode, token_bytes
 from jlrm.judge import rewards
 from jlrm.judge.plugins import Plugin
 from jlrm.judge.rewards import Terms
-from jlrm.judge.verdict import Verdict, parse, swap_preference
+from jlrm.judge.verdict import STATUSES, Verdict, parse, swap_preference
 from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
 from jlrm.programs import fetch, make_generator
@@ -35,7 +36,6 @@ from jlrm.run import Run
 class Sampled(NamedTuple):
     """Completions on the host, those of one prompt after those of the one before."""
 
-    texts: list[str]
     ids: list[list[int]]
     logps: Float[np.ndarray, "B T"]  # of the sampling distribution, nats
     lengths: Int[np.ndarray, " B"]
@@ -43,15 +43,15 @@ class Sampled(NamedTuple):
 
     def take(self, rows: Sequence[int]) -> Sampled:
         """Return some of the rows, in this order."""
-        arrays = (array[np.asarray(rows, np.int64)] for array in self[2:])
-        return Sampled([self.texts[r] for r in rows], [self.ids[r] for r in rows], *arrays)
+        arrays = (array[np.asarray(rows, np.int64)] for array in self[1:])
+        return Sampled([self.ids[r] for r in rows], *arrays)
 
 
 @dataclass(frozen=True)
 class Judgements:
     """Verdicts and rewards of a batch, one entry per completion."""
 
-    verdicts: list[Verdict]
+    verdicts: list[Verdict]  # without their reasoning
     terms: list[Terms]
     is_right: Float[np.ndarray, " B"]  # 1 where the verdict prefers what gold prefers
 
@@ -81,9 +81,8 @@ def concatenate(parts: Sequence[Judgements]) -> Judgements:
 def join_sampled(parts: Sequence[Sampled]) -> Sampled:
     """Return the rows of all parts, one after the other."""
     return Sampled(
-        [text for part in parts for text in part.texts],
         [row for part in parts for row in part.ids],
-        *(np.concatenate(arrays) for arrays in zip(*(part[2:] for part in parts), strict=True)),
+        *(np.concatenate(arrays) for arrays in zip(*(part[1:] for part in parts), strict=True)),
     )
 
 
@@ -115,8 +114,7 @@ def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts:
         def collect() -> Sampled:
             ids, logps, lengths, is_finished = fetch(begun, len(examples))
             written = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
-            texts = decode(run.tokenizer, written)
-            return Sampled(texts, written, *map(np.asarray, (logps, lengths, is_finished)))
+            return Sampled(written, *map(np.asarray, (logps, lengths, is_finished)))
 
         return collect
 
@@ -124,21 +122,71 @@ def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts:
 
 
 def judge(
-    config: RewardConfig,
-    plugins: Sequence[Plugin],
-    examples: Sequence[Example],
-    sampled: Sampled,
-    max_tokens: int,
+    run: Run, examples: Sequence[Example], sampled: Sampled, group_size: int = 1
 ) -> Judgements:
-    """Score every completion against its example's label, by our own terms and by plug-ins.
+    """Score every completion against its example's label, each process its share of the groups.
 
     Raises:
       UsageError: a label that the reward can't use.
-      RunError: a reward function raised. Both name the row.
+      RunError: a reward function raised. Both name the row; the other processes end with it.
     """
+    groups = hosts.share(len(examples) // group_size)
+    rows = range(groups.start * group_size, groups.stop * group_size)
+    mine = slice(rows.start, rows.stop)
+    texts = decode(run.tokenizer, sampled.ids[mine])
+    judged = score_rows(
+        run.config.reward,
+        run.plugins,
+        examples[mine],
+        texts,
+        sampled.ids[mine],
+        run.config.sampling.max_new_tokens,
+    )
+    if hosts.count() == 1:
+        return judged
+    names = [*rewards.TERMS, *(plugin.name for plugin in run.plugins)]
+    table = np.full((len(examples), 4 + len(names)), np.nan)
+    table[mine] = _numbers(judged, names)
+    return _from_numbers(hosts.combine("rewards", rows, table), names)
+
+
+def _numbers(judged: Judgements, names: Sequence[str]) -> Float[np.ndarray, "B C"]:
+    """Write judgements as numbers, NaN for what is missing."""
+    rows = [
+        [
+            STATUSES.index(verdict.status),
+            *(verdict.scores or (None, None)),
+            is_right,
+            *(terms[name] for name in names),
+        ]
+        for verdict, is_right, terms in zip(
+            judged.verdicts, judged.is_right, judged.terms, strict=True
+        )
+    ]
+    return np.array(rows, np.float64).reshape(len(rows), 4 + len(names))
+
+
+def _from_numbers(table: Float[np.ndarray, "B C"], names: Sequence[str]) -> Judgements:
+    rows = [[None if np.isnan(value) else float(value) for value in row] for row in table]
+    return Judgements(
+        [Verdict(row[1], row[2], STATUSES[int(row[0] or 0)], "") for row in rows],
+        [dict(zip(names, row[4:], strict=True)) for row in rows],
+        table[:, 3].astype(np.float32),
+    )
+
+
+def score_rows(
+    config: RewardConfig,
+    plugins: Sequence[Plugin],
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    ids: Sequence[Sequence[int]],
+    max_tokens: int,
+) -> Judgements:
+    """Score completions, given as text and as token ids, by our own terms and by plug-ins."""
     terms: list[Terms] = []
     verdicts: list[Verdict] = []
-    for example, text, length in zip(examples, sampled.texts, sampled.lengths, strict=True):
+    for example, text, row_ids in zip(examples, texts, ids, strict=True):
         row = example.comparison
         try:
             terms.append(
@@ -148,7 +196,7 @@ def judge(
                     completion=text,
                     gold=row.scores,
                     preference=row.preference,
-                    num_tokens=int(length),
+                    num_tokens=len(row_ids),
                     max_tokens=max_tokens,
                 )
             )
@@ -156,11 +204,17 @@ def judge(
             raise UsageError(f"Row {row.id}: {error}") from None
         except Exception as error:
             raise RunError(f"The reward of row {row.id} failed: {error}") from error
-        verdicts.append(parse(text, min_score=config.min_score, max_score=config.max_score))
-    if plugins:
+        verdict = parse(text, min_score=config.min_score, max_score=config.max_score)
+        verdicts.append(dataclasses.replace(verdict, reasoning=""))
+    if plugins and examples:
         columns = [
-            {**e.comparison.record(), "prompt": e.prompt, "completion": text, "completion_ids": ids}
-            for e, text, ids in zip(examples, sampled.texts, sampled.ids, strict=True)
+            {
+                **e.comparison.record(),
+                "prompt": e.prompt,
+                "completion": text,
+                "completion_ids": row_ids,
+            }
+            for e, text, row_ids in zip(examples, texts, ids, strict=True)
         ]
         for plugin in plugins:
             for term, value in zip(terms, plugin.score(columns), strict=True):
@@ -235,7 +289,6 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
     name the same answer. A pair with a verdict missing is not consistent.
     """
     size = run.config.sampling.eval_batch_size
-    max_tokens = run.config.sampling.max_new_tokens
     config = run.config.reward
     parts: list[Judgements] = []
     num_tokens = 0
@@ -245,7 +298,7 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
         prompt_ids = np.arange(start, start + size, dtype=np.int32)
         sampled = sample(params, padded, prompt_ids, 0)()
         num_tokens += int(sampled.lengths[: len(part)].sum())
-        judged = judge(config, run.plugins, padded, sampled, max_tokens)
+        judged = judge(run, padded, sampled)
         parts.append(judged.take(range(len(part))))
     judged = concatenate(parts)
     half = len(run.heldout) // 2
@@ -263,12 +316,16 @@ def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, fl
 
 
 def sampled_rows(
-    examples: Sequence[Example], sampled: Sampled, judged: Judgements, advantages: np.ndarray
+    run: Run,
+    examples: Sequence[Example],
+    sampled: Sampled,
+    judged: Judgements,
+    advantages: np.ndarray,
 ) -> list[dict[str, Any]]:
     """Return one plain row per judgement, for people to read."""
     rows = zip(
         examples,
-        sampled.texts,
+        decode(run.tokenizer, sampled.ids),
         judged.verdicts,
         judged.terms,
         judged.rewards,

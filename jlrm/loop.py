@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jlrm import update
+from jlrm import hosts, update
 from jlrm.checkpoint import Checkpoints
 from jlrm.commands import Interrupted
 from jlrm.config import RunError, to_dict
 from jlrm.judging import Evaluation
 from jlrm.model.qwen import Params
-from jlrm.run import Run, is_main_process
+from jlrm.run import Run
 from jlrm.tracking import Tracker
 from jlrm.update import TrainState
 
@@ -98,7 +98,7 @@ class Stage:
             tensorboard=settings.tensorboard,
             wandb_project=settings.wandb_project,
             config=to_dict(run.config),
-            is_writer=is_main_process(),
+            is_writer=hosts.is_main(),
         )
         self._evaluate = evaluate
         self._seconds = collections.defaultdict[str, float](float)
@@ -156,6 +156,8 @@ class Stage:
         """
         settings, step = self._run.config.run, self._done + 1
         self._check_finite(step, values)
+        # A signal comes to one process or to all: they stop after the same step.
+        self._signum = hosts.highest(f"the end of {self._name} step {step}", self._signum)
         elapsed = time.monotonic() - self._step_began
         values = {
             **values,

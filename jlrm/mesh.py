@@ -20,6 +20,7 @@ Mesh axes are of type Auto: constraints guide the compiler, which places the col
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -175,9 +177,31 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise UsageError(f"{wanted} does not fit {len(devices)} devices. Leave one size at -1.")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
+    """Place devices so that neighbours on a mesh axis are neighbours on the network.
+
+    Slices are joined by the data-centre network alone, so they are told apart by `data`, the axis
+    that is summed over once a step. Where a slice's own network does not have the shape asked for,
+    its chips are taken as they are numbered.
+    """
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, *rest = sizes
+    if data % num_slices:
+        raise UsageError(
+            f"mesh.data={data} on {num_slices} slices: every slice holds whole copies of the "
+            f"weights. Set mesh.data={num_slices}, or a multiple of it."
+        )
+    if num_slices > 1:
+        shape = (data // num_slices, *rest)
+        return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
+    try:
+        return mesh_utils.create_device_mesh(sizes, devices)
+    except NotImplementedError:
+        ordered = sorted(devices, key=lambda device: device.id)
+        return np.array(ordered).reshape(sizes)
 
 
 def global_array(value: np.ndarray, sharding: NamedSharding) -> Array:
@@ -187,9 +211,23 @@ def global_array(value: np.ndarray, sharding: NamedSharding) -> Array:
 
 
 def host_array(value: Array) -> np.ndarray:
-    """Return a global array's value on every host, whichever devices hold it."""
-    if value.is_fully_addressable or value.is_fully_replicated:
-        return np.asarray(value)
-    from jax.experimental import multihost_utils
+    """Return a global array's value on this host.
 
-    return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    Raises:
+      ValueError: other processes hold parts of it; `replicate` it on the devices first.
+    """
+    if not (value.is_fully_addressable or value.is_fully_replicated):
+        raise ValueError(f"{value.shape} lies on other hosts' devices too ({value.sharding}).")
+    return np.asarray(value)
+
+
+def replicate(layout: Layout, tree: Any) -> Any:
+    """Begin to bring arrays to all devices, where several processes hold parts of them."""
+    if jax.process_count() == 1:
+        return tree
+    return _gather(layout)(tree)
+
+
+@functools.cache
+def _gather(layout: Layout) -> Any:
+    return jax.jit(lambda tree: tree, out_shardings=layout.replicated())

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from jlrm import packing, rollout, update
 from jlrm.config import Config
 from jlrm.data import batches
-from jlrm.mesh import Layout, compiler_options, global_array, host_array
+from jlrm.mesh import Layout, compiler_options, global_array, host_array, replicate
 from jlrm.model import qwen
 from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params, QwenConfig
@@ -121,13 +121,16 @@ def make_generator(
     ) -> Rollout:
         filled = [*prompts, *[prompts[-1]] * (-len(prompts) % layout.num_shards("P"))]
         tokens, lengths = batches.pad(filled, width)
-        return program(
+        drawn = program(
             weights,
             global_array(tokens, layout.activation("P T")),
             global_array(lengths, layout.activation("P")),
             keys(np.int32(step), np.resize(numbers, len(filled)).astype(np.int32)),
             *stop_arrays,
         )
+        # Every host packs the batch it has a part of. Begun here: once something else has been
+        # begun on the devices, this would wait for that.
+        return replicate(layout, drawn)
 
     return generate
 

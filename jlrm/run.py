@@ -7,7 +7,7 @@ but the weights, so that a run can be exported without the checkpoint it began f
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import json
 import logging
 import pathlib
@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
-from jlrm import checkpoint
+from jlrm import checkpoint, hosts
 from jlrm.config import Config, UsageError, load, save, to_dict
 from jlrm.data import readers, toy
 from jlrm.data.batches import Example, encode_prompts
@@ -82,8 +81,11 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     _check_same_run(config, directory)
     mesh = create_mesh(config.mesh, devices)
     loaded = plugins.load(config.reward.plugins)
-    train_rows, heldout_rows, dropped = _read_rows(config)
+    if hosts.is_main():
+        _fill_model(config, directory)
+    hosts.exchange("the model's side files", b"")
     model, model_dir = _open_model(config, directory)
+    train_rows, heldout_rows, dropped = _read_rows(config)
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(tokenizer, model.vocab_size)
     train, heldout, unfit = _encode(config, train_rows, heldout_rows, tokenizer)
@@ -101,8 +103,10 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
         )
-    write_dropped([*dropped, *unfit], directory / "dropped.jsonl")
-    save(config, directory / "config.yaml")
+    hosts.agree("training and held-out rows", _digest([*train, *heldout]))
+    if hosts.is_main():
+        write_dropped([*dropped, *unfit], directory / "dropped.jsonl")
+        save(config, directory / "config.yaml")
     return Run(
         config=config,
         dir=directory,
@@ -221,34 +225,51 @@ def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], 
     return [row for row in rows if fold(row.question) in groups], heldout[:num_rows]
 
 
-def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:
-    """Fill `model/` of the run directory, once, and read the architecture from it."""
+def _fill_model(config: Config, directory: pathlib.Path) -> None:
+    """Fill `model/` of the run directory, once: the config is saved when all was done."""
     source, target = config.model, directory / "model"
-    numerics = {
-        "param_dtype": source.param_dtype,
-        "compute_dtype": source.compute_dtype,
-        "remat": source.remat,
-    }
-    if (directory / "config.yaml").is_file():  # written when all of this was done
-        return hf_config.read_config(target, **numerics), target
+    if (directory / "config.yaml").is_file():
+        return
     if source.path:
         if checkpoint.is_run(source.path):
             checkpoint.find(source.path)
             origin = pathlib.Path(source.path.partition("@")[0]).expanduser() / "model"
         else:
             origin = hf.resolve(source.path)
-        model = hf_config.read_config(origin, **numerics)
+        hf_config.read_config(origin)
         hf.copy_side_files(origin, target)
     else:
-        model = dataclasses.replace(preset(source.preset), **numerics)
         target.mkdir(parents=True, exist_ok=True)
-        fields = hf_config.config_to_hf(model, "float32")
+        fields = hf_config.config_to_hf(preset(source.preset), "float32")
         (target / "config.json").write_text(json.dumps(fields, indent=2))
     if source.tokenizer == "toy":
         toy.save_tokenizer(target)
     elif source.tokenizer:
         hf.copy_tokenizer(hf.resolve(source.tokenizer, hf.TOKENIZER_FILES), target)
+
+
+def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:
+    """Read the architecture from `model/` of the run directory."""
+    source, target = config.model, directory / "model"
+    if not target.is_dir():
+        raise UsageError(
+            f"Process {hosts.index()} does not find in run.dir={directory} what process 0 has just "
+            "written there. Put it where all hosts see it: a shared disk, or gs://."
+        )
+    model = hf_config.read_config(
+        target,
+        param_dtype=source.param_dtype,
+        compute_dtype=source.compute_dtype,
+        remat=source.remat,
+    )
     return model, target
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.comparison.id}\0{example.prompt}\0".encode())
+    return digest.hexdigest()
 
 
 def _encode(
@@ -324,8 +345,3 @@ def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
             raise UsageError(
                 f"{axes}={shards} does not divide the model's {name}={size}. Use {axes} in {fits}."
             )
-
-
-def is_main_process() -> bool:
-    """Return whether this process writes logs and files."""
-    return jax.process_index() == 0

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlrm import commands, groups, packing, report, tracking, update
+from jlrm import commands, groups, hosts, packing, report, tracking, update
 from jlrm.config import Config, load
 from jlrm.data import batches
 from jlrm.data.comparisons import describe_dropped, write_dropped
@@ -44,12 +44,12 @@ from jlrm.judging import (
     sampled_rows,
 )
 from jlrm.loop import Outcome, Stage
-from jlrm.mesh import compiler_options, host_array
+from jlrm.mesh import compiler_options
 from jlrm.model.qwen import Params
 from jlrm.packing import Group
 from jlrm.programs import GRPOPrograms, Minibatch, grpo_programs, pack_minibatch
 from jlrm.rl.losses import token_weights
-from jlrm.run import Run, grpo_params, initial_params, is_main_process, open_run
+from jlrm.run import Run, grpo_params, initial_params, open_run
 from jlrm.update import TrainState
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         "seconds": round(sum(outcome.seconds for outcome in outcomes.values()), 1),
         "tokens": sum(outcome.num_tokens for outcome in outcomes.values()),
     }
-    if is_main_process():
+    if hosts.is_main():
         tracking.summary(run.dir, summary)
         report.write_report(run.dir)
     return summary
@@ -90,7 +90,7 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
     )
     if encoded.dropped:
         log.warning("sft: left out %s", describe_dropped(encoded.dropped))
-    if is_main_process():
+    if hosts.is_main():
         write_dropped(encoded.dropped, run.dir / "dropped_sft.jsonl")
     examples = encoded.examples
     longest = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
@@ -173,10 +173,8 @@ def grpo(run: Run, evaluate: Evaluation) -> Outcome:
             values |= _floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
             values |= _means([part.packing for part in parts])
             every = run.config.run.completions_every
-            if every and (step % every == 0 or is_last):
-                judgements = sampled_rows(
-                    batch.examples, batch.sampled, batch.judged, batch.advantages
-                )
+            if every and hosts.is_main() and (step % every == 0 or is_last):
+                judgements = sampled_rows(run, *batch)
                 stage.tracker.log_completions(step + 1, judgements)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
@@ -242,10 +240,11 @@ def _weighed(sampled: Minibatch, scored: Minibatch, cap: float) -> Minibatch:
 def _mean_gap(sampled: list[Minibatch], scored: list[Minibatch]) -> float:
     total = num_tokens = 0.0
     for before, after in zip(sampled, scored, strict=True):
-        mask = host_array(before.targets.mask)
-        gap = np.abs(host_array(before.targets.old_logp) - host_array(after.targets.old_logp))
-        total, num_tokens = total + gap[mask].sum(), num_tokens + mask.sum()
-    return float(total / max(num_tokens, 1))
+        mask = before.targets.mask
+        gap = jnp.abs(before.targets.old_logp - after.targets.old_logp)
+        total += float(jnp.sum(gap, where=mask))
+        num_tokens += int(jnp.sum(mask))
+    return total / max(num_tokens, 1)
 
 
 def _optimise(
@@ -280,11 +279,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
     )
+    hosts.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     began = time.monotonic()
     config = load(args.config, args.overrides)
-    summary = train(config)
-    if not is_main_process():
+    with hosts.joined(args, config):
+        summary = train(config)
+    if not hosts.is_main():
         return
     if args.json:
         print(json.dumps(summary))

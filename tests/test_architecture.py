@@ -13,6 +13,7 @@ RANKS = {
     "__init__": 0,
     "config": 0,
     "mesh": 1,
+    "hosts": 1,
     "judge": 1,
     "stops": 1,
     "commands": 1,

@@ -23,7 +23,7 @@ from jlrm.data import toy
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.judge import prompts, rewards
-from jlrm.judging import Sampled, judge
+from jlrm.judging import score_rows
 from jlrm.mesh import training_layout
 from jlrm.model import hf, hf_config, qwen
 from jlrm.tracking import read_metrics
@@ -242,16 +242,14 @@ def test_a_run_directory_belongs_to_one_config(tmp_path, data, command, capsys):
 
 def test_a_reward_that_fails_stops_the_run_and_names_the_row():
     row = Comparison("row-7", "q", "a", "b", score_1="8", score_2=4.0)  # as no reader gives it
-    lengths, is_finished = np.array([3]), np.array([True])
     text = "</think><answer>8</answer><answer>4</answer>"
-    sampled = Sampled([text], [[1]], np.zeros((1, 1)), lengths, is_finished)
     template = prompts.PAIR_TEMPLATES["judgelrm_train"]
     prompt = prompts.fill(template, question="q", answer_1="a", answer_2="b")
     with pytest.raises(RunError, match="The reward of row row-7 failed"):
-        judge(rewards.JUDGELRM, [], [Example(row, prompt, [1])], sampled, 8)
+        score_rows(rewards.JUDGELRM, [], [Example(row, prompt, [1])], [text], [[1, 2, 3]], 8)
     unusable = dataclasses.replace(row, score_1=-1.0)
     with pytest.raises(UsageError, match="Row row-7: gold="):
-        judge(RewardConfig(), [], [Example(unusable, prompt, [1])], sampled, 8)
+        score_rows(RewardConfig(), [], [Example(unusable, prompt, [1])], [text], [[1, 2, 3]], 8)
 
 
 def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_update(

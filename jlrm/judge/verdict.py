@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Status = Literal[
     "ok",
@@ -26,6 +26,8 @@ Status = Literal[
     "not_a_number",
     "out_of_range",
 ]
+
+STATUSES: tuple[Status, ...] = get_args(Status)
 
 Preference = Literal[0, 1, 2]  # the better answer; 0: a tie
 

@@ -1,0 +1,348 @@
+"""Several processes on this machine stand for the hosts of a pod."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from jlrm import hosts
+from jlrm.config import UsageError
+from jlrm.tracking import read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# A model that has learned nothing parses nothing: any text must be worth something else.
+PLUGIN = """
+import os
+import pathlib
+import time
+
+def vowels(completions, **columns):
+    trap = pathlib.Path(os.environ.get("TRAP", "/nowhere"))
+    if trap.exists() and os.environ["JLRM_PROCESS_ID"] == "1":
+        if trap.read_text() == "raise":
+            raise ValueError("the reward model is out")
+        time.sleep(1000)
+    return [sum(map(text.count, "aeiou")) / 10 for text in completions]
+"""
+SETTINGS = """
+run: {dir: unset, save_every: 10, eval_every: 0, completions_every: 19, tensorboard: false}
+model: {preset: toy, tokenizer: toy, compute_dtype: float32, remat: none}
+data: {train: toy, prompt: toy, max_prompt_tokens: 48, eval_rows: 8}
+sampling: {max_new_tokens: 8, eval_batch_size: 16}
+reward: {mode: none, plugins: {"payers:vowels": 1.0}}
+grpo:
+  {steps: 20, prompts: 8, rollouts: 4, kl_weight: 0.01, epochs: 2,
+   optimizer: {learning_rate: 3e-3}}
+"""
+
+
+class Pod:
+    """Processes of one command, started together; their output is in files."""
+
+    def __init__(self, folder: pathlib.Path, count: int, *command: str, **environment: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"{number}.log" for number in range(count)]
+        self.processes = []
+        for number, output in enumerate(self.outputs):
+            chosen = {
+                **os.environ,
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(8 // count),
+                "XLA_FLAGS": FAST,
+                "PYTHONPATH": f"{folder.parent}:{ROOT}",
+                "JLRM_COORDINATOR": f"127.0.0.1:{port}",
+                "JLRM_NUM_PROCESSES": str(count),
+                "JLRM_PROCESS_ID": str(number),
+                **environment,
+            }
+            with output.open("wb") as file:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, *command],
+                        env=chosen,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        cwd=ROOT,
+                    )
+                )
+
+    def wait(self, seconds: float = 400) -> list[int]:
+        """Return the exit codes."""
+        until = time.monotonic() + seconds
+        try:
+            return [p.wait(max(until - time.monotonic(), 0.1)) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail("a process does not end:\n" + "\n".join(map(self.said, range(len(self)))))
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def said(self, number: int) -> str:
+        """Return what a process has written."""
+        return self.outputs[number].read_text(errors="replace")
+
+    def __len__(self) -> int:
+        return len(self.processes)
+
+
+def script(tmp_path: pathlib.Path, count: int, body: str, **environment: str) -> Pod:
+    """Run code in processes that have joined, as a command would."""
+    code = f"""
+import argparse, os, sys, time
+import numpy as np
+from jlrm import commands, hosts
+from jlrm.config import UsageError, RunError, from_dict
+hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 5.0
+me = int(os.environ["JLRM_PROCESS_ID"])
+
+def main():
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    tree = {{"run": {{"dir": "r", "host_timeout": 4}}, "data": {{"train": "toy"}},
+            "model": {{"preset": "toy", "tokenizer": "toy"}}, "grpo": {{"steps": 1}}}}
+    if "OTHER" in os.environ and me == 2:
+        tree["grpo"]["rollouts"] = 16
+    with hosts.joined(parser.parse_args([]), from_dict(tree)):
+        body()
+
+def body():
+{textwrap.indent(textwrap.dedent(body), "    ")}
+
+sys.exit(commands.run(main))
+"""
+    file = tmp_path / "script.py"
+    file.write_text(code)
+    return Pod(tmp_path / "pod", count, str(file), **environment)
+
+
+def test_what_processes_tell_each_other(tmp_path):
+    body = """
+    assert (hosts.count(), hosts.index(), hosts.is_main()) == (3, me, me == 0)
+    assert hosts.exchange("a", bytes([me])) == [b"\\0", b"\\1", b"\\2"]
+    assert hosts.highest("b", me * 7) == 14
+    mine = hosts.share(8)
+    table = np.full((8, 2), np.nan)
+    table[mine] = [[row, 0.1 * row] for row in mine]
+    whole = hosts.combine("c", mine, table)
+    assert np.array_equal(whole, [[row, 0.1 * row] for row in range(8)]), whole
+    few = hosts.share(1)  # fewer rows than processes
+    assert hosts.combine("d", few, np.ones((1, 2))).tolist() == [[1, 1]]
+    hosts.agree("rows", "same")
+    try:
+        hosts.agree("rows", me == 1)
+    except UsageError as error:
+        assert "Processes [1] have other rows" in str(error)
+    else:
+        raise SystemExit("not noticed")
+    print("all well")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [0, 0, 0], pod.said(0)
+    assert all("all well" in pod.said(number) for number in range(3))
+
+
+def test_one_process_is_enough_for_itself():
+    assert hosts.count() == 1 and hosts.is_main()
+    assert list(hosts.share(5)) == [0, 1, 2, 3, 4]
+    assert hosts.exchange("what", b"x") == [b"x"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--coordinator", "here:1"], "needs --num-processes and --process-id"),
+        (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "HOST:PORT"),
+        (["--coordinator", "here:1", "--num-processes", "2", "--process-id", "2"], "0 <= process"),
+    ],
+)
+def test_impossible_flags_are_refused(flags, wanted):
+    parser = argparse.ArgumentParser()
+    hosts.add_arguments(parser)
+    with pytest.raises(UsageError, match=wanted):
+        hosts._settings(parser.parse_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}, True),
+        ({"SLURM_NTASKS": "4"}, False),  # in the batch script itself, outside srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_PROCESS_ADDRESSES": "local"}, False),  # Kaggle
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_an_environment_of_several_hosts_is_known(environment, several, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_ID", "TPU_WORKER_HOSTNAMES", "MEGASCALE_NUM_SLICES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts._are_several() is several
+
+
+def test_a_host_with_another_config_is_named(tmp_path):
+    pod = script(tmp_path, 3, "raise SystemExit('went on')", OTHER="1")
+    assert pod.wait(60) == [2, 2, 2]
+    assert "Process 2" in pod.said(0) and "grpo.rollouts is 16, not 8" in pod.said(0)
+
+
+def test_a_host_that_raises_ends_the_others_with_its_message(tmp_path):
+    body = """
+    if me == 1:
+        raise RunError("The reward of row 7 failed")
+    hosts.exchange("rewards", b"")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [1, 1, 1]
+    for number in (0, 2):
+        assert "Process 1 (" in pod.said(number)
+        assert "failed: The reward of row 7 failed" in pod.said(number)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_vanishes_is_named(tmp_path, victim):
+    body = f"""
+    hosts.exchange("start", b"")
+    if me == {victim}:
+        os.kill(os.getpid(), 9)
+    hosts.exchange("rewards", b"")
+    """
+    pod = script(tmp_path, 3, body)
+    began = time.monotonic()
+    codes = pod.wait(60)
+    assert time.monotonic() - began < 60
+    assert codes.pop(victim) == -signal.SIGKILL
+    others = [number for number in range(3) if number != victim]
+    assert all(code not in (0, 1, 2) for code in codes)  # a scheduler may start it again
+    if victim:
+        assert all(f"Process {victim} (" in pod.said(number) for number in others)
+    else:  # the store dies with it, and jax's own client may be the first to notice
+        for number in others:
+            assert "Process 0" in pod.said(number) or "leader" in pod.said(number)
+
+
+def test_a_host_that_hangs_is_named(tmp_path):
+    body = """
+    hosts.exchange("start", b"")
+    if me == 2:
+        time.sleep(1000)
+    hosts.exchange("rewards", b"")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [137, 137, 137]
+    assert "Process 2" in pod.said(0) and "no further than 'start'" in pod.said(0)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("pods")
+    (folder / "payers.py").write_text(PLUGIN)
+    (folder / "config.yaml").write_text(SETTINGS)
+    return folder
+
+
+def train(settings: pathlib.Path, name: str, count: int, *more: str, **environment: str) -> Pod:
+    command = ["-m", "jlrm.train", "--config", str(settings / "config.yaml")]
+    return Pod(
+        settings / f"{name}.pod",
+        count,
+        *command,
+        f"run.dir={settings / name}",
+        *more,
+        **environment,
+    )
+
+
+def values(run: pathlib.Path) -> list[dict[str, float]]:
+    """Return the metrics of every step but for times."""
+    ignored = ("time/", "perf/tokens_per_second", "perf/compiles")
+    return [
+        {name: value for name, value in row.items() if not name.startswith(ignored)}
+        for row in read_metrics(run)
+    ]
+
+
+def completions(run: pathlib.Path) -> list[str]:
+    files = sorted((run / "completions").glob("*.parquet"))
+    return [row["completion"] for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_one_two_and_four_processes_train_alike(settings):
+    for count in (1, 2, 4):
+        pod = train(settings, f"of_{count}", count)
+        assert pod.wait() == [0] * count, pod.said(count - 1)
+        assert all("Report" not in pod.said(number) for number in range(1, count))
+    one = values(settings / "of_1")
+    assert len(one) == 20 and any(abs(row["loss"]) > 1e-4 for row in one)
+    for count in (2, 4):
+        for mine, theirs in zip(one, values(settings / f"of_{count}"), strict=True):
+            assert mine.keys() == theirs.keys()
+            numbers = [name for name in mine if name != "stage"]
+            assert [mine[n] for n in numbers] == pytest.approx(
+                [theirs[n] for n in numbers], abs=1e-5
+            )
+        assert completions(settings / f"of_{count}") == completions(settings / "of_1")
+
+
+def test_a_killed_process_costs_nothing_but_time(settings):
+    """One of two is killed after a checkpoint; the other ends; restarted, all goes on as before."""
+    pod = train(settings, "killed", 2)
+    record = settings / "killed" / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while not record.exists() or len(record.read_text().splitlines()) < 12:
+        assert time.monotonic() < until and pod.processes[0].poll() is None, pod.said(0)
+        time.sleep(0.05)
+    pod.processes[1].kill()
+    began = time.monotonic()
+    codes = pod.wait(90)
+    assert time.monotonic() - began < 60
+    assert codes[0] not in (0, 1, 2)
+    assert "Process 1" in pod.said(0) or "task:1" in pod.said(0), pod.said(0)
+    again = train(settings, "killed", 2)
+    assert again.wait() == [0, 0], again.said(0)
+    assert "going on after step 10" in again.said(0)
+    assert values(settings / "killed") == values(settings / "of_2")
+    assert completions(settings / "killed") == completions(settings / "of_2")
+
+
+@pytest.mark.parametrize(("trap", "code", "said"), [("raise", 1, "out"), ("hang", 137, "hangs")])
+def test_a_reward_that_fails_on_one_host_ends_all(settings, trap, code, said):
+    file = settings / trap
+    file.write_text(trap)
+    limit = ["run.host_timeout=20"] if trap == "hang" else []
+    pod = train(settings, f"trapped_{trap}", 2, *limit, TRAP=str(file))
+    assert pod.wait() == [code, code], pod.said(0)
+    assert "Process 1 (" in pod.said(0) and said in pod.said(0)
+    if trap == "raise":
+        assert "failed on row" in pod.said(0)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(settings):
+    pod = train(settings, "stopped", 2, "grpo.steps=2000", "run.save_every=1000")
+    record = settings / "stopped" / "metrics.jsonl"
+    until = time.monotonic() + 300
+    while not record.exists() or len(record.read_text().splitlines()) < 2:
+        assert time.monotonic() < until and pod.processes[0].poll() is None, pod.said(0)
+        time.sleep(0.05)
+    pod.processes[1].send_signal(signal.SIGTERM)
+    assert pod.wait(120) == [143, 143], pod.said(0)
+    steps = len(read_metrics(settings / "stopped"))
+    saved = [int(path.name) for path in (settings / "stopped/checkpoints/grpo").glob("[0-9]*")]
+    assert saved == [steps]
+    assert f"Stopped after grpo step {steps}" in pod.said(1)
