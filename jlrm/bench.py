@@ -55,7 +55,7 @@ from jlrm.programs import (
 )
 from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler
-from jlrm.run import check_mesh
+from jlrm.run import check_mesh, side_files
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -92,8 +92,7 @@ def read_model(config: Config) -> QwenConfig:
     if source.preset:
         return dataclasses.replace(preset(source.preset), **numerics)
     if checkpoint.is_run(source.path):
-        run_dir = pathlib.Path(source.path.partition("@")[0]).expanduser()
-        return hf_config.read_config(run_dir / "model", **numerics)
+        return hf_config.read_config(side_files(source.path) / "model", **numerics)
     directory = pathlib.Path(source.path).expanduser()
     if directory.is_dir():
         return hf_config.read_config(directory, **numerics)

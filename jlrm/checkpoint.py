@@ -4,14 +4,13 @@ A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with t
 `params`, `opt_state` and `meta` (JSON). Parameters are a separate item so that evaluation and
 export read nothing else, and stacked layers are stored in chunks of one layer so that export can
 read one tensor at a time. Saving is asynchronous; a save that did not finish leaves no checkpoint
-behind.
+behind. A run may be at gs://; Orbax reads and writes there itself, each host its own shards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
+import yaml
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import RunError, UsageError, load
+from jlrm.config import RunError, UsageError, from_dict
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
@@ -32,7 +33,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        run_dir: pathlib.Path,
+        run_dir: epath.PathLike,
         stage: str,
         *,
         keep_last: int = 1,
@@ -53,7 +54,7 @@ class Checkpoints:
             preservation_policy=keep.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
         )
-        self._directory = (run_dir / "checkpoints" / stage).absolute()
+        self._directory = _absolute(run_dir) / "checkpoints" / stage
         self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def save(
@@ -111,7 +112,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
 
-def find(source: str) -> pathlib.Path:
+def find(source: str) -> epath.Path:
     """Return the directory of one saved step for `RUN`, `RUN@STEP`, `RUN@STAGE/STEP` or `RUN@best`.
 
     Without a step: the newest of the last stage that ran.
@@ -120,7 +121,7 @@ def find(source: str) -> pathlib.Path:
       UsageError: no such run or step.
     """
     text, _, wanted = source.partition("@")
-    run = pathlib.Path(text).expanduser()
+    run = epath.Path(text).expanduser()
     saved = saved_steps(run)
     if not saved:
         raise UsageError(
@@ -139,19 +140,19 @@ def find(source: str) -> pathlib.Path:
 
 def is_run(source: str) -> bool:
     """Return whether `source` names a run directory, with or without @STEP."""
-    return (pathlib.Path(source.partition("@")[0]).expanduser() / "checkpoints").is_dir()
+    return (epath.Path(source.partition("@")[0]).expanduser() / "checkpoints").is_dir()
 
 
-def restore_params(step_dir: pathlib.Path, params: Any) -> Any:
+def restore_params(step_dir: epath.Path, params: Any) -> Any:
     """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s."""
     with _checkpointer() as checkpointer:
         args = _restore(params)
-        return checkpointer.restore(step_dir.absolute() / "params", args=args)
+        return checkpointer.restore(_absolute(step_dir) / "params", args=args)
 
 
-def save_params(run_dir: pathlib.Path, stage: str, params: Any, meta: dict[str, Any]) -> None:
+def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str, Any]) -> None:
     """Save parameters without an optimiser as step 0 of a stage of their own."""
-    with ocp.CheckpointManager((run_dir / "checkpoints" / stage).absolute()) as manager:
+    with ocp.CheckpointManager(_absolute(run_dir) / "checkpoints" / stage) as manager:
         items = ocp.args.Composite(
             params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
             meta=ocp.args.JsonSave(meta),
@@ -159,13 +160,13 @@ def save_params(run_dir: pathlib.Path, stage: str, params: Any, meta: dict[str, 
         manager.save(0, args=items)
 
 
-def read_tensor(step_dir: pathlib.Path, path: str, layer: int | None) -> np.ndarray:
+def read_tensor(step_dir: epath.Path, path: str, layer: int | None) -> np.ndarray:
     """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device."""
     spec = {
         "driver": "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": f"file://{step_dir.absolute()}/params/",
+            "base": _url(step_dir / "params"),
             "path": f"{path}/",
         },
         # Without a cache limit of its own every read opens afresh and keeps nothing.
@@ -173,6 +174,16 @@ def read_tensor(step_dir: pathlib.Path, path: str, layer: int | None) -> np.ndar
     }
     array = tensorstore.open(spec).result()
     return np.asarray((array if layer is None else array[layer]).read().result())
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    found = epath.Path(path)
+    return found if "://" in str(path) else found.expanduser().absolute()
+
+
+def _url(path: epath.Path) -> str:
+    absolute = _absolute(path)
+    return f"{absolute}/" if "://" in str(absolute) else f"file://{absolute}/"
 
 
 def _by_layer(params: Any) -> Any:
@@ -199,7 +210,7 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         yield checkpointer
 
 
-def saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
+def saved_steps(run: epath.Path) -> dict[str, list[int]]:
     found = {}
     for stage in STAGES:
         directory = run / "checkpoints" / stage
@@ -210,9 +221,9 @@ def saved_steps(run: pathlib.Path) -> dict[str, list[int]]:
     return found
 
 
-def _best_step(run: pathlib.Path, stage: str, steps: list[int]) -> int:
+def _best_step(run: epath.Path, stage: str, steps: list[int]) -> int:
     """Return the step ranked highest by the run's own `run.best_metric`."""
-    metric = load(run / "config.yaml").run.best_metric
+    metric = from_dict(yaml.safe_load((run / "config.yaml").read_text())).run.best_metric
     ranked = {}
     for step in steps:
         file = run / "checkpoints" / stage / str(step) / "metrics" / "metrics"

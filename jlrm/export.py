@@ -24,6 +24,7 @@ from tqdm import tqdm
 from jlrm import checkpoint, commands
 from jlrm.config import UsageError
 from jlrm.model import hf, hf_config
+from jlrm.run import side_files
 
 CARD = """---
 library_name: transformers
@@ -53,7 +54,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
       UsageError: no such checkpoint, or something is at `out`.
     """
     step_dir = checkpoint.find(source)
-    model_dir = step_dir.parents[2] / "model"
+    model_dir = side_files(source) / "model"
     config = hf_config.read_config(model_dir)
     partial = _begin(out)
     hf.copy_side_files(model_dir, partial)

@@ -70,7 +70,7 @@ class Stage:
         settings = run.config.run
         self._run, self._name, self._num_steps = run, name, num_steps
         self._checkpoints = Checkpoints(
-            run.dir,
+            settings.dir,
             name,
             keep_last=settings.keep_last,
             keep_best=settings.keep_best,
@@ -182,7 +182,7 @@ class Stage:
             self._checkpoints.wait()
             raise Interrupted(
                 self._signum,
-                f"Stopped after {self._name} step {step}, saved in {self._run.dir}. "
+                f"Stopped after {self._name} step {step}, saved in {settings.dir}. "
                 "The same command goes on from there.",
             )
 
@@ -213,6 +213,8 @@ class Stage:
             "config": to_dict(self._run.config),
         }
         self._checkpoints.save(step, self.state, meta, ranked_by)
+        if hosts.is_main():
+            self._run.mirror.push()
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signum = signum

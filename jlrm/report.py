@@ -120,6 +120,12 @@ def write_report(run_dir: pathlib.Path) -> None:
     write_atomically(run_dir / "report.html", page.encode())
 
 
+def picture(run_dir: pathlib.Path) -> bytes | None:
+    """Return the curves of a run so far as PNG; None as long as there are none."""
+    charts = _charts(read_metrics(run_dir), {})
+    return _draw(charts, LIGHT, 3, run_dir.resolve().name) if charts else None
+
+
 def _series(rows: list[Row], stage: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps and values of a metric where it is present and finite."""
     pairs = [(row["step"], row[metric]) for row in rows if row["stage"] == stage and metric in row]

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from jlrm import checkpoint, hosts
 from jlrm.config import Config, UsageError, load, save, to_dict
-from jlrm.data import readers, toy
+from jlrm.data import readers, stores, toy
 from jlrm.data.batches import Example, encode_prompts
 from jlrm.data.comparisons import (
     Comparison,
@@ -30,6 +30,7 @@ from jlrm.data.comparisons import (
     write_dropped,
 )
 from jlrm.data.curation import SWAPPED
+from jlrm.data.stores import Mirror
 from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
 from jlrm.judge import plugins
 from jlrm.judge.plugins import Plugin
@@ -50,7 +51,8 @@ class Run:
     """An opened run. `heldout` holds each pair in both orders: all as given, then all swapped."""
 
     config: Config
-    dir: pathlib.Path
+    dir: pathlib.Path  # of a run in a store: its local side, without the checkpoints
+    mirror: Mirror
     mesh: Mesh
     training: Layout
     rollout: Layout
@@ -77,13 +79,18 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     Raises:
       UsageError: anything the user can mend.
     """
-    directory = pathlib.Path(config.run.dir).expanduser()
+    mirror = stores.mirror(config.run.dir)
+    directory = mirror.local
+    mirror.pull()
     _check_same_run(config, directory)
     mesh = create_mesh(config.mesh, devices)
     loaded = plugins.load(config.reward.plugins)
     if hosts.is_main():
         _fill_model(config, directory)
+        mirror.push()
     hosts.exchange("the model's side files", b"")
+    if not hosts.is_main():
+        mirror.pull()
     model, model_dir = _open_model(config, directory)
     train_rows, heldout_rows, dropped = _read_rows(config)
     tokenizer = load_tokenizer(model_dir)
@@ -107,9 +114,11 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     if hosts.is_main():
         write_dropped([*dropped, *unfit], directory / "dropped.jsonl")
         save(config, directory / "config.yaml")
+        mirror.push()
     return Run(
         config=config,
         dir=directory,
+        mirror=mirror,
         mesh=mesh,
         training=training_layout(mesh),
         rollout=rollout_layout(mesh),
@@ -127,7 +136,7 @@ def grpo_params(run: Run) -> Params:
     """Return the weights GRPO begins from: those at the end of SFT, else the initial ones."""
     if not run.config.sft.steps:
         return initial_params(run)
-    saved = checkpoint.find(f"{run.dir}@sft/{run.config.sft.steps}")
+    saved = checkpoint.find(f"{run.config.run.dir}@sft/{run.config.sft.steps}")
     return checkpoint.restore_params(saved, qwen.abstract_params(run.model, run.training))
 
 
@@ -233,7 +242,7 @@ def _fill_model(config: Config, directory: pathlib.Path) -> None:
     if source.path:
         if checkpoint.is_run(source.path):
             checkpoint.find(source.path)
-            origin = pathlib.Path(source.path.partition("@")[0]).expanduser() / "model"
+            origin = side_files(source.path) / "model"
         else:
             origin = hf.resolve(source.path)
         hf_config.read_config(origin)
@@ -246,6 +255,13 @@ def _fill_model(config: Config, directory: pathlib.Path) -> None:
         toy.save_tokenizer(target)
     elif source.tokenizer:
         hf.copy_tokenizer(hf.resolve(source.tokenizer, hf.TOKENIZER_FILES), target)
+
+
+def side_files(source: str) -> pathlib.Path:
+    """Return a local directory with all of an earlier run, `RUN[@STEP]`, but its checkpoints."""
+    mirror = stores.mirror(source.partition("@")[0])
+    mirror.pull()
+    return mirror.local
 
 
 def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pathlib.Path]:

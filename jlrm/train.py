@@ -79,6 +79,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if hosts.is_main():
         tracking.summary(run.dir, summary)
         report.write_report(run.dir)
+        run.mirror.push()
     return summary
 
 

@@ -17,6 +17,8 @@ import pytest
 
 from jlrm import hosts
 from jlrm.config import UsageError
+from jlrm.data import toy
+from jlrm.data.comparisons import write_comparisons
 from jlrm.tracking import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -38,12 +40,12 @@ def vowels(completions, **columns):
 SETTINGS = """
 run: {dir: unset, save_every: 10, eval_every: 0, completions_every: 19, tensorboard: false}
 model: {preset: toy, tokenizer: toy, compute_dtype: float32, remat: none}
-data: {train: toy, prompt: toy, max_prompt_tokens: 48, eval_rows: 8}
+data: {train: ROWS, prompt: toy, max_prompt_tokens: 48, eval_rows: 8}
 sampling: {max_new_tokens: 8, eval_batch_size: 16}
 reward: {mode: none, plugins: {"payers:vowels": 1.0}}
 grpo:
   {steps: 20, prompts: 8, rollouts: 4, kl_weight: 0.01, epochs: 2,
-   optimizer: {learning_rate: 3e-3}}
+   optimizer: {learning_rate: 1e-5}}
 """
 
 
@@ -80,7 +82,7 @@ class Pod:
                     )
                 )
 
-    def wait(self, seconds: float = 400) -> list[int]:
+    def wait(self, seconds: float = 900) -> list[int]:
         """Return the exit codes."""
         until = time.monotonic() + seconds
         try:
@@ -253,7 +255,8 @@ def test_a_host_that_hangs_is_named(tmp_path):
 def settings(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("pods")
     (folder / "payers.py").write_text(PLUGIN)
-    (folder / "config.yaml").write_text(SETTINGS)
+    write_comparisons(toy.comparisons(1, 80), folder / "rows.jsonl")
+    (folder / "config.yaml").write_text(SETTINGS.replace("ROWS", str(folder / "rows.jsonl")))
     return folder
 
 
@@ -304,7 +307,7 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     """One of two is killed after a checkpoint; the other ends; restarted, all goes on as before."""
     pod = train(settings, "killed", 2)
     record = settings / "killed" / "metrics.jsonl"
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while not record.exists() or len(record.read_text().splitlines()) < 12:
         assert time.monotonic() < until and pod.processes[0].poll() is None, pod.said(0)
         time.sleep(0.05)
@@ -336,7 +339,7 @@ def test_a_reward_that_fails_on_one_host_ends_all(settings, trap, code, said):
 def test_a_signal_to_one_process_stops_all_after_the_same_step(settings):
     pod = train(settings, "stopped", 2, "grpo.steps=2000", "run.save_every=1000")
     record = settings / "stopped" / "metrics.jsonl"
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while not record.exists() or len(record.read_text().splitlines()) < 2:
         assert time.monotonic() < until and pod.processes[0].poll() is None, pod.said(0)
         time.sleep(0.05)

@@ -1,7 +1,7 @@
 """Directories and files of local disks and of stores such as gs://, behind fsspec.
 
 `local_copy` brings what is read onto the local disk, once per version. `Place` is where a dataset
-is written to. Neither knows what a row is.
+is written to, `Mirror` where a run is. None knows what a row is.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
@@ -84,7 +85,7 @@ class Place:
         Raises:
           UsageError: it is a file itself.
         """
-        with self._store_errors():
+        with _explained(self.name):
             if self.system.isfile(self.root):
                 raise UsageError(f"{self.name} is a file. Name a directory.")
             return {path[len(self.root) :].lstrip("/") for path in self.system.find(self.root)}
@@ -95,13 +96,13 @@ class Place:
 
     def read_json(self, name: str) -> Any:
         """Read a file that `add_files` wrote."""
-        with self._store_errors():
+        with _explained(self.name):
             return json.loads(self.system.cat_file(f"{self.root}/{name}"))
 
     def upload(self, directory: pathlib.Path) -> None:
         """Copy a whole dataset into a store, in place of what an interrupted upload left there."""
         torn = self.files()
-        with self._store_errors():
+        with _explained(self.name):
             for name in torn:
                 self.system.rm_file(f"{self.root}/{name}")
             self.system.makedirs(self.root, exist_ok=True)
@@ -109,14 +110,15 @@ class Place:
             for name in tqdm([*names, *LAST_FILES], desc="upload", delay=1):
                 self.system.put_file(str(directory / name), f"{self.root}/{name}")
 
-    @contextlib.contextmanager
-    def _store_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, UsageError):
-            raise
-        except Exception as error:  # a store's client raises anything
-            raise RunError(f"Cannot use {self.name}: {error}") from error
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UsageError):
+        raise
+    except Exception as error:  # a store's client raises anything
+        raise RunError(f"Cannot use {name}: {error}") from error
 
 
 def open_place(name: str) -> Place:
@@ -141,3 +143,71 @@ def _open(url: str) -> tuple[Any, str]:
         raise UsageError(f"Cannot open {url}: {reason}.{advice}") from None
     system.invalidate_cache()
     return system, root.rstrip("/")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A directory's small files on the local disk, kept at a url; of a local path the path itself.
+
+    A store can't append to a file, and a run's record grows by the line. So its files are written
+    here and copied to the store when a checkpoint, which Orbax writes there itself, is saved.
+    """
+
+    url: str  # "": there is no store
+    local: pathlib.Path
+    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def pull(self) -> None:
+        """Bring the store's files here, in place of what is here."""
+        if not self.url:
+            return
+        system, root = _open(self.url)
+        with _explained(self.url):
+            names = [path[len(root) :].lstrip("/") for path in system.find(root)]
+            for name in filter(_is_small, names):
+                if ".." in name.split("/"):
+                    raise UsageError(f"{self.url} holds a file named '..'.")
+                path = self.local / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(f"{root}/{name}", str(path))
+                self._pushed[name] = _stamp(path)
+
+    def push(self) -> None:
+        """Copy to the store what has changed here since the last time, and forget what is gone."""
+        if not self.url:
+            return
+        system, root = _open(self.url)
+        files = [path for path in sorted(self.local.rglob("*")) if path.is_file()]
+        now = {str(path.relative_to(self.local)): _stamp(path) for path in files}
+        now = {name: stamp for name, stamp in now.items() if _is_small(name)}
+        with _explained(self.url):
+            for name, stamp in now.items():
+                if self._pushed.get(name) != stamp:
+                    system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                    system.put_file(str(self.local / name), f"{root}/{name}")
+                    self._pushed[name] = stamp
+            for name in self._pushed.keys() - now.keys():
+                system.rm_file(f"{root}/{name}")
+                del self._pushed[name]
+
+
+def mirror(name: str) -> Mirror:
+    """Open the local side of a directory, which need not exist; `pull` fills it."""
+    if "://" not in name:
+        return Mirror("", pathlib.Path(name).expanduser())
+    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
+    # One per process: several of them on one machine are as several machines.
+    key = hashlib.sha256(f"{name} {os.environ.get('JLRM_PROCESS_ID', '')}".encode()).hexdigest()
+    local = cache / "runs" / key[:32]
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir(parents=True)
+    return Mirror(name.rstrip("/"), local)
+
+
+def _is_small(name: str) -> bool:
+    return not name.startswith("checkpoints/") and not name.endswith(".partial")
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns
