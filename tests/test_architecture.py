@@ -33,6 +33,7 @@ RANKS = {
     "judging": 4,
     "groups": 4,
     "loop": 4,
+    "notebook": 4,
     "train": 5,
     "bench": 5,
     "export": 5,

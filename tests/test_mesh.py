@@ -184,3 +184,30 @@ def test_scalars_and_lists_become_global_arrays_too():
     assert host_array(global_array(np.float32(2.5), layout.replicated())) == np.float32(2.5)
     listed: Any = [1, 2, 3]
     np.testing.assert_array_equal(host_array(global_array(listed, layout.replicated())), listed)
+
+
+class Chip:
+    """As much of a device as its placing looks at."""
+
+    platform = device_kind = "cpu"
+
+    def __init__(self, number: int, slice_index: int) -> None:
+        self.id, self.slice_index, self.process_index = number, slice_index, slice_index
+
+
+def test_slices_are_told_apart_by_data():
+    chips = [Chip(number, number // 4) for number in range(8)]
+    mesh = create_mesh(MeshConfig(data=2, fsdp=2, tensor=2), chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    assert (slices[0] == 0).all() and (slices[1] == 1).all()
+    with pytest.raises(UsageError, match=r"mesh\.data=1 on 2 slices.*mesh\.data=2"):
+        create_mesh(MeshConfig(data=1, fsdp=4, tensor=2), chips)
+
+
+def test_what_other_hosts_hold_is_not_fetched():
+    class Elsewhere:
+        is_fully_addressable = is_fully_replicated = False
+        shape, sharding = (4,), "there"
+
+    with pytest.raises(ValueError, match="other hosts"):
+        host_array(Elsewhere())  # pyright: ignore[reportArgumentType]
