@@ -36,10 +36,13 @@ EXTRAS = {
     "cuda": ["jax[cuda13]>=0.10.0"],
     "plan": ["libtpu"],  # compiles for TPU topologies on a machine without one
     "gcs": ["gcsfs"],  # data at gs://
+    "notebook": ["ipykernel>=6.29"],
     "wandb": ["wandb"],
     "test": [
         "beartype>=0.18",
         "hypothesis>=6.100",
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
         "pyright>=1.1.380",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
