@@ -21,9 +21,7 @@ memory side by side, and their repetitions alternate: what disturbs one disturbs
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -37,12 +35,11 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm import checkpoint, commands, costs, hosts, machine, stops, tracking, update
+from jlrm import commands, costs, hosts, machine, stops, tracking, update
 from jlrm.config import Config, UsageError, load
 from jlrm.costs import Batch, Cost
 from jlrm.mesh import create_mesh, rollout_layout, training_layout
-from jlrm.model import hf_config, qwen
-from jlrm.model.presets import PRESETS, preset
+from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.packing import Group
 from jlrm.programs import (
@@ -55,7 +52,7 @@ from jlrm.programs import (
 )
 from jlrm.rl.distribution import Distribution
 from jlrm.rollout import Sampler
-from jlrm.run import check_mesh, side_files
+from jlrm.run import check_mesh, read_model
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -77,32 +74,6 @@ COLUMNS = {  # of the table: key of a phase's figures, unit of the column
 
 
 # --- The programs of a run, and a batch for them ---
-
-
-def read_model(config: Config) -> QwenConfig:
-    """Return the architecture: of a preset, of a local directory or of a run.
-
-    The official models of the presets are known by their hub id.
-
-    Raises:
-      UsageError: it would have to be downloaded.
-    """
-    source = config.model
-    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
-    if source.preset:
-        return dataclasses.replace(preset(source.preset), **numerics)
-    if checkpoint.is_run(source.path):
-        return hf_config.read_config(side_files(source.path) / "model", **numerics)
-    directory = pathlib.Path(source.path).expanduser()
-    if directory.is_dir():
-        return hf_config.read_config(directory, **numerics)
-    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
-    if organisation == "qwen" and name in PRESETS:
-        return dataclasses.replace(preset(name), **numerics)
-    raise UsageError(
-        f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
-        " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
-    )
 
 
 def open_model(config: Config) -> tuple[Mesh, QwenConfig]:

@@ -85,9 +85,7 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     from jlrm.mesh import create_mesh, training_layout
 
     directory = hf.resolve(source)
-    described = json.loads((directory / "config.json").read_text())
-    dtype = described.get("dtype") or described.get("torch_dtype") or "float32"
-    config = hf_config.read_config(directory, param_dtype=dtype)
+    config = hf_config.read_config(directory, param_dtype=hf_config.stored_dtype(directory))
     layout = training_layout(create_mesh(MeshConfig(), jax.devices()[:1]))
     partial = _begin(out)
     params = hf.load_params(directory, config, layout)

@@ -32,7 +32,7 @@ import numpy as np
 from jlrm.config import Config, UsageError, to_dict
 
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 30.0  # without a sign of life; jax's own limit (100 s) would not say who it was
+SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
 GONE = 137
 
 

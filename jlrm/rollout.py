@@ -151,7 +151,7 @@ def generate(
         )
         return draw(state._replace(caches=caches), hidden)
 
-    sizes = _cache_sizes(num_new)
+    sizes = cache_sizes(num_new)
     caches = decode.empty_caches(config, layout, (len(prompts), num_slots), sizes[0])
     slots, drawn = _empty(keys, num_slots, num_new, stop_table)
     state = draw(Decoding(jnp.int32(0), slots, drawn, caches), ends)
@@ -167,7 +167,7 @@ def generate(
     return _completions(state.drawn, num_new)
 
 
-def _cache_sizes(num_new: int) -> list[int]:
+def cache_sizes(num_new: int) -> list[int]:
     """Return the cache sizes of successive loops: attention reads all of a cache, so it grows."""
     sizes = [num_new]
     while sizes[0] > SMALLEST_CACHE:

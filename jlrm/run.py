@@ -7,6 +7,7 @@ but the weights, so that a run can be exported without the checkpoint it began f
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -36,7 +37,7 @@ from jlrm.judge import plugins
 from jlrm.judge.plugins import Plugin
 from jlrm.mesh import Layout, create_mesh, rollout_layout, training_layout
 from jlrm.model import hf, hf_config, qwen
-from jlrm.model.presets import preset
+from jlrm.model.presets import PRESETS, preset
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 
@@ -145,10 +146,53 @@ def initial_params(run: Run) -> Params:
     source = run.config.model
     if not source.path:
         return qwen.init(run.model, run.training, run.config.run.seed)
+    return read_params(source.path, run.model, run.training)
+
+
+def model_files(source: str) -> pathlib.Path:
+    """Return where everything of a model but its weights lies; `source` as in `model.path`.
+
+    Raises:
+      UsageError: no such model, or no such checkpoint of a run.
+    """
+    if not checkpoint.is_run(source):
+        return hf.resolve(source)
+    checkpoint.find(source)
+    return side_files(source) / "model"
+
+
+def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
+    """Read a model's weights onto the devices; `source` as in `model.path`."""
+    if checkpoint.is_run(source):
+        abstract = qwen.abstract_params(model, layout)
+        return checkpoint.restore_params(checkpoint.find(source), abstract)
+    return hf.load_params(hf.resolve(source), model, layout)
+
+
+def read_model(config: Config) -> QwenConfig:
+    """Return the architecture without a download: of a preset, a local directory or a run.
+
+    The official models of the presets are known by their hub id.
+
+    Raises:
+      UsageError: it would have to be downloaded.
+    """
+    source = config.model
+    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    if source.preset:
+        return dataclasses.replace(preset(source.preset), **numerics)
     if checkpoint.is_run(source.path):
-        abstract = qwen.abstract_params(run.model, run.training)
-        return checkpoint.restore_params(checkpoint.find(source.path), abstract)
-    return hf.load_params(hf.resolve(source.path), run.model, run.training)
+        return hf_config.read_config(side_files(source.path) / "model", **numerics)
+    directory = pathlib.Path(source.path).expanduser()
+    if directory.is_dir():
+        return hf_config.read_config(directory, **numerics)
+    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
+    if organisation == "qwen" and name in PRESETS:
+        return dataclasses.replace(preset(name), **numerics)
+    raise UsageError(
+        f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
+        " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
+    )
 
 
 def _check_same_run(config: Config, directory: pathlib.Path) -> None:
@@ -240,11 +284,7 @@ def _fill_model(config: Config, directory: pathlib.Path) -> None:
     if (directory / "config.yaml").is_file():
         return
     if source.path:
-        if checkpoint.is_run(source.path):
-            checkpoint.find(source.path)
-            origin = side_files(source.path) / "model"
-        else:
-            origin = hf.resolve(source.path)
+        origin = model_files(source.path)
         hf_config.read_config(origin)
         hf.copy_side_files(origin, target)
     else:

@@ -368,7 +368,7 @@ def test_caches_that_grow_hold_what_they_held(monkeypatch, num_slots):
     compiled.cache_clear()
     wanted = draw(prompts, lengths, **setting)
     monkeypatch.setattr(rollout, "SMALLEST_CACHE", 6)
-    assert rollout._cache_sizes(21) == [6, 11, 21]
+    assert rollout.cache_sizes(21) == [6, 11, 21]
     compiled.cache_clear()
     found = draw(prompts, lengths, **setting)
     compiled.cache_clear()

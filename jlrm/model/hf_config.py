@@ -36,6 +36,12 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
     return config_from_hf(source, str(file), **numerics)
 
 
+def stored_dtype(directory: pathlib.Path) -> str:
+    """Return the dtype that a directory's config.json gives its weights; float32 by default."""
+    described = json.loads((directory / "config.json").read_text())
+    return described.get("dtype") or described.get("torch_dtype") or "float32"
+
+
 def config_from_hf(
     source: dict[str, Any], where: str = "config.json", **numerics: str
 ) -> QwenConfig:

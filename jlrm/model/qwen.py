@@ -183,9 +183,13 @@ def param_letters(config: QwenConfig) -> Any:
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:
     """Return random parameters, born sharded: normal with variance 1/fan-in, embedding 0.02."""
+    return init_program(config, layout)(jax.random.key(seed))
+
+
+def init_program(config: QwenConfig, layout: Layout) -> Any:
+    """Return the jitted program key -> random parameters."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, layout))
-    make = jax.jit(partial(_init, config), out_shardings=shardings)
-    return make(jax.random.key(seed))
+    return jax.jit(partial(_init, config), out_shardings=shardings)
 
 
 def hidden_states(
