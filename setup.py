@@ -16,6 +16,7 @@ REQUIRED = [
     "transformers>=5.0",
     "datasets>=4.0",
     "fsspec",
+    "httpx2>=2.0",  # hosted judges; huggingface_hub brings it too
     "tensorflow-datasets>=4.9.9",
     "array_record>=0.8.1",
     "importlib_resources",  # tensorflow-datasets imports it without declaring it

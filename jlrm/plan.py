@@ -1,0 +1,329 @@
+"""Does a run fit a TPU slice: `python -m jlrm.plan --config FILE --topology v5e:4x4`.
+
+Every program of the run is compiled for the slice, on this machine and without weights or data:
+`libtpu` compiles for chips that are not here. Beside each program's own memory stands what train.py
+keeps alive while it runs (phases.py), and the sum is held against the chip's limit as the compiler
+enforces it. FLOPs, bytes and collectives are counted in the compiled programs (counting.py).
+
+    load        weights born or read, the optimiser's state; a run that goes on after a stop
+    rollout     weights laid out for decoding, prefill and decoding
+    score       log-probabilities of the reference, and of the policy where it needs them
+    update      the optimiser step
+    evaluation  held-out rollouts
+    checkpoint  a save, and a rollout that is under way then
+
+Nothing here is a speed. Lower bounds are FLOPs and bytes over data-sheet rates: no program is
+faster, and how much slower it is only a run can tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jlrm import commands, phases, slices
+from jlrm.config import Config, RunError, UsageError, load
+from jlrm.counting import Counts
+from jlrm.mesh import create_mesh
+from jlrm.model import hf, hf_config
+from jlrm.model.qwen import QwenConfig
+from jlrm.phases import KINDS, Plan, Point, Task
+from jlrm.plan_report import describe, verdict, write
+from jlrm.run import check_mesh, read_model
+from jlrm.slices import GIB, Compiled, Generation
+
+FIRST = ("update", "sft")  # compiled first in a search: what most often does not fit
+
+
+def make_plan(
+    config: Config,
+    topology: str,
+    num_slices: int = 1,
+    only: Sequence[str] = (),
+    known: dict[str, Compiled] | None = None,
+) -> dict[str, Any]:
+    """Compile a run's programs for a slice; return what `--json` prints.
+
+    Args:
+      only: names of the programs to compile; empty: all.
+      known: programs that were compiled before, for the same slice; others are added.
+
+    Raises:
+      UsageError: no such slice, or a model that the mesh can't divide.
+    """
+    generation = slices.find(topology)
+    mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
+    model, source = open_model(config)
+    check_mesh(mesh, model)
+    plan = phases.plan(config, model, mesh)
+    slice_devices = mesh.size // num_slices if num_slices > 1 else 0
+    compiled = {} if known is None else known
+    is_hopeless = plan.resident > generation.hbm_gib * GIB  # and nothing need be compiled to know
+    for name, task in plan.tasks.items():
+        if is_hopeless or name in compiled or (only and name not in only):
+            continue
+        if name in ("rollout", "evaluation") and not _is_laid_out(name, compiled):
+            continue
+        compiled[name] = _compile(name, task, compiled, slice_devices)
+    found = {
+        name: _phase(plan.phases[name], plan, compiled)
+        for name in phases.PHASES
+        if any(not p.program or p.program in compiled for p in plan.phases.get(name, ()))
+    }
+    peaks = [phase["peak_gib"] for phase in found.values()]
+    peak = max(*peaks, *(program.peak / GIB for program in compiled.values()))
+    is_refused = any(program.needed for program in compiled.values())
+    return {
+        "fits": peak <= generation.hbm_gib and not is_refused,
+        "peak_gib": peak,
+        "limit_gib": generation.hbm_gib,
+        "topology": topology,
+        "slices": num_slices,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "model": source,
+        "programs": {
+            name: _program(task, compiled[name], generation)
+            for name, task in plan.tasks.items()
+            if name in compiled
+        },
+        "phases": found,
+        "not_compiled": [name for name in plan.tasks if name not in compiled],
+    }
+
+
+def open_model(config: Config) -> tuple[QwenConfig, str]:
+    """Return the architecture, and where it was read; of a hub model, its config.json alone."""
+    source = config.model
+    try:
+        model = read_model(config)
+    except UsageError:
+        if not source.path:
+            raise
+        numerics = {n: getattr(source, n) for n in ("param_dtype", "compute_dtype", "remat")}
+        directory = hf.resolve(source.path, ("config.json",))
+        return hf_config.read_config(directory, **numerics), f"config.json of {source.path}"
+    if source.path and not pathlib.Path(source.path.partition("@")[0]).expanduser().exists():
+        return model, f"{source.path}, as the built-in shape of that name (nothing is downloaded)"
+    return model, source.path or f"preset {source.preset}"
+
+
+# --- Compiling and adding up ---
+
+
+def _is_laid_out(name: str, compiled: dict[str, Compiled]) -> bool:
+    own = {"rollout": "lay_out", "evaluation": "lay_out_evaluation"}[name]
+    found = compiled.get(own) or compiled.get("lay_out")
+    return found is not None and not found.needed
+
+
+def _compile(name: str, task: Task, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
+    print(f"{name}: compiling", end="", file=sys.stderr, flush=True)
+    found = slices.compile_program(
+        task.program, task.arguments(compiled), task.assumed, slice_devices
+    )
+    verdict = "does not fit" if found.needed else f"{found.peak / GIB:.2f} GiB"
+    print(f" .. {verdict}, {found.seconds:.0f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> dict[str, Any]:
+    """Return the moment of a phase at which most memory is held, by kind, in GiB of a device."""
+    moments = [
+        _moment(point, plan, compiled)
+        for point in points
+        if not point.program or point.program in compiled
+    ]
+    program, kinds, own = max(moments, key=lambda moment: sum(moment[1].values()))
+    total = sum(kinds.values())
+    return {
+        "program": program or None,
+        "resident_gib": (total - own) / GIB,
+        "peak_gib": total / GIB,
+        "kinds_gib": {kind: kinds[kind] / GIB for kind in KINDS if kinds.get(kind)},
+    }
+
+
+def _moment(
+    point: Point, plan: Plan, compiled: dict[str, Compiled]
+) -> tuple[str, dict[str, int], int]:
+    """Return a program, all that is held while it runs, and how much of that is its own."""
+    if not point.program:
+        return "", dict(point.beside), 0
+    task, found = plan.tasks[point.program], compiled[point.program]
+    own = max(found.peak - sum(task.kinds.values()), 0)
+    caches = min(task.caches, own)
+    extra = {phases.CACHES: caches, phases.TEMPORARY: own - caches}
+    kinds = dict(point.beside)
+    for part in (task.kinds, extra):
+        for kind, number in part.items():
+            kinds[kind] = kinds.get(kind, 0) + number
+    return point.program, kinds, own
+
+
+def _program(task: Task, found: Compiled, generation: Generation) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "argument_gib": found.argument / GIB,
+        "temp_gib": None if found.needed else found.temp / GIB,
+        "output_gib": None if found.needed else (found.output - found.alias) / GIB,
+        "peak_gib": found.peak / GIB,
+        "flops": None,
+        "bytes": None,
+        "collectives": None,
+        "compile_s": round(found.seconds, 1),
+        "assumed": task.note,
+        "note": found.note,
+    }
+    if found.counts is None:
+        return figures
+    total = found.counts.total
+    figures |= _counts(total, generation)
+    figures |= {"pallas_kernels": total.kernels, "unknown_loops": total.unknown_loops}
+    if found.counts.loops and task.caches:
+        prefill, steps = Counts(), 0
+        prefill.add(total)
+        for turns, one in found.counts.loops:
+            prefill.add(one, -turns)
+            steps += turns
+        figures["prefill"] = _counts(prefill, generation)
+        last = found.counts.loops[-1][1]
+        figures["decode_step"] = {"steps": steps, **_counts(last, generation)}
+    return figures
+
+
+def _counts(counts: Counts, generation: Generation) -> dict[str, Any]:
+    return {
+        "flops": counts.flops,
+        "bytes": counts.bytes,
+        "collectives": counts.collectives,
+        "lower_bound_s": {
+            "flops": counts.flops / generation.flops,
+            "bytes": counts.bytes / generation.bandwidth,
+        },
+        "compiler_estimate_cycles": counts.cycles,
+    }
+
+
+# --- Searching ---
+
+
+def search(
+    config: Config, path: str, overrides: Sequence[str], kind: str, num_slices: int
+) -> dict[str, Any]:
+    """Return the plan of the smallest slice that fits, with the settings to add to the config.
+
+    Raises:
+      RunError: no slice of this generation is large enough.
+    """
+    for name in slices.GENERATIONS[kind].slices:
+        topology = f"{kind}:{name}"
+        for added in _settings(config, topology, num_slices):
+            changed = load(path, [*overrides, *added])
+            label = f"{topology} {' '.join(added)}"
+            try:
+                found = _attempt(changed, topology, num_slices, label)
+            except UsageError as error:
+                print(f"{label}: {error}", file=sys.stderr)
+                continue
+            if found is not None:
+                return {**found, "overrides": added}
+    raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
+
+
+def _attempt(config: Config, topology: str, num_slices: int, label: str) -> dict[str, Any] | None:
+    """Check what needs no compiling, then what most often does not fit, then the rest."""
+    mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
+    model, _ = open_model(config)
+    check_mesh(mesh, model)
+    limit = slices.find(topology).hbm_gib
+    resident = phases.plan(config, model, mesh).resident / GIB
+    if resident > limit:
+        print(f"{label}: no, {resident:.2f} GiB are always held", file=sys.stderr)
+        return None
+    known: dict[str, Compiled] = {}
+    found: dict[str, Any] = {}
+    for only in (FIRST, ()):
+        found = make_plan(config, topology, num_slices, only, known)
+        verdict = "fits" if found["fits"] else "no"
+        part = "/".join(only) or "all"
+        print(f"{label}: {verdict} ({part}: {found['peak_gib']:.2f} GiB)", file=sys.stderr)
+        if not found["fits"]:
+            return None
+    return found
+
+
+def _settings(config: Config, topology: str, num_slices: int) -> Iterator[list[str]]:
+    """Yield settings to try on a slice: meshes near a square first, then what saves memory."""
+    size = slices.find(topology).slices[topology.partition(":")[2]]
+    pairs = [(size // n, n) for n in range(1, size + 1) if size % n == 0]
+    pairs.sort(key=lambda pair: (abs(math.log(pair[0] / pair[1])), pair[1]))
+    model, _ = open_model(config)
+    divides = [
+        (fsdp, tensor)
+        for fsdp, tensor in pairs
+        if model.num_key_value_heads % tensor == 0 and model.head_dim % fsdp == 0
+    ]
+    savings: list[list[str]] = [[]]
+    if config.model.remat != "full":
+        savings.append(["model.remat=full"])
+    stages = [name for name in ("sft", "grpo") if getattr(config, name).steps]
+    longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
+    shorter = savings[-1] + [f"{stage}.pack_tokens={longest}" for stage in stages]
+    half = shorter + [f"{stage}.optimizer.mu_dtype=bfloat16" for stage in stages]
+    savings += [shorter, half]
+    for saving in savings:
+        for fsdp, tensor in divides[:2]:
+            yield [f"mesh.data={num_slices}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", *saving]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, compile, and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.plan",
+        description="Compile every program of a config for a TPU slice that need not be here, and "
+        "say whether the run fits its memory. Needs no weights, no data and no TPU.",
+        epilog="Exit code: 0 fits, 1 does not fit, 2 wrong input.",
+    )
+    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4, v5p:2x2x2, v6e:2x4")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="equal slices (1)")
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        const="",
+        metavar="GENERATION",
+        help="find the smallest slice that fits, and a mesh for it",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--out", metavar="DIR", help="write plan.json, plan.md and plan.png there")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change a setting"
+    )
+    args = parser.parse_intermixed_args(argv)
+    kind = None if args.search is None else args.search or (args.topology or "").partition(":")[0]
+    if kind and "=" in kind:  # a setting that stood after a bare --search
+        args.overrides, kind = [kind, *args.overrides], (args.topology or "").partition(":")[0]
+    if kind is not None and kind not in slices.GENERATIONS:
+        raise UsageError(f"--search {kind}: name one of {', '.join(slices.GENERATIONS)}.")
+    if kind is None and not args.topology:
+        raise UsageError("Name a slice, e.g. --topology v5e:4x4, or --search v5e.")
+    config = load(args.config, args.overrides)
+    slices.prepare()
+    if kind is None:
+        result = make_plan(config, args.topology, args.slices)
+    else:
+        result = search(config, args.config, args.overrides, kind, args.slices)
+    print(json.dumps(result) if args.json else describe(result), flush=True)
+    if args.out:
+        write(result, pathlib.Path(args.out))
+    if not result["fits"]:
+        raise RunError(verdict(result))
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))

@@ -1,0 +1,207 @@
+"""An OpenAI-compatible server that misbehaves on request; run as a process of its own.
+
+    python chat_server.py LOG [--port N] [--delay S] [--key KEY] [--fault NUMBER=NAME ...]
+
+It prints its port. A fault is chosen by the request's number, or by the prompt: `FAULT:half` in it
+for ever, `FAULT:half*2` for the first two times that the same request comes. Every request is a
+line of LOG when it arrives, and another one when it was answered as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import email.utils
+import hashlib
+import json
+import os
+import re
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+FAULT = re.compile(r"FAULT:([a-z_0-9]+)(?:\*(\d+))?")
+COMPLETION_TOKENS = 20
+STATUSES = {  # name: status, code, Retry-After
+    "s400": (400, "context_length_exceeded", None),
+    "s401": (401, "invalid_api_key", None),
+    "s403": (403, "", None),
+    "s404": (404, "model_not_found", None),
+    "s408": (408, "", None),
+    "s409": (409, "", None),
+    "s413": (413, "", None),
+    "s429": (429, "rate_limit_exceeded", None),
+    "s500": (500, "", None),
+    "s503": (503, "", None),
+    "redirect": (307, "", None),
+    "setting": (400, "unsupported_value", None),
+    "quota": (429, "insufficient_quota", None),
+    "seconds": (429, "", "1"),
+    "date": (503, "", "date"),
+    "tomorrow": (429, "", "86400"),
+}
+
+
+def text_of(body: dict[str, Any]) -> str:
+    """Return the prompt of a request."""
+    return body.get("prompt") or "".join(each["content"] for each in body["messages"])
+
+
+def judgement(body: dict[str, Any]) -> str:
+    """Return what the server answers: a function of everything that was asked."""
+    name = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:12]
+    return f"because {name}\n</think>\n<answer>7</answer><answer>3</answer>"
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(("127.0.0.1", args.port), Handler)
+        self.args = args
+        self.faults = dict(each.split("=") for each in args.fault)
+        self.lock = threading.Lock()
+        self.log = open(args.log, "a")  # noqa: SIM115 (open as long as the process lives)
+        self.num_requests, self.in_flight = 0, 0
+        self.seen: dict[str, int] = {}
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.log.write(json.dumps(row) + "\n")
+        self.log.flush()
+
+    def arrived(self, path: str, body: dict[str, Any], auth: str | None) -> str:
+        """Log a request and return the name of its fault."""
+        with self.lock:
+            self.num_requests += 1
+            self.in_flight += 1
+            name = judgement(body)
+            self.seen[name] = self.seen.get(name, 0) + 1
+            fault = self.faults.get(str(self.num_requests), self.faults.get("all", ""))
+            found = FAULT.search(text_of(body))
+            if found and self.seen[name] <= int(found[2] or 10**9):
+                fault = found[1]
+            if self.args.key and auth != f"Bearer {self.args.key}":
+                fault = "s401"
+            row = {"path": path, "body": body, "auth": auth, "fault": fault}
+            self.write({**row, "in_flight": self.in_flight, "time": time.monotonic()})
+            return fault
+
+    def served(self, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.write({"served": judgement(body)})
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        size = int(self.headers["Content-Length"])
+        sent = self.rfile.read(size)
+        if len(sent) < size:  # the client has gone
+            self.close_connection = True
+            return
+        body = json.loads(sent)
+        fault = self.server.arrived(self.path, body, self.headers["Authorization"])
+        try:
+            time.sleep(self.server.args.delay)
+            self.answer(body, fault)
+        except (BrokenPipeError, ConnectionResetError):
+            self.close_connection = True
+        finally:
+            with self.server.lock:
+                self.server.in_flight -= 1
+
+    def answer(self, body: dict[str, Any], fault: str) -> None:
+        if fault == "die":
+            os._exit(1)
+        if fault == "renamed":
+            if "max_tokens" in body:
+                message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'."
+                self.send(400, {"error": {"message": message, "code": "unsupported_parameter"}})
+                return
+            fault = ""
+        if fault in STATUSES:
+            status, code, after = STATUSES[fault]
+            message = f"no for {self.headers['Authorization']}: {fault}"
+            if after == "date":
+                after = email.utils.formatdate(time.time() + 2.0, usegmt=True)
+            self.send(status, {"error": {"message": message, "code": code}}, after)
+            return
+        if fault == "late":
+            time.sleep(5.0)
+        bodies = {
+            "not_json": b'{"choices": [{',
+            "not_utf8": b"\xff\xfe\x00",
+            "no_choices": b'{"choices": []}',
+            "schema": b'{"choices": {"message": 1}}',
+            "null": b'{"choices": [{"message": {"content": null}, "text": null}]}',
+            "error": b'{"error": {"message": "upstream is down", "code": 502}}',
+            "empty": b"",
+        }
+        payload = bodies.get(fault) or json.dumps(self.reply(body, fault)).encode()
+        if fault == "empty":
+            payload = b""
+        if fault == "reset":
+            self.request.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif fault == "trickled_head":
+            self.trickle(b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 10_000)
+        elif fault in ("half", "trickle"):
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(payload)
+            self.wfile.write(head + payload[: len(payload) // 2])
+            if fault == "trickle":
+                self.trickle(payload[len(payload) // 2 :])
+            self.close_connection = True
+        else:
+            self.send_bytes(200, payload)
+            if not fault or fault == "no_usage":
+                self.server.served(body)
+
+    def reply(self, body: dict[str, Any], fault: str) -> dict[str, Any]:
+        text = judgement(body)
+        content = {"text": text} if "prompt" in body else {"message": {"content": text}}
+        reply = {"choices": [{**content, "finish_reason": "stop"}]}
+        if fault == "no_usage":
+            return reply
+        prompt_tokens = len(text_of(body)) // 4
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": COMPLETION_TOKENS}
+        return {**reply, "usage": usage}
+
+    def trickle(self, data: bytes) -> None:
+        for place in range(len(data)):
+            self.wfile.write(data[place : place + 1])
+            time.sleep(0.1)
+
+    def send(self, status: int, reply: Any, retry_after: str | None = None) -> None:
+        self.send_bytes(status, json.dumps(reply).encode(), retry_after)
+
+    def send_bytes(self, status: int, payload: bytes, retry_after: str | None = None) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        if retry_after:
+            self.send_header("Retry-After", retry_after)
+        self.end_headers()
+        self.wfile.write(payload)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("log")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--key", default="")
+    parser.add_argument("--fault", action="append", default=[])
+    server = Server(parser.parse_args())
+    print(server.server_address[1], flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    main()

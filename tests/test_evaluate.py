@@ -1,0 +1,461 @@
+"""The command from end to end: recorded verdicts, answers that are kept, stops, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+from test_sampler_backend import write_model
+
+from jlrm import commands, evaluate, judges
+from jlrm.benchmarks.games import Answer
+from jlrm.benchmarks.policies import POLICIES
+from jlrm.config import RunError, UsageError
+from jlrm.data import toy
+from jlrm.data.comparisons import write_comparisons
+
+ROOT = pathlib.Path(__file__).parent.parent
+GPT = "dataset=judgebench,response_model=gpt-4o-2024-05-13"
+GOOD, BAD = (f"r</think><answer>{a}</answer><answer>{b}</answer>" for a, b in ((9, 2), (1, 8)))
+
+
+def ran(capsys, *flags) -> dict:
+    """Run the command with --json and return what it prints."""
+    evaluate.main([*map(str, flags), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def failed(capsys, *flags) -> tuple[int, str]:
+    """Run the command as the shell does; return its exit code and what it says."""
+    code = commands.run(lambda: evaluate.main([*map(str, flags)]))
+    return code, capsys.readouterr().err
+
+
+@pytest.fixture
+def pairs(tmp_path) -> pathlib.Path:
+    """Twelve comparisons, of which answer 1 is the better one."""
+    rows = [
+        {"id": f"p{i}", "question": f"?{i}", "answer_1": "a", "answer_2": "b", "preference": 1}
+        | {"source": "even" if i % 2 == 0 else "odd"}
+        for i in range(12)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+class Judge:
+    """A backend that can be told what to say, and when to stop."""
+
+    def __init__(self, say=lambda game: GOOD if game.first == 0 else BAD, stop_after=None):
+        self.asked, self.say, self.stop_after, self.stop = [], say, stop_after, None
+
+    def __call__(self, games, record):
+        for game in games:
+            if self.stop_after is not None and len(self.asked) == self.stop_after:
+                self.stop()
+            self.asked.append(game.id)
+            said = self.say(game)
+            error = None if said else "timeout"
+            record(Answer(game.id, outputs=(said,) if said else None, error=error, num_tokens=7))
+
+
+@pytest.fixture
+def judged_by(monkeypatch):
+    """Put a judge in the place of a model that is called over the network."""
+
+    def use(judge: Judge) -> Judge:
+        monkeypatch.setattr(judges, "make", lambda *args: judge)
+        return judge
+
+    return use
+
+
+def model(pairs, out, *more) -> list[str]:
+    flags = ["--model", "m", "--backend", "openai", "--benchmark", "pairs", "--data", str(pairs)]
+    return [*flags, "--out", str(out), "--no-report", *more]
+
+
+# ------------------------------------------------------------------------------ recorded judges
+
+
+def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
+    folder = reference / "pandalm"
+    found = ran(
+        capsys,
+        *("--backend", "verdicts", "--verdicts", folder / "results_judgelrm3b.json"),
+        *("--benchmark", "pandalm", "--data", folder / "testset-v1.json", "--out", tmp_path / "o"),
+    )
+    assert list(found) == ["pandalm"]
+    row = found["pandalm"]
+    metrics = {name: round(row[name], 2) for name in ("agreement", "precision", "recall", "f1")}
+    assert metrics == {"agreement": 77.68, "precision": 74.26, "recall": 70.86, "f1": 72.12}
+    assert (row["n"], row["parse_failures"], row["ties"]) == (999, 9, 73)
+    assert row["policy"] == {
+        **{"aggregation": "first_order", "order": "as_given"},
+        **{"tie_credit": 0.0, "error_credit": "tie"},
+    }
+    kept = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert kept["judge"] == {
+        **{"name": "results_judgelrm3b", "model": "results_judgelrm3b", "backend": "verdicts"},
+        **{"prompt": "", "parser": "lenient", "decoding": {}},
+    }
+    entry = kept["benchmarks"]["pandalm"]
+    assert set(entry) == {
+        *("metrics", "intervals", "n", "parse_failures", "ties", "statuses", "policy", "subsets"),
+        *("diagnostics", "published", "incomplete", "worst"),
+    }
+    assert entry["statuses"] == {"ok": 990, "out_of_range": 9} and not entry["incomplete"]
+    low, high = entry["intervals"]["f1"]
+    assert 67.5 < low < 69.5 and 74.5 < high < 76.5
+    assert sum(subset["n"] for subset in entry["subsets"].values()) == 999
+    assert len(entry["worst"]) == 20 and {row["credit"] for row in entry["worst"]} == {0.0}
+    worst = {"item", "subset", "question", "answers", "label", "outputs", "scores", "credit"}
+    assert set(entry["worst"][0]) == worst
+    for name in ("report.html", "report.png", "model_card.md"):
+        assert (tmp_path / "o" / name).stat().st_size
+
+
+def test_several_benchmarks_name_their_files_and_paths_may_hold_equal_signs(reference, capsys):
+    folder, bench = reference / "pandalm", reference / "judgebench"
+    judge = f"{GPT},judge_name=arena_hard,judge_model=o1-mini-2024-09-12.jsonl"
+    found = ran(
+        capsys,
+        *("--benchmark", "judgebench,pandalm", "--policy", "judgebench.order=as_given"),
+        *("--data", f"judgebench={bench / 'data' / f'{GPT}.jsonl'}"),
+        *("--data", f"pandalm={folder / 'testset-v1.json'}"),
+        *("--verdicts", f"judgebench={bench / 'outputs' / judge}"),
+        *("--verdicts", f"pandalm={folder / 'gpt-3.5-turbo-testset-v1.json'}"),
+    )
+    assert round(found["judgebench"]["overall"], 2) == 70.86
+    assert found["judgebench"]["policy"]["order"] == "as_given"
+    assert round(found["pandalm"]["f1"], 2) == 57.55
+    single = bench / "data" / f"{GPT}.jsonl", bench / "outputs" / judge
+    flags = ("--benchmark", "judgebench", "--data", single[0], "--verdicts", single[1])
+    assert round(ran(capsys, *flags)["judgebench"]["overall"], 2) == 65.71
+
+
+def test_two_recorded_judges_are_compared(reference, capsys, tmp_path):
+    folder = reference / "pandalm"
+    common = ("--benchmark", "pandalm", "--data", folder / "testset-v1.json", "--verdicts")
+    ran(capsys, *common, folder / "results_judgelrm3b.json", "--out", tmp_path / "a", "--no-report")
+    other = folder / "gpt-3.5-turbo-testset-v1.json"
+    found = ran(capsys, *common, other, "--compare", tmp_path / "a")["pandalm"]["comparison"]
+    assert found["difference"] == pytest.approx(71.0711 - 77.6777, abs=1e-3)
+    assert found["with"] == "results_judgelrm3b" and found["n"] == 999
+    assert found["p_value"] < 0.01 and found["interval"][0] < found["difference"]
+    evaluate.main([*map(str, (*common, other)), "--compare", str(tmp_path / "a")])
+    assert "against results_judgelrm3b: -6.61 points" in capsys.readouterr().out
+
+
+def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):
+    folder = reference / "pandalm"
+    files = folder / "testset-v1.json", folder / "results_judgelrm3b.json"
+    common = ("--benchmark", "pandalm", "--data", files[0], "--verdicts", files[1])
+    items = {}
+    for limit, seed in ((50, 0), (80, 0), (50, 1)):
+        out = tmp_path / f"{limit}-{seed}"
+        found = ran(capsys, *common, "--limit", limit, "--seed", seed, "--no-report", "--out", out)
+        assert found["pandalm"]["n"] == limit
+        lines = (out / "pandalm" / "answers.jsonl").read_text().splitlines()[1:]
+        items[limit, seed] = {json.loads(line)["game"] for line in lines}
+    assert items[50, 0] < items[80, 0]
+    assert items[50, 0] != items[50, 1]
+
+
+def test_missing_verdicts_make_an_evaluation_incomplete(pairs, capsys, tmp_path):
+    said = [{"id": f"p{i}", "decision": 1, "swapped": s} for i in range(10) for s in (False, True)]
+    file = tmp_path / "said.json"
+    file.write_text(json.dumps([*said[:-1], {"id": "other", "decision": 1}]))
+    flags = ("--benchmark", "pairs", "--data", pairs, "--verdicts", file, "--out", tmp_path / "o")
+    code, text = failed(capsys, *flags)
+    assert code == 1 and "Incomplete: 3 of 12 items of pairs" in text
+    assert "1 rows name no item of the benchmark; 5 games have no row" in text
+    entry = json.loads((tmp_path / "o" / "results.json").read_text())["benchmarks"]["pairs"]
+    assert entry["incomplete"] and entry["n"] == 9
+    file.write_text(json.dumps([{"id": "other", "decision": 1}]))
+    code, text = failed(capsys, *flags[:6])
+    assert code == 1 and "No item of pairs was judged" in text
+
+
+# --------------------------------------------------------------------------------- kept answers
+
+
+def test_answers_are_kept_and_another_policy_or_parser_asks_for_nothing(
+    pairs, capsys, tmp_path, judged_by
+):
+    judge = judged_by(Judge())
+    found = ran(capsys, *model(pairs, tmp_path / "o"))["pairs"]
+    assert found["overall"] == found["consistency"] == found["even"] == 100.0
+    assert (found["n"], len(judge.asked)) == (12, 24)
+    for more in (("--policy", "order=as_given"), ("--parser", "strict"), ()):
+        found = ran(capsys, *model(pairs, tmp_path / "o", *more))["pairs"]
+        assert found["overall"] == 100.0 and len(judge.asked) == 24
+    scores = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert scores["benchmarks"]["pairs"]["diagnostics"]["games"] == 24
+    assert scores["judge"]["decoding"]["temperature"] == 0.0
+
+
+def test_a_torn_file_is_mended_and_only_what_it_lacks_is_asked(pairs, capsys, tmp_path, judged_by):
+    first = judged_by(Judge())
+    whole = ran(capsys, *model(pairs, tmp_path / "o"))
+    file = tmp_path / "o" / "pairs" / "answers.jsonl"
+    content = file.read_bytes()
+    lines = content.splitlines(keepends=True)
+    for cut in (len(content) - 5, len(b"".join(lines[:9])), len(lines[0]), len(lines[0]) - 3, 0):
+        file.write_bytes(content[:cut])
+        again = judged_by(Judge())
+        assert ran(capsys, *model(pairs, tmp_path / "o")) == whole
+        num_kept = max(0, content[:cut].count(b"\n") - 1)
+        assert again.asked == first.asked[num_kept:]
+        assert file.read_bytes() == content
+    file.write_bytes(lines[0] + b"{broken\n" + lines[2])
+    code, text = failed(capsys, *model(pairs, tmp_path / "o"))
+    assert code == 2 and "line 2 is no answer" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--temperature", "0.7"), "temperature 0.0 (now 0.7)"),
+        (("--seed", "3"), "seed 0 (now 3)"),
+        (("--scale", "1", "5"), "scale [1, 10] (now [1, 5])"),
+        (("--prompt", "judgelrm_eval"), "prompt 'jlrm' (now 'judgelrm_eval')"),
+        (("--model", "other"), "model 'm' (now 'other')"),
+    ],
+)
+def test_answers_given_under_other_settings_are_refused(
+    pairs, capsys, tmp_path, judged_by, change, named
+):
+    judged_by(Judge())
+    ran(capsys, *model(pairs, tmp_path / "o"))
+    code, text = failed(capsys, *model(pairs, tmp_path / "o", *change))
+    assert code == 2 and f"holds answers given under {named}. Name another --out" in text
+
+
+def test_other_data_is_refused_but_not_another_label_or_concurrency(
+    pairs, capsys, tmp_path, judged_by
+):
+    judge = judged_by(Judge())
+    ran(capsys, *model(pairs, tmp_path / "o"))
+    pairs.write_text(pairs.read_text().replace('"preference": 1', '"preference": 2'))
+    found = ran(capsys, *model(pairs, tmp_path / "o", "--concurrency", "2"))
+    assert found["pairs"]["overall"] == 0.0 and len(judge.asked) == 24
+    pairs.write_text(pairs.read_text().replace("?3", "?4"))
+    code, text = failed(capsys, *model(pairs, tmp_path / "o"))
+    assert code == 2 and "holds answers given under data" in text
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_leaves_what_the_next_run_goes_on_from(
+    pairs, capsys, tmp_path, judged_by, signum, code
+):
+    judge = judged_by(Judge(stop_after=5))
+    judge.stop = lambda: os.kill(os.getpid(), signum)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    found, text = failed(capsys, *model(pairs, tmp_path / "o"))
+    assert found == code and "Stopped: 5 of 24 games of pairs are judged" in text
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    again = judged_by(Judge())
+    assert ran(capsys, *model(pairs, tmp_path / "o"))["pairs"]["overall"] == 100.0
+    assert len(again.asked) == 19
+
+
+def test_a_game_without_an_answer_is_asked_again(pairs, capsys, tmp_path, judged_by):
+    judged_by(Judge(lambda game: "" if game.id == "p3:1-0" else GOOD))
+    code, text = failed(capsys, *model(pairs, tmp_path / "o"))
+    assert code == 1 and "Incomplete: 1 of 12 items of pairs" in text
+    again = judged_by(Judge())
+    assert ran(capsys, *model(pairs, tmp_path / "o"))["pairs"]["n"] == 12
+    assert again.asked == ["p3:1-0"]
+
+
+def test_text_that_no_file_can_hold_is_kept(pairs, capsys, tmp_path, judged_by):
+    judged_by(Judge(lambda game: "\ud800\u2028\x85\n" + GOOD))
+    whole = ran(capsys, *model(pairs, tmp_path / "o"))
+    assert whole["pairs"]["parse_failures"] == 0
+    again = judged_by(Judge())
+    assert ran(capsys, *model(pairs, tmp_path / "o")) == whole
+    assert not again.asked
+
+
+def test_benchmarks_of_one_judge_gather_in_one_result(pairs, capsys, tmp_path, judged_by):
+    rows = [
+        {"context": "?", "response1": "a", "response2": "b", "overall_preference": -1}
+        for _ in range(3)
+    ]
+    (tmp_path / "h.json").write_text(json.dumps(rows))
+    judged_by(Judge())
+    ran(capsys, *model(pairs, tmp_path / "o"))
+    second = ["--benchmark", "helpsteer3", "--data", tmp_path / "h.json", "--policy", "order=both"]
+    flags = [*model(pairs, tmp_path / "o")[:4], *second, "--out", tmp_path / "o"]
+    found = ran(capsys, *flags)
+    assert list(found) == ["helpsteer3"] and found["helpsteer3"]["overall"] == 100.0
+    kept = json.loads((tmp_path / "o" / "results.json").read_text())["benchmarks"]
+    assert set(kept) == {"pairs", "helpsteer3"}
+
+
+def test_votes_cost_and_statuses_are_reported(pairs, capsys, tmp_path, judged_by):
+    judged_by(Judge(lambda game: GOOD if game.item.id != "p1" else "none"))
+    found = ran(capsys, *model(pairs, tmp_path / "o"))["pairs"]
+    assert found["parse_failures"] == 2
+    entry = json.loads((tmp_path / "o" / "results.json").read_text())["benchmarks"]["pairs"]
+    assert entry["statuses"] == {"ok": 22, "no_answer": 2}
+    assert entry["diagnostics"]["cost"]["num_tokens"]["mean"] == 7
+    assert entry["worst"][0]["item"] == "p1" and entry["worst"][0]["outputs"] == ["none", "none"]
+    assert entry["subsets"]["odd"]["n"] == 6
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--benchmark", "padalm", "--model", "m"), "Did you mean 'pandalm'"),
+        (("--benchmark", " ,", "--model", "m"), "--benchmark is empty. Known: pandalm"),
+        (("--benchmark", "pandalm"), "--backend jlrm needs --model"),
+        (("--benchmark", "pandalm", "--backend", "verdicts"), "needs --verdicts FILE"),
+        (
+            ("--benchmark", "pandalm", "--backend", "openai", "--model", "m", "--verdicts", "x"),
+            "--backend openai has no use for --verdicts",
+        ),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x", "--votes", "3"),
+            "--votes has no effect with --backend verdicts",
+        ),
+        (
+            ("--benchmark", "pandalm", "--backend", "openai", "--model", "m", "--num-beams", "4"),
+            "--num-beams has no effect with --backend openai",
+        ),
+        (
+            ("--benchmark", "pandalm", "--backend", "openai", "--model", "m", "--votes", "0"),
+            "--votes=0 is too small",
+        ),
+        (
+            ("--benchmark", "pandalm", "--backend", "openai", "--model", "m", "--scale", "5", "1"),
+            "the first must be below the second",
+        ),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x"),
+            "There is no data to read. Download data/testset-v1.json",
+        ),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x", "--data", "absent.json"),
+            "Cannot read the data file absent.json",
+        ),
+        (
+            ("--benchmark", "pandalm,llmbar", "--verdicts", "x", "--data", "y"),
+            "say for which benchmark, e.g. --data pandalm=PATH",
+        ),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x", "--data", "y", "--data", "z"),
+            "--data names two values for pandalm: y, z",
+        ),
+        (("--benchmark", "pandalm", "--verdicts", "x", "--limit", "-1"), "--limit=-1 is negative"),
+        (("--benchmark", "pandalm", "--verdicts", "x", "--parser", "strct"), "'strict'"),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x", "--policy", "oder=both"),
+            "Did you mean 'order'",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_sentence(capsys, flags, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, text = failed(capsys, *flags)
+    assert code == 2 and message in text
+    assert text.count("error: ") == 1 and "Traceback" not in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_file_of_verdicts_is_named(pairs, capsys, tmp_path):
+    flags = ("--benchmark", "pairs", "--data", pairs, "--verdicts", tmp_path / "absent.json")
+    code, text = failed(capsys, *flags)
+    assert code == 2 and "absent.json" in text and "Name a JSON or JSONL file" in text
+
+
+def test_comparisons_that_can_not_be_made_are_refused(pairs, capsys, tmp_path, judged_by):
+    judged_by(Judge())
+    ran(capsys, *model(pairs, tmp_path / "a"))
+    with pytest.raises(UsageError, match="There are no answers at"):
+        evaluate.main(model(pairs, tmp_path / "b", "--compare", str(tmp_path / "none")))
+    found = ran(capsys, *model(pairs, tmp_path / "b", "--compare", tmp_path / "a"))
+    assert found["pairs"]["comparison"]["difference"] == 0.0
+    pairs.write_text(pairs.read_text().replace("?3", "?4"))
+    with pytest.raises(UsageError, match="it was evaluated on other data of pairs"):
+        evaluate.main(model(pairs, tmp_path / "c", "--compare", str(tmp_path / "a")))
+
+
+def test_nothing_that_is_judged_is_an_error(pairs, tmp_path, judged_by):
+    judged_by(Judge(lambda game: ""))
+    with pytest.raises(RunError, match="No item of pairs was judged"):
+        evaluate.main(model(pairs, tmp_path / "o"))
+
+
+def test_the_model_of_a_backend_is_known_by_its_files(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"0" * 3_000_000)
+    chosen = {name: option.default for name, option in judges.OPTIONS.items()}
+
+    def known():
+        return judges.identity("jlrm", str(folder), {"votes": chosen["votes"]}, 0)["model"]
+
+    before = known()
+    assert known() == before
+    (folder / "README.md").write_text("no weight")
+    assert known() == before
+    (folder / "model.safetensors").write_bytes(b"0" * 2_999_999 + b"1")
+    assert known() != before
+
+
+def test_options_reach_the_backends_under_the_names_they_have():
+    """What `make` passes on is what the backends take."""
+    import inspect
+
+    from jlrm.backends import openai, sampler
+
+    passed = {"api_key_env": "api_key"}
+    for backend, name in ((sampler, "jlrm"), (openai, "openai")):
+        ours = {passed.get(k, k) for k, option in judges.OPTIONS.items() if name in option.backends}
+        wanted = inspect.signature(backend.make).parameters.keys() - {"model", "seed"}
+        assert ours == wanted
+
+
+def test_help_tells_all_benchmarks_and_policies():
+    done = subprocess.run(
+        [sys.executable, "-m", "jlrm.evaluate", "--help"],
+        **{"capture_output": True, "text": True, "cwd": ROOT, "check": True},
+    )
+    text = " ".join(done.stdout.split())
+    for name, known in POLICIES.items():
+        assert f"{name} {' | '.join(policy.aggregation for policy in known)}" in text
+    for option in judges.OPTIONS:
+        assert f"--{option.replace('_', '-')}" in text
+
+
+def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
+    """Random weights: they write no verdict, and the same command does not load them again."""
+    write_model(tmp_path / "model")
+    write_comparisons(toy.comparisons(1, 3), tmp_path / "toy.jsonl")
+    flags = ["--model", tmp_path / "model", "--benchmark", "pairs", "--prompt", "toy"]
+    flags += ["--data", tmp_path / "toy.jsonl", "--max-prompt-tokens", 256, "--max-new-tokens", 4]
+    flags += ["--compute-dtype", "float32", "--batch-size", 8, "--mesh", "data=8", "fsdp=1"]
+    flags += ["--out", tmp_path / "o", "--no-report"]
+    found = ran(capsys, *flags)["pairs"]
+    assert (found["n"], found["parse_failures"], found["overall"]) == (3, 6, 0.0)
+    lines = (tmp_path / "o" / "pairs" / "answers.jsonl").read_text().splitlines()
+    header, answer = (json.loads(line) for line in lines[:2])
+    assert header["header"]["prompt"] == "toy" and header["header"]["max_new_tokens"] == 4
+    assert answer["num_tokens"] == 4 and answer["prompt_tokens"] > 10
+    (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "moved")
+    code, text = failed(capsys, *flags)
+    assert code == 2 and "holds answers given under model" in text
+    (tmp_path / "model" / "moved").rename(tmp_path / "model" / "tokenizer.json")
+    assert ran(capsys, *flags)["pairs"] == found

@@ -1,0 +1,451 @@
+"""What a scorecard promises: the numbers of `results.json`, hostile text kept text, no network."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import io
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jlrm import scorecard, statistics
+from jlrm.benchmarks.games import Answer, Game, Item, Judged, Outcome, outcome
+from jlrm.config import UsageError
+
+EVIL = "</pre></details><script>alert('x')</script><img src=http://evil.example/x onerror=y> | $x_"
+POLICY = {"order": "both", "tie": "half credit", "error": "wrong"}
+
+
+def diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    judged, answers = [], {}
+    for number in range(num_items):
+        texts = ("a" * int(rng.integers(9, 99)), "b" * int(rng.integers(9, 99)))
+        item = Item(str(number), "?", texts, label=int(rng.integers(3)))
+        outcomes = []
+        for order in ((0, 1), (1, 0)):
+            game = Game(item, *order)
+            scores = (float(rng.integers(1, 11)), float(rng.integers(1, 11)))
+            is_cut = rng.random() < 0.1
+            cut = Outcome(*order, None, None, "no_think_end")
+            outcomes.append(cut if is_cut else outcome(game, scores))
+            answers[game.id] = Answer(
+                game.id,
+                outputs=("",),
+                prompt_tokens=70,
+                num_tokens=int(rng.integers(99)),
+                seconds=0.5,
+            )
+        judged.append(Judged(item, tuple(outcomes)))
+    return statistics.summary(judged, answers)
+
+
+def benchmark(seed: int, metrics: dict[str, float], **fields: Any) -> dict[str, Any]:
+    found = diagnostics(seed)
+    return {
+        "metrics": metrics,
+        "intervals": {name: [v - 3.25, v + 2.75] for name, v in metrics.items()},
+        "n": 1234,
+        "parse_failures": 7,
+        "ties": 9,
+        "statuses": found["statuses"],
+        "policy": POLICY,
+        "subsets": {
+            "easy": {"n": 40, "accuracy": 71.5, "interval": [60.0, 80.0]},
+            f"hard {EVIL}": {"n": 20, "accuracy": 31.5, "interval": [20.0, 45.0]},
+        },
+        "diagnostics": found,
+        "published": [
+            {
+                "judge": "JudgeLRM-7B",
+                "metric": next(iter(metrics)),
+                "value": 78.28,
+                "source": "arXiv 2504.00050, Table 1; https://example.org/paper",
+                "command": "python -m jlrm.evaluate --benchmark pandalm",
+            }
+        ],
+        "incomplete": False,
+        "worst": [
+            {
+                "item": f"item-{number}",
+                "subset": "easy",
+                "question": f"Why? {EVIL}",
+                "answers": [f"One {EVIL}", f"Two {EVIL}"],
+                "label": number,
+                "outputs": [f"first vote {EVIL}", "second vote \ud800"],
+                "scores": [[9.0, 2.5], None],
+                "credit": 0.0,
+            }
+            for number in range(3)
+        ],
+        **fields,
+    }
+
+
+def judge(name: str, **benchmarks: Any) -> dict[str, Any]:
+    about = {"name": name, "model": "Qwen/Qwen2.5-3B", "backend": "jlrm", "prompt": "judgelrm"}
+    about |= {"parser": "strict", "decoding": {"temperature": 0.0, "max_new_tokens": 2048}}
+    return {"judge": about, "benchmarks": benchmarks}
+
+
+PAIRED = statistics.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)._asdict()
+RESULTS = [
+    judge(
+        "ours",
+        pandalm=benchmark(0, {"agreement": 77.68, "precision": 74.26, "f1": 72.12}),
+        rewardbench=benchmark(1, {"Chat": 92.9, "overall": 75.2}, incomplete=True),
+    ),
+    judge(
+        f"base {EVIL}",
+        pandalm=benchmark(
+            2,
+            {"agreement": 71.07, "f1": 57.36},
+            comparison={"other": "ours", "agreement": PAIRED, "f1": PAIRED | {"mcnemar_p": None}},
+        ),
+        judgebench=benchmark(3, {"overall": 65.71, "Coding": math.nan}),
+    ),
+]
+
+
+class Page(HTMLParser):
+    """Collect what a test asks about; refuses tags that are closed out of order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.tables: list[list[list[str]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("th", "td"):
+            self.tables[-1][-1].append("")
+        if tag == "br":
+            self.handle_data("\n")
+        if tag not in ("meta", "source", "img", "tr", "th", "td", "br", "li"):  # need no end tag
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if "table" in self.open:
+            self.tables[-1][-1][-1] += data
+
+    def table(self, corner: str) -> list[dict[str, list[str]]]:
+        """Return all tables with a first header cell: row -> cells, "" -> the header."""
+        return [
+            {row[0].split("\n")[0]: row[1:] for row in table[1:]} | {"": table[0][1:]}
+            for table in self.tables
+            if table[0][0] == corner
+        ]
+
+
+def render(out: pathlib.Path, results: list[dict[str, Any]]) -> Page:
+    scorecard.write(out, results)
+    return Page((out / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("full")
+    before = copy.deepcopy(RESULTS)
+    scorecard.write(out, RESULTS)
+    assert repr(RESULTS) == repr(before)
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(full) -> Page:
+    return Page((full / "report.html").read_text())
+
+
+def test_the_page_stands_alone(full, page):
+    text = (full / "report.html").read_text()
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "srcset", "href", "action", "poster", "data", "xlink:href"):
+            assert value.startswith(("data:image/png;base64,", "#")), value[:50]
+    targets = {value for name, value in page.attributes if name == "id"}
+    links = {value[1:] for name, value in page.attributes if name == "href"}
+    assert links and links <= targets
+    styles = text[: text.index("</style>")] + "".join(v for n, v in page.attributes if n == "style")
+    assert "url(" not in styles and "@import" not in styles
+
+
+def test_what_a_judge_wrote_stays_text(full, page):
+    text = (full / "report.html").read_text()
+    assert EVIL not in text and "<script" not in text and "evil.example/x onerror" in text
+    for written in ("Why? ", "One ", "Two ", "first vote ", "hard ", "base "):
+        assert written + EVIL in page.text or written == "hard "  # a subset is in a picture
+    assert page.text.count("first vote") == 3 * 4 and "second vote ?" in page.text
+    assert page.tags.count("script") == 0 and page.text.count("scores 9 : 2.5, none") == 12
+    assert "label: a tie" in page.text and "Answer 2 (label)" in page.text
+
+
+def test_every_metric_of_every_judge_is_in_the_tables(page):
+    tables = page.table("Metric (%)")
+    assert len(tables) == 3
+    for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
+        assert table[""] == ["ours", f"base {EVIL}", "Published"]
+        for column, result in enumerate(RESULTS):
+            entry = result["benchmarks"].get(name, {"metrics": {}})
+            for metric, cells in table.items():
+                value = entry["metrics"].get(metric)
+                if metric == "" or value is None:
+                    assert not metric or cells[column] == "–"
+                    continue
+                low, high = entry["intervals"][metric]
+                expected = f"{value:.2f}\n{low:.1f} to {high:.1f}"
+                assert cells[column] == expected + "\n⚠ INCOMPLETE" * entry["incomplete"]
+        metrics = {m for r in RESULTS for m in r["benchmarks"].get(name, {}).get("metrics", ())}
+        assert set(table) == {*metrics, ""} - {"Coding"}  # which is NaN
+    assert tables[0]["agreement"][2] == "78.28\nJudgeLRM-7B" and tables[0]["f1"][2] == "–"
+
+
+def test_the_headline_table_compares_benchmarks_and_judges(page):
+    table = page.tables[0]
+    assert table[0] == ["", "ours", f"base {EVIL}", "Published"]
+    policy = ["order: both · tie: half credit · error: wrong"]
+    assert table[1][0] == "pandalm\nagreement, n = 1,234" and table[2] == policy
+    assert table[1][1:] == ["77.68\n74.4 to 80.4", "71.07\n67.8 to 73.8", "78.28\nJudgeLRM-7B"]
+    assert table[3][0] == "rewardbench\noverall, n = 1,234" and table[4] == policy
+    assert table[3][1] == "75.20\n72.0 to 78.0\n⚠ INCOMPLETE" and table[3][2:] == ["–", "–"]
+    assert table[5][:2] == ["judgebench\noverall, n = 1,234", "–"] and len(table) == 7
+
+
+def test_diagnostics_are_those_of_the_results(page):
+    tables = [table for table in page.table("") if "Games" in table]
+    assert len(tables) == 3
+    for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
+        for column, result in enumerate(RESULTS):
+            found = result["benchmarks"].get(name, {}).get("diagnostics")
+            if found is None:
+                assert {cells[column] for cells in table.values() if cells} <= {
+                    "–",
+                    "0",
+                    table[""][column],
+                }
+                continue
+            rate, swaps, length = found["first"], found["lean_to_first"], found["length"]
+            low, high = rate["interval"]
+            assert table["Names the answer shown first"][column] == (
+                f"{rate['percent']:.1f} %\n{low:.1f} to {high:.1f}\nn = {rate['n']}"
+            )
+            assert table["Lean to the first, of the other pairs"][column] == (
+                f"{swaps['points']:+.1f} points\nn = {swaps['n']}"
+            )
+            assert table["No verdict"][column].startswith(
+                f"{found['parse_failures']['percent']:.1f} %"
+            )
+            assert table["… no think end"][column] == str(found["statuses"]["no_think_end"])
+            assert table["Verdicts for the longer answer"][column].startswith(
+                f"{length['verdicts']['percent']:.1f} %"
+            )
+            calibration, cost = found["calibration"], found["cost"]
+            assert (
+                table["Expected calibration error (points)"][column] == f"{calibration['ece']:.1f}"
+            )
+            assert table["Brier score (0 to 1)"][column] == f"{calibration['brier']:.3f}"
+            assert table["Prompt tokens a game"][column] == "70\nn = 120"
+            assert table["Generated tokens a second"][column] == f"{cost['tokens_per_second']:.0f}"
+
+
+def test_confusion_matrices_and_reliability_in_numbers(page):
+    matrices = [table for table in page.tables if table[0] == ["", "tie", "1", "2", "none"]]
+    expected = [
+        result["benchmarks"][name]["diagnostics"]
+        for name in ("pandalm", "rewardbench", "judgebench")
+        for result in RESULTS
+        if name in result["benchmarks"]
+    ]
+    assert len(matrices) == len(expected) == 4
+    for matrix, found in zip(matrices, expected, strict=True):
+        assert [row[0] for row in matrix[1:]] == ["tie", "1", "2"]
+        assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == found["confusion"][
+            "counts"
+        ]
+    reliability = [table for table in page.tables if table[0][0] == "Confidence (%)"]
+    for table, found in zip(reliability, expected, strict=True):
+        bins = [b for b in found["calibration"]["bins"] if b["n"]]
+        assert table[1:] == [
+            [
+                f"{b['from']:g} to {b['to']:g}",
+                f"{b['confidence']:.1f}",
+                f"{b['accuracy']:.1f}",
+                f"{b['n']}",
+            ]
+            for b in bins
+        ]
+
+
+def test_comparisons_and_sources_are_told(page):
+    (table,) = [t for t in page.table("") if t[""] == ["Points", "Bootstrap p", "McNemar p"]]
+    assert table["agreement"] == ["-4.50\n-8.1 to -0.9", "0.0123", "0.0456"]
+    assert table["f1"] == ["-4.50\n-8.1 to -0.9", "0.0123", "–"]
+    assert f"base {EVIL} less ours, on the same items" in page.text
+    assert "https://example.org/paper" in page.text and "jlrm.evaluate --benchmark" in page.text
+
+
+def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
+    assert "INCOMPLETE. These runs have not judged all games" in page.text
+    assert page.text.count("ours: rewardbench") == 2  # above all, and in its section
+    assert "ours: pandalm" not in page.text
+    card = (full / "model_card.md").read_text()
+    assert "| rewardbench (INCOMPLETE) |" in card and "pandalm (INCOMPLETE)" not in card
+    assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
+    complete = copy.deepcopy(RESULTS[0])
+    complete["benchmarks"]["rewardbench"]["incomplete"] = False
+    assert scorecard._warning(["pandalm", "rewardbench"], scorecard._judges([complete])) == ""
+
+
+def test_pictures_are_pictures_in_two_themes(full, page):
+    from PIL import Image
+
+    sources = [v for n, v in page.attributes if n in ("src", "srcset")]
+    alts = [value for name, value in page.attributes if name == "alt"]
+    kinds = {"Results", "Same verdict", "Verdicts", "Reliability", "Accuracy by subset"}
+    assert all(any(alt.startswith(kind) for alt in alts) for kind in kinds)
+    assert len(alts) == 3 + 2 * 3 and len(sources) == 2 * len(alts)
+    corners = set()
+    for source in sources:
+        content = base64.b64decode(source.partition(",")[2], validate=True)
+        corners.add(Image.open(io.BytesIO(content)).convert("RGB").getpixel((0, 0)))
+    assert corners == {(255, 255, 255), (0x1C, 0x1F, 0x24)}
+    overview = Image.open(full / "report.png")
+    assert overview.width > 2000 and len(set(overview.convert("L").resize((64, 64)).getdata())) > 9
+
+
+def card_rows(out: pathlib.Path) -> list[list[str]]:
+    lines = (out / "model_card.md").read_text().splitlines()
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_model_card_holds_every_metric_with_its_rules(full):
+    rows = card_rows(full)
+    header = ["judge", "benchmark", "metric", "value (%)", "95 % interval", "n", "policy"]
+    assert rows[0] == [*header, "prompt", "parser"] and set(rows[1]) == {"---"}
+    policy = "order: both · tie: half credit · error: wrong"
+    expected = ["ours", "pandalm", "agreement", "77.68", "74.4 to 80.4", "1234", policy]
+    assert rows[2] == [*expected, "judgelrm", "strict"]
+    metrics = sum(len(b["metrics"]) for r in RESULTS for b in r["benchmarks"].values())
+    assert [len(row) for row in rows[: metrics + 2]] == [9] * (metrics + 2)
+    assert rows[metrics + 1][2:5] == ["Coding", "–", "–"]
+    published = rows[metrics + 2 :]
+    assert published[0] == ["benchmark", "judge", "metric", "value (%)", "source"]
+    assert (
+        published[2][:4] == ["pandalm", "JudgeLRM-7B", "agreement", "78.28"] and len(published) == 5
+    )
+    text = (full / "model_card.md").read_text()
+    assert "<script" not in text and "<img" not in text
+    found = RESULTS[0]["benchmarks"]["pandalm"]["diagnostics"]
+    failures, swaps = found["parse_failures"], found["consistency"]
+    assert f"no verdict in {failures['percent']:.1f} % (n = {failures['n']})" in text
+    assert f"same verdict in both orders {swaps['percent']:.1f} % (n = {swaps['n']})" in text
+    assert "temperature 0.0" in text and "bootstrap over items" in text
+
+
+def test_one_judge_has_no_judge_column(tmp_path):
+    entry = benchmark(0, {"agreement": 50.0}, worst=[], subsets={}, diagnostics={}, published=[])
+    page = render(tmp_path, [judge("ours", pandalm=entry)])
+    assert card_rows(tmp_path)[0][0] == "benchmark" and len(card_rows(tmp_path)) == 3
+    assert page.table("Metric (%)")[0][""] == ["ours"]
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"judge": {}, "benchmarks": {}},
+        {"judge": {"name": "j"}, "benchmarks": {"b": {}}},
+        {"judge": {"name": "j"}, "benchmarks": {"b": {"metrics": {"overall": 50.0}}}},
+        {"judge": {"name": "j"}, "benchmarks": {"b": {"metrics": {"overall": "nan"}, "n": 0}}},
+        {
+            "judge": {"name": "j"},
+            "benchmarks": {
+                "b": {
+                    "metrics": {"x": None},
+                    "intervals": {"x": [None, None]},
+                    "n": 0,
+                    "diagnostics": statistics.summary([], {}),
+                    "subsets": {"s": {"n": 0, "accuracy": None, "interval": None}},
+                    "worst": [{}],
+                }
+            },
+        },
+    ],
+    ids=["nothing", "no metrics", "one metric", "nan", "nothing judged"],
+)
+def test_what_is_missing_is_left_out(tmp_path, result):
+    page = render(tmp_path, [result])
+    assert "nan" not in page.text and "None" not in page.text
+    for absent in ("Labels (rows)", "Reliability", "Calibration", "Cost", "Length", "INCOMPLETE"):
+        assert absent not in page.text
+    has_value = result["benchmarks"].get("b", {}).get("metrics") == {"overall": 50.0}
+    assert page.tags.count("img") == has_value and ("50.00" in page.text) == has_value
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "model_card.md").read_text().startswith("## Evaluation")
+
+
+def test_judges_of_one_name_are_told_apart(tmp_path):
+    page = render(tmp_path, [judge("same", b={"metrics": {"x": float(i)}}) for i in range(3)])
+    assert page.table("Metric (%)")[0] == {
+        "": ["same", "same (2)", "same (3)"],
+        "x": ["0.00", "1.00", "2.00"],
+    }
+
+
+def test_the_command_renders_compares_and_refuses(tmp_path):
+    for name, value in {"a": 41.0, "b": 43.0}.items():
+        (tmp_path / name).mkdir()
+        content = json.dumps(judge(name, pandalm={"metrics": {"agreement": value}}))
+        (tmp_path / name / "results.json").write_text(content)
+    command = [sys.executable, "-m", "jlrm.scorecard"]
+    places = [str(tmp_path / name) for name in ("a", "b")]
+    done = subprocess.run(
+        [*command, *places, "--out", str(tmp_path / "new" / "both")], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.strip() == str(tmp_path / "new" / "both" / "report.html")
+    page = Page((tmp_path / "new" / "both" / "report.html").read_text())
+    assert page.table("Metric (%)")[0] == {"": ["a", "b"], "agreement": ["41.00", "43.00"]}
+    wrong = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
+    assert "holds no results.json" in wrong.stderr
+
+
+def test_the_command_explains_itself(capsys):
+    with pytest.raises(SystemExit) as stop:
+        scorecard.main(["--help"])
+    assert stop.value.code == 0 and "--out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "null", '{"judge": {}}', '{"judge": 1, "benchmarks": []}']
+)
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UsageError, match=r"is no JSON|no `judge` and `benchmarks`"):
+        scorecard.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
