@@ -23,28 +23,26 @@ from jlrm.tracking import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+STEPS = int(os.environ.get("JLRM_POD_STEPS", "6"))
 # A model that has learned nothing parses nothing: any text must be worth something else.
 PLUGIN = """
 import os
 import pathlib
-import time
 
 def vowels(completions, **columns):
     trap = pathlib.Path(os.environ.get("TRAP", "/nowhere"))
     if trap.exists() and os.environ["JLRM_PROCESS_ID"] == "1":
-        if trap.read_text() == "raise":
-            raise ValueError("the reward model is out")
-        time.sleep(1000)
+        raise ValueError("the reward model is out")
     return [sum(map(text.count, "aeiou")) / 10 for text in completions]
 """
 SETTINGS = """
-run: {dir: unset, save_every: 10, eval_every: 0, completions_every: 19, tensorboard: false}
+run: {dir: unset, save_every: 3, eval_every: 0, completions_every: 5, tensorboard: false}
 model: {preset: toy, tokenizer: toy, compute_dtype: float32, remat: none}
 data: {train: ROWS, prompt: toy, max_prompt_tokens: 48, eval_rows: 8}
 sampling: {max_new_tokens: 8, eval_batch_size: 16}
 reward: {mode: none, plugins: {"payers:vowels": 1.0}}
 grpo:
-  {steps: 20, prompts: 8, rollouts: 4, kl_weight: 0.01, epochs: 2,
+  {steps: STEPS, prompts: 8, rollouts: 4, kl_weight: 0.01,
    optimizer: {learning_rate: 1e-5}}
 """
 
@@ -256,7 +254,8 @@ def settings(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("pods")
     (folder / "payers.py").write_text(PLUGIN)
     write_comparisons(toy.comparisons(1, 80), folder / "rows.jsonl")
-    (folder / "config.yaml").write_text(SETTINGS.replace("ROWS", str(folder / "rows.jsonl")))
+    settings = SETTINGS.replace("ROWS", str(folder / "rows.jsonl")).replace("STEPS", str(STEPS))
+    (folder / "config.yaml").write_text(settings)
     return folder
 
 
@@ -292,7 +291,7 @@ def test_one_two_and_four_processes_train_alike(settings):
         assert pod.wait() == [0] * count, pod.said(count - 1)
         assert all("Report" not in pod.said(number) for number in range(1, count))
     one = values(settings / "of_1")
-    assert len(one) == 20 and any(abs(row["loss"]) > 1e-4 for row in one)
+    assert len(one) == STEPS and any(abs(row["loss"]) > 1e-4 for row in one)
     for count in (2, 4):
         for mine, theirs in zip(one, values(settings / f"of_{count}"), strict=True):
             assert mine.keys() == theirs.keys()
@@ -308,7 +307,7 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     pod = train(settings, "killed", 2)
     record = settings / "killed" / "metrics.jsonl"
     until = time.monotonic() + 900
-    while not record.exists() or len(record.read_text().splitlines()) < 12:
+    while not record.exists() or len(record.read_text().splitlines()) < 4:
         assert time.monotonic() < until and pod.processes[0].poll() is None, pod.said(0)
         time.sleep(0.05)
     pod.processes[1].kill()
@@ -319,21 +318,18 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     assert "Process 1" in pod.said(0) or "task:1" in pod.said(0), pod.said(0)
     again = train(settings, "killed", 2)
     assert again.wait() == [0, 0], again.said(0)
-    assert "going on after step 10" in again.said(0)
+    assert "going on after step 3" in again.said(0)
     assert values(settings / "killed") == values(settings / "of_2")
     assert completions(settings / "killed") == completions(settings / "of_2")
 
 
-@pytest.mark.parametrize(("trap", "code", "said"), [("raise", 1, "out"), ("hang", 137, "hangs")])
-def test_a_reward_that_fails_on_one_host_ends_all(settings, trap, code, said):
-    file = settings / trap
-    file.write_text(trap)
-    limit = ["run.host_timeout=20"] if trap == "hang" else []
-    pod = train(settings, f"trapped_{trap}", 2, *limit, TRAP=str(file))
-    assert pod.wait() == [code, code], pod.said(0)
-    assert "Process 1 (" in pod.said(0) and said in pod.said(0)
-    if trap == "raise":
-        assert "failed on row" in pod.said(0)
+def test_a_reward_that_raises_on_one_host_ends_all(settings):
+    trap = settings / "trap"
+    trap.write_text("raise")
+    pod = train(settings, "trapped", 2, TRAP=str(trap))
+    assert pod.wait() == [1, 1], pod.said(0)
+    assert "Process 1 (" in pod.said(0) and "failed on row" in pod.said(0)
+    assert "the reward model is out" in pod.said(0)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(settings):
