@@ -106,13 +106,13 @@ import argparse, os, sys, time
 import numpy as np
 from jlrm import commands, hosts
 from jlrm.config import UsageError, RunError, from_dict
-hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 5.0
+hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 10.0
 me = int(os.environ["JLRM_PROCESS_ID"])
 
 def main():
     parser = argparse.ArgumentParser()
     hosts.add_arguments(parser)
-    tree = {{"run": {{"dir": "r", "host_timeout": 4}}, "data": {{"train": "toy"}},
+    tree = {{"run": {{"dir": "r", "host_timeout": 8}}, "data": {{"train": "toy"}},
             "model": {{"preset": "toy", "tokenizer": "toy"}}, "grpo": {{"steps": 1}}}}
     if "OTHER" in os.environ and me == 2:
         tree["grpo"]["rollouts"] = 16
