@@ -247,6 +247,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level of dotted names, as overrides spell them."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
 def save(config: Config, path: pathlib.Path) -> None:
     """Write the resolved configuration as YAML that `load` reads back unchanged."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlrm.config import Config, UsageError, to_dict
+from jlrm.config import Config, UsageError, flatten, to_dict
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
@@ -260,7 +260,7 @@ def _tpu_vm_workers() -> int:
 
 def _check_same(config: Config) -> None:
     """Compare what every process is about to run; before anything compiles."""
-    mine = {"jax": jax.__version__, **_flat(to_dict(config))}
+    mine = {"jax": jax.__version__, **flatten(to_dict(config))}
     everyone = [
         json.loads(raw)
         for raw in exchange("the config", json.dumps([socket.gethostname(), mine]).encode())
@@ -277,14 +277,6 @@ def _check_same(config: Config) -> None:
                 f"Process {number} ({host}) runs another config than process 0: "
                 f"{', '.join(changed)}. Start all of them alike."
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 @dataclass

@@ -19,7 +19,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jlrm import checkpoint, hosts
-from jlrm.config import Config, UsageError, load, save, to_dict
+from jlrm.config import Config, UsageError, flatten, load, save, to_dict
 from jlrm.data import readers, stores, toy
 from jlrm.data.batches import Example, encode_prompts
 from jlrm.data.comparisons import (
@@ -200,7 +200,7 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
         raise UsageError(f"run.dir={directory} is a file. Name a directory.")
     if not (directory / "config.yaml").is_file():
         return
-    before, now = _flatten(to_dict(load(directory / "config.yaml"))), _flatten(to_dict(config))
+    before, now = flatten(to_dict(load(directory / "config.yaml"))), flatten(to_dict(config))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -217,15 +217,6 @@ def _is_free(key: str, config: Config) -> bool:
     if key == "grpo.steps":  # a longer run is the same run, unless its schedule looks at its end
         return config.grpo.optimizer.schedule == "constant"
     return key.startswith(FREE_FIELDS) and key not in ("run.seed", "run.best_metric")
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison], list[Dropped]]:

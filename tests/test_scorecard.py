@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlrm import scorecard, statistics
+from jlrm import judge_results, scorecard, statistics
 from jlrm.benchmarks.games import Answer, Game, Item, Judged, Outcome, outcome
 from jlrm.config import UsageError
 
@@ -317,7 +317,9 @@ def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
     assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
     complete = copy.deepcopy(RESULTS[0])
     complete["benchmarks"]["rewardbench"]["incomplete"] = False
-    assert scorecard._warning(["pandalm", "rewardbench"], scorecard._judges([complete])) == ""
+    assert (
+        scorecard._warning(["pandalm", "rewardbench"], judge_results.read_judges([complete])) == ""
+    )
 
 
 def test_pictures_are_pictures_in_two_themes(full, page):
