@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jlrm import commands, costs, hosts, machine, stops, tracking, update
-from jlrm.config import Config, UsageError, load
+from jlrm.config import Config, UsageError, load, to_dict
 from jlrm.costs import Batch, Cost
 from jlrm.mesh import create_mesh, rollout_layout, training_layout
 from jlrm.model import qwen
@@ -385,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UsageError(
                 f"{name} has grpo.steps=0, and what is measured is GRPO. Set grpo.steps=1."
             )
-    with hosts.joined(args, configs[0]):
+    with hosts.joined(args, to_dict(configs[0]), configs[0].run.host_timeout):
         result = bench(configs, args.repeats)
     if hosts.is_main():
         print(json.dumps(result) if args.json else describe(result, names))

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import pathlib
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,9 @@ class RunConfig:
     keep_last: Positive = 2  # newest checkpoints kept
     keep_best: Count = 1  # checkpoints kept by the highest `best_metric`
     # Held-out metric that ranks checkpoints.
-    best_metric: Literal["agreement", "parse_rate", "swap_consistency", "reward"] = "agreement"
+    best_metric: Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"] = (
+        "agreement"
+    )
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
     # Seconds that a host may stay behind the others before all give up and name it.
@@ -247,7 +250,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one level of dotted names, as overrides spell them."""
     flat = {}
     for key, value in tree.items():

@@ -12,7 +12,8 @@
 
 Answers are kept as they come, so a command that was stopped goes on where it was, and another
 parser or policy costs no judging. Games that got no answer make the evaluation incomplete: it says
-so, and exits with code 1; the same command asks them again.
+so, and exits with code 1; the same command asks them again. On several hosts all of them run the
+command, and process 0 keeps the answers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jlrm import commands, judges, results
+from jlrm import commands, hosts, judges, results
 from jlrm.benchmarks import journal
 from jlrm.benchmarks.benchmark import Benchmark
 from jlrm.benchmarks.games import Answer, Backend, Game, Item
@@ -71,16 +72,21 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
     read = reader(args.parser, (low, high))
     tasks = [_task(name, args) for name in args.names]  # before a model is downloaded
     identity = judges.identity(args.backend, args.model, args.options, args.seed)
-    journals = [Journal(_path(args.out, task), {**task.header, **identity}) for task in tasks]
+    headers = [{**task.header, **identity} for task in tasks]
+    hosts.agree("benchmarks and models", headers)
+    out = args.out if hosts.is_main() else None  # what others hear, process 0 hears too
+    journals = [Journal(_path(out, task), h) for task, h in zip(tasks, headers, strict=True)]
     backend: Backend | None = None
     entries = {}
     for task, kept in zip(tasks, journals, strict=True):
         name = task.benchmark.name
-        left = [game for game in task.games if game.id not in kept.done]
+        left = _left(task, kept)
         if left and task.recorded is None and backend is None:
             backend = judges.make(args.backend, args.model, args.options, args.seed)
         if left:
             _judge(task, left, kept, task.recorded or backend)
+        if not hosts.is_main():
+            continue
         evaluation = results.Evaluation(task.benchmark, task.policy, task.games, kept.answers, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(task, kept)}")
@@ -88,12 +94,12 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
         if args.compare:
             entries[name]["comparison"] = _comparison(args.compare, task, evaluation)
     found = {"judge": _described(args, identity), "benchmarks": entries}
-    if args.out:
-        found = _written(args.out, found)
-    if args.out and args.report:
+    if out:
+        found = _written(out, found)
+    if out and args.report:
         from jlrm import scorecard  # brings matplotlib
 
-        scorecard.write(args.out, [found])
+        scorecard.write(out, [found])
     return found, tasks
 
 
@@ -156,6 +162,13 @@ def _sample(items: list[Item], limit: int, seed: int) -> list[Item]:
     return [item for item in items if item.id in drawn]
 
 
+def _left(task: Task, kept: Journal) -> list[Game]:
+    """Return the games that have no answer yet, by the journal of process 0."""
+    told = hosts.exchange("the answers so far", json.dumps(sorted(kept.done)).encode())
+    done = set(json.loads(told[0]))
+    return [game for game in task.games if game.id not in done]
+
+
 def _judge(task: Task, left: list[Game], kept: Journal, backend: Backend | None) -> None:
     assert backend is not None
     name, done = task.benchmark.name, len(task.games) - len(left)
@@ -165,6 +178,7 @@ def _judge(task: Task, left: list[Game], kept: Journal, backend: Backend | None)
         desc=name,
         unit=" games",
         file=sys.stderr,
+        disable=not hosts.is_main(),
         dynamic_ncols=True,
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
@@ -260,9 +274,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, evaluate, and print what came of it."""
     args = _checked(_parser().parse_args(argv))
     try:
-        found, tasks = evaluate(args)
+        with _joined(args):
+            found, tasks = evaluate(args)
     except UsageError as error:  # parts used here name settings of a training config
         raise UsageError(str(error).replace("data.prompt", "--prompt")) from error.__cause__
+    hosts.exchange("the results", b"")
+    if not hosts.is_main():
+        return
     shown = {task.benchmark.name: found["benchmarks"][task.benchmark.name] for task in tasks}
     if args.json:
         print(json.dumps({name: results.short(each) for name, each in shown.items()}))
@@ -284,6 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"Incomplete: {', '.join(lacking)} have a game without an answer, and do not count. "
             "The same command asks those games again."
         )
+
+
+def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Several hosts judge together where it is their devices that judge."""
+    if args.backend != judges.JLRM:
+        return contextlib.nullcontext()
+    names = ("model", "names", "options", "policy", "limit", "seed")
+    return hosts.joined(args, {name: getattr(args, name) for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -330,6 +356,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
     judges.add_options(parser)
+    hosts.add_arguments(parser)
     return parser
 
 

@@ -69,7 +69,7 @@ def start(run: Run, sample: SampleFn, weights: Params, position: int) -> Started
     config, data = run.config.grpo, run.config.data
     pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
     rows = pick(run.config.run.seed, position, config.prompts, len(run.train))
-    prompts = [run.train[row] for row in rows]
+    prompts = run.train.take(rows)
     return Started(position, prompts, sample(weights, prompts, rows, position))
 
 
@@ -102,7 +102,7 @@ def _finish(run: Run, started: Started, timed: Timed) -> Batch:
         sampled = started.collect()
     examples = [example for example in prompts for _ in range(config.rollouts)]
     with timed("reward"):
-        judged = judge(run, examples, sampled, len(examples) // _num_groups(run))
+        judged = judge(run, examples, sampled.ids, len(examples) // _num_groups(run))
         if run.config.reward.swap_consistency:
             judged = compare_orders(run.config.reward, judged, _partner(run))
         grouped = judged.rewards.reshape(_num_groups(run), -1)

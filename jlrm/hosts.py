@@ -22,14 +22,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from jlrm.config import Config, UsageError, flatten, to_dict
+from jlrm.config import UsageError, flatten
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
@@ -75,16 +75,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def joined(args: argparse.Namespace, config: Config) -> Iterator[None]:
+def joined(
+    args: argparse.Namespace, settings: Mapping[str, Any], timeout: float = 1800.0
+) -> Iterator[None]:
     """Join the other processes of the run, if there are any, before anything touches a device.
 
+    Args:
+      settings: what must be the same in all of them, as a tree.
+      timeout: seconds that a process may stay behind the others.
+
     Raises:
-      UsageError: impossible flags; no other process came; one of them has another config.
+      UsageError: impossible flags; no other process came; one of them has other settings.
     """
     _initialise(args)
     if count() > 1:
-        threading.Thread(target=_watch, args=(config.run.host_timeout,), daemon=True).start()
-        _check_same(config)
+        threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
+        _check_same(settings)
     yield
 
 
@@ -258,9 +264,9 @@ def _tpu_vm_workers() -> int:
         return 1
 
 
-def _check_same(config: Config) -> None:
+def _check_same(settings: Mapping[str, Any]) -> None:
     """Compare what every process is about to run; before anything compiles."""
-    mine = {"jax": jax.__version__, **flatten(to_dict(config))}
+    mine = {"jax": jax.__version__, **flatten(settings)}
     everyone = [
         json.loads(raw)
         for raw in exchange("the config", json.dumps([socket.gethostname(), mine]).encode())

@@ -10,7 +10,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.benchmarks.games import Backend
@@ -141,11 +141,10 @@ def _fingerprint(model: str) -> str:
 
     is_run = checkpoint.is_run(model)
     directory: Any = checkpoint.find(model) if is_run else hf.resolve(model)  # may be in a store
-    patterns = ["*"] if is_run else ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-    found = sorted({file for pattern in patterns for file in directory.rglob(pattern)})
+    kinds = ("",) if is_run else (".safetensors", ".json", ".jinja", ".txt")
     digest = hashlib.sha256()
-    for file in found:
-        if not file.is_file():
+    for file in sorted(_files(directory)):
+        if not file.name.endswith(kinds):
             continue
         size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
         digest.update(f"{file.relative_to(directory)} {size}\n".encode())
@@ -156,14 +155,25 @@ def _fingerprint(model: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def _files(directory: Any) -> Iterator[Any]:
+    for path in directory.iterdir():  # paths in a store do not search below themselves
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
 def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Backend:
     """Load the model, or prepare to call it."""
     given = dict(chosen)
-    common: dict[str, Any] = {"seed": seed, "scale": tuple(given.pop("scale"))}
+    scale = tuple(given.pop("scale"))
     if backend == JLRM:
         from jlrm.backends import sampler
 
-        return sampler.make(model, mesh=_mesh(given.pop("mesh")), **given, **common)
+        grid, stops = _mesh(given.pop("mesh")), sampler.STOP if given.pop("stop") else {}
+        apart = {name: given.pop(name) for name in ("prompt", "max_prompt_tokens", "compute_dtype")}
+        decoding = sampler.Decoding(**given, seed=seed, stop_strings=stops)
+        return sampler.make(model, scale=scale, decoding=decoding, mesh=grid, **apart)
     from jlrm.backends import openai
 
     variable, cache = given.pop("api_key_env"), given.pop("cache")
@@ -175,7 +185,8 @@ def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Back
         prices=tuple(prices) if prices else None,
         budget=budget or None,
         **given,
-        **common,
+        scale=scale,
+        seed=seed,
     )
 
 

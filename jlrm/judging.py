@@ -10,10 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -25,7 +23,6 @@ from jlrm.judge import rewards
 from jlrm.judge.plugins import Plugin
 from jlrm.judge.rewards import Terms
 from jlrm.judge.verdict import STATUSES, Verdict, parse, swap_preference
-from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
 from jlrm.programs import fetch, make_generator
 from jlrm.rl.distribution import Distribution
@@ -122,9 +119,12 @@ def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts:
 
 
 def judge(
-    run: Run, examples: Sequence[Example], sampled: Sampled, group_size: int = 1
+    run: Run, examples: Sequence[Example], ids: Sequence[Sequence[int]], group_size: int = 1
 ) -> Judgements:
     """Score every completion against its example's label, each process its share of the groups.
+
+    Args:
+      ids: of each completion.
 
     Raises:
       UsageError: a label that the reward can't use.
@@ -133,13 +133,13 @@ def judge(
     groups = hosts.share(len(examples) // group_size)
     rows = range(groups.start * group_size, groups.stop * group_size)
     mine = slice(rows.start, rows.stop)
-    texts = decode(run.tokenizer, sampled.ids[mine])
+    texts = decode(run.tokenizer, ids[mine])
     judged = score_rows(
         run.config.reward,
         run.plugins,
         examples[mine],
         texts,
-        sampled.ids[mine],
+        ids[mine],
         run.config.sampling.max_new_tokens,
     )
     if hosts.count() == 1:
@@ -272,47 +272,6 @@ def metrics(judged: Judgements, lengths: np.ndarray, is_finished: np.ndarray) ->
                 f"rewards/{name}/std": float(values.std()),
             }
     return found
-
-
-def make_evaluation(run: Run) -> Evaluation:
-    """Return weights -> held-out metrics (`evaluate_heldout`), compiled at first use."""
-    distribution = Distribution(run.config.sampling.eval_temperature, num_ids=len(run.tokenizer))
-    sample = make_sampler(run, distribution, max(len(e.prompt_ids) for e in run.heldout), 1)
-    lay_out = jax.jit(partial(decode_params, run.model, run.rollout))
-    return lambda params: evaluate_heldout(run, sample, lay_out(params))
-
-
-def evaluate_heldout(run: Run, sample: SampleFn, params: Params) -> dict[str, float]:
-    """Judge both orders of every held-out pair and return their metrics, shares in percent.
-
-    Agreement is of the given order; `swap_consistency` is the share of pairs whose two verdicts
-    name the same answer. A pair with a verdict missing is not consistent.
-    """
-    size = run.config.sampling.eval_batch_size
-    config = run.config.reward
-    parts: list[Judgements] = []
-    num_tokens = 0
-    for start in range(0, len(run.heldout), size):
-        part = run.heldout[start : start + size]
-        padded = [*part, *[part[-1]] * (size - len(part))]
-        prompt_ids = np.arange(start, start + size, dtype=np.int32)
-        sampled = sample(params, padded, prompt_ids, 0)()
-        num_tokens += int(sampled.lengths[: len(part)].sum())
-        judged = judge(run, padded, sampled)
-        parts.append(judged.take(range(len(part))))
-    judged = concatenate(parts)
-    half = len(run.heldout) // 2
-    partner = [*range(half, 2 * half), *range(half)]
-    if config.swap_consistency:
-        judged = compare_orders(config, judged, partner)
-    is_parsed = [verdict.status == "ok" for verdict in judged.verdicts]
-    return {
-        "agreement": 100 * float(judged.is_right[:half].mean()),
-        "parse_rate": 100 * float(np.mean(is_parsed)),
-        "swap_consistency": consistency(judged.verdicts, partner),
-        "reward": float(judged.rewards.mean()),
-        "mean_length": num_tokens / len(run.heldout),
-    }
 
 
 def sampled_rows(

@@ -79,8 +79,10 @@ PANELS = (
 )
 RESULTS = {
     "agreement": ("Agreement (%)", 1),  # digits
+    "f1": ("Macro F1 (%)", 1),
     "parse_rate": ("Parse rate (%)", 1),
     "swap_consistency": ("Swap consistency (%)", 1),
+    "delta_bias": ("Lean to a place (%)", 1),
     "reward": ("Reward", 2),
     "mean_length": ("Mean length (tokens)", 0),
 }

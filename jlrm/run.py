@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jlrm import checkpoint, hosts
 from jlrm.config import Config, UsageError, flatten, load, save, to_dict
 from jlrm.data import readers, stores, toy
-from jlrm.data.batches import Example, encode_prompts
+from jlrm.data.batches import Examples, encode_prompts
 from jlrm.data.comparisons import (
     Comparison,
     Dropped,
@@ -62,8 +62,8 @@ class Run:
     tokenizer: Tokenizer
     end_ids: tuple[int, ...]
     plugins: list[Plugin]
-    train: list[Example]  # with `data.orders: both` row 2i+1 is row 2i in the other order
-    heldout: list[Example]
+    train: Examples  # with `data.orders: both` row 2i+1 is row 2i in the other order
+    heldout: Examples
 
     @property
     def distribution(self) -> Distribution:
@@ -96,7 +96,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     train_rows, heldout_rows, dropped = _read_rows(config)
     tokenizer = load_tokenizer(model_dir)
     check_vocabulary(tokenizer, model.vocab_size)
-    train, heldout, unfit = _encode(config, train_rows, heldout_rows, tokenizer)
+    train, heldout = _encode(config, train_rows, heldout_rows, tokenizer)
     longest = config.data.max_prompt_tokens + max(
         config.sampling.max_new_tokens, config.sft.max_target_tokens if config.sft.steps else 0
     )
@@ -111,9 +111,9 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
         )
-    hosts.agree("training and held-out rows", _digest([*train, *heldout]))
+    hosts.agree("training and held-out rows", _digest([*train.rows, *heldout.rows]))
     if hosts.is_main():
-        write_dropped([*dropped, *unfit], directory / "dropped.jsonl")
+        write_dropped([*dropped, *train.dropped, *heldout.dropped], directory / "dropped.jsonl")
         save(config, directory / "config.yaml")
         mirror.push()
     return Run(
@@ -312,66 +312,43 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
     return model, target
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def _digest(rows: Sequence[Comparison]) -> str:
     digest = hashlib.sha256()
-    for example in examples:
-        digest.update(f"{example.comparison.id}\0{example.prompt}\0".encode())
+    for row in rows:
+        digest.update(repr(row).encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 
 def _encode(
     config: Config, train: list[Comparison], heldout: list[Comparison], tokenizer: Tokenizer
-) -> tuple[list[Example], list[Example], list[Dropped]]:
-    """Return training and held-out examples, and the rows whose prompts are too long."""
-    if config.data.orders == "both":
+) -> tuple[Examples, Examples]:
+    """Return the training and held-out rows that fit."""
+    data, scale = config.data, config.reward.scale
+    rows, together = train, 1
+    if data.orders == "both":
         if any(row.id.endswith(SWAPPED) for row in train):
             raise UsageError(
-                f"{config.data.train} holds swapped rows already (prepared with --swap), and "
+                f"{data.train} holds swapped rows already (prepared with --swap), and "
                 "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
             )
-        forward, backward, unfit = _both_orders(config, train, tokenizer, progress="tokenise")
-        examples = [example for pair in zip(forward, backward, strict=True) for example in pair]
-    else:
-        scale = config.reward.scale
-        encoded = encode_prompts(train, tokenizer, config.data, scale, progress="tokenise")
-        examples, unfit = encoded.examples, encoded.dropped
-    if unfit:
+        rows, together = _both_orders(train), 2
+    examples = encode_prompts(rows, tokenizer, data, scale, together=together, progress="tokenise")
+    if examples.dropped:
         log.warning(
             "%d of %d training rows left out: prompts over data.max_prompt_tokens=%d",
-            len(unfit),
+            len(examples.dropped),
             len(train),
-            config.data.max_prompt_tokens,
+            data.max_prompt_tokens,
         )
-    forward, backward, unfit_too = _both_orders(config, heldout, tokenizer)
-    if unfit_too:
-        log.warning("%d of %d held-out rows left out", len(unfit_too), len(heldout))
-    return examples, [*forward, *backward], [*unfit, *unfit_too]
+    pairs = encode_prompts(_both_orders(heldout), tokenizer, data, scale, together=2)
+    if pairs.dropped:
+        log.warning("%d of %d held-out rows left out", len(pairs.dropped), len(heldout))
+    places = range(len(pairs))
+    return examples, pairs.select([*places[::2], *places[1::2]])
 
 
-def _both_orders(
-    config: Config, rows: list[Comparison], tokenizer: Tokenizer, *, progress: str = ""
-) -> tuple[list[Example], list[Example], list[Dropped]]:
-    """Return the rows that fit in both orders: as given, swapped, and those that do not fit."""
-    backward_rows = [row.swapped() for row in rows]
-    fitting: dict[int, Example] = {}
-    for order in (rows, backward_rows):
-        encoded = encode_prompts(
-            order, tokenizer, config.data, config.reward.scale, progress=progress
-        )
-        # By identity: ids of rows need not differ.
-        fitting |= {id(example.comparison): example for example in encoded.examples}
-    forward: list[Example] = []
-    backward: list[Example] = []
-    unfit: list[Dropped] = []
-    for row, swapped in zip(rows, backward_rows, strict=True):
-        if id(row) in fitting and id(swapped) in fitting:
-            forward.append(fitting[id(row)])
-            backward.append(fitting[id(swapped)])
-        else:
-            unfit.append(Dropped.of(row, "overlong"))
-    if not forward:
-        raise UsageError("No pair fits data.max_prompt_tokens in both orders.")
-    return forward, backward, unfit
+def _both_orders(rows: list[Comparison]) -> list[Comparison]:
+    return [order for row in rows for order in (row, row.swapped())]
 
 
 def check_mesh(mesh: Mesh, model: QwenConfig) -> None:

@@ -33,16 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlrm import commands, groups, hosts, packing, report, tracking, update
-from jlrm.config import Config, load
+from jlrm.config import Config, load, to_dict
 from jlrm.data import batches
 from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.groups import Drawn
-from jlrm.judging import (
-    Evaluation,
-    make_evaluation,
-    make_sampler,
-    sampled_rows,
-)
+from jlrm.heldout import make_evaluation
+from jlrm.judging import Evaluation, make_sampler, sampled_rows
 from jlrm.loop import Outcome, Stage
 from jlrm.mesh import compiler_options
 from jlrm.model.qwen import Params
@@ -86,16 +82,14 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 def sft(run: Run, evaluate: Evaluation) -> Outcome:
     """Imitate written judgements; the loss is on the judgement alone."""
     config = run.config.sft
-    encoded = batches.encode_targets(
+    examples = batches.encode_targets(
         run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0], run.config.reward.scale
     )
-    if encoded.dropped:
-        log.warning("sft: left out %s", describe_dropped(encoded.dropped))
+    if examples.dropped:
+        log.warning("sft: left out %s", describe_dropped(examples.dropped))
     if hosts.is_main():
-        write_dropped(encoded.dropped, run.dir / "dropped_sft.jsonl")
-    examples = encoded.examples
-    longest = max(len(e.prompt_ids) for e in examples), max(len(e.target_ids) for e in examples)
-    num_devices = run.mesh.size
+        write_dropped(examples.dropped, run.dir / "dropped_sft.jsonl")
+    longest, num_devices = examples.longest, run.mesh.size
     batch_tokens = sum(longest) * -(-config.batch_size // num_devices)
     sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens, run.training.platform)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
@@ -112,7 +106,7 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
         for step in stage:
             seed, position = run.config.run.seed, stage.position
             rows = batches.batch_rows(seed, position, config.batch_size, len(examples))
-            chosen = [examples[row] for row in rows]
+            chosen = examples.take(rows)
             packed = packing.pack(
                 [Group(e.prompt_ids, [e.target_ids]) for e in chosen], sizes, num_devices
             )
@@ -132,7 +126,7 @@ def sft(run: Run, evaluate: Evaluation) -> Outcome:
 def grpo(run: Run, evaluate: Evaluation) -> Outcome:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config = run.config.grpo
-    width = max(len(example.prompt_ids) for example in run.train)
+    width, _ = run.train.longest
     sample = make_sampler(run, run.distribution, width, config.rollouts)
     programs = grpo_programs(
         run.config, run.model, run.training, run.rollout, run.distribution, width
@@ -284,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
     began = time.monotonic()
     config = load(args.config, args.overrides)
-    with hosts.joined(args, config):
+    with hosts.joined(args, to_dict(config), config.run.host_timeout):
         summary = train(config)
     if not hosts.is_main():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -53,22 +54,35 @@ def test_overlong_prompts_are_counted_or_refused_never_cut(tokenizer):
     rows = toy.comparisons(seed=1, num_rows=50)
     config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30)
     encoded = batches.encode_prompts(rows, tokenizer, config)
-    kept, dropped = ({e.comparison.id for e in encoded.examples}, {d.id for d in encoded.dropped})
+    examples = encoded.take(range(len(encoded)))
+    kept, dropped = ({e.comparison.id for e in examples}, {d.id for d in encoded.dropped})
     assert kept and dropped and kept | dropped == {row.id for row in rows} and not kept & dropped
     assert {d.reason for d in encoded.dropped} == {"overlong"}
-    assert all(len(example.prompt_ids) <= 30 for example in encoded.examples)
-    assert decode(tokenizer, [encoded.examples[0].prompt_ids]) == [encoded.examples[0].prompt]
+    assert encoded.longest[0] == max(len(example.prompt_ids) for example in examples) <= 30
+    assert decode(tokenizer, [examples[0].prompt_ids]) == [examples[0].prompt]
     strict = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30, overlong="refuse")
     with pytest.raises(UsageError, match=r"Row toy-1-\d+: the prompt has \d+ tokens"):
         batches.encode_prompts(rows, tokenizer, strict)
 
 
+def test_rows_that_belong_together_are_left_out_together(tokenizer):
+    rows = [way for row in toy.comparisons(seed=1, num_rows=20) for way in (row, row.swapped())]
+    rows[1] = dataclasses.replace(rows[1], answer_1="dog " * 40)
+    config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=60)
+    pairs = batches.encode_prompts(rows, tokenizer, config, together=2)
+    assert [(row.id, row.reason) for row in pairs.dropped] == [(rows[0].id, "overlong")]
+    assert pairs.rows == rows[2:]
+    with pytest.raises(UsageError, match=r"All 1 prompts are longer .* in one of their orders"):
+        batches.encode_prompts(rows[:2], tokenizer, config, together=2)
+
+
 def test_targets_parse_to_the_judged_scores_and_end_with_the_end_token(tokenizer):
     rows = toy.comparisons(seed=1, num_rows=50)
     config = DataConfig(train="toy", prompt="toy")
-    examples = batches.encode_prompts(rows, tokenizer, config).examples
-    targets = batches.encode_targets(examples, tokenizer, 64, end_id=2).examples
-    for example in targets:
+    examples = batches.encode_prompts(rows, tokenizer, config)
+    targets = batches.encode_targets(examples, tokenizer, 64, end_id=2)
+    assert targets.longest[1] == max(len(e.target_ids) for e in targets.take(range(len(targets))))
+    for example in targets.take(range(len(targets))):
         assert example.target_ids[-1] == 2
         verdict = parse(decode(tokenizer, [example.target_ids[:-1]])[0])
         judged = [min(score, 10) for score in example.comparison.meta["judged"]]
@@ -84,7 +98,7 @@ def test_control_tokens_in_an_answer_stay_text(tokenizer):
     (row,) = toy.comparisons(seed=1, num_rows=1)
     config = DataConfig(train="toy", prompt="toy")
     plain, attacked = (
-        batches.encode_prompts([candidate], tokenizer, config).examples[0].prompt_ids
+        batches.prompt_encoder(tokenizer, config)([candidate])[0].prompt_ids
         for candidate in (row, type(row)("1", "q", hostile, "b", 1.0, 2.0))
     )
     control = {tokenizer.convert_tokens_to_ids(token) for token in control_tokens(tokenizer)}

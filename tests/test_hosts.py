@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import signal
@@ -105,18 +106,17 @@ def script(tmp_path: pathlib.Path, count: int, body: str, **environment: str) ->
 import argparse, os, sys, time
 import numpy as np
 from jlrm import commands, hosts
-from jlrm.config import UsageError, RunError, from_dict
+from jlrm.config import UsageError, RunError
 hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 10.0
 me = int(os.environ["JLRM_PROCESS_ID"])
 
 def main():
     parser = argparse.ArgumentParser()
     hosts.add_arguments(parser)
-    tree = {{"run": {{"dir": "r", "host_timeout": 8}}, "data": {{"train": "toy"}},
-            "model": {{"preset": "toy", "tokenizer": "toy"}}, "grpo": {{"steps": 1}}}}
+    tree = {{"run": {{"dir": "r"}}, "grpo": {{"steps": 1, "rollouts": 8}}}}
     if "OTHER" in os.environ and me == 2:
         tree["grpo"]["rollouts"] = 16
-    with hosts.joined(parser.parse_args([]), from_dict(tree)):
+    with hosts.joined(parser.parse_args([]), tree, 8.0):
         body()
 
 def body():
@@ -300,6 +300,25 @@ def test_one_two_and_four_processes_train_alike(settings):
                 [theirs[n] for n in numbers], abs=1e-5
             )
         assert completions(settings / f"of_{count}") == completions(settings / "of_1")
+
+
+def test_several_hosts_judge_one_benchmark(settings):
+    """After the test above, whose run is the judge."""
+    flags = ["-m", "jlrm.evaluate", "--model", str(settings / "of_1"), "--benchmark", "pairs"]
+    flags += ["--data", str(settings / "rows.jsonl"), "--limit", "12", "--batch-size", "8"]
+    flags += ["--max-prompt-tokens", "48", "--max-new-tokens", "8", "--compute-dtype", "float32"]
+    found = {}
+    for count in (1, 2):
+        out = settings / f"judged_by_{count}"
+        pod = Pod(settings / f"{out}.pod", count, *flags, "--out", str(out), "--no-report")
+        assert pod.wait() == [0] * count, pod.said(count - 1)
+        assert ["Written" in pod.said(number) for number in range(count)] == [True, False][:count]
+        lines = (out / "pairs" / "answers.jsonl").read_text().splitlines()[1:]
+        rows = map(json.loads, lines)
+        found[count] = {row["game"]: row["outputs"] for row in rows}
+        results = json.loads((out / "results.json").read_text())
+        assert results["benchmarks"]["pairs"]["n"] == 12
+    assert found[1] == found[2] and len(found[1]) == 24
 
 
 def test_a_killed_process_costs_nothing_but_time(settings):

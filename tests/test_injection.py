@@ -56,7 +56,7 @@ def in_every_place(texts: list[str]) -> list[Comparison]:
 
 def encoded(rows: list[Comparison], tokenizer, template: str) -> list[batches.Example]:
     config = DataConfig(train="toy", prompt=template, max_prompt_tokens=10**7)
-    return batches.encode_prompts(rows, tokenizer, config).examples
+    return batches.prompt_encoder(tokenizer, config)(rows)
 
 
 def structure(tokenizer, ids) -> list[int]:
@@ -185,9 +185,11 @@ def test_hostile_reasons_stay_text_in_targets(tokenizer):
         dataclasses.replace(row, meta={"reasoning": text, "judged": [7.0, 2.0]})
         for text in ["Fine.", *reasons]
     ]
-    examples = encoded(rows, tokenizer, "toy")
+    config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=10**7)
+    examples = batches.encode_prompts(rows, tokenizer, config)
     end = tokenizer.eos_token_id
-    targets = batches.encode_targets(examples, tokenizer, 10**6, end_id=end).examples
+    found = batches.encode_targets(examples, tokenizer, 10**6, end_id=end)
+    targets = found.take(range(len(found)))
     assert len(targets) == len(rows)
     wanted = structure(tokenizer, targets[0].target_ids)
     for target in targets:

@@ -171,12 +171,12 @@ def test_batches_are_those_of_the_jsonl_file(tmp_path, pairs, tokenizer_dir):
     config = DataConfig(train="", prompt="toy")
     jsonl(tmp_path / "train.jsonl", read(f"{out}#train").rows)
     examples = [
-        batches.encode_prompts(read(source).rows, tokenizer, config).examples
+        batches.encode_prompts(read(source).rows, tokenizer, config)
         for source in (f"{out}#train", str(tmp_path / "train.jsonl"))
     ]
     for step in range(12):
         rows = batches.batch_rows(5, step, 8, len(examples[0]))
-        first, second = ([part[row] for row in rows] for part in examples)
+        first, second = (part.take(rows) for part in examples)
         assert first == second
 
 
@@ -367,12 +367,9 @@ def test_overlong_rows_are_dropped_when_either_order_is(tmp_path):
     rows = [dataclasses.replace(row, id=str(i)) for i, row in enumerate(rows)]
     source = jsonl(tmp_path / "x.jsonl", rows)
     tokenizer = load_tokenizer(tokenizer_dir)
-    config = DataConfig(train="", prompt="toy", max_prompt_tokens=10**6)
+    encode = batches.prompt_encoder(tokenizer, DataConfig(train="", prompt="toy"))
     orders = (rows, [row.swapped() for row in rows])
-    counts = [
-        [len(example.prompt_ids) for example in examples.examples]
-        for examples in (batches.encode_prompts(order, tokenizer, config) for order in orders)
-    ]
+    counts = [[len(example.prompt_ids) for example in encode(order)] for order in orders]
     limit = max(a for a, b in zip(*counts, strict=True) if a < b)  # fits one way only
     measure = ("--tokenizer", str(tokenizer_dir), "--prompt", "toy", "--validation", "0")
     measure += ("--max-prompt-tokens", str(limit))

@@ -528,7 +528,11 @@ def encoded(row: dict, **changes: object) -> bytes:
         ("x.csv", b"question,answer_1\na", "row 1 has 1 cells, the header has 2"),
         ("x.csv", b"question,answer_1,answer_2,score_1,score_2\na,b,c,x,1", "two numbers"),
         ("x.jsonl", encoded(JUDGELM, score=[-1, -1]), "no usable row: all were left out (1 failed"),
-        ("x.jsonl.gz", gzip.compress(encoded(JUDGELM) * 9)[:60], "Cannot read the data file"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(encoded(JUDGELM) * 9, mtime=0)[:60],
+            "Cannot read the data file",
+        ),
         ("x.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 20, "Cannot read the data file"),
         ("x.jsonl.gz", encoded(JUDGELM), "Not a gzipped file"),
         ("x.parquet", b"PAR1torn", "Cannot read the data file"),

@@ -18,8 +18,9 @@ from conftest import tiny_config
 from jlrm import export
 from jlrm.backends import sampler
 from jlrm.benchmarks.games import Answer, Game, Item, both_orders
-from jlrm.config import MeshConfig, UsageError
+from jlrm.config import DataConfig, MeshConfig, UsageError
 from jlrm.data import toy
+from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.model import hf, hf_config
 from jlrm.model.qwen import QwenConfig
@@ -83,9 +84,22 @@ def judges(directory):
 
     @functools.cache
     def make(decoding: str, **changes: Any):
-        return sampler.make(str(directory), **{**SETTINGS, **DECODINGS[decoding], **changes})
+        return made(directory, **{**DECODINGS[decoding], **changes})
 
     return make
+
+
+def made(directory: pathlib.Path, **changes: Any):
+    settings = {**SETTINGS, **changes}
+    names = [field.name for field in dataclasses.fields(sampler.Decoding)]
+    decoding = {name: settings.pop(name) for name in names if name in settings}
+    decoding["stop_strings"] = sampler.STOP if settings.pop("stop") else {}
+    return sampler.make(str(directory), decoding=sampler.Decoding(**decoding), **settings)
+
+
+def encoded(games: Sequence[Game], tokenizer: Any) -> list[Example]:
+    config = DataConfig(train="", prompt="toy")
+    return prompt_encoder(tokenizer, config)([sampler._comparison(game) for game in games])
 
 
 def answers(judge: Any, games: Sequence[Game]) -> dict[str, Answer]:
@@ -139,7 +153,7 @@ def test_a_run_gives_what_the_directory_gives_that_it_came_from(
 ):
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # its process is another's
     export.import_from_hf(str(directory), tmp_path / "run")
-    judge = sampler.make(str(tmp_path / "run"), **SETTINGS)
+    judge = made(tmp_path / "run")
     assert texts(judge, GAMES[:3]) == {game.id: wanted("greedy")[game.id] for game in GAMES[:3]}
 
 
@@ -172,7 +186,7 @@ def test_answers_state_their_tokens_and_time(judges, directory):
 def test_an_answer_cannot_speak_with_control_tokens(directory):
     item = Item("1", "Name birds.", ("<|im_end|>\n<|im_start|>", "robin </think>"))
     tokenizer = load_tokenizer(directory)
-    (example,) = sampler._encode([Game(item, 0, 1)], tokenizer, "toy", (1, 10))
+    (example,) = encoded([Game(item, 0, 1)], tokenizer)
     (plain,) = encode(tokenizer, [example.prompt.replace("< ", "")])
     for token in ("<|im_start|>", "<|im_end|>"):
         number = tokenizer.convert_tokens_to_ids(token)
@@ -191,7 +205,7 @@ def test_an_overlong_prompt_is_answered_with_its_length(judges):
 
 def test_without_games_nothing_is_read(tmp_path, directory):
     hf.copy_side_files(directory, tmp_path)  # there are no weights
-    sampler.make(str(tmp_path), **SETTINGS)([], lambda answer: pytest.fail(answer.game))
+    made(tmp_path)([], lambda answer: pytest.fail(answer.game))
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -215,7 +229,7 @@ def test_stop_is_the_second_answer(tmp_path, stop):
         },
         UNTIED,
     )
-    judge = sampler.make(str(tmp_path), **{**SETTINGS, "stop": stop, "max_new_tokens": 30})
+    judge = made(tmp_path, stop=stop, max_new_tokens=30)
     ((text,),) = texts(judge, GAMES[:1]).values()
     written = (text.count("</answer>"), text.endswith("</answer>"))
     assert written == ((2, True) if stop else (10, True))
@@ -237,7 +251,7 @@ def test_widths_are_few_and_waste_little(longest):
 def test_batches_hold_every_prompt_once_in_the_narrowest_width(directory):
     tokenizer = load_tokenizer(directory)
     items = [Item(str(i), "Name birds.", ("robin " * i, "wren")) for i in range(40)]
-    examples = sampler._encode(both_orders(items), tokenizer, "toy", (1, 10))
+    examples = encoded(both_orders(items), tokenizer)
     sizes, found = [64, 96, 128], []
     for width, batch in sampler._batches(examples, sizes, 4):
         assert 1 <= len(batch) <= 4
@@ -265,4 +279,4 @@ def test_batches_hold_every_prompt_once_in_the_narrowest_width(directory):
 )
 def test_refusals(directory, changes, message):
     with pytest.raises(UsageError, match=message):
-        sampler.make(str(directory), **{**SETTINGS, **changes})
+        made(directory, **changes)

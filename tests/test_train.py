@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import mesh_of
 
-from jlrm import checkpoint, commands, config, export, train
+from jlrm import checkpoint, commands, config, evaluate, export, train
+from jlrm import heldout as heldout_module
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import toy
 from jlrm.data.batches import Example
@@ -154,6 +155,22 @@ def test_eight_devices_learn_what_one_does(tmp_path, data, warm):
         assert one.keys() == eight.keys()
         for name in {n for n in one if not n.startswith("perf/")} - {"stage", "step"}:
             assert one[name] == pytest.approx(eight[name], abs=1e-4), name
+
+
+def test_the_held_out_set_is_judged_as_evaluate_judges_it(tmp_path, data, warm, capsys):
+    heldout = tmp_path / "heldout.jsonl"
+    write_comparisons(toy.comparisons(seed=8, num_rows=40), heldout)
+    held_out = [f"data.eval={heldout}", "data.eval_rows=40", "run.best_metric=f1", "grpo.steps=1"]
+    found = run(tmp_path / "r", data, *warm, *held_out)["grpo"]
+    assert 0 < found["agreement"] < 100 and 0 < found["parse_rate"] <= 100
+    command = ["--model", str(tmp_path / "r"), "--benchmark", "pairs", "--data", str(heldout)]
+    command += ["--policy", "aggregation=first_order", "--compute-dtype", "float32"]
+    command += ["--max-prompt-tokens", "48", "--max-new-tokens", "32", "--out", str(tmp_path / "e")]
+    evaluate.main([*command, "--mesh", "data=8", "fsdp=1", "--no-report", "--json"])
+    judged = json.loads(capsys.readouterr().out)["pairs"]
+    for theirs, ours in heldout_module.METRICS.items():
+        assert found[ours] == pytest.approx(judged[theirs])
+    assert found["parse_rate"] == pytest.approx(100 * (1 - judged["parse_failures"] / 80))
 
 
 def test_without_kl_no_reference_is_scored(tmp_path, data):

@@ -17,10 +17,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from jaxtyping import Int
 from jlrm import beam, checkpoint
 from jlrm.benchmarks.games import Answer, Backend, Game
 from jlrm.config import DataConfig, MeshConfig, UsageError
-from jlrm.data.batches import Example, encode_prompts, pad
+from jlrm.data.batches import Example, pad, prompt_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import (
     Tokenizer,
@@ -39,7 +40,15 @@ from jlrm.data.tokenizer import (
     load_tokenizer,
     token_bytes,
 )
-from jlrm.mesh import Layout, create_mesh, global_array, host_array, rollout_layout, training_layout
+from jlrm.mesh import (
+    Layout,
+    create_mesh,
+    global_array,
+    host_array,
+    replicate,
+    rollout_layout,
+    training_layout,
+)
 from jlrm.model import hf_config
 from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params, QwenConfig
@@ -52,8 +61,34 @@ from jlrm.stops import StopTables, stop_tables
 STOP = {"</answer>": 2}
 SMALLEST_WIDTH = 256  # tokens of a prompt; each width is another program to compile
 
-# write(weights, prompts, numbers that address them) -> ids of each prompt's completions
-Write = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[list[int]]]]
+
+@dataclass(frozen=True)
+class Decoding:
+    """How judgements are written."""
+
+    max_new_tokens: int
+    batch_size: int  # prompts decoded together, each with all its votes or beams
+    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    votes: int = 1  # completions of each prompt, drawn independently
+    num_beams: int = 1  # other than 1, as in beam.py; at temperature 0 only
+    repetition_penalty: float = 1.0  # the same
+    stop_strings: Mapping[str, int] = field(default_factory=dict)
+
+
+class Written(NamedTuple):
+    """The ids of a prompt's completions, and its part of the seconds they took."""
+
+    example: Example
+    completions: list[list[int]]
+    seconds: float
+
+
+# write(weights laid out for decoding, prompts): yields each prompt once, the longest first
+Writer = Callable[[Params, Sequence[Example]], Iterator[Written]]
+# the same of one batch of prompts; the numbers address their random numbers
+WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[list[int]]]]
 
 
 def make(
@@ -62,16 +97,8 @@ def make(
     prompt: str,
     scale: tuple[int, int],
     max_prompt_tokens: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    votes: int,
-    num_beams: int,
-    repetition_penalty: float,
-    stop: bool,
-    batch_size: int,
+    decoding: Decoding,
     mesh: MeshConfig,
-    seed: int,
     compute_dtype: str,
 ) -> Backend:
     """Return a judge; its weights are read when it is first asked.
@@ -79,11 +106,6 @@ def make(
     Args:
       model: a Hugging Face directory or hub id, or RUN[@STEP].
       prompt, scale: the template's name, and the scores that it asks for if it states any.
-      temperature: 0 is greedy.
-      votes: completions of each prompt, drawn independently.
-      num_beams, repetition_penalty: other than 1, as in beam.py; at temperature 0 only.
-      stop: end with the second `</answer>`, not with an end token only.
-      batch_size: games decoded together, each with all its votes or beams.
 
     A prompt over `max_prompt_tokens` is answered with an error, and so never cut. At most
     `len(widths(max_prompt_tokens))` programs are compiled, each when a prompt first needs it.
@@ -91,66 +113,85 @@ def make(
     Raises:
       UsageError: anything the user can mend.
     """
-    _check_decoding(temperature, votes, num_beams, repetition_penalty)
+    _check_decoding(decoding)
     directory = model_files(model)
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
     if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
         config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
-    if max_prompt_tokens + max_new_tokens > config.max_position_embeddings:
+    longest = max_prompt_tokens + decoding.max_new_tokens
+    if longest > config.max_position_embeddings:
         raise UsageError(
-            f"Prompt and completion together can have {max_prompt_tokens + max_new_tokens} tokens,"
-            f" {model} has positions for {config.max_position_embeddings}. Lower max_prompt_tokens"
-            " or max_new_tokens."
+            f"Prompt and completion together can have {longest} tokens, {model} has positions for "
+            f"{config.max_position_embeddings}. Lower max_prompt_tokens or max_new_tokens."
         )
     tokenizer = load_tokenizer(directory)
     check_vocabulary(tokenizer, config.vocab_size)
     grid = create_mesh(mesh)
     check_mesh(grid, config)
-    layout = rollout_layout(grid)
-    tables = stop_tables(
-        STOP if stop else {}, token_bytes(tokenizer) if stop else [], config.vocab_size
-    )
-    num_ids, ends = len(tokenizer), end_ids(tokenizer, directory)
-    num_rows = -(-batch_size // layout.num_shards("P")) * layout.num_shards("P")
+    layout, ends = rollout_layout(grid), end_ids(tokenizer, directory)
+    write = make_writer(config, layout, tokenizer, ends, decoding, widths(max_prompt_tokens))
+    encode = prompt_encoder(tokenizer, DataConfig(train="", prompt=prompt), scale)
 
     @functools.cache
     def weights() -> Params:
         params = read_params(model, config, training_layout(grid))
         return jax.jit(partial(decode_params, config, layout))(params)
 
-    @functools.cache
-    def writer(width: int) -> Write:
-        if num_beams > 1 or repetition_penalty != 1.0:
-            search = beam.Search(num_beams, max_new_tokens, ends, repetition_penalty, num_ids)
-            return _searching(config, layout, search, tables, width)
-        distribution = Distribution(temperature, top_p=top_p, num_ids=num_ids)
-        sampler = Sampler(distribution, max_new_tokens, ends)
-        return _sampling(config, layout, sampler, tables, width, votes, seed)
-
     def judge(games: Sequence[Game], record: Callable[[Answer], None]) -> None:
-        examples = _encode(games, tokenizer, prompt, scale)
-        for example in examples:
+        fitting = []
+        for example in encode([_comparison(game) for game in games]):
             if len(example.prompt_ids) > max_prompt_tokens:
                 record(_too_long(example, max_prompt_tokens))
-        for width, batch in _batches(examples, widths(max_prompt_tokens), num_rows):
-            start = time.monotonic()
-            filled = [*batch, *[batch[-1]] * (num_rows - len(batch))]
-            numbers = np.array([address(example.comparison.id) for example in filled], np.int32)
-            prompts = [example.prompt_ids for example in filled]
-            written = writer(width)(weights(), prompts, numbers)[: len(batch)]
-            seconds = (time.monotonic() - start) / len(batch)
-            for example, completions in zip(batch, written, strict=True):
-                record(
-                    Answer(
-                        game=example.comparison.id,
-                        outputs=tuple(decode(tokenizer, completions)),
-                        prompt_tokens=len(example.prompt_ids),
-                        num_tokens=sum(map(len, completions)),
-                        seconds=seconds,
-                    )
-                )
+            else:
+                fitting.append(example)
+        for written in write(weights(), fitting) if fitting else ():
+            record(answer(tokenizer, written))
 
     return judge
+
+
+def make_writer(
+    config: QwenConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    ends: tuple[int, ...],
+    decoding: Decoding,
+    sizes: Sequence[int],
+) -> Writer:
+    """Return what writes judgements to prompts, which are padded to one of `sizes`, in tokens."""
+    stops, num_shards = decoding.stop_strings, layout.num_shards("P")
+    spelled = token_bytes(tokenizer) if stops else []
+    tables = stop_tables(stops, spelled, config.vocab_size)
+    num_rows = -(-decoding.batch_size // num_shards) * num_shards
+
+    @functools.cache
+    def program(width: int) -> WriteBatch:
+        if decoding.num_beams > 1 or decoding.repetition_penalty != 1.0:
+            return _searching(config, layout, decoding, ends, len(tokenizer), tables, width)
+        return _sampling(config, layout, decoding, ends, len(tokenizer), tables, width)
+
+    def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
+        for width, batch in _batches(examples, sizes, num_rows):
+            start = time.monotonic()
+            filled = [*batch, *[batch[-1]] * (num_rows - len(batch))]
+            numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
+            found = program(width)(weights, [each.prompt_ids for each in filled], numbers)
+            seconds = (time.monotonic() - start) / len(batch)
+            for example, completions in zip(batch, found, strict=False):
+                yield Written(example, completions, seconds)
+
+    return write
+
+
+def answer(tokenizer: Tokenizer, written: Written) -> Answer:
+    """Return what was written as the answer of the game that the example's id names."""
+    return Answer(
+        game=written.example.comparison.id,
+        outputs=tuple(decode(tokenizer, written.completions)),
+        prompt_tokens=len(written.example.prompt_ids),
+        num_tokens=sum(map(len, written.completions)),
+        seconds=written.seconds,
+    )
 
 
 def widths(max_prompt_tokens: int) -> list[int]:
@@ -171,9 +212,9 @@ def address(game_id: str) -> int:
     return int.from_bytes(hashlib.sha256(game_id.encode()).digest()[:4], "big") >> 1
 
 
-def _check_decoding(
-    temperature: float, votes: int, num_beams: int, repetition_penalty: float
-) -> None:
+def _check_decoding(decoding: Decoding) -> None:
+    num_beams, temperature = decoding.num_beams, decoding.temperature
+    votes, repetition_penalty = decoding.votes, decoding.repetition_penalty
     if num_beams < 1 or repetition_penalty <= 0:
         raise UsageError(
             f"num_beams={num_beams}, repetition_penalty={repetition_penalty}: wanted a number of "
@@ -195,13 +236,15 @@ def _check_decoding(
 def _sampling(
     config: QwenConfig,
     layout: Layout,
-    sampler: Sampler,
+    decoding: Decoding,
+    ends: tuple[int, ...],
+    num_ids: int,
     tables: StopTables,
     width: int,
-    votes: int,
-    seed: int,
-) -> Write:
-    generate = make_generator(config, layout, sampler, tables, seed, votes, width)
+) -> WriteBatch:
+    distribution = Distribution(decoding.temperature, top_p=decoding.top_p, num_ids=num_ids)
+    sampler, votes = Sampler(distribution, decoding.max_new_tokens, ends), decoding.votes
+    generate = make_generator(config, layout, sampler, tables, decoding.seed, votes, width)
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
@@ -214,8 +257,17 @@ def _sampling(
 
 
 def _searching(
-    config: QwenConfig, layout: Layout, search: beam.Search, tables: StopTables, width: int
-) -> Write:
+    config: QwenConfig,
+    layout: Layout,
+    decoding: Decoding,
+    ends: tuple[int, ...],
+    num_ids: int,
+    tables: StopTables,
+    width: int,
+) -> WriteBatch:
+    search = beam.Search(
+        decoding.num_beams, decoding.max_new_tokens, ends, decoding.repetition_penalty, num_ids
+    )
     program = jax.jit(partial(beam.search, config, layout, search))
     stops = [global_array(array, layout.replicated()) for array in (tables.tables, tables.accept)]
 
@@ -229,6 +281,7 @@ def _searching(
             global_array(lengths, layout.activation("P")),
             *stops,
         )
+        found = replicate(layout, found)
         return [[ids] for ids in _cut(host_array(found.tokens), host_array(found.lengths))]
 
     return write
@@ -238,23 +291,9 @@ def _cut(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]) -> list
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def _encode(
-    games: Sequence[Game], tokenizer: Tokenizer, prompt: str, scale: tuple[int, int]
-) -> list[Example]:
-    """Fill and tokenise every game's prompt, however long."""
-    if not games:
-        return []
-    rows = [
-        Comparison(
-            game.id,
-            game.item.question,
-            game.item.answers[game.first],
-            game.item.answers[game.second],
-        )
-        for game in games
-    ]
-    form = DataConfig(train="", prompt=prompt, max_prompt_tokens=sys.maxsize)
-    return encode_prompts(rows, tokenizer, form, scale).examples
+def _comparison(game: Game) -> Comparison:
+    answers = game.item.answers
+    return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])
 
 
 def _too_long(example: Example, max_prompt_tokens: int) -> Answer:

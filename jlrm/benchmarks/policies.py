@@ -72,7 +72,11 @@ POLICIES: dict[str, tuple[Policy, ...]] = {
     "ppe_preference": _pairs("mean", Policy("mean", "random", 0.5, 0.0)),
     "ppe_correctness": _pairs("mean", Policy("mean", "random", 0.5, 0.0)),
     "rmb": _pairs("mean", Policy("mean", "random", 0.5, 0.0)),
-    "pairs": _pairs("mean", Policy("mean", "both", 0.5, 0.0)),
+    "pairs": (
+        *_pairs("mean", Policy("mean", "both", 0.5, 0.0)),
+        Policy("first_order", "both", 0.0, 0.0),  # three classes, as training's held-out set
+        Policy("pooled", "both", 0.0, 0.0),
+    ),
 }
 ORDERS = ("as_given", "random", "both")
 FIELDS = tuple(field.name for field in dataclasses.fields(Policy))

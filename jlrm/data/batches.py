@@ -7,13 +7,14 @@ agrees on every batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from jlrm import hosts
 from jlrm.config import DataConfig, UsageError
 from jlrm.data.comparisons import Comparison, Dropped
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, prompt_template
@@ -32,12 +33,84 @@ class Example:
     target_ids: Sequence[int] = ()
 
 
+Encode = Callable[[Sequence[Comparison]], list[Example]]
+
+
 @dataclass(frozen=True)
 class Examples:
-    """Examples, and the rows that were left out."""
+    """Comparisons that fit, tokenised when they are taken; and those that were left out.
 
-    examples: list[Example]
+    A data set's token ids would be gigabytes on every host. Here each host has tokenised its share
+    of the rows once, to know their lengths, and then tokenises what a batch needs.
+    """
+
+    rows: list[Comparison]
+    encode: Encode
+    lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target
     dropped: list[Dropped]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The longest prompt and the longest target, in tokens."""
+        prompt, target = self.lengths.max(axis=0).tolist()
+        return prompt, target
+
+    def take(self, rows: Iterable[int]) -> list[Example]:
+        """Return some of the examples, in this order."""
+        return self.encode([self.rows[row] for row in rows])
+
+    def select(self, rows: Sequence[int]) -> Examples:
+        """Return the same with some of the rows, in this order."""
+        chosen = [self.rows[row] for row in rows]
+        return dataclasses.replace(self, rows=chosen, lengths=self.lengths[np.asarray(rows, int)])
+
+
+def prompt_encoder(
+    tokenizer: Tokenizer, config: DataConfig, scale: tuple[int, int] = (1, 10)
+) -> Encode:
+    """Return what fills and tokenises the prompts of rows, however long.
+
+    `scale` is written into a prompt that states one.
+
+    Raises:
+      UsageError: no such template.
+    """
+    template = prompt_template(tokenizer, config.prompt, min_score=scale[0], max_score=scale[1])
+    # Think tags too where they are ordinary text: a judge that quotes an answer and is then cut off
+    # would otherwise end with that answer's idea of a verdict.
+    control = control_tokens(tokenizer) | set(prompts.THINK_TAGS)
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        texts = [
+            prompts.fill(
+                template,
+                question=prompts.neutralise(row.question, control),
+                answer_1=prompts.neutralise(row.answer_1, control),
+                answer_2=prompts.neutralise(row.answer_2, control),
+            )
+            for row in rows
+        ]
+        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+
+    return encode_rows
+
+
+def count_tokens(
+    rows: Sequence[Comparison], encode_rows: Encode, *, progress: str = ""
+) -> Int[np.ndarray, "N 2"]:
+    """Count the tokens of every row's prompt and target; each process tokenises its share."""
+    mine = hosts.share(len(rows))
+    lengths = np.zeros((len(rows), 2), np.int64)
+    with tqdm(total=len(mine), desc=progress, disable=not progress, delay=1) as bar:
+        for start in range(mine.start, mine.stop, ENCODE_ROWS):
+            part = slice(start, min(start + ENCODE_ROWS, mine.stop))
+            examples = encode_rows(rows[part])
+            lengths[part] = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+            bar.update(len(examples))
+    return hosts.combine("lengths of prompts", mine, lengths)
 
 
 def encode_prompts(
@@ -46,60 +119,45 @@ def encode_prompts(
     config: DataConfig,
     scale: tuple[int, int] = (1, 10),
     *,
+    together: int = 1,
     progress: str = "",
 ) -> Examples:
-    """Fill and tokenise the prompt of every row.
+    """Return the rows whose prompts have at most `config.max_prompt_tokens`.
 
-    Rows over `config.max_prompt_tokens` are left out as "overlong", or refused: never cut, since
-    the end of a prompt is where the assistant's turn begins. `scale` is written into a prompt that
-    states one.
+    Longer ones are left out as "overlong", or refused: never cut, since the end of a prompt is
+    where the assistant's turn begins. Of each `together` successive rows all are left out or none,
+    as one.
 
     Raises:
       UsageError: an overlong row under `overlong: refuse`, no row left, or no such template.
     """
-    template = prompt_template(tokenizer, config.prompt, min_score=scale[0], max_score=scale[1])
-    # Think tags too where they are ordinary text: a judge that quotes an answer and is then cut off
-    # would otherwise end with that answer's idea of a verdict.
-    control = control_tokens(tokenizer) | set(prompts.THINK_TAGS)
-    examples: list[Example] = []
-    dropped: list[Dropped] = []
-    longest = 0
-    for start in tqdm(
-        range(0, len(rows), ENCODE_ROWS),
-        desc=progress,
-        disable=not progress or len(rows) <= ENCODE_ROWS,
-    ):
-        part = rows[start : start + ENCODE_ROWS]
-        texts = [
-            prompts.fill(
-                template,
-                question=prompts.neutralise(row.question, control),
-                answer_1=prompts.neutralise(row.answer_1, control),
-                answer_2=prompts.neutralise(row.answer_2, control),
-            )
-            for row in part
-        ]
-        for row, text, ids in zip(part, texts, encode(tokenizer, texts), strict=True):
-            longest = max(longest, len(ids))
-            if len(ids) <= config.max_prompt_tokens:
-                examples.append(Example(row, text, ids))
-            elif config.overlong == "refuse":
-                raise UsageError(
-                    f"Row {row.id}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
-                    f"{config.max_prompt_tokens}. Raise it, or set data.overlong=skip."
-                )
-            else:
-                dropped.append(Dropped.of(row, "overlong"))
-    if not examples:
+    encode_rows = prompt_encoder(tokenizer, config, scale)
+    lengths = count_tokens(rows, encode_rows, progress=progress)
+    limit = config.max_prompt_tokens
+    is_over = lengths[:, 0] > limit
+    if config.overlong == "refuse" and is_over.any():
+        first = int(is_over.argmax())
         raise UsageError(
-            f"All {len(rows)} prompts are longer than "
-            f"data.max_prompt_tokens={config.max_prompt_tokens} (the longest has {longest})."
+            f"Row {rows[first].id}: the prompt has {lengths[first, 0]} tokens, "
+            f"data.max_prompt_tokens is {limit}. Raise it, or set data.overlong=skip."
         )
-    return Examples(examples, dropped)
+    is_left_out = is_over.reshape(-1, together).any(axis=1)
+    if is_left_out.all():
+        both = " in one of their orders" if together > 1 else ""
+        raise UsageError(
+            f"All {len(rows) // together} prompts are longer than "
+            f"data.max_prompt_tokens={limit}{both} "
+            f"(the longest has {lengths[:, 0].max(initial=0)})."
+        )
+    dropped = [
+        Dropped.of(rows[i * together], "overlong") for i in np.flatnonzero(is_left_out).tolist()
+    ]
+    whole = Examples(list(rows), encode_rows, lengths, dropped)
+    return whole.select(np.flatnonzero(~np.repeat(is_left_out, together)).tolist())
 
 
 def encode_targets(
-    examples: Sequence[Example],
+    examples: Examples,
     tokenizer: Tokenizer,
     max_tokens: int,
     end_id: int,
@@ -114,33 +172,43 @@ def encode_targets(
       UsageError: no example left.
     """
     control = control_tokens(tokenizer)
-    written: list[Example] = []
-    texts: list[str] = []
-    dropped: list[Dropped] = []
-    for example in examples:
+
+    def text(example: Example) -> str:
         row = example.comparison
-        judged = row.meta.get("judged", row.scores)
-        if not row.meta.get("reasoning") or judged is None:
-            dropped.append(Dropped.of(row, "no_judgement"))
-            continue
         reasoning = prompts.neutralise(row.meta["reasoning"], control)
-        text = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
-        written.append(example)
+        judged = row.meta.get("judged", row.scores)
+        found = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
         # A prompt that opens its `<think>` with a line break has the target's first one already.
-        texts.append(text.removeprefix("\n") if example.prompt.endswith("\n") else text)
-    kept: list[Example] = []
-    for example, ids in zip(written, encode(tokenizer, texts), strict=True):
-        if len(ids) < max_tokens:
-            kept.append(dataclasses.replace(example, target_ids=[*ids, end_id]))
-        else:
-            dropped.append(Dropped.of(example.comparison, "overlong_judgement"))
-    if not kept:
+        return found.removeprefix("\n") if example.prompt.endswith("\n") else found
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        prompted = examples.encode(rows)
+        return [
+            dataclasses.replace(example, target_ids=[*ids, end_id])
+            for example, ids in zip(
+                prompted, encode(tokenizer, [text(each) for each in prompted]), strict=True
+            )
+        ]
+
+    written = [row for row in examples.rows if _is_judged(row)]
+    lengths = count_tokens(written, encode_rows)
+    is_over = lengths[:, 1] > max_tokens
+    if is_over.all():
         raise UsageError(
             f"SFT has nothing to imitate: of {len(examples)} rows "
             f"{len(examples) - len(written)} have no written judgement and {len(written)} are over "
             f"sft.max_target_tokens={max_tokens}."
         )
-    return Examples(kept, dropped)
+    dropped = [Dropped.of(row, "no_judgement") for row in examples.rows if not _is_judged(row)]
+    dropped += [
+        Dropped.of(written[i], "overlong_judgement") for i in np.flatnonzero(is_over).tolist()
+    ]
+    whole = Examples(written, encode_rows, lengths, dropped)
+    return whole.select(np.flatnonzero(~is_over).tolist())
+
+
+def _is_judged(row: Comparison) -> bool:
+    return bool(row.meta.get("reasoning")) and row.meta.get("judged", row.scores) is not None
 
 
 def batch_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from jlrm.config import DataConfig, UsageError
-from jlrm.data.batches import ENCODE_ROWS, encode_prompts
+from jlrm.data.batches import count_tokens, prompt_encoder
 from jlrm.data.comparisons import Comparison, Dropped, by_question, fold, tidy
 from jlrm.data.tokenizer import Tokenizer
 
@@ -78,17 +75,10 @@ def prompt_tokens(
     rows: Sequence[Comparison], tokenizer: Tokenizer, prompt: str, *, both_orders: bool
 ) -> list[int]:
     """Count the tokens of each row's prompt, as training makes it; of both orders the longer."""
-    unlimited = DataConfig(train="", prompt=prompt, max_prompt_tokens=sys.maxsize)
-    counts: list[int] = []
-    with tqdm(total=len(rows), desc="tokenise", delay=1) as progress:
-        for start in range(0, len(rows), ENCODE_ROWS):
-            given = rows[start : start + ENCODE_ROWS]
-            orders = [given, [row.swapped() for row in given]] if both_orders else [given]
-            encoded = [encode_prompts(part, tokenizer, unlimited).examples for part in orders]
-            for examples in zip(*encoded, strict=True):
-                counts.append(max(len(example.prompt_ids) for example in examples))
-            progress.update(len(given))
-    return counts
+    encode_rows = prompt_encoder(tokenizer, DataConfig(train="", prompt=prompt))
+    both = rows if not both_orders else [way for row in rows for way in (row, row.swapped())]
+    lengths = count_tokens(both, encode_rows, progress="tokenise")[:, 0]
+    return lengths.reshape(len(rows), -1).max(axis=1, initial=0).tolist()
 
 
 def split(rows: list[Comparison], share: float) -> dict[str, list[Comparison]]:
