@@ -278,6 +278,26 @@ def test_loading_onto_eight_devices_gives_the_values_of_one(name, mesh, make):
     assert_same_params(params, load(GOLDEN / name)[1])
 
 
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_copy_of_the_weights_reads_every_element_once(name, mesh, monkeypatch):
+    """Each device reads its part alone: on a slice with one copy, a byte is one host's to read."""
+    num_read = dict.fromkeys(("cut", "replicated"), 0)
+    layout, read_slice = layout_of(training_layout, *mesh), hf._read_slice
+
+    def counted(files: Any, tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+        found = read_slice(files, tensor, bounds)
+        num_read["cut" if len(tensor.hf_shape) > 1 else "replicated"] += found.size
+        return found
+
+    monkeypatch.setattr(hf, "_read_slice", counted)
+    config, _ = load(GOLDEN / name, layout=layout)
+    shapes = [tensor.hf_shape for tensor in hf.tensors(config)]
+    in_matrices = sum(math.prod(shape) for shape in shapes if len(shape) > 1)
+    assert num_read["cut"] <= mesh[0] * in_matrices
+    assert num_read["replicated"] <= 8 * sum(math.prod(s) for s in shapes if len(s) == 1)
+
+
 def test_several_files_load_as_one(tmp_path):
     config, params = load(GOLDEN / "qwen2_untied")
     save(tmp_path, config, params, "float32", shard_bytes=9000)

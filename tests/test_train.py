@@ -160,12 +160,13 @@ def test_eight_devices_learn_what_one_does(tmp_path, data, warm):
 def test_the_held_out_set_is_judged_as_evaluate_judges_it(tmp_path, data, warm, capsys):
     heldout = tmp_path / "heldout.jsonl"
     write_comparisons(toy.comparisons(seed=8, num_rows=40), heldout)
-    held_out = [f"data.eval={heldout}", "data.eval_rows=40", "run.best_metric=f1", "grpo.steps=1"]
+    held_out = [f"data.eval={heldout}", "data.eval_rows=40", "data.max_prompt_tokens=64"]
+    held_out += ["run.best_metric=f1", "grpo.steps=1"]
     found = run(tmp_path / "r", data, *warm, *held_out)["grpo"]
     assert 0 < found["agreement"] < 100 and 0 < found["parse_rate"] <= 100
     command = ["--model", str(tmp_path / "r"), "--benchmark", "pairs", "--data", str(heldout)]
     command += ["--policy", "aggregation=first_order", "--compute-dtype", "float32"]
-    command += ["--max-prompt-tokens", "48", "--max-new-tokens", "32", "--out", str(tmp_path / "e")]
+    command += ["--max-prompt-tokens", "64", "--max-new-tokens", "32", "--out", str(tmp_path / "e")]
     evaluate.main([*command, "--mesh", "data=8", "fsdp=1", "--no-report", "--json"])
     judged = json.loads(capsys.readouterr().out)["pairs"]
     for theirs, ours in heldout_module.METRICS.items():
