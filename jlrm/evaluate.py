@@ -183,8 +183,12 @@ def _judge(task: Task, left: list[Game], kept: Journal, backend: Backend | None)
         mininterval=0.1 if sys.stderr.isatty() else 10.0,
     )
 
+    spent = getattr(backend, "spent", None)  # of a backend that costs money
+
     def record(answer: Answer) -> None:
         kept.record(answer)
+        if spent is not None:
+            bar.set_postfix_str(str(spent), refresh=False)
         bar.update()
 
     with _stoppable() as stopped, kept.opened(), bar:

@@ -47,7 +47,7 @@ OPTIONS: dict[str, Option] = {
     "batch_size": Option((JLRM,), 32, "games decoded together", False),
     "mesh": Option((JLRM,), [], "e.g. fsdp=4 tensor=2", False, {"nargs": "+", "metavar": "AXIS=N"}),
     "base_url": Option((OPENAI,), "https://api.openai.com/v1", "of the endpoint"),
-    "neutral": Option((OPENAI,), False, "break control tokens inside the answers"),
+    "neutral": Option((OPENAI,), True, "break control tokens inside the texts to be judged"),
     "api_key_env": Option((OPENAI,), "OPENAI_API_KEY", "variable that holds the key", False),
     "concurrency": Option((OPENAI,), 8, "requests at a time", False),
     "timeout": Option((OPENAI,), 300.0, "seconds for one answer", False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import pytest
 from test_sampler_backend import write_model
 
 from jlrm import commands, evaluate, judges
+from jlrm.backends.paid import Spending
 from jlrm.benchmarks.games import Answer
 from jlrm.benchmarks.policies import POLICIES
 from jlrm.config import RunError, UsageError
@@ -275,6 +277,13 @@ def test_a_game_without_an_answer_is_asked_again(pairs, capsys, tmp_path, judged
     assert again.asked == ["p3:1-0"]
 
 
+def test_what_is_spent_is_shown_beside_the_progress(pairs, capsys, tmp_path, judged_by):
+    judge = judged_by(Judge())
+    judge.spent = Spending(num_requests=24, usd=0.126)
+    evaluate.main(model(pairs, tmp_path / "o"))
+    assert "24 requests, 0 cached, 0.13 USD" in capsys.readouterr().err
+
+
 def test_text_that_no_file_can_hold_is_kept(pairs, capsys, tmp_path, judged_by):
     judged_by(Judge(lambda game: "\ud800\u2028\x85\n" + GOOD))
     whole = ran(capsys, *model(pairs, tmp_path / "o"))
@@ -421,11 +430,13 @@ def test_options_reach_the_backends_under_the_names_they_have():
 
     from jlrm.backends import openai, sampler
 
-    passed = {"api_key_env": "api_key"}
+    passed = {"api_key_env": "api_key", "stop": "stop_strings"}
+    decoding = {field.name for field in dataclasses.fields(sampler.Decoding)}
     for backend, name in ((sampler, "jlrm"), (openai, "openai")):
         ours = {passed.get(k, k) for k, option in judges.OPTIONS.items() if name in option.backends}
-        wanted = inspect.signature(backend.make).parameters.keys() - {"model", "seed"}
-        assert ours == wanted
+        wanted = set(inspect.signature(backend.make).parameters)
+        wanted |= decoding if "decoding" in wanted else set()
+        assert ours == wanted - {"model", "seed", "decoding"}
 
 
 def test_help_tells_all_benchmarks_and_policies():
