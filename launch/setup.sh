@@ -2,7 +2,8 @@
 # Sourced by the other scripts: makes .venv once, installs the project into it, and activates it.
 # Usage: source launch/setup.sh EXTRAS      comma-separated; "" for none (left out, bash would pass on
 # the caller's own arguments). Example: `source launch/setup.sh test,wandb`
-# PYTHON names the interpreter (3.11 to 3.13); JLRM_PACKAGES are installed besides, e.g. torch==2.13.0.
+# PYTHON names the interpreter (3.11 to 3.13); JLRM_PACKAGES are installed besides, e.g. torch==2.13.0;
+# JLRM_PACKAGES_ALONE too, without what they depend on.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -21,7 +22,7 @@ find_python() {
 install_project() {
   local extras="$1" stamp wanted python
   stamp="$ROOT/.venv/.installed"
-  wanted="$(cksum < "$ROOT/setup.py") extras=$extras packages=${JLRM_PACKAGES:-}"
+  wanted="$(cksum < "$ROOT/setup.py") extras=$extras packages=${JLRM_PACKAGES:-} alone=${JLRM_PACKAGES_ALONE:-}"
   if [ -f "$stamp" ] && grep -qxF "$wanted" "$stamp"; then
     return
   fi
@@ -38,6 +39,10 @@ install_project() {
     "$ROOT/.venv/bin/python" -m pip install --quiet "${packages[@]}" || return 1
   fi
   "$ROOT/.venv/bin/python" -m pip install --quiet -e "$ROOT${extras:+[$extras]}" || return 1
+  if [ -n "${JLRM_PACKAGES_ALONE:-}" ]; then
+    read -r -a packages <<< "$JLRM_PACKAGES_ALONE"
+    "$ROOT/.venv/bin/python" -m pip install --quiet --no-deps "${packages[@]}" || return 1
+  fi
   echo "$wanted" >> "$stamp"
 }
 
