@@ -38,6 +38,7 @@ from jlrm.run import check_mesh, read_model
 from jlrm.slices import GIB, Compiled, Generation
 
 FIRST = ("update", "sft")  # compiled first in a search: what most often does not fit
+NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program
 
 
 def make_plan(
@@ -222,11 +223,14 @@ def search(
     """
     for name in slices.GENERATIONS[kind].slices:
         topology = f"{kind}:{name}"
+        compiled: dict[tuple[str, ...], dict[str, Compiled]] = {}
         for added in _settings(config, topology, num_slices):
             changed = load(path, [*overrides, *added])
             label = f"{topology} {' '.join(added)}"
+            programs = tuple(setting for setting in added if setting != NOT_AHEAD)
+            known = compiled.setdefault(programs, {})
             try:
-                found = _attempt(changed, topology, num_slices, label)
+                found = _attempt(changed, topology, num_slices, label, known)
             except UsageError as error:
                 print(f"{label}: {error}", file=sys.stderr)
                 continue
@@ -235,17 +239,18 @@ def search(
     raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
 
 
-def _attempt(config: Config, topology: str, num_slices: int, label: str) -> dict[str, Any] | None:
+def _attempt(
+    config: Config, topology: str, num_slices: int, label: str, known: dict[str, Compiled]
+) -> dict[str, Any] | None:
     """Check what needs no compiling, then what most often does not fit, then the rest."""
     mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
     model, _ = open_model(config)
     check_mesh(mesh, model)
     limit = slices.find(topology).hbm_gib
-    resident = phases.plan(config, model, mesh).resident / GIB
-    if resident > limit:
-        print(f"{label}: no, {resident:.2f} GiB are always held", file=sys.stderr)
+    held = _held(phases.plan(config, model, mesh)) / GIB
+    if held > limit:
+        print(f"{label}: no, {held:.2f} GiB are held without what programs need", file=sys.stderr)
         return None
-    known: dict[str, Compiled] = {}
     found: dict[str, Any] = {}
     for only in (FIRST, ()):
         found = make_plan(config, topology, num_slices, only, known)
@@ -255,6 +260,16 @@ def _attempt(config: Config, topology: str, num_slices: int, label: str) -> dict
         if not found["fits"]:
             return None
     return found
+
+
+def _held(plan: Plan) -> int:
+    """Return the most that is held at any moment, apart from programs' temporaries."""
+    return max(
+        sum(point.beside.values())
+        + (sum(plan.tasks[point.program].kinds.values()) if point.program else 0)
+        for points in plan.phases.values()
+        for point in points
+    )
 
 
 def _settings(config: Config, topology: str, num_slices: int) -> Iterator[list[str]]:
@@ -274,8 +289,10 @@ def _settings(config: Config, topology: str, num_slices: int) -> Iterator[list[s
     stages = [name for name in ("sft", "grpo") if getattr(config, name).steps]
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     shorter = savings[-1] + [f"{stage}.pack_tokens={longest}" for stage in stages]
-    half = shorter + [f"{stage}.optimizer.mu_dtype=bfloat16" for stage in stages]
-    savings += [shorter, half]
+    savings.append(shorter)
+    if "grpo" in stages and config.grpo.ahead == "next":
+        savings.append([*savings[-1], NOT_AHEAD])
+    savings.append([*savings[-1], *(f"{s}.optimizer.mu_dtype=bfloat16" for s in stages)])
     for saving in savings:
         for fsdp, tensor in divides[:2]:
             yield [f"mesh.data={num_slices}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", *saving]

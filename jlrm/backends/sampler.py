@@ -177,7 +177,7 @@ def make_writer(
             numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
             found = program(width)(weights, [each.prompt_ids for each in filled], numbers)
             seconds = (time.monotonic() - start) / len(batch)
-            for example, completions in zip(batch, found, strict=False):
+            for example, completions in zip(batch, found[: len(batch)], strict=True):
                 yield Written(example, completions, seconds)
 
     return write
