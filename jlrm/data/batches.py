@@ -103,7 +103,7 @@ def count_tokens(
 ) -> Int[np.ndarray, "N 2"]:
     """Count the tokens of every row's prompt and target; each process tokenises its share."""
     mine = hosts.share(len(rows))
-    lengths = np.zeros((len(rows), 2), np.int64)
+    lengths = np.zeros((len(rows), 2), np.int32)
     with tqdm(total=len(mine), desc=progress, disable=not progress, delay=1) as bar:
         for start in range(mine.start, mine.stop, ENCODE_ROWS):
             part = slice(start, min(start + ENCODE_ROWS, mine.stop))
