@@ -9,6 +9,8 @@ Nothing may wait for ever. A thread in each process tells the store that it live
 main thread has come, and watches the others: one that fails is quoted, one that is silent or stays
 behind is named, and every process ends. Exit codes: of the one that failed; 137 (killed, so that a
 scheduler may start it again) where one vanished or hangs.
+
+JAX is imported where processes join: what has no device (preparing data) does without.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from jlrm.config import UsageError, flatten
@@ -177,6 +178,8 @@ def leave(code: int, message: str) -> None:
         return
     _state.is_leaving = True
     if code == 0 or code > 128:  # done, or all of them stopped by a signal
+        import jax
+
         jax.distributed.shutdown()
         return
     failure = json.dumps({"code": code, "message": message, "host": socket.gethostname()})
@@ -190,6 +193,8 @@ def _initialise(args: argparse.Namespace) -> None:
     settings = _settings(args)
     if settings is None:
         return
+    import jax
+
     # We agree on a step to stop at ourselves; jax's own handler would swallow SIGTERM until then.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -208,6 +213,8 @@ def _initialise(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize`; None: this process is alone."""
+    import jax
+
     if args.distributed == "off" or jax.distributed.is_initialized():
         return None
     if args.coordinator:
@@ -266,6 +273,8 @@ def _tpu_vm_workers() -> int:
 
 def _check_same(settings: Mapping[str, Any]) -> None:
     """Compare what every process is about to run; before anything compiles."""
+    import jax
+
     mine = {"jax": jax.__version__, **flatten(settings)}
     everyone = [
         json.loads(raw)
