@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -33,6 +34,9 @@ from jlrm.model.qwen import QwenConfig, hidden_states
 # of it there (measured on 0.12), and by nothing beyond the absolute bounds on 0.10.
 IS_OLD_JAX = jax.__version_info__ < (0, 11)
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
+
+# Whoever starts us in the background may have switched Ctrl-C off, for all that we start too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = pathlib.Path(__file__).parent
 GOLDEN = TESTS / "golden"

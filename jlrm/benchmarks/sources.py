@@ -29,7 +29,7 @@ def files(source: str, pattern: str = "*") -> list[pathlib.Path]:
     """
     directory = pathlib.Path(source).expanduser()
     known = ("state.json", "dataset_dict.json", "features.json")
-    if not directory.is_dir() or any((directory / name).exists() for name in known):
+    if not source or not directory.is_dir() or any((directory / name).exists() for name in known):
         return []
     found = sorted(directory.rglob(pattern))
     return [file for file in found if file.is_file() and file.name.endswith(SUFFIXES)]
