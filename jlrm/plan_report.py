@@ -141,7 +141,8 @@ def _draw(result: dict[str, Any]) -> Any:
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for name, total in zip(names, left, strict=True):
         place: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{total:.2f}", (total, name), (4, 0), **place)
+        over_the_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.annotate(f"{total:.2f}", (total, name), (4, 0), bbox=over_the_line, **place)
     axes.axvline(result["limit_gib"], color="black", linestyle="--")
     axes.annotate(
         f"limit {result['limit_gib']:.2f}",
