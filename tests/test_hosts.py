@@ -237,6 +237,19 @@ def test_a_host_that_vanishes_is_named(tmp_path, victim):
             assert "Process 0" in pod.said(number) or "leader" in pod.said(number)
 
 
+def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
+    body = """
+    import jax
+    hosts.exchange("start", b"")
+    if me == 1:
+        os._exit(9)
+    raise jax.errors.JaxRuntimeError("INTERNAL: connection closed by peer")
+    """
+    pod = script(tmp_path, 2, body)
+    assert pod.wait(60) == [137, 9], pod.said(0)
+    assert "Process 1" in pod.said(0) and "connection closed by peer" in pod.said(0)
+
+
 def test_a_host_that_hangs_is_named(tmp_path):
     body = """
     hosts.exchange("start", b"")
