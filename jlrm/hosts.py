@@ -177,7 +177,7 @@ def leave(code: int, message: str) -> None:
     if count() == 1 or _state.is_leaving:
         return
     if message.startswith("JaxRuntimeError") and "RESOURCE_EXHAUSTED" not in message:
-        # What a collective says when another process is gone: which, the watch will say, and end us.
+        # What a collective says when another process is gone; the watch will say which and end us.
         time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
     _state.is_leaving = True
     if code == 0 or code > 128:  # done, or all of them stopped by a signal
