@@ -12,6 +12,7 @@ finds the same again. A verdict that is missing is wrong, and no pair with one i
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -23,10 +24,12 @@ from jlrm.benchmarks.games import Game
 from jlrm.benchmarks.policies import policy_of
 from jlrm.benchmarks.verdicts import count, judged_items, reader
 from jlrm.data.batches import Example
-from jlrm.judging import Evaluation, compare_orders, judge
+from jlrm.judging import compare_orders, judge
 from jlrm.model.decode import decode_params
 from jlrm.model.qwen import Params
 from jlrm.run import Run
+
+Evaluation = Callable[[Params], dict[str, float]]
 
 POLICY = policy_of("pairs", ["aggregation=first_order"])
 # Metrics of the benchmark that are kept: our names.

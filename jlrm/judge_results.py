@@ -24,6 +24,11 @@ class Judge(NamedTuple):
 
 
 def read_judges(results: Sequence[Row]) -> list[Judge]:
+    """Return the judges of results.json files, each under a name of its own.
+
+    Raises:
+      UsageError: one that `jlrm.evaluate` has not written.
+    """
     judges: dict[str, Judge] = {}
     for number, result in enumerate(results, start=1):
         about, benchmarks = find_value(result, "judge"), find_value(result, "benchmarks")

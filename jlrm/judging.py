@@ -83,7 +83,6 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
     )
 
 
-Evaluation = Callable[[Params], dict[str, float]]
 # sample(weights from `decode_params`, prompts, their numbers in the data, position) begins
 # on the devices and returns at once; what it returns waits for the completions.
 SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]

@@ -29,7 +29,7 @@ from jlrm import hosts, update
 from jlrm.checkpoint import Checkpoints
 from jlrm.commands import Interrupted
 from jlrm.config import RunError, to_dict
-from jlrm.judging import Evaluation
+from jlrm.heldout import Evaluation
 from jlrm.model.qwen import Params
 from jlrm.run import Run
 from jlrm.tracking import Tracker

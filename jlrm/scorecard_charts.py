@@ -51,6 +51,7 @@ def _picture(chart: Chart) -> str:
 
 
 def draw_charts(charts: Sequence[Chart], theme: Theme, num_columns: int, title: str = "") -> bytes:
+    """Draw charts beside each other and return a PNG file's bytes."""
     from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no global state
 
     num_columns = max(1, min(num_columns, len(charts)))
@@ -148,6 +149,7 @@ def _wrap(text: str, width: int = 20) -> str:
 
 
 def headline_chart(names: Sequence[str], judges: Sequence[Judge]) -> Chart | None:
+    """Chart every benchmark's headline metric with its interval, beside published ones."""
     rows: Dots = []
     published: list[list[float]] = []
     for name in names:
@@ -181,6 +183,7 @@ def _metric_point(entry: Row, metric: str) -> _Point | None:
 
 
 def order_charts(names: Sequence[str], judges: Sequence[Judge]) -> list[Chart | None]:
+    """Chart what the order of the answers does: agreement of both orders, the lean to a place."""
     rows: Dots = []
     bars: list[tuple[str, int, float, float]] = []  # label, judge, shares of first and second
     for name in names:
@@ -233,6 +236,7 @@ def _draw_places(
 
 
 def subset_chart(name: str, judges: Sequence[Judge]) -> Chart | None:
+    """Chart the accuracy on a benchmark's subsets; None where it has none."""
     entries = [entry.get("subsets") or {} for entry in entries_of(name, judges)]
     rows: Dots = []
     for subset in dict.fromkeys(subset for each in entries for subset in each):
@@ -271,6 +275,7 @@ def _draw_bars(figure: Any, theme: Theme, rows: Dots, num_judges: int) -> None:
 
 
 def reliability_chart(name: str, judges: Sequence[Judge]) -> Chart | None:
+    """Chart how often a verdict is right against the confidence that its margin implies."""
     calibrations = [
         find_value(e, "diagnostics.calibration") or {} for e in entries_of(name, judges)
     ]

@@ -37,8 +37,8 @@ from jlrm.config import Config, load, to_dict
 from jlrm.data import batches
 from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.groups import Drawn
-from jlrm.heldout import make_evaluation
-from jlrm.judging import Evaluation, make_sampler, sampled_rows
+from jlrm.heldout import Evaluation, make_evaluation
+from jlrm.judging import make_sampler, sampled_rows
 from jlrm.loop import Outcome, Stage
 from jlrm.mesh import compiler_options
 from jlrm.model.qwen import Params

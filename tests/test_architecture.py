@@ -69,7 +69,7 @@ SIDEWAYS = {
     ("heldout", "benchmarks"),
     ("heldout", "backends"),
     ("groups", "run"),
-    ("loop", "judging"),
+    ("loop", "heldout"),
     ("loop", "run"),
     ("phases", "programs"),
     ("scorecard", "scorecard_charts"),

@@ -164,11 +164,11 @@ def make_writer(
     tables = stop_tables(stops, spelled, config.vocab_size)
     num_rows = -(-decoding.batch_size // num_shards) * num_shards
 
-    @functools.cache
-    def program(width: int) -> WriteBatch:
-        if decoding.num_beams > 1 or decoding.repetition_penalty != 1.0:
-            return _searching(config, layout, decoding, ends, len(tokenizer), tables, width)
-        return _sampling(config, layout, decoding, ends, len(tokenizer), tables, width)
+    is_search = decoding.num_beams > 1 or decoding.repetition_penalty != 1.0
+    batch_writer = _searching if is_search else _sampling
+    program = functools.cache(
+        partial(batch_writer, config, layout, decoding, ends, len(tokenizer), tables)
+    )
 
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
         for width, batch in _batches(examples, sizes, num_rows):
