@@ -86,11 +86,9 @@ class Server(ThreadingHTTPServer):
                 fault = "s401"
             row = {"path": path, "body": body, "auth": auth, "fault": fault}
             self.write({**row, "in_flight": self.in_flight, "time": time.monotonic()})
+            if fault == "die":  # under the lock: no answer is between being sent and being logged
+                os._exit(1)
             return fault
-
-    def served(self, body: dict[str, Any]) -> None:
-        with self.lock:
-            self.write({"served": judgement(body)})
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -119,8 +117,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.in_flight -= 1
 
     def answer(self, body: dict[str, Any], fault: str) -> None:
-        if fault == "die":
-            os._exit(1)
         if fault == "renamed":
             if "max_tokens" in body:
                 message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'."
@@ -160,9 +156,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.trickle(payload[len(payload) // 2 :])
             self.close_connection = True
         else:
-            self.send_bytes(200, payload)
-            if not fault or fault == "no_usage":
-                self.server.served(body)
+            with self.server.lock:  # sent and logged as one
+                self.send_bytes(200, payload)
+                if not fault or fault == "no_usage":
+                    self.server.write({"served": judgement(body)})
 
     def reply(self, body: dict[str, Any], fault: str) -> dict[str, Any]:
         text = judgement(body)
