@@ -48,9 +48,9 @@ def make_evaluation(run: Run) -> Evaluation:
     delta_bias, parse_rate; reward and mean_length (tokens) are means over both orders.
     """
     half = len(run.heldout) // 2
-    items = pairs.items(run.heldout.rows[:half], "the held-out set")
-    games = [Game(item, *order) for order in ((0, 1), (1, 0)) for item in items]
     examples = run.heldout.take(range(2 * half))
+    items = pairs.items([each.comparison for each in examples[:half]], "the held-out set")
+    games = [Game(item, *order) for order in ((0, 1), (1, 0)) for item in items]
     asked = [_named(*each) for each in zip(examples, games, strict=True)]
     write, read = _writer(run), reader("lenient", run.config.reward.scale)
     lay_out = jax.jit(partial(decode_params, run.model, run.rollout))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from jlrm.config import UsageError, flatten
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
 GONE = 137
+NEVER = 7 * 24 * 3600 * 1000  # ms; the watch thread says who is late, long before
 
 
 @dataclass
@@ -47,7 +49,8 @@ class _State:
     num_exchanges: int = 0
     step: int = 0  # of the main thread, what it is at
     at: str = "start"
-    is_leaving: bool = False
+    watcher: threading.Thread | None = None
+    leaving: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
 _state = _State()
@@ -90,9 +93,16 @@ def joined(
     """
     _initialise(args)
     if count() > 1:
-        threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
+        _state.watcher = threading.Thread(target=_watch, args=(timeout,), daemon=True)
+        _state.watcher.start()
         _check_same(settings)
-    yield
+    try:
+        yield
+    except KeyboardInterrupt:  # unlike a signal that all have agreed on, it came to this one
+        if count() > 1:
+            print("Stopped at once, and the other processes with it.", file=sys.stderr, flush=True)
+            _fail(130, "Stopped by Ctrl-C")
+        raise
 
 
 def count() -> int:
@@ -129,8 +139,7 @@ def exchange(what: str, payload: bytes) -> list[bytes]:
     at(what)
     folder = f"jlrm/exchange/{number}"
     client.key_value_set_bytes(f"{folder}/{index():06d}", payload)
-    # The watch thread says who is late; this limit is only there to be longer than any other.
-    client.wait_at_barrier(f"jlrm-{number}", 7 * 24 * 3600 * 1000)
+    client.wait_at_barrier(f"jlrm-{number}", NEVER)
     found = dict(client.key_value_dir_get_bytes(folder))
     if number > 1 and is_main():  # all have read it before they came to this one
         client.key_value_delete(f"jlrm/exchange/{number - 1}")
@@ -174,17 +183,32 @@ def at(what: str) -> None:
 
 def leave(code: int, message: str) -> None:
     """End this process's part: quietly, or telling the others why. Does not return on a failure."""
-    if count() == 1 or _state.is_leaving:
+    if count() == 1 or _state.leaving.is_set():
+        return
+    if code == 0 or code > 128:  # done, or all of them stopped by a signal
+        _part()
         return
     if message.startswith("JaxRuntimeError") and "RESOURCE_EXHAUSTED" not in message:
         # What a collective says when another process is gone; the watch will say which and end us.
         time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
-    _state.is_leaving = True
-    if code == 0 or code > 128:  # done, or all of them stopped by a signal
-        import jax
+    _fail(code, message)
 
-        jax.distributed.shutdown()
-        return
+
+def _part() -> None:
+    """Part from the others, none of which has failed."""
+    import jax
+
+    at("the end")  # process 0 may still be writing: until it comes, all say that they live
+    _state.client.wait_at_barrier("jlrm-end", NEVER)
+    _state.leaving.set()
+    if _state.watcher is not None:  # in the middle of a call it would not survive the interpreter
+        _state.watcher.join(10.0)
+    jax.distributed.shutdown()
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    """Tell the others why this process ends, and end it."""
+    _state.leaving.set()
     failure = json.dumps({"code": code, "message": message, "host": socket.gethostname()})
     with contextlib.suppress(Exception):  # the service may be what has failed
         _state.client.key_value_set(f"jlrm/failed/{index()}", failure)
@@ -313,7 +337,7 @@ def _watch(timeout: float) -> None:
     """Tell that this process lives, and end it when another can't go on."""
     seen = {number: _Seen(beat_time=time.monotonic()) for number in range(count())}
     beat, host = 0, socket.gethostname()
-    while not _state.is_leaving:
+    while not _state.leaving.is_set():
         beat += 1
         try:
             mine = json.dumps([beat, _state.step, _state.at, host])
@@ -321,7 +345,7 @@ def _watch(timeout: float) -> None:
             failed = _state.client.key_value_dir_get("jlrm/failed")
             alive = _state.client.key_value_dir_get("jlrm/alive")
         except Exception as error:  # the service lives in process 0
-            if not _state.is_leaving:
+            if not _state.leaving.is_set():
                 reason = str(error).splitlines()[0]
                 _give_up(GONE, f"Process 0 ({seen[0].host}) is gone: {reason}")
             return
@@ -331,7 +355,7 @@ def _watch(timeout: float) -> None:
             _give_up(told["code"], f"Process {number} ({told['host']}) failed: {told['message']}")
         _note(seen, alive)
         _check_alive(seen, timeout)
-        time.sleep(BEAT_SECONDS)
+        _state.leaving.wait(BEAT_SECONDS)
 
 
 def _note(seen: dict[int, _Seen], alive: list[tuple[str, str]]) -> None:
@@ -361,16 +385,16 @@ def _check_alive(seen: dict[int, _Seen], timeout: float) -> None:
 
 
 def _give_up(code: int, message: str) -> None:
-    if _state.is_leaving:
+    if _state.leaving.is_set():
         return
-    _state.is_leaving = True
+    _state.leaving.set()
     print(f"error: {message}", file=sys.stderr, flush=True)
     if is_main():
         time.sleep(3 * BEAT_SECONDS)  # the store ends with this process: let the others read it too
     _exit(code)
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     """End at once: what runs at an orderly exit would wait for processes that are gone."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,7 +8,6 @@ but the weights, so that a run can be exported without the checkpoint it began f
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import pathlib
@@ -16,21 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int, UInt64
 
 from jlrm import checkpoint, hosts
 from jlrm.config import Config, UsageError, flatten, load, save, to_dict
-from jlrm.data import readers, stores, toy
+from jlrm.data import sharded, stores, toy
 from jlrm.data.batches import Examples, encode_prompts
-from jlrm.data.comparisons import (
-    Comparison,
-    Dropped,
-    by_question,
-    describe_dropped,
-    fold,
-    write_dropped,
-)
+from jlrm.data.comparisons import Dropped, describe_dropped, write_dropped
 from jlrm.data.curation import SWAPPED
+from jlrm.data.sharded import ShardedRows
 from jlrm.data.stores import Mirror
 from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
 from jlrm.judge import plugins
@@ -111,7 +106,6 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: {len(train)}."
         )
-    hosts.agree("training and held-out rows", _digest([*train.rows, *heldout.rows]))
     if hosts.is_main():
         write_dropped([*dropped, *train.dropped, *heldout.dropped], directory / "dropped.jsonl")
         save(config, directory / "config.yaml")
@@ -219,54 +213,54 @@ def _is_free(key: str, config: Config) -> bool:
     return key.startswith(FREE_FIELDS) and key not in ("run.seed", "run.best_metric")
 
 
-def _read_rows(config: Config) -> tuple[list[Comparison], list[Comparison], list[Dropped]]:
+def _read_rows(config: Config) -> tuple[ShardedRows, ShardedRows, list[Dropped]]:
     """Return training rows, held-out rows, and what was left out of both."""
     data = config.data
     if data.train == "toy":
-        return toy.comparisons(1, toy.NUM_TRAIN), toy.comparisons(2, data.eval_rows), []
+        train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
+        return train, sharded.deal(toy.comparisons(2, data.eval_rows)), []
     train, dropped = _read(config, data.train)
+    questions = train.questions()
     if data.eval:
         rows, dropped_too = _read(config, data.eval)
-        _, heldout = _hold_out(rows, data.eval_rows)
-        shared = {row.question for row in heldout} & {row.question for row in train}
-        if shared:
-            log.warning("%d held-out questions are in %s too", len(shared), data.train)
-        return train, heldout, [*dropped, *dropped_too]
-    rest, heldout = _hold_out(train, data.eval_rows)
-    if not rest:
+        theirs = rows.questions()
+        heldout, _ = _hold_out(theirs, data.eval_rows)
+        num_shared = len(np.intersect1d(questions, theirs[heldout]))
+        if num_shared:
+            log.warning("%d held-out questions are in %s too", num_shared, data.train)
+        return train, rows.select(heldout), [*dropped, *dropped_too]
+    heldout, rest = _hold_out(questions, data.eval_rows)
+    if not len(rest):
         raise UsageError(
             f"{data.train} has {len(train)} usable rows, data.eval_rows={data.eval_rows} would "
             "hold all of them out. Lower it, or name a data.eval file."
         )
-    return rest, heldout, dropped
+    return train.select(rest), train.select(heldout), dropped
 
 
-def _read(config: Config, source: str) -> tuple[list[Comparison], list[Dropped]]:
+def _read(config: Config, source: str) -> tuple[ShardedRows, list[Dropped]]:
     """Read a source; the released code's reward can't use rows that have a preference alone."""
-    read = readers.read(source, columns=config.data.columns, scores=config.data.scores)
-    rows, dropped = read.rows, read.dropped
+    rows, dropped = sharded.read(source, columns=config.data.columns, scores=config.data.scores)
     if config.reward.mode == "judgelrm":
-        unscored = [Dropped.of(row, "no_scores") for row in rows if row.scores is None]
-        rows, dropped = [row for row in rows if row.scores is not None], [*dropped, *unscored]
-        if not rows:
+        is_scored = rows.flags("rows with scores", lambda row: row.scores is not None)
+        if not is_scored.any():
             raise UsageError(
                 f"{source} has no scores, only preferences. Set reward.mode=judgelrm_symmetric, "
                 "which is paid by preferences too."
             )
+        dropped = [*dropped, *rows.left_out(np.flatnonzero(~is_scored), "no_scores")]
+        rows = rows.select(np.flatnonzero(is_scored))
     if dropped:
         log.warning("%s: left out %s", source, describe_dropped(dropped))
     return rows, dropped
 
 
-def _hold_out(rows: list[Comparison], num_rows: int) -> tuple[list[Comparison], list[Comparison]]:
-    """Hold out whole questions: none is on both sides."""
-    groups = by_question(rows)
-    heldout: list[Comparison] = []
-    for question in list(groups):
-        if len(heldout) >= num_rows:
-            break
-        heldout += groups.pop(question)
-    return [row for row in rows if fold(row.question) in groups], heldout[:num_rows]
+def _hold_out(
+    questions: UInt64[np.ndarray, " N"], num_rows: int
+) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " M"]]:
+    """Return which rows are held out, and those whose questions are not among theirs."""
+    in_order = np.argsort(questions, kind="stable")[:num_rows]
+    return in_order, np.flatnonzero(questions > questions[in_order[-1]])
 
 
 def _fill_model(config: Config, directory: pathlib.Path) -> None:
@@ -312,26 +306,19 @@ def _open_model(config: Config, directory: pathlib.Path) -> tuple[QwenConfig, pa
     return model, target
 
 
-def _digest(rows: Sequence[Comparison]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(repr(row).encode(errors="surrogatepass"))
-    return digest.hexdigest()
-
-
 def _encode(
-    config: Config, train: list[Comparison], heldout: list[Comparison], tokenizer: Tokenizer
+    config: Config, train: ShardedRows, heldout: ShardedRows, tokenizer: Tokenizer
 ) -> tuple[Examples, Examples]:
     """Return the training and held-out rows that fit."""
     data, scale = config.data, config.reward.scale
     rows, together = train, 1
     if data.orders == "both":
-        if any(row.id.endswith(SWAPPED) for row in train):
+        if train.flags("swapped rows", lambda row: row.id.endswith(SWAPPED)).any():
             raise UsageError(
                 f"{data.train} holds swapped rows already (prepared with --swap), and "
                 "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
             )
-        rows, together = _both_orders(train), 2
+        rows, together = train.in_both_orders(), 2
     examples = encode_prompts(rows, tokenizer, data, scale, together=together, progress="tokenise")
     if examples.dropped:
         log.warning(
@@ -340,15 +327,11 @@ def _encode(
             len(train),
             data.max_prompt_tokens,
         )
-    pairs = encode_prompts(_both_orders(heldout), tokenizer, data, scale, together=2)
+    pairs = encode_prompts(heldout.in_both_orders(), tokenizer, data, scale, together=2)
     if pairs.dropped:
         log.warning("%d of %d held-out rows left out", len(pairs.dropped), len(heldout))
     places = range(len(pairs))
     return examples, pairs.select([*places[::2], *places[1::2]])
-
-
-def _both_orders(rows: list[Comparison]) -> list[Comparison]:
-    return [order for row in rows for order in (row, row.swapped())]
 
 
 def check_mesh(mesh: Mesh, model: QwenConfig) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import batches, toy
+from jlrm.data.sharded import deal
 from jlrm.data.tokenizer import (
     control_tokens,
     decode,
@@ -53,7 +54,7 @@ def test_batches_of_pairs_hold_both_orders_together_and_every_pair_once_an_epoch
 def test_overlong_prompts_are_counted_or_refused_never_cut(tokenizer):
     rows = toy.comparisons(seed=1, num_rows=50)
     config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30)
-    encoded = batches.encode_prompts(rows, tokenizer, config)
+    encoded = batches.encode_prompts(deal(rows), tokenizer, config)
     examples = encoded.take(range(len(encoded)))
     kept, dropped = ({e.comparison.id for e in examples}, {d.id for d in encoded.dropped})
     assert kept and dropped and kept | dropped == {row.id for row in rows} and not kept & dropped
@@ -62,24 +63,24 @@ def test_overlong_prompts_are_counted_or_refused_never_cut(tokenizer):
     assert decode(tokenizer, [examples[0].prompt_ids]) == [examples[0].prompt]
     strict = DataConfig(train="toy", prompt="toy", max_prompt_tokens=30, overlong="refuse")
     with pytest.raises(UsageError, match=r"Row toy-1-\d+: the prompt has \d+ tokens"):
-        batches.encode_prompts(rows, tokenizer, strict)
+        batches.encode_prompts(deal(rows), tokenizer, strict)
 
 
 def test_rows_that_belong_together_are_left_out_together(tokenizer):
     rows = [way for row in toy.comparisons(seed=1, num_rows=20) for way in (row, row.swapped())]
     rows[1] = dataclasses.replace(rows[1], answer_1="dog " * 40)
     config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=60)
-    pairs = batches.encode_prompts(rows, tokenizer, config, together=2)
+    pairs = batches.encode_prompts(deal(rows), tokenizer, config, together=2)
     assert [(row.id, row.reason) for row in pairs.dropped] == [(rows[0].id, "overlong")]
-    assert pairs.rows == rows[2:]
+    assert pairs.rows.mine == rows[2:]
     with pytest.raises(UsageError, match=r"All 1 prompts are longer .* in one of their orders"):
-        batches.encode_prompts(rows[:2], tokenizer, config, together=2)
+        batches.encode_prompts(deal(rows[:2]), tokenizer, config, together=2)
 
 
 def test_targets_parse_to_the_judged_scores_and_end_with_the_end_token(tokenizer):
     rows = toy.comparisons(seed=1, num_rows=50)
     config = DataConfig(train="toy", prompt="toy")
-    examples = batches.encode_prompts(rows, tokenizer, config)
+    examples = batches.encode_prompts(deal(rows), tokenizer, config)
     targets = batches.encode_targets(examples, tokenizer, 64, end_id=2)
     assert targets.longest[1] == max(len(e.target_ids) for e in targets.take(range(len(targets))))
     for example in targets.take(range(len(targets))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from jlrm import hosts
 from jlrm.config import UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.dataset import write_dataset
 from jlrm.tracking import read_metrics
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -155,6 +157,60 @@ def test_what_processes_tell_each_other(tmp_path):
     assert all("all well" in pod.said(number) for number in range(3))
 
 
+def test_each_process_reads_its_share_of_the_rows(tmp_path):
+    rows = toy.comparisons(1, 40)
+    rows[7] = dataclasses.replace(rows[7], score_1=-1.0, score_2=-1.0)
+    write_comparisons(rows, tmp_path / "rows.jsonl")
+    write_dataset({"train": rows}, tmp_path / "prepared")
+    body = f"""
+    from jlrm.data import readers, sharded
+    asked, parsed, at, comparison = [], [], readers._at, readers.comparison
+    readers._at = lambda rows, places: (asked.extend(places), at(rows, places))[1]
+    readers.comparison = lambda *row: (parsed.append(row), comparison(*row))[1]
+    for source in ("{tmp_path}/rows.jsonl", "{tmp_path}/prepared"):
+        asked.clear(), parsed.clear()
+        rows, dropped = sharded.read(source)
+        assert asked == ([] if source.endswith("jsonl") else list(range(me, 40, 3)))
+        assert len(parsed) == len(range(me, 40, 3))
+        assert [row.id for row in dropped] == ["toy-1-7"]
+        names = [f"toy-1-{{i}}" for i in range(40) if i != 7]
+        take = lambda rows, chosen: rows.collect("ids", chosen, lambda mine: [r.id for r in mine])
+        assert take(rows, range(39)) == names
+        assert take(rows, np.array([38, 0, 7, 7])) == [names[i] for i in (38, 0, 7, 7)]
+        assert [row.id for row in rows.mine] == [n for n in names if int(n[6:]) % 3 == me]
+        few = rows.select([30, 2, 11])
+        assert take(few, [0, 1, 2]) == [names[i] for i in (30, 2, 11)]
+        both = few.in_both_orders()
+        (given, swapped) = both.collect("rows", [2, 3], lambda mine: mine)
+        assert given.id == names[2] and swapped == given.swapped()
+        is_tie = rows.flags("ties", lambda row: row.label == 0)
+        assert is_tie.tolist() == [r.label == 0 for r in rows.collect("r", range(39), list)]
+        assert sharded.deal(list("abcde")).mine == list("abcde")[me::3]
+    (tmp_path := __import__("pathlib").Path("{tmp_path}") / str(me)).mkdir()
+    (tmp_path / "x.csv").write_text("question,answer_1\\n" + "abc"[me:])
+    try:
+        os.chdir(tmp_path)
+        sharded.read("x.csv")
+    except UsageError as error:
+        assert "Processes [1, 2] have other files of x.csv than process 0" in str(error)
+        print("all well")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [0, 0, 0], pod.said(0) + pod.said(1) + pod.said(2)
+    assert all("all well" in pod.said(number) for number in range(3))
+
+
+def test_a_row_that_one_process_can_not_read_ends_all(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n' * 2)
+    body = f"""
+    from jlrm.data import sharded
+    sharded.read("{tmp_path}/rows.jsonl")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [2, 2, 2]
+    assert "has no field 'answer_1'" in pod.said(2)
+
+
 def test_one_process_is_enough_for_itself():
     assert hosts.count() == 1 and hosts.is_main()
     assert list(hosts.share(5)) == [0, 1, 2, 3, 4]
@@ -213,6 +269,31 @@ def test_a_host_that_raises_ends_the_others_with_its_message(tmp_path):
     for number in (0, 2):
         assert "Process 1 (" in pod.said(number)
         assert "failed: The reward of row 7 failed" in pod.said(number)
+
+
+def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
+    """Process 0 writes the report when the others have done, for longer than silence is borne."""
+    body = """
+    hosts.SILENT_SECONDS = 2.0
+    hosts.exchange("the last metrics", b"")
+    if me == 0:
+        time.sleep(5.0)
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [0, 0, 0], pod.said(0)
+
+
+def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
+    body = """
+    hosts.exchange("start", b"")
+    if me == 1:
+        raise KeyboardInterrupt
+    hosts.exchange("rewards", b"")
+    """
+    pod = script(tmp_path, 3, body)
+    assert pod.wait(60) == [130, 130, 130]
+    assert "Process 1 (" in pod.said(0) and "Stopped by Ctrl-C" in pod.said(2)
+    assert "Stopped at once" in pod.said(1)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

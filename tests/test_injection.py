@@ -18,6 +18,7 @@ from qwen import CONTROL_TOKENS
 from jlrm.config import DataConfig, RewardConfig, UsageError
 from jlrm.data import batches, readers, toy
 from jlrm.data.comparisons import Comparison, write_comparisons
+from jlrm.data.sharded import deal
 from jlrm.data.tokenizer import control_tokens, decode, encode, load_tokenizer, prompt_template
 from jlrm.judge import prompts
 from jlrm.judge.rewards import score
@@ -186,7 +187,7 @@ def test_hostile_reasons_stay_text_in_targets(tokenizer):
         for text in ["Fine.", *reasons]
     ]
     config = DataConfig(train="toy", prompt="toy", max_prompt_tokens=10**7)
-    examples = batches.encode_prompts(rows, tokenizer, config)
+    examples = batches.encode_prompts(deal(rows), tokenizer, config)
     end = tokenizer.eos_token_id
     found = batches.encode_targets(examples, tokenizer, 10**6, end_id=end)
     targets = found.take(range(len(found)))

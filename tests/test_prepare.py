@@ -20,7 +20,7 @@ import pytest
 
 from jlrm import commands, prepare
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import batches, contamination, curation, dataset, toy
+from jlrm.data import batches, contamination, curation, dataset, sharded, toy
 from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
@@ -171,7 +171,7 @@ def test_batches_are_those_of_the_jsonl_file(tmp_path, pairs, tokenizer_dir):
     config = DataConfig(train="", prompt="toy")
     jsonl(tmp_path / "train.jsonl", read(f"{out}#train").rows)
     examples = [
-        batches.encode_prompts(read(source).rows, tokenizer, config)
+        batches.encode_prompts(sharded.read(source)[0], tokenizer, config)
         for source in (f"{out}#train", str(tmp_path / "train.jsonl"))
     ]
     for step in range(12):

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from jlrm.config import UsageError
 from jlrm.data import forms, readers
 from jlrm.data.comparisons import Comparison, count_reasons, write_comparisons
-from jlrm.data.readers import read
+from jlrm.data.dataset import write_dataset
+from jlrm.data.readers import READ_ROWS, number, read, read_part
 from jlrm.judge.prompts import PAIR_TEMPLATES, fill
 
 OURS = {"question": "Why?", "answer_1": "Because.", "answer_2": "No.", "preference": 1}
@@ -96,12 +97,12 @@ def prepare_tfds(root: pathlib.Path, rows: list[Comparison]) -> pathlib.Path:
             return {"train": self._generate_examples(rows), "test": self._generate_examples(rows)}
 
         def _generate_examples(self, rows):
-            for number, row in enumerate(rows):
+            for place, row in enumerate(rows):
                 example = row.record() | {"meta": json.dumps(row.meta)}
                 for name in ("score_1", "score_2"):
                     example[name] = math.nan if example[name] is None else example[name]
                 example["preference"] = -1 if row.preference is None else row.preference
-                yield number, example
+                yield place, example
 
     ReadersTestPairs(data_dir=root, file_format="array_record").download_and_prepare()
     (directory,) = root.glob("*/1.0.0")
@@ -340,6 +341,35 @@ def write_csv(path: pathlib.Path, rows: list[Comparison], delimiter: str = ",") 
 def arrow(rows: list[Comparison]) -> list[dict]:
     """Return rows for a format of fixed columns, in which `meta` is text."""
     return [row.record() | {"meta": json.dumps(row.meta)} for row in rows]
+
+
+def test_parts_of_a_source_are_the_whole(tmp_path):
+    """Rows are dealt to three readers in turn; each says where its rows stood, and what it left."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [dataclasses.replace(row, id=f"{i}-{row.id}") for i in range(700) for row in FLAT]
+    rows[5] = dataclasses.replace(rows[5], score_1=-1.0, score_2=-1.0, preference=None)
+    write_comparisons(rows, tmp_path / "x.jsonl")
+    (tmp_path / "x.json").write_text(json.dumps([row.record() for row in rows]))
+    table = pa.Table.from_pylist(arrow(rows))
+    pq.write_table(table, tmp_path / "x.parquet")
+    halves = [datasets.Dataset(table.slice(0, 9)), datasets.Dataset(table.slice(9))]
+    datasets.DatasetDict(a=halves[0], b=halves[1]).save_to_disk(tmp_path / "saved")
+    write_comparisons(rows, tmp_path / "clone" / "train.jsonl")
+    write_dataset({"train": rows}, tmp_path / "prepared")
+    csv_file = write_csv(tmp_path / "x.csv", rows)
+    others = [f"{tmp_path}/{n}" for n in ("x.jsonl", "x.json", "x.parquet", "clone", "prepared")]
+    for source in (csv_file, *others, f"{tmp_path}/saved#a+b"):
+        whole = read(source)
+        assert [row.id for row in whole.dropped] == [rows[5].id] and len(rows) > 2 * READ_ROWS
+        parts = [read_part(source, every=slice(first, None, 3)) for first in range(3)]
+        for name in ("rows", "dropped"):
+            found = [row for part in parts for row in getattr(part, name)]
+            assert sorted(found, key=lambda row: number(row.where)) == getattr(whole, name), source
+        for first, part in enumerate(parts):
+            assert {(number(row.where) - 1) % 3 for row in part.rows} == {first}, source
 
 
 def test_written_rows_read_back_equal(tmp_path):

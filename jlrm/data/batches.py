@@ -7,20 +7,20 @@ agrees on every batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
-from jlrm import hosts
 from jlrm.config import DataConfig, UsageError
 from jlrm.data.comparisons import Comparison, Dropped
+from jlrm.data.sharded import Places, ShardedRows
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, prompt_template
 from jlrm.judge import prompts
 
-ENCODE_ROWS = 2048  # rows tokenised at a time, for a progress bar that moves
+ENCODE_ROWS = 256  # rows tokenised at a time: tokenizers keep some 200 bytes a token meanwhile
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ Encode = Callable[[Sequence[Comparison]], list[Example]]
 class Examples:
     """Comparisons that fit, tokenised when they are taken; and those that were left out.
 
-    A data set's token ids would be gigabytes on every host. Here each host has tokenised its share
-    of the rows once, to know their lengths, and then tokenises what a batch needs.
+    A data set's token ids would be gigabytes. Here each process has tokenised its share of the rows
+    once, to know their lengths, and then tokenises those of its share that a batch needs.
     """
 
-    rows: list[Comparison]
+    rows: ShardedRows
     encode: Encode
     lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target
     dropped: list[Dropped]
@@ -58,14 +58,14 @@ class Examples:
         prompt, target = self.lengths.max(axis=0).tolist()
         return prompt, target
 
-    def take(self, rows: Iterable[int]) -> list[Example]:
-        """Return some of the examples, in this order."""
-        return self.encode([self.rows[row] for row in rows])
+    def take(self, rows: Places) -> list[Example]:
+        """Return some of the examples, in this order; all processes ask for the same."""
+        return self.rows.collect("rows of a batch", rows, self.encode)
 
-    def select(self, rows: Sequence[int]) -> Examples:
+    def select(self, rows: Places) -> Examples:
         """Return the same with some of the rows, in this order."""
-        chosen = [self.rows[row] for row in rows]
-        return dataclasses.replace(self, rows=chosen, lengths=self.lengths[np.asarray(rows, int)])
+        lengths = self.lengths[np.asarray(rows, int)]
+        return dataclasses.replace(self, rows=self.rows.select(rows), lengths=lengths)
 
 
 def prompt_encoder(
@@ -101,20 +101,19 @@ def prompt_encoder(
 def count_tokens(
     rows: Sequence[Comparison], encode_rows: Encode, *, progress: str = ""
 ) -> Int[np.ndarray, "N 2"]:
-    """Count the tokens of every row's prompt and target; each process tokenises its share."""
-    mine = hosts.share(len(rows))
+    """Count the tokens of every row's prompt and target."""
     lengths = np.zeros((len(rows), 2), np.int32)
-    with tqdm(total=len(mine), desc=progress, disable=not progress, delay=1) as bar:
-        for start in range(mine.start, mine.stop, ENCODE_ROWS):
-            part = slice(start, min(start + ENCODE_ROWS, mine.stop))
-            examples = encode_rows(rows[part])
-            lengths[part] = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+    with tqdm(total=len(rows), desc=progress, disable=not progress, delay=1) as bar:
+        for start in range(0, len(rows), ENCODE_ROWS):
+            examples = encode_rows(rows[start : start + ENCODE_ROWS])
+            counts = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+            lengths[start : start + ENCODE_ROWS] = counts
             bar.update(len(examples))
-    return hosts.combine("lengths of prompts", mine, lengths)
+    return lengths
 
 
 def encode_prompts(
-    rows: Sequence[Comparison],
+    rows: ShardedRows,
     tokenizer: Tokenizer,
     config: DataConfig,
     scale: tuple[int, int] = (1, 10),
@@ -132,13 +131,15 @@ def encode_prompts(
       UsageError: an overlong row under `overlong: refuse`, no row left, or no such template.
     """
     encode_rows = prompt_encoder(tokenizer, config, scale)
-    lengths = count_tokens(rows, encode_rows, progress=progress)
+    counts = count_tokens(rows.mine, encode_rows, progress=progress)
+    lengths = rows.table("lengths of prompts", counts)
     limit = config.max_prompt_tokens
     is_over = lengths[:, 0] > limit
     if config.overlong == "refuse" and is_over.any():
         first = int(is_over.argmax())
+        (row,) = rows.left_out([first], "overlong")
         raise UsageError(
-            f"Row {rows[first].id}: the prompt has {lengths[first, 0]} tokens, "
+            f"Row {row.id}: the prompt has {lengths[first, 0]} tokens, "
             f"data.max_prompt_tokens is {limit}. Raise it, or set data.overlong=skip."
         )
     is_left_out = is_over.reshape(-1, together).any(axis=1)
@@ -149,11 +150,9 @@ def encode_prompts(
             f"data.max_prompt_tokens={limit}{both} "
             f"(the longest has {lengths[:, 0].max(initial=0)})."
         )
-    dropped = [
-        Dropped.of(rows[i * together], "overlong") for i in np.flatnonzero(is_left_out).tolist()
-    ]
-    whole = Examples(list(rows), encode_rows, lengths, dropped)
-    return whole.select(np.flatnonzero(~np.repeat(is_left_out, together)).tolist())
+    dropped = rows.left_out(together * np.flatnonzero(is_left_out), "overlong")
+    whole = Examples(rows, encode_rows, lengths, dropped)
+    return whole.select(np.flatnonzero(~np.repeat(is_left_out, together)))
 
 
 def encode_targets(
@@ -190,8 +189,9 @@ def encode_targets(
             )
         ]
 
-    written = [row for row in examples.rows if _is_judged(row)]
-    lengths = count_tokens(written, encode_rows)
+    is_judged = examples.rows.flags("rows with a judgement", _is_judged)
+    written = examples.rows.select(np.flatnonzero(is_judged))
+    lengths = written.table("lengths of targets", count_tokens(written.mine, encode_rows))
     is_over = lengths[:, 1] > max_tokens
     if is_over.all():
         raise UsageError(
@@ -199,12 +199,12 @@ def encode_targets(
             f"{len(examples) - len(written)} have no written judgement and {len(written)} are over "
             f"sft.max_target_tokens={max_tokens}."
         )
-    dropped = [Dropped.of(row, "no_judgement") for row in examples.rows if not _is_judged(row)]
-    dropped += [
-        Dropped.of(written[i], "overlong_judgement") for i in np.flatnonzero(is_over).tolist()
+    dropped = [
+        *examples.rows.left_out(np.flatnonzero(~is_judged), "no_judgement"),
+        *written.left_out(np.flatnonzero(is_over), "overlong_judgement"),
     ]
     whole = Examples(written, encode_rows, lengths, dropped)
-    return whole.select(np.flatnonzero(~is_over).tolist())
+    return whole.select(np.flatnonzero(~is_over))
 
 
 def _is_judged(row: Comparison) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data.batches import count_tokens, prompt_encoder
-from jlrm.data.comparisons import Comparison, Dropped, by_question, fold, tidy
+from jlrm.data.comparisons import Comparison, Dropped, question_key, tidy
 from jlrm.data.tokenizer import Tokenizer
 
 SWAPPED = "/swapped"  # ends the id of a row that stands beside itself in the other order
@@ -89,7 +89,8 @@ def split(rows: list[Comparison], share: float) -> dict[str, list[Comparison]]:
     """
     if not share:
         return {"train": rows}
-    questions = list(by_question(rows))
+    keys = [question_key(row.question) for row in rows]
+    questions = sorted(set(keys))
     heldout = set(questions[: max(1, round(share * len(questions)))])
     if len(heldout) == len(questions):
         raise UsageError(
@@ -97,8 +98,8 @@ def split(rows: list[Comparison], share: float) -> dict[str, list[Comparison]]:
             "or set it to 0."
         )
     parts: dict[str, list[Comparison]] = {"train": [], "validation": []}
-    for row in rows:
-        parts["validation" if fold(row.question) in heldout else "train"].append(row)
+    for row, key in zip(rows, keys, strict=True):
+        parts["validation" if key in heldout else "train"].append(row)
     return parts
 
 

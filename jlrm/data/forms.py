@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jlrm.config import UsageError
@@ -137,8 +137,8 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def there_are(row: Row) -> str:
-    return f"There are: {listed(row)}." if row else "There are none."
+def there_are(names: Collection[str]) -> str:
+    return f"There are: {listed(names)}." if names else "There are none."
 
 
 def listed(names: Iterable[str]) -> str:

@@ -18,7 +18,8 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import numpy as np
@@ -41,7 +42,19 @@ Rows = Iterator[tuple[str, Row]]  # the place, e.g. "line 12", and what stands t
 
 NUMBERS = ("score_1", "score_2", "score", "score_w_reference", "preference")  # in CSV: not text
 MANY_ROWS = 20_000  # more than these are worth a progress bar
+ALL = slice(0, None, 1)  # rows that are read, counted from 0
+READ_ROWS = 1024  # at a time, where a source gives them by number
 FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a part of a source, and what else is needed to say how the whole is."""
+
+    rows: list[Comparison]
+    dropped: list[Dropped]
+    lacking: set[str]  # columns to be renamed that none of these rows had
+    names: list[str]  # of the columns of one of them
 
 
 def read(
@@ -62,6 +75,22 @@ def read(
       UsageError: no such source or split, no rows, no usable row, or, with its line, a row that
         lacks a field or holds another type than it should.
     """
+    part = read_part(source, columns=columns, scores=scores)
+    check_whole(source, len(part.rows), part.dropped, part.lacking, part.names)
+    return Comparisons(part.rows, part.dropped)
+
+
+def read_part(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    scores: str = "score",
+    every: slice = ALL,
+) -> Part:
+    """Read some of the rows: `every` counts them, or the lines of a file, from 0.
+
+    What it says of a source as a whole is left to `check_whole`. Otherwise as `read`.
+    """
     columns = dict(columns or {})
     for name in columns:
         if name not in RENAMABLE:
@@ -69,63 +98,79 @@ def read(
     rows: list[Comparison] = []
     dropped: list[Dropped] = []
     lacking, raw = set(columns.values()), {}
-    for place, raw in _with_progress(checked_rows(source, columns), source):
+    for place, raw in _with_progress(checked_rows(source, columns, every), source):
         where = f"{source}, {place}"
         if not isinstance(raw, dict):
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
         lacking -= raw.keys()
         row = renamed(raw, columns, where)
         ids = (row[key] for key in ("id", "review_id", "question_id") if row.get(key) is not None)
-        identity = str(next(ids, place.split()[-1]))
+        identity = str(next(ids, number(place)))
         try:
             rows.append(comparison(in_our_form(row, scores, where), identity, where))
         except Unusable as reason:
             dropped.append(Dropped(where, identity, str(reason)))
-    if not rows and not dropped:
+    return Part(rows, dropped, lacking, list(raw))
+
+
+def check_whole(
+    source: str, num_rows: int, dropped: Sequence[Dropped], lacking: set[str], names: list[str]
+) -> None:
+    """Refuse a source that holds nothing, or lacks a renamed column in all of its rows.
+
+    Raises:
+      UsageError: so it is.
+    """
+    if not num_rows and not dropped:
         wanted = "one JSON object a line" if ".json" in source else "one comparison a row"
         raise UsageError(f"{source} is empty: wanted {wanted}.")
     if lacking:
-        raise UsageError(f"{source} has no column {listed(lacking)}. {there_are(raw)}")
-    if not rows:
+        raise UsageError(f"{source} has no column {listed(lacking)}. {there_are(names)}")
+    if not num_rows:
         reasons = describe_dropped(dropped)
         raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).")
-    return Comparisons(rows, dropped)
 
 
-def _open(source: str, columns: Mapping[str, str]) -> Rows:
-    name, split = _without_split(source)
+def number(where: str) -> int:
+    """Return the number that a place ends with, e.g. 12 of "pairs.jsonl, line 12"."""
+    return int(where.rpartition(" ")[2])
+
+
+def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
+    name, split = without_split(source)
     if "://" in name:
         path = local_copy(name)
     elif name.startswith("hf:"):
-        return _numbered(_hub_rows(name.removeprefix("hf:"), split))
+        return _numbered(_hub_rows(name.removeprefix("hf:"), split), every, _plain_row)
     elif name.startswith("tfds:"):
-        return _numbered(_tfds_rows(name.removeprefix("tfds:"), split))
+        return _numbered(_tfds_rows(name.removeprefix("tfds:"), split), every, _tfds_row)
     else:
         path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        return _numbered(_directory_rows(path, split))
+        return _directory_rows(path, split, every)
     os.stat(path)  # no such file: said before anything else
     if split:
         raise UsageError(f"{name} is a plain file, which has no splits: leave out '#{split}'.")
-    return _file_rows(path, name, columns)
+    return _file_rows(path, name, columns, every)
 
 
-def _without_split(source: str) -> tuple[str, str]:
+def without_split(source: str) -> tuple[str, str]:
+    """Return a source's name, and the split that was asked for."""
     name, _, split = source.rpartition("#")
     is_path = os.path.exists(os.path.expanduser(source))
     return (source, "") if is_path or not name else (name, split)
 
 
-def checked_rows(source: str, columns: Mapping[str, str]) -> Rows:
+def checked_rows(source: str, columns: Mapping[str, str], every: slice = ALL) -> Rows:
     """Say in one sentence whatever the file system or a library raises while it reads."""
     try:
-        yield from _open(source, columns)
+        yield from _open(source, columns, every)
     except UsageError:
         raise
     except UnicodeDecodeError as error:
         raise UsageError(f"{source} is not UTF-8 text: {error}.") from None
     except Exception as error:  # dataset libraries and file systems raise anything
-        name = _without_split(source)[0]
+        name = without_split(source)[0]
         is_directory = os.path.isdir(os.path.expanduser(name))
         is_file = not is_directory and not name.startswith(("hf:", "tfds:"))
         what, advice = "the data file" if is_file else "the dataset", ""
@@ -154,18 +199,28 @@ def _with_progress(rows: Rows, source: str) -> Rows:
         yield from tqdm(rest, desc=source, unit=" rows", initial=MANY_ROWS, mininterval=1)
 
 
-def _numbered(rows: Iterable[Row]) -> Rows:
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+def _numbered(rows: Any, every: slice, convert: Callable[[Any], Any] = lambda row: row) -> Rows:
+    if hasattr(rows, "__getitems__"):  # random access: the others are not even read
+        chosen = _at(rows, range(len(rows))[every])
+    else:
+        chosen = itertools.islice(enumerate(rows), every.start, every.stop, every.step)
+    return ((f"row {i + 1}", convert(row)) for i, row in chosen)
 
 
-def _file_rows(path: pathlib.Path, name: str, columns: Mapping[str, str]) -> Rows:
+def _at(rows: Any, places: range) -> Iterator[tuple[int, Any]]:
+    for start in range(0, len(places), READ_ROWS):
+        part = places[start : start + READ_ROWS]
+        yield from zip(part, rows.__getitems__(list(part)), strict=True)
+
+
+def _file_rows(path: pathlib.Path, name: str, columns: Mapping[str, str], every: slice) -> Rows:
     kind = pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
     if kind in (".jsonl", ".json"):
-        return _json_rows(path, name, may_be_list=kind == ".json")
+        return _json_rows(path, name, every, may_be_list=kind == ".json")
     if kind in (".csv", ".tsv"):
-        return _csv_rows(path, name, "," if kind == ".csv" else "\t", columns)
+        return _csv_rows(path, name, "," if kind == ".csv" else "\t", columns, every)
     if path.name.lower().endswith(".parquet"):
-        return _numbered(_parquet_rows(path))
+        return _parquet_rows(path, every)
     raise UsageError(f"{name} is in no format that is understood. Wanted {FORMATS}.")
 
 
@@ -174,14 +229,15 @@ def _open_text(path: pathlib.Path) -> TextIO:
     return opener(path, "rt", encoding="utf-8-sig", newline="")  # spreadsheets write the mark
 
 
-def _json_rows(path: pathlib.Path, name: str, may_be_list: bool) -> Rows:
+def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -> Rows:
     with _open_text(path) as file:
         if may_be_list and file.read(4096).lstrip().startswith("["):
             file.seek(0)
-            yield from _numbered(_from_json(file.read(), name))
+            yield from _numbered(_from_json(file.read(), name), every)
             return
         file.seek(0)
-        for number, line in enumerate(file, 1):
+        lines = enumerate(file, 1)
+        for number, line in itertools.islice(lines, every.start, every.stop, every.step):
             if line.strip():
                 yield f"line {number}", _from_json(line, f"{name}, line {number}")
 
@@ -193,13 +249,16 @@ def _from_json(text: str, where: str) -> Any:
         raise UsageError(f"{where} is not valid JSON: {error}.") from None
 
 
-def _csv_rows(path: pathlib.Path, name: str, delimiter: str, columns: Mapping[str, str]) -> Rows:
+def _csv_rows(
+    path: pathlib.Path, name: str, delimiter: str, columns: Mapping[str, str], every: slice
+) -> Rows:
     numbers = {columns.get(name, name) for name in NUMBERS} | {"score_chosen", "score_rejected"}
     csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
     with _open_text(path) as file:
         lines = csv.reader(file, delimiter=delimiter, strict=True)
         header = next(lines, [])
-        for number, cells in enumerate(lines, 1):
+        rows = enumerate(lines, 1)
+        for number, cells in itertools.islice(rows, every.start, every.stop, every.step):
             if cells and len(cells) != len(header):
                 wanted = f"{len(cells)} cells, the header has {len(header)}"
                 raise UsageError(f"{name}, row {number} has {wanted}.")
@@ -216,32 +275,38 @@ def _cell(text: str) -> Any:
         return text
 
 
-def _parquet_rows(path: pathlib.Path) -> Iterator[Row]:
+def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
     import pyarrow.parquet
 
+    first = 0
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from map(_plain_row, batch.to_pylist())
+        for batch in file.iter_batches(batch_size=READ_ROWS):
+            chosen = np.flatnonzero(
+                np.arange(first, first + len(batch)) % every.step == every.start
+            )
+            for i, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
+                yield f"row {first + i + 1}", _plain_row(row)
+            first += len(batch)
 
 
-def _directory_rows(path: pathlib.Path, split: str) -> Iterator[Row]:
+def _directory_rows(path: pathlib.Path, split: str, every: slice) -> Rows:
     if (path / "features.json").exists() and (path / "dataset_info.json").exists():
-        return _tfds_rows(path, split)
+        return _numbered(_tfds_rows(path, split), every, _tfds_row)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _saved_rows(path, split)
-    return _hub_rows(path, split)
+        return _numbered(_saved_rows(path, split), every, _plain_row)
+    return _numbered(_hub_rows(path, split), every, _plain_row)
 
 
-def _tfds_rows(name: str | pathlib.Path, split: str) -> Iterator[Row]:
+def _tfds_rows(name: str | pathlib.Path, split: str) -> Any:
     import tensorflow_datasets as tfds
 
     if isinstance(name, str):
-        return map(_tfds_row, tfds.data_source(name, split=split or "train"))
+        return tfds.data_source(name, split=split or "train")
     builder: Any = tfds.builder_from_directory(name)
-    return map(_tfds_row, builder.as_data_source(split or "train"))
+    return builder.as_data_source(split or "train")
 
 
-def _saved_rows(path: pathlib.Path, split: str) -> Iterator[Row]:
+def _saved_rows(path: pathlib.Path, split: str) -> Any:
     import datasets
 
     saved: Any = datasets.load_from_disk(str(path))
@@ -249,12 +314,13 @@ def _saved_rows(path: pathlib.Path, split: str) -> Iterator[Row]:
         saved = {str(saved.split or "train"): saved}
         split = split or next(iter(saved))
     lengths = {str(name): len(rows) for name, rows in saved.items()}
-    for part in datasets.ReadInstruction.from_spec(split or "train").to_absolute(lengths):
-        rows = saved[part.splitname].select(range(part.from_, part.to))
-        yield from map(_plain_row, rows)
+    parts = datasets.ReadInstruction.from_spec(split or "train").to_absolute(lengths)
+    return datasets.concatenate_datasets(
+        [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    )
 
 
-def _hub_rows(name: str | pathlib.Path, split: str) -> Iterator[Row]:
+def _hub_rows(name: str | pathlib.Path, split: str) -> Any:
     import datasets
 
     path, revision, config = str(name), None, None
@@ -265,8 +331,7 @@ def _hub_rows(name: str | pathlib.Path, split: str) -> Iterator[Row]:
         if not found:
             raise UsageError(f"hf:{name} names no dataset: wanted hf:ORG/NAME@REVISION:CONFIG.")
         path, revision, config = found.groups()
-    rows: Any = datasets.load_dataset(path, config, revision=revision, split=split or "train")
-    return map(_plain_row, rows)
+    return datasets.load_dataset(path, config, revision=revision, split=split or "train")
 
 
 def _plain_row(row: Row) -> Row:
