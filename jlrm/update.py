@@ -55,11 +55,12 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate(config, num_steps)),
     )
-    return (
-        optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-        if config.clip_norm
-        else adamw
-    )
+    if config.clip_norm:
+        return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    # Clipping waits for all gradients. Where nothing does, the compiler orders a single pass so
+    # that a 7B model takes 0.7 GiB more of each of 16 chips.
+    wait = optax.stateless(lambda grads, _: jax.lax.optimization_barrier(grads))
+    return optax.chain(wait, adamw)
 
 
 def _at_rest(adam: optax.GradientTransformation, **dtypes: str) -> optax.GradientTransformation:
