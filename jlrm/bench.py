@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm import commands, costs, hosts, machine, stops, tracking, update
+from jlrm import cluster, commands, costs, hosts, machine, stops, tracking, update
 from jlrm.config import Config, UsageError, load, to_dict
 from jlrm.costs import Batch, Cost
 from jlrm.mesh import create_mesh, rollout_layout, training_layout
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting, of both"
     )
-    hosts.add_arguments(parser)
+    cluster.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     if args.repeats < 1:
         raise UsageError(f"--repeats {args.repeats} measures nothing: at least 1.")

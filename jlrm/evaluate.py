@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jlrm import commands, hosts, judges, results
+from jlrm import cluster, commands, hosts, judges, results
 from jlrm.benchmarks import journal
 from jlrm.benchmarks.benchmark import Benchmark
 from jlrm.benchmarks.games import Answer, Backend, Game, Item
@@ -360,7 +360,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
     judges.add_options(parser)
-    hosts.add_arguments(parser)
+    cluster.add_arguments(parser)
     return parser
 
 

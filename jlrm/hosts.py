@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, agree, and end together.
+"""The processes of one run: how they agree, watch each other, and end together.
 
 One process runs per host and all run the same program (multi-controller SPMD, `jax.distributed`).
 What the devices compute meets in their collectives. What the hosts know (text, verdicts, signals)
@@ -10,7 +10,8 @@ main thread has come, and watches the others: one that fails is quoted, one that
 behind is named, and every process ends. Exit codes: of the one that failed; 137 (killed, so that a
 scheduler may start it again) where one vanished or hangs.
 
-JAX is imported where processes join: what has no device (preparing data) does without.
+JAX is imported where processes join: what has no device (preparing data) does without. How they
+find each other is cluster.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from jlrm import cluster
 from jlrm.config import UsageError, flatten
 
 BEAT_SECONDS = 2.0
@@ -54,28 +56,6 @@ class _State:
 
 
 _state = _State()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which process of how many this is."""
-    group = parser.add_argument_group(
-        "several hosts", "found by themselves on Cloud TPU, GKE and SLURM; environment in brackets"
-    )
-    group.add_argument(
-        "--distributed",
-        choices=["auto", "on", "off"],
-        default=os.environ.get("JLRM_DISTRIBUTED", "auto"),
-        help="off: this process runs alone [JLRM_DISTRIBUTED]",
-    )
-    group.add_argument(
-        "--coordinator",
-        metavar="HOST:PORT",
-        default=os.environ.get("JLRM_COORDINATOR", ""),
-        help="of process 0 [JLRM_COORDINATOR]",
-    )
-    for flag, what in (("num-processes", "of the run"), ("process-id", "of this one, from 0")):
-        name = f"JLRM_{flag.replace('-', '_').upper()}"
-        group.add_argument(f"--{flag}", default=os.environ.get(name, ""), help=f"{what} [{name}]")
 
 
 @contextlib.contextmanager
@@ -146,14 +126,12 @@ def exchange(what: str, payload: bytes) -> list[bytes]:
     return [found[key] for key in sorted(found)]
 
 
-def combine(what: str, rows: range, table: np.ndarray) -> np.ndarray:
-    """Return a table whose rows each process has filled a part of: `rows`, the rest is ignored.
-
-    The parts are runs of rows, in the order of the processes.
-    """
-    part = np.ascontiguousarray(table[rows.start : rows.stop])
-    parts = [np.frombuffer(raw, table.dtype) for raw in exchange(what, part.tobytes())]
-    return np.concatenate(parts).reshape(table.shape)
+def gather(what: str, mine: np.ndarray) -> list[np.ndarray]:
+    """Return the array of every process; they differ in the first dimension at most."""
+    return [
+        np.frombuffer(raw, mine.dtype).reshape(-1, *mine.shape[1:])
+        for raw in exchange(what, np.ascontiguousarray(mine).tobytes())
+    ]
 
 
 def highest(what: str, value: int) -> int:
@@ -186,7 +164,7 @@ def leave(code: int, message: str) -> None:
     if count() == 1 or _state.leaving.is_set():
         return
     if code == 0 or code > 128:  # done, or all of them stopped by a signal
-        _part()
+        _end_together()
         return
     if message.startswith("JaxRuntimeError") and "RESOURCE_EXHAUSTED" not in message:
         # What a collective says when another process is gone; the watch will say which and end us.
@@ -194,7 +172,7 @@ def leave(code: int, message: str) -> None:
     _fail(code, message)
 
 
-def _part() -> None:
+def _end_together() -> None:
     """Part from the others, none of which has failed."""
     import jax
 
@@ -217,7 +195,7 @@ def _fail(code: int, message: str) -> NoReturn:
 
 
 def _initialise(args: argparse.Namespace) -> None:
-    settings = _settings(args)
+    settings = cluster.settings(args)
     if settings is None:
         return
     import jax
@@ -236,66 +214,6 @@ def _initialise(args: argparse.Namespace) -> None:
 
     _state.client = distributed.global_state.client
     _state.count, _state.index = jax.process_count(), jax.process_index()
-
-
-def _settings(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the arguments of `jax.distributed.initialize`; None: this process is alone."""
-    import jax
-
-    if args.distributed == "off" or jax.distributed.is_initialized():
-        return None
-    if args.coordinator:
-        try:
-            number, total = int(args.process_id), int(args.num_processes)
-        except ValueError:
-            raise UsageError(
-                f"--coordinator {args.coordinator} needs --num-processes and --process-id, got "
-                f"{args.num_processes!r} and {args.process_id!r}."
-            ) from None
-        if ":" not in args.coordinator or not 0 <= number < total:
-            raise UsageError(
-                f"--coordinator {args.coordinator} --num-processes {total} --process-id {number}: "
-                "wanted HOST:PORT and 0 <= process-id < num-processes."
-            )
-        if total == 1:
-            return None
-        return {
-            "coordinator_address": args.coordinator,
-            "num_processes": total,
-            "process_id": number,
-        }
-    return {} if args.distributed == "on" or _are_several() else None
-
-
-def _are_several() -> bool:
-    """Return whether the environment is that of a run of several hosts."""
-    env = os.environ
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
-        return True
-    if int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1:
-        return True
-    if "," in env.get("TPU_WORKER_HOSTNAMES", "") + env.get("TPU_PROCESS_ADDRESSES", ""):
-        return True  # GKE
-    return _tpu_vm_workers() > 1
-
-
-def _tpu_vm_workers() -> int:
-    """Return the number of hosts of a Cloud TPU VM's slice by its metadata server; elsewhere 1."""
-    is_tpu_vm = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-    if not is_tpu_vm or os.environ.get("TPU_SKIP_MDS_QUERY"):
-        return 1
-    import urllib.request
-
-    request = urllib.request.Request(
-        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-        "worker-network-endpoints",
-        headers={"Metadata-Flavor": "Google"},
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
-            return len(reply.read().decode().split(","))
-    except OSError:  # Colab and Kaggle have the devices, and no such server
-        return 1
 
 
 def _check_same(settings: Mapping[str, Any]) -> None:

@@ -130,8 +130,7 @@ def judge(
       RunError: a reward function raised. Both name the row; the other processes end with it.
     """
     groups = hosts.share(len(examples) // group_size)
-    rows = range(groups.start * group_size, groups.stop * group_size)
-    mine = slice(rows.start, rows.stop)
+    mine = slice(groups.start * group_size, groups.stop * group_size)
     texts = decode(run.tokenizer, ids[mine])
     judged = score_rows(
         run.config.reward,
@@ -144,9 +143,8 @@ def judge(
     if hosts.count() == 1:
         return judged
     names = [*rewards.TERMS, *(plugin.name for plugin in run.plugins)]
-    table = np.full((len(examples), 4 + len(names)), np.nan)
-    table[mine] = _numbers(judged, names)
-    return _from_numbers(hosts.combine("rewards", rows, table), names)
+    parts = hosts.gather("rewards", _numbers(judged, names))
+    return _from_numbers(np.concatenate(parts), names)
 
 
 def _numbers(judged: Judgements, names: Sequence[str]) -> Float[np.ndarray, "B C"]:

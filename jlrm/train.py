@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlrm import commands, groups, hosts, packing, report, tracking, update
+from jlrm import cluster, commands, groups, hosts, packing, report, tracking, update
 from jlrm.config import Config, load, to_dict
 from jlrm.data import batches
 from jlrm.data.comparisons import describe_dropped, write_dropped
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
     )
-    hosts.add_arguments(parser)
+    cluster.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
     began = time.monotonic()
     config = load(args.config, args.overrides)

@@ -13,6 +13,7 @@ RANKS = {
     "__init__": 0,
     "config": 0,
     "mesh": 1,
+    "cluster": 1,
     "hosts": 1,
     "judge": 1,
     "stops": 1,
@@ -59,6 +60,7 @@ RANKS = {
 }
 # Within a rank: a package's own files, and these.
 SIDEWAYS = {
+    ("hosts", "cluster"),
     ("report", "tracking"),
     ("update", "packing"),
     ("judging", "run"),

@@ -17,7 +17,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from jlrm import hosts
+from jlrm import cluster, hosts
 from jlrm.config import UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
@@ -107,14 +107,14 @@ def script(tmp_path: pathlib.Path, count: int, body: str, **environment: str) ->
     code = f"""
 import argparse, os, sys, time
 import numpy as np
-from jlrm import commands, hosts
+from jlrm import cluster, commands, hosts
 from jlrm.config import UsageError, RunError
 hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 10.0
 me = int(os.environ["JLRM_PROCESS_ID"])
 
 def main():
     parser = argparse.ArgumentParser()
-    hosts.add_arguments(parser)
+    cluster.add_arguments(parser)
     tree = {{"run": {{"dir": "r"}}, "grpo": {{"steps": 1, "rollouts": 8}}}}
     if "OTHER" in os.environ and me == 2:
         tree["grpo"]["rollouts"] = 16
@@ -137,12 +137,12 @@ def test_what_processes_tell_each_other(tmp_path):
     assert hosts.exchange("a", bytes([me])) == [b"\\0", b"\\1", b"\\2"]
     assert hosts.highest("b", me * 7) == 14
     mine = hosts.share(8)
-    table = np.full((8, 2), np.nan)
-    table[mine] = [[row, 0.1 * row] for row in mine]
-    whole = hosts.combine("c", mine, table)
-    assert np.array_equal(whole, [[row, 0.1 * row] for row in range(8)]), whole
+    parts = hosts.gather("c", np.array([[row, 0.1 * row] for row in mine]))
+    assert [len(part) for part in parts] == [2, 3, 3]
+    assert np.array_equal(np.concatenate(parts), [[row, 0.1 * row] for row in range(8)]), parts
     few = hosts.share(1)  # fewer rows than processes
-    assert hosts.combine("d", few, np.ones((1, 2))).tolist() == [[1, 1]]
+    found = hosts.gather("d", np.ones((len(few), 2)))
+    assert [part.shape for part in found] == [(0, 2), (0, 2), (1, 2)]
     hosts.agree("rows", "same")
     try:
         hosts.agree("rows", me == 1)
@@ -186,10 +186,11 @@ def test_each_process_reads_its_share_of_the_rows(tmp_path):
         is_tie = rows.flags("ties", lambda row: row.label == 0)
         assert is_tie.tolist() == [r.label == 0 for r in rows.collect("r", range(39), list)]
         assert sharded.deal(list("abcde")).mine == list("abcde")[me::3]
-    (tmp_path := __import__("pathlib").Path("{tmp_path}") / str(me)).mkdir()
-    (tmp_path / "x.csv").write_text("question,answer_1\\n" + "abc"[me:])
+    os.mkdir(f"{tmp_path}/{{me}}")
+    os.chdir(f"{tmp_path}/{{me}}")
+    with open("x.csv", "w") as file:
+        file.write("question,answer_1\\n" + "abc"[me:])
     try:
-        os.chdir(tmp_path)
         sharded.read("x.csv")
     except UsageError as error:
         assert "Processes [1, 2] have other files of x.csv than process 0" in str(error)
@@ -227,9 +228,9 @@ def test_one_process_is_enough_for_itself():
 )
 def test_impossible_flags_are_refused(flags, wanted):
     parser = argparse.ArgumentParser()
-    hosts.add_arguments(parser)
+    cluster.add_arguments(parser)
     with pytest.raises(UsageError, match=wanted):
-        hosts._settings(parser.parse_args(flags))
+        cluster.settings(parser.parse_args(flags))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +250,7 @@ def test_an_environment_of_several_hosts_is_known(environment, several, monkeypa
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert hosts._are_several() is several
+    assert cluster._are_several() is several
 
 
 def test_a_host_with_another_config_is_named(tmp_path):

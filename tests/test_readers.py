@@ -397,6 +397,15 @@ def test_any_written_row_reads_back_equal(tmp_path, text, score, meta):
     assert read(write_csv(tmp_path / "x.csv", [flat])).rows == [flat]
 
 
+def test_files_of_a_directory_that_do_not_go_together_are_said_so(tmp_path, cache):
+    (tmp_path / "x").mkdir()
+    for name, row in (("a", OURS), ("b", OURS | {"results": 1})):
+        (tmp_path / "x" / f"{name}.jsonl").write_text(json.dumps(row))
+    assert "because column names don't match" in said(tmp_path / "x")
+    found = readers._reason(RuntimeError(f"{readers.SAYS_NOTHING}\n\nThere are 1 new columns."))
+    assert found == "There are 1 new columns"
+
+
 def test_flat_rows_read_back_equal_from_csv(tmp_path):
     source = write_csv(tmp_path / "x.csv", FLAT)
     assert read(source).rows == FLAT

@@ -44,6 +44,7 @@ NUMBERS = ("score_1", "score_2", "score", "score_w_reference", "preference")  # 
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 ALL = slice(0, None, 1)  # rows that are read, counted from 0
 READ_ROWS = 1024  # at a time, where a source gives them by number
+SAYS_NOTHING = "An error occurred while generating the dataset"
 FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
 
 
@@ -187,7 +188,11 @@ def _reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error).strip()
     if isinstance(error, FileNotFoundError) and " " not in text:  # fsspec: the path alone
         return "No such file or directory"
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    lines = [line for line in text.splitlines() if line and not line.startswith(SAYS_NOTHING)]
+    if not lines:
+        return type(error).__name__
+    why = f" {lines[-1]}" if lines[-1].startswith("because") else ""  # after pages of columns
+    return lines[0].rstrip(".") + why.rstrip(".")
 
 
 def _with_progress(rows: Rows, source: str) -> Rows:

@@ -43,8 +43,7 @@ class ShardedRows:
     def table(self, what: str, mine: Shaped[np.ndarray, "M *D"]) -> Shaped[np.ndarray, "N *D"]:
         """Return numbers of every row, each process bringing those of its own M rows, in order."""
         whole = np.empty((len(self), *mine.shape[1:]), mine.dtype)
-        for process, raw in enumerate(hosts.exchange(what, np.ascontiguousarray(mine).tobytes())):
-            part = np.frombuffer(raw, mine.dtype).reshape(-1, *mine.shape[1:])
+        for process, part in enumerate(hosts.gather(what, mine)):
             whole[self.owners == process] = part
         return whole
 
@@ -116,8 +115,9 @@ def read(
     in_order.sort(key=lambda row: readers.number(row.where))
     owners = np.repeat(np.arange(len(numbers)), [len(each) for each in numbers])
     owners = owners[np.argsort(np.concatenate(numbers))]
-    whole = set.intersection(*lacking), max(names, key=len)
-    readers.check_whole(source, len(owners), in_order, *whole)
+    readers.check_whole(
+        source, len(owners), in_order, set.intersection(*lacking), max(names, key=len)
+    )
     return ShardedRows(part.rows, owners), in_order
 
 

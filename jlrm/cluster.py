@@ -1,0 +1,94 @@
+"""Which process of how many this is: by flags, by the environment, or by the machine's own word.
+
+Left out: joining the others and all that follows (hosts.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from jlrm.config import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which process of how many this is."""
+    group = parser.add_argument_group(
+        "several hosts", "found by themselves on Cloud TPU, GKE and SLURM; environment in brackets"
+    )
+    group.add_argument(
+        "--distributed",
+        choices=["auto", "on", "off"],
+        default=os.environ.get("JLRM_DISTRIBUTED", "auto"),
+        help="off: this process runs alone [JLRM_DISTRIBUTED]",
+    )
+    group.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        default=os.environ.get("JLRM_COORDINATOR", ""),
+        help="of process 0 [JLRM_COORDINATOR]",
+    )
+    for flag, what in (("num-processes", "of the run"), ("process-id", "of this one, from 0")):
+        name = f"JLRM_{flag.replace('-', '_').upper()}"
+        group.add_argument(f"--{flag}", default=os.environ.get(name, ""), help=f"{what} [{name}]")
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the arguments of `jax.distributed.initialize`; None: this process is alone."""
+    import jax
+
+    if args.distributed == "off" or jax.distributed.is_initialized():
+        return None
+    if args.coordinator:
+        try:
+            number, total = int(args.process_id), int(args.num_processes)
+        except ValueError:
+            raise UsageError(
+                f"--coordinator {args.coordinator} needs --num-processes and --process-id, got "
+                f"{args.num_processes!r} and {args.process_id!r}."
+            ) from None
+        if ":" not in args.coordinator or not 0 <= number < total:
+            raise UsageError(
+                f"--coordinator {args.coordinator} --num-processes {total} --process-id {number}: "
+                "wanted HOST:PORT and 0 <= process-id < num-processes."
+            )
+        if total == 1:
+            return None
+        return {
+            "coordinator_address": args.coordinator,
+            "num_processes": total,
+            "process_id": number,
+        }
+    return {} if args.distributed == "on" or _are_several() else None
+
+
+def _are_several() -> bool:
+    """Return whether the environment is that of a run of several hosts."""
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+        return True
+    if int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+        return True
+    if "," in env.get("TPU_WORKER_HOSTNAMES", "") + env.get("TPU_PROCESS_ADDRESSES", ""):
+        return True  # GKE
+    return _tpu_vm_workers() > 1
+
+
+def _tpu_vm_workers() -> int:
+    """Return the number of hosts of a Cloud TPU VM's slice by its metadata server; elsewhere 1."""
+    is_tpu_vm = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
+    if not is_tpu_vm or os.environ.get("TPU_SKIP_MDS_QUERY"):
+        return 1
+    import urllib.request
+
+    request = urllib.request.Request(
+        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
+        "worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return len(reply.read().decode().split(","))
+    except OSError:  # Colab and Kaggle have the devices, and no such server
+        return 1
