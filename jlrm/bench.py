@@ -35,24 +35,22 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm import cluster, commands, costs, hosts, machine, stops, tracking, update
 from jlrm.config import Config, UsageError, load, to_dict
-from jlrm.costs import Batch, Cost
-from jlrm.mesh import create_mesh, rollout_layout, training_layout
 from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
-from jlrm.packing import Group
-from jlrm.programs import (
-    Generate,
-    Minibatch,
-    fetch,
-    grpo_programs,
-    make_generator,
-    pack_minibatch,
-)
+from jlrm.planning import costs, machine
+from jlrm.planning.costs import BatchSizes, Cost
+from jlrm.reports import tables
 from jlrm.rl.distribution import Distribution
-from jlrm.rollout import Sampler
-from jlrm.run import check_mesh, read_model
+from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime.mesh import create_mesh, rollout_layout, training_layout
+from jlrm.sampling import stops
+from jlrm.sampling.generate import Generate, fetch, make_generator
+from jlrm.sampling.sampler import SamplerSettings
+from jlrm.training import update
+from jlrm.training.packing import Group
+from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch
+from jlrm.weights.source import check_mesh, read_model
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -83,13 +81,13 @@ def open_model(config: Config) -> tuple[Mesh, QwenConfig]:
     return mesh, model
 
 
-def draw_batch(config: Config) -> Batch:
+def draw_batch(config: Config) -> BatchSizes:
     """Return a batch as large as the config allows, prompts of random lengths."""
     longest = config.data.max_prompt_tokens
     rng = np.random.default_rng(config.run.seed)
     lengths = rng.integers(-(-longest // 2), longest + 1, config.grpo.prompts)
     lengths[0] = longest
-    return Batch(tuple(lengths.tolist()), config.grpo.rollouts, config.sampling.max_new_tokens)
+    return BatchSizes(tuple(lengths.tolist()), config.grpo.rollouts, config.sampling.max_new_tokens)
 
 
 class Workload:
@@ -109,13 +107,13 @@ class Workload:
         fixed = config, model, self.training, decoding
         self.programs = grpo_programs(*fixed, distribution, longest)
         # Without a tokenizer no id spells anything, and no stop string is ever found.
-        tables = stops.stop_tables(sampling.stop_strings, [], model.vocab_size)
+        stop_tables = stops.stop_tables(sampling.stop_strings, [], model.vocab_size)
         self.generate, self.generate_first = (
             make_generator(
                 model,
                 decoding,
-                Sampler(distribution, num_new, (unused,), sampling.slots),
-                tables,
+                SamplerSettings(distribution, num_new, (unused,), sampling.slots),
+                stop_tables,
                 config.run.seed,
                 config.grpo.rollouts,
                 longest,
@@ -326,13 +324,13 @@ def describe(result: dict[str, Any], names: Sequence[str]) -> str:
     parts = [result, result["compare"]] if "compare" in result else [result]
     for name, part in zip(names, parts, strict=True):
         rows = [{"phase": phase, **_row(part[phase])} for phase in PHASES]
-        lines += [name, tracking.table(rows, ["phase", *COLUMNS]), _machine_line(part["machine"])]
+        lines += [name, tables.table(rows, ["phase", *COLUMNS]), _machine_line(part["machine"])]
     if "compare" in result:
         rows = [{"phase": p, **result["compare"]["ratio"][p]} for p in PHASES]
         lines += [
             "",
             f"Time of {names[1]} over that of {names[0]}, of runs that followed each other:",
-            tracking.table(rows, ["phase", "median", "min", "max"]),
+            tables.table(rows, ["phase", "median", "min", "max"]),
         ]
     return "\n".join(lines)
 

@@ -55,7 +55,7 @@ class RunConfig:
 @dataclass(frozen=True)
 class ModelSource:
     path: str = ""  # Hugging Face directory or hub id, or an earlier run's directory[@STEP]
-    preset: str = ""  # random weights of this named shape (model/presets.py), instead of `path`
+    preset: str = ""  # random weights of this named shape (weights/presets.py), instead of `path`
     # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
     tokenizer: str = ""
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights and optimiser moments
@@ -81,7 +81,7 @@ class DataConfig:
     # Our field name: the source's own, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
     scores: Literal["score", "score_w_reference"] = "score"  # which scores of a JudgeLM row
-    prompt: str = "judgelrm_train"  # template name (judge/prompts.py)
+    prompt: str = "judgelrm_train"  # template name (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
     max_prompt_tokens: Positive = 1024
@@ -130,7 +130,7 @@ class RewardConfig:
     limit: float = 0.0  # token limit reached (the paper's ablation: -1.0)
     min_score: int = 1  # of the scale, in the prompt `jlrm` too
     max_score: int = 10
-    # "module:function" in TRL's or verl's form (judge/plugins.py): its weight.
+    # "module:function" in TRL's or verl's form (judgement/plugins.py): its weight.
     plugins: dict[str, float] = field(default_factory=dict)
 
     @property

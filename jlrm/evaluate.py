@@ -32,20 +32,21 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from jlrm import cluster, commands, hosts, judges, results
-from jlrm.benchmarks import journal
-from jlrm.benchmarks.benchmark import Benchmark
-from jlrm.benchmarks.games import Answer, Backend, Game, Item
-from jlrm.benchmarks.journal import Journal
-from jlrm.benchmarks.policies import POLICIES, Policy, policy_of
-from jlrm.benchmarks.recorded import Recorded
-from jlrm.benchmarks.registry import BENCHMARKS, benchmark
-from jlrm.benchmarks.verdicts import PARSERS, Reader, reader
 from jlrm.config import RunError, UsageError
-from jlrm.tracking import write_atomically
+from jlrm.evaluation import journal, results
+from jlrm.evaluation.benchmark import Benchmark
+from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark
+from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.evaluation.journal import Journal
+from jlrm.evaluation.policies import POLICIES, Policy, policy_of
+from jlrm.evaluation.reading import PARSERS, Reader, reader
+from jlrm.judges import options
+from jlrm.judges.recorded import Recorded
+from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime.storage import write_atomically
 
 
-class Task(NamedTuple):
+class BenchmarkRun(NamedTuple):
     """One benchmark of an evaluation."""
 
     benchmark: Benchmark
@@ -60,7 +61,7 @@ class Task(NamedTuple):
         return len({game.item.id for game in self.games})
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
+def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[BenchmarkRun]]:
     """Judge and score benchmarks; return the content of `results.json`, and the tasks.
 
     Raises:
@@ -71,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
     low, high = args.options.get("scale") or (1, 10)
     read = reader(args.parser, (low, high))
     tasks = [_task(name, args) for name in args.names]  # before a model is downloaded
-    identity = judges.identity(args.backend, args.model, args.options, args.seed)
+    identity = options.identity(args.backend, args.model, args.options, args.seed)
     headers = [{**task.header, **identity} for task in tasks]
     hosts.agree("benchmarks and models", headers)
     out = args.out if hosts.is_main() else None  # what others hear, process 0 hears too
@@ -82,7 +83,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
         name = task.benchmark.name
         left = _left(task, kept)
         if left and task.recorded is None and backend is None:
-            backend = judges.make(args.backend, args.model, args.options, args.seed)
+            backend = options.make(args.backend, args.model, args.options, args.seed)
         if left:
             _judge(task, left, kept, task.recorded or backend)
         if not hosts.is_main():
@@ -97,9 +98,9 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[Task]]:
     if out:
         found = _written(out, found)
     if out and args.report:
-        from jlrm import scorecard  # brings matplotlib
+        from jlrm.reports import scorecard_page  # brings matplotlib
 
-        scorecard.write(out, [found])
+        scorecard_page.write(out, [found])
     return found, tasks
 
 
@@ -113,7 +114,7 @@ def _names(text: str) -> list[str]:
     return [benchmark(name).name for name in dict.fromkeys(names)]
 
 
-def _task(name: str, args: argparse.Namespace) -> Task:
+def _task(name: str, args: argparse.Namespace) -> BenchmarkRun:
     chosen, policy = BENCHMARKS[name], policy_of(name, args.policy)
     source = _of(args.data, name, args.names, "--data") or chosen.source
     items = chosen.read(source)
@@ -123,15 +124,15 @@ def _task(name: str, args: argparse.Namespace) -> Task:
     seen = results.checksum([(item.id, item.question, item.answers) for item in items])
     header = {"benchmark": name, "data": seen}
     games = chosen.games(_sample(items, args.limit, args.seed), policy, args.seed)
-    if args.backend != judges.VERDICTS:
-        return Task(chosen, policy, games, header, None)
+    if args.backend != options.VERDICTS:
+        return BenchmarkRun(chosen, policy, games, header, None)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
     header["verdicts"] = results.checksum(recorded.answers)
-    return Task(chosen, policy, recorded.as_played(games), header, recorded.backend(path))
+    return BenchmarkRun(chosen, policy, recorded.as_played(games), header, recorded.backend(path))
 
 
-def _path(out: pathlib.Path | None, task: Task) -> pathlib.Path | None:
+def _path(out: pathlib.Path | None, task: BenchmarkRun) -> pathlib.Path | None:
     return out / task.benchmark.name / "answers.jsonl" if out else None
 
 
@@ -162,14 +163,14 @@ def _sample(items: list[Item], limit: int, seed: int) -> list[Item]:
     return [item for item in items if item.id in drawn]
 
 
-def _left(task: Task, kept: Journal) -> list[Game]:
+def _left(task: BenchmarkRun, kept: Journal) -> list[Game]:
     """Return the games that have no answer yet, by the journal of process 0."""
     told = hosts.exchange("the answers so far", json.dumps(sorted(kept.done)).encode())
     done = set(json.loads(told[0]))
     return [game for game in task.games if game.id not in done]
 
 
-def _judge(task: Task, left: list[Game], kept: Journal, backend: Backend | None) -> None:
+def _judge(task: BenchmarkRun, left: list[Game], kept: Journal, backend: Backend | None) -> None:
     assert backend is not None
     name, done = task.benchmark.name, len(task.games) - len(left)
     bar = tqdm(
@@ -185,7 +186,7 @@ def _judge(task: Task, left: list[Game], kept: Journal, backend: Backend | None)
 
     spent = getattr(backend, "spent", None)  # of a backend that costs money
 
-    def record(answer: Answer) -> None:
+    def record(answer: Response) -> None:
         kept.record(answer)
         if spent is not None:
             bar.set_postfix_str(str(spent), refresh=False)
@@ -219,12 +220,14 @@ def _stoppable() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _first_error(task: Task, kept: Journal) -> str:
+def _first_error(task: BenchmarkRun, kept: Journal) -> str:
     errors = (kept.answers[game.id].error for game in task.games if game.id in kept.answers)
     return f"The first game: {next(filter(None, errors), 'it has no answer')}."
 
 
-def _comparison(other_dir: pathlib.Path, task: Task, mine: results.Evaluation) -> dict[str, Any]:
+def _comparison(
+    other_dir: pathlib.Path, task: BenchmarkRun, mine: results.Evaluation
+) -> dict[str, Any]:
     """Compare with the answers of another evaluation, read as that one read them."""
     name = task.benchmark.name
     header, answers = journal.read(other_dir / name / "answers.jsonl")
@@ -310,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
     """Several hosts judge together where it is their devices that judge."""
-    if args.backend != judges.JLRM:
+    if args.backend != options.JLRM:
         return contextlib.nullcontext()
     names = ("model", "names", "options", "policy", "limit", "seed")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
@@ -335,7 +338,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="file, directory, hf:NAME; B=PATH of several",
     )
-    add("--backend", choices=judges.BACKENDS, help="who judges (jlrm)")
+    add("--backend", choices=options.BACKENDS, help="who judges (jlrm)")
     add(
         "--verdicts",
         action="append",
@@ -359,23 +362,23 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
-    judges.add_options(parser)
+    options.add_options(parser)
     cluster.add_arguments(parser)
     return parser
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments with `options` of the backend, each with its value."""
-    args.backend = args.backend or (judges.VERDICTS if args.verdicts else judges.JLRM)
-    if (args.backend == judges.VERDICTS) != bool(args.verdicts):
-        wanted = "needs" if args.backend == judges.VERDICTS else "has no use for"
+    args.backend = args.backend or (options.VERDICTS if args.verdicts else options.JLRM)
+    if (args.backend == options.VERDICTS) != bool(args.verdicts):
+        wanted = "needs" if args.backend == options.VERDICTS else "has no use for"
         raise UsageError(f"--backend {args.backend} {wanted} --verdicts FILE.")
-    if args.backend != judges.VERDICTS and not args.model:
+    if args.backend != options.VERDICTS and not args.model:
         raise UsageError(f"--backend {args.backend} needs --model.")
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
-    args.options = judges.options(args)
+    args.options = options.options(args)
     args.model = args.model or pathlib.Path(args.verdicts[0]).stem
     args.out = _out(args)
     return args
@@ -385,8 +388,8 @@ def _out(args: argparse.Namespace) -> pathlib.Path | None:
     """Return where answers are kept; recorded verdicts are kept nowhere unless it is named."""
     if args.out is not None:
         return args.out.expanduser()
-    name = re.sub(r"[^\w.-]+", "-", args.name or args.model).strip("-.")
-    return None if args.backend == judges.VERDICTS else pathlib.Path("evaluations", name or "judge")
+    name = re.sub(r"[^\w.-]+", "-", args.name or args.model).strip("-.") or "judge"
+    return None if args.backend == options.VERDICTS else pathlib.Path("evaluations", name)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jlrm import checkpoint, commands
 from jlrm.config import UsageError
-from jlrm.model import hf, hf_config
-from jlrm.run import side_files
+from jlrm.runtime import commands
+from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights.source import side_files
 
 CARD = """---
 library_name: transformers
@@ -82,7 +82,7 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through
 
     from jlrm.config import MeshConfig
-    from jlrm.mesh import create_mesh, training_layout
+    from jlrm.runtime.mesh import create_mesh, training_layout
 
     directory = hf.resolve(source)
     config = hf_config.read_config(directory, param_dtype=hf_config.stored_dtype(directory))

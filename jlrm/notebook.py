@@ -19,8 +19,8 @@ from typing import Any
 
 from IPython.display import HTML, Image, display  # pyright: ignore[reportMissingImports]
 
-from jlrm import report
 from jlrm.config import RunError
+from jlrm.reports import run_page
 
 LINES = 30  # of output that are kept
 
@@ -78,6 +78,6 @@ def _show(shown: Any, said: collections.deque[str], num_lines: int) -> None:
 def _draw(drawn: Any, run_dir: str) -> None:
     if not run_dir or not pathlib.Path(run_dir).is_dir():
         return
-    picture = report.picture(pathlib.Path(run_dir))
+    picture = run_page.picture(pathlib.Path(run_dir))
     if picture is not None:
         drawn.update(Image(picture, width=1100))

@@ -26,16 +26,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jlrm import commands, phases, slices
 from jlrm.config import Config, RunError, UsageError, load
-from jlrm.counting import Counts
-from jlrm.mesh import create_mesh
-from jlrm.model import hf, hf_config
 from jlrm.model.qwen import QwenConfig
-from jlrm.phases import KINDS, Plan, Point, Task
-from jlrm.plan_report import describe, verdict, write
-from jlrm.run import check_mesh, read_model
-from jlrm.slices import GIB, Compiled, Generation
+from jlrm.planning import phases, slices
+from jlrm.planning.counting import Counts
+from jlrm.planning.page import describe, verdict, write
+from jlrm.planning.phases import KINDS, Plan, PlannedProgram, Point
+from jlrm.planning.slices import GIB, Compiled, Generation
+from jlrm.runtime import commands
+from jlrm.runtime.mesh import create_mesh
+from jlrm.weights import hf, hf_config
+from jlrm.weights.source import check_mesh, read_model
 
 FIRST = ("update", "sft")  # compiled first in a search: what most often does not fit
 NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program
@@ -123,7 +124,9 @@ def _is_laid_out(name: str, compiled: dict[str, Compiled]) -> bool:
     return found is not None and not found.needed
 
 
-def _compile(name: str, task: Task, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
+def _compile(
+    name: str, task: PlannedProgram, compiled: dict[str, Compiled], slice_devices: int
+) -> Compiled:
     print(f"{name}: compiling", end="", file=sys.stderr, flush=True)
     found = slices.compile_program(
         task.program, task.arguments(compiled), task.assumed, slice_devices
@@ -167,7 +170,7 @@ def _moment(
     return point.program, kinds, own
 
 
-def _program(task: Task, found: Compiled, generation: Generation) -> dict[str, Any]:
+def _program(task: PlannedProgram, found: Compiled, generation: Generation) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "argument_gib": found.argument / GIB,
         "temp_gib": None if found.needed else found.temp / GIB,

@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 
 import jlrm
-from jlrm import commands
 from jlrm.config import UsageError
 from jlrm.data import readers
 from jlrm.data.comparisons import (
@@ -57,8 +56,9 @@ from jlrm.data.curation import (
     with_swapped,
 )
 from jlrm.data.dataset import NAME, write_to
-from jlrm.data.stores import LAST_FILES, Place, open_place
 from jlrm.data.tokenizer import load_tokenizer
+from jlrm.runtime import commands
+from jlrm.runtime.storage import LAST_FILES, Place, open_place
 
 OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
 # Messages of the parts used here name settings of a training config.
@@ -290,7 +290,7 @@ def _digest_files(files: Iterable[pathlib.Path]) -> str:
 
 
 def _find_tokenizer(source: str) -> pathlib.Path:
-    from jlrm.model import hf  # brings JAX, which nothing else here needs
+    from jlrm.weights import hf  # brings JAX, which nothing else here needs
 
     return hf.resolve(source, hf.TOKENIZER_FILES)
 

@@ -26,9 +26,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from jlrm.config import MeshConfig
-from jlrm.mesh import AXES, create_mesh
-from jlrm.model.attention import BLOCK, Packing
 from jlrm.model.qwen import QwenConfig, hidden_states
+from jlrm.model.visibility import BLOCK, Packing
+from jlrm.runtime.mesh import AXES, create_mesh
 
 # jax 0.11 and later fuse float32 programs otherwise: two forms of one number differ by up to 1e-5
 # of it there (measured on 0.12), and by nothing beyond the absolute bounds on 0.10.

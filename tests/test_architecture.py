@@ -1,4 +1,4 @@
-"""The arrows of the design: a file imports only from lower ranks, and only the top may print."""
+"""The arrows of the design: a folder imports only from folders of lower rank, a folder has no circle."""
 
 from __future__ import annotations
 
@@ -8,138 +8,119 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent / "jlrm"
-# Each place, first match wins. Files of one rank may import each other only where listed below.
+# One number a folder. What stands beside the folders is a command, but for these two.
 RANKS = {
-    "__init__": 0,
-    "config": 0,
-    "mesh": 1,
-    "cluster": 1,
-    "hosts": 1,
-    "judge": 1,
-    "stops": 1,
-    "commands": 1,
-    "hlo": 1,
-    "model": 2,
-    "data": 2,
-    "rl": 2,
-    "counting": 2,
-    "rollout": 3,
-    "packing": 3,
-    "costs": 3,
-    "machine": 3,
-    "slices": 3,
-    "beam": 3,
-    "update": 3,
-    "checkpoint": 3,
-    "tracking": 3,
-    "report": 3,
-    "programs": 4,
-    "run": 4,
-    "judging": 4,
-    "groups": 4,
-    "heldout": 4,
-    "loop": 4,
-    "notebook": 4,
-    "phases": 4,
-    "plan_report": 4,
-    "benchmarks": 4,
-    "backends": 4,
-    "statistics": 4,
-    "results": 4,
-    "judges": 4,
-    "judge_results": 3,
-    "model_card": 4,
-    "scorecard_charts": 4,
-    "scorecard": 4,
-    "train": 5,
-    "bench": 5,
-    "plan": 5,
-    "evaluate": 5,
-    "export": 5,
-    "prepare": 5,
+    "config": 1,
+    "runtime": 2,
+    "judgement": 2,
+    "model": 3,
+    "rl": 3,
+    "data": 3,
+    "reports": 3,
+    "sampling": 4,
+    "weights": 4,
+    "evaluation": 5,
+    "evaluation.benchmarks": 6,
+    "judges": 7,
+    "training": 8,
+    "planning": 9,
 }
-# Within a rank: a package's own files, and these.
-SIDEWAYS = {
-    ("hosts", "cluster"),
-    ("report", "tracking"),
-    ("update", "packing"),
-    ("judging", "run"),
-    ("judging", "programs"),
-    ("groups", "judging"),
-    ("heldout", "judging"),
-    ("heldout", "run"),
-    ("heldout", "benchmarks"),
-    ("heldout", "backends"),
-    ("groups", "run"),
-    ("loop", "heldout"),
-    ("loop", "run"),
-    ("phases", "programs"),
-    ("scorecard", "scorecard_charts"),
-    ("scorecard", "model_card"),
-    ("plan_report", "phases"),
-    ("beam", "rollout"),
-    ("statistics", "benchmarks"),
-    ("results", "benchmarks"),
-    ("results", "statistics"),
-    ("judges", "benchmarks"),
-    ("judges", "backends"),
-    ("judges", "run"),
-    ("backends", "benchmarks"),
-    ("backends", "run"),
-    ("backends", "programs"),
+COMMAND = 10
+COMMANDS = {
+    *("train", "evaluate", "export", "prepare", "plan", "bench", "report", "scorecard"),
+    "notebook",
 }
 FORBIDDEN = {
-    "judge": {"jax", "numpy", "flax"},
+    "judgement": {"jax", "numpy", "flax"},
     "rl": {"transformers", "json", "pathlib"},
     "config": {"jax", "numpy"},
 }
+LINEN = "flax.linen"
+MOST_FILES = 13  # of a folder, without its face
 FILES = sorted(ROOT.rglob("*.py"))
+MODULES = {
+    ".".join(("jlrm", *path.relative_to(ROOT).with_suffix("").parts)): path for path in FILES
+}
 
 
 def place(module: str) -> str:
-    """Return the first name after `jlrm`, the unit that has a rank."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    """Return the folder of a module, or the module itself where it stands at the top."""
+    inner = module.removeprefix("jlrm").removeprefix(".")
+    while inner and inner not in RANKS and inner not in COMMANDS:
+        inner = inner.rpartition(".")[0]
+    return inner
 
 
 def imports(path: pathlib.Path) -> set[str]:
-    found = set()
+    """Return the modules that a file imports, anywhere in it."""
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "jlrm":
-            found |= {f"jlrm.{alias.name}" for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules |= {name if name in MODULES or name == LINEN else node.module for name in names}
+    return modules
 
 
-def here(path: pathlib.Path) -> str:
-    return place(".".join(["jlrm", *path.relative_to(ROOT).with_suffix("").parts]))
+def ours(path: pathlib.Path) -> set[str]:
+    return {module for module in imports(path) if module.split(".")[0] == "jlrm"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_to_lower_ranks(path):
-    mine = here(path)
-    assert mine in RANKS, f"{path.name} has no rank: give it one"
-    for module in imports(path):
-        if module.split(".")[0] != "jlrm":
-            continue
-        other = place(module)
-        if other != mine and (mine, other) not in SIDEWAYS:
-            assert RANKS[other] < RANKS[mine], f"{mine} imports {module}"
+def rank(folder: str) -> int:
+    return RANKS.get(folder, COMMAND)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_place_does_not_know_what_it_must_not(path):
-    roots = {module.split(".")[0] for module in imports(path)}
-    assert not roots & FORBIDDEN.get(here(path), set())
+ARROWS = {module: ours(path) for module, path in MODULES.items()}
+
+
+def test_what_stands_at_the_top_is_a_command_or_a_folder_with_a_rank():
+    tops = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
+    assert tops - {"__init__"} == {name.split(".")[0] for name in RANKS} | COMMANDS
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_to_lower_ranks(module):
+    mine = place(module)
+    for other in ARROWS[module]:
+        if place(other) and place(other) != mine:
+            assert rank(place(other)) < rank(mine), f"{module} imports {other}"
+
+
+def test_arrows_inside_a_folder_go_one_way():
+    waiting = {
+        module: {other for other in others if other in MODULES and other != module}
+        for module, others in ARROWS.items()
+    }
+    while waiting:
+        free = {module for module, others in waiting.items() if not others & waiting.keys()}
+        assert free, f"a circle among {sorted(waiting)}"
+        waiting = {module: others for module, others in waiting.items() if module not in free}
+
+
+@pytest.mark.parametrize("folder", sorted(RANKS.keys() - {"config"}))
+def test_a_folder_can_be_seen_at_a_glance(folder):
+    files = [p for p in (ROOT / folder.replace(".", "/")).glob("*.py") if p.stem != "__init__"]
+    assert 0 < len(files) <= MOST_FILES
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_place_does_not_know_what_it_must_not(module):
+    roots = {other.split(".")[0] for other in imports(MODULES[module])}
+    assert not roots & FORBIDDEN.get(place(module), set())
 
 
 def test_linen_stays_inside_the_model():
-    linen = {"flax", "flax.linen"}
-    users = {here(path) for path in FILES if imports(path) & linen}
-    assert users <= {"model"}
+    assert {place(m) for m, path in MODULES.items() if LINEN in imports(path)} == {"model"}
+
+
+def test_a_class_name_means_one_thing():
+    where: dict[str, str] = {}
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                first = where.setdefault(node.name, module)
+                assert first == module, f"class {node.name} stands in {first} and in {module}"
 
 
 def test_every_module_says_what_it_does():

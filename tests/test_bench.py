@@ -13,14 +13,19 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config
 
-from jlrm import bench, commands, config, costs, packing
+from jlrm import bench, config
 from jlrm.bench import Times
 from jlrm.config import UsageError
-from jlrm.costs import Batch, Cost
-from jlrm.mesh import rollout_layout
-from jlrm.model import decode, hf_config, qwen
-from jlrm.model.presets import preset
-from jlrm.packing import Group
+from jlrm.model import qwen
+from jlrm.planning import costs
+from jlrm.planning.costs import BatchSizes, Cost
+from jlrm.runtime import commands
+from jlrm.runtime.mesh import rollout_layout
+from jlrm.sampling import decode
+from jlrm.training import packing
+from jlrm.training.packing import Group
+from jlrm.weights import hf_config
+from jlrm.weights.presets import preset
 
 MODEL = tiny_config(
     vocab_size=10,
@@ -33,7 +38,7 @@ MODEL = tiny_config(
 )
 # By hand: q 4x4, k and v 4x2, o 4x4, three of 4x8; the head 10x4.
 LAYER, HEAD = 16 + 2 * 8 + 16 + 3 * 32, 40
-BATCH = Batch(prompts=(3, 5), rollouts=4, new_tokens=6)
+BATCH = BatchSizes(prompts=(3, 5), rollouts=4, new_tokens=6)
 SETTINGS = {
     "model": {"preset": "toy", "tokenizer": "toy", "compute_dtype": "float32"},
     "data": {"train": "nowhere.jsonl", "max_prompt_tokens": 16},

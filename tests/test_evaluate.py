@@ -13,13 +13,15 @@ import sys
 import pytest
 from test_sampler_backend import write_model
 
-from jlrm import commands, evaluate, judges
-from jlrm.backends.paid import Spending
-from jlrm.benchmarks.games import Answer
-from jlrm.benchmarks.policies import POLICIES
+from jlrm import evaluate
 from jlrm.config import RunError, UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.evaluation.games import Response
+from jlrm.evaluation.policies import POLICIES
+from jlrm.judges import options
+from jlrm.judges.paid import Spending
+from jlrm.runtime import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 GPT = "dataset=judgebench,response_model=gpt-4o-2024-05-13"
@@ -64,7 +66,7 @@ class Judge:
             self.asked.append(game.id)
             said = self.say(game)
             error = None if said else "timeout"
-            record(Answer(game.id, outputs=(said,) if said else None, error=error, num_tokens=7))
+            record(Response(game.id, outputs=(said,) if said else None, error=error, num_tokens=7))
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def judged_by(monkeypatch):
     """Put a judge in the place of a model that is called over the network."""
 
     def use(judge: Judge) -> Judge:
-        monkeypatch.setattr(judges, "make", lambda *args: judge)
+        monkeypatch.setattr(options, "make", lambda *args: judge)
         return judge
 
     return use
@@ -411,10 +413,10 @@ def test_the_model_of_a_backend_is_known_by_its_files(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"0" * 3_000_000)
-    chosen = {name: option.default for name, option in judges.OPTIONS.items()}
+    chosen = {name: option.default for name, option in options.OPTIONS.items()}
 
     def known():
-        return judges.identity("jlrm", str(folder), {"votes": chosen["votes"]}, 0)["model"]
+        return options.identity("jlrm", str(folder), {"votes": chosen["votes"]}, 0)["model"]
 
     before = known()
     assert known() == before
@@ -428,12 +430,15 @@ def test_options_reach_the_backends_under_the_names_they_have():
     """What `make` passes on is what the backends take."""
     import inspect
 
-    from jlrm.backends import openai, sampler
+    from jlrm.judges import local, openai
+    from jlrm.sampling import writer
 
     passed = {"api_key_env": "api_key", "stop": "stop_strings"}
-    decoding = {field.name for field in dataclasses.fields(sampler.Decoding)}
-    for backend, name in ((sampler, "jlrm"), (openai, "openai")):
-        ours = {passed.get(k, k) for k, option in judges.OPTIONS.items() if name in option.backends}
+    decoding = {field.name for field in dataclasses.fields(writer.DecodingSettings)}
+    for backend, name in ((local, "jlrm"), (openai, "openai")):
+        ours = {
+            passed.get(k, k) for k, option in options.OPTIONS.items() if name in option.backends
+        }
         wanted = set(inspect.signature(backend.make).parameters)
         wanted |= decoding if "decoding" in wanted else set()
         assert ours == wanted - {"model", "seed", "decoding"}
@@ -447,7 +452,7 @@ def test_help_tells_all_benchmarks_and_policies():
     text = " ".join(done.stdout.split())
     for name, known in POLICIES.items():
         assert f"{name} {' | '.join(policy.aggregation for policy in known)}" in text
-    for option in judges.OPTIONS:
+    for option in options.OPTIONS:
         assert f"--{option.replace('_', '-')}" in text
 
 

@@ -13,10 +13,13 @@ from conftest import tiny_config, tpu_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jlrm import commands, counting, hlo, phases, plan, plan_report, slices
+from jlrm import plan
 from jlrm.config import UsageError, from_dict
-from jlrm.model import hf_config, qwen
-from jlrm.slices import GIB, Compiled
+from jlrm.model import qwen
+from jlrm.planning import counting, hlo, page, phases, slices
+from jlrm.planning.slices import GIB, Compiled
+from jlrm.runtime import commands
+from jlrm.weights import hf_config
 
 SETTINGS = {
     "model": {"preset": "toy", "tokenizer": "toy"},
@@ -232,9 +235,9 @@ def test_what_is_sent_off_ahead_is_held_too(mesh, tmp_path):
 
 
 def test_turns_of_decoding():
-    sampler = phases.Sampler(phases.Distribution(), 2048, (), 0)
-    assert phases.decode_turns(sampler, 8) == [512, 512, 1023]
-    waves = dataclasses.replace(sampler, max_new_tokens=100, num_slots=2)
+    settings = phases.SamplerSettings(phases.Distribution(), 2048, (), 0)
+    assert phases.decode_turns(settings, 8) == [512, 512, 1023]
+    waves = dataclasses.replace(settings, max_new_tokens=100, num_slots=2)
     assert phases.decode_turns(waves, 8) == [399]
 
 
@@ -286,7 +289,7 @@ def test_the_command(planned, capsys):
     }
     assert json.loads((planned / "out" / "plan.json").read_text()) == found
     assert "| update |" in (planned / "out" / "plan.md").read_text()
-    assert "Fits: " in plan_report.describe(found)
+    assert "Fits: " in page.describe(found)
 
 
 def run(capsys, *arguments):

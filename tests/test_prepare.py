@@ -18,14 +18,15 @@ import time
 import fsspec
 import pytest
 
-from jlrm import commands, prepare
+from jlrm import prepare
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import batches, contamination, curation, dataset, sharded, toy
 from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
-from jlrm.data.stores import open_place
 from jlrm.data.tokenizer import load_tokenizer
+from jlrm.runtime import commands
+from jlrm.runtime.storage import open_place
 
 ROOT = pathlib.Path(__file__).parent.parent
 LONG = (

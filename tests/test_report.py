@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlrm import report, tracking
 from jlrm.config import UsageError
+from jlrm.reports import run_page, tracking
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -67,7 +67,7 @@ def write_sft(run_dir: pathlib.Path, num_steps: int = 4) -> None:
 
 
 def write_grpo(run_dir: pathlib.Path, num_steps: int = 4) -> None:
-    metrics = {metric: 0.5 for panel in report.PANELS if (metric := panel.metric)}
+    metrics = {metric: 0.5 for panel in run_page.PANELS if (metric := panel.metric)}
     metrics |= {"reward_std": 1.0, "rewards/format/mean": 0.9, "rewards/relation/mean": 0.1}
     write_stage(run_dir, "grpo", num_steps, **metrics)
 
@@ -94,7 +94,7 @@ class Page(HTMLParser):
 
 
 def render(run_dir: pathlib.Path) -> tuple[str, Page]:
-    report.write_report(run_dir)
+    run_page.write_report(run_dir)
     text = (run_dir / "report.html").read_text()
     page = Page(text)
     assert not page.open
@@ -116,7 +116,9 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
     tracking.summary(tmp_path, results | {"steps": 34, "seconds": 3700.0, "tokens": 2_500_000})
     text, page = render(tmp_path)
     titles = [alt.split(";")[0] for alt in page.alts]
-    assert sorted(titles) == sorted(["Held-out comparisons (%)", *(p.title for p in report.PANELS)])
+    assert sorted(titles) == sorted(
+        ["Held-out comparisons (%)", *(p.title for p in run_page.PANELS)]
+    )
     assert cells(text, "Agreement (%)") == ["40.0", "60.2", "72.5", "+12.2 points"]
     assert cells(text, "Reward") == ["-1.00", "1.50", "2.00", "+0.50"]
     assert cells(text, "Mean length (tokens)") == ["–", "200", "–", "–"]
@@ -204,13 +206,13 @@ def test_judgements_of_different_prompts_come_first_and_of_the_last_step(tmp_pat
     ],
 )
 def test_outcomes_follow_the_order_of_the_scores(label, verdict, outcome):
-    assert report._outcome({"label": label, "verdict": verdict}) == outcome
+    assert run_page._outcome({"label": label, "verdict": verdict}) == outcome
 
 
 def test_smoothing_keeps_level_and_length():
-    assert np.allclose(report._running_mean(np.full(40, 3.0)), 3.0)
+    assert np.allclose(run_page._running_mean(np.full(40, 3.0)), 3.0)
     noisy = np.random.default_rng(0).normal(size=300)
-    smooth = report._running_mean(noisy)
+    smooth = run_page._running_mean(noisy)
     assert smooth.shape == noisy.shape and smooth.std() < 0.5 * noisy.std()
 
 
@@ -226,4 +228,4 @@ def test_the_command_renders_again_and_refuses_other_directories(tmp_path):
     assert helped.returncode == 0 and "run_dir" in helped.stdout
     (tmp_path / "summary.json").write_text(json.dumps({}))
     with pytest.raises(UsageError):
-        report.write_report(tmp_path / "no")
+        run_page.write_report(tmp_path / "no")

@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jlrm import judge_results, scorecard, statistics
-from jlrm.benchmarks.games import Answer, Game, Item, Judged, Outcome, outcome
+from jlrm import scorecard
 from jlrm.config import UsageError
+from jlrm.evaluation import diagnostics, intervals
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response, outcome
+from jlrm.reports import scorecard_page, values
 
 EVIL = "</pre></details><script>alert('x')</script><img src=http://evil.example/x onerror=y> | $x_"
 POLICY = {"order": "both", "tie": "half credit", "error": "wrong"}
 
 
-def diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
+def random_diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
     judged, answers = [], {}
     for number in range(num_items):
@@ -36,21 +38,21 @@ def diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
             game = Game(item, *order)
             scores = (float(rng.integers(1, 11)), float(rng.integers(1, 11)))
             is_cut = rng.random() < 0.1
-            cut = Outcome(*order, None, None, "no_think_end")
+            cut = GameVerdict(*order, None, None, "no_think_end")
             outcomes.append(cut if is_cut else outcome(game, scores))
-            answers[game.id] = Answer(
+            answers[game.id] = Response(
                 game.id,
                 outputs=("",),
                 prompt_tokens=70,
                 num_tokens=int(rng.integers(99)),
                 seconds=0.5,
             )
-        judged.append(Judged(item, tuple(outcomes)))
-    return statistics.summary(judged, answers)
+        judged.append(ItemVerdicts(item, tuple(outcomes)))
+    return diagnostics.summary(judged, answers)
 
 
 def benchmark(seed: int, metrics: dict[str, float], **fields: Any) -> dict[str, Any]:
-    found = diagnostics(seed)
+    found = random_diagnostics(seed)
     return {
         "metrics": metrics,
         "intervals": {name: [v - 3.25, v + 2.75] for name, v in metrics.items()},
@@ -97,7 +99,7 @@ def judge(name: str, **benchmarks: Any) -> dict[str, Any]:
     return {"judge": about, "benchmarks": benchmarks}
 
 
-PAIRED = statistics.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)._asdict()
+PAIRED = intervals.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)._asdict()
 RESULTS = [
     judge(
         "ours",
@@ -162,7 +164,7 @@ class Page(HTMLParser):
 
 
 def render(out: pathlib.Path, results: list[dict[str, Any]]) -> Page:
-    scorecard.write(out, results)
+    scorecard_page.write(out, results)
     return Page((out / "report.html").read_text())
 
 
@@ -170,7 +172,7 @@ def render(out: pathlib.Path, results: list[dict[str, Any]]) -> Page:
 def full(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("full")
     before = copy.deepcopy(RESULTS)
-    scorecard.write(out, RESULTS)
+    scorecard_page.write(out, RESULTS)
     assert repr(RESULTS) == repr(before)
     return out
 
@@ -317,9 +319,7 @@ def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
     assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
     complete = copy.deepcopy(RESULTS[0])
     complete["benchmarks"]["rewardbench"]["incomplete"] = False
-    assert (
-        scorecard._warning(["pandalm", "rewardbench"], judge_results.read_judges([complete])) == ""
-    )
+    assert scorecard_page._warning(["pandalm", "rewardbench"], values.read_judges([complete])) == ""
 
 
 def test_pictures_are_pictures_in_two_themes(full, page):
@@ -390,7 +390,7 @@ def test_one_judge_has_no_judge_column(tmp_path):
                     "metrics": {"x": None},
                     "intervals": {"x": [None, None]},
                     "n": 0,
-                    "diagnostics": statistics.summary([], {}),
+                    "diagnostics": diagnostics.summary([], {}),
                     "subsets": {"s": {"n": 0, "accuracy": None, "interval": None}},
                     "worst": [{}],
                 }

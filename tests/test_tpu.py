@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from conftest import tpu_mesh
 
-from jlrm import packing, rollout, update
 from jlrm.config import OptimizerConfig
-from jlrm.mesh import compiler_options, rollout_layout, training_layout
-from jlrm.model import decode, qwen
-from jlrm.model.attention import Packing
-from jlrm.model.presets import preset
-from jlrm.packing import Rows
+from jlrm.model import qwen
+from jlrm.model.visibility import Packing
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyLoss, PolicyTargets
-from jlrm.rollout import SMALLEST_CACHE, Sampler
+from jlrm.runtime.mesh import compiler_options, rollout_layout, training_layout
+from jlrm.sampling import decode, sampler
+from jlrm.sampling.sampler import SMALLEST_CACHE, SamplerSettings
+from jlrm.training import packing, update
+from jlrm.training.packing import Rows
+from jlrm.weights.presets import preset
 
 ROWS, PROMPT = 16, 512
 SLOTS = 4096
@@ -126,9 +127,9 @@ def test_rollout(name, num_new, num_slots):
         jax.eval_shape(place, params),
         place.lower(params).compile().output_shardings,
     )
-    sampler = Sampler(Distribution(num_ids=151665), num_new, (151645, 151643), num_slots)
+    settings = SamplerSettings(Distribution(num_ids=151665), num_new, (151645, 151643), num_slots)
     compiled = (
-        jax.jit(partial(rollout.generate, config, layout, sampler))
+        jax.jit(partial(sampler.generate, config, layout, settings))
         .lower(
             weights,
             shaped(training, "B T", ROWS, PROMPT),

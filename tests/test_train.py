@@ -17,17 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import mesh_of
 
-from jlrm import checkpoint, commands, config, evaluate, export, train
-from jlrm import heldout as heldout_module
+from jlrm import config, evaluate, export, train
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import toy
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison, write_comparisons
-from jlrm.judge import prompts, rewards
-from jlrm.judging import score_rows
-from jlrm.mesh import training_layout
-from jlrm.model import hf, hf_config, qwen
-from jlrm.tracking import read_metrics
+from jlrm.judgement import prompts, rewards
+from jlrm.model import qwen
+from jlrm.reports.tracking import read_metrics
+from jlrm.runtime import commands
+from jlrm.runtime.mesh import training_layout
+from jlrm.training import heldout as heldout_module
+from jlrm.training.scoring import score_rows
+from jlrm.weights import checkpoint, hf, hf_config
 
 TIMES = ("time/", "perf/tokens")
 

@@ -1,1 +1,1 @@
-"""Comparisons from files, as token batches addressed by step."""
+"""Rows: comparisons from files, checked, shared out over hosts, as token batches."""

@@ -18,7 +18,7 @@ from jlrm.config import DataConfig, UsageError
 from jlrm.data.comparisons import Comparison, Dropped
 from jlrm.data.sharded import Places, ShardedRows
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, prompt_template
-from jlrm.judge import prompts
+from jlrm.judgement import prompts
 
 ENCODE_ROWS = 256  # rows tokenised at a time: tokenizers keep some 200 bytes a token meanwhile
 

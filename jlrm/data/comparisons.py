@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jlrm.judge.verdict import preferred, swap_preference
+from jlrm.judgement.verdict import preferred, swap_preference
 
 
 @dataclass(frozen=True)

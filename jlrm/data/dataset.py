@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jlrm.data.comparisons import Comparison
-from jlrm.data.stores import Place
+from jlrm.runtime.storage import Place
 
 SHARD_CHARACTERS = 100_000_000
 TEXTS = ("id", "question", "answer_1", "answer_2", "source", "meta")

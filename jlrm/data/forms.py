@@ -20,7 +20,7 @@ from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.data.comparisons import Comparison
-from jlrm.judge.prompts import PAIR_TEMPLATES, split_judgelm_text
+from jlrm.judgement.prompts import PAIR_TEMPLATES, split_judgelm_text
 
 Row = dict[str, Any]
 Messages = list[tuple[str, str]]  # (role, text)

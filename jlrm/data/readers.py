@@ -36,7 +36,7 @@ from jlrm.data.forms import (
     renamed,
     there_are,
 )
-from jlrm.data.stores import local_copy
+from jlrm.runtime.storage import local_copy
 
 Rows = Iterator[tuple[str, Row]]  # the place, e.g. "line 12", and what stands there
 

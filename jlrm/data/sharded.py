@@ -19,9 +19,9 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt64
 
-from jlrm import hosts
 from jlrm.data import readers
 from jlrm.data.comparisons import Comparison, Dropped, question_key
+from jlrm.runtime import hosts
 
 Made = TypeVar("Made")
 Places = Sequence[int] | Int[np.ndarray, " n"]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.judge import prompts
+from jlrm.judgement import prompts
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; imported late, it costs a second
 

@@ -19,7 +19,7 @@ import pathlib
 import numpy as np
 
 from jlrm.data.comparisons import Comparison
-from jlrm.judge import prompts
+from jlrm.judgement import prompts
 
 KINDS = {
     "animals": ("cat", "dog", "cow", "fox", "owl", "pig", "hen", "wolf"),

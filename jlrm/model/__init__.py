@@ -1,1 +1,1 @@
-"""Qwen-style decoders: architecture, attention, named shapes and the Hugging Face format."""
+"""Qwen-style decoders: the architecture and attention over packed rows."""

@@ -6,8 +6,9 @@ returns beside the output. `hidden_states`, for training, scans it over stacked 
 attention of packed rows. `decode.py` applies it layer by layer, with attention over explicit
 key/value caches.
 
-The model ends at hidden states. Logits are made where they are used (rl/logprobs.py, rollout.py), a
-few positions at a time: an array `[B, T, V]` would outweigh everything else. Letters as in mesh.py.
+The model ends at hidden states. Logits are made where they are used (rl/logprobs.py,
+sampling/sampler.py), a few positions at a time: an array `[B, T, V]` would outweigh everything
+else. Letters as in runtime/mesh.py.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlrm.mesh import LOCAL, Layout, Local
-from jlrm.model.attention import Packing, attend_packed
+from jlrm.model.attention import attend_packed
 from jlrm.model.rope import Rope, Yarn, angles, rotate
+from jlrm.model.visibility import Packing
+from jlrm.runtime.mesh import LOCAL, Layout, Local
 
 Params = dict[str, Any]
 # attend(layout, q "B T N H", k "B K T H", v "B K T H", context) -> output "B T N H", anything else

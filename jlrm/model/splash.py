@@ -17,14 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 from jaxtyping import Array, Bool, Float, Int
 
-from jlrm.model.attention import (
-    BLOCK,
-    Packing,
-    prefix_align,
-    scaled,
-    slot_bits,
-    visible_blocks,
-)
+from jlrm.model.visibility import BLOCK, Packing, prefix_align, scaled, slot_bits, visible_blocks
 
 # The largest tile a kernel takes at once; a row of 5120 slots is 10 x 10 of them.
 MAX_TILE = 512

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlrm.mesh import AXES, Layout
 from jlrm.rl.distribution import Distribution, Vocabulary, kept_logits
+from jlrm.runtime.mesh import AXES, Layout
 
 # Positions of a chunk on a device, over all its rows. With 152k ids that is 148 MiB of logits. On
 # one CPU core, 256 reach 70 to 80 % of a bare product of matrices; 64 or 1024 take 10 to 20 % more.
@@ -171,7 +171,7 @@ def _add(totals: Any, terms: Any) -> Any:
     return jax.tree.map(jnp.add, totals, terms)
 
 
-class _Scores(NamedTuple):
+class _ChunkLogits(NamedTuple):
     """A chunk of positions: its rows are those of all devices, its logits this device's.
 
     Rows and positions are one axis, `B·C`: with an axis of one row CPUs take thrice the time.
@@ -242,7 +242,7 @@ class _Share:
         )
         return logp, entropy
 
-    def score(self, start: Array) -> _Scores:
+    def score(self, start: Array) -> _ChunkLogits:
         """Apply the head to the chunk at `start` of all devices that share the vocabulary."""
         vocabulary = self.vocabulary
         states, tokens = self.at(start, (self.states, self.tokens))
@@ -257,7 +257,7 @@ class _Share:
         chosen = vocabulary.value_of(tokens, shifted)
         log_total = jnp.log(total)
         logp, entropy = chosen - log_total, log_total - moment / total
-        return _Scores(states, tokens, logits, highest + log_total, logp, entropy)
+        return _ChunkLogits(states, tokens, logits, highest + log_total, logp, entropy)
 
     def zero_sums(self, token_loss: TokenLoss) -> Any:
         """Return a loss and sums of 0."""

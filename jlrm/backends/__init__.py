@@ -1,1 +1,0 @@
-"""Judges that can be asked: each module makes a `Backend` (benchmarks/games.py)."""

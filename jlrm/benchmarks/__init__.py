@@ -1,1 +1,0 @@
-"""Benchmarks of judges: readers, official scoring rules, and one table of their policies."""

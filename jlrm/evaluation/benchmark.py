@@ -1,0 +1,57 @@
+"""What a benchmark is: where its items are, which games it asks for, and how it counts verdicts.
+
+Counting has two steps, so that a bootstrap repeats only the cheap one: `mark` looks at one item's
+games, `total` makes metrics of many marks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from jlrm.evaluation.games import Game, Item, ItemVerdicts
+from jlrm.evaluation.policies import POLICIES, Policy
+
+
+class Credit(NamedTuple):
+    """What an item's games are worth under a policy."""
+
+    item: Item
+    credit: float  # 0 to 1
+    verdicts: tuple[int | None, ...] = ()  # of the games, as labels of the item
+    detail: Any = None  # the benchmark's own
+
+
+class Published(NamedTuple):
+    """A number that others report, and the command that follows their protocol as far as known."""
+
+    judge: str
+    metric: str
+    value: float  # percent
+    source: str
+    command: str = ""
+
+
+class Benchmark(NamedTuple):
+    name: str
+    read: Callable[[str], list[Item]]  # from a file, a directory or hf:ORG/NAME#SPLIT
+    games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
+    mark: Callable[[ItemVerdicts, Policy], Credit]
+    total: Callable[[Sequence[Credit], Policy], dict[str, float]]  # percent
+    how_to_get: str  # one sentence for whoever lacks the data
+    source: str = ""  # where `read` finds it if nothing else is said; "": nowhere
+    size: int = 0  # items of the official set; 0: it varies
+    published: tuple[Published, ...] = ()
+
+    @property
+    def policy(self) -> Policy:
+        """The official policy."""
+        return POLICIES[self.name][0]
+
+    def score(self, judged: Sequence[ItemVerdicts], policy: Policy) -> dict[str, float]:
+        """Return the benchmark's metrics, in percent."""
+        return self.total([self.mark(each, policy) for each in judged], policy)
+
+    def credit(self, judged: ItemVerdicts, policy: Policy) -> float:
+        """Return what one item is worth, 0 to 1."""
+        return self.mark(judged, policy).credit

@@ -1,0 +1,1 @@
+"""The benchmarks, one file each, and the table of them."""

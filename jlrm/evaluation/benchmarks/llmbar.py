@@ -1,0 +1,76 @@
+"""LLMBar: 419 pairs of which one answer follows the instruction, most of them adversarial.
+
+Rule: princeton-nlp/LLMBar, as its evaluators record it: both orders; correct_average is the mean of
+the two, correct_both needs both, `equal` says that both name the same answer, and kappa_agreement
+is Cohen's kappa between them (-1 to 1, no percentage). For judges that score, a tie names the
+answer shown second, in either order: that is half a point on average, and no agreement.
+Data: Dataset/LLMBar, MIT.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from jlrm.evaluation import sources
+from jlrm.evaluation.benchmark import Benchmark, Credit
+from jlrm.evaluation.games import Item
+from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import kappa, pair_games, pair_mark, percent, subset_percents
+
+HOW_TO_GET = (
+    "Clone github.com/princeton-nlp/LLMBar and name the directory: "
+    "--data llmbar=LLMBar/Dataset/LLMBar."
+)
+
+
+def read(source: str) -> list[Item]:
+    """Read items of one file, or of every dataset.json of a directory.
+
+    A subset is named after the directory of its file: Natural, Neighbor and so on.
+    """
+    items, numbers = [], {}
+    for where, row in sources.rows(source, HOW_TO_GET, "dataset.json"):
+        subset = pathlib.Path(where.rpartition(", ")[0]).expanduser().resolve().parent.name
+        numbers[subset] = number = numbers.get(subset, -1) + 1
+        items.append(
+            Item(
+                id=f"{subset}-{number}",
+                question=sources.text(row, "input", where),
+                answers=(
+                    sources.text(row, "output_1", where),
+                    sources.text(row, "output_2", where),
+                ),
+                label=sources.choice(row, "label", where, {1: 1, 2: 2}),
+                subset=subset,
+            )
+        )
+    return sources.finished(items, source)
+
+
+def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    """Return `overall` (which is correct_average), the metrics of two orders, and the subsets."""
+    average = percent(mark.credit for mark in marks)
+    metrics = {"overall": average}
+    twice = [mark for mark in marks if len(mark.verdicts) == 2]
+    if twice:
+        one, two = zip(*(mark.verdicts for mark in twice), strict=True)
+        pairs = list(zip(twice, one, two, strict=True))
+        metrics |= {
+            "correct_average": average,
+            "correct_both": percent(mark.item.label == a == b for mark, a, b in pairs),
+            "equal": percent(a is not None and a == b for _, a, b in pairs),
+            "kappa_agreement": kappa(one, two),
+        }
+    return metrics | subset_percents(marks)
+
+
+BENCHMARK = Benchmark(
+    name="llmbar",
+    read=read,
+    games=pair_games,
+    mark=pair_mark,
+    total=total,
+    how_to_get=HOW_TO_GET,
+    size=419,
+)

@@ -1,0 +1,68 @@
+"""Your own comparisons, in any form and from any source that training reads (data/readers.py).
+
+Files, prepared datasets (`DIR#validation`), hf:ORG/NAME and the like. `overall` is the mean credit;
+a label "tie" is met by a verdict "tie" alone. Subsets are the rows' sources. Aggregation
+`first_order` or `pooled` counts three classes instead (classes.py): `first_order` is what training
+judges its held-out set by.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from jlrm.config import UsageError
+from jlrm.data import readers
+from jlrm.data.comparisons import Comparison, describe_dropped
+from jlrm.evaluation import sources
+from jlrm.evaluation.benchmark import Benchmark, Credit
+from jlrm.evaluation.classes import class_mark, class_total
+from jlrm.evaluation.games import Item, ItemVerdicts
+from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import micro_total, pair_games, pair_mark
+
+CLASSES = ("first_order", "pooled")
+
+HOW_TO_GET = (
+    "Name your comparisons, e.g. --data pairs=FILE.jsonl with question, answer_1, answer_2 and "
+    "preference (1, 2, 0) in each line."
+)
+
+
+def read(source: str) -> list[Item]:
+    """Read comparisons; rows that the reader can't use are left out, and said to be."""
+    if not source:
+        raise UsageError(f"There is no data to read. {HOW_TO_GET}")
+    found = readers.read(source)
+    if found.dropped:
+        logging.getLogger(__name__).warning(
+            "%s: left out %s", source, describe_dropped(found.dropped)
+        )
+    return items(found.rows, source)
+
+
+def items(rows: Sequence[Comparison], source: str) -> list[Item]:
+    """Return comparisons as items; an id that occurs again gets a number behind it."""
+    found = [
+        Item(row.id, row.question, (row.answer_1, row.answer_2), row.label, subset=row.source)
+        for row in rows
+    ]
+    return sources.finished(found, source)
+
+
+def _mark(judged: ItemVerdicts, policy: Policy) -> Credit:
+    return (class_mark if policy.aggregation in CLASSES else pair_mark)(judged, policy)
+
+
+def _total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    return (class_total if policy.aggregation in CLASSES else micro_total)(marks, policy)
+
+
+BENCHMARK = Benchmark(
+    name="pairs",
+    read=read,
+    games=pair_games,
+    mark=_mark,
+    total=_total,
+    how_to_get=HOW_TO_GET,
+)

@@ -1,0 +1,136 @@
+"""RewardBench: 2,985 pairs of a chosen and a rejected answer in 23 subsets and 4 sections.
+
+Rule: allenai/reward-bench, rewardbench/constants.py (sections, weights) and utils.py; a section is
+the mean of its subsets by weight, `overall` the plain mean of the sections. `micro` is the mean
+over items, which some papers report. Conversations of more than two turns, which the official
+script gives half a point unjudged, are judged like others here. Data: ODC-BY.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from jlrm.evaluation import sources
+from jlrm.evaluation.benchmark import Benchmark, Credit, Published
+from jlrm.evaluation.games import Item
+from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import pair_games, pair_mark, percent, subset_percents, swap_metrics
+
+HOW_TO_GET = (
+    "Download the split `filtered` of the dataset allenai/reward-bench and name the file or "
+    "directory: --data rewardbench=PATH."
+)
+LANGUAGES = ("cpp", "go", "java", "js", "python", "rust")
+SECTIONS: dict[str, dict[str, int]] = {  # subsets with their weights
+    "Chat": {
+        "alpacaeval-easy": 100,
+        "alpacaeval-length": 95,
+        "alpacaeval-hard": 95,
+        "mt-bench-easy": 28,
+        "mt-bench-med": 40,
+    },
+    "Chat Hard": {
+        "mt-bench-hard": 37,
+        "llmbar-natural": 100,
+        "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47,
+        "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100,
+        "refusals-offensive": 100,
+        "xstest-should-refuse": 154,
+        "xstest-should-respond": 250,
+        "donotanswer": 136,
+    },
+    # math-prm has 447 pairs, and as much weight as all of the code.
+    "Reasoning": {"math-prm": 984, **{f"hep-{language}": 164 for language in LANGUAGES}},
+}
+
+
+def read(source: str) -> list[Item]:
+    """Read items; answer 1 is the chosen one."""
+    rows = sources.rows(source, HOW_TO_GET)
+    items = [
+        Item(
+            id=str(sources.need(row, "id", where)),
+            question=sources.conversation(sources.need(row, "prompt", where), where),
+            answers=(_answer(row, "chosen", where), _answer(row, "rejected", where)),
+            label=1,
+            subset=sources.text(row, "subset", where),
+        )
+        for where, row in rows
+    ]
+    return sources.finished(items, source)
+
+
+def _answer(row: sources.Row, key: str, where: str) -> str:
+    return sources.conversation(sources.need(row, key, where), where)
+
+
+def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    """Return `overall`, the sections, `micro`, and every subset."""
+    subsets = subset_percents(marks)
+    found = sections(subsets)
+    overall = {"overall": percent(found.values()) / 100} if found else {}
+    micro = {"micro": percent(mark.credit for mark in marks)}
+    return overall | found | micro | swap_metrics(marks) | subsets
+
+
+def sections(subsets: Mapping[str, float]) -> dict[str, float]:
+    """Return the sections of subset accuracies, of those that there are."""
+    scores = {}
+    for section, weights in SECTIONS.items():
+        there = {name: weight for name, weight in weights.items() if name in subsets}
+        if there:
+            weighted = sum(subsets[name] * weight for name, weight in there.items())
+            scores[section] = weighted / sum(there.values())
+    return scores
+
+
+def _rows(source: str, values: dict[str, float], command: str) -> list[Published]:
+    return [
+        Published("JudgeLRM-7B", metric, value, source, command) for metric, value in values.items()
+    ]
+
+
+COMMAND = (
+    "python -m jlrm.evaluate --benchmark rewardbench --model nuojohnchen/JudgeLRM-7B "
+    "--prompt judgelrm_eval"
+)
+RM_R1 = {"Chat": 92.9, "Chat Hard": 56.4, "Safety": 78.2, "Reasoning": 73.6, "overall": 75.2}
+SWAP_STUDY = {  # accuracy as given, consistency
+    "7B": (81.3, 75.7),
+    "3B": (76.8, 67.9),
+}
+
+
+def _swap_study() -> list[Published]:
+    source = "a study of swapped answers, RewardBench style"
+    command = f"{COMMAND} --policy order="
+    return [
+        Published(f"JudgeLRM-{size}", metric, value, source, command.replace("7B", size) + order)
+        for size, row in SWAP_STUDY.items()
+        for metric, value, order in zip(
+            ("micro", "consistency"), row, ("as_given", "both"), strict=True
+        )
+    ]
+
+
+BENCHMARK = Benchmark(
+    name="rewardbench",
+    read=read,
+    games=pair_games,
+    mark=pair_mark,
+    total=total,
+    how_to_get=HOW_TO_GET,
+    source="hf:allenai/reward-bench#filtered",
+    size=2985,
+    published=(
+        *_rows("RM-R1, arXiv 2505.02387", RM_R1, f"{COMMAND} --policy error_credit=0"),
+        *_rows("OpenRubrics", {"Chat": 92.1, "Chat Hard": 56.1}, COMMAND),
+        *_rows("Mix-GRM", {"overall": 79.0}, COMMAND),
+        *_swap_study(),
+    ),
+)

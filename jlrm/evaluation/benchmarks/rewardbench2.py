@@ -1,0 +1,216 @@
+"""RewardBench 2: 1,865 prompts in six subsets; one right answer in four, or ties among many.
+
+Rule: allenai/reward-bench, scripts/run_v2.py and rewardbench/utils.py, made for scores of single
+answers. A judge of pairs has no official protocol; two are here, named in the policy.
+`round_robin`: every pair of answers is a game, an answer's score is the mean of what its games gave
+it, and the official rules go on from there: a right answer with the highest score earns 1 / (number
+of answers that share it), none if a wrong one is higher. A score is the judge's own, or 1, 1/2, 0
+for a win, a tie, a loss where some game has a decision alone. A game without a verdict is left
+out; an answer without any scores -1, like an official rating that failed.
+`all_wins`: the right answer must win each of its games; Ties prompts as in `round_robin`.
+Data: ODC-BY.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from jlrm.config import UsageError
+from jlrm.evaluation import sources
+from jlrm.evaluation.benchmark import Benchmark, Credit, Published
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
+from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import game_credit, grouped, ordered, percent, round_robin, verdict
+
+HOW_TO_GET = (
+    "Download the split `test` of the dataset allenai/reward-bench-2 and name the file or "
+    "directory: --data rewardbench2=PATH."
+)
+TIES = "Ties"
+KINDS = ("ref", "tied")
+FAILED = -1.0
+
+
+class TiesRow(NamedTuple):
+    """One prompt of the Ties subset: the first `num_correct` scores are the right answers'."""
+
+    id: str  # ref:N or tied:N
+    scores: Sequence[float]
+    num_correct: int
+
+
+def read(source: str) -> list[Item]:
+    """Read items; the right answers stand first."""
+    items = [_item(row, where) for where, row in sources.rows(source, HOW_TO_GET)]
+    return sources.finished(items, source)
+
+
+def _item(row: sources.Row, where: str) -> Item:
+    chosen, rejected = (sources.texts(row, key, where) for key in ("chosen", "rejected"))
+    subset = sources.text(row, "subset", where)
+    name = str(sources.need(row, "id", where))
+    kind, _, number = name.partition(":")
+    if subset == TIES and not (kind in KINDS and number.isdigit()):
+        raise UsageError(f"{where}: a Ties id is ref:NUMBER or tied:NUMBER, got {name!r}.")
+    if not chosen or not rejected:
+        raise UsageError(f"{where}: wanted at least one chosen and one rejected answer.")
+    question = sources.text(row, "prompt", where)
+    return Item(name, question, chosen + rejected, None, len(chosen), subset)
+
+
+def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
+    """Return the games of every item: all pairs, or those of a right and a wrong answer."""
+    return [
+        game
+        for item in items
+        for first, second in _pairs(item, policy)
+        for game in ordered(item, first, second, policy, seed)
+    ]
+
+
+def _pairs(item: Item, policy: Policy) -> Iterable[tuple[int, int]]:
+    everything = round_robin(len(item.answers))
+    if policy.aggregation == "round_robin" or item.subset == TIES:
+        return everything
+    return [(i, j) for i, j in everything if i < item.num_correct <= j]
+
+
+def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return an item's mark; the credit of a Ties prompt says whether it is ranked right."""
+    item = judged.item
+    if item.subset == TIES:
+        row = TiesRow(item.id, answer_scores(judged), item.num_correct)
+        return Credit(item, float(_margins(row).is_accurate), detail=row)
+    if policy.aggregation == "all_wins":
+        said = [verdict(outcome, policy) for outcome in judged.outcomes]
+        return Credit(item, min(game_credit(each, 1, policy) for each in said), tuple(said))
+    if all(outcome.preference is None for outcome in judged.outcomes):
+        return Credit(item, float(policy.error_credit))
+    return Credit(item, best_credit(answer_scores(judged), item.num_correct, policy))
+
+
+def best_credit(scores: Sequence[float], num_correct: int, policy: Policy) -> float:
+    """Return the credit of scores for finding a right answer, 0 to 1."""
+    best = max(scores)
+    num_best = list(scores).count(best)
+    if best not in scores[:num_correct]:
+        return 0.0
+    if num_best == 1 or policy.tie_credit == "shared":
+        return 1.0 / num_best
+    return float(policy.tie_credit)
+
+
+def answer_scores(judged: ItemVerdicts) -> list[float]:
+    """Return the mean score of each answer over its games that have a verdict."""
+    valid = [outcome for outcome in judged.outcomes if outcome.preference is not None]
+    has_scores = all(outcome.scores is not None for outcome in valid)
+    got: list[list[float]] = [[] for _ in judged.item.answers]
+    for outcome in valid:
+        pair = outcome.scores if has_scores and outcome.scores else _points(outcome)
+        got[outcome.first].append(pair[0])
+        got[outcome.second].append(pair[1])
+    # Rounded, so that equal scores in another order of adding stay equal.
+    return [round(statistics.fmean(each), 12) if each else FAILED for each in got]
+
+
+def _points(outcome: GameVerdict) -> tuple[float, float]:
+    return {0: (0.5, 0.5), 1: (1.0, 0.0), 2: (0.0, 1.0)}[outcome.preference or 0]
+
+
+def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    """Return `overall`, the mean of the subsets, and each subset; Ties by its own formula."""
+    subsets = {name: percent(credits) for name, credits in grouped(marks).items() if name != TIES}
+    rows = [mark.detail for mark in marks if mark.item.subset == TIES]
+    if rows:
+        subsets[TIES] = 100 * ties_score(rows)
+    return {"overall": statistics.fmean(subsets.values())} | subsets
+
+
+# Ties
+
+
+class _Margins(NamedTuple):
+    is_accurate: bool  # every right answer above every wrong one
+    among_correct: float | None  # best minus worst of several right answers
+    to_incorrect: float  # worst right minus best wrong
+
+
+def ties_score(rows: Sequence[TiesRow]) -> float:
+    """Return the score of the Ties subset, as a share (which can exceed 1 by a hundredth).
+
+    Accuracy on prompts with many right answers and on those with one counts 0.3 each; 0.2 goes to
+    prompts whose right answers lie closer together than to the wrong ones; 0.2 if the single right
+    answer keeps such a distance too; 0.01 to how much larger it is.
+    """
+    found: dict[str, dict[str, _Margins]] = {kind: {} for kind in KINDS}
+    for row in rows:
+        kind, _, number = row.id.partition("#")[0].partition(":")
+        found[kind][number] = _margins(row)
+    ref, tied = found["ref"], found["tied"]
+    both = [
+        (tied[n].to_incorrect, min(ref[n].to_incorrect, tied[n].to_incorrect), spread)
+        for n in tied
+        if n in ref and (spread := tied[n].among_correct) is not None
+    ]
+    ratios = [_distance(least, spread) for _, least, spread in both]
+    return (
+        0.3 * _mean(each.is_accurate for each in tied.values())
+        + 0.3 * _mean(each.is_accurate for each in ref.values())
+        + 0.2 * _mean(own > spread for own, _, spread in both)
+        + 0.2 * _mean(least > spread for _, least, spread in both)
+        + 0.01 * _mean(ratios)
+    )
+
+
+def _distance(margin: float, spread: float) -> float:
+    """Return -1 to 1: how much larger a margin is than a spread, 0 where they are equal.
+
+    Without a spread the sign of the margin, as the quotient's limit is.
+    """
+    if spread == 0:
+        return float((margin > 0) - (margin < 0))
+    return math.tanh(margin / spread - 1)
+
+
+def _margins(row: TiesRow) -> _Margins:
+    right, wrong = row.scores[: row.num_correct], row.scores[row.num_correct :]
+    margin = min(right) - max(wrong)
+    return _Margins(margin > 0, max(right) - min(right) if len(right) > 1 else None, margin)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return statistics.fmean(values) if values else 0.0
+
+
+COMMAND = (
+    "python -m jlrm.evaluate --benchmark rewardbench2 --model nuojohnchen/JudgeLRM-7B "
+    "--prompt judgelrm_eval"
+)
+BENCHMARK = Benchmark(
+    name="rewardbench2",
+    read=read,
+    games=games,
+    mark=mark,
+    total=total,
+    how_to_get=HOW_TO_GET,
+    source="hf:allenai/reward-bench-2#test",
+    size=1865,
+    published=(
+        # below the 25 % of guessing, so ties must lose there
+        Published(
+            "JudgeLRM-7B",
+            "Precise IF",
+            9.4,
+            "OpenRubrics",
+            f"{COMMAND} --policy aggregation=all_wins",
+        ),
+        Published(
+            "JudgeLRM-7B", "Focus", 29.1, "OpenRubrics", f"{COMMAND} --policy aggregation=all_wins"
+        ),
+        Published("JudgeLRM-7B", "overall", 55.6, "Mix-GRM", COMMAND),
+    ),
+)

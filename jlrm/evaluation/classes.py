@@ -1,0 +1,91 @@
+"""PandaLM and JudgeLM count verdicts as three classes: answer 1, answer 2, tie.
+
+Aggregation `first_order` looks at each pair's first game (as given, if both orders were played),
+as both official scorers do; `pooled` takes every game for a case of its own, so that the order in
+which a benchmark stores its answers does not matter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from jlrm.evaluation.benchmark import Credit
+from jlrm.evaluation.games import ItemVerdicts
+from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import pair_mark, percent
+from jlrm.judgement.verdict import swap_preference
+
+
+def class_mark(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return the mark of a pair: the credit is that of the games that count."""
+    outcomes = judged.outcomes[:1] if policy.aggregation == "first_order" else judged.outcomes
+    credit = pair_mark(ItemVerdicts(judged.item, outcomes), policy).credit
+    return pair_mark(judged, policy)._replace(credit=credit)
+
+
+def class_total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    """Return agreement and macro precision, recall and F1, and the swap metrics, in percent.
+
+    With a tie_credit other than 0, agreement is the mean credit; the others stay what they are.
+    """
+    found = classification(cases(marks, policy))
+    del found["accuracy"]
+    return {"agreement": percent(mark.credit for mark in marks)} | found | swap_metrics(marks)
+
+
+def cases(marks: Sequence[Credit], policy: Policy) -> Counter[tuple[int, int | None]]:
+    """Count (label, verdict) over the games that count."""
+    num_games = 1 if policy.aggregation == "first_order" else None
+    return Counter(
+        (mark.item.label or 0, said) for mark in marks for said in mark.verdicts[:num_games]
+    )
+
+
+def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
+    """Return what the order of the answers does; nothing where no pair was judged in both.
+
+    consistency: both orders agree; prefer_before_rate, prefer_after_rate: together they name the
+    place shown first, or second; delta_bias: the distance of these two; total_bias: their sum.
+    """
+    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
+    if not twice:
+        return {}
+    before = percent(_lean(*said) > 0 for said in twice)
+    after = percent(_lean(*said) < 0 for said in twice)
+    return {
+        "consistency": percent(one is not None and one == two for one, two in twice),
+        "prefer_before_rate": before,
+        "prefer_after_rate": after,
+        "delta_bias": abs(before - after),
+        "total_bias": before + after,
+    }
+
+
+def _lean(as_given: int | None, swapped: int | None) -> int:
+    """Return above 0 if two orders together name the place shown first, below 0 the second."""
+    shown = (as_given, swap_preference(swapped))
+    return 0 if None in shown else shown.count(1) - shown.count(2)
+
+
+def classification(pairs: Mapping[tuple[int, int | None], int]) -> dict[str, float]:
+    """Return accuracy and macro precision, recall and F1 in percent, as scikit-learn defines them.
+
+    pairs: how often each (label, prediction) occurs. The classes are those that occur as either; a
+    prediction None is wrong and of no class. A ratio without cases is 0.
+    """
+    labels, predictions = Counter[int | None](), Counter[int | None]()
+    for (label, predicted), count in pairs.items():
+        labels[label] += count
+        predictions[predicted] += count
+    classes = sorted(c for c in labels.keys() | predictions.keys() if c is not None)
+    right = {c: pairs.get((c, c), 0) for c in classes}
+    precision = [right[c] / predictions[c] if predictions[c] else 0.0 for c in classes]
+    recall = [right[c] / labels[c] if labels[c] else 0.0 for c in classes]
+    f1 = [2 * right[c] / (predictions[c] + labels[c]) for c in classes]
+    return {
+        "accuracy": 100 * sum(right.values()) / sum(labels.values()),
+        "precision": percent(precision),
+        "recall": percent(recall),
+        "f1": percent(f1),
+    }

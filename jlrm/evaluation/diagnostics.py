@@ -1,0 +1,260 @@
+"""How far the numbers of an evaluation can be trusted, and what kind of judge they describe.
+
+Intervals resample *items*: the games of one item hang together, so they are drawn together. All are
+95 % percentile intervals of a bootstrap, from a seed of their own and hence the same in every run.
+A rate that is 0 or 100 % in the sample has an interval without width; its `n` says what that means.
+
+In the diagnostics of `summary` a rate is `{"percent", "n"}`, with an `interval` where items are
+resampled, and None stands for what there is nothing to compute from; all of it is plain JSON.
+
+Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
+from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles
+from jlrm.judgement.verdict import implied_probability, preferred, swap_preference
+
+NUM_BINS = 10
+
+
+class Play(NamedTuple):
+    """One game with its item: what the diagnostics count."""
+
+    item: Item
+    outcome: GameVerdict
+
+    @property
+    def label(self) -> int | None:
+        """The better answer as shown (1, 2, 0 for a tie); None where the item does not say."""
+        item, first, second = self.item, self.outcome.first, self.outcome.second
+        if item.label is not None:
+            return swap_preference(item.label) if first > second else item.label
+        if len(item.answers) == 2 or (first < item.num_correct) == (second < item.num_correct):
+            return None
+        return 1 if first < item.num_correct else 2
+
+    @property
+    def length_ratio(self) -> float:
+        """The log of how many times longer the first shown is, in characters."""
+        first, second = (len(self.item.answers[i]) for i in self.outcome[:2])
+        return math.log((1 + first) / (1 + second))
+
+
+def summary(
+    judged: Sequence[ItemVerdicts], answers: Mapping[str, Response], *, span: float | None = None
+) -> dict[str, Any]:
+    """Return the diagnostics of a judge on one benchmark; `answers` by the id of their game.
+
+    span: the margin of two scores that states certainty; by default the distance between the
+    lowest and the highest score seen. Raises ValueError for a span that is not positive.
+    """
+    if span is not None and not span > 0:
+        raise ValueError(f"span={span} must be positive: the distance of the scale's ends")
+    plays = list(_plays(judged))
+    verdicts = [play for play in plays if play.outcome.preference is not None]
+    labels = [play.label for play in plays if play.label in (1, 2)]
+    return {
+        "items": len(judged),
+        "games": len(plays),
+        "statuses": dict(Counter(play.outcome.status for play in plays).most_common()),
+        "parse_failures": _rate(len(plays) - len(verdicts), len(plays)),
+        "ties": _rate(sum(p.outcome.preference == 0 for p in verdicts), len(verdicts)),
+        "first": _share_naming(judged, 1),
+        "second": _share_naming(judged, 2),
+        "labels_first": _rate(labels.count(1), len(labels)),
+        **_swaps(judged),
+        "length": _length(plays),
+        "calibration": _calibration(plays, span),
+        "confusion": _confusion(plays),
+        "cost": _cost(plays, answers),
+    }
+
+
+def _plays(judged: Sequence[ItemVerdicts]) -> Iterator[Play]:
+    return (Play(each.item, outcome) for each in judged for outcome in each.outcomes)
+
+
+def _rate(count: int, n: int) -> dict[str, Any]:
+    return {"percent": 100 * count / n if n else None, "n": n}
+
+
+def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
+    """Return sum(counts) / sum(sizes) over items, with its interval."""
+    rate = _rate(sum(counts), sum(sizes))
+    if not rate["n"]:
+        return rate | {"interval": None}
+    pairs, weights = np.unique(np.stack([counts, sizes], 1), axis=0, return_counts=True)
+    rng = np.random.default_rng(0)
+    drawn = rng.multinomial(len(counts), weights / len(counts), NUM_RESAMPLES) @ pairs
+    kept = drawn[drawn[:, 1] > 0]
+    return rate | {"interval": list(percentiles(100 * kept[:, 0] / kept[:, 1]))}
+
+
+def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> dict[str, Any]:
+    """Return how many of all verdicts, ties among them, name the answer shown at a place."""
+    said = [[o.preference for o in each.outcomes if o.preference is not None] for each in judged]
+    return _item_rate([row.count(place) for row in said], [len(row) for row in said])
+
+
+def _swaps(judged: Sequence[ItemVerdicts]) -> dict[str, Any]:
+    """Compare the verdicts on pairs of answers that were shown in both orders.
+
+    Consistent: both verdicts name the same answer, or both a tie; a pair with a verdict missing is
+    not. Of the inconsistent pairs with two verdicts, each leans to the answer shown first or to the
+    one shown second, since its two verdicts do not cancel. Both None without such pairs.
+    """
+    consistent, sizes, leans = [], [], []
+    for each in judged:
+        said = {(o.first, o.second): o.preference for o in each.outcomes}
+        pairs = [
+            (said[a, b], swap_preference(said[b, a]))  # both in the order of the first game
+            for a, b in said
+            if a < b and (b, a) in said
+        ]
+        sizes.append(len(pairs))
+        consistent.append(sum(one == two is not None for one, two in pairs))
+        leans += [pair for pair in pairs if pair[0] != pair[1] and None not in pair]
+    if not sum(sizes):
+        return {"consistency": None, "lean_to_first": None}
+    # The first game showed the first answer first, the other game the second.
+    num_first = sum(one == 1 or (one == 0 and two == 2) for one, two in leans)
+    points = 100 * (2 * num_first - len(leans)) / len(leans) if leans else None
+    lean = {"points": points, "n": len(leans), "first": num_first, "second": len(leans) - num_first}
+    return {"consistency": _item_rate(consistent, sizes), "lean_to_first": lean}
+
+
+def _length(plays: Sequence[Play]) -> dict[str, Any] | None:
+    """Relate verdicts to the lengths of the answers; None where no verdict can show anything.
+
+    verdicts, labels: the share that names the longer answer; ties and answers of equal length are
+    left out, and a pair shown in both orders has one label. correlation: point-biserial, of naming
+    the first shown with the log of how many times longer it is, over the games where both verdict
+    and label name an answer; that of the labels; and the partial one that is left of the verdicts'
+    at equal labels, which is a taste for length rather than the longer answers being better.
+    """
+    uneven = [play for play in plays if play.length_ratio]
+    named = [play for play in uneven if play.outcome.preference in (1, 2)]
+    if not named:
+        return None
+    longer = sum((p.outcome.preference == 1) == (p.length_ratio > 0) for p in named)
+    labels = {  # by item and pair
+        (play.item.id, *sorted(play.outcome[:2])): (play.label == 1) == (play.length_ratio > 0)
+        for play in uneven
+        if play.label in (1, 2)
+    }
+    both = [p for p in plays if p.outcome.preference in (1, 2) and p.label in (1, 2)]
+    ratio = np.array([play.length_ratio for play in both])
+    verdict = np.array([play.outcome.preference == 1 for play in both], dtype=float)
+    label = np.array([play.label == 1 for play in both], dtype=float)
+    of_verdicts, of_labels = _correlation(verdict, ratio), _correlation(label, ratio)
+    return {
+        "verdicts": _rate(longer, len(named)),
+        "labels": _rate(sum(labels.values()), len(labels)),
+        "correlation": {
+            "verdicts": of_verdicts,
+            "labels": of_labels,
+            "verdicts_given_label": _partial(of_verdicts, _correlation(verdict, label), of_labels),
+            "n": len(both),
+        },
+    }
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    if x.size < 2 or not np.ptp(x) or not np.ptp(y):
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def _partial(xy: float | None, xz: float | None, yz: float | None) -> float | None:
+    """Return the correlation of x and y with z held fixed."""
+    if xy is None or xz is None or yz is None:
+        return None
+    left = (1 - xz**2) * (1 - yz**2)
+    return (xy - xz * yz) / math.sqrt(left) if left > 1e-12 else None
+
+
+def _calibration(plays: Sequence[Play], span: float | None) -> dict[str, Any] | None:
+    """Compare the confidence that margins state with how often the higher score is right.
+
+    A margin of 0 states 1/2, one of `span` states certainty, linear between. Games with two scores
+    and a label that names an answer; tied scores prefer none and are only counted. ece: the mean
+    distance of accuracy and confidence over bins, by their games, in points. brier: the mean square
+    of confidence less correctness, between 0 and 1.
+    """
+    scores = [score for play in plays for score in play.outcome.scores or ()]
+    span = span or (max(scores) - min(scores) if scores else 0.0)
+    known = [(p.outcome.scores, p.label) for p in plays if p.outcome.scores and p.label in (1, 2)]
+    told = [(pair, label) for pair, label in known if preferred(*pair)]
+    if not told or not span:
+        return None
+    margins = np.array([abs(one - two) for (one, two), _ in told])
+    confidence = np.array([implied_probability(margin, 0.0, span) for margin in margins])
+    right = np.array([preferred(*pair) == label for pair, label in told], dtype=float)
+    # an edge belongs to the bin above it, whatever rounding says
+    numbers = np.minimum((margins / span * NUM_BINS + 1e-9).astype(int), NUM_BINS - 1)
+    bins = [
+        _bin(number, confidence[numbers == number], right[numbers == number])
+        for number in range(NUM_BINS)
+    ]
+    gaps = [b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"]]
+    return {
+        "span": float(span),
+        "n": len(told),
+        "ties": len(known) - len(told),
+        "confidence": 100 * float(confidence.mean()),
+        "accuracy": 100 * float(right.mean()),
+        "ece": sum(gaps) / len(told),
+        "brier": float(((confidence - right) ** 2).mean()),
+        "bins": bins,
+    }
+
+
+def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    low, width = 50 + 50 * number / NUM_BINS, 50 / NUM_BINS
+    means = (100 * float(values.mean()) if values.size else None for values in (confidence, right))
+    return {
+        "from": low,
+        "to": low + width,
+        "n": int(right.size),
+        **dict(zip(("confidence", "accuracy"), means, strict=True)),
+    }
+
+
+def _confusion(plays: Sequence[Play]) -> dict[str, Any] | None:
+    """Count the games of items with two answers and a label: label by verdict, in item order."""
+    labelled = [p for p in plays if len(p.item.answers) == 2 and p.item.label is not None]
+    counts = Counter((play.item.label, play.outcome.in_order) for play in labelled)
+    rows, columns = (0, 1, 2), (0, 1, 2, None)
+    if not labelled:
+        return None
+    return {
+        "labels": list(rows),
+        "verdicts": list(columns),
+        "counts": [[counts[row, column] for column in columns] for row in rows],
+        "n": len(labelled),
+    }
+
+
+def _cost(plays: Sequence[Play], answers: Mapping[str, Response]) -> dict[str, Any] | None:
+    """Add up what the games took; each mean is over the `n` games that recorded it."""
+    ids = (Game(item, outcome.first, outcome.second).id for item, outcome in plays)
+    found = [answers[game] for game in ids if game in answers]
+    cost: dict[str, Any] = {}
+    for name in ("num_tokens", "prompt_tokens", "seconds"):
+        values = [value for each in found if (value := getattr(each, name)) is not None]
+        if values:
+            cost[name] = {"total": sum(values), "mean": sum(values) / len(values), "n": len(values)}
+    timed = [each for each in found if each.num_tokens is not None and each.seconds]
+    if timed:
+        seconds = sum(each.seconds or 0.0 for each in timed)
+        cost["tokens_per_second"] = sum(each.num_tokens or 0 for each in timed) / seconds
+    return cost or None

@@ -1,0 +1,101 @@
+"""What a benchmark asks of a judge and what comes back: items, games, answers, outcomes.
+
+A benchmark reads *items*. An item has two or more answers; the judge sees two of them at a time, in
+an order: a *game*. What a backend records of a game is an *answer*, a plain JSON row that outlives
+the process. Its verdict, with scores in the order of the item again, is an *outcome*. Benchmarks
+score items by their outcomes; they do not know who judged, and backends do not know what is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from jlrm.judgement.verdict import preferred, swap_preference
+
+
+@dataclass(frozen=True)
+class Item:
+    """One entry of a benchmark. With two answers `label` is the better one, 0 for a tie."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    label: int | None = None  # 1, 2, 0; None where the item has more than two answers
+    num_correct: int = 1  # where there are more: the first `num_correct` answers are the right ones
+    subset: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Game:
+    """Two answers of an item, by their indices, in the order in which the judge sees them."""
+
+    item: Item
+    first: int
+    second: int
+
+    @property
+    def id(self) -> str:
+        """A name that is unique in a benchmark and the same in every run."""
+        return f"{self.item.id}:{self.first}-{self.second}"
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a judge said in one game; exactly one of `outputs`, `scores`, `decision`, `error`.
+
+    scores: of the first and the second answer as shown. decision: 1 the first as shown, 2 the
+    second, 0 a tie. error: why there is none; the game counts as unjudged and is asked again by the
+    next run. num_tokens: generated. seconds: of wall time, of a batch divided by its games.
+    """
+
+    game: str
+    outputs: tuple[str, ...] | None = None  # raw text, one per vote
+    scores: tuple[float, float] | None = None
+    decision: int | None = None
+    error: str | None = None
+    prompt_tokens: int | None = None
+    num_tokens: int | None = None
+    seconds: float | None = None
+
+
+# judge(games, record): calls `record` once per game, in any order, from the calling thread.
+Backend = Callable[[Sequence[Game], Callable[[Response], None]], None]
+
+
+class GameVerdict(NamedTuple):
+    """A game's verdict; `scores` of the answers `first` and `second`, None where not known."""
+
+    first: int
+    second: int
+    preference: int | None  # 1: `first`, 2: `second`, 0: a tie, None: no verdict
+    scores: tuple[float, float] | None
+    status: str  # of judgement/verdict.py; "ok" for recorded scores and decisions
+
+    @property
+    def in_order(self) -> int | None:
+        """The preference as a label of an item of two answers: swapped games are mapped back."""
+        return swap_preference(self.preference) if self.first > self.second else self.preference
+
+
+class ItemVerdicts(NamedTuple):
+    """An item and the outcomes of its games, in the order of the games."""
+
+    item: Item
+    outcomes: tuple[GameVerdict, ...]
+
+
+# metrics in percent; a benchmark's own names
+Score = Callable[[Sequence[ItemVerdicts]], dict[str, float]]
+
+
+def both_orders(items: Iterable[Item]) -> list[Game]:
+    """Return two games per item of two answers: as given, then swapped."""
+    return [Game(item, *order) for item in items for order in ((0, 1), (1, 0))]
+
+
+def outcome(game: Game, scores: tuple[float, float]) -> GameVerdict:
+    """Return the outcome of a game that gave two scores."""
+    return GameVerdict(game.first, game.second, preferred(*scores), scores, "ok")

@@ -1,0 +1,121 @@
+"""What benchmarks of pairs share: orders, verdicts under a policy, credit and means."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from jlrm.evaluation.benchmark import Credit
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
+from jlrm.evaluation.policies import Policy
+from jlrm.judgement.verdict import swap_preference
+
+
+def ordered(item: Item, first: int, second: int, policy: Policy, seed: int) -> list[Game]:
+    """Return the games of two answers of an item in the policy's order.
+
+    A random order depends on the seed and the pair alone: neither on other rows nor on their order.
+    """
+    as_given, swapped = Game(item, first, second), Game(item, second, first)
+    if policy.order == "both":
+        return [as_given, swapped]
+    is_swapped = policy.order == "random" and _coin(f"{seed}:{as_given.id}")
+    return [swapped if is_swapped else as_given]
+
+
+def pair_games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
+    """Return the games of items of two answers."""
+    return [game for item in items for game in ordered(item, 0, 1, policy, seed)]
+
+
+def _coin(text: str) -> bool:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2 == 1
+
+
+def verdict(outcome: GameVerdict, policy: Policy) -> int | None:
+    """Return a game's verdict under a policy, as a label of the item.
+
+    1: the answer that stands earlier in the item, 2: the other, 0: a tie, None: no verdict.
+    """
+    shown = outcome.preference
+    if shown is None and policy.error_credit == "tie":
+        shown = 0
+    if shown == 0 and policy.tie_credit == "second":
+        shown = 2
+    return swap_preference(shown) if outcome.first > outcome.second else shown
+
+
+def game_credit(said: int | None, label: int, policy: Policy) -> float:
+    """Return the credit of one verdict, 0 to 1."""
+    if said is None:
+        return float(policy.error_credit)
+    if said == label:
+        return 1.0
+    return float(policy.tie_credit) if said == 0 else 0.0
+
+
+def combined(credits: Sequence[float], aggregation: str) -> float:
+    """Return an item's credit from its games'."""
+    if aggregation == "all":
+        return min(credits)
+    mean = sum(credits) / len(credits)
+    return float(mean > 0.5) if aggregation == "majority" else mean
+
+
+def pair_mark(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return the mark of an item of two answers."""
+    said = tuple(verdict(outcome, policy) for outcome in judged.outcomes)
+    label = judged.item.label
+    assert label is not None, f"{judged.item.id} has no label"
+    credits = [game_credit(each, label, policy) for each in said]
+    return Credit(judged.item, combined(credits, policy.aggregation), said)
+
+
+def percent(values: Iterable[float]) -> float:
+    """Return the mean of values from 0 to 1 in percent."""
+    listed = list(values)
+    return 100 * math.fsum(listed) / len(listed)  # in this order 203 of 350 are 58, not 57.99999
+
+
+def grouped(marks: Iterable[Credit]) -> dict[str, list[float]]:
+    """Return the credits of each subset, subsets in the order of their names."""
+    groups: dict[str, list[float]] = {}
+    for mark in marks:
+        groups.setdefault(mark.item.subset, []).append(mark.credit)
+    return {name: groups[name] for name in sorted(groups)}
+
+
+def subset_percents(marks: Iterable[Credit]) -> dict[str, float]:
+    """Return the mean credit of each named subset."""
+    return {name: percent(credits) for name, credits in grouped(marks).items() if name}
+
+
+def micro_total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    """Return the mean credit over all items and of each subset; in both orders, their agreement."""
+    overall = {"overall": percent(mark.credit for mark in marks)}
+    return overall | swap_metrics(marks) | subset_percents(marks)
+
+
+def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
+    """Return how often both orders of a pair agree; nothing where no pair was judged in both."""
+    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
+    if not twice:
+        return {}
+    return {"consistency": percent(one is not None and one == two for one, two in twice)}
+
+
+def kappa(one: Sequence[int | None], two: Sequence[int | None]) -> float:
+    """Return Cohen's kappa of two raters, -1 to 1; 1 where both always say the same one thing."""
+    n = len(one)
+    observed = sum(a == b for a, b in zip(one, two, strict=True)) / n
+    first, second = Counter(one), Counter(two)
+    expected = sum(first[c] * second[c] for c in first) / n**2
+    return 1.0 if expected == 1.0 else (observed - expected) / (1 - expected)
+
+
+def round_robin(num_answers: int) -> list[tuple[int, int]]:
+    """Return every pair of answers once."""
+    return list(itertools.combinations(range(num_answers), 2))

@@ -1,0 +1,147 @@
+"""Rows of benchmarks from files, directories and dataset hubs, with sentences for what is missing.
+
+A row comes with its place, which errors name. Nothing is guessed: a field that is absent or of
+another type stops the reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jlrm.config import UsageError
+from jlrm.data import readers
+from jlrm.evaluation.games import Item
+
+Row = dict[str, Any]
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+
+
+def files(source: str, pattern: str = "*") -> list[pathlib.Path]:
+    """Return the data files of a local directory, at any depth, in the order of their names.
+
+    Empty for what is no directory, and for a directory that a dataset library has saved, which
+    `rows` reads as a whole.
+    """
+    directory = pathlib.Path(source).expanduser()
+    known = ("state.json", "dataset_dict.json", "features.json")
+    if not source or not directory.is_dir() or any((directory / name).exists() for name in known):
+        return []
+    found = sorted(directory.rglob(pattern))
+    return [file for file in found if file.is_file() and file.name.endswith(SUFFIXES)]
+
+
+def rows(source: str, how_to_get: str, pattern: str = "*") -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) of a file, of all files of a directory, or of hf:ORG/NAME#SPLIT.
+
+    The place is "FILE, line 12" or "FILE, row 12".
+
+    Raises:
+      UsageError: no such source, with how to get it; or a row that is no JSON object.
+    """
+    if not source:
+        raise UsageError(f"There is no data to read. {how_to_get}")
+    found = files(source, pattern)
+    if pathlib.Path(source).expanduser().is_dir() and not found and pattern != "*":
+        raise UsageError(f"{source} holds no file {pattern}. {how_to_get}")
+    for name in [str(file) for file in found] or [source]:
+        yield from _rows(name, how_to_get)
+
+
+def _rows(source: str, how_to_get: str) -> Iterator[tuple[str, Row]]:
+    try:
+        for place, row in readers.checked_rows(source, {}):
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise UsageError(f"{source}, {place} must be a JSON object, got {kind}.")
+            yield f"{source}, {place}", row
+    except UsageError as error:
+        if isinstance(error.__cause__, FileNotFoundError) or source.startswith("hf:"):
+            raise UsageError(f"{error} {how_to_get}") from error.__cause__
+        raise
+
+
+def hub_files(source: str, names: Sequence[str], how_to_get: str) -> str:
+    """Download files of hf:ORG/NAME and return the directory that they lie in."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            source.removeprefix("hf:"), repo_type="dataset", allow_patterns=list(names)
+        )
+    except Exception as error:  # the client raises anything
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(f"Cannot read the dataset {source}: {reason}. {how_to_get}") from error
+
+
+def need(row: Row, key: str, where: str) -> Any:
+    """Return a field that must be there."""
+    if key not in row:
+        there = ", ".join(f"'{name}'" for name in row)
+        raise UsageError(f"{where} has no field '{key}'. There are: {there}.")
+    return row[key]
+
+
+def text(row: Row, key: str, where: str) -> str:
+    """Return a field that must be text."""
+    value = need(row, key, where)
+    if not isinstance(value, str):
+        raise UsageError(f"{where}: '{key}' must be text, got {value!r}.")
+    return value
+
+
+def texts(row: Row, key: str, where: str) -> tuple[str, ...]:
+    """Return a field that must be a list of texts; a text alone is a list of one."""
+    value = need(row, key, where)
+    value = [value] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise UsageError(f"{where}: '{key}' must be a list of texts, got {value!r}.")
+    return tuple(value)
+
+
+def choice(row: Row, key: str, where: str, known: dict[Any, int]) -> int:
+    """Return what a field means, of the values that are known."""
+    value = need(row, key, where)
+    if isinstance(value, (list, dict)) or value not in known:
+        wanted = ", ".join(repr(each) for each in known)
+        raise UsageError(f"{where}: '{key}' must be one of {wanted}, got {value!r}.")
+    return known[value]
+
+
+def conversation(value: Any, where: str) -> str:
+    """Write messages as one text: a single one as it is, several under the names of their roles."""
+    if isinstance(value, str):
+        return value
+    is_list = isinstance(value, list) and value
+    if not is_list or not all(isinstance(each, dict) and "content" in each for each in value):
+        raise UsageError(f"{where}: wanted text or a list of {{role, content}}, got {value!r}.")
+    if len(value) == 1:
+        return text(value[0], "content", where)
+    lines = ((str(each.get("role", "")), text(each, "content", where)) for each in value)
+    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in lines)
+
+
+def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 0) -> list[Item]:
+    """Return items with ids that are unique, and say what was left out.
+
+    An id that occurs again gets its subset before it, and then a number behind it.
+    """
+    if not items:
+        raise UsageError(
+            f"{source} holds no item that can be asked{left_out and f' ({left_out})'}."
+        )
+    if num:
+        logging.getLogger(__name__).warning("%s: %d rows are not asked: %s", source, num, left_out)
+    often = Counter(item.id for item in items)
+    names = [f"{i.subset}:{i.id}" if often[i.id] > 1 and i.subset else i.id for i in items]
+    seen: Counter[str] = Counter()
+    unique = []
+    for item, name in zip(items, names, strict=True):
+        seen[name] += 1
+        name = f"{name}#{seen[name]}" if seen[name] > 1 else name
+        unique.append(item if name == item.id else dataclasses.replace(item, id=name))
+    return unique

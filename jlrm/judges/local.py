@@ -1,0 +1,130 @@
+"""A model of ours as a judge: Hugging Face weights or a run's, decoded on the devices of a mesh.
+
+Three ways to decode. Sampling and greedy decoding are those of training (rollout.py); with beams or
+a repetition penalty it is the search of the paper's own evaluation (beam.py).
+
+What is written in a game depends on the game alone, not on when it is asked, nor on what else is
+left to ask: its prompt's width is a function of its length, batches are filled up to one size so
+that a width is one compiled program, and random numbers are addressed by (seed, game, vote, token).
+Another batch size or mesh is another program, whose sums may differ in their last bits: there a
+text differs where two ids are as good as tied.
+
+Left out: int8 weights, swapping and voting (the benchmarks' business), progress (the caller's).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+
+from jlrm.config import DataConfig, MeshConfig, UsageError
+from jlrm.data.batches import Example, prompt_encoder
+from jlrm.data.comparisons import Comparison
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    decode,
+    end_ids,
+    load_tokenizer,
+)
+from jlrm.evaluation.games import Backend, Game, Response
+from jlrm.model.qwen import Params
+from jlrm.runtime.mesh import (
+    create_mesh,
+    rollout_layout,
+    training_layout,
+)
+from jlrm.sampling.decode import decode_params
+from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
+from jlrm.weights import checkpoint, hf_config
+from jlrm.weights.source import check_mesh, model_files, read_params
+
+STOP = {"</answer>": 2}
+
+
+def make(
+    model: str,
+    *,
+    prompt: str,
+    scale: tuple[int, int],
+    max_prompt_tokens: int,
+    decoding: DecodingSettings,
+    mesh: MeshConfig,
+    compute_dtype: str,
+) -> Backend:
+    """Return a judge; its weights are read when it is first asked.
+
+    Args:
+      model: a Hugging Face directory or hub id, or RUN[@STEP].
+      prompt, scale: the template's name, and the scores that it asks for if it states any.
+
+    A prompt over `max_prompt_tokens` is answered with an error, and so never cut. At most
+    `len(widths(max_prompt_tokens))` programs are compiled, each when a prompt first needs it.
+
+    Raises:
+      UsageError: anything the user can mend.
+    """
+    check_decoding(decoding)
+    directory = model_files(model)
+    config = hf_config.read_config(directory, compute_dtype=compute_dtype)
+    if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
+        config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
+    longest = max_prompt_tokens + decoding.max_new_tokens
+    if longest > config.max_position_embeddings:
+        raise UsageError(
+            f"Prompt and completion together can have {longest} tokens, {model} has positions for "
+            f"{config.max_position_embeddings}. Lower max_prompt_tokens or max_new_tokens."
+        )
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, config.vocab_size)
+    grid = create_mesh(mesh)
+    check_mesh(grid, config)
+    layout, ends = rollout_layout(grid), end_ids(tokenizer, directory)
+    write = make_writer(config, layout, tokenizer, ends, decoding, widths(max_prompt_tokens))
+    encode = prompt_encoder(tokenizer, DataConfig(train="", prompt=prompt), scale)
+
+    @functools.cache
+    def weights() -> Params:
+        params = read_params(model, config, training_layout(grid))
+        return jax.jit(partial(decode_params, config, layout))(params)
+
+    def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
+        fitting = []
+        for example in encode([_comparison(game) for game in games]):
+            if len(example.prompt_ids) > max_prompt_tokens:
+                record(_too_long(example, max_prompt_tokens))
+            else:
+                fitting.append(example)
+        for written in write(weights(), fitting) if fitting else ():
+            record(answer(tokenizer, written))
+
+    return judge
+
+
+def answer(tokenizer: Tokenizer, written: Written) -> Response:
+    """Return what was written as the answer of the game that the example's id names."""
+    return Response(
+        game=written.example.comparison.id,
+        outputs=tuple(decode(tokenizer, written.completions)),
+        prompt_tokens=len(written.example.prompt_ids),
+        num_tokens=sum(map(len, written.completions)),
+        seconds=written.seconds,
+    )
+
+
+def _comparison(game: Game) -> Comparison:
+    answers = game.item.answers
+    return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])
+
+
+def _too_long(example: Example, max_prompt_tokens: int) -> Response:
+    length = len(example.prompt_ids)
+    return Response(
+        game=example.comparison.id,
+        error=f"The prompt has {length} tokens, max_prompt_tokens is {max_prompt_tokens}.",
+        prompt_tokens=length,
+    )

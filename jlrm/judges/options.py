@@ -1,0 +1,200 @@
+"""Who judges: the options of each backend, what of them shapes the answers, and how one is made.
+
+Backends are imported when they are made, so that recorded verdicts need no accelerator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jlrm.config import MeshConfig, UsageError, load
+from jlrm.evaluation.games import Backend
+
+JLRM, OPENAI, VERDICTS = BACKENDS = ("jlrm", "openai", "verdicts")
+
+
+class Option(NamedTuple):
+    """A flag of some backends; `is_shaping`: another value may give another answer."""
+
+    backends: tuple[str, ...]
+    default: Any
+    help: str
+    is_shaping: bool = True
+    settings: Mapping[str, Any] = {}
+
+
+BOTH = (JLRM, OPENAI)
+OPTIONS: dict[str, Option] = {
+    "prompt": Option(BOTH, "", "template (jlrm; of a run: its own)"),
+    "scale": Option(
+        BOTH, [], "of the scores (1 10)", settings={"nargs": 2, "metavar": ("MIN", "MAX")}
+    ),
+    "max_prompt_tokens": Option((JLRM,), 4096, "longest prompt"),
+    "max_new_tokens": Option(BOTH, 2048, "longest judgement"),
+    "temperature": Option(BOTH, 0.0, "0: the likeliest token"),
+    "top_p": Option(BOTH, 1.0, "share of probability sampled from"),
+    "votes": Option(BOTH, 1, "judgements per game, whose scores are averaged"),
+    "num_beams": Option((JLRM,), 1, "beam search"),
+    "repetition_penalty": Option((JLRM,), 1.0, "1: none"),
+    "stop": Option((JLRM,), True, "end after the second score"),
+    "compute_dtype": Option((JLRM,), "bfloat16", "of activations, or float32"),
+    "batch_size": Option((JLRM,), 32, "games decoded together", False),
+    "mesh": Option((JLRM,), [], "e.g. fsdp=4 tensor=2", False, {"nargs": "+", "metavar": "AXIS=N"}),
+    "base_url": Option((OPENAI,), "https://api.openai.com/v1", "of the endpoint"),
+    "neutral": Option((OPENAI,), True, "break control tokens inside the texts to be judged"),
+    "api_key_env": Option((OPENAI,), "OPENAI_API_KEY", "variable that holds the key", False),
+    "concurrency": Option((OPENAI,), 8, "requests at a time", False),
+    "timeout": Option((OPENAI,), 300.0, "seconds for one answer", False),
+    "max_retries": Option((OPENAI,), 6, "of a request that failed", False),
+    "cache": Option((OPENAI,), "", "directory of answers shared by evaluations", False),
+    "prices": Option(
+        (OPENAI,), [], "dollars per million tokens", False, {"nargs": 2, "metavar": ("IN", "OUT")}
+    ),
+    "budget": Option((OPENAI,), 0.0, "dollars at which to stop (0: none)", False),
+}
+
+AT_LEAST_ONE = (
+    "max_prompt_tokens",
+    "max_new_tokens",
+    "votes",
+    "num_beams",
+    "batch_size",
+    "concurrency",
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for every option; what is not given is None."""
+    for name, option in OPTIONS.items():
+        kind = type(option.default)
+        element = {"prices": float, "scale": int, "mesh": str}.get(name, kind)
+        settings: dict[str, Any] = {"type": element, **option.settings}
+        if kind is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        note = f" ({option.default})" if kind is not bool and option.default else ""
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=None,
+            help=f"{'/'.join(option.backends)}: {option.help}{note}",
+            **settings,
+        )
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of the backend, each with its value.
+
+    Raises:
+      UsageError: an option was given that the backend does not have, or a value out of range.
+    """
+    chosen = {}
+    for name, option in OPTIONS.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if args.backend in option.backends:
+            chosen[name] = option.default if value is None else value
+        elif value is not None:
+            raise UsageError(f"{flag} has no effect with --backend {args.backend}.")
+        if name in AT_LEAST_ONE and value is not None and value < 1:
+            raise UsageError(f"{flag}={value} is too small: at least 1.")
+    if args.backend != VERDICTS:
+        prompt, scale = _trained_with(args.model) if args.backend == JLRM else ("jlrm", [1, 10])
+        chosen["prompt"] = chosen["prompt"] or prompt
+        chosen["scale"] = list(chosen["scale"]) or scale
+        if chosen["scale"][0] >= chosen["scale"][1]:
+            raise UsageError(f"--scale {chosen['scale']}: the first must be below the second.")
+    return chosen
+
+
+def _trained_with(model: str) -> tuple[str, list[int]]:
+    """Return the prompt and the scale of a run's own config; those of jlrm for other models."""
+    from jlrm.weights import checkpoint
+    from jlrm.weights.source import side_files
+
+    if not checkpoint.is_run(model):
+        return "jlrm", [1, 10]
+    checkpoint.find(model)
+    run = load(side_files(model) / "config.yaml")
+    return run.data.prompt, list(run.reward.scale)
+
+
+def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return everything that shapes the answers of a judge, apart from what it is asked."""
+    if backend == VERDICTS:
+        return {"backend": backend}
+    shaping = {name: value for name, value in chosen.items() if OPTIONS[name].is_shaping}
+    who = model if backend == OPENAI else _fingerprint(model)
+    return {"backend": backend, "model": who, **shaping, "seed": seed}
+
+
+def _fingerprint(model: str) -> str:
+    """Return a digest of a model's files: names, sizes, and the ends of each.
+
+    Reading all of the weights would take as long as loading them.
+    """
+    from jlrm.weights import checkpoint, hf
+
+    is_run = checkpoint.is_run(model)
+    directory: Any = checkpoint.find(model) if is_run else hf.resolve(model)  # may be in a store
+    kinds = ("",) if is_run else (".safetensors", ".json", ".jinja", ".txt")
+    digest = hashlib.sha256()
+    for file in sorted(_files(directory)):
+        if not file.name.endswith(kinds):
+            continue
+        size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
+        digest.update(f"{file.relative_to(directory)} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(1 << 20))
+            content.seek(max(0, size - (1 << 20)))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
+
+
+def _files(directory: Any) -> Iterator[Any]:
+    for path in directory.iterdir():  # paths in a store do not search below themselves
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
+
+
+def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Backend:
+    """Load the model, or prepare to call it."""
+    given = dict(chosen)
+    scale = tuple(given.pop("scale"))
+    if backend == JLRM:
+        from jlrm.judges import local
+        from jlrm.sampling import writer
+
+        grid, stops = _mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
+        apart = {name: given.pop(name) for name in ("prompt", "max_prompt_tokens", "compute_dtype")}
+        decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
+        return local.make(model, scale=scale, decoding=decoding, mesh=grid, **apart)
+    from jlrm.judges import openai
+
+    variable, cache = given.pop("api_key_env"), given.pop("cache")
+    prices, budget = given.pop("prices"), given.pop("budget")
+    return openai.make(
+        model,
+        api_key=os.environ.get(variable),
+        cache=pathlib.Path(cache).expanduser() if cache else None,
+        prices=tuple(prices) if prices else None,
+        budget=budget or None,
+        **given,
+        scale=scale,
+        seed=seed,
+    )
+
+
+def _mesh(pairs: Sequence[str]) -> MeshConfig:
+    sizes: dict[str, int] = {}
+    for pair in pairs:
+        axis, _, size = pair.partition("=")
+        if axis not in ("data", "fsdp", "tensor") or not re.fullmatch(r"-?\d+", size):
+            raise UsageError(f"--mesh {pair}: wanted data=N, fsdp=N or tensor=N.")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)

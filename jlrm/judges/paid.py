@@ -1,0 +1,135 @@
+"""What hosted judges cost: a purse that is never overdrawn, and a store of what was paid for.
+
+A request's price is known only afterwards. So the most that it can cost is set aside before it is
+sent, and a request for which the budget has no room waits until others have given back what they
+did not use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jlrm.judges.protocol import Reply
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Spending:
+    """What a backend has used in the life of this process; `str` of it fits on a progress bar."""
+
+    num_requests: int = 0  # sent, failed ones included
+    num_retries: int = 0
+    num_cached: int = 0  # answers that were paid for by an earlier run
+    prompt_tokens: int = 0
+    num_tokens: int = 0
+    usd: float = 0.0  # at most; a request that broke off counts with the most it can have cost
+
+    def __str__(self) -> str:
+        return f"{self.num_requests} requests, {self.num_cached} cached, {self.usd:.2f} USD"
+
+
+@dataclass
+class Receipt:
+    usd: float
+
+
+class OverBudget(Exception):
+    """The next request could cost more than is left."""
+
+
+class Purse:
+    """Counts what is spent, and sets money aside for requests under way.
+
+    prices: USD per million prompt tokens and per million generated ones. Not for threads.
+    """
+
+    def __init__(self, prices: tuple[float, float] | None, budget: float | None) -> None:
+        self.spent = Spending()
+        self.prices = prices or (0.0, 0.0)
+        self.budget = budget
+        self._aside = 0.0
+        self._num_under_way = 0
+        self._settled = asyncio.Event()
+
+    def open(self) -> None:
+        """Forget who waits: an event loop of its own asks from now on."""
+        self._settled = asyncio.Event()
+
+    def price(self, prompt_tokens: int, num_tokens: int) -> float:
+        """Return USD."""
+        return (prompt_tokens * self.prices[0] + num_tokens * self.prices[1]) / 1e6
+
+    @contextlib.asynccontextmanager
+    async def hold(self, most: float) -> AsyncIterator[Receipt]:
+        """Set `most` USD aside for one request; the caller corrects the receipt it gets.
+
+        Raises:
+          OverBudget: it does not fit, and nothing is under way that could give money back.
+        """
+        while self.budget is not None and self.spent.usd + self._aside + most > self.budget:
+            if not self._num_under_way:
+                raise OverBudget(
+                    f"the budget of {self.budget:g} USD has no room for a request of up to"
+                    f" {most:.2g} USD after {self.spent.usd:.2g} USD"
+                )
+            self._settled.clear()
+            await self._settled.wait()
+        self._aside += most
+        self._num_under_way += 1
+        self.spent.num_requests += 1
+        receipt = Receipt(most)
+        try:
+            yield receipt
+        finally:
+            self._num_under_way -= 1
+            self._aside = self._aside - most if self._num_under_way else 0.0
+            self.spent.usd += receipt.usd
+            self._settled.set()
+
+
+class Cache:
+    """One JSON file per request, under the hash of everything that shapes its answer."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+
+    def path(self, request: Mapping[str, Any]) -> pathlib.Path:
+        """Return where the answer to a request is or will be."""
+        text = json.dumps(request, sort_keys=True)
+        return self.directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+
+    def get(self, request: Mapping[str, Any]) -> Reply | None:
+        """Return a stored answer; a file that holds none is reported, and asked for again."""
+        path = self.path(request)
+        try:
+            return _reply(json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, RecursionError) as error:
+            log.warning("%s holds no answer (%s); it is asked for again.", path, error)
+            return None
+
+    def put(self, request: Mapping[str, Any], reply: Reply) -> None:
+        """Store an answer: all of it or nothing."""
+        path = self.path(request)
+        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(reply._asdict()))
+        unfinished.replace(path)
+
+
+def _reply(stored: Any) -> Reply:
+    reply = Reply(**stored)
+    if not isinstance(reply.text, str) or not isinstance(reply.seconds, (int, float)):
+        raise ValueError("no text")
+    return reply

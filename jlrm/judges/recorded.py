@@ -1,0 +1,242 @@
+"""The backend `verdicts`: what some judge has said already, from a file.
+
+Rows are JSON or JSONL. A row names its item by `id`, `idx` or `pair_id` and holds one of
+
+    output      raw text of the judge, or a list of votes
+    scores      [s1, s2] of the two answers; of an item with more answers, one score for each
+    decision    1, 2, 0; A, B, tie; A>B, B>A, A=B; null where the judge gave none
+
+of the game in the item's own order, or with `swapped: true` of the other (1 is then the answer
+shown first, which is the item's second). `game` names a game outright: "ID:0-1", the indices of
+the answers as shown. Forms of the benchmarks' own repositories are read too: PandaLM's
+`gpt_result` and `result`, JudgeBench's `judgments` of two games, LLMBar's `results` (rows without
+an id are found by their texts), RM-Bench's `score_chosen` and `score_rejected`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jlrm.config import UsageError
+from jlrm.evaluation import sources
+from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.judgement.verdict import swap_preference
+
+IDS = ("game", "id", "idx", "pair_id")
+DECISIONS = {
+    **{"1": 1, "2": 2, "0": 0, "tie": 0},
+    **{"a": 1, "b": 2, "a>b": 1, "b>a": 2, "a=b": 0, "model_a": 1, "model_b": 2},
+}
+FORMS = "output, scores, decision, gpt_result, result, judgments, results, score_chosen"
+HOW_TO_GET = "Name a JSON or JSONL file of recorded verdicts: --verdicts FILE."
+Said = dict[tuple[int, int], Response]  # by the indices of the answers in the order shown
+
+
+class Recorded:
+    """The answers of a file of verdicts, by game."""
+
+    def __init__(self, path: str, items: Sequence[Item]) -> None:
+        """Read a file for the items of a benchmark.
+
+        Raises:
+          UsageError: no such file; or, with its line, a row in no known form, one that can't be
+            told apart from another, or one with the wrong number of scores.
+        """
+        find = _finder(items)
+        self.answers: dict[str, Response] = {}
+        self.num_extra = 0
+        for where, row in sources.rows(path, HOW_TO_GET):
+            item, order = find(row, where)
+            if item is None:
+                self.num_extra += 1
+                continue
+            for (first, second), answer in _said(row, item, order, where).items():
+                game = Game(item, first, second)
+                if game.id in self.answers:
+                    raise UsageError(f"{where}: a second verdict on {game.id}.")
+                self.answers[game.id] = _named(answer, game)
+
+    def as_played(self, games: Sequence[Game]) -> list[Game]:
+        """Return games in the order in which they were recorded.
+
+        A policy that asks for one order of a pair takes the order that the file has.
+        """
+        asked = {game.id for game in games}
+        return [self._as_played(game, asked) for game in games]
+
+    def _as_played(self, game: Game, asked: set[str]) -> Game:
+        mirrored = Game(game.item, game.second, game.first)
+        is_other = game.id not in self.answers and mirrored.id in self.answers
+        return mirrored if is_other and mirrored.id not in asked else game
+
+    def backend(self, path: str) -> Backend:
+        """Return the backend that answers from the file."""
+
+        def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
+            missing = [game for game in games if game.id not in self.answers]
+            if missing or self.num_extra:
+                logging.getLogger(__name__).warning("%s", self._counts(path, missing))
+            for game in games:
+                none = Response(game.id, error=f"{path} has no verdict on it")
+                record(self.answers.get(game.id, none))
+
+        return judge
+
+    def _counts(self, path: str, missing: Sequence[Game]) -> str:
+        text = f"{path}: {self.num_extra} rows name no item of the benchmark"
+        text += f"; {len(missing)} games have no row"
+        if any(Game(g.item, g.second, g.first).id in self.answers for g in missing):
+            text += " (their other order has one: --policy order=as_given asks for one order)"
+        return text + (f", e.g. {missing[0].id}." if missing else ".")
+
+
+def _named(answer: Response, game: Game) -> Response:
+    return Response(game.id, answer.outputs, answer.scores, answer.decision)
+
+
+def _finder(
+    items: Sequence[Item],
+) -> Callable[[sources.Row, str], tuple[Item | None, tuple[int, int] | None]]:
+    """Return a function that finds a row's item, and its game if the row names one."""
+    by_id = {item.id: item for item in items}
+    by_text: dict[tuple[str, ...], list[Item]] = {}
+    for item in items:
+        by_text.setdefault((item.question, *item.answers), []).append(item)
+
+    def find(row: sources.Row, where: str) -> tuple[Item | None, tuple[int, int] | None]:
+        if "input" in row and "output_1" in row and "output_2" in row:  # LLMBar has no ids
+            same = by_text.get((row["input"], row["output_1"], row["output_2"]), [None])
+            return same[0], None
+        name = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
+        if name is None:
+            raise UsageError(f"{where} has none of {', '.join(IDS)} to say what it is about.")
+        with_prefix = [f"{row[key]}:{name}" for key in ("subset", "domain") if key in row]
+        for known in (name, *with_prefix):
+            if known in by_id:
+                return by_id[known], None
+        owner, _, order = name.rpartition(":")
+        if owner in by_id and (indices := _indices(order, by_id[owner])):
+            return by_id[owner], indices
+        return None, None
+
+    return find
+
+
+def _indices(order: str, item: Item) -> tuple[int, int] | None:
+    parts = order.split("-")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        return None
+    first, second = map(int, parts)
+    return (first, second) if first != second and max(first, second) < len(item.answers) else None
+
+
+# -------------------------------------------------------------------------------------- forms
+
+
+def _said(row: sources.Row, item: Item, order: tuple[int, int] | None, where: str) -> Said:
+    """Return what a row says, by the orders of the games it is about."""
+    if "judgments" in row:
+        return _judgments(row["judgments"], where)
+    if "results" in row:
+        return _results(row["results"], where)
+    if "score_chosen" in row and "score_rejected" in row:
+        scores = [*_numbers(row, "score_chosen", where), *_numbers(row, "score_rejected", where)]
+        return _single_scores(scores, item, where)
+    if order is None and len(item.answers) > 2:
+        if "scores" in row:
+            return _single_scores(_numbers(row, "scores", where), item, where)
+        raise UsageError(
+            f"{where}: {item.id} has {len(item.answers)} answers. Say which two were shown with "
+            f'"game": "{item.id}:0-1", or give one score for each.'
+        )
+    return {order or ((1, 0) if row.get("swapped") else (0, 1)): _answer(row, where)}
+
+
+def _answer(row: sources.Row, where: str) -> Response:
+    if row.get("output") is not None:
+        return Response("", outputs=sources.texts(row, "output", where))
+    if row.get("scores") is not None:
+        pair = _numbers(row, "scores", where)
+        if len(pair) != 2:
+            raise UsageError(f"{where}: 'scores' must be two numbers, got {row['scores']!r}.")
+        return Response("", scores=(pair[0], pair[1]))
+    for key in ("decision", "gpt_result", "result"):
+        if key in row:
+            return _decision(row[key], where, key)
+    raise UsageError(
+        f"{where} holds no verdict in a known form ({FORMS}). "
+        f"There are: {', '.join(repr(key) for key in row)}."
+    )
+
+
+def _decision(value: Any, where: str, key: str) -> Response:
+    """Read a decision; null, and text that is none, is a judgement without a verdict."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    is_label = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not is_label and not isinstance(value, str):
+        raise UsageError(f"{where}: '{key}' must be a decision such as 1, 2, 0, got {value!r}.")
+    text = "" if value is None else str(value)
+    word = text.strip().partition("\n")[0].strip().lower()
+    if word in DECISIONS:
+        return Response("", decision=DECISIONS[word])
+    if is_label:
+        raise UsageError(f"{where}: '{key}' must be 1, 2 or 0 (a tie), got {value!r}.")
+    return Response("", outputs=(text,))
+
+
+def _judgments(value: Any, where: str) -> Said:
+    """Read JudgeBench's games: the answers as given, then swapped; each as the judge saw them."""
+    if not isinstance(value, list) or not 1 <= len(value) <= 2:
+        raise UsageError(f"{where}: 'judgments' must be a list of one or two, got {value!r}.")
+    orders = ((0, 1), (1, 0))
+    return {
+        order: _decision((each or {}).get("decision"), where, "decision")
+        for order, each in zip(orders, value, strict=False)
+    }
+
+
+def _results(value: Any, where: str) -> Said:
+    """Read LLMBar's games; of several attempts the last counts.
+
+    A `winner` is the number of an answer of the item in both orders.
+    """
+    if not isinstance(value, list) or not value or not isinstance(value[-1], Mapping):
+        raise UsageError(f"{where}: 'results' must be a list of objects, got {value!r}.")
+    said: Said = {}
+    for key, order in (("swap = False", (0, 1)), ("swap = True", (1, 0))):
+        if key in value[-1]:
+            answer = _decision((value[-1][key] or {}).get("winner"), where, "winner")
+            if order == (1, 0) and answer.decision is not None:
+                answer = Response("", decision=swap_preference(answer.decision))
+            said[order] = answer
+    if not said:
+        raise UsageError(f"{where}: the last of 'results' has neither 'swap = False' nor True.")
+    return said
+
+
+def _single_scores(scores: Sequence[float], item: Item, where: str) -> Said:
+    """Make games of scores that a judge gave to each answer alone."""
+    if len(scores) != len(item.answers):
+        raise UsageError(
+            f"{where}: {len(scores)} scores for the {len(item.answers)} answers of {item.id}."
+        )
+    everyone = range(len(scores))
+    return {
+        (first, second): Response("", scores=(scores[first], scores[second]))
+        for first in everyone
+        for second in everyone
+        if first != second
+    }
+
+
+def _numbers(row: sources.Row, key: str, where: str) -> list[float]:
+    value = row[key]
+    is_list = isinstance(value, list)
+    if not is_list or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
+        raise UsageError(f"{where}: '{key}' must be a list of numbers, got {value!r}.")
+    if any(x != x for x in value):
+        raise UsageError(f"{where}: '{key}' holds a number that is none, {value!r}.")
+    return [float(x) for x in value]

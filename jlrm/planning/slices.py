@@ -1,0 +1,209 @@
+"""TPU slices that need not be here: their names, what a device of them has, and compiling for one.
+
+`libtpu` compiles for a topology that it is told of, on any machine. What it enforces is its own
+limit of HBM; a program beyond it is refused with the size wanted, which is an answer and no error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from jlrm.config import RunError, UsageError, nearest
+from jlrm.planning import counting
+from jlrm.planning.counting import Assumed
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A kind of TPU; figures are of one device as JAX counts them, a chip or one of its cores."""
+
+    hbm_gib: float  # as the compiler enforces it, found by compiling what is too big
+    flops: float  # bfloat16 products a second, data sheet
+    bandwidth: float  # HBM bytes a second, data sheet
+    slices: dict[str, int]  # name: devices, ascending
+
+
+FLAT = {"1x1": 1, "2x2": 4, "2x4": 8, "4x4": 16, "4x8": 32, "8x8": 64, "8x16": 128, "16x16": 256}
+CUBES = {
+    "1x1x1": 1,
+    "2x1x1": 2,
+    "2x2x1": 4,
+    "2x2x2": 8,
+    "2x2x4": 16,
+    "2x4x4": 32,
+    "4x4x4": 64,
+    "4x4x8": 128,
+}
+TWO_CORES = {name: 2 * number for name, number in CUBES.items()}
+GENERATIONS = {
+    "v4": Generation(15.25, 137.5e12, 614e9, TWO_CORES),
+    "v5e": Generation(15.75, 197e12, 819e9, FLAT),
+    "v5p": Generation(95.73, 459e12, 2765e9, CUBES),
+    "v6e": Generation(31.24, 918e12, 1640e9, FLAT),
+    "tpu7x": Generation(94.74, 1153.5e12, 3690e9, TWO_CORES),
+}
+
+
+class Compiled(NamedTuple):
+    """What compiling one program found; bytes are of one device."""
+
+    argument: int
+    output: int
+    alias: int  # of the output, what takes over an argument's memory
+    temp: int
+    needed: int  # 0, or what a program wanted that the compiler refused
+    counts: counting.Program | None  # None: refused, or its text can't be had
+    seconds: float
+    output_shardings: Any
+    note: str = ""
+
+    @property
+    def peak(self) -> int:
+        """The most memory held while it runs, its arguments and results included."""
+        return self.needed or self.argument + self.output - self.alias + self.temp
+
+
+def prepare() -> None:
+    """Set up this process, before its first use of a device, to compile for TPUs on the host.
+
+    Raises:
+      UsageError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UsageError("Compiling for a TPU needs libtpu: pip install 'jlrm[plan]'.")
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
+    )
+    jax.config.update("jax_platforms", "cpu")
+
+
+def find(topology: str) -> Generation:
+    """Return the generation of a named slice such as "v5e:4x4".
+
+    Raises:
+      UsageError: no such slice.
+    """
+    generation, _, name = topology.partition(":")
+    if generation in GENERATIONS and name in GENERATIONS[generation].slices:
+        return GENERATIONS[generation]
+    known = [f"{kind}:{name}" for kind in GENERATIONS for name in GENERATIONS[kind].slices]
+    close = nearest(topology, known)
+    listed = "; ".join(f"{kind}:{{{','.join(GENERATIONS[kind].slices)}}}" for kind in GENERATIONS)
+    suggestion = f"{close} " if close.startswith("Did") else ""
+    raise UsageError(f"--topology {topology}: no such slice. {suggestion}Known: {listed}.")
+
+
+def devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
+    """Return the devices of one or more equal slices, which are not here.
+
+    Raises:
+      UsageError: no such slice, or no slices at all.
+    """
+    find(topology)
+    if num_slices < 1:
+        raise UsageError(f"--slices {num_slices}: at least 1.")
+    from jax.experimental import topologies
+
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
+    except jax.errors.JaxRuntimeError as error:
+        raise RunError(f"libtpu does not describe {topology}: {_first_line(error)}") from None
+    return described.devices
+
+
+def compile_program(
+    program: Any, arguments: Sequence[Any], assumed: Assumed, slice_devices: int = 0
+) -> Compiled:
+    """Compile a jitted program for its abstract arguments' devices, and count what it does.
+
+    Raises:
+      RunError: the compiler failed for another reason than memory.
+    """
+    began = time.monotonic()
+    try:
+        lowered = program.lower(*arguments)
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = overflow(str(error))
+        if needed is None:
+            raise RunError(f"The compiler failed: {_first_line(error)}") from error
+        seconds, note = time.monotonic() - began, _first_line(error)
+        argument = shard_bytes(arguments)
+        return Compiled(argument, 0, 0, 0, max(needed, 1), None, seconds, None, note)
+    seconds = time.monotonic() - began
+    memory = compiled.memory_analysis()
+    counts, note = None, ""
+    try:
+        counts = counting.analyse(compiled.as_text(), assumed, slice_devices)
+    except jax.errors.JaxRuntimeError as error:
+        if "RET_CHECK" not in str(error):
+            raise
+        note = "libtpu can't print this program: FLOPs, bytes and collectives are not known"
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        0,
+        counts,
+        seconds,
+        compiled.output_shardings,
+        note,
+    )
+
+
+def overflow(message: str) -> int | None:
+    """Return the bytes that a compiler's message says were wanted; None: it is about another thing.
+
+    0 where memory ran out and the message names no size, and where it was not HBM's that ran out:
+    of on-chip memory no larger slice has more.
+    """
+    is_memory = re.search(
+        r"CompileTime\w*Oom|exceeds available HBM|[Rr]an out of memory|Out of memory"
+        r"|Exceeded \w+ capacity|exceeded (?:its )?\w*mem(?:ory)? (?:limit|capacity)",
+        message,
+    )
+    if not is_memory:
+        return None
+    size = r"([0-9.]+)\s*([KMGT]?)i?B?"
+    for pattern in (
+        rf"\({size}\) exceeds available HBM",
+        rf"Used {size} of {size}\w* hbm",
+        rf"Total hbm usage >= {size}",
+        rf"(?:allocate|allocating|requires?|required) {size}",
+    ):
+        found = re.search(pattern, message)
+        if found:
+            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+    return 0
+
+
+def shard_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of abstract arrays."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        size = 1
+        for length in shape:
+            size *= length
+        total += size * _itemsize(leaf.dtype)
+    return total
+
+
+def _itemsize(dtype: Any) -> int:
+    return 8 if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else dtype.itemsize
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:500]

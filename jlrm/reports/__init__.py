@@ -1,0 +1,1 @@
+"""What people read: pages, charts, tables, logs and model cards."""

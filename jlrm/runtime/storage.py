@@ -1,0 +1,240 @@
+"""Directories and files of local disks and of stores such as gs://, behind fsspec.
+
+`local_copy` brings what is read onto the local disk, once per version. `Place` is where a dataset
+is written to, `Mirror` where a run is. None knows what a row is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from jlrm.config import RunError, UsageError
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Replace a file whole: a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with explain_full_disk(path), partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        advice = "No space is left. Free some and repeat the command: it resumes by itself"
+        raise OSError(error.errno, advice, str(path)) from error
+
+
+# Without both a directory is no TFDS dataset: they are copied last.
+LAST_FILES = ("features.json", "dataset_info.json")
+# What tells two versions of a remote file apart; file systems differ in which of them they have.
+STAMPS = ("size", "etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
+PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
+
+
+def local_copy(url: str) -> pathlib.Path:
+    """Copy a file or prepared directory into the cache, unless it is there in the same version."""
+    system, root = _open(url)
+    files = _remote_files(system, root, url)
+    parent, _, base = root.rpartition("/")
+    version = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()[:32]
+    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
+    cached = cache / version / base
+    if cached.exists():
+        return cached
+    cache.mkdir(parents=True, exist_ok=True)
+    # Renamed when it is whole, so that an interrupted copy is never read.
+    with tempfile.TemporaryDirectory(dir=cache, prefix="incomplete-") as holder:
+        whole = pathlib.Path(holder) / "whole"
+        local = [whole / name[len(parent) :].lstrip("/") for name in files]
+        for path in local:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        system.get(list(files), [str(path) for path in local])
+        try:
+            whole.rename(cache / version)
+        except OSError:
+            if not cached.exists():  # else another process has just made the same copy
+                raise
+    return cached
+
+
+def _remote_files(system: Any, root: str, url: str) -> dict[str, list[str]]:
+    """Return the names of the files, each with what changes when the file does."""
+    is_directory = system.isdir(root)
+    infos = system.find(root, detail=True) if is_directory else {root: system.info(root)}
+    infos = {name: info for name, info in sorted(infos.items()) if info.get("type") == "file"}
+    if is_directory and f"{root}/features.json" not in infos:
+        raise UsageError(f"{url} is no prepared TFDS directory (no features.json), nor a file.")
+    if any(".." in name.split("/") for name in infos):
+        raise UsageError(f"{url} holds a file named '..', which would leave the cache.")
+    return {name: [str(info.get(stamp)) for stamp in STAMPS] for name, info in infos.items()}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a dataset goes: a local directory, or one of a store that is named by a url."""
+
+    name: str  # as the user spelled it
+    system: Any  # fsspec's file system
+    root: str  # the directory's name there
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether files go there one by one: no store renames a directory at once."""
+        return "://" in self.name
+
+    def files(self) -> set[str]:
+        """Return the names of all files, relative to the directory; none if there is none.
+
+        Raises:
+          UsageError: it is a file itself.
+        """
+        with _explained(self.name):
+            if self.system.isfile(self.root):
+                raise UsageError(f"{self.name} is a file. Name a directory.")
+            return {path[len(self.root) :].lstrip("/") for path in self.system.find(self.root)}
+
+    def holds_dataset(self, files: set[str]) -> bool:
+        """Return whether these files are, or include, a whole dataset."""
+        return files.issuperset(LAST_FILES)
+
+    def read_json(self, name: str) -> Any:
+        """Read a file that `add_files` wrote."""
+        with _explained(self.name):
+            return json.loads(self.system.cat_file(f"{self.root}/{name}"))
+
+    def upload(self, directory: pathlib.Path) -> None:
+        """Copy a whole dataset into a store, in place of what an interrupted upload left there."""
+        torn = self.files()
+        with _explained(self.name):
+            for name in torn:
+                self.system.rm_file(f"{self.root}/{name}")
+            self.system.makedirs(self.root, exist_ok=True)
+            names = sorted({file.name for file in directory.iterdir()} - {*LAST_FILES})
+            for name in tqdm([*names, *LAST_FILES], desc="upload", delay=1):
+                self.system.put_file(str(directory / name), f"{self.root}/{name}")
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, UsageError):
+        raise
+    except Exception as error:  # a store's client raises anything
+        raise RunError(f"Cannot use {name}: {error}") from error
+
+
+def open_place(name: str) -> Place:
+    """Open a directory, which need not exist, or a url such as gs://BUCKET/DIR.
+
+    Raises:
+      UsageError: a kind of store that nothing installed can reach.
+    """
+    return Place(name, *_open(os.path.expanduser(name)))
+
+
+def _open(url: str) -> tuple[Any, str]:
+    """Return a url's file system, asked anew what it holds, and the name of its root there."""
+    import fsspec
+
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        package = PACKAGES.get(url.partition("://")[0])
+        advice = f" Do: pip install {package}" if package else ""
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"Cannot open {url}: {reason}.{advice}") from None
+    system.invalidate_cache()
+    return system, root.rstrip("/")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A directory's small files on the local disk, kept at a url; of a local path the path itself.
+
+    A store can't append to a file, and a run's record grows by the line. So its files are written
+    here and copied to the store when a checkpoint, which Orbax writes there itself, is saved.
+    """
+
+    url: str  # "": there is no store
+    local: pathlib.Path
+    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def pull(self) -> None:
+        """Bring the store's files here, in place of what is here."""
+        if not self.url:
+            return
+        system, root = _open(self.url)
+        with _explained(self.url):
+            names = [path[len(root) :].lstrip("/") for path in system.find(root)]
+            for name in filter(_is_small, names):
+                if ".." in name.split("/"):
+                    raise UsageError(f"{self.url} holds a file named '..'.")
+                path = self.local / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(f"{root}/{name}", str(path))
+                self._pushed[name] = _stamp(path)
+
+    def push(self) -> None:
+        """Copy to the store what has changed here since the last time, and forget what is gone."""
+        if not self.url:
+            return
+        system, root = _open(self.url)
+        files = [path for path in sorted(self.local.rglob("*")) if path.is_file()]
+        now = {str(path.relative_to(self.local)): _stamp(path) for path in files}
+        now = {name: stamp for name, stamp in now.items() if _is_small(name)}
+        with _explained(self.url):
+            for name, stamp in now.items():
+                if self._pushed.get(name) != stamp:
+                    system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)
+                    system.put_file(str(self.local / name), f"{root}/{name}")
+                    self._pushed[name] = stamp
+            for name in self._pushed.keys() - now.keys():
+                system.rm_file(f"{root}/{name}")
+                del self._pushed[name]
+
+
+def mirror(name: str) -> Mirror:
+    """Open the local side of a directory, which need not exist; `pull` fills it."""
+    if "://" not in name:
+        return Mirror("", pathlib.Path(name).expanduser())
+    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
+    # One per process: several of them on one machine are as several machines.
+    key = hashlib.sha256(f"{name} {os.environ.get('JLRM_PROCESS_ID', '')}".encode()).hexdigest()
+    local = cache / "runs" / key[:32]
+    shutil.rmtree(local, ignore_errors=True)
+    local.mkdir(parents=True)
+    return Mirror(name.rstrip("/"), local)
+
+
+def _is_small(name: str) -> bool:
+    return not name.startswith("checkpoints/") and not name.endswith(".partial")
+
+
+def _stamp(path: pathlib.Path) -> tuple[int, int]:
+    about = path.stat()
+    return about.st_size, about.st_mtime_ns

@@ -1,0 +1,205 @@
+"""Completions of many prompts, batch by batch: by sampling or by beam search, on one mesh."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jlrm.config import UsageError
+from jlrm.data.batches import Example, pad
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    token_bytes,
+)
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.rl.distribution import Distribution
+from jlrm.runtime.mesh import (
+    Layout,
+    global_array,
+    host_array,
+    replicate,
+)
+from jlrm.sampling import beam
+from jlrm.sampling.generate import fetch, make_generator
+from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.stops import StopTables, stop_tables
+
+SMALLEST_WIDTH = 256  # tokens of a prompt; each width is another program to compile
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How judgements are written."""
+
+    max_new_tokens: int
+    batch_size: int  # prompts decoded together, each with all its votes or beams
+    seed: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
+    votes: int = 1  # completions of each prompt, drawn independently
+    num_beams: int = 1  # other than 1, as in beam.py; at temperature 0 only
+    repetition_penalty: float = 1.0  # the same
+    stop_strings: Mapping[str, int] = field(default_factory=dict)
+
+
+class Written(NamedTuple):
+    """The ids of a prompt's completions, and its part of the seconds they took."""
+
+    example: Example
+    completions: list[list[int]]
+    seconds: float
+
+
+# write(weights laid out for decoding, prompts): yields each prompt once, the longest first
+Writer = Callable[[Params, Sequence[Example]], Iterator[Written]]
+# the same of one batch of prompts; the numbers address their random numbers
+WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[list[int]]]]
+
+
+def make_writer(
+    config: QwenConfig,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    ends: tuple[int, ...],
+    decoding: DecodingSettings,
+    sizes: Sequence[int],
+) -> Writer:
+    """Return what writes judgements to prompts, which are padded to one of `sizes`, in tokens."""
+    stops, num_shards = decoding.stop_strings, layout.num_shards("P")
+    spelled = token_bytes(tokenizer) if stops else []
+    tables = stop_tables(stops, spelled, config.vocab_size)
+    num_rows = -(-decoding.batch_size // num_shards) * num_shards
+
+    is_search = decoding.num_beams > 1 or decoding.repetition_penalty != 1.0
+    batch_writer = _searching if is_search else _sampling
+    program = functools.cache(
+        partial(batch_writer, config, layout, decoding, ends, len(tokenizer), tables)
+    )
+
+    def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
+        for width, batch in _batches(examples, sizes, num_rows):
+            start = time.monotonic()
+            filled = [*batch, *[batch[-1]] * (num_rows - len(batch))]
+            numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
+            found = program(width)(weights, [each.prompt_ids for each in filled], numbers)
+            seconds = (time.monotonic() - start) / len(batch)
+            for example, completions in zip(batch, found[: len(batch)], strict=True):
+                yield Written(example, completions, seconds)
+
+    return write
+
+
+def widths(max_prompt_tokens: int) -> list[int]:
+    """Return the widths that prompts are padded to: two an octave, so a third is padding at most.
+
+    At most 2 log2(max_prompt_tokens / 256) + 1 of them, or one.
+    """
+    octaves = range(max_prompt_tokens.bit_length())
+    sizes = [size << i for i in octaves for size in (SMALLEST_WIDTH, SMALLEST_WIDTH * 3 // 2)]
+    return [*(size for size in sizes if size < max_prompt_tokens), max_prompt_tokens]
+
+
+def address(game_id: str) -> int:
+    """Return the number that a game's random numbers are addressed by, the same in every run.
+
+    Of 31 bits: two games that share one would draw with the same numbers from different prompts.
+    """
+    return int.from_bytes(hashlib.sha256(game_id.encode()).digest()[:4], "big") >> 1
+
+
+def check_decoding(decoding: DecodingSettings) -> None:
+    num_beams, temperature = decoding.num_beams, decoding.temperature
+    votes, repetition_penalty = decoding.votes, decoding.repetition_penalty
+    if num_beams < 1 or repetition_penalty <= 0:
+        raise UsageError(
+            f"num_beams={num_beams}, repetition_penalty={repetition_penalty}: wanted a number of "
+            "beams from 1, and a penalty above 0. Both are off at 1."
+        )
+    if temperature > 0 and (num_beams > 1 or repetition_penalty != 1.0):
+        raise UsageError(
+            f"temperature={temperature} with num_beams={num_beams}, "
+            f"repetition_penalty={repetition_penalty}: beams and the penalty go with greedy "
+            "decoding only. Set temperature=0, or both of them to 1."
+        )
+    if temperature == 0 and votes > 1:
+        raise UsageError(
+            f"votes={votes} at temperature 0 would be one text {votes} times. Set votes=1, or a "
+            "temperature above 0."
+        )
+
+
+def _sampling(
+    config: QwenConfig,
+    layout: Layout,
+    decoding: DecodingSettings,
+    ends: tuple[int, ...],
+    num_ids: int,
+    tables: StopTables,
+    width: int,
+) -> WriteBatch:
+    distribution = Distribution(decoding.temperature, top_p=decoding.top_p, num_ids=num_ids)
+    sampler, votes = SamplerSettings(distribution, decoding.max_new_tokens, ends), decoding.votes
+    generate = make_generator(config, layout, sampler, tables, decoding.seed, votes, width)
+
+    def write(
+        weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
+    ) -> list[list[list[int]]]:
+        found = fetch(generate(weights, prompts, numbers, 0), len(prompts))
+        ids = _cut(np.asarray(found.tokens), np.asarray(found.lengths))
+        return [ids[i : i + votes] for i in range(0, len(ids), votes)]
+
+    return write
+
+
+def _searching(
+    config: QwenConfig,
+    layout: Layout,
+    decoding: DecodingSettings,
+    ends: tuple[int, ...],
+    num_ids: int,
+    tables: StopTables,
+    width: int,
+) -> WriteBatch:
+    search = beam.SearchSettings(
+        decoding.num_beams, decoding.max_new_tokens, ends, decoding.repetition_penalty, num_ids
+    )
+    program = jax.jit(partial(beam.search, config, layout, search))
+    stops = [global_array(array, layout.replicated()) for array in (tables.tables, tables.accept)]
+
+    def write(
+        weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
+    ) -> list[list[list[int]]]:
+        tokens, lengths = pad(prompts, width)
+        found = program(
+            weights,
+            global_array(tokens, layout.activation("P T")),
+            global_array(lengths, layout.activation("P")),
+            *stops,
+        )
+        found = replicate(layout, found)
+        return [[ids] for ids in _cut(host_array(found.tokens), host_array(found.lengths))]
+
+    return write
+
+
+def _cut(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]) -> list[list[int]]:
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def _batches(
+    examples: Sequence[Example], sizes: Sequence[int], num_rows: int
+) -> Iterator[tuple[int, list[Example]]]:
+    """Yield batches of prompts that fit one width, with it: the longest first, memory's worst."""
+    for below, width in reversed(list(zip([0, *sizes], sizes, strict=False))):
+        fitting = [example for example in examples if below < len(example.prompt_ids) <= width]
+        for start in range(0, len(fitting), num_rows):
+            yield width, fitting[start : start + num_rows]

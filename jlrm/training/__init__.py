@@ -1,0 +1,1 @@
+"""How a judge is trained: stages, their programs, rollouts, rewards and held-out evaluation."""

@@ -1,0 +1,120 @@
+"""What a run compiles, and batches in the form that the programs take.
+
+Training, evaluation and the benchmark run these very programs. Nothing here knows text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Bool, Float
+
+from jlrm.config import Config
+from jlrm.model import qwen
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.rl.distribution import Distribution
+from jlrm.rl.losses import PolicyLoss, PolicyTargets, completion_mask, token_weights
+from jlrm.runtime.mesh import Layout, compiler_options
+from jlrm.sampling.decode import decode_params
+from jlrm.training import packing, update
+from jlrm.training.packing import Group, Rows
+
+
+class GRPOPrograms(NamedTuple):
+    """The programs of GRPO besides the sampler, and the row lengths they are compiled for."""
+
+    lay_out: Any  # params -> params laid out for decoding
+    freeze: Any  # params -> a copy in compute precision: the originals are given up to the update
+    score: Any  # params, rows -> log-probabilities, entropy
+    update: Any  # state, rows, targets -> state, metrics
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    sizes: list[int]
+
+
+class Minibatch(NamedTuple):
+    """What one optimiser step learns from, on the devices, and metrics of its packing."""
+
+    rows: Rows
+    targets: PolicyTargets
+    packing: dict[str, float]
+
+
+def grpo_programs(
+    config: Config,
+    model: QwenConfig,
+    training: Layout,
+    decoding: Layout,
+    distribution: Distribution,
+    longest_prompt: int,
+) -> GRPOPrograms:
+    """Return the programs of a GRPO run, each compiled when first called."""
+    grpo, sampling = config.grpo, config.sampling
+    num_updates = grpo.steps * grpo.epochs * grpo.minibatches
+    optimizer = update.make_optimizer(grpo.optimizer, num_updates)
+    names = ("clip_low", "clip_high", "dual_clip", "ratio", "kl_weight", "entropy_weight")
+    loss = PolicyLoss(**{name: getattr(grpo, name) for name in names})
+    fixed, options = (model, training, distribution), compiler_options(training.mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
+    prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
+    group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
+    return GRPOPrograms(
+        lay_out=jax.jit(
+            partial(decode_params, model, decoding, quantise=sampling.weights == "int8")
+        ),
+        freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
+        score=jax.jit(partial(update.score, *fixed), compiler_options=options),
+        update=jax.jit(
+            partial(update.grpo_update, *fixed, loss, optimizer),
+            donate_argnums=0,
+            compiler_options=options,
+        ),
+        optimizer=optimizer,
+        rate=update.learning_rate(grpo.optimizer, num_updates),
+        sizes=packing.row_sizes(
+            longest_prompt,
+            sampling.max_new_tokens,
+            prompts_per_device * group_tokens,
+            grpo.pack_tokens,
+            training.platform,
+        ),
+    )
+
+
+def pack_minibatch(
+    layout: Layout,
+    sizes: Sequence[int],
+    groups: Sequence[Group],
+    logps: Float[np.ndarray, "B T"],
+    advantages: Float[np.ndarray, " B"],
+    is_kept: Bool[np.ndarray, " B"],
+    aggregation: str,
+    ref_logps: Float[np.ndarray, "B T"] | None = None,
+) -> Minibatch:
+    """Pack groups and what is known of their B completions, and send it to the devices.
+
+    `logps` are the old log-probabilities; a completion that is not kept has no part in the loss.
+    """
+    packed = packing.pack(groups, sizes, layout.mesh.size)
+    lengths = np.array([len(ids) for group in groups for ids in group.completions])
+    mask = completion_mask(lengths, logps.shape[1]) & is_kept[:, None]
+    targets = PolicyTargets(
+        old_logp=packed.take(logps),
+        ref_logp=None if ref_logps is None else packed.take(ref_logps),
+        advantages=packed.take(advantages),
+        mask=packed.take(is_kept),
+        weights=packed.take(token_weights(mask, aggregation)),
+    )
+    rows, targets = packing.to_devices(layout, (packed.rows, targets))
+    return Minibatch(rows, targets, packed.metrics)
+
+
+def _freeze(model: QwenConfig, params: Params) -> Params:
+    # Without a copy, a cast that changes nothing would give back the very same buffers.
+    return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))

@@ -1,0 +1,252 @@
+"""What surrounds the steps of a stage: resume, time, log, evaluate, save, and stop cleanly.
+
+    with Stage(run, "grpo", num_steps, optimizer, initial_params) as stage:
+        for step in stage:
+            with stage.timed("update"):
+                stage.state, values = update(stage.state, ...)
+            stage.finish(values, num_tokens)
+
+Nothing here knows an algorithm. Ctrl-C and SIGTERM let the step end, save, and leave by
+`Interrupted`.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from jlrm.config import RunError, to_dict
+from jlrm.model.qwen import Params
+from jlrm.reports.tracking import Tracker
+from jlrm.runtime import hosts
+from jlrm.runtime.commands import Interrupted
+from jlrm.training import update
+from jlrm.training.heldout import EvaluateFn
+from jlrm.training.setup import Run
+from jlrm.training.update import TrainState
+from jlrm.weights.checkpoint import Checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
+    reports = jax.device_get(reports)
+    return {name: float(np.mean([each[name] for each in reports])) for name in reports[0]}
+
+
+def floats(values: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in jax.device_get(values).items()}
+
+
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_num_compiles = 0
+
+
+class StageResult(NamedTuple):
+    """What is left of a stage when its state is gone."""
+
+    start: dict[str, float]  # held-out metrics before the first step; empty: not taken
+    evaluation: dict[str, float]  # and after the last
+    num_tokens: int
+    seconds: float
+
+
+class Stage:
+    """One stage of a run: iterate over its remaining steps, `finish` each of them.
+
+    Begins from the stage's newest checkpoint, or from `initial` weights. `start` and `evaluation`
+    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time,
+    evaluation and saving included) what the stage has cost over all its starts.
+    """
+
+    state: TrainState
+
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        num_steps: int,
+        optimizer: optax.GradientTransformation,
+        initial: Callable[[], Params],
+        evaluate: EvaluateFn,
+    ) -> None:
+        settings = run.config.run
+        self._run, self._name, self._num_steps = run, name, num_steps
+        self._checkpoints = Checkpoints(
+            settings.dir,
+            name,
+            keep_last=settings.keep_last,
+            keep_best=settings.keep_best,
+            metric=settings.best_metric,
+        )
+        self.start: dict[str, float] = {}
+        self.evaluation: dict[str, float] = {}
+        self.num_tokens, self.seconds = 0, 0.0
+        self.position = 0  # in the data, in batches drawn
+        self._done = self._checkpoints.latest_step() or 0
+        self.is_resumed = self._done > 0
+        if self._done:
+            abstract = update.abstract_state(run.model, run.training, optimizer)
+            self.state, meta = self._checkpoints.restore(self._done, abstract)
+            self.start, self.evaluation = meta["start"], meta["evaluation"]
+            self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
+            self.position = meta["position"]
+        else:
+            self.state = update.init_state(run.model, run.training, optimizer, initial())
+        self.tracker = Tracker(
+            run.dir,
+            stage=name,
+            num_steps=num_steps,
+            first_step=self._done,
+            tensorboard=settings.tensorboard,
+            wandb_project=settings.wandb_project,
+            config=to_dict(run.config),
+            is_writer=hosts.is_main(),
+        )
+        self._evaluate = evaluate
+        self._seconds = collections.defaultdict[str, float](float)
+        self._signum = 0
+        self._marked = self._step_began = time.monotonic()
+
+    def __enter__(self) -> Stage:
+        self.tracker.__enter__()
+        self._old_handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[signum] = signal.signal(signum, self._on_signal)
+        if self._done:
+            self.tracker.note(f"{self._name}: going on after step {self._done}")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        try:
+            self.tracker.__exit__(*error)
+        finally:
+            self._checkpoints.close()
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the remaining steps, counted from 0; `finish` belongs to each."""
+        _count_compiles()
+        for step in range(self._done, self._num_steps):
+            self._step_began = time.monotonic()
+            self._seconds.clear()
+            yield step
+            assert self._done == step + 1, "finish was not called"
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time spent inside to `time/<phase>` of this step."""
+        began = time.monotonic()
+        yield
+        self._seconds[phase] += time.monotonic() - began
+
+    def evaluate_start(self) -> None:
+        """Judge the held-out set before the first step, to have something to compare with."""
+        if not self.is_resumed:
+            self.start = self._evaluate(self.state.params)
+            self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
+
+    def finish(self, values: dict[str, float], num_tokens: int, num_draws: int = 1) -> None:
+        """Log the step, evaluate and save where it is time, and stop if asked to.
+
+        num_draws: batches of data that the step has used.
+
+        Raises:
+          RunError: the loss or the gradient is no finite number; nothing of this step is saved.
+          Interrupted: a signal came; the state is saved.
+        """
+        settings, step = self._run.config.run, self._done + 1
+        self._check_finite(step, values)
+        # A signal comes to one process or to all: they stop after the same step.
+        self._signum = hosts.highest(f"the end of {self._name} step {step}", self._signum)
+        elapsed = time.monotonic() - self._step_began
+        values = {
+            **values,
+            **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
+            "time/step": elapsed,
+            "perf/tokens_per_second": num_tokens / elapsed,
+            "perf/compiles": _num_compiles,
+        }
+        self._done = step
+        self.position += num_draws
+        self.num_tokens += num_tokens
+        is_last = step == self._num_steps
+        is_evaluated = is_last or _is_due(step, settings.eval_every)
+        if is_evaluated:
+            self.evaluation = self._evaluate(self.state.params)
+            values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
+        self.tracker.log(step, values)
+        if is_evaluated or self._signum or _is_due(step, settings.save_every):
+            # What was evaluated is saved too, since the best of these is kept.
+            self._save(step, self.evaluation if is_evaluated else None)
+        if self._signum:
+            self._checkpoints.wait()
+            raise Interrupted(
+                self._signum,
+                f"Stopped after {self._name} step {step}, saved in {settings.dir}. "
+                "The same command goes on from there.",
+            )
+
+    def outcome(self) -> StageResult:
+        """Return what the stage came to."""
+        return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values[name]):
+                raise RunError(
+                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
+                    f"whole; {self._name}.optimizer.learning_rate may be too high."
+                )
+
+    def _save(self, step: int, ranked_by: dict[str, float] | None) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._marked
+        self._marked = now
+        meta = {
+            "stage": self._name,
+            "step": step,
+            "position": self.position,  # all there is to know of the data: see data/batches.py
+            "start": self.start,
+            "evaluation": self.evaluation,
+            "num_tokens": self.num_tokens,
+            "seconds": self.seconds,
+            "config": to_dict(self._run.config),
+        }
+        self._checkpoints.save(step, self.state, meta, ranked_by)
+        if hosts.is_main():
+            self._run.mirror.push()
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        self._signum = signum
+        signal.signal(signum, self._old_handlers[signum])
+        self.tracker.note("Stopping after this step and saving; the same again stops at once.")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@functools.cache  # one listener per process
+def _count_compiles() -> None:
+    """Begin to count the programs that XLA compiles."""
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        global _num_compiles
+        _num_compiles += event == COMPILE_EVENT
+
+    jax.monitoring.register_event_duration_secs_listener(listen)

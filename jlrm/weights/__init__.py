@@ -1,0 +1,1 @@
+"""Where weights lie: Orbax checkpoints, the Hugging Face format, named shapes."""

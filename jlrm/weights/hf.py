@@ -1,0 +1,372 @@
+"""The Hugging Face format, both ways, from one table.
+
+`TABLE` gives each tensor's Hugging Face name, its place in our tree, and its letters. Letters
+before `|` are inputs: Hugging Face stores a projection as `[outputs, inputs]`, we as `[inputs,
+outputs]` with heads unfolded, so the same row of the table reads and writes. `layers` entries stand
+for one tensor a layer there and one stacked array here.
+
+Nothing is held whole. Import reads of each tensor the part a device needs; export writes
+safetensors shards as a stream, one tensor at a time. Only safetensors are read: pickled weights can
+run code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array
+from safetensors import safe_open
+
+from jlrm.config import UsageError
+from jlrm.model import qwen
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.runtime.mesh import Layout
+
+TABLE = (
+    ("model.embed_tokens.weight", "embed", "V D"),
+    ("model.layers.{}.input_layernorm.weight", "layers.attn_norm.scale", "D"),
+    ("model.layers.{}.self_attn.q_proj.weight", "layers.attn.q", "D | N H"),
+    ("model.layers.{}.self_attn.k_proj.weight", "layers.attn.k", "D | K H"),
+    ("model.layers.{}.self_attn.v_proj.weight", "layers.attn.v", "D | K H"),
+    ("model.layers.{}.self_attn.q_proj.bias", "layers.attn.q_bias", "N H"),
+    ("model.layers.{}.self_attn.k_proj.bias", "layers.attn.k_bias", "K H"),
+    ("model.layers.{}.self_attn.v_proj.bias", "layers.attn.v_bias", "K H"),
+    ("model.layers.{}.self_attn.q_norm.weight", "layers.attn.q_norm.scale", "H"),
+    ("model.layers.{}.self_attn.k_norm.weight", "layers.attn.k_norm.scale", "H"),
+    ("model.layers.{}.self_attn.o_proj.weight", "layers.attn.o", "N H | D"),
+    ("model.layers.{}.post_attention_layernorm.weight", "layers.mlp_norm.scale", "D"),
+    ("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate", "D | F"),
+    ("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up", "D | F"),
+    ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", "F | D"),
+    ("model.norm.weight", "final_norm.scale", "D"),
+    ("lm_head.weight", "head", "V D"),
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MODEL_FILES = ("generation_config.json", "config.json")
+ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a Hugging Face checkpoint and where it stands in ours."""
+
+    name: str
+    path: str
+    layer: int | None  # index into the stacked array
+    shape: tuple[int, ...]  # ours, of one layer
+    num_inputs: int  # leading dimensions that are inputs; 0: stored as it is
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """The shape in the file: heads folded, a projection as [outputs, inputs]."""
+        if self.num_inputs:
+            inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+            return math.prod(outputs), math.prod(inputs)
+        return self.shape if self.path in ("embed", "head") else (math.prod(self.shape),)
+
+    def to_hf(self, value: np.ndarray) -> np.ndarray:
+        """Return our array of one layer as the file's, contiguous, since raw memory is written."""
+        if self.num_inputs:
+            value = value.reshape(self.hf_shape[::-1]).T
+        return np.ascontiguousarray(value.reshape(self.hf_shape))
+
+
+def tensors(config: QwenConfig) -> list[Tensor]:
+    """List every tensor of this architecture's checkpoint, with names and shapes."""
+    sizes = {
+        "V": config.vocab_size,
+        "D": config.hidden_size,
+        "F": config.intermediate_size,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }
+    absent = {
+        "head": config.tie_word_embeddings,
+        "q_bias": not config.qkv_bias,
+        "k_bias": not config.qkv_bias,
+        "v_bias": not config.qkv_bias,
+        "q_norm": not config.qk_norm,
+        "k_norm": not config.qk_norm,
+    }
+    found = []
+    for name, path, letters in TABLE:
+        if any(absent.get(part, False) for part in path.split(".")):
+            continue
+        inputs, bar, outputs = letters.partition("|")
+        shape = tuple(sizes[letter] for letter in (inputs + outputs).split())
+        num_inputs = len(inputs.split()) if bar else 0
+        layers = range(config.num_hidden_layers) if path.startswith("layers.") else [None]
+        found += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
+    return found
+
+
+def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
+    """Return the local directory of a Hugging Face model: a path as it is, a hub id downloaded.
+
+    files: names and patterns of what is needed of it.
+
+    Raises:
+      UsageError: neither a directory nor an id that the hub knows.
+    """
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+        raise UsageError(
+            f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B)."
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        return pathlib.Path(snapshot_download(source, allow_patterns=[*files]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{source} is no local directory, and the hub did not give it: {reason}"
+        ) from None
+
+
+def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> Params:
+    """Read a checkpoint onto the devices, each of which takes its part of every tensor.
+
+    Raises:
+      UsageError: no safetensors, or tensors that are missing, unknown or of another shape, by name.
+    """
+    wanted = tensors(config)
+    abstract = qwen.abstract_params(config, layout)
+    with contextlib.ExitStack() as stack:
+        files = _open(directory, stack)
+        _check_tensors(directory, files, wanted, config)
+        by_path: dict[str, list[Tensor]] = {}
+        for tensor in wanted:
+            by_path.setdefault(tensor.path, []).append(tensor)
+
+        def read(path: tuple[Any, ...], leaf: Any) -> Array:
+            group = by_path[".".join(path)]
+            part = functools.partial(_read_part, files, group, leaf.shape, leaf.dtype)
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+        return jax.block_until_ready(traverse_util.path_aware_map(read, abstract))
+
+
+def save_tensors(
+    read: Callable[[Tensor], np.ndarray],
+    config: QwenConfig,
+    directory: pathlib.Path,
+    dtype: str,
+    shard_bytes: int = 5 * 10**9,
+) -> Iterator[str]:
+    """Write safetensors shards and their index, yielding each tensor's name when it is written.
+
+    `read` gives our array of one tensor (one layer of a stacked one); it is dropped before the next
+    is read.
+    """
+    width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+    shards: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors(config):
+        size = math.prod(tensor.shape) * width
+        if filled and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += size
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        with open(directory / name, "wb") as file:
+            yield from _write_safetensors(file, shard, read, dtype, width)
+    if len(shards) > 1:
+        total = sum(math.prod(t.shape) * width for shard in shards for t in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy configuration, tokenizer and chat template byte for byte, never rewritten."""
+    copy_tokenizer(source, target)
+    for name in MODEL_FILES:
+        if (source / name).is_file() and not source.samefile(target):
+            shutil.copyfile(source / name, target / name)
+
+
+def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    """Copy the tokenizer and its chat template alone, leaving no file of an earlier one."""
+    target.mkdir(parents=True, exist_ok=True)
+    if source.samefile(target):
+        return
+    for name in TOKENIZER_FILES:
+        (target / name).unlink(missing_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
+    """Return an open file for every tensor name of the checkpoint."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
+    else:
+        names = ["model.safetensors"]
+    files = {}
+    for name in names:
+        if not (directory / name).is_file():
+            raise UsageError(f"{directory} holds no {name}. Only safetensors weights are read.")
+        try:
+            file = stack.enter_context(safe_open(directory / name, framework="numpy"))
+        except Exception as error:  # the library raises its own kinds and OSError alike
+            raise UsageError(
+                f"{directory / name} is not a readable safetensors file: {error}"
+            ) from None
+        files |= {key: file for key in file.keys()}  # noqa: SIM118 (no mapping)
+    return files
+
+
+def _check_tensors(
+    directory: pathlib.Path, files: dict[str, Any], wanted: list[Tensor], config: QwenConfig
+) -> None:
+    names = {tensor.name for tensor in wanted}
+    # Qwen3-0.6B ships its tied head as a second copy, which transformers ignores, and so do we.
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    missing, unknown = sorted(names - files.keys()), sorted(files.keys() - names - ignored)
+    shapes = {name: tuple(files[name].get_slice(name).get_shape()) for name in names & files.keys()}
+    wrong = [
+        f"{tensor.name} {list(shapes[tensor.name])} (wanted {list(tensor.hf_shape)})"
+        for tensor in wanted
+        if shapes.get(tensor.name, tensor.hf_shape) != tensor.hf_shape
+    ]
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if head in ignored and {head, embed} <= files.keys() and not wrong:
+        views = files[head].get_slice(head), files[embed].get_slice(embed)
+        bounds = [(i, min(i + 8192, config.vocab_size)) for i in range(0, config.vocab_size, 8192)]
+        if any((views[0][i:j] != views[1][i:j]).any() for i, j in bounds):
+            wrong.append(f"{head} (tied, and differs from {embed})")
+    problems = {
+        "missing": missing,
+        "unknown": unknown,
+        "of another shape than config.json says": wrong,
+    }
+    text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
+    if text:
+        raise UsageError(
+            f"The weights in {directory} do not fit their config.json. Tensors {text}."
+        )
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _read_part(
+    files: dict[str, Any],
+    group: list[Tensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+    index: tuple[slice, ...] | None,
+) -> np.ndarray:
+    """Return the part `index` of one of our arrays, reading no more of the files than that."""
+    assert index is not None
+    bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+    if group[0].layer is None:
+        return _read_slice(files, group[0], bounds).astype(dtype)
+    chosen = group[bounds[0]]
+    part_shape = tuple(part.stop - part.start for part in bounds)
+    out = np.empty(part_shape, dtype)
+    for row, tensor in zip(out, chosen, strict=True):
+        row[...] = _read_slice(files, tensor, bounds[1:])
+    return out
+
+
+def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+    view = files[tensor.name].get_slice(tensor.name)
+    if tensor.num_inputs:
+        inputs, shape_in, cut_in = _fold(
+            bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs]
+        )
+        outputs, shape_out, cut_out = _fold(
+            bounds[tensor.num_inputs :], tensor.shape[tensor.num_inputs :]
+        )
+        return view[outputs, inputs].T.reshape(shape_in + shape_out)[cut_in + cut_out]
+    if len(tensor.hf_shape) == 1:
+        folded, shape, cut = _fold(bounds, tensor.shape)
+        return view[folded].reshape(shape)[cut]
+    return view[tuple(bounds)]
+
+
+def _fold(
+    bounds: list[slice], shape: tuple[int, ...]
+) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
+    """Return what to read of a folded dimension, its unfolded shape, and what to keep of that.
+
+    Only a cut of the first unfolded dimension is one range in the file; others are made after.
+    """
+    inner = math.prod(shape[1:])
+    first = bounds[0]
+    num_read = first.stop - first.start
+    folded = slice(first.start * inner, first.stop * inner)
+    return folded, (num_read, *shape[1:]), (slice(num_read), *bounds[1:])
+
+
+def _write_safetensors(
+    file: BinaryIO,
+    shard: list[Tensor],
+    read: Callable[[Tensor], np.ndarray],
+    dtype: str,
+    width: int,
+) -> Iterator[str]:
+    """Write one file as a stream: the library's own writer wants all of its tensors in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in shard:
+        end = offset + math.prod(tensor.shape) * width
+        header[tensor.name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": tensor.hf_shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in shard:
+        value = tensor.to_hf(read(tensor)).astype(getattr(ml_dtypes, dtype, dtype))
+        file.write(value.reshape(-1).view(np.uint8).data)
+        yield tensor.name
+    file.flush()
+    os.fsync(file.fileno())

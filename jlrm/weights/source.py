@@ -1,0 +1,92 @@
+"""Where the weights of a run come from: a Hugging Face directory, an earlier run, or a preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+
+from jax.sharding import Mesh
+
+from jlrm.config import Config, UsageError
+from jlrm.model import qwen
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.runtime import storage
+from jlrm.runtime.mesh import Layout
+from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights.presets import PRESETS, preset
+
+log = logging.getLogger(__name__)
+
+
+def model_files(source: str) -> pathlib.Path:
+    """Return where everything of a model but its weights lies; `source` as in `model.path`.
+
+    Raises:
+      UsageError: no such model, or no such checkpoint of a run.
+    """
+    if not checkpoint.is_run(source):
+        return hf.resolve(source)
+    checkpoint.find(source)
+    return side_files(source) / "model"
+
+
+def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
+    """Read a model's weights onto the devices; `source` as in `model.path`."""
+    if checkpoint.is_run(source):
+        abstract = qwen.abstract_params(model, layout)
+        return checkpoint.restore_params(checkpoint.find(source), abstract)
+    return hf.load_params(hf.resolve(source), model, layout)
+
+
+def read_model(config: Config) -> QwenConfig:
+    """Return the architecture without a download: of a preset, a local directory or a run.
+
+    The official models of the presets are known by their hub id.
+
+    Raises:
+      UsageError: it would have to be downloaded.
+    """
+    source = config.model
+    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    if source.preset:
+        return dataclasses.replace(preset(source.preset), **numerics)
+    if checkpoint.is_run(source.path):
+        return hf_config.read_config(side_files(source.path) / "model", **numerics)
+    directory = pathlib.Path(source.path).expanduser()
+    if directory.is_dir():
+        return hf_config.read_config(directory, **numerics)
+    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
+    if organisation == "qwen" and name in PRESETS:
+        return dataclasses.replace(preset(name), **numerics)
+    raise UsageError(
+        f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
+        " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
+    )
+
+
+def side_files(source: str) -> pathlib.Path:
+    """Return a local directory with all of an earlier run, `RUN[@STEP]`, but its checkpoints."""
+    mirror = storage.mirror(source.partition("@")[0])
+    mirror.pull()
+    return mirror.local
+
+
+def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
+    """Refuse models that the mesh can't divide, naming what would fit."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    needs = {
+        "num_attention_heads": ("mesh.tensor", tensor),
+        "num_key_value_heads": ("mesh.tensor", tensor),
+        "head_dim": ("mesh.fsdp", fsdp),
+        "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+    }
+    for name, (axes, shards) in needs.items():
+        size = getattr(model, name)
+        if size % shards:
+            fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
+            raise UsageError(
+                f"{axes}={shards} does not divide the model's {name}={size}. Use {axes} in {fits}."
+            )

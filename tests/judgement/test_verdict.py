@@ -1,0 +1,199 @@
+"""Every text has exactly one status, the strict grammar is the paid one, and time is linear."""
+
+from __future__ import annotations
+
+import collections
+import json
+import re
+import time
+from typing import get_args
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from jlrm.judgement.verdict import Status, Verdict, parse
+
+FRAGMENTS = (
+    *("<think>", "</think>", "<answer>", "</answer>", "<answer>7</answer>", "<answer> 9</answer>"),
+    *("7", "8.5", "11", "-1", "nan", "inf", "1e1", "1_0", "\u0668", "\uff18", "+8", "7/10", "."),
+    *(" ", "\n", "\x1c", "\x00", "\ud800", "word", "<|im_end|>", "<", "</", "<answer", "</answer"),
+)
+TEXTS = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=14).map("".join)
+# Mostly judgements, so that each status comes up.
+JUDGEMENTS = st.tuples(TEXTS, TEXTS, TEXTS, TEXTS).map(
+    lambda t: f"{t[0]}</think>{t[1]}<answer>{t[2]}</answer><answer>{t[3]}</answer>"
+)
+
+
+@pytest.mark.parametrize(
+    ("completion", "status"),
+    [
+        ("r</think><answer>8</answer><answer>4</answer>", "ok"),
+        ("r\n</think>\n<answer> 8\n</answer> and <answer>4.5</answer><|im_end|>\ntail", "ok"),
+        ("</think><answer>+8</answer><answer>08</answer>", "ok"),
+        ("", "no_think_end"),
+        ("r<answer>8</answer><answer>4</answer>", "no_think_end"),
+        ("<think>r</think><answer>8</answer><answer>4</answer>", "repeated_think"),
+        ("r</think><answer>8</answer></think><answer>4</answer>", "repeated_think"),
+        ("r<answer>8</answer></think><answer>8</answer><answer>4</answer>", "answer_in_reasoning"),
+        ("r</think>8 4", "no_answer"),
+        ("r</think><answer>8</answer>", "one_answer"),
+        ("r</think>" + "<answer>8</answer>" * 3, "too_many_answers"),
+        ("r</think><answer>8</answer><answer>4", "broken_answer"),
+        ("r</think><answer>8<answer>4</answer></answer>", "broken_answer"),
+        ("r</think></answer>8<answer>4</answer><answer>", "broken_answer"),
+        ("r</think><answer>8</answer><answer>four</answer>", "not_a_number"),
+        ("r</think><answer>7/10</answer><answer>4</answer>", "not_a_number"),
+        ("r</think><answer></answer><answer>4</answer>", "not_a_number"),
+        ("r</think><answer>nan</answer><answer>inf</answer>", "not_a_number"),
+        ("r</think><answer>1e0</answer><answer>1_0</answer>", "not_a_number"),
+        ("r</think><answer>11</answer><answer>4</answer>", "out_of_range"),
+        ("r</think><answer>8</answer><answer>-1</answer>", "out_of_range"),
+        ("r</think><answer>0</answer><answer>4</answer>", "out_of_range"),
+        ("r</think><answer>" + "9" * 5000 + "</answer><answer>4</answer>", "out_of_range"),
+    ],
+)
+def test_strict(completion: str, status: str) -> None:
+    assert parse(completion).status == status
+
+
+@pytest.mark.parametrize(
+    ("completion", "scores"),
+    [
+        ("r</think><answer>8</answer><answer>4</answer>", (8, 4)),
+        ("<think>r</think><answer> 8 </answer>\n<answer>4.5</answer>", (8, 4.5)),
+        ("<think>a</think>b</think><answer>8</answer><answer>4</answer>", (8, 4)),
+        ("<answer>1</answer></think><answer>8</answer><answer>4</answer>", (8, 4)),
+        ("r<answer>8</answer><answer>4</answer>", (8, 4)),
+        ("r</think><answer>x</answer><answer>8</answer><answer>4</answer>", (8, 4)),
+        ("r</think><answer>8</answer><answer>4</answer><answer>1</answer>", (8, 4)),
+        ("r</think><answer><answer>8</answer></answer><answer>4</answer><answer>", (8, 4)),
+    ],
+)
+def test_lenient(completion: str, scores: tuple[float, float]) -> None:
+    verdict = parse(completion, strict=False)
+    assert (verdict.score_1, verdict.score_2) == scores
+
+
+@pytest.mark.parametrize(
+    ("completion", "status"),
+    [
+        ("8 4", "no_answer"),
+        ("<answer>8</answer><answer>4</answer></think>", "no_answer"),
+        ("r</think><answer>8</answer>", "one_answer"),
+        ("r</think><answer>8</answer><answer>x</answer>", "not_a_number"),
+        ("r</think><answer>0</answer><answer>0</answer>", "out_of_range"),
+    ],
+)
+def test_lenient_failures_keep_a_status(completion: str, status: str) -> None:
+    assert parse(completion, strict=False).status == status
+
+
+def test_preference() -> None:
+    assert Verdict(8, 4, "ok", "").preference == 1
+    assert Verdict(4, 8, "ok", "").preference == 2
+    assert Verdict(8, 8, "ok", "").preference == 0
+    assert parse("nothing").preference is None
+
+
+def test_scale() -> None:
+    text = "r</think><answer>0</answer><answer>4</answer>"
+    assert parse(text, min_score=0).preference == 2
+    assert parse(text, min_score=0, max_score=3).status == "out_of_range"
+
+
+def test_reasoning() -> None:
+    answers = "<answer>8</answer><answer>4</answer>"
+    assert parse(f"\nwhy\n</think>\n{answers}").reasoning == "why"
+    assert parse("\ncut short").reasoning == "cut short"
+    assert parse("\ncut short", strict=False).reasoning == "cut short"
+    assert parse(f"<think>\nwhy\n</think>{answers}", strict=False).reasoning == "why"
+
+
+def _is_well_formed(completion: str) -> bool:
+    """The grammar once more, as one regular expression (slow, so for short texts only)."""
+    free = r"(?:(?!</?think>|</?answer>).)*"
+    answer = r"<answer>\s*[+-]?[0-9]+(?:\.[0-9]+)?\s*</answer>"
+    pattern = f"{free}</think>{free}{answer}{free}{answer}{free}"
+    return re.fullmatch(pattern, completion, re.DOTALL) is not None
+
+
+@given(TEXTS | JUDGEMENTS, st.booleans())
+@example("r</think><answer>8\x1c</answer><answer>4</answer>", True)
+def test_any_text_has_a_verdict(text: str, strict: bool) -> None:
+    verdict = parse(text, strict=strict)
+    assert verdict.status in get_args(Status)
+    if verdict.status == "ok":
+        assert 1 <= verdict.score_1 <= 10 and 1 <= verdict.score_2 <= 10
+        assert verdict.preference in (0, 1, 2)
+    else:
+        assert verdict.score_1 is verdict.score_2 is verdict.preference is None
+
+
+@given(TEXTS | JUDGEMENTS)
+def test_strict_is_the_grammar(text: str) -> None:
+    anything_goes = parse(text, min_score=-float("inf"), max_score=float("inf"))
+    assert (anything_goes.status == "ok") == _is_well_formed(text)
+
+
+@given(TEXTS | JUDGEMENTS)
+def test_lenient_agrees_where_strict_is_satisfied(text: str) -> None:
+    strict = parse(text)
+    if strict.status in ("ok", "out_of_range"):
+        assert parse(text, strict=False) == strict
+
+
+@given(st.floats(1, 10), st.integers(1, 10), TEXTS, TEXTS)
+def test_scores_come_back(score_1: float, score_2: int, reasoning: str, tail: str) -> None:
+    text = f"{reasoning}</think><answer>{score_1:.6f}</answer><answer>{score_2}</answer>{tail}"
+    verdict = parse(text)
+    if verdict.status == "ok":
+        assert verdict.score_1 == pytest.approx(score_1, abs=1e-6)
+        assert verdict.score_2 == score_2
+
+
+MEGABYTES = {
+    "answer": "<answer>" * 125_000,
+    "answer_end": "</answer>" * 110_000,
+    "think_end": "</think>" * 125_000,
+    "answers": "</think>" + "<answer>7</answer>" * 55_000,
+    "half_tags": "</answer" * 125_000,
+    "digits": "</think><answer>" + "9" * 10**6 + "</answer><answer>4</answer>",
+    "decimals": "</think><answer>1." + "9" * 10**6 + "</answer><answer>4</answer>",
+    "digits_then_no_number": "</think><answer>" + "9" * 10**6 + "x</answer><answer>4</answer>",
+    "spaces": "</think><answer>" + " " * 10**6 + "</answer><answer>4</answer>",
+}
+
+
+def _seconds(text: str, strict: bool) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        parse(text, strict=strict)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_a_megabyte_takes_less_than_a_second(name: str, strict: bool) -> None:
+    assert _seconds(MEGABYTES[name], strict) < 1.0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("piece", ["<answer>", "</answer>", "</think><", "<answer>7</answer>"])
+def test_time_grows_with_the_length(piece: str, strict: bool) -> None:
+    # Eight times the text: about 8 if linear, 64 if quadratic.
+    assert _seconds(piece * 80_000, strict) < 30 * _seconds(piece * 10_000, strict)
+
+
+def test_recorded_judgements(reference) -> None:
+    # JudgeLRM-3B on PandaLM; the nine failures were recorded as a pair of zeros.
+    rows = json.loads((reference / "pandalm" / "results_judgelrm3b.json").read_text())
+    verdicts = [parse(row["output"], strict=False) for row in rows]
+    statuses = collections.Counter(verdict.status for verdict in verdicts)
+    assert statuses == {"ok": 990, "out_of_range": 9}
+    predictions = [verdict.preference or 0 for verdict in verdicts]
+    assert predictions == [int(row["result"]) for row in rows]
+    assert collections.Counter(predictions) == {1: 479, 2: 438, 0: 82}

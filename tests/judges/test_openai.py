@@ -1,0 +1,668 @@
+"""Whatever a server does, every game is recorded once, nothing is paid twice, no key leaks."""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from typing import Any
+
+import chat_server
+import pytest
+from hostile import HOSTILE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qwen import CONTROL_TOKENS
+
+from jlrm.config import RunError, UsageError
+from jlrm.evaluation.games import Game, Item, Response, both_orders
+from jlrm.judgement import prompts
+from jlrm.judgement.verdict import parse
+from jlrm.judges import openai, protocol
+
+TESTS = pathlib.Path(__file__).parent.parent
+KEY = "sk-this-must-not-be-seen-anywhere"
+PRICES = (2.0, 10.0)
+
+# Judges as `jlrm.evaluate` does: each answer is on disk when `record` returns.
+CLIENT = """
+import json, pathlib, signal, sys
+from jlrm.evaluation.games import Item, both_orders
+from jlrm.judges import openai
+
+def stop(signum, frame):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, stop)
+num_items, path, kwargs = json.loads(sys.argv[1])
+items = [Item(str(i), f"question {i}", ("one", "two")) for i in range(num_items)]
+kwargs["cache"] = kwargs["cache"] and pathlib.Path(kwargs["cache"])
+with open(path, "a") as file:
+    def record(answer):
+        file.write(json.dumps([answer.game, answer.outputs, answer.error]) + "\\n")
+        file.flush()
+    try:
+        openai.make("judge", **kwargs)(both_orders(items), record)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+class Running:
+    """The server of chat_server.py as a process."""
+
+    def __init__(self, log: pathlib.Path, *options: str) -> None:
+        self.path = log
+        command = [sys.executable, str(TESTS / "chat_server.py"), str(log), *options]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout
+        self.port = int(self.process.stdout.readline())
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if "body" in row]
+
+    @property
+    def served(self) -> list[str]:
+        return [row["served"] for row in self.rows if "served" in row]
+
+    def counts(self) -> dict[str, int]:
+        """Return how often each request came, by the start of its question."""
+        bodies = collections.Counter(json.dumps(row["body"]) for row in self.requests)
+        return {chat_server.text_of(json.loads(body)): n for body, n in bodies.items()}
+
+
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
+    servers = []
+
+    def start(*options: str) -> Running:
+        servers.append(Running(tmp_path / "server.jsonl", *options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def options(url: str, **changes: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "base_url": url,
+        "api_key": KEY,
+        "prompt": "jlrm",
+        "scale": (1, 10),
+        "max_new_tokens": 100,
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "votes": 1,
+        "concurrency": 8,
+        "timeout": 20.0,
+        "max_retries": 3,
+        "cache": None,
+        "prices": None,
+        "budget": None,
+        "seed": 0,
+        "neutral": True,
+    }
+    return {**defaults, **changes}
+
+
+def make(server: Running, **changes: Any) -> openai.Endpoint:
+    return openai.make("judge", **{**options(server.url), **changes})
+
+
+def game(question: str, number: int = 0) -> Game:
+    return Game(Item(f"{number}", question, ("one", "two")), 0, 1)
+
+
+def games(number: int, question: str = "question") -> list[Game]:
+    return both_orders(Item(str(i), f"{question} {i}", ("one", "two")) for i in range(number // 2))
+
+
+def judged(backend: openai.Endpoint, asked: list[Game]) -> dict[str, Response]:
+    """Judge games, and check that each is recorded once, and is an answer or an error."""
+    answers: list[Response] = []
+    backend(asked, answers.append)
+    assert sorted(answer.game for answer in answers) == sorted(each.id for each in asked)
+    for answer in answers:
+        assert (answer.outputs is None) == (answer.error is not None)
+        assert answer.scores is None and answer.decision is None
+    return {answer.game: answer for answer in answers}
+
+
+def outputs(answers: dict[str, Response]) -> list[str]:
+    return sorted(text for answer in answers.values() for text in answer.outputs or ())
+
+
+# -------------------------------------------------------------------------------- what is asked
+
+
+def test_every_vote_is_asked_once_and_concurrency_is_reached(serve):
+    server = serve("--delay", "0.05", "--key", KEY)
+    backend = make(server, votes=3, concurrency=6)
+    answers = judged(backend, games(12))
+    assert len(server.requests) == 36 == backend.spent.num_requests
+    assert max(row["in_flight"] for row in server.requests) == 6
+    # No body came twice: each vote has a seed of its own, and so do both orders.
+    assert len({row["body"]["seed"] for row in server.requests}) == 36
+    assert outputs(answers) == sorted(server.served)
+    for answer in answers.values():
+        assert len(answer.outputs or ()) == 3
+        assert answer.num_tokens == 3 * chat_server.COMPLETION_TOKENS
+        assert answer.prompt_tokens and answer.seconds
+        assert all(parse(text).scores == (7, 3) for text in answer.outputs or ())
+    assert backend.spent.num_tokens == 36 * chat_server.COMPLETION_TOKENS
+
+
+def test_answers_do_not_depend_on_order_concurrency_or_what_else_is_asked(serve):
+    server = serve()
+    everything = judged(make(server, votes=2, concurrency=8), games(8))
+    few = judged(make(server, votes=2, concurrency=1), games(8)[::-2])
+    assert len(few) == 4
+    for name, answer in few.items():
+        assert answer.outputs == everything[name].outputs
+
+
+@pytest.mark.parametrize("name", ["judgelrm_train", "judgelrm_eval"])
+def test_raw_prompts_go_out_byte_for_byte(serve, name):
+    server = serve()
+    judged(make(server, prompt=name), [game("What is 2 {answer_1}?")])
+    (row,) = server.requests
+    assert row["path"] == "/v1/completions"
+    assert row["body"]["prompt"] == prompts.fill(
+        prompts.PAIR_TEMPLATES[name],
+        question="What is 2 {answer_1}?",
+        answer_1="one",
+        answer_2="two",
+    )
+    assert row["body"]["stop"] == ["<|im_end|>"]
+
+
+def test_chat_prompts_and_settings_go_out(serve):
+    server = serve()
+    asked = [Game(Item("a", "Why?", ("one", "two")), 1, 0)]
+    judged(make(server, scale=(0, 5), top_p=0.9, temperature=0.25, max_new_tokens=77), asked)
+    judged(make(server, api_key=None, seed=1), asked)
+    first, second = server.requests
+    system, user = prompts.messages("jlrm", 0, 5)
+    assert first["path"] == "/v1/chat/completions"
+    assert first["body"] == {
+        "model": "judge",
+        "messages": [
+            {"role": "system", "content": system},
+            {
+                "role": "user",
+                "content": prompts.fill(user, question="Why?", answer_1="two", answer_2="one"),
+            },
+        ],
+        "temperature": 0.25,
+        "top_p": 0.9,
+        "max_tokens": 77,
+        "seed": first["body"]["seed"],
+    }
+    assert first["auth"] == f"Bearer {KEY}" and second["auth"] is None
+    assert first["body"]["seed"] != second["body"]["seed"]
+    assert "top_p" not in second["body"]
+
+
+@pytest.mark.parametrize("name", ["judgelrm_train", "jlrm"])
+def test_hostile_text_has_no_control_tokens_and_only_where_asked(name):
+    clean = openai.Template.of(name, (1, 10), True)
+    raw = openai.Template.of(name, (1, 10), False)
+    assert set(CONTROL_TOKENS) == protocol.CONTROL_TOKENS
+    empty = chat_server.text_of(clean.fill(Game(Item("", "", ("", "")), 0, 1)))
+    honest = game("Is a < b, or `x |> f`?")
+    assert clean.fill(honest) == raw.fill(honest)
+    for text in HOSTILE.values():
+        asked = Game(Item("", text, (text, text)), 0, 1)
+        filled = chat_server.text_of(clean.fill(asked))
+        for token in CONTROL_TOKENS:
+            assert filled.count(token) == empty.count(token)
+        filled.encode()
+        if not any("\ud800" <= character <= "\udfff" for character in text):
+            assert chat_server.text_of(raw.fill(asked)).count(text) >= 3
+
+
+# ------------------------------------------------------------------------------ what goes wrong
+
+PASSING = (
+    *("not_json", "not_utf8", "no_choices", "schema", "null", "error", "empty", "reset", "half"),
+    *("s408", "s409", "s429", "s500", "s503"),
+)
+
+
+def test_what_passes_is_asked_again(serve):
+    server = serve()
+    asked = [game(f"FAULT:{fault}*2", number) for number, fault in enumerate(PASSING)]
+    backend = make(server, concurrency=4)
+    answers = judged(backend, asked)
+    assert [answer.error for answer in answers.values()] == [None] * len(PASSING)
+    assert outputs(answers) == sorted(server.served)
+    assert set(server.counts().values()) == {3}
+    assert backend.spent.num_retries == 2 * len(PASSING)
+
+
+def test_what_does_not_pass_is_unjudged_after_the_last_retry(serve):
+    server = serve()
+    asked = [game(f"FAULT:{fault}", number) for number, fault in enumerate(PASSING)]
+    answers = judged(make(server, max_retries=1), [*asked, game("fine", 99)])
+    assert sum(answer.error is None for answer in answers.values()) == 1
+    assert collections.Counter(server.counts().values()) == {2: len(PASSING), 1: 1}
+    for number, fault in enumerate(PASSING):
+        error = answers[asked[number].id].error
+        assert error and "asked 2 times" in error
+        assert not fault.startswith("s4") or f"HTTP {fault[1:]}" in error
+
+
+@pytest.mark.parametrize("fault", ["late", "trickle", "trickled_head"])
+def test_a_slow_answer_ends_at_the_timeout(serve, fault):
+    server = serve()
+    began = time.monotonic()
+    answers = judged(
+        make(server, timeout=0.5, max_retries=1), [game(f"FAULT:{fault}"), game("fine", 1)]
+    )
+    assert time.monotonic() - began < 2.5
+    assert "no whole answer in 0.5 s" in (answers["0:0-1"].error or "")
+    assert answers["1:0-1"].error is None
+
+
+def test_a_number_in_retry_after_holds_back_all_requests(serve):
+    server = serve("--delay", "0.05")
+    asked = [game("FAULT:seconds*1", 0), *(game(f"fine {i}", i) for i in range(1, 30))]
+    answers = judged(make(server, concurrency=2), asked)
+    assert all(answer.error is None for answer in answers.values())
+    times = [row["time"] - server.requests[0]["time"] for row in server.requests]
+    # Besides the first one: what was under way, or left just before the 429 came in.
+    assert len(times) == 31 and sum(seconds < 0.9 for seconds in times) <= 4
+
+
+def test_a_date_in_retry_after_is_obeyed(serve):
+    server = serve()
+    (answer,) = judged(make(server), [game("FAULT:date*1")]).values()
+    assert answer.error is None
+    first, second = (row["time"] for row in server.requests)
+    assert second - first >= 1.0  # a date has whole seconds: two from now are more than one
+
+
+def test_a_limit_per_day_stops_the_run(serve):
+    server = serve("--fault", "all=tomorrow")
+    with pytest.raises(RunError, match="wait for 1440 minutes"):
+        make(server)(games(20), lambda answer: None)
+    assert len(server.requests) <= 8
+
+
+@pytest.mark.parametrize("fault", ["s401", "s403", "s404", "setting", "quota", "redirect"])
+def test_refusals_stop_at_once_and_hide_the_key(serve, fault, caplog, tmp_path):
+    server = serve("--fault", f"all={fault}")
+    backend = make(server, concurrency=3, cache=tmp_path / "cache")
+    answers: list[Response] = []
+    with caplog.at_level(logging.DEBUG), pytest.raises(UsageError) as caught:
+        backend(games(40), answers.append)
+    assert not answers
+    assert len(server.requests) <= 3
+    message = str(caught.value)
+    assert f"no for Bearer [key]: {fault}" in message and server.url in message
+    trace = "".join(traceback.format_exception(caught.value))
+    for text in (message, trace, caplog.text, repr(backend), str(backend.spent)):
+        assert KEY not in text
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_request_that_is_refused_costs_only_its_game(serve):
+    server = serve()
+    asked = [game("FAULT:s400", 0), game("FAULT:s413", 1), *(game("fine", i) for i in range(2, 6))]
+    answers = judged(make(server), asked)
+    assert [answer.error is None for _, answer in sorted(answers.items())] == [False] * 2 + [
+        True
+    ] * 4
+    assert (answers["0:0-1"].error or "").startswith("HTTP 400: no for Bearer [key]")
+    assert set(server.counts().values()) == {1}
+
+
+def test_the_other_name_of_the_limit(serve):
+    server = serve("--fault", "all=renamed")
+    answers = judged(make(server, concurrency=4, max_retries=0), games(12))
+    assert outputs(answers) == sorted(server.served)
+    assert len(server.requests) <= 12 + 4
+    assert all(
+        row["body"]["max_completion_tokens"] == 100
+        for row in server.requests
+        if "max_tokens" not in row["body"]
+    )
+
+
+def test_without_a_server_the_run_stops(serve):
+    server = serve()
+    server.stop()
+    with pytest.raises(RunError, match="No server at"):
+        make(server, max_retries=1)(games(4), lambda answer: None)
+
+
+def test_an_error_in_record_comes_through(serve):
+    server = serve("--delay", "0.02")
+    recorded = []
+
+    def record(answer: Response) -> None:
+        recorded.append(answer)
+        if len(recorded) == 3:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        make(server, concurrency=2)(games(40), record)
+    assert len(recorded) == 3
+    assert len(server.requests) < 40
+
+
+def test_a_missing_vote_leaves_the_game_unjudged_and_the_others_kept(serve, tmp_path):
+    server = serve("--fault", "2=s400")
+    backend = make(server, votes=3, concurrency=1, cache=tmp_path / "cache")
+    (answer,) = judged(backend, [game("fine")]).values()
+    assert (answer.error or "").startswith("HTTP 400") and len(server.requests) == 3
+    (answer,) = judged(backend, [game("fine")]).values()
+    assert len(answer.outputs or ()) == 3
+    assert len(server.requests) == 4 and backend.spent.num_cached == 2
+
+
+# ------------------------------------------------------------------------------- what is stopped
+
+
+def test_a_server_that_dies_and_comes_back(serve, tmp_path):
+    cache = tmp_path / "cache"
+    server = serve("--fault", "20=die", "--delay", "0.01")
+    asked = games(40)
+    answers = judged(make(server, concurrency=4, max_retries=1, cache=cache), asked)
+    errors = [answer.error for answer in answers.values() if answer.error is not None]
+    assert outputs(answers) == sorted(server.served)
+    assert 16 <= len(server.served) < 20 and len(errors) == 40 - len(server.served)
+    assert all("connection" in error for error in errors)
+
+    serve("--port", str(server.port))  # writes into the same log
+    backend = make(server, concurrency=4, cache=cache)
+    again = judged(backend, asked)
+    assert all(answer.error is None for answer in again.values())
+    assert outputs(again) == sorted(server.served) and len(server.served) == 40
+    assert backend.spent.num_cached == 40 - len(errors)
+    assert list(cache.glob("*.tmp")) == []
+
+
+def start_client(path: pathlib.Path, num_items: int, **kwargs: Any) -> subprocess.Popen:
+    arguments = json.dumps([num_items, str(path), {**kwargs, "cache": str(kwargs["cache"])}])
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, arguments],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_goes_on_and_pays_nothing_twice(serve, tmp_path, signum):
+    server = serve("--delay", "0.05")
+    path, cache = tmp_path / "answers.jsonl", tmp_path / "cache"
+    kwargs = options(server.url, cache=cache, concurrency=4, votes=2)
+    client = start_client(path, 20, **kwargs)
+    deadline = time.monotonic() + 20.0
+    while not path.exists() or path.read_text().count("\n") < 8:
+        assert time.monotonic() < deadline and client.poll() is None
+        time.sleep(0.01)
+    began = time.monotonic()
+    client.send_signal(signum)
+    _, stderr = client.communicate(timeout=10)
+    assert time.monotonic() - began < 3.0
+    assert client.returncode == (-signal.SIGKILL if signum == signal.SIGKILL else 130)
+    assert stderr == ""
+    recorded = [json.loads(line) for line in path.read_text().splitlines()]
+    assert 8 <= len(recorded) < 40
+    assert len({name for name, _, _ in recorded}) == len(recorded)
+    assert all(len(texts) == 2 for _, texts, _ in recorded)
+    num_paid = len(list(cache.glob("*.json")))
+    assert num_paid >= 2 * len(recorded)
+
+    backend = make(server, cache=cache, concurrency=4, votes=2)
+    answers = judged(backend, games(40))
+    assert all(answer.error is None for answer in answers.values())
+    assert all(list(answers[name].outputs or ()) == texts for name, texts, _ in recorded)
+    assert backend.spent.num_cached == num_paid
+    # Only what was under way when the signal came can have been answered twice.
+    assert len(server.served) - len(set(server.served)) <= 4
+    assert len(set(server.served)) == 80
+
+
+# ---------------------------------------------------------------------------------- what is paid
+
+
+def test_a_cache_file_that_is_broken_is_asked_for_again(serve, tmp_path, caplog):
+    server = serve()
+    cache = tmp_path / "cache"
+    first = judged(make(server, cache=cache), games(10))
+    files = sorted(cache.iterdir())
+    assert len(files) == 10
+    assert all(KEY not in file.read_text() for file in files)
+    broken = [b"", files[1].read_bytes()[:-5], b"{}", b'{"text": 1}', b"[]", b"\xff"]
+    for file, content in zip(files, broken, strict=False):
+        file.write_bytes(content)
+    backend = make(server, cache=cache)
+    second = judged(backend, games(10))
+    assert backend.spent.num_requests == len(broken) and backend.spent.num_cached == 4
+    assert len([r for r in caplog.records if "asked for again" in r.message]) == len(broken)
+    assert outputs(second) == outputs(first)
+    backend = make(server, cache=cache)
+    assert outputs(judged(backend, games(10))) == outputs(first)
+    assert backend.spent.num_requests == 0
+
+
+def test_what_shapes_an_answer_shapes_its_place_in_the_cache(serve, tmp_path):
+    server = serve()
+    cache = tmp_path / "cache"
+    judged(make(server, cache=cache), games(4))
+
+    def num_asked(**changes: Any) -> int:
+        backend = make(server, cache=cache, **changes)
+        judged(backend, games(4))
+        return backend.spent.num_requests
+
+    for change in (
+        {"prompt": "judgelrm_eval"},
+        {"scale": (1, 5)},
+        {"max_new_tokens": 101},
+        {"temperature": 0.6},
+        {"top_p": 0.9},
+        {"seed": 1},
+        {"votes": 2},  # the first vote of each is there
+        {"base_url": server.url.replace("127.0.0.1", "localhost")},
+    ):
+        assert num_asked(**change) == 4, change
+    for change in (
+        {"concurrency": 1},
+        {"timeout": 3.0},
+        {"max_retries": 0},
+        {"api_key": "another"},
+        {"prices": PRICES, "budget": 0.0},
+        {"neutral": False},  # nothing was broken in these texts
+    ):
+        assert num_asked(**change) == 0, change
+
+
+def cost(server: Running) -> float:
+    """Return what the server would charge for all that it has served."""
+    served = set(server.served)
+    charged = 0.0
+    for row in server.requests:
+        if chat_server.judgement(row["body"]) in served:
+            prompt_tokens = len(chat_server.text_of(row["body"])) // 4
+            charged += prompt_tokens * PRICES[0] + chat_server.COMPLETION_TOKENS * PRICES[1]
+    return charged / 1e6
+
+
+def test_a_budget_is_used_and_not_exceeded(serve, tmp_path):
+    server = serve("--delay", "0.02")
+    budget, cache = 0.015, tmp_path / "cache"
+    backend = make(server, concurrency=16, prices=PRICES, budget=budget, cache=cache)
+    answers = judged(backend, games(100))
+    assert max(row["in_flight"] for row in server.requests) > 1
+    assert cost(server) == pytest.approx(backend.spent.usd)
+    most = (1500 + openai.OVERHEAD) * PRICES[0] / 1e6 + 100 * PRICES[1] / 1e6  # of one request
+    assert budget - 2 * most < backend.spent.usd <= budget
+    assert 0 < len(server.served) < 100
+    errors = [answer.error for answer in answers.values() if answer.error]
+    assert len(errors) == 100 - len(server.served)
+    assert all("not asked: the budget of 0.015 USD" in error for error in errors)
+
+    rest = make(server, concurrency=16, prices=PRICES, budget=1.0, cache=cache)
+    assert all(answer.error is None for answer in judged(rest, games(100)).values())
+    assert len(server.served) == 100 == len(set(server.served))
+    assert backend.spent.usd + rest.spent.usd == pytest.approx(cost(server))
+
+
+@pytest.mark.parametrize("fault", ["half", "late", "no_usage"])
+def test_an_unknown_cost_counts_as_the_highest(serve, fault):
+    server = serve("--fault", f"all={fault}")
+    backend = make(server, prices=(0.0, 1e6), budget=350.0, timeout=0.3, max_retries=9)
+    answers = judged(backend, games(6))
+    assert len(server.requests) == 3  # 100 tokens of one USD each
+    assert backend.spent.usd == 300.0
+    assert sum(answer.error is None for answer in answers.values()) == 3 * (fault == "no_usage")
+
+
+def test_an_error_status_and_a_missing_server_cost_nothing(serve):
+    server = serve("--fault", "all=s500")
+    backend = make(server, prices=(0.0, 1e6), budget=100.0, max_retries=2)
+    judged(backend, games(6))
+    server.stop()
+    judged(backend, games(6))
+    assert len(server.requests) == 18
+    assert backend.spent.usd == 0.0
+
+
+# ----------------------------------------------------------------------------- what is understood
+
+
+@pytest.mark.parametrize(
+    ("choice", "text", "status"),
+    [
+        ({"text": "a\n</think>x"}, "a\n</think>x", "no_answer"),
+        ({"text": "<think>a"}, "<think>a", "no_think_end"),
+        ({"message": {"content": "a</think>SCORES"}}, "a</think>SCORES", "ok"),
+        ({"message": {"content": "\n<think>a</think>SCORES"}}, "a</think>SCORES", "ok"),
+        (
+            {"message": {"content": "SCORES", "reasoning_content": "why"}},
+            "why</think>SCORES",
+            "ok",
+        ),
+        ({"message": {"content": "SCORES", "reasoning": "why"}}, "why</think>SCORES", "ok"),
+        (
+            {"message": {"content": " a</think>SCORES", "reasoning": "why"}},
+            "why a</think>SCORES",
+            "ok",
+        ),
+        ({"message": {"content": "a</think>SCORES", "reasoning": ""}}, "a</think>SCORES", "ok"),
+        (
+            {"message": {"content": None, "reasoning": "why"}, "finish_reason": "length"},
+            "why",
+            "no_think_end",
+        ),
+        ({"message": {"content": "", "reasoning": "why"}}, "why</think>", "no_answer"),
+        ({"message": {"content": None, "refusal": "I won't."}}, "I won't.", "no_think_end"),
+        ({"message": {"content": ""}}, "", "no_think_end"),
+        ({"message": {"content": "\ud800</think>SCORES"}}, "\ufffd</think>SCORES", "ok"),
+    ],
+)
+def test_forms_of_an_answer(choice, text, status):
+    scores = "<answer>7</answer><answer>3</answer>"
+    body = json.dumps({"choices": [choice]}).replace("SCORES", scores)
+    reply = protocol.read(body.encode(), 1.5)
+    assert reply.text == text.replace("SCORES", scores)
+    assert parse(reply.text).status == status
+    assert reply[1:] == (choice.get("finish_reason"), None, None, 1.5)
+
+
+NAMES = ["choices", "message", "content", "text", "usage", "reasoning", "error", "code", "detail"]
+JSON = st.recursive(
+    st.sampled_from([None, True, 0, -1, 1.5, "", "a", "<think>", "\ud800", [], {}]),
+    lambda part: (
+        st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(NAMES), part, max_size=2)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(JSON | st.builds(lambda part: {"choices": [part], "usage": part}, JSON))
+def test_no_body_breaks_the_reader(value):
+    body = json.dumps(value).encode()
+    assert isinstance(protocol.complaint(body).message, str)
+    try:
+        reply = protocol.read(body, 0.0)
+    except protocol.Unreadable:
+        return
+    reply.text.encode()
+
+
+def test_deep_json_is_unreadable():
+    with pytest.raises(protocol.Unreadable):
+        protocol.read(b"[" * 100_000, 0.0)
+    protocol.complaint(b"[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("2", 2.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("nan", None),
+        ("inf", None),
+        ("soon", None),
+        ("", None),
+        (None, None),
+        ("Tue, 24 Nov 2026 12:00:30 GMT", 30.0),
+        ("Tue, 24 Nov 2026 12:00:30 -0000", 30.0),
+        ("Tue, 24 Nov 2026 11:00:00 GMT", 0.0),
+    ],
+)
+def test_retry_after(header, seconds):
+    now = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC)
+    assert protocol.retry_after(header, now) == seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base_url": "localhost:8000"}, "is no address"),
+        ({"base_url": "ftp://host/v1"}, "is no address"),
+        ({"base_url": "http://host:port/v1"}, "is no address"),
+        ({"base_url": "https://user:secret@host/v1"}, "must hold no user"),
+        ({"base_url": "https://host/v1?key=secret"}, "must hold no user"),
+        ({"api_key": "secret\nX: y"}, "no HTTP header"),
+        ({"api_key": "secrét"}, "no HTTP header"),
+        ({"prompt": "jlrn"}, "Did you mean 'jlrm'"),
+        ({"votes": 0}, "votes=0"),
+        ({"concurrency": 0}, "concurrency=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"max_retries": -1}, "max_retries=-1"),
+        ({"budget": 1.0}, "needs prices"),
+    ],
+)
+def test_mistakes_are_refused_without_a_secret(changes, message):
+    with pytest.raises(UsageError, match=message) as caught:
+        openai.make("judge", **{**options("http://host/v1"), **changes})
+    assert "secr" not in str(caught.value)

@@ -1,0 +1,59 @@
+"""A run directory in a store: its small files are mirrored, its checkpoints are Orbax's."""
+
+from __future__ import annotations
+
+import pytest
+
+from jlrm.config import UsageError
+from jlrm.runtime import storage
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JLRM_CACHE", str(tmp_path / "cache"))
+
+
+def test_a_local_directory_is_its_own_mirror(tmp_path):
+    mirror = storage.mirror(str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("a")
+    mirror.push()
+    mirror.pull()
+    assert mirror.local == tmp_path and [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_what_is_pushed_comes_back_on_another_machine(tmp_path):
+    url = f"file://{tmp_path}/store/run"
+    mine = storage.mirror(url)
+    mine.pull()  # nothing is there yet
+    (mine.local / "model").mkdir()
+    (mine.local / "model" / "config.json").write_text("{}")
+    (mine.local / "metrics.jsonl").write_text("1\n")
+    (mine.local / "old.parquet").write_text("old")
+    (mine.local / "torn.partial").write_text("half")
+    mine.push()
+    (tmp_path / "store/run/checkpoints/grpo/1").mkdir(parents=True)
+    (tmp_path / "store/run/checkpoints/grpo/1/weights").write_text("large")
+    (mine.local / "metrics.jsonl").write_text("1\n2\n")
+    (mine.local / "old.parquet").unlink()
+    mine.push()
+    theirs = storage.mirror(url)
+    assert not any(theirs.local.iterdir())  # what an earlier process left here is not trusted
+    theirs.pull()
+    files = {str(p.relative_to(theirs.local)) for p in theirs.local.rglob("*") if p.is_file()}
+    assert files == {"metrics.jsonl", "model/config.json"}
+    assert (theirs.local / "metrics.jsonl").read_text() == "1\n2\n"
+
+
+def test_only_what_has_changed_is_copied(tmp_path):
+    url = f"file://{tmp_path}/store"
+    mine = storage.mirror(url)
+    (mine.local / "a").write_text("a")
+    mine.push()
+    (tmp_path / "store" / "a").write_text("theirs")
+    mine.push()
+    assert (tmp_path / "store" / "a").read_text() == "theirs"
+
+
+def test_a_store_that_nothing_can_reach_is_refused():
+    with pytest.raises(UsageError, match="Cannot open nosuch://bucket"):
+        storage.mirror("nosuch://bucket/run").pull()

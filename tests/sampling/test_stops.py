@@ -1,0 +1,116 @@
+"""Stop tables say what counting occurrences in the text says, however the text is tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jlrm.sampling.stops import StopTables, stop_tables
+
+ANSWER = "</answer>"
+FRAGMENTS = [ANSWER, "</answer", "</ans", "wer>", "answer>", "<", "</", ">", "<answer>", " 7", "é"]
+
+
+def tokenize(text: bytes, sizes: Sequence[int]) -> tuple[list[int], list[bytes]]:
+    """Cut a text into pieces of these sizes in turn; return ids and the bytes of each id."""
+    pieces, at, turn = [], 0, 0
+    while at < len(text):
+        size = sizes[turn % len(sizes)]
+        pieces.append(text[at : at + size])
+        at, turn = at + size, turn + 1
+    vocabulary = sorted(set(pieces))
+    return [vocabulary.index(piece) for piece in pieces], vocabulary
+
+
+def end_by_table(tables: StopTables, automaton: int, tokens: Sequence[int]) -> int | None:
+    """Return after how many tokens the automaton accepts, and check that it never leaves again."""
+    table, accept = tables.tables[automaton], tables.accept[automaton]
+    states = [0]
+    for token in tokens:
+        states.append(table[states[-1], token])
+    is_accepted = [state == accept for state in states]
+    assert is_accepted == sorted(is_accepted)
+    return is_accepted.index(True) if True in is_accepted else None
+
+
+def end_by_text(text: str, count: int, pieces: Sequence[bytes]) -> int | None:
+    """Return after how many tokens the text holds `count` occurrences that do not overlap."""
+    for length in range(len(pieces) + 1):
+        if b"".join(pieces[:length]).count(text.encode()) >= count:
+            return length
+    return None
+
+
+def check(strings: dict[str, int], tokens: Sequence[int], token_bytes: Sequence[bytes]) -> None:
+    tables = stop_tables(strings, token_bytes, len(token_bytes) + 3)
+    pieces = [token_bytes[token] for token in tokens]
+    for automaton, (text, count) in enumerate(strings.items()):
+        wanted = end_by_text(text, count, pieces)
+        assert end_by_table(tables, automaton, tokens) == wanted, (text, count)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    text=st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    counts=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2)),
+)
+@example(text=ANSWER * 2, sizes=[1], counts=(2, 1, 1))
+@example(text=ANSWER * 2, sizes=[18], counts=(2, 2, 2))
+@example(text=f"<{ANSWER}<{ANSWER}", sizes=[3, 7], counts=(2, 2, 1))
+def test_random_tokenizations_of_answers(text, sizes, counts):
+    tokens, token_bytes = tokenize(text.encode(), sizes)
+    check(dict(zip((ANSWER, "</", "é"), counts, strict=True)), tokens, token_bytes)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    pattern=st.text("ab", min_size=1, max_size=6),
+    text=st.text("ab", max_size=30),
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    count=st.integers(1, 4),
+)
+@example(pattern="aab", text="aaab" * 3, sizes=[1], count=2)
+@example(pattern="aab", text="aaaabaab", sizes=[2, 3], count=2)
+@example(pattern="abab", text="abababab", sizes=[1], count=2)
+@example(pattern="abab", text="ababab", sizes=[2], count=2)
+@example(pattern="aa", text="aaaa", sizes=[3], count=2)
+def test_patterns_that_overlap_themselves(pattern, text, sizes, count):
+    tokens, token_bytes = tokenize(text.encode(), sizes)
+    check({pattern: count}, tokens, token_bytes)
+
+
+def test_one_token_may_hold_several_occurrences():
+    check({"ab": 2, "b": 4, "bab": 1}, [0, 1, 2], [b"xa", b"bab", b"ababab"])
+
+
+def test_a_character_may_be_split_between_tokens():
+    snowman = "\N{SNOWMAN}"
+    first, second, third = (bytes([byte]) for byte in snowman.encode())
+    check({snowman: 1}, [0, 1, 2], [first, second, third])
+    check({snowman: 1}, [0, 2, 1], [first, second, third])
+
+
+def test_ids_without_bytes_leave_the_state():
+    empty, beyond = 2, 3  # a token that stands for no text; an id that the tokenizer lacks
+    tables = stop_tables({"ab": 2}, [b"a", b"b", b""], vocab_size=4)
+    for state in range(tables.tables.shape[1]):
+        assert tables.tables[0, state, empty] == state
+        assert tables.tables[0, state, beyond] == state
+    assert end_by_table(tables, 0, [empty, 0, beyond, 1, beyond, 0, empty, 1, 0]) == 8
+
+
+def test_automata_of_different_sizes_share_one_table():
+    tables = stop_tables({"a": 1, "abcdef": 3}, [b"a", b"bc", b"def"], vocab_size=5)
+    assert tables.tables.shape == (2, 19, 5)
+    assert tables.accept.tolist() == [1, 18]
+    assert end_by_table(tables, 0, [1, 2, 0, 1]) == 3
+    assert end_by_table(tables, 1, [0, 1, 2] * 3) == 9
+
+
+def test_without_strings_there_is_no_automaton():
+    tables = stop_tables({}, [b"a"], vocab_size=2)
+    assert tables.tables.shape[0] == 0
+    assert tables.accept.shape == (0,)
