@@ -1,4 +1,4 @@
-"""The arrows of the design: a folder imports only from folders of lower rank, a folder has no circle."""
+"""The arrows of the design: a folder imports from folders of lower rank, and holds no circle."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """From what a judge said in a game to its verdict.
 
 Text is read by one of four parsers. `strict` and `lenient` are those of judgement/verdict.py within
-the judge's scale; `judgelrm` is `lenient` for scores of any size, as the authors' evaluation reads them
-(pandalm/utils/judgelrm_inference.py, which then turns failures into ties: here that is a policy);
-`judgelm` takes JudgeLM's two scores from the first line (judgelm/llm_judge/common.py).
+the judge's scale; `judgelrm` is `lenient` for scores of any size, as the authors' evaluation reads
+them (pandalm/utils/judgelrm_inference.py, which then turns failures into ties: here that is a
+policy); `judgelm` takes JudgeLM's two scores from the first line (judgelm/llm_judge/common.py).
 
 Several texts for one game are votes: their scores are averaged, those without scores left out, so
 that three votes of 8 against 7 and one of 2 against 9 are a verdict of 6.5 against 7.5.
