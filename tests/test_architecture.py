@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import pathlib
+import runpy
 
 import pytest
 
@@ -126,3 +127,11 @@ def test_a_class_name_means_one_thing():
 def test_every_module_says_what_it_does():
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
+
+
+def test_the_picture_of_the_readme_is_of_this_house():
+    folder = ROOT.parent / ".github"
+    overview = runpy.run_path(str(folder / "overview.py"))
+    assert (folder / "overview.svg").read_text() == overview["picture"]()
+    rooms = {room for _, room in (*overview["TRAINING"], *overview["MEASURING"])}
+    assert rooms <= RANKS.keys()
