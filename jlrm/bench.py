@@ -35,7 +35,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm.config import Config, UsageError, load, to_dict
+from jlrm.config import Config, UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning import costs, machine
@@ -44,6 +44,7 @@ from jlrm.reports import tables
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.mesh import create_mesh, rollout_layout, training_layout
+from jlrm.runtime.settings import load, to_dict
 from jlrm.sampling import stops
 from jlrm.sampling.generate import Generate, fetch, make_generator
 from jlrm.sampling.sampler import SamplerSettings

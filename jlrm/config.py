@@ -1,28 +1,27 @@
-"""Configuration: frozen dataclasses, one YAML file, `key=value` overrides on the command line.
+"""Every setting of a run, as frozen dataclasses, and the two errors that commands report.
 
-The dataclasses below *are* the documentation of every setting: each field carries its meaning and
-unit, and the least value where its annotation is `Count`, `Positive` or `NonNegative`. `load` reads
-a YAML file onto them, coerces every value by the field's annotation (`1e-6` is a float although
-YAML reads it as text), and answers an unknown key with the nearest known one. There is no
-inheritance and no registry, and no field without an effect. Checks that need the model or the
-devices happen where those are known; checks of one section against another stand in `_check`.
+The dataclasses below *are* the documentation of every setting. A field's comment (behind it or
+above it) says its meaning and unit, and `--help` prints that comment. Its annotation carries the
+least value (`Count`, `Positive`, `NonNegative`) or the choices. `runtime/settings.py` reads YAML
+files and `key=value` overrides onto these classes. There is no inheritance and no registry, and no
+field without an effect. `_check` compares sections with each other; checks that need the model or
+the devices happen where those are known.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import pathlib
+import math
 import typing
-from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import yaml
-
-Count = Annotated[int, 0]  # the number is the least value, see `_check_least`
+Count = Annotated[int, 0]  # the number is the least value, see `_check_range`
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0.0]
+MOST = 2**31 - 1  # counts become int32 on the devices
+Seed = Annotated[int, 0, 2**32 - 1]  # random keys hold 32 bits: a larger seed would repeat another
 
 
 class RunError(Exception):
@@ -36,7 +35,7 @@ class UsageError(Exception):
 @dataclass(frozen=True)
 class RunConfig:
     dir: str  # everything the run writes; started again in the same place, the run goes on
-    seed: int = 0  # initial weights, order of the data, every sampled token
+    seed: Seed = 0  # initial weights, order of the data, every sampled token
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
     keep_best: Count = 1  # checkpoints kept by the highest `best_metric`
@@ -212,57 +211,8 @@ class Config:
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
 
     def __post_init__(self) -> None:
-        _check_least(self)
+        _check_range(self)
         _check(self)
-
-
-def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply `section.key=value` overrides.
-
-    Raises:
-      UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad
-        combination.
-    """
-    try:
-        text = pathlib.Path(path).read_text()
-    except OSError as error:
-        raise UsageError(f"Cannot read the config file {path}: {error.strerror}.") from None
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        raise UsageError(
-            f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
-        )
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_dict(tree)
-
-
-def from_dict(tree: dict[str, Any]) -> Config:
-    """Build a `Config` from nested dictionaries, with the checks of `load`."""
-    return _coerce_section(Config, tree, "")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return the resolved configuration as nested plain dictionaries."""
-    return dataclasses.asdict(config)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as one level of dotted names, as overrides spell them."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
-def save(config: Config, path: pathlib.Path) -> None:
-    """Write the resolved configuration as YAML that `load` reads back unchanged."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -272,95 +222,28 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UsageError(f"Got '{override}', wanted section.key=value, e.g. grpo.steps=100.")
-    *sections, name = key.split(".")
-    for depth, section in enumerate(sections):
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise UsageError(
-                f"'{'.'.join(sections[: depth + 1])}' in '{override}' is not a section."
-            )
-    try:
-        tree[name] = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
-        raise UsageError(f"The value of '{override}' is not valid YAML.") from None
+def dotted(section: str, key: object) -> str:
+    """Return a key as overrides spell it, e.g. "grpo.steps"; `section` may be empty."""
+    return f"{section}.{key}" if section else str(key)
 
 
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
-    wrong = UsageError(f"{where}={value!r} is not what was wanted: {_describe(kind)}.")
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in args:
-            raise UsageError(f"{where}={value!r} is not one of {', '.join(map(str, args))}.")
-        return value
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise wrong
-        return {
-            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}.{k}")
-            for k, v in value.items()
-        }
-    if isinstance(value, bool) is not (kind is bool):
-        raise wrong
-    try:
-        if kind is str and not isinstance(value, (str, int, float)):
-            raise wrong
-        converted = kind(value)
-    except (TypeError, ValueError):
-        raise wrong from None
-    if kind is int and isinstance(value, float) and converted != value:
-        raise wrong
-    return converted
-
-
-def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> Any:
-    """Build a section; what is not given is taken from `default`, or else from the class."""
-    value = {} if value is None else value
-    if not isinstance(value, dict):
-        raise UsageError(f"Section '{where}' must hold keys and values, got {value!r}.")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            raise UsageError(f"Unknown key '{_join(where, key)}'. {nearest(str(key), hints)}")
-    built = {}
-    for spec in dataclasses.fields(kind):
-        hint, name = hints[spec.name], _join(where, spec.name)
-        make_default = spec.default_factory
-        if dataclasses.is_dataclass(hint):
-            # A section's default may differ from its class's own, as SFT's optimiser does.
-            section = None if make_default is MISSING else make_default()
-            built[spec.name] = _coerce_section(hint, value.get(spec.name), name, section)
-        elif spec.name in value:
-            built[spec.name] = _coerce(hint, value[spec.name], name)
-        elif spec.default is MISSING and make_default is MISSING:
-            raise UsageError(f"'{name}' is not set.")
-    return kind(**built) if default is None else dataclasses.replace(default, **built)
-
-
-def _join(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)
-
-
-def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return names.get(kind, str(kind))
-
-
-def _check_least(section: Any, where: str = "") -> None:
-    """Refuse numbers below the least value that their annotation carries."""
+def _check_range(section: Any, where: str = "") -> None:
+    """Refuse numbers outside the range that their annotation carries, and what is no number."""
     for name, hint in typing.get_type_hints(type(section), include_extras=True).items():
-        value = getattr(section, name)
+        value, key = getattr(section, name), dotted(where, name)
         if dataclasses.is_dataclass(value):
-            _check_least(value, _join(where, name))
-        for least in getattr(hint, "__metadata__", ()):
-            if not value >= least:  # refuses NaN too
-                raise UsageError(f"{_join(where, name)}={value} is too small: at least {least}.")
+            _check_range(value, key)
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"{key}={value} is not a number.")
+        least, most, *_ = (*getattr(hint, "__metadata__", ()), None, None)
+        if least is not None and value < least:
+            raise UsageError(f"{key}={value} is too small: at least {least}.")
+        if not isinstance(value, int):
+            continue
+        if value > (most or MOST):
+            raise UsageError(f"{key} is too large: at most {most or MOST}.")
+        if value < -MOST:
+            raise UsageError(f"{key} is too small: at least {-MOST}.")
 
 
 def _check(config: Config) -> None:

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jlrm.config import Config, RunError, UsageError, load
+from jlrm.config import Config, RunError, UsageError
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning import phases, slices
 from jlrm.planning.counting import Counts
@@ -35,6 +35,7 @@ from jlrm.planning.phases import KINDS, Plan, PlannedProgram, Point
 from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
+from jlrm.runtime.settings import load
 from jlrm.weights import hf, hf_config
 from jlrm.weights.source import check_mesh, read_model
 

@@ -27,9 +27,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jlrm.config import Config, load, to_dict
+from jlrm.config import Config
 from jlrm.reports import run_page, tables, tracking
 from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime.settings import load, to_dict
 from jlrm.training.grpo import grpo
 from jlrm.training.heldout import make_evaluation
 from jlrm.training.setup import open_run

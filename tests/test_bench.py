@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config
 
-from jlrm import bench, config
+from jlrm import bench
 from jlrm.bench import Times
 from jlrm.config import UsageError
 from jlrm.model import qwen
@@ -21,6 +21,7 @@ from jlrm.planning import costs
 from jlrm.planning.costs import BatchSizes, Cost
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import rollout_layout
+from jlrm.runtime.settings import load
 from jlrm.sampling import decode
 from jlrm.training import packing
 from jlrm.training.packing import Group
@@ -191,7 +192,7 @@ def test_ratios_are_of_runs_that_followed_each_other():
 
 def test_prompts_fill_half_to_all_of_the_width(config_file):
     for seed in range(5):
-        settings = config.load(config_file, ["grpo.prompts=32", f"run.seed={seed}"])
+        settings = load(config_file, ["grpo.prompts=32", f"run.seed={seed}"])
         lengths = bench.draw_batch(settings).prompts
         assert max(lengths) == 16 and min(lengths) >= 8 and len(set(lengths)) > 4
         assert lengths == bench.draw_batch(settings).prompts
@@ -270,9 +271,7 @@ def test_help_tells_the_flags(capsys):
 
 def test_the_architecture_needs_no_network(config_file, tmp_path):
     def read(path: str):
-        settings = config.load(
-            config_file, ["model.preset=", f"model.path={path}", "model.remat=dots"]
-        )
+        settings = load(config_file, ["model.preset=", f"model.path={path}", "model.remat=dots"])
         return bench.read_model(settings)
 
     numerics = {"compute_dtype": "float32", "remat": "dots"}

@@ -7,10 +7,14 @@ import dataclasses
 import pathlib
 import typing
 
+import hypothesis
 import pytest
+import yaml
+from hypothesis import strategies as st
 
 from jlrm import config
 from jlrm.config import Config, UsageError
+from jlrm.runtime import settings
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -24,25 +28,29 @@ SMALLEST = {
 
 def build(**sections) -> Config:
     merged = {name: {**SMALLEST.get(name, {}), **sections.get(name, {})} for name in SMALLEST}
-    return config.from_dict({**merged, **{k: v for k, v in sections.items() if k not in SMALLEST}})
+    return settings.from_dict(
+        {**merged, **{k: v for k, v in sections.items() if k not in SMALLEST}}
+    )
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_loads_and_says_its_command(path):
-    config.load(path)
+    settings.load(path)
     head = path.read_text().split("\nrun:")[0]
     assert f"configs/{path.name}" in head and "Expected" in head
 
 
 def test_saved_config_loads_back_equal(tmp_path):
     before = build(sampling={"stop_strings": {"</answer>": 2, "STOP": 1}}, grpo={"clip_low": 0.3})
-    config.save(before, tmp_path / "c.yaml")
-    assert config.load(tmp_path / "c.yaml") == before
+    settings.save(before, tmp_path / "c.yaml")
+    assert settings.load(tmp_path / "c.yaml") == before
 
 
 def test_numbers_that_yaml_reads_as_text_become_floats(tmp_path):
     (tmp_path / "c.yaml").write_text("run: {dir: x}\ndata: {train: toy}\nmodel: {path: p}\n")
-    loaded = config.load(tmp_path / "c.yaml", ["grpo.steps=2", "grpo.optimizer.learning_rate=1e-6"])
+    loaded = settings.load(
+        tmp_path / "c.yaml", ["grpo.steps=2", "grpo.optimizer.learning_rate=1e-6"]
+    )
     assert loaded.grpo.optimizer.learning_rate == 1e-6
 
 
@@ -94,34 +102,138 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["reward.min_score=10"], "is not below"),
         (["sampling.stop_strings={'': 1}"], "stop_strings"),
         (["run.dir="], "run.dir is empty"),
+        (["run.seed=-1"], "run.seed=-1 is too small: at least 0."),
+        (["run.seed=100000000000000000000"], "run.seed is too large: at most 4294967295."),
+        (["grpo.steps=3000000000"], "grpo.steps is too large: at most 2147483647."),
+        (["grpo.steps=.inf"], "grpo.steps=inf is not what was wanted: a whole number."),
+        (["grpo.steps=[1, 2]"], "grpo.steps=[1, 2] is not what was wanted: a whole number."),
+        (["reward.format=.nan"], "reward.format=nan is not a number."),
+        (["data.columns=question"], "data.columns='question' is not pairs such as NAME=VALUE"),
+        (["data.columns=3"], "data.columns=3 is not what was wanted: pairs such as {NAME: VALUE}"),
+        (["run.dir=2001-99-99"], "is not valid YAML: month must be in 1..12"),
+        (["run.dir=" + "[" * 2000], "The value of 'run.dir=[[["),
         (["run.best_metric=agreeement"], "run.best_metric='agreeement' is not one of agreement,"),
     ],
 )
 def test_a_mistake_is_named_with_the_way_out(tmp_path, overrides, message):
-    config.save(build(), tmp_path / "c.yaml")
+    settings.save(build(), tmp_path / "c.yaml")
     with pytest.raises(UsageError) as error:
-        config.load(tmp_path / "c.yaml", overrides)
+        settings.load(tmp_path / "c.yaml", overrides)
     assert message in str(error.value)
 
 
 def test_missing_files_and_keys_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"Cannot read the config file .*none.yaml"):
-        config.load(tmp_path / "none.yaml")
+        settings.load(tmp_path / "none.yaml")
     with pytest.raises(UsageError, match=r"'run\.dir' is not set"):
-        config.from_dict({"data": {"train": "toy"}})
+        settings.from_dict({"data": {"train": "toy"}})
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UsageError, match="must hold sections"):
-        config.load(tmp_path / "list.yaml")
+        settings.load(tmp_path / "list.yaml")
     (tmp_path / "broken.yaml").write_text("run: {dir: [}\n")
     with pytest.raises(UsageError, match="not valid YAML"):
-        config.load(tmp_path / "broken.yaml")
+        settings.load(tmp_path / "broken.yaml")
+    (tmp_path / "old.yaml").write_bytes("run: {dir: Prüfung}\n".encode("cp1252"))
+    with pytest.raises(UsageError, match=r"old\.yaml is not UTF-8 text"):
+        settings.load(tmp_path / "old.yaml")
+    (tmp_path / "twice.yaml").write_text("grpo: {steps: 1}\nrun: {dir: x}\ngrpo: {prompts: 8}\n")
+    with pytest.raises(UsageError, match=r"twice\.yaml, line 3 .*: the key 'grpo' stands twice\."):
+        settings.load(tmp_path / "twice.yaml")
+    with pytest.raises(UsageError, match=r"Cannot read the config file .*: Is a directory"):
+        settings.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["{answer_1: left, answer_2: right}", "answer_1=left,answer_2=right"],
+)
+def test_columns_have_two_spellings(tmp_path, spelling):
+    settings.save(build(), tmp_path / "c.yaml")
+    loaded = settings.load(tmp_path / "c.yaml", [f"data.columns={spelling}"])
+    assert loaded.data.columns == {"answer_1": "left", "answer_2": "right"}
+    assert settings.parse_pairs(spelling, "--columns") == loaded.data.columns
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+TREES = st.recursive(
+    SCALARS | st.sampled_from(["grpo", "steps", "run", "1e-6", "a=b", "toy"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["steps", "optimizer", "dir", "train"]), inner)
+        | st.dictionaries(SCALARS, inner, max_size=2)
+    ),
+    max_leaves=8,
+)
+
+
+def keys_of(section: type, where: str = "") -> list[str]:
+    keys = []
+    for name, kind in typing.get_type_hints(section).items():
+        keys.append(config.dotted(where, name))
+        keys += keys_of(kind, keys[-1]) if dataclasses.is_dataclass(kind) else []
+    return keys
+
+
+def outcome(path: pathlib.Path, overrides: tuple[str, ...] = ()) -> None:
+    """Load; anything but a config or one short sentence is an error of the test."""
+    try:
+        assert isinstance(settings.load(path, overrides), Config)
+    except UsageError as error:
+        assert "\n" not in str(error) and len(str(error)) < 2000
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(key=st.sampled_from(keys_of(Config)), value=TREES)
+def test_any_tree_is_a_config_or_a_sentence(tmp_path_factory, key, value):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    tree = {name: dict(fields) for name, fields in SMALLEST.items()}
+    *sections, name = key.split(".")
+    inner: dict = tree
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    inner[name] = value
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    outcome(path)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(content=st.binary() | st.text().map(lambda text: text.encode(errors="replace")))
+def test_any_file_is_a_config_or_a_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_bytes(content)
+    outcome(path)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    key=st.sampled_from(keys_of(Config)) | st.text(max_size=6),
+    value=st.text(max_size=12) | st.sampled_from(["!!int _", "2001-99-99", "&a [*a]", "1e999"]),
+)
+def test_any_override_is_a_config_or_a_sentence(tmp_path_factory, key, value):
+    path = tmp_path_factory.getbasetemp() / "smallest.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    outcome(path, (f"{key}={value}",))
+
+
+def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    settings.save(build(), tmp_path / "c.yaml")
+    before = (tmp_path / "c.yaml").read_bytes()
+
+    def fails(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fails)
+    with pytest.raises(OSError):
+        settings.save(build(run={"seed": 3}), tmp_path / "c.yaml")
+    assert (tmp_path / "c.yaml").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
 
 
 def test_every_field_is_read_by_some_code():
-    """A field that no code outside config.py reads would be a setting without effect."""
+    """A field that nothing but config.py and its reader reads would have no effect."""
     read = set()
     for path in (ROOT / "jlrm").rglob("*.py"):
-        if path.name == "config.py":
+        if path in (ROOT / "jlrm/config.py", ROOT / "jlrm/runtime/settings.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

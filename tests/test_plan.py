@@ -14,11 +14,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlrm import plan
-from jlrm.config import UsageError, from_dict
+from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.planning import counting, hlo, page, phases, slices
 from jlrm.planning.slices import GIB, Compiled
 from jlrm.runtime import commands
+from jlrm.runtime.settings import from_dict
 from jlrm.weights import hf_config
 
 SETTINGS = {

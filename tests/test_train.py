@@ -27,6 +27,7 @@ from jlrm.model import qwen
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
+from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
 from jlrm.training.scoring import score_rows
 from jlrm.weights import checkpoint, hf, hf_config
@@ -70,7 +71,7 @@ def settings(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str) -> conf
     path = run_dir.with_suffix(".yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(fixed))
-    return config.load(path, overrides)
+    return load(path, overrides)
 
 
 def run(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str, num_devices: int = 1):

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlrm.config import MeshConfig, UsageError, load
+from jlrm.config import MeshConfig, UsageError
 from jlrm.evaluation.games import Backend
+from jlrm.runtime.settings import load
 
 JLRM, OPENAI, VERDICTS = BACKENDS = ("jlrm", "openai", "verdicts")
 

@@ -23,6 +23,7 @@ from jlrm import config as configs
 from jlrm.rl.advantages import group_advantages
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import create_mesh, host_array, rollout_layout, training_layout
+from jlrm.runtime.settings import from_dict
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.sampler import Rollout, SamplerSettings
 from jlrm.sampling.stops import stop_tables
@@ -47,7 +48,7 @@ def settings(spec: Any, pack_tokens: int) -> configs.Config:
         "pack_tokens": pack_tokens,
         "optimizer": optimizer,
     }
-    return configs.from_dict(
+    return from_dict(
         {
             "run": {"dir": "unused"},
             "data": {"train": "unused"},

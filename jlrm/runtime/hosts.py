@@ -32,8 +32,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from jlrm.config import UsageError, flatten
+from jlrm.config import UsageError
 from jlrm.runtime import cluster
+from jlrm.runtime.settings import flatten
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was

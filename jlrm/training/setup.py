@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt64
 
-from jlrm.config import Config, UsageError, flatten, load, save, to_dict
+from jlrm.config import Config, UsageError
 from jlrm.data import sharded, toy
 from jlrm.data.batches import Examples, encode_prompts
 from jlrm.data.comparisons import Dropped, describe_dropped, write_dropped
@@ -32,6 +32,7 @@ from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.mesh import Layout, create_mesh, rollout_layout, training_layout
+from jlrm.runtime.settings import flatten, load, save, to_dict
 from jlrm.runtime.storage import Mirror
 from jlrm.weights import checkpoint, hf, hf_config
 from jlrm.weights.presets import preset

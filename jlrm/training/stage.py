@@ -27,11 +27,12 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.config import RunError, to_dict
+from jlrm.config import RunError
 from jlrm.model.qwen import Params
 from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
 from jlrm.runtime.commands import Interrupted
+from jlrm.runtime.settings import to_dict
 from jlrm.training import update
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.setup import Run

@@ -22,7 +22,8 @@ import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import RunError, UsageError, from_dict
+from jlrm.config import RunError, UsageError
+from jlrm.runtime.settings import from_dict
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for

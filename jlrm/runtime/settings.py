@@ -1,0 +1,210 @@
+"""Read a config from YAML and `section.key=value` overrides, and write it back.
+
+The one idea: the annotations in config.py decide how each value is read (`1e-6` is a float although
+YAML reads it as text), and an unknown key is answered with the nearest known one. Whatever a file
+holds, the outcome is a `Config` or a `UsageError` of one sentence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import reprlib
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING
+from typing import Any, Literal
+
+import yaml
+
+from jlrm.config import Config, UsageError, dotted, nearest
+from jlrm.runtime.storage import write_atomically
+
+
+def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply `section.key=value` overrides.
+
+    Raises:
+      UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad
+        combination.
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"Cannot read the config file {path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The config file {path} is not UTF-8 text: {error}.") from None
+    tree = parse_yaml(text, str(path))
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
+        )
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(tree)
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """Return what YAML text holds; `what` names it in an error.
+
+    Raises:
+      UsageError: not valid YAML, a key that stands twice, or nested too deep.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}" if mark and mark.line else ""
+        why = " ".join(filter(None, (error.context, error.problem)))
+        raise UsageError(f"{what}{place} is not valid YAML: {' '.join(why.split())}.") from None
+    except RecursionError:
+        raise UsageError(f"{what} is nested too deep.") from None
+    except Exception as error:  # PyYAML raises ValueError for 2001-99-99, IndexError for !!int _
+        why = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"{what} is not valid YAML: {why}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: PyYAML would silently keep the last of two sections."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                problem = f"the key '{name}' stands twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name or key)
+        return super().construct_mapping(node, deep)
+
+
+def from_dict(tree: dict[str, Any]) -> Config:
+    """Build a `Config` from nested dictionaries, with the checks of `load`."""
+    return _coerce_section(Config, tree, "")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the resolved configuration as nested plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level of dotted names, as overrides spell them."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def save(config: Config, path: pathlib.Path) -> None:
+    """Write the resolved configuration, whole or not at all, as YAML that `load` reads back."""
+    text = yaml.safe_dump(to_dict(config), sort_keys=False)
+    write_atomically(path, text.encode())
+
+
+def parse_pairs(text: str, what: str) -> dict[str, str]:
+    """Read `a=b,c=d`, or a YAML mapping such as `{a: b}`.
+
+    Raises:
+      UsageError: neither.
+    """
+    if text.lstrip().startswith("{"):
+        mapping = parse_yaml(text, what)
+        if isinstance(mapping, dict):
+            return {str(key): str(value) for key, value in mapping.items()}
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if not all(key.strip() and value.strip() for key, _, value in pairs):
+        raise UsageError(f"{what}={_short(text)} is not pairs such as NAME=VALUE,NAME=VALUE.")
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UsageError(f"Got {_short(override)}, wanted section.key=value, e.g. grpo.steps=100.")
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise UsageError(
+                f"{_short('.'.join(sections[: depth + 1]))} in {_short(override)} is not a section."
+            )
+    tree[name] = parse_yaml(text, f"The value of {_short(override)}") if text else ""
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in args:
+            raise UsageError(f"{where}={_short(value)} is not one of {', '.join(map(str, args))}.")
+        return value
+    if origin is dict:
+        pairs = parse_pairs(value, where) if isinstance(value, str) else value
+        if not isinstance(pairs, dict):
+            raise _wrong(where, value, kind)
+        return {
+            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}[{_short(k)}]")
+            for k, v in pairs.items()
+        }
+    if not isinstance(value, (str, int, float)) or isinstance(value, bool) is not (kind is bool):
+        raise _wrong(where, value, kind)
+    try:
+        converted = kind(value)
+    except (ValueError, OverflowError):  # "many"; .inf or a number of 400 digits
+        raise _wrong(where, value, kind) from None
+    if kind is int and isinstance(value, float) and converted != value:
+        raise _wrong(where, value, kind)
+    return converted
+
+
+def _wrong(where: str, value: Any, kind: Any) -> UsageError:
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "pairs such as {NAME: VALUE} or NAME=VALUE,NAME=VALUE",
+    }
+    wanted = names[typing.get_origin(kind) or kind]
+    return UsageError(f"{where}={_short(value)} is not what was wanted: {wanted}.")
+
+
+def _short(value: Any) -> str:
+    """Return a value for a message: cut, since YAML aliases can make a line of text a gigabyte."""
+    shortened = reprlib.Repr()
+    shortened.maxlevel = 2
+    shortened.maxstring = shortened.maxother = shortened.maxlong = 80
+    text = shortened.repr(value)
+    return text if len(text) < 120 else text[:120] + "..."
+
+
+def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> Any:
+    """Build a section; what is not given is taken from `default`, or else from the class."""
+    value = {} if value is None else value
+    if not isinstance(value, dict):
+        raise UsageError(f"Section '{where}' must hold keys and values, got {_short(value)}.")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise UsageError(
+                f"Unknown key {_short(dotted(where, key))}. {nearest(str(key), hints)}"
+            )
+    built = {}
+    for spec in dataclasses.fields(kind):
+        hint, name = hints[spec.name], dotted(where, spec.name)
+        make_default = spec.default_factory
+        if dataclasses.is_dataclass(hint):
+            # A section's default may differ from its class's own, as SFT's optimiser does.
+            section = None if make_default is MISSING else make_default()
+            built[spec.name] = _coerce_section(hint, value.get(spec.name), name, section)
+        elif spec.name in value:
+            built[spec.name] = _coerce(hint, value[spec.name], name)
+        elif spec.default is MISSING and make_default is MISSING:
+            raise UsageError(f"'{name}' is not set.")
+    return kind(**built) if default is None else dataclasses.replace(default, **built)
