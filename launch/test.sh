@@ -1,13 +1,42 @@
 #!/usr/bin/env bash
-# Set up .venv if needed, then run the linters and the whole test suite. Further arguments go to pytest.
+# Set up .venv if needed, then run the linters and the tests.
+#   bash launch/test.sh            everything: under 25 minutes on two cores
+#   bash launch/test.sh --fast     what to run on every save: under 90 seconds, no test marked `slow`
+#   bash launch/test.sh campaign   hours: thousands of examples of each property, tests marked
+#                                  `campaign`, and mutants of the code that decides what a judge is
+#                                  worth (tests/mutate.py: at least 95 % must fail a test)
+# Further arguments go to pytest. JLRM_TEST_WORKERS: processes (2).
 # Tests that need torch, libtpu or reference data skip with a reason where these are absent.
 set -euo pipefail
+TIER=everything
+case "${1:-}" in
+  --fast) TIER=fast; shift ;;
+  campaign) TIER=campaign; shift ;;
+esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 cd "$ROOT"
+export JAX_PLATFORMS=cpu
+# By file, so that what a file sets up is set up once.
+run_tests() { python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --tier "$TIER" "$@"; }
+
 ruff check .
 ruff format --check .
+if [ "$TIER" = fast ]; then
+  # Beside the tests, whose workers don't always keep both cores busy. Nothing here compiles for
+  # long, and a program that does must not hide in the cache.
+  mkdir -p "$ROOT/.cache"
+  pyright --pythonpath "$ROOT/.venv/bin/python" > "$ROOT/.cache/pyright.log" 2>&1 &
+  TYPES=$!
+  JAX_ENABLE_COMPILATION_CACHE=false run_tests "$@" || FAILED=$?
+  wait "$TYPES" || FAILED=$?
+  cat "$ROOT/.cache/pyright.log"
+  exit "${FAILED:-0}"
+fi
 pyright --pythonpath "$ROOT/.venv/bin/python"
-export JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}"
-# By file, so that what a file sets up is set up once.
-exec python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile "$@"
+if [ "$TIER" = everything ]; then
+  run_tests "$@"
+  exit
+fi
+run_tests "$@"

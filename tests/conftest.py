@@ -35,6 +35,8 @@ from jlrm.runtime.mesh import AXES, create_mesh
 IS_OLD_JAX = jax.__version_info__ < (0, 11)
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
 
+pytest_plugins = ["tiers"]
+
 # Whoever starts us in the background may have switched Ctrl-C off, for all that we start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
