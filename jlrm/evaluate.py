@@ -165,8 +165,7 @@ def _sample(items: list[Item], limit: int, seed: int) -> list[Item]:
 
 def _left(task: BenchmarkRun, kept: Journal) -> list[Game]:
     """Return the games that have no answer yet, by the journal of process 0."""
-    told = hosts.exchange("the answers so far", json.dumps(sorted(kept.done)).encode())
-    done = set(json.loads(told[0]))
+    done = hosts.gather("the answers so far", set(kept.done))[0]
     return [game for game in task.games if game.id not in done]
 
 
@@ -285,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found, tasks = evaluate(args)
     except UsageError as error:  # parts used here name settings of a training config
         raise UsageError(str(error).replace("data.prompt", "--prompt")) from error.__cause__
-    hosts.exchange("the results", b"")
+    hosts.gather("the results", None)
     if not hosts.is_main():
         return
     shown = {task.benchmark.name: found["benchmarks"][task.benchmark.name] for task in tasks}

@@ -253,7 +253,7 @@ def _describe(
     """Return what decides the dataset: the settings, the contents of all it reads, the version."""
     digests = {}
     for source in recipe.input:
-        read_of_it = (repr(row) for row in rows if row.where.startswith(f"{source}, "))
+        read_of_it = (repr(row) for row in rows if row.where.source == source)
         digests[source] = _digest(source, read_of_it)
     for source in recipe.against:
         read_of_it = (text for text, owner in benchmarks.questions.items() if owner == source)

@@ -640,7 +640,7 @@ def test_the_real_training_files_against_every_benchmark(reference, tmp_path):
     left = [row for name in ("train", "validation") for row in read(f"{out}#{name}").rows]
     assert len(left) == train + heldout
     assert not any(row.source.startswith("humanevalpack") for row in left)
-    hep = {row.where for row in read(sources[1]).rows if "pack" in row.source}
+    hep = {str(row.where) for row in read(sources[1]).rows if "pack" in row.source}
     found = {line["where"]: line["reason"] for line in lines}
     assert len(hep) == 984
     assert {found[where] for where in hep} <= {"contaminated_exact", "duplicate"}

@@ -15,9 +15,22 @@ import pathlib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlrm.judgement.verdict import preferred, swap_preference
+
+
+class Where(NamedTuple):
+    """The place of a row in its source."""
+
+    number: int  # counted from 1; 0: of no source
+    unit: str = "row"  # or "line"
+    source: str = ""
+
+    def __str__(self) -> str:
+        """Return e.g. "pairs.jsonl, line 12", without a source "line 12"."""
+        place = f"{self.unit} {self.number}" if self.number else ""
+        return f"{self.source}, {place}" if self.source else place
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,8 @@ class Comparison:
     preference: int | None = None  # 1, 2, 0 = tie
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)  # "reasoning": a written judgement, for SFT
-    # Its place, e.g. "pairs.jsonl, line 12", named where it is left out; no part of its value.
-    where: str = field(default="", compare=False, repr=False)
+    # Named where the row is left out; no part of its value.
+    where: Where = field(default=Where(0), compare=False, repr=False)
 
     @property
     def scores(self) -> tuple[float, float] | None:
@@ -73,7 +86,7 @@ class Comparison:
 class Dropped:
     """A row that was left out: where it stood, its id, and why."""
 
-    where: str
+    where: Where
     id: str
     reason: str  # a word to count by, e.g. "failed_review"
 
@@ -126,7 +139,7 @@ def write_comparisons(rows: Sequence[Comparison], path: pathlib.Path) -> None:
 
 def write_dropped(dropped: Sequence[Dropped], path: pathlib.Path) -> None:
     """Write one JSON object for each row that was left out."""
-    _write_lines([vars(row) for row in dropped], path)
+    _write_lines([{**vars(row), "where": str(row.where)} for row in dropped], path)
 
 
 def _write_lines(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:

@@ -118,7 +118,7 @@ def describe(rows: Sequence[Comparison]) -> dict[str, Any]:
     histogram = collections.Counter(round(2 * score) / 2 for pair in scored for score in pair)
     return {
         "rows": len(rows),
-        "sources": counted(row.source or row.where.rpartition(", ")[0] for row in rows),
+        "sources": counted(row.source or row.where.source for row in rows),
         "labels": {"1": labels[1], "2": labels[2], "tie": labels[0]},
         "with_scores": len(scored),
         "preference_only": len(rows) - len(scored),

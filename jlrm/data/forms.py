@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.data.comparisons import Comparison
+from jlrm.data.comparisons import Comparison, Where
 from jlrm.judgement.prompts import PAIR_TEMPLATES, split_judgelm_text
 
 Row = dict[str, Any]
@@ -38,8 +38,9 @@ class Unusable(Exception):
     """This row is to be left out; the text is the reason."""
 
 
-def comparison(row: Row, identity: str, where: str) -> Comparison:
+def comparison(row: Row, identity: str, place: Where) -> Comparison:
     """Check a row in our form: a wrong type stops the reading, an unusable value drops the row."""
+    where = str(place)
     texts = {name: _text(row, name, where) for name in TEXTS}
     pair = _scores(row, where)
     source = row.get("source")
@@ -53,7 +54,7 @@ def comparison(row: Row, identity: str, where: str) -> Comparison:
         preference=_preference(row.get("preference"), where),
         source="" if source is None else str(source),
         meta=_meta(row),
-        where=where,
+        where=place,
     )
     if pair is None and comparison.preference is None:
         raise Unusable("no_label")
@@ -189,7 +190,7 @@ def _from_verl(row: Row, where: str) -> Row:
 
 def _texts_of_prompt(row: Row, where: str) -> Row:
     """Take a filled-in prompt apart, where that is possible in one way only."""
-    prompt = _flattened(_messages(row, "prompt", "user", where))
+    prompt = conversation(_messages(row, "prompt", "user", where))
     for name in ("judgelrm_train", "judgelrm_eval"):
         first, last = (pattern.fullmatch(prompt) for pattern in _patterns(name))
         if first and last:
@@ -223,8 +224,8 @@ def _from_trl(row: Row, where: str) -> Row:
     shared = [turn for turn, _ in turns]
     while shared and shared[-1][0] != "user":
         shared.pop()
-    question = _flattened(_context(row, shared, where))
-    texts = [_flattened(answer[len(shared) :]) for answer in (chosen, rejected)]
+    question = conversation(_context(row, shared, where))
+    texts = [conversation(answer[len(shared) :]) for answer in (chosen, rejected)]
     if not all(len(answer) > len(shared) for answer in (chosen, rejected)):
         raise Unusable("missing_text")
     if texts[0] == texts[1]:
@@ -267,7 +268,7 @@ def _messages(row: Row, name: str, role: str, where: str) -> Messages:
     return messages
 
 
-def _flattened(messages: Messages) -> str:
+def conversation(messages: Messages) -> str:
     """Write messages as one text: a single one as it is, several under the names of their roles."""
     if len(messages) == 1:
         return messages[0][1]

@@ -1,6 +1,6 @@
 """Comparisons from whatever holds them: files, prepared directories, remote urls, dataset hubs.
 
-A source yields `(place, row)` pairs, each row a dictionary, and forms.py makes comparisons of them,
+A source yields `(where, row)` pairs, each row a dictionary, and forms.py makes comparisons of them,
 so every form can be read from every source. A row that can't be used is a `Dropped` one; a row or
 a source that can't be understood stops the reading with its file and line. Nothing is guessed.
 
@@ -25,7 +25,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from jlrm.config import UsageError, nearest
-from jlrm.data.comparisons import Comparison, Comparisons, Dropped, describe_dropped
+from jlrm.data.comparisons import Comparison, Comparisons, Dropped, Where, describe_dropped
 from jlrm.data.forms import (
     RENAMABLE,
     Row,
@@ -38,7 +38,7 @@ from jlrm.data.forms import (
 )
 from jlrm.runtime.storage import local_copy
 
-Rows = Iterator[tuple[str, Row]]  # the place, e.g. "line 12", and what stands there
+Rows = Iterator[tuple[Where, Row]]  # the place, its source left out, and what stands there
 
 NUMBERS = ("score_1", "score_2", "score", "score_w_reference", "preference")  # in CSV: not text
 MANY_ROWS = 20_000  # more than these are worth a progress bar
@@ -100,17 +100,18 @@ def read_part(
     dropped: list[Dropped] = []
     lacking, raw = set(columns.values()), {}
     for place, raw in _with_progress(checked_rows(source, columns, every), source):
-        where = f"{source}, {place}"
+        place = place._replace(source=source)
+        where = str(place)
         if not isinstance(raw, dict):
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
         lacking -= raw.keys()
         row = renamed(raw, columns, where)
         ids = (row[key] for key in ("id", "review_id", "question_id") if row.get(key) is not None)
-        identity = str(next(ids, number(place)))
+        identity = str(next(ids, place.number))
         try:
-            rows.append(comparison(in_our_form(row, scores, where), identity, where))
+            rows.append(comparison(in_our_form(row, scores, where), identity, place))
         except Unusable as reason:
-            dropped.append(Dropped(where, identity, str(reason)))
+            dropped.append(Dropped(place, identity, str(reason)))
     return Part(rows, dropped, lacking, list(raw))
 
 
@@ -130,11 +131,6 @@ def check_whole(
     if not num_rows:
         reasons = describe_dropped(dropped)
         raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).")
-
-
-def number(where: str) -> int:
-    """Return the number that a place ends with, e.g. 12 of "pairs.jsonl, line 12"."""
-    return int(where.rpartition(" ")[2])
 
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
@@ -209,7 +205,7 @@ def _numbered(rows: Any, every: slice, convert: Callable[[Any], Any] = lambda ro
         chosen = _at(rows, range(len(rows))[every])
     else:
         chosen = itertools.islice(enumerate(rows), every.start, every.stop, every.step)
-    return ((f"row {i + 1}", convert(row)) for i, row in chosen)
+    return ((Where(i + 1), convert(row)) for i, row in chosen)
 
 
 def _at(rows: Any, places: range) -> Iterator[tuple[int, Any]]:
@@ -244,7 +240,7 @@ def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -
         lines = enumerate(file, 1)
         for number, line in itertools.islice(lines, every.start, every.stop, every.step):
             if line.strip():
-                yield f"line {number}", _from_json(line, f"{name}, line {number}")
+                yield Where(number, "line"), _from_json(line, f"{name}, line {number}")
 
 
 def _from_json(text: str, where: str) -> Any:
@@ -269,7 +265,7 @@ def _csv_rows(
                 raise UsageError(f"{name}, row {number} has {wanted}.")
             row = zip(header, cells, strict=False)
             if cells:
-                yield f"row {number}", {k: _cell(v) if k in numbers else v or None for k, v in row}
+                yield Where(number), {k: _cell(v) if k in numbers else v or None for k, v in row}
 
 
 def _cell(text: str) -> Any:
@@ -290,7 +286,7 @@ def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
                 np.arange(first, first + len(batch)) % every.step == every.start
             )
             for i, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
-                yield f"row {first + i + 1}", _plain_row(row)
+                yield Where(first + i + 1), _plain_row(row)
             first += len(batch)
 
 

@@ -9,8 +9,8 @@ Left out: reading (readers.py), prompts and batches (batches.py).
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class ShardedRows:
         Each process makes those of its own.
         """
         rows = np.asarray(rows, int)
-        made = pickle.dumps(list(make(self._of_mine(rows))))
-        parts = [iter(pickle.loads(raw)) for raw in hosts.exchange(what, made)]
+        made = hosts.gather(what, list(make(self._of_mine(rows))))
+        parts = [iter(part) for part in made]
         return [next(parts[owner]) for owner in self.owners[rows]]
 
     def left_out(self, rows: Places, reason: str) -> list[Dropped]:
@@ -107,12 +107,10 @@ def read(
     hosts.agree(f"files of {source}", _sizes(source))
     every = slice(hosts.index(), None, hosts.count())
     part = readers.read_part(source, columns=columns, scores=scores, every=every)
-    numbers = [readers.number(row.where) for row in part.rows]
-    told = pickle.dumps((numbers, part.dropped, part.lacking, part.names))
-    parts = [pickle.loads(raw) for raw in hosts.exchange(f"rows of {source}", told)]
-    numbers, dropped, lacking, names = zip(*parts, strict=True)
-    in_order = [row for part in dropped for row in part]
-    in_order.sort(key=lambda row: readers.number(row.where))
+    numbers = [row.where.number for row in part.rows]
+    mine = (numbers, part.dropped, part.lacking, part.names)
+    numbers, dropped, lacking, names = zip(*hosts.gather(f"rows of {source}", mine), strict=True)
+    in_order = sorted(itertools.chain(*dropped), key=lambda row: row.where.number)
     owners = np.repeat(np.arange(len(numbers)), [len(each) for each in numbers])
     owners = owners[np.argsort(np.concatenate(numbers))]
     readers.check_whole(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from jlrm.evaluation import scoring
 from jlrm.evaluation.benchmark import Credit
 from jlrm.evaluation.games import ItemVerdicts
 from jlrm.evaluation.policies import Policy
@@ -48,13 +49,14 @@ def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
     consistency: both orders agree; prefer_before_rate, prefer_after_rate: together they name the
     place shown first, or second; delta_bias: the distance of these two; total_bias: their sum.
     """
-    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
-    if not twice:
+    consistency = scoring.swap_metrics(marks)
+    if not consistency:
         return {}
+    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
     before = percent(_lean(*said) > 0 for said in twice)
     after = percent(_lean(*said) < 0 for said in twice)
     return {
-        "consistency": percent(one is not None and one == two for one, two in twice),
+        **consistency,
         "prefer_before_rate": before,
         "prefer_after_rate": after,
         "delta_bias": abs(before - after),

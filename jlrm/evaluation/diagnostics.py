@@ -21,7 +21,7 @@ import numpy as np
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
 from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles
-from jlrm.judgement.verdict import implied_probability, preferred, swap_preference
+from jlrm.judgement.verdict import implied_probability, is_consistent, preferred, swap_preference
 
 NUM_BINS = 10
 
@@ -121,7 +121,7 @@ def _swaps(judged: Sequence[ItemVerdicts]) -> dict[str, Any]:
             if a < b and (b, a) in said
         ]
         sizes.append(len(pairs))
-        consistent.append(sum(one == two is not None for one, two in pairs))
+        consistent.append(sum(is_consistent(*pair) for pair in pairs))
         leans += [pair for pair in pairs if pair[0] != pair[1] and None not in pair]
     if not sum(sizes):
         return {"consistency": None, "lean_to_first": None}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from jlrm.evaluation.benchmark import Credit
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
 from jlrm.evaluation.policies import Policy
-from jlrm.judgement.verdict import swap_preference
+from jlrm.judgement.verdict import is_consistent, swap_preference
 
 
 def ordered(item: Item, first: int, second: int, policy: Policy, seed: int) -> list[Game]:
@@ -104,7 +104,7 @@ def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
     twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
     if not twice:
         return {}
-    return {"consistency": percent(one is not None and one == two for one, two in twice)}
+    return {"consistency": percent(is_consistent(*said) for said in twice)}
 
 
 def kappa(one: Sequence[int | None], two: Sequence[int | None]) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.data import readers
+from jlrm.data import forms, readers
 from jlrm.evaluation.games import Item
 
 Row = dict[str, Any]
@@ -119,10 +119,9 @@ def conversation(value: Any, where: str) -> str:
     is_list = isinstance(value, list) and value
     if not is_list or not all(isinstance(each, dict) and "content" in each for each in value):
         raise UsageError(f"{where}: wanted text or a list of {{role, content}}, got {value!r}.")
-    if len(value) == 1:
-        return text(value[0], "content", where)
-    lines = ((str(each.get("role", "")), text(each, "content", where)) for each in value)
-    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in lines)
+    return forms.conversation(
+        [(str(each.get("role", "")), text(each, "content", where)) for each in value]
+    )
 
 
 def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 0) -> list[Item]:

@@ -31,6 +31,7 @@ from jlrm.judgement.verdict import (
     BLOCK,
     Verdict,
     implied_probability,
+    is_consistent,
     parse,
     preferred,
     split_tags,
@@ -86,7 +87,7 @@ def withhold(config: RewardConfig, terms: Terms, verdict: Verdict, other: Verdic
     name the same answer, or where the content earned nothing. A missing verdict contradicts. At
     `swap_consistency: 1` a verdict that flips is paid for its structure alone.
     """
-    if verdict.scores is not None and verdict.preference == swap_preference(other.preference):
+    if is_consistent(verdict.preference, swap_preference(other.preference)):
         return 0.0
     earned = sum(terms[name] or 0.0 for name in CONTENT)
     return -config.swap_consistency * max(earned, 0.0)

@@ -68,6 +68,15 @@ def swap_preference(preference: int | None) -> int | None:
     return {1: 2, 2: 1, 0: 0, None: None}[preference]
 
 
+def is_consistent(one: int | None, two: int | None) -> bool:
+    """Return whether two verdicts name the same answer, or both a tie.
+
+    They are of one pair that was judged in both orders, and both are preferences for its answers as
+    stored: `swap_preference` maps a swapped game's back. A missing verdict is not consistent.
+    """
+    return one is not None and one == two
+
+
 def implied_probability(score_1: float, score_2: float, certain_margin: float) -> float:
     """Return the probability that answer 1 is better, as the margin of the scores states it.
 

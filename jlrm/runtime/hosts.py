@@ -22,19 +22,20 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
-
-import numpy as np
+from typing import Any, NoReturn, TypeVar
 
 from jlrm.config import UsageError
 from jlrm.runtime import cluster
 from jlrm.runtime.settings import flatten
+
+Value = TypeVar("Value")
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
@@ -107,37 +108,31 @@ def share(size: int) -> range:
     return range(*bounds)
 
 
-def exchange(what: str, payload: bytes) -> list[bytes]:
-    """Give every process what each of them brings, in the order of their numbers.
+def gather(what: str, mine: Value) -> list[Value]:
+    """Give every process the values of all of them, in the order of their numbers.
 
-    All processes call it the same number of times in the same order. `what` is shown when one does
-    not come.
+    A value is anything that pickles: an array, records, None where processes only wait for each
+    other. All processes call it the same number of times in the same order. `what` is shown when
+    one does not come.
     """
     if count() == 1:
-        return [payload]
+        return [mine]
     client, number = _state.client, _state.num_exchanges
     _state.num_exchanges += 1
     at(what)
     folder = f"jlrm/exchange/{number}"
-    client.key_value_set_bytes(f"{folder}/{index():06d}", payload)
+    # Pickled: whoever can write to this store runs code in every process anyway.
+    client.key_value_set_bytes(f"{folder}/{index():06d}", pickle.dumps(mine))
     client.wait_at_barrier(f"jlrm-{number}", NEVER)
-    found = dict(client.key_value_dir_get_bytes(folder))
+    values = dict(client.key_value_dir_get_bytes(folder))
     if number > 1 and is_main():  # all have read it before they came to this one
         client.key_value_delete(f"jlrm/exchange/{number - 1}")
-    return [found[key] for key in sorted(found)]
-
-
-def gather(what: str, mine: np.ndarray) -> list[np.ndarray]:
-    """Return the array of every process; they differ in the first dimension at most."""
-    return [
-        np.frombuffer(raw, mine.dtype).reshape(-1, *mine.shape[1:])
-        for raw in exchange(what, np.ascontiguousarray(mine).tobytes())
-    ]
+    return [pickle.loads(values[key]) for key in sorted(values)]
 
 
 def highest(what: str, value: int) -> int:
     """Return the highest of the values that the processes bring."""
-    return max(int(raw) for raw in exchange(what, str(value).encode()))
+    return max(gather(what, value))
 
 
 def agree(what: str, value: Any) -> None:
@@ -146,7 +141,7 @@ def agree(what: str, value: Any) -> None:
     Raises:
       UsageError: in every process.
     """
-    digests = exchange(what, hashlib.sha256(repr(value).encode()).digest())
+    digests = gather(what, hashlib.sha256(repr(value).encode()).digest())
     different = [number for number, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UsageError(
@@ -222,10 +217,7 @@ def _check_same(settings: Mapping[str, Any]) -> None:
     import jax
 
     mine = {"jax": jax.__version__, **flatten(settings)}
-    everyone = [
-        json.loads(raw)
-        for raw in exchange("the config", json.dumps([socket.gethostname(), mine]).encode())
-    ]
+    everyone = gather("the config", (socket.gethostname(), mine))
     first = everyone[0][1]
     for number, (host, theirs) in enumerate(everyone):
         changed = [

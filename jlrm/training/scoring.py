@@ -20,7 +20,7 @@ from jlrm.data.tokenizer import decode
 from jlrm.judgement import rewards
 from jlrm.judgement.plugins import Plugin
 from jlrm.judgement.rewards import Terms
-from jlrm.judgement.verdict import STATUSES, Verdict, parse, swap_preference
+from jlrm.judgement.verdict import STATUSES, Verdict, is_consistent, parse, swap_preference
 from jlrm.runtime import hosts
 from jlrm.training.setup import Run
 
@@ -178,8 +178,7 @@ def consistency(verdicts: Sequence[Verdict], partner: Sequence[int]) -> float:
     A verdict that is missing, on either side, is not consistent.
     """
     same = [
-        verdict.preference is not None
-        and verdict.preference == swap_preference(verdicts[other].preference)
+        is_consistent(verdict.preference, swap_preference(verdicts[other].preference))
         for verdict, other in zip(verdicts, partner, strict=True)
     ]
     return 100 * float(np.mean(same))

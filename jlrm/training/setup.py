@@ -86,7 +86,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Run:
     if hosts.is_main():
         _fill_model(config, directory)
         mirror.push()
-    hosts.exchange("the model's side files", b"")
+    hosts.gather("the model's side files", None)
     if not hosts.is_main():
         mirror.pull()
     model, model_dir = _open_model(config, directory)

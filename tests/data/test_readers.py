@@ -23,7 +23,7 @@ from jlrm.config import UsageError
 from jlrm.data import forms, readers
 from jlrm.data.comparisons import Comparison, count_reasons, write_comparisons
 from jlrm.data.dataset import write_dataset
-from jlrm.data.readers import READ_ROWS, number, read, read_part
+from jlrm.data.readers import READ_ROWS, read, read_part
 from jlrm.judgement.prompts import PAIR_TEMPLATES, fill
 
 OURS = {"question": "Why?", "answer_1": "Because.", "answer_2": "No.", "preference": 1}
@@ -132,7 +132,7 @@ def test_judgelm_form(tmp_path):
     assert row.scores == (8.0, 2.5) and row.answer_2 == "No idea." and row.id == "3"
     assert row.meta == {"reasoning": "The first one tries."}
     assert count_reasons(comparisons.dropped) == {"failed_review": 1, "no_label": 1}
-    assert comparisons.dropped[0].where.endswith("x.jsonl, line 2")
+    assert str(comparisons.dropped[0].where).endswith("x.jsonl, line 2")
     assert comparisons.dropped[0].id == "3"
 
 
@@ -367,9 +367,9 @@ def test_parts_of_a_source_are_the_whole(tmp_path):
         parts = [read_part(source, every=slice(first, None, 3)) for first in range(3)]
         for name in ("rows", "dropped"):
             found = [row for part in parts for row in getattr(part, name)]
-            assert sorted(found, key=lambda row: number(row.where)) == getattr(whole, name), source
+            assert sorted(found, key=lambda row: row.where.number) == getattr(whole, name), source
         for first, part in enumerate(parts):
-            assert {(number(row.where) - 1) % 3 for row in part.rows} == {first}, source
+            assert {(row.where.number - 1) % 3 for row in part.rows} == {first}, source
 
 
 def test_written_rows_read_back_equal(tmp_path):

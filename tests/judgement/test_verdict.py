@@ -6,13 +6,13 @@ import collections
 import json
 import re
 import time
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jlrm.judgement.verdict import Status, Verdict, parse
+from jlrm.judgement.verdict import Status, Verdict, is_consistent, parse, swap_preference
 
 FRAGMENTS = (
     *("<think>", "</think>", "<answer>", "</answer>", "<answer>7</answer>", "<answer> 9</answer>"),
@@ -197,3 +197,9 @@ def test_recorded_judgements(reference) -> None:
     predictions = [verdict.preference or 0 for verdict in verdicts]
     assert predictions == [int(row["result"]) for row in rows]
     assert collections.Counter(predictions) == {1: 479, 2: 438, 0: 82}
+
+
+@given(st.sampled_from([None, 0, 1, 2]), st.sampled_from([None, 0, 1, 2]))
+def test_two_orders_are_consistent_where_both_name_one_answer(shown: Any, swapped: Any) -> None:
+    same = {(1, 2), (2, 1), (0, 0)}  # by place: with the answers swapped, place 1 is answer 2
+    assert is_consistent(shown, swap_preference(swapped)) == ((shown, swapped) in same)

@@ -134,7 +134,7 @@ sys.exit(commands.run(main))
 def test_what_processes_tell_each_other(tmp_path):
     body = """
     assert (hosts.count(), hosts.index(), hosts.is_main()) == (3, me, me == 0)
-    assert hosts.exchange("a", bytes([me])) == [b"\\0", b"\\1", b"\\2"]
+    assert hosts.gather("a", bytes([me])) == [b"\\0", b"\\1", b"\\2"]
     assert hosts.highest("b", me * 7) == 14
     mine = hosts.share(8)
     parts = hosts.gather("c", np.array([[row, 0.1 * row] for row in mine]))
@@ -143,6 +143,7 @@ def test_what_processes_tell_each_other(tmp_path):
     few = hosts.share(1)  # fewer rows than processes
     found = hosts.gather("d", np.ones((len(few), 2)))
     assert [part.shape for part in found] == [(0, 2), (0, 2), (1, 2)]
+    assert hosts.gather("e", [("text", me, None)]) == [[("text", n, None)] for n in range(3)]
     hosts.agree("rows", "same")
     try:
         hosts.agree("rows", me == 1)
@@ -215,7 +216,7 @@ def test_a_row_that_one_process_can_not_read_ends_all(tmp_path):
 def test_one_process_is_enough_for_itself():
     assert hosts.count() == 1 and hosts.is_main()
     assert list(hosts.share(5)) == [0, 1, 2, 3, 4]
-    assert hosts.exchange("what", b"x") == [b"x"]
+    assert hosts.gather("what", b"x") == [b"x"]
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_host_that_raises_ends_the_others_with_its_message(tmp_path):
     body = """
     if me == 1:
         raise RunError("The reward of row 7 failed")
-    hosts.exchange("rewards", b"")
+    hosts.gather("rewards", b"")
     """
     pod = script(tmp_path, 3, body)
     assert pod.wait(60) == [1, 1, 1]
@@ -276,7 +277,7 @@ def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
     """Process 0 writes the report when the others have done, for longer than silence is borne."""
     body = """
     hosts.SILENT_SECONDS = 2.0
-    hosts.exchange("the last metrics", b"")
+    hosts.gather("the last metrics", b"")
     if me == 0:
         time.sleep(5.0)
     """
@@ -286,10 +287,10 @@ def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
 
 def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
     body = """
-    hosts.exchange("start", b"")
+    hosts.gather("start", b"")
     if me == 1:
         raise KeyboardInterrupt
-    hosts.exchange("rewards", b"")
+    hosts.gather("rewards", b"")
     """
     pod = script(tmp_path, 3, body)
     assert pod.wait(60) == [130, 130, 130]
@@ -300,10 +301,10 @@ def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_vanishes_is_named(tmp_path, victim):
     body = f"""
-    hosts.exchange("start", b"")
+    hosts.gather("start", b"")
     if me == {victim}:
         os.kill(os.getpid(), 9)
-    hosts.exchange("rewards", b"")
+    hosts.gather("rewards", b"")
     """
     pod = script(tmp_path, 3, body)
     began = time.monotonic()
@@ -322,7 +323,7 @@ def test_a_host_that_vanishes_is_named(tmp_path, victim):
 def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
     body = """
     import jax
-    hosts.exchange("start", b"")
+    hosts.gather("start", b"")
     if me == 1:
         os._exit(9)
     raise jax.errors.JaxRuntimeError("INTERNAL: connection closed by peer")
@@ -334,10 +335,10 @@ def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
 
 def test_a_host_that_hangs_is_named(tmp_path):
     body = """
-    hosts.exchange("start", b"")
+    hosts.gather("start", b"")
     if me == 2:
         time.sleep(1000)
-    hosts.exchange("rewards", b"")
+    hosts.gather("rewards", b"")
     """
     pod = script(tmp_path, 3, body)
     assert pod.wait(60) == [137, 137, 137]
