@@ -124,7 +124,7 @@ class Workload:
         self.number = 0  # of the rollout
         params = qwen.init(model, self.training, config.run.seed)
         self.state = update.init_state(model, self.training, self.programs.optimizer, params)
-        self.reference = self.programs.freeze(params) if config.grpo.kl_weight else None
+        self.reference = self.programs.freeze(params) if config.grpo.loss.kl_weight else None
         self._draw_tokens()
         self.parts = self._pack()
 
@@ -208,8 +208,8 @@ class Workload:
                     logps,
                     advantages,
                     np.ones(len(logps), bool),
-                    grpo.aggregation,
-                    logps if grpo.kl_weight else None,
+                    grpo.loss.aggregation,
+                    logps if grpo.loss.kl_weight else None,
                 )
             )
         return parts

@@ -93,8 +93,8 @@ class SamplingConfig:
     temperature: NonNegative = 1.0  # 0: greedy
     top_k: Count = 0  # 0: off
     top_p: float = 1.0
-    # Weights that rollouts are drawn with; "int8" halves what a step reads, and the loss needs
-    # grpo.importance_cap, since the sampler is then another policy. Evaluation is never quantised.
+    # Weights that rollouts are drawn with; "int8" halves what a step reads. The sampler is then
+    # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised.
     weights: Literal["full", "int8"] = "full"
     # Rollouts of a prompt that run at once, the next begins where one ends; 0: all of them.
     slots: Count = 0
@@ -164,6 +164,27 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """Settings of the policy loss (rl/losses.py): what is done with log-probabilities."""
+
+    surrogate: Literal["ppo"] = "ppo"  # the function of `SURROGATES` that the gradient comes from
+    # Whose probabilities are compared; "sequence" with "ppo" is GSPO.
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: NonNegative = 0.2
+    dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
+        "token_mean"
+    )
+    # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
+    # token by min(old / sampled probability, importance_cap); 0: off.
+    importance_cap: NonNegative = 0.0
+    mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
+    kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
+    entropy_weight: float = 0.001
+
+
+@dataclass(frozen=True)
 class GRPOConfig:
     steps: Count = 0  # rollout batches; 0: no GRPO
     prompts: Positive = 16  # per step
@@ -171,13 +192,7 @@ class GRPOConfig:
     epochs: Positive = 1  # passes over one rollout batch
     minibatches: Positive = 1  # optimiser steps per pass
     pack_tokens: Count = 0  # tokens a device runs at a time: less memory, same result; 0: chosen
-    clip_low: NonNegative = 0.2
-    clip_high: NonNegative = 0.2
-    dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
-    ratio: Literal["token", "sequence"] = "token"  # "sequence" is GSPO
-    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
-        "token_mean"
-    )
+    loss: LossConfig = field(default_factory=LossConfig)
     # Whose standard deviation the centred reward is divided by.
     advantage_scale: Literal["group", "batch", "none"] = "group"
     advantage_eps: NonNegative = 1e-6
@@ -187,15 +202,9 @@ class GRPOConfig:
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
     # the new weights ("next"), or before the update, with weights one step old ("stale": rewards
-    # cost no device time, and the loss corrects by importance_cap; a run that goes on after a stop
-    # takes its first step on-policy).
+    # cost no device time, and loss.importance_cap corrects for them; a run that goes on after a
+    # stop takes its first step on-policy).
     ahead: Literal["none", "next", "stale"] = "next"
-    # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
-    # token by min(old / sampled probability, importance_cap); 0: off.
-    importance_cap: NonNegative = 0.0
-    mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
-    kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
-    entropy_weight: float = 0.001
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
 
@@ -277,10 +286,10 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
         raise UsageError(
             "sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing."
         )
-    if grpo.steps and sampling.weights == "int8" and not grpo.importance_cap:
+    if grpo.steps and sampling.weights == "int8" and not grpo.loss.importance_cap:
         raise UsageError(
             "sampling.weights=int8 samples from another policy, which the loss must correct for: "
-            "set grpo.importance_cap, e.g. 2.0."
+            "set grpo.loss.importance_cap, e.g. 2.0."
         )
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
@@ -294,14 +303,16 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
         raise UsageError(
             f"grpo.minibatches={grpo.minibatches} does not divide grpo.prompts={grpo.prompts}."
         )
-    if grpo.dual_clip and grpo.dual_clip < 1.0 + grpo.clip_high:
+    loss = grpo.loss
+    if loss.dual_clip and loss.dual_clip < 1.0 + loss.clip_high:
         raise UsageError(
-            f"grpo.dual_clip={grpo.dual_clip} must be 0 (off) or above 1 + grpo.clip_high."
+            f"grpo.loss.dual_clip={loss.dual_clip} must be 0 (off) or at least "
+            f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
-    if grpo.ahead == "stale" and not grpo.importance_cap:
+    if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights, which the loss must correct for: set "
-            "grpo.importance_cap, e.g. 2.0."
+            "grpo.loss.importance_cap, e.g. 2.0."
         )
     if grpo.ahead == "stale" and grpo.zero_variance == "resample":
         raise UsageError(

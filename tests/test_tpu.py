@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from conftest import tpu_mesh
 
-from jlrm.config import OptimizerConfig
+from jlrm.config import LossConfig, OptimizerConfig
 from jlrm.model import qwen
 from jlrm.model.visibility import Packing
 from jlrm.rl.distribution import Distribution
-from jlrm.rl.losses import PolicyLoss, PolicyTargets
+from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime.mesh import compiler_options, rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.sampler import SMALLEST_CACHE, SamplerSettings
@@ -80,7 +80,7 @@ def test_update_and_scoring(num_passes):
     layout = training_layout(tpu_mesh("v5e:4x4", 1, 4, 4))
     optimizer = update.make_optimizer(OptimizerConfig(), 100)
     state = update.abstract_state(config, layout, optimizer)
-    settings = PolicyLoss(kl_weight=0.001, entropy_weight=0.001)
+    settings = LossConfig(kl_weight=0.001, entropy_weight=0.001)
     rows = packed_rows(layout, layout.mesh.size, SLOTS, num_passes)
     step = partial(update.grpo_update, config, layout, DISTRIBUTION, settings, optimizer)
     lowered = jax.jit(step, donate_argnums=0).lower(state, rows, policy_targets(rows))

@@ -36,15 +36,18 @@ from jlrm.weights import hf, hf_config
 def settings(spec: Any, pack_tokens: int) -> configs.Config:
     """Return the workload as a config of ours."""
     optimizer = {"learning_rate": spec.lr, "clip_norm": spec.max_grad_norm, "weight_decay": 0.0}
-    grpo = {
-        "steps": 1000,
-        "prompts": spec.prompts,
-        "rollouts": spec.group,
+    loss = {
         "clip_low": spec.epsilon,
         "clip_high": spec.epsilon,
         "kl_weight": spec.beta,
         "entropy_weight": 0.0,
         "aggregation": "sequence_mean",
+    }
+    grpo = {
+        "steps": 1000,
+        "prompts": spec.prompts,
+        "rollouts": spec.group,
+        "loss": loss,
         "pack_tokens": pack_tokens,
         "optimizer": optimizer,
     }

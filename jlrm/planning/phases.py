@@ -153,14 +153,14 @@ def _grpo(
         jax.eval_shape(partial(qwen.to_compute_dtype, model), params),
         params,
     )
-    reference = {REFERENCE: slices.shard_bytes(frozen)} if grpo.kl_weight else {}
+    reference = {REFERENCE: slices.shard_bytes(frozen)} if grpo.loss.kl_weight else {}
     laid_out = {LAID_OUT: laid_out_bytes(model, decoding, sampling.weights == "int8")}
 
     group = Group(range(longest), [range(sampling.max_new_tokens)] * grpo.rollouts)
     rows, assumed, note = _longest_rows(
         training, programs.sizes, [group] * (grpo.prompts // grpo.minibatches)
     )
-    targets = _targets(rows, bool(grpo.kl_weight))
+    targets = _targets(rows, bool(grpo.loss.kl_weight))
     one, others = slices.shard_bytes((rows, targets)), grpo.minibatches - 1
     batch = {BATCH: one * (1 + others)}
 
@@ -172,7 +172,7 @@ def _grpo(
         model, decoding, distribution, config, grpo.prompts, grpo.rollouts, "lay_out"
     )
     of_rows = {BATCH: slices.shard_bytes(rows)}
-    is_rescored = grpo.epochs * grpo.minibatches > 1 or grpo.importance_cap > 0
+    is_rescored = grpo.epochs * grpo.minibatches > 1 or grpo.loss.importance_cap > 0
     scored = {
         "score_reference": (reference, frozen, {**held}),
         "score_policy": (only if is_rescored else {}, params, {**moments, **reference}),

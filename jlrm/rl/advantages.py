@@ -1,4 +1,8 @@
-"""Group-relative advantages: each reward against the other completions of the same prompt."""
+"""Group-relative advantages: each reward against the other completions of the same prompt.
+
+The group's mean is the baseline, so no value network is needed (GRPO, arXiv 2402.03300,
+Section 4.1). P prompts, R rollouts of each.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,14 @@ def group_advantages(
 ) -> Float[Array, "P R"]:
     """Return `(reward - group mean) / (standard deviation + eps)` (GRPO, arXiv 2402.03300, Eq. 3).
 
-    The deviation has one degree of freedom taken off, as in TRL (eps 1e-4) and verl (eps 1e-6).
-    `scale` says whose it is: of the "group", of the whole "batch", or "none" to divide by nothing
-    (Dr. GRPO, arXiv 2503.20783). A group of equal rewards gets zeros.
+    The deviation is the sample's (ddof 1), as in TRL (eps 1e-4) and verl (eps 1e-6). `scale` names
+    the rewards that it is taken over: the own "group" or the whole "batch"; "none" divides by
+    nothing (Dr. GRPO, arXiv 2503.20783, Section 3.1). A group of equal rewards gets zeros.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)
-    # A mean of equal floats can be one rounding off, which is no small number over 0 + eps.
+    # The float32 mean of equal rewards can be one rounding off. Divided by 0 + eps, that rounding
+    # would become a large advantage.
     is_uniform = jnp.max(rewards, axis=1, keepdims=True) == jnp.min(rewards, axis=1, keepdims=True)
     centred = jnp.where(is_uniform, 0.0, centred)
     if scale == "none":

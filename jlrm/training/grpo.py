@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlrm.model.qwen import Params
+from jlrm.rl.losses import importance_weights
 from jlrm.runtime import hosts
 from jlrm.training import rollouts
 from jlrm.training.heldout import EvaluateFn
@@ -35,7 +36,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     initial = partial(grpo_params, run)
     with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
         reference = None
-        if config.kl_weight:
+        if config.loss.kl_weight:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
         if run.config.model.path and not run.config.sft.steps:
             stage.evaluate_start()
@@ -80,7 +81,7 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
     """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled."""
     config, batch, num_rollouts = run.config.grpo, drawn.batch, run.config.grpo.rollouts
     is_kept = drawn.is_learned
-    if config.mask_truncated:
+    if config.loss.mask_truncated:
         is_kept = is_kept & batch.sampled.is_finished
     parts = []
     for chosen in np.split(np.arange(len(batch.examples)), config.minibatches):
@@ -90,7 +91,7 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
             for i in range(0, len(chosen), num_rollouts)
         ]
         about = sampled.logps, batch.advantages[chosen], is_kept[chosen]
-        parts.append(pack_minibatch(run.training, sizes, whole, *about, config.aggregation))
+        parts.append(pack_minibatch(run.training, sizes, whole, *about, config.loss.aggregation))
     return parts
 
 
@@ -106,14 +107,12 @@ def _logprobs(
     With a single optimiser step the sampler's own are the old ones, and that step measures the gap
     itself.
     """
-    config, gap = run.config.grpo, None
-    if config.epochs * config.minibatches > 1 or config.importance_cap:
+    config, gap, cap = run.config.grpo, None, run.config.grpo.loss.importance_cap
+    if config.epochs * config.minibatches > 1 or cap:
         scored = [_with(part, old_logp=programs.score(params, part.rows)[0]) for part in parts]
         gap = _mean_gap(parts, scored)
-        if config.importance_cap:
-            scored = [
-                _weighed(*pair, config.importance_cap) for pair in zip(parts, scored, strict=True)
-            ]
+        if cap:
+            scored = [_weighed(*pair, cap) for pair in zip(parts, scored, strict=True)]
         parts = scored
     if reference is not None:
         parts = [_with(part, ref_logp=programs.score(reference, part.rows)[0]) for part in parts]
@@ -125,12 +124,9 @@ def _with(part: Minibatch, **targets: Any) -> Minibatch:
 
 
 def _weighed(sampled: Minibatch, scored: Minibatch, cap: float) -> Minibatch:
-    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to `cap`.
-
-    Truncated importance sampling (https://fengyao.notion.site/off-policy-rl).
-    """
-    ratio = jnp.exp(scored.targets.old_logp - sampled.targets.old_logp)
-    return _with(scored, weights=scored.targets.weights * jnp.minimum(ratio, cap))
+    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to `cap`."""
+    correction = importance_weights(scored.targets.old_logp, sampled.targets.old_logp, cap)
+    return _with(scored, weights=scored.targets.weights * correction)
 
 
 def _mean_gap(sampled: list[Minibatch], scored: list[Minibatch]) -> float:

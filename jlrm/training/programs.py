@@ -19,7 +19,7 @@ from jlrm.config import Config
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
-from jlrm.rl.losses import PolicyLoss, PolicyTargets, completion_mask, token_weights
+from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
 from jlrm.runtime.mesh import Layout, compiler_options
 from jlrm.sampling.decode import decode_params
 from jlrm.training import packing, update
@@ -58,8 +58,6 @@ def grpo_programs(
     grpo, sampling = config.grpo, config.sampling
     num_updates = grpo.steps * grpo.epochs * grpo.minibatches
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-    names = ("clip_low", "clip_high", "dual_clip", "ratio", "kl_weight", "entropy_weight")
-    loss = PolicyLoss(**{name: getattr(grpo, name) for name in names})
     fixed, options = (model, training, distribution), compiler_options(training.mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
@@ -71,7 +69,7 @@ def grpo_programs(
         freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
         score=jax.jit(partial(update.score, *fixed), compiler_options=options),
         update=jax.jit(
-            partial(update.grpo_update, *fixed, loss, optimizer),
+            partial(update.grpo_update, *fixed, grpo.loss, optimizer),
             donate_argnums=0,
             compiler_options=options,
         ),

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jlrm.config import OptimizerConfig
+from jlrm.config import LossConfig, OptimizerConfig
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
-from jlrm.rl.losses import PolicyLoss, PolicyTargets, policy_loss, sequence_log_ratio
+from jlrm.rl.losses import PolicyTargets, policy_loss, sequence_log_ratio
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
 
@@ -161,7 +161,7 @@ def grpo_update(
     config: QwenConfig,
     layout: Layout,
     distribution: Distribution,
-    settings: PolicyLoss,
+    settings: LossConfig,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     rows: Rows,

@@ -61,9 +61,9 @@ def test_a_uniform_group_gets_zeros_beside_others(scale):
     # The mean of eight 3.6 in float32 is not 3.6 in every order of summation.
     rewards = random_rewards(3, 8)
     rewards[1] = 3.6
-    found = advantages(rewards, scale)
-    assert np.array_equal(found[1], np.zeros(8))
-    assert np.all(np.abs(found[[0, 2]]) > 0)
+    ours = advantages(rewards, scale)
+    assert np.array_equal(ours[1], np.zeros(8))
+    assert np.all(np.abs(ours[[0, 2]]) > 0)
 
 
 def test_eps_is_added_to_the_deviation_and_one_degree_of_freedom_is_taken_off():
@@ -78,15 +78,15 @@ def test_eps_is_added_to_the_deviation_and_one_degree_of_freedom_is_taken_off():
 @pytest.mark.parametrize("scale", SCALES)
 def test_groups_have_mean_zero_and_the_deviation_of_their_scale(scale):
     rewards = random_rewards()
-    found = advantages(rewards, scale, eps=0.0)
-    np.testing.assert_allclose(found.mean(axis=1), 0.0, atol=1e-6)
+    ours = advantages(rewards, scale, eps=0.0)
+    np.testing.assert_allclose(ours.mean(axis=1), 0.0, atol=1e-6)
     deviation = rewards.std(axis=1, ddof=1)
     wanted = {
         "group": np.ones(5),
         "batch": deviation / rewards.std(ddof=1),
         "none": deviation,
     }[scale]
-    np.testing.assert_allclose(found.std(axis=1, ddof=1), wanted, rtol=1e-5)
+    np.testing.assert_allclose(ours.std(axis=1, ddof=1), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -96,9 +96,9 @@ def test_permuting_rewards_permutes_advantages(scale, seed):
     rng = np.random.default_rng(seed)
     rewards = random_rewards()
     prompts, rollouts = rng.permutation(5), rng.permutation(6)
-    found = advantages(rewards[prompts][:, rollouts], scale)
+    permuted = advantages(rewards[prompts][:, rollouts], scale)
     wanted = advantages(rewards, scale)[prompts][:, rollouts]
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(permuted, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_group_scale_looks_at_its_own_group_only():
@@ -112,5 +112,7 @@ def test_group_scale_looks_at_its_own_group_only():
 @pytest.mark.parametrize("scale", ["group", "batch"])
 def test_the_unit_of_rewards_does_not_matter(scale):
     rewards = random_rewards()
-    found = advantages(100.0 * rewards + 5.0, scale, eps=0.0)
-    np.testing.assert_allclose(found, advantages(rewards, scale, eps=0.0), rtol=1e-3, atol=1e-5)
+    in_other_units = advantages(100.0 * rewards + 5.0, scale, eps=0.0)
+    np.testing.assert_allclose(
+        in_other_units, advantages(rewards, scale, eps=0.0), rtol=1e-3, atol=1e-5
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import typing
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from jlrm.config import LossConfig
 from jlrm.rl.advantages import group_advantages
 from jlrm.rl.losses import (
-    PolicyLoss,
+    SURROGATES,
     PolicyTargets,
     completion_mask,
+    importance_weights,
     k3,
     policy_loss,
     sequence_log_ratio,
@@ -40,13 +43,10 @@ NOT_EXPRESSIBLE = {
     "trl/dapo_off_gdpo",
     "trl/cispo_off_cap_5.0",
     "trl/cispo_off_cap_1.2",
-    "trl/dapo_off_token_truncate_1.2",
     "trl/dapo_off_token_mask_1.2",
     "trl/dapo_off_sequence_truncate_1.2",
     "trl/dapo_off_sequence_mask_1.2",
     "verl/cispo_off",
-    "verl/token-mean_off_tis_2.0",
-    "verl/token-mean_off_tis_1.2",
     "verl/kl_k1",
     "verl/kl_abs",
     "verl/kl_k2",
@@ -57,20 +57,23 @@ NOT_EXPRESSIBLE = {
 class Mapping(NamedTuple):
     """A recorded case in the words of this project."""
 
-    settings: PolicyLoss
-    aggregation: str
+    settings: LossConfig
     scale: str  # of the advantages; "zero": a case of the KL term alone
     eps: float
     is_on_policy: bool
     width: int  # columns of the batch, which `fixed_length` divides by
-    is_truncated_masked: bool = False
+
+
+def loss_of(**settings: Any) -> LossConfig:
+    """Return the settings of a loss that has no KL and no entropy term unless they are given."""
+    return LossConfig(**{"kl_weight": 0.0, "entropy_weight": 0.0, **settings})
 
 
 def as_ours(case: dict[str, Any]) -> Mapping | None:
     """Return the case in our words, or None if we have none for it."""
     settings, num_columns = case["settings"], len(RECORD["inputs"]["mask"][0])
     if set(settings) == {"kl_loss_type"}:
-        only_kl = Mapping(PolicyLoss(kl_weight=1.0), "token_mean", "zero", 0.0, True, num_columns)
+        only_kl = Mapping(loss_of(kl_weight=1.0), "zero", 0.0, True, num_columns)
         return only_kl if settings["kl_loss_type"] == "k3" else None
     convert = trl_as_ours if case["package"] == "trl" else verl_as_ours
     return convert(settings, num_columns)
@@ -87,51 +90,52 @@ def trl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
     is_delta_dual = settings["delta"] is None or settings["delta"] >= 1 + settings["epsilon_high"]
     is_plain = (
         not settings["use_bias_correction_kl"]
-        and settings["vllm_importance_sampling_mode"] is None
+        and settings["vllm_importance_sampling_mode"] in (None, "token_truncate")
         and settings["multi_objective_aggregation"] == "sum_then_normalize"
         and not settings["missing_rewards"]
     )
     if aggregation is None or not is_plain or not is_delta_dual:
         return None
-    loss = PolicyLoss(
+    loss = loss_of(
         clip_low=settings["epsilon"],
         clip_high=settings["epsilon_high"],
         dual_clip=settings["delta"] or 0.0,
         ratio=settings["importance_sampling_level"],
         kl_weight=settings["beta"],
+        aggregation=aggregation,
+        importance_cap=settings["vllm_importance_sampling_clip_max"] or 0.0,
+        mask_truncated=settings["mask_truncated_completions"],
     )
     return Mapping(
         loss,
-        aggregation,
         settings["scale_rewards"],
         eps=1e-4,
         is_on_policy=settings["policy"] == "on",
         width=settings["max_completion_length"],
-        is_truncated_masked=settings["mask_truncated_completions"],
     )
 
 
 def verl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
     ratio = {"vanilla": "token", "gspo": "sequence"}.get(settings["loss_mode"])
-    if ratio is None or settings["rollout_is_threshold"] is not None:
+    if ratio is None:
         return None
-    loss = PolicyLoss(
+    loss = loss_of(
         clip_low=settings["clip_ratio_low"],
         clip_high=settings["clip_ratio_high"],
         dual_clip=settings["clip_ratio_c"] if ratio == "token" else 0.0,
         ratio=ratio,
         kl_weight=settings["kl_loss_coef"] if settings["use_kl_loss"] else 0.0,
         entropy_weight=settings["entropy_coeff"],
+        aggregation={
+            "token-mean": "token_mean",
+            "seq-mean-token-mean": "sequence_mean",
+            "seq-mean-token-sum": "sequence_sum",
+            "seq-mean-token-sum-norm": "fixed_length",
+        }[settings["loss_agg_mode"]],
+        importance_cap=settings["rollout_is_threshold"] or 0.0,
     )
-    aggregation = {
-        "token-mean": "token_mean",
-        "seq-mean-token-mean": "sequence_mean",
-        "seq-mean-token-sum": "sequence_sum",
-        "seq-mean-token-sum-norm": "fixed_length",
-    }[settings["loss_agg_mode"]]
     return Mapping(
         loss,
-        aggregation,
         "group" if settings["norm_adv_by_std_in_grpo"] else "none",
         eps=1e-6,
         is_on_policy=settings["policy"] == "on",
@@ -163,26 +167,23 @@ def recorded_inputs(ours: Mapping) -> Inputs:
         return jnp.asarray(np.pad(recorded[name], ((0, 0), (0, extra)), constant_values=fill))
 
     mask = widen("mask", False)
-    if ours.is_truncated_masked:
+    if ours.settings.mask_truncated:
         mask = mask.at[recorded["truncated_rows"]].set(False)
     grouped = recorded["rewards"].reshape(-1, int(recorded["group_size"]))
     advantages = jnp.zeros(len(recorded["rewards"]))
     if ours.scale != "zero":
         advantages = group_advantages(jnp.asarray(grouped), ours.scale, ours.eps).reshape(-1)
     logp = widen("logp", -7.0)
-    return Inputs(
-        logp,
-        widen("entropy", 9.0),
-        logp if ours.is_on_policy else widen("old_logp", -1.0),
-        widen("ref_logp", -3.0),
-        advantages,
-        mask,
-        token_weights(mask, ours.aggregation),
-    )
+    old_logp = logp if ours.is_on_policy else widen("old_logp", -1.0)
+    weights = token_weights(mask, ours.settings.aggregation)
+    if cap := ours.settings.importance_cap:
+        weights = weights * importance_weights(old_logp, widen("sampler_logp", -2.0), cap)
+    arrays = logp, widen("entropy", 9.0), old_logp, widen("ref_logp", -3.0), advantages
+    return Inputs(*arrays, mask, weights)
 
 
 def row_loss(
-    settings: PolicyLoss, logp, entropy, old_logp, ref_logp, advantages, mask, weights
+    settings: LossConfig, logp, entropy, old_logp, ref_logp, advantages, mask, weights
 ) -> tuple[Any, Any]:
     """The loss of rows that are one completion each, with one advantage each."""
     ratios = None
@@ -255,7 +256,7 @@ def random_inputs(aggregation: str = "token_mean", num_rows: int = 6, seed: int 
     return Inputs(*inputs, weights=jnp.asarray(token_weights(inputs[-1], aggregation)))
 
 
-def oracle(settings: PolicyLoss, aggregation: str, inputs: Inputs) -> float:
+def oracle(settings: LossConfig, inputs: Inputs) -> float:
     """Return the loss in float64, row by row and token by token, by the papers' formulas."""
     rows = []
     for logp, entropy, old, ref, advantage, mask in zip(*inputs[:6], strict=True):
@@ -275,11 +276,11 @@ def oracle(settings: PolicyLoss, aggregation: str, inputs: Inputs) -> float:
             terms.append(-gain + settings.kl_weight * kl - settings.entropy_weight * entropy[t])
         rows.append(terms)
     num_rows, num_columns = inputs.mask.shape
-    if aggregation == "token_mean":
+    if settings.aggregation == "token_mean":
         return sum(map(sum, rows)) / sum(map(len, rows))
-    if aggregation == "sequence_mean":
+    if settings.aggregation == "sequence_mean":
         return sum(sum(terms) / max(len(terms), 1) for terms in rows) / num_rows
-    if aggregation == "sequence_sum":
+    if settings.aggregation == "sequence_sum":
         return sum(map(sum, rows)) / num_rows
     return sum(map(sum, rows)) / (num_rows * num_columns)
 
@@ -302,14 +303,22 @@ def finite_differences(function: Any, x: np.ndarray, step: float = 1e-6) -> np.n
 def test_value_and_gradients_equal_a_float64_oracle(
     aggregation, ratio, dual_clip, kl_weight, entropy_weight
 ):
-    settings = PolicyLoss(0.15, 0.25, dual_clip, ratio, kl_weight, entropy_weight)
+    settings = LossConfig(
+        clip_low=0.15,
+        clip_high=0.25,
+        dual_clip=dual_clip,
+        ratio=ratio,
+        aggregation=aggregation,
+        kl_weight=kl_weight,
+        entropy_weight=entropy_weight,
+    )
     inputs = random_inputs(aggregation)
     (loss, _), gradients = value_and_grads(settings, *inputs)
     wide = Inputs(*(np.asarray(x, None if x.dtype == bool else np.float64) for x in inputs))
-    np.testing.assert_allclose(loss, oracle(settings, aggregation, wide), rtol=1e-5)
+    np.testing.assert_allclose(loss, oracle(settings, wide), rtol=1e-5)
     for name, gradient in zip(("logp", "entropy"), gradients, strict=True):
         wanted = finite_differences(
-            lambda x, name=name: oracle(settings, aggregation, wide._replace(**{name: x})),
+            lambda x, name=name: oracle(settings, wide._replace(**{name: x})),
             getattr(wide, name),
         )
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7, err_msg=name)
@@ -321,7 +330,7 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
     sign = jnp.array([1.0, -1.0])
 
     def losses(dual_clip: float) -> np.ndarray:
-        settings = PolicyLoss(dual_clip=dual_clip)
+        settings = loss_of(dual_clip=dual_clip)
         return np.array(
             [
                 row_loss(settings, logp, zeros, zeros, None, sign, mask, weights)[0]
@@ -336,21 +345,21 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, 3e38, -3e38])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_what_padding_holds_never_matters(ratio, garbage):
-    settings = PolicyLoss(0.2, 0.2, 3.0, ratio, 0.1, 0.1)
+    settings = LossConfig(dual_clip=3.0, ratio=ratio, kl_weight=0.1, entropy_weight=0.1)
     inputs = random_inputs()
     arrays = ("logp", "entropy", "old_logp", "ref_logp")
     dirty = {name: jnp.where(inputs.mask, getattr(inputs, name), garbage) for name in arrays}
     clean = value_and_grads(settings, *inputs)
     one_by_one = [value_and_grads(settings, *inputs._replace(**{n: x})) for n, x in dirty.items()]
-    for found in [*one_by_one, value_and_grads(settings, *inputs._replace(**dirty))]:
-        jax.tree.map(np.testing.assert_array_equal, found, clean)
+    for with_garbage in [*one_by_one, value_and_grads(settings, *inputs._replace(**dirty))]:
+        jax.tree.map(np.testing.assert_array_equal, with_garbage, clean)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @hypothesis_settings(deadline=None, max_examples=15)
 @given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
 def test_parts_of_any_partition_add_up_to_the_whole(aggregation, order, cuts):
-    settings = PolicyLoss(0.2, 0.3, 2.0, "token", 0.1, 0.1)
+    settings = LossConfig(clip_high=0.3, dual_clip=2.0, kl_weight=0.1, entropy_weight=0.1)
     inputs = random_inputs(aggregation)
     whole = value_and_grads(settings, *inputs)
     parts = [
@@ -378,16 +387,16 @@ def test_parts_of_any_partition_add_up_to_the_whole(aggregation, order, cuts):
     ],
 )
 def test_a_wholly_masked_row_counts_as_a_row_and_as_nothing_else(aggregation, factor):
-    settings = PolicyLoss(kl_weight=0.1, entropy_weight=0.1)
+    settings = LossConfig(kl_weight=0.1, entropy_weight=0.1)
     inputs = random_inputs(aggregation)
     extra = Inputs(*(jnp.concatenate([x, x[:1]]) for x in inputs))
     mask = extra.mask.at[6].set(False)
     extra = extra._replace(mask=mask, weights=token_weights(mask, aggregation))
     (loss, sums), gradients = value_and_grads(settings, *inputs)
-    (found, found_sums), found_gradients = value_and_grads(settings, *extra)
-    np.testing.assert_allclose(found, factor * loss, rtol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found_sums, sums)
-    for a, b in zip(found_gradients, gradients, strict=True):
+    (longer, longer_sums), longer_gradients = value_and_grads(settings, *extra)
+    np.testing.assert_allclose(longer, factor * loss, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), longer_sums, sums)
+    for a, b in zip(longer_gradients, gradients, strict=True):
         np.testing.assert_allclose(a[:6], factor * b, rtol=1e-5)
         assert not np.any(a[6])
 
@@ -397,8 +406,9 @@ def test_a_wholly_masked_row_counts_as_a_row_and_as_nothing_else(aggregation, fa
 def test_a_batch_without_any_token_gives_zeros(aggregation, ratio):
     mask = jnp.zeros((6, 5), bool)
     inputs = random_inputs()._replace(mask=mask, weights=token_weights(mask, aggregation))
-    found = value_and_grads(PolicyLoss(0.2, 0.2, 3.0, ratio, 0.1, 0.1), *inputs)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(found))
+    settings = LossConfig(dual_clip=3.0, ratio=ratio, kl_weight=0.1, entropy_weight=0.1)
+    everything = value_and_grads(settings, *inputs)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(everything))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -415,6 +425,11 @@ def test_weights_follow_the_mask(aggregation):
     np.testing.assert_allclose(token_weights(mask, aggregation), wanted, rtol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_a_lone_token_carries_the_whole_loss(aggregation):
+    assert token_weights(np.ones((1, 1), bool), aggregation) == 1.0
+
+
 def test_an_unknown_aggregation_is_an_error():
     with pytest.raises(ValueError, match="token-mean"):
         token_weights(jnp.ones((1, 1), bool), "token-mean")
@@ -426,7 +441,7 @@ def test_clip_metrics_count_tokens_whose_gradient_the_clip_removes():
     zeros, mask = jnp.zeros((3, 4)), jnp.ones((3, 4), bool)
     advantages = jnp.array([1.0, -2.0, 0.0])
     inputs = Inputs(log_ratio, zeros, zeros, None, advantages, mask, mask.astype(jnp.float32))
-    (_, sums), (gradient, _) = value_and_grads(PolicyLoss(), *inputs)
+    (_, sums), (gradient, _) = value_and_grads(loss_of(), *inputs)
     assert sums["clip_ratio/high_mean"] == 1  # the 1.5 of the first row
     assert sums["clip_ratio/low_mean"] == 1  # the 0.5 of the second
     assert sums["num_tokens"] == 12
@@ -435,10 +450,57 @@ def test_clip_metrics_count_tokens_whose_gradient_the_clip_removes():
     assert np.array_equal(np.asarray(gradient) == 0, is_clipped)
 
 
+def test_a_ratio_on_the_edge_of_the_clip_is_not_counted_as_clipped():
+    mask, zeros = jnp.ones((2, 1), bool), jnp.zeros((2, 1))
+    inputs = Inputs(zeros, zeros, zeros, None, jnp.array([1.0, -1.0]), mask, zeros)
+    (_, sums), _ = value_and_grads(loss_of(clip_low=0.0, clip_high=0.0), *inputs)
+    assert sums["clip_ratio/low_mean"] == sums["clip_ratio/high_mean"] == 0
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_the_gap_to_old_log_probabilities_is_measured_token_by_token(ratio):
+    inputs = random_inputs()
+    (_, sums), _ = value_and_grads(loss_of(ratio=ratio), *inputs)
+    gaps = np.abs(np.asarray(inputs.logp, np.float64) - np.asarray(inputs.old_logp))
+    np.testing.assert_allclose(sums["old_logp_gap"], gaps[np.asarray(inputs.mask)].sum(), rtol=1e-5)
+
+
+def test_the_loss_asks_for_what_its_settings_need():
+    inputs = random_inputs()
+    targets = PolicyTargets(inputs.old_logp, None, inputs.logp, inputs.mask, inputs.weights)
+    with pytest.raises(ValueError, match=r"kl_weight=0\.1 needs ref_logp"):
+        policy_loss(loss_of(kl_weight=0.1), inputs.logp, inputs.entropy, targets)
+    with pytest.raises(ValueError, match="needs sequence_log_ratio"):
+        policy_loss(loss_of(ratio="sequence"), inputs.logp, inputs.entropy, targets)
+
+
+def test_sequences_of_one_row_have_their_own_mean_log_ratio():
+    log_ratio = jnp.array([[1.0, 2.0, 6.0, 5.0, jnp.inf], [8.0, 4.0, 3.0, 1.0, 0.0]])
+    sequence = jnp.array([[0, 0, 0, 1, 1], [0, 1, 1, 2, 2]])
+    mask = jnp.array([[True, True, True, True, False], [True, True, True, False, False]])
+    wanted = [[3.0, 3.0, 3.0, 5.0, 5.0], [8.0, 3.5, 3.5, 0.0, 0.0]]
+    np.testing.assert_allclose(sequence_log_ratio(log_ratio, mask, sequence), wanted, rtol=1e-6)
+
+
+def test_importance_weights_are_ratios_of_probability_up_to_the_cap():
+    old, sampled = (
+        jnp.log(jnp.array([0.2, 0.3, 0.6, 0.6])),
+        jnp.log(jnp.array([0.4, 0.3, 0.4, 0.1])),
+    )
+    np.testing.assert_allclose(
+        importance_weights(old, sampled, 2.0), [0.5, 1.0, 1.5, 2.0], rtol=1e-6
+    )
+
+
+def test_each_surrogate_of_the_config_is_a_line_of_the_table():
+    names = typing.get_args(typing.get_type_hints(LossConfig)["surrogate"])
+    assert set(names) == set(SURROGATES)
+
+
 def test_the_reference_is_measured_even_where_its_weight_is_zero():
     inputs = random_inputs()
-    (loss, sums), _ = value_and_grads(PolicyLoss(), *inputs)
-    (without, fewer), _ = value_and_grads(PolicyLoss(), *inputs._replace(ref_logp=None))
+    (loss, sums), _ = value_and_grads(loss_of(), *inputs)
+    (without, fewer), _ = value_and_grads(loss_of(), *inputs._replace(ref_logp=None))
     assert loss == without
     assert set(sums) - set(fewer) == {"kl"}
     difference = np.asarray(inputs.ref_logp - inputs.logp, np.float64)[np.asarray(inputs.mask)]

@@ -16,12 +16,11 @@ import optax
 import pytest
 from conftest import mesh_of, plain_packing, tiny_config
 
-from jlrm.config import OptimizerConfig
+from jlrm.config import LossConfig, OptimizerConfig
 from jlrm.model import qwen
 from jlrm.model.visibility import Packing
 from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.rl.losses import (
-    PolicyLoss,
     PolicyTargets,
     completion_mask,
     policy_loss,
@@ -37,7 +36,7 @@ NUM_GROUPS, NUM_ROLLOUTS, NUM_PROMPT, NUM_NEW, END = 6, 3, 20, 16, 7
 NUM_ROWS = NUM_GROUPS * NUM_ROLLOUTS
 CONFIG = tiny_config()
 DISTRIBUTION = Distribution(temperature=0.8, top_k=40, top_p=0.95, num_ids=90)
-SETTINGS = PolicyLoss(kl_weight=0.1, entropy_weight=0.05, dual_clip=3.0)
+SETTINGS = LossConfig(kl_weight=0.1, entropy_weight=0.05, dual_clip=3.0)
 FAST = {"xla_backend_optimization_level": 0}  # these programs are compiled more often than run
 ADAMW = OptimizerConfig(learning_rate=1e-2, eps=1e-3, clip_norm=0.5)
 MESHES = [(1, 8, 1), (2, 2, 2), (1, 1, 2)]
@@ -171,7 +170,7 @@ def scores(batch: Batch, sizes: Sequence[int] = ONE_PASS, params: Any = None) ->
 def grpo(
     optimizer: str = "sgd",
     mesh_shape: Any = ONE,
-    settings: PolicyLoss = SETTINGS,
+    settings: LossConfig = SETTINGS,
     config: qwen.QwenConfig = CONFIG,
 ) -> Callable[..., Any]:
     fixed = (config, layout_of(mesh_shape), DISTRIBUTION, settings, optimizer_of(optimizer))
@@ -567,7 +566,7 @@ def test_a_grpo_step_never_holds_all_logits_nor_a_reference_it_does_not_use():
     targets = PolicyTargets(numbers, None, numbers, mask, numbers)
     optimizer = optimizer_of("adamw")
     state = update.abstract_state(WIDE, layout_of(ONE), optimizer)
-    settings = PolicyLoss(entropy_weight=0.001)
+    settings = LossConfig(kl_weight=0.0, entropy_weight=0.001)
     fixed = (WIDE, layout_of(ONE), Distribution(), settings, optimizer)
     program = functools.partial(update.grpo_update, *fixed)
     assert largest_array(program, state, wide_rows(), targets) < WIDE_LOGITS
