@@ -167,7 +167,7 @@ class SFTConfig:
 class LossConfig:
     """Settings of the policy loss (rl/losses.py): what is done with log-probabilities."""
 
-    surrogate: Literal["ppo"] = "ppo"  # the function of `SURROGATES` that the gradient comes from
+    surrogate: Literal["ppo", "cispo"] = "ppo"  # a function of `rl/losses.py:SURROGATES`
     # Whose probabilities are compared; "sequence" with "ppo" is GSPO.
     ratio: Literal["token", "sequence"] = "token"
     clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
@@ -309,6 +309,8 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.dual_clip={loss.dual_clip} must be 0 (off) or at least "
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
+    if loss.dual_clip and loss.surrogate == "cispo":
+        raise UsageError("grpo.loss.dual_clip has no place in surrogate=cispo. Set it to 0.")
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights, which the loss must correct for: set "

@@ -88,9 +88,20 @@ def ppo(settings: LossConfig, tokens: Tokens) -> Float[Array, " *tokens"]:
     return -jnp.minimum(ratio * advantages, clipped * advantages)
 
 
+def cispo(settings: LossConfig, tokens: Tokens) -> Float[Array, " *tokens"]:
+    """Return `-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log p` (arXiv 2506.13585, Eq. 4-5).
+
+    The clip bounds how much a token counts; no token loses its gradient. The paper sets no lower
+    bound, which is clip_low=1.
+    """
+    weight = jnp.clip(tokens.ratio, 1.0 - settings.clip_low, 1.0 + settings.clip_high)
+    return -jax.lax.stop_gradient(weight) * tokens.advantages * tokens.logp
+
+
 # A new loss is one function above and one line here; `LossConfig.surrogate` lists the names.
 SURROGATES: dict[str, Surrogate] = {
     "ppo": ppo,
+    "cispo": cispo,
 }
 
 

@@ -41,12 +41,9 @@ NOT_EXPRESSIBLE = {
     "trl/dapo_off_beta_0.04_bias_corrected",
     "trl/dapo_off_reward_1_missing",
     "trl/dapo_off_gdpo",
-    "trl/cispo_off_cap_5.0",
-    "trl/cispo_off_cap_1.2",
     "trl/dapo_off_token_mask_1.2",
     "trl/dapo_off_sequence_truncate_1.2",
     "trl/dapo_off_sequence_mask_1.2",
-    "verl/cispo_off",
     "verl/kl_k1",
     "verl/kl_abs",
     "verl/kl_k2",
@@ -85,7 +82,10 @@ def trl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
         "bnpo": "token_mean",  # of one micro-batch
         "dapo": "token_mean",
         "dr_grpo": "fixed_length",
+        "cispo": "token_mean",
     }.get(settings["loss_type"])
+    # Their epsilon_high of CISPO is the cap itself, and there is no lower one.
+    is_cispo = settings["loss_type"] == "cispo"
     # A smaller delta would also act on positive advantages, which `dual_clip` leaves alone.
     is_delta_dual = settings["delta"] is None or settings["delta"] >= 1 + settings["epsilon_high"]
     is_plain = (
@@ -97,8 +97,9 @@ def trl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
     if aggregation is None or not is_plain or not is_delta_dual:
         return None
     loss = loss_of(
-        clip_low=settings["epsilon"],
-        clip_high=settings["epsilon_high"],
+        surrogate="cispo" if is_cispo else "ppo",
+        clip_low=1.0 if is_cispo else settings["epsilon"],
+        clip_high=settings["epsilon_high"] - is_cispo,
         dual_clip=settings["delta"] or 0.0,
         ratio=settings["importance_sampling_level"],
         kl_weight=settings["beta"],
@@ -115,14 +116,14 @@ def trl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
     )
 
 
-def verl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping | None:
-    ratio = {"vanilla": "token", "gspo": "sequence"}.get(settings["loss_mode"])
-    if ratio is None:
-        return None
+def verl_as_ours(settings: dict[str, Any], num_columns: int) -> Mapping:
+    mode = settings["loss_mode"]
+    ratio = "sequence" if mode == "gspo" else "token"
     loss = loss_of(
+        surrogate="cispo" if mode == "cispo" else "ppo",
         clip_low=settings["clip_ratio_low"],
         clip_high=settings["clip_ratio_high"],
-        dual_clip=settings["clip_ratio_c"] if ratio == "token" else 0.0,
+        dual_clip=settings["clip_ratio_c"] if mode == "vanilla" else 0.0,
         ratio=ratio,
         kl_weight=settings["kl_loss_coef"] if settings["use_kl_loss"] else 0.0,
         entropy_weight=settings["entropy_coeff"],
@@ -232,7 +233,7 @@ def test_loss_gradient_and_metrics_equal_the_reference_packages(name):
     for metric, value in wanted.items():
         if value is not None:
             assert means[metric] == pytest.approx(value, rel=1e-5, abs=1e-7), metric
-    if "actor/pg_clipfrac" in theirs:
+    if "actor/pg_clipfrac" in theirs and ours.settings.surrogate == "ppo":
         clipped = means["clip_ratio/low_mean"] + means["clip_ratio/high_mean"]
         assert clipped == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-5)
 
@@ -342,10 +343,27 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
     np.testing.assert_allclose(losses(3.0), [-1.2, 3.0], rtol=1e-6)
 
 
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_cispo_weighs_each_log_probability_by_its_clipped_ratio(aggregation):
+    settings = loss_of(surrogate="cispo", clip_low=0.15, clip_high=0.25, aggregation=aggregation)
+    inputs = random_inputs(aggregation)
+    (loss, _), (gradient, _) = value_and_grads(settings, *inputs)
+    logp, old_logp, advantages, weights = (
+        np.asarray(x, np.float64)
+        for x in (inputs.logp, inputs.old_logp, inputs.advantages[:, None], inputs.weights)
+    )
+    pull = -weights * np.clip(np.exp(logp - old_logp), 0.85, 1.25) * advantages
+    np.testing.assert_allclose(loss, np.sum(pull * logp), rtol=1e-5)
+    np.testing.assert_allclose(gradient, pull, rtol=1e-5)  # none for the ratio, none removed
+    assert np.all(np.asarray(gradient)[np.asarray(inputs.mask)] != 0)
+
+
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, 3e38, -3e38])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_what_padding_holds_never_matters(ratio, garbage):
-    settings = LossConfig(dual_clip=3.0, ratio=ratio, kl_weight=0.1, entropy_weight=0.1)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+def test_what_padding_holds_never_matters(surrogate, ratio, garbage):
+    terms = {"kl_weight": 0.1, "entropy_weight": 0.1}
+    settings = LossConfig(surrogate=surrogate, ratio=ratio, dual_clip=3.0, **terms)
     inputs = random_inputs()
     arrays = ("logp", "entropy", "old_logp", "ref_logp")
     dirty = {name: jnp.where(inputs.mask, getattr(inputs, name), garbage) for name in arrays}
