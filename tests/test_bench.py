@@ -208,7 +208,10 @@ def numbers(part):
 
 def test_the_command_measures_and_compares(config_file, tmp_path, capsys):
     other = tmp_path / "other.yaml"
-    changed = {**SETTINGS, "grpo": {"steps": 1, "prompts": 4, "rollouts": 2, "kl_weight": 0.0}}
+    changed = {
+        **SETTINGS,
+        "grpo": {"steps": 1, "prompts": 4, "rollouts": 2, "loss": {"kl_weight": 0.0}},
+    }
     other.write_text(json.dumps({"run": {"dir": str(tmp_path / "other")}, **changed}))
     one_layer = dataclasses.replace(preset("toy"), num_hidden_layers=1)
     write_model(tmp_path / "model", one_layer)

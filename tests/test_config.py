@@ -41,7 +41,9 @@ def test_every_config_loads_and_says_its_command(path):
 
 
 def test_saved_config_loads_back_equal(tmp_path):
-    before = build(sampling={"stop_strings": {"</answer>": 2, "STOP": 1}}, grpo={"clip_low": 0.3})
+    before = build(
+        sampling={"stop_strings": {"</answer>": 2, "STOP": 1}}, grpo={"loss": {"clip_low": 0.3}}
+    )
     settings.save(before, tmp_path / "c.yaml")
     assert settings.load(tmp_path / "c.yaml") == before
 
@@ -90,13 +92,17 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["sampling.top_p=0"], "outside (0, 1]"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
         (["grpo.optimizer.nu_dtype=bfloat16"], "Lower b2 to 0.99, or keep float32."),
-        (["sampling.weights=int8"], "set grpo.importance_cap, e.g. 2.0."),
-        (["grpo.ahead=stale"], "set grpo.importance_cap, e.g. 2.0."),
+        (["sampling.weights=int8"], "set grpo.loss.importance_cap, e.g. 2.0."),
+        (["grpo.ahead=stale"], "set grpo.loss.importance_cap, e.g. 2.0."),
         (
-            ["grpo.ahead=stale", "grpo.importance_cap=2", "grpo.zero_variance=resample"],
+            ["grpo.ahead=stale", "grpo.loss.importance_cap=2", "grpo.zero_variance=resample"],
             "Use skip or keep.",
         ),
-        (["grpo.dual_clip=1.1"], "grpo.dual_clip=1.1"),
+        (["grpo.loss.dual_clip=1.19"], "grpo.loss.dual_clip=1.19 must be 0 (off) or at least"),
+        (["grpo.loss.surrogate=cispo", "grpo.loss.dual_clip=3"], "no place in surrogate=cispo"),
+        (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
+        (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
+        (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
         (["model.path=x"], "exactly one of model.path"),
         (["model.tokenizer="], "model.preset has no tokenizer"),
         (["reward.min_score=10"], "is not below"),
@@ -227,6 +233,52 @@ def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         settings.save(build(run={"seed": 3}), tmp_path / "c.yaml")
     assert (tmp_path / "c.yaml").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_the_dual_clip_may_be_as_low_as_the_upper_clip():
+    assert build(grpo={"loss": {"dual_clip": 1.2}}).grpo.loss.dual_clip == 1.2
+
+
+MOVED_VALUES = {
+    "ratio": "sequence",
+    "clip_low": 0.3,
+    "clip_high": 0.4,
+    "dual_clip": 5.0,
+    "aggregation": "fixed_length",
+    "importance_cap": 2.0,
+    "mask_truncated": True,
+    "kl_weight": 0.5,
+    "entropy_weight": 0.25,
+}
+
+
+def test_settings_of_the_loss_are_read_under_their_old_names(tmp_path):
+    present = build(grpo={"steps": 1, "loss": MOVED_VALUES})
+    assert dataclasses.asdict(present.grpo.loss) == {"surrogate": "ppo", **MOVED_VALUES}
+    given = {"steps": 1, **MOVED_VALUES}
+    assert build(grpo=given) == present
+    assert given == {"steps": 1, **MOVED_VALUES}  # the caller's own stays as it was
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({**SMALLEST, "grpo": given}))
+    assert settings.load(tmp_path / "old.yaml") == present
+    settings.save(build(), tmp_path / "c.yaml")
+    overrides = [f"grpo.{name}={value}" for name, value in MOVED_VALUES.items()]
+    assert settings.load(tmp_path / "c.yaml", overrides) == present
+    assert set(settings.MOVED) == {f"grpo.{name}" for name in MOVED_VALUES}
+
+
+@pytest.mark.parametrize("in_file", ["clip_low: 0.3", "loss: {clip_low: 0.3}"])
+@pytest.mark.parametrize("override", ["grpo.clip_low=0.1", "grpo.loss.clip_low=0.1"])
+def test_an_override_wins_in_either_spelling(tmp_path, in_file, override):
+    head = yaml.safe_dump({name: part for name, part in SMALLEST.items() if name != "grpo"})
+    (tmp_path / "c.yaml").write_text(f"{head}grpo: {{steps: 1, {in_file}}}\n")
+    assert settings.load(tmp_path / "c.yaml").grpo.loss.clip_low == 0.3
+    assert settings.load(tmp_path / "c.yaml", [override]).grpo.loss.clip_low == 0.1
+
+
+def test_one_file_may_not_use_both_names_of_a_setting():
+    both = r"grpo\.clip_low is the old name of grpo\.loss\.clip_low, and both are given"
+    with pytest.raises(UsageError, match=both):
+        build(grpo={"clip_low": 0.3, "loss": {"clip_low": 0.3}})
 
 
 def test_every_field_is_read_by_some_code():

@@ -26,7 +26,7 @@ SETTINGS = {
     "model": {"preset": "toy", "tokenizer": "toy"},
     "data": {"train": "nowhere.jsonl", "max_prompt_tokens": 16},
     "sampling": {"max_new_tokens": 8, "eval_batch_size": 4},
-    "grpo": {"steps": 1, "prompts": 4, "rollouts": 2, "kl_weight": 0.001},
+    "grpo": {"steps": 1, "prompts": 4, "rollouts": 2, "loss": {"kl_weight": 0.001}},
 }
 
 
@@ -213,7 +213,7 @@ def test_what_is_held_beside_each_program(mesh, tmp_path):
 
 
 def test_the_reference_counts_only_with_a_kl_weight(mesh, tmp_path):
-    planned, _ = make_phases(mesh, tmp_path, kl_weight=0.0)
+    planned, _ = make_phases(mesh, tmp_path, loss={"kl_weight": 0.0})
     assert not {"freeze", "score_reference"} & planned.tasks.keys()
     for points in planned.phases.values():
         assert all(phases.REFERENCE not in point.beside for point in points)
@@ -224,7 +224,7 @@ def test_the_reference_counts_only_with_a_kl_weight(mesh, tmp_path):
 
 def test_what_is_sent_off_ahead_is_held_too(mesh, tmp_path):
     by_ahead = {}
-    for ahead, more in (("none", {}), ("next", {}), ("stale", {"importance_cap": 2.0})):
+    for ahead, more in (("none", {}), ("next", {}), ("stale", {"loss": {"importance_cap": 2.0}})):
         planned, _ = make_phases(mesh, tmp_path, ahead=ahead, **more)
         by_ahead[ahead] = planned
         held = beside(planned, "rollout", "rollout")

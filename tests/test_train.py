@@ -178,7 +178,7 @@ def test_the_held_out_set_is_judged_as_evaluate_judges_it(tmp_path, data, warm, 
 
 
 def test_without_kl_no_reference_is_scored(tmp_path, data):
-    run(tmp_path / "r", data, "grpo.kl_weight=0", "grpo.steps=1")
+    run(tmp_path / "r", data, "grpo.loss.kl_weight=0", "grpo.steps=1")
     (row,) = read_metrics(tmp_path / "r")
     assert "kl" not in row and row["time/logprobs"] < 0.05
 
@@ -279,9 +279,9 @@ def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_up
     ways = {
         "none": ["grpo.ahead=none"],
         "next": ["grpo.ahead=next"],
-        "capped": ["grpo.ahead=next", "grpo.importance_cap=2"],
-        "stale": ["grpo.ahead=stale", "grpo.importance_cap=2"],
-        "int8": ["sampling.weights=int8", "grpo.importance_cap=2"],
+        "capped": ["grpo.ahead=next", "grpo.loss.importance_cap=2"],
+        "stale": ["grpo.ahead=stale", "grpo.loss.importance_cap=2"],
+        "int8": ["sampling.weights=int8", "grpo.loss.importance_cap=2"],
     }
     rows = {}
     for name, overrides in ways.items():
@@ -389,7 +389,13 @@ def parity(tmp_path, monkeypatch):
 
 
 def test_groups_of_equal_rewards_are_kept_masked_or_drawn_anew(tmp_path, data, warm, parity):
-    options = [*warm, *parity, "grpo.steps=3", "grpo.kl_weight=0", "grpo.entropy_weight=0"]
+    options = [
+        *warm,
+        *parity,
+        "grpo.steps=3",
+        "grpo.loss.kl_weight=0",
+        "grpo.loss.entropy_weight=0",
+    ]
     for choice in ("keep", "skip", "resample"):
         run(tmp_path / choice, data, *options, f"grpo.zero_variance={choice}")
     kept, skipped, resampled = (steps(tmp_path / choice) for choice in ("keep", "skip", "resample"))

@@ -20,6 +20,16 @@ import yaml
 from jlrm.config import Config, UsageError, dotted, nearest
 from jlrm.runtime.storage import write_atomically
 
+# Settings that moved into a section of their own: old name -> present name. Files, overrides and
+# run directories may use either. One file may not use both.
+MOVED = {
+    f"grpo.{name}": f"grpo.loss.{name}"
+    for name in (
+        *("ratio", "clip_low", "clip_high", "dual_clip", "aggregation", "importance_cap"),
+        *("mask_truncated", "kl_weight", "entropy_weight"),
+    )
+}
+
 
 def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Read a YAML file and apply `section.key=value` overrides.
@@ -40,6 +50,7 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
         raise UsageError(
             f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
         )
+    tree = _moved(tree)  # before overrides, which win over the file in either spelling
     for override in overrides:
         _apply_override(tree, override)
     return from_dict(tree)
@@ -81,7 +92,7 @@ class _Loader(yaml.SafeLoader):
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a `Config` from nested dictionaries, with the checks of `load`."""
-    return _coerce_section(Config, tree, "")
+    return _coerce_section(Config, _moved(tree), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -121,11 +132,34 @@ def parse_pairs(text: str, what: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def _moved(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with every setting under its present name; the one given stays as it is.
+
+    Raises:
+      UsageError: a setting is given under both of its names.
+    """
+    for old, new in MOVED.items():
+        where, name = old.split(".")
+        inner = new.split(".")[1]
+        section = tree.get(where)
+        if not isinstance(section, dict) or name not in section:
+            continue
+        present = section.get(inner)
+        present = {} if present is None else present
+        if not isinstance(present, dict):  # `_coerce_section` says what it must hold
+            return tree
+        if name in present:
+            raise UsageError(f"{old} is the old name of {new}, and both are given. Keep {new}.")
+        rest = {key: value for key, value in section.items() if key != name}
+        tree = {**tree, where: {**rest, inner: {**present, name: section[name]}}}
+    return tree
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"Got {_short(override)}, wanted section.key=value, e.g. grpo.steps=100.")
-    *sections, name = key.split(".")
+    *sections, name = MOVED.get(key, key).split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:
             tree[section] = {}
@@ -184,6 +218,17 @@ def _short(value: Any) -> str:
     return text if len(text) < 120 else text[:120] + "..."
 
 
+def _names(hints: Mapping[str, Any]) -> list[str]:
+    """Return what a section may hold, the fields of its own sections too: `loss.clip_low`."""
+    inner = [
+        dotted(name, field.name)
+        for name, hint in hints.items()
+        if dataclasses.is_dataclass(hint)
+        for field in dataclasses.fields(hint)
+    ]
+    return [*hints, *inner]
+
+
 def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> Any:
     """Build a section; what is not given is taken from `default`, or else from the class."""
     value = {} if value is None else value
@@ -193,7 +238,7 @@ def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> A
     for key in value:
         if key not in hints:
             raise UsageError(
-                f"Unknown key {_short(dotted(where, key))}. {nearest(str(key), hints)}"
+                f"Unknown key {_short(dotted(where, key))}. {nearest(str(key), _names(hints))}"
             )
     built = {}
     for spec in dataclasses.fields(kind):

@@ -45,7 +45,7 @@ data: {train: ROWS, prompt: toy, max_prompt_tokens: 48, eval_rows: 8}
 sampling: {max_new_tokens: 8, eval_batch_size: 16}
 reward: {mode: none, plugins: {"payers:vowels": 1.0}}
 grpo:
-  {steps: STEPS, prompts: 8, rollouts: 4, kl_weight: 0.01,
+  {steps: STEPS, prompts: 8, rollouts: 4, loss: {kl_weight: 0.01},
    optimizer: {learning_rate: 1e-5}}
 """
 
