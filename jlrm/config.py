@@ -39,7 +39,8 @@ class RunConfig:
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
     keep_best: Count = 1  # checkpoints kept by the highest `best_metric`
-    # Held-out metric that ranks checkpoints.
+    # Held-out metric that ranks checkpoints. Responses are read as the reward reads them: one that
+    # it calls malformed has no verdict, and so is wrong, whatever a lenient reader makes of it.
     best_metric: Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"] = (
         "agreement"
     )

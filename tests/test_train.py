@@ -29,7 +29,7 @@ from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
-from jlrm.training.scoring import score_rows
+from jlrm.training.scoring import judge_responses
 from jlrm.weights import checkpoint, hf, hf_config
 
 TIMES = ("time/", "perf/tokens")
@@ -168,7 +168,8 @@ def test_the_held_out_set_is_judged_as_evaluate_judges_it(tmp_path, data, warm, 
     found = run(tmp_path / "r", data, *warm, *held_out)["grpo"]
     assert 0 < found["agreement"] < 100 and 0 < found["parse_rate"] <= 100
     command = ["--model", str(tmp_path / "r"), "--benchmark", "pairs", "--data", str(heldout)]
-    command += ["--policy", "aggregation=first_order", "--compute-dtype", "float32"]
+    command += ["--policy", "aggregation=first_order", "--parser", "strict"]
+    command += ["--compute-dtype", "float32"]
     command += ["--max-prompt-tokens", "64", "--max-new-tokens", "32", "--out", str(tmp_path / "e")]
     evaluate.main([*command, "--mesh", "data=8", "fsdp=1", "--no-report", "--json"])
     judged = json.loads(capsys.readouterr().out)["pairs"]
@@ -267,10 +268,12 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row():
     template = prompts.PAIR_TEMPLATES["judgelrm_train"]
     prompt = prompts.fill(template, question="q", answer_1="a", answer_2="b")
     with pytest.raises(RunError, match="The reward of row row-7 failed"):
-        score_rows(rewards.JUDGELRM, [], [Example(row, prompt, [1])], [text], [[1, 2, 3]], 8)
+        judge_responses(rewards.JUDGELRM, [], [Example(row, prompt, [1])], [text], [[1, 2, 3]], 8)
     unusable = dataclasses.replace(row, score_1=-1.0)
     with pytest.raises(UsageError, match="Row row-7: gold="):
-        score_rows(RewardConfig(), [], [Example(unusable, prompt, [1])], [text], [[1, 2, 3]], 8)
+        judge_responses(
+            RewardConfig(), [], [Example(unusable, prompt, [1])], [text], [[1, 2, 3]], 8
+        )
 
 
 def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_update(
@@ -343,10 +346,15 @@ def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, d
         assert 0 <= row["judge/swap_consistency"] <= 100
     (file, _) = sorted((tmp_path / "r/completions").glob("*.parquet"))
     rows = pq.read_table(file).to_pylist()
+    columns = {"question", "answer_1", "answer_2", "response", "reasoning", "verdict", "gold"}
+    columns |= {"status", "reward", "rewards/swap_consistency", "advantage", "order"}
+    assert columns <= rows[0].keys()
     pairs = [rows[i : i + 8] for i in range(0, 16, 8)]
     for group in pairs:  # 4 rollouts of each order
         assert len({row["id"] for row in group}) == 1
         assert len({row["prompt"] for row in group}) == 2
+        assert [row["order"] for row in group] == ["given"] * 4 + ["swapped"] * 4
+        assert group[0]["answer_1"] == group[4]["answer_2"] in group[0]["prompt"]
         rewards_of = np.array([row["reward"] for row in group])
         advantages = np.array([row["advantage"] for row in group])
         if np.ptp(rewards_of):

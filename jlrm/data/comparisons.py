@@ -46,6 +46,7 @@ class Comparison:
     preference: int | None = None  # 1, 2, 0 = tie
     source: str = ""
     meta: dict[str, Any] = field(default_factory=dict)  # "reasoning": a written judgement, for SFT
+    is_swapped: bool = field(default=False, compare=False, repr=False)  # not in its own order
     # Named where the row is left out; no part of its value.
     where: Where = field(default=Where(0), compare=False, repr=False)
 
@@ -65,8 +66,9 @@ class Comparison:
         return preferred(*self.scores)
 
     def record(self) -> dict[str, Any]:
-        """Return the row as a plain dictionary, without its place."""
-        return {name: value for name, value in vars(self).items() if name != "where"}
+        """Return the row as a plain dictionary, without its place and order."""
+        ours = ("where", "is_swapped")
+        return {name: value for name, value in vars(self).items() if name not in ours}
 
     def swapped(self) -> Comparison:
         """Return the same comparison with its answers in the other order."""
@@ -77,6 +79,7 @@ class Comparison:
             score_1=self.score_2,
             score_2=self.score_1,
             preference=swap_preference(self.preference),
+            is_swapped=not self.is_swapped,
             # A written judgement names the answers by their places.
             meta={k: v for k, v in self.meta.items() if k not in ("reasoning", "judged")},
         )

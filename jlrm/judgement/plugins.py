@@ -33,7 +33,7 @@ class Plugin:
     form: Literal["trl", "verl"]
     parameters: frozenset[str] | None  # None: it takes any keyword
 
-    def score(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
+    def pay(self, rows: Sequence[Mapping[str, Any]]) -> list[float | None]:
         """Return the weighted reward of every row, None where it does not apply.
 
         A row holds `prompt`, `completion`, `completion_ids` and the fields of its comparison.

@@ -1,5 +1,9 @@
 """The reward of one judgement, term by term: structure, order, distance, margin, length.
 
+A response is read once (`read`), and its verdict is paid (`pay`). The verdict that is paid is also
+the one that metrics, tables and the held-out set count, so that nothing can rank a response as
+right which the reward calls malformed.
+
 Every term is a small function with a weight in `RewardConfig`; 0 switches it off. A row that has a
 preference alone is paid `preference` where a scored row is paid `relation`, `absolute` and
 `confidence`. A term that does not apply to a row is None: neither paid nor in the term's mean.
@@ -28,13 +32,14 @@ from typing import Any
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judgement.verdict import (
-    BLOCK,
+    Status,
     Verdict,
     implied_probability,
     is_consistent,
     parse,
     preferred,
     split_tags,
+    structure,
     swap_preference,
 )
 
@@ -47,17 +52,27 @@ TERMS = ("format", "no_verdict", *CONTENT, "length")
 JUDGELRM = RewardConfig(mode="judgelrm", no_verdict=-2.0, min_score=0)
 
 
-def score(
+def read(config: RewardConfig, prompt: str, response: str) -> Verdict:
+    """Read a response by the grammar that the mode pays: its verdict is "ok" or earns nothing.
+
+    Mode judgelrm reads as the authors' code does, which looks at the prompt too. The other modes
+    read the response alone, by the strict grammar of judgement/verdict.py.
+    """
+    if config.mode == "judgelrm":
+        return _authors_verdict(config, prompt, response)
+    return parse(response, min_score=config.min_score, max_score=config.max_score)
+
+
+def pay(
     config: RewardConfig,
+    verdict: Verdict,
     *,
-    prompt: str,
-    completion: str,
     gold: Sequence[Any] | None = None,
     preference: int | None = None,
     num_tokens: int,
     max_tokens: int,
 ) -> Terms:
-    """Return the reward terms of one completion; their sum (`total`) is the reward.
+    """Return the reward terms of one verdict, as `read` returns it; their sum is the reward.
 
     gold: the two gold scores, None where only a preference is known. Mode judgelrm also reads a
     one-element sequence with a text that begins with a line of two integers, and scores any other
@@ -71,8 +86,8 @@ def score(
         return dict.fromkeys(TERMS)
     length = length_term(config, num_tokens, max_tokens)
     if config.mode == "judgelrm":
-        return _judgelrm(config, prompt + completion, () if gold is None else gold, length)
-    return _symmetric(config, completion, gold, preference, length)
+        return _judgelrm(config, verdict, () if gold is None else gold, length)
+    return _symmetric(config, verdict, gold, preference, length)
 
 
 def total(terms: Mapping[str, float | None]) -> float:
@@ -143,20 +158,25 @@ def content_terms(
     return terms
 
 
+def _structure_pay(config: RewardConfig, status: Status) -> float:
+    if status in ("ok", "no_header"):
+        return config.format
+    # Tags in order around no score of the scale: the lesser fault, in the authors' code too.
+    is_structured = status in ("out_of_range", "not_a_number")
+    return config.out_of_range if is_structured else config.malformed
+
+
 def _symmetric(
     config: RewardConfig,
-    completion: str,
+    verdict: Verdict,
     gold: Sequence[float] | None,
     preference: int | None,
     length: float,
 ) -> Terms:
     label = _label(gold, preference)
-    verdict = parse(completion, min_score=config.min_score, max_score=config.max_score)
+    structure_pay = _structure_pay(config, verdict.status)
     if verdict.scores is None:
-        # Tags in order around no score of the scale: the lesser fault, in the authors' code too.
-        is_structured = verdict.status in ("out_of_range", "not_a_number")
-        structure = config.out_of_range if is_structured else config.malformed
-        return _terms(gold, format=structure, no_verdict=config.no_verdict)
+        return _terms(gold, format=structure_pay, no_verdict=config.no_verdict)
     is_right = verdict.preference == label
     if gold is None:
         paid = config.preference if is_right else config.wrong_preference
@@ -164,7 +184,7 @@ def _symmetric(
     else:
         content = content_terms(config, verdict.scores, gold, is_right=is_right)
     content["brier"] = brier_term(config, verdict.scores, label)
-    return _terms(gold, format=config.format, length=length, **content)
+    return _terms(gold, format=structure_pay, length=length, **content)
 
 
 def _label(gold: Sequence[float] | None, preference: int | None) -> int:
@@ -180,20 +200,19 @@ def _label(gold: Sequence[float] | None, preference: int | None) -> int:
     return preferred(gold[0], gold[1])
 
 
-def _judgelrm(config: RewardConfig, text: str, gold: Sequence[Any], length: float) -> Terms:
-    label = _authors_gold(gold)
+def _judgelrm(config: RewardConfig, verdict: Verdict, gold: Sequence[Any], length: float) -> Terms:
+    label, scores = _authors_gold(gold), verdict.scores
     if label is None:
         return _terms(gold, no_verdict=config.no_verdict)
-    header = next((h for h in ("Assistant:", "<|im_start|>assistant") if h in text), None)
-    structure, scores = _authors_structure(config, text.partition(header)[2] if header else text)
-    if header is None or scores is None:
-        return _terms(gold, format=structure, no_verdict=config.no_verdict)
+    structure_pay = _structure_pay(config, verdict.status)
+    if scores is None:
+        return _terms(gold, format=structure_pay, no_verdict=config.no_verdict)
     is_right = (label[0] >= label[1]) == (scores[0] >= scores[1])
     try:
         content = content_terms(config, scores, label, is_right=is_right)
     except TypeError:  # gold as two texts: the authors' code pays this and the length term
         content = {"no_verdict": config.no_verdict}
-    return _terms(gold, format=structure, length=length, **content)
+    return _terms(gold, format=structure_pay, length=length, **content)
 
 
 def _authors_gold(gold: Sequence[Any]) -> Sequence[Any] | None:
@@ -214,23 +233,28 @@ def _authors_gold(gold: Sequence[Any]) -> Sequence[Any] | None:
     return label if len(label) == 2 else None
 
 
-def _authors_structure(config: RewardConfig, text: str) -> tuple[float, tuple[int, int] | None]:
-    """The structure's reward, and the scores where it is paid in full.
+def _authors_verdict(config: RewardConfig, prompt: str, response: str) -> Verdict:
+    """Read prompt and response as one text, cut at its first header.
 
     Counting tags, ordering their first positions and matching two answer blocks, as the authors
     do, admits exactly one sequence of tags.
     """
-    tags, texts = split_tags(text)
-    if tags != ["<think>", "</think>", *BLOCK, *BLOCK]:
-        return config.malformed, None
+    text, reasoning = prompt + response, response.partition("</think>")[0].strip()
+    header = next((h for h in ("Assistant:", "<|im_start|>assistant") if h in text), None)
+    tags, texts = split_tags(text.partition(header)[2] if header else text)
+    status = structure(tags[1:]) if tags[:1] == ["<think>"] else "no_think_begin"
+    if status != "ok":
+        return Verdict(None, None, status, reasoning)
     try:
         # int() alone keeps separators such as \x1c that strip() takes off.
         scores = int(texts[3].strip()), int(texts[5].strip())
     except ValueError:
-        return config.out_of_range, None
-    if not all(config.min_score <= s <= config.max_score for s in scores):
-        return config.out_of_range, None
-    return config.format, scores
+        return Verdict(None, None, "not_a_number", reasoning)
+    if not all(config.min_score <= score <= config.max_score for score in scores):
+        return Verdict(None, None, "out_of_range", reasoning)
+    if header is None:
+        return Verdict(None, None, "no_header", reasoning)
+    return Verdict(*scores, "ok", reasoning)
 
 
 def _terms(gold: Sequence[Any] | None, **given: float | None) -> Terms:

@@ -25,6 +25,9 @@ Status = Literal[
     "broken_answer",  # tags nested, crossed or not closed
     "not_a_number",
     "out_of_range",
+    # Of reward mode judgelrm alone, which looks for the completion's begin in the text:
+    "no_think_begin",  # no <think> behind the header where the authors' code cuts the text
+    "no_header",  # nothing that begins an assistant's turn; the rest is well-formed
 ]
 
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -115,7 +118,7 @@ def split_tags(text: str) -> tuple[list[str], list[str]]:
 
 def _strict(completion: str) -> tuple[str, list[float], Status]:
     tags, texts = split_tags(completion)
-    status = _structure(tags)
+    status = structure(tags)
     reasoning = completion.partition("</think>")[0].strip()
     if status != "ok":
         return reasoning, [], status
@@ -123,7 +126,8 @@ def _strict(completion: str) -> tuple[str, list[float], Status]:
     return reasoning, scores, "ok" if len(scores) == 2 else "not_a_number"
 
 
-def _structure(tags: list[str]) -> Status:
+def structure(tags: list[str]) -> Status:
+    """Return "ok" for the one sequence of tags that is well-formed after the prompt's `<think>`."""
     if "</think>" not in tags:
         return "no_think_end"
     if tags.count("</think>") > 1 or "<think>" in tags:

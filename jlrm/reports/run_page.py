@@ -298,7 +298,7 @@ def _card(row: Row) -> str:
         outcome=outcome,
         mark={"right": "✓", "wrong": "✗"}.get(outcome, "?"),
         about=escape(about),
-        completion=escape(str(row.get("completion", ""))),
+        completion=escape(str(row.get("response", row.get("completion", "")))),
         tables=_table(scores) + _table(lines),
         prompt=escape(str(row.get("prompt", ""))),
     )

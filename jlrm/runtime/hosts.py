@@ -27,6 +27,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
@@ -121,13 +122,15 @@ def gather(what: str, mine: Value) -> list[Value]:
     _state.num_exchanges += 1
     at(what)
     folder = f"jlrm/exchange/{number}"
-    # Pickled: whoever can write to this store runs code in every process anyway.
-    client.key_value_set_bytes(f"{folder}/{index():06d}", pickle.dumps(mine))
+    # Pickled, for whoever can write to this store runs code in every process anyway; and packed,
+    # for all of it passes through process 0 once for each other process. Text shrinks fourfold.
+    packed = zlib.compress(pickle.dumps(mine), level=1)
+    client.key_value_set_bytes(f"{folder}/{index():06d}", packed)
     client.wait_at_barrier(f"jlrm-{number}", NEVER)
     values = dict(client.key_value_dir_get_bytes(folder))
     if number > 1 and is_main():  # all have read it before they came to this one
         client.key_value_delete(f"jlrm/exchange/{number - 1}")
-    return [pickle.loads(values[key]) for key in sorted(values)]
+    return [pickle.loads(zlib.decompress(values[key])) for key in sorted(values)]
 
 
 def highest(what: str, value: int) -> int:

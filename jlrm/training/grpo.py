@@ -17,7 +17,7 @@ from jlrm.training import rollouts
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
 from jlrm.training.programs import GRPOPrograms, Minibatch, grpo_programs, pack_minibatch
-from jlrm.training.rollouts import StepBatch, make_sampler, sampled_rows
+from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
 from jlrm.training.setup import Run, grpo_params
 from jlrm.training.stage import Stage, StageResult, floats, means
 from jlrm.training.update import TrainState
@@ -71,8 +71,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             values |= means([part.packing for part in parts])
             every = run.config.run.completions_every
             if every and hosts.is_main() and (step % every == 0 or is_last):
-                judgements = sampled_rows(run, *batch)
-                stage.tracker.log_completions(step + 1, judgements)
+                stage.tracker.log_completions(step + 1, table_rows(batch))
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
 

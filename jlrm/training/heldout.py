@@ -1,18 +1,23 @@
-"""The held-out set in training: judged and counted by the code of `python -m jlrm.evaluate`.
+"""The held-out set in training: judged like a rollout, counted like a benchmark.
 
-Both orders of every pair are asked. The figures are those of the benchmark `pairs` by its rule of
-three classes, which is JudgeLM's, so that
+Both orders of every pair are asked. A response is read as the reward reads it, so `parse_rate` and
+`agreement` mean here what `judge/parse_rate` and `judge/agreement` mean in a step's metrics, and
+`run.best_metric` can't rank a format that the reward calls malformed. A verdict that is missing is
+wrong, and no pair with one is consistent.
+
+The figures are those of the benchmark `pairs` by its rule of three classes, which is JudgeLM's, so
 
     python -m jlrm.evaluate --model RUN@STEP --benchmark pairs --data HELDOUT
-        --policy aggregation=first_order
+        --policy aggregation=first_order --parser strict
 
-finds the same again. A verdict that is missing is wrong, and no pair with one is consistent.
+gives the same again. (Under reward.mode=judgelrm that holds for whole scores: the authors' reward
+reads no decimals, `strict` does. The default parser, `lenient`, also reads what no reward pays.)
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -20,14 +25,13 @@ import numpy as np
 
 from jlrm.data.batches import Example
 from jlrm.evaluation.benchmarks import pairs
-from jlrm.evaluation.games import Game
+from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, outcome
 from jlrm.evaluation.policies import policy_of
-from jlrm.evaluation.reading import count, judged_items, reader
-from jlrm.judges import local
+from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
 from jlrm.sampling import writer
 from jlrm.sampling.decode import decode_params
-from jlrm.training.scoring import compare_orders, judge
+from jlrm.training.scoring import Judgement, compare_orders, judge, parse_rate, rewards_of
 from jlrm.training.setup import Run
 
 EvaluateFn = Callable[[Params], dict[str, float]]
@@ -53,23 +57,46 @@ def make_evaluation(run: Run) -> EvaluateFn:
     items = pairs.items([each.comparison for each in examples[:half]], "the held-out set")
     games = [Game(item, *order) for order in ((0, 1), (1, 0)) for item in items]
     asked = [_named(*each) for each in zip(examples, games, strict=True)]
-    write, read = _writer(run), reader("lenient", run.config.reward.scale)
+    write = _writer(run)
     lay_out = jax.jit(partial(decode_params, run.model, run.rollout))
 
     def evaluate(params: Params) -> dict[str, float]:
-        written = {each.example.comparison.id: each for each in write(lay_out(params), asked)}
-        answers = {name: local.answer(run.tokenizer, each) for name, each in written.items()}
-        judged, _ = judged_items(games, answers, read)
-        metrics = pairs.BENCHMARK.score(judged, POLICY)
-        ids = [written[game.id].completions[0] for game in games]
-        return {
-            **{ours: metrics[theirs] for theirs, ours in METRICS.items()},
-            "parse_rate": 100 * (1 - count(judged, None) / len(games)),
-            "reward": _reward(run, examples, ids),
-            "mean_length": float(np.mean([len(row) for row in ids])),
+        completions = {
+            each.example.comparison.id: each.completions[0]
+            for each in write(lay_out(params), asked)
         }
+        ids = [completions[game.id] for game in games]
+        judgements = judge(run, examples, ids)
+        if run.config.reward.swap_consistency:
+            partner = [*range(half, 2 * half), *range(half)]
+            judgements = compare_orders(run.config.reward, judgements, partner)
+        mean_length = float(np.mean([len(row) for row in ids]))
+        return {**figures(games, judgements), "mean_length": mean_length}
 
     return evaluate
+
+
+def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Return the metrics of judgements, one for each game: all as given, then all swapped."""
+    half = len(games) // 2
+    verdicts = [
+        _game_verdict(game, judgement.verdict)
+        for game, judgement in zip(games, judgements, strict=True)
+    ]
+    both = zip(games[:half], verdicts[:half], verdicts[half:], strict=True)
+    judged = [ItemVerdicts(game.item, (given, swapped)) for game, given, swapped in both]
+    benchmark = pairs.BENCHMARK.score(judged, POLICY)
+    return {
+        **{ours: benchmark[theirs] for theirs, ours in METRICS.items()},
+        "parse_rate": parse_rate(judgements),
+        "reward": float(rewards_of(judgements).mean()),
+    }
+
+
+def _game_verdict(game: Game, verdict: Verdict) -> GameVerdict:
+    if verdict.scores is None:
+        return GameVerdict(game.first, game.second, None, None, verdict.status)
+    return outcome(game, verdict.scores)
 
 
 def _writer(run: Run) -> writer.Writer:
@@ -89,11 +116,3 @@ def _named(example: Example, game: Game) -> Example:
     """Return the example under the name of its game, which is unique."""
     row = dataclasses.replace(example.comparison, id=game.id)
     return dataclasses.replace(example, comparison=row)
-
-
-def _reward(run: Run, examples: list[Example], ids: list[list[int]]) -> float:
-    judged, half = judge(run, examples, ids), len(examples) // 2
-    if run.config.reward.swap_consistency:
-        partner = [*range(half, 2 * half), *range(half)]
-        judged = compare_orders(run.config.reward, judged, partner)
-    return float(judged.rewards.mean())

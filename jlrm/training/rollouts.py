@@ -1,4 +1,4 @@
-"""Groups of judgements that GRPO compares: drawn, judged, and given their advantages.
+"""Groups of judgements that GRPO compares: sampled, judged, and given their advantages.
 
 A group is the R rollouts of a prompt, or with `data.orders: both` the 2R rollouts of a pair in both
 orders. A group of equal rewards teaches nothing. `grpo.zero_variance` keeps it (no advantage, but
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from jlrm.data import batches
 from jlrm.data.batches import Example
-from jlrm.data.tokenizer import decode, token_bytes
+from jlrm.data.tokenizer import token_bytes
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
 from jlrm.rl.distribution import Distribution
@@ -27,12 +27,12 @@ from jlrm.sampling import stops
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.sampler import SamplerSettings
 from jlrm.training.scoring import (
-    Judgements,
+    Judgement,
     compare_orders,
-    concatenate,
     consistency,
     judge,
     metrics,
+    rewards_of,
 )
 from jlrm.training.setup import Run
 
@@ -93,37 +93,24 @@ def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts:
     return sample
 
 
-def sampled_rows(
-    run: Run,
-    examples: Sequence[Example],
-    sampled: Sampled,
-    judged: Judgements,
-    advantages: np.ndarray,
-) -> list[dict[str, Any]]:
+def table_rows(batch: RolloutBatch) -> list[dict[str, Any]]:
     """Return one plain row per judgement, for people to read."""
-    rows = zip(
-        examples,
-        decode(run.tokenizer, sampled.ids),
-        judged.verdicts,
-        judged.terms,
-        judged.rewards,
-        advantages,
-        strict=True,
-    )
     return [
         {
             "id": example.comparison.id,
+            "order": "swapped" if example.comparison.is_swapped else "given",
+            "question": example.comparison.question,
+            "answer_1": example.comparison.answer_1,
+            "answer_2": example.comparison.answer_2,
             "prompt": example.prompt,
-            "completion": text,
             "gold": list(example.comparison.scores or ()),
             "label": example.comparison.label,
-            "verdict": None if verdict.scores is None else list(verdict.scores),
-            "status": verdict.status,
-            **{f"rewards/{name}": value for name, value in terms.items()},
-            "reward": float(reward),
+            **judgement.table_row(),
             "advantage": float(advantage),
         }
-        for example, text, verdict, terms, reward, advantage in rows
+        for example, judgement, advantage in zip(
+            batch.examples, batch.judgements, batch.advantages, strict=True
+        )
     ]
 
 
@@ -135,7 +122,7 @@ class RolloutBatch(NamedTuple):
 
     examples: list[Example]
     sampled: Sampled
-    judged: Judgements
+    judgements: list[Judgement]
     advantages: Float[np.ndarray, " B"]
 
 
@@ -195,12 +182,12 @@ def _finish(run: Run, started: Started, timed: Timed) -> RolloutBatch:
         sampled = started.collect()
     examples = [example for example in prompts for _ in range(config.rollouts)]
     with timed("reward"):
-        judged = judge(run, examples, sampled.ids, len(examples) // _num_groups(run))
+        judgements = judge(run, examples, sampled.ids, len(examples) // _num_groups(run))
         if run.config.reward.swap_consistency:
-            judged = compare_orders(run.config.reward, judged, _partner(run))
-        grouped = judged.rewards.reshape(_num_groups(run), -1)
+            judgements = compare_orders(run.config.reward, judgements, _partner(run))
+        grouped = rewards_of(judgements).reshape(_num_groups(run), -1)
         advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
-    return RolloutBatch(examples, sampled, judged, np.asarray(advantages).reshape(-1))
+    return RolloutBatch(examples, sampled, judgements, np.asarray(advantages).reshape(-1))
 
 
 def _partner(run: Run) -> list[int]:
@@ -216,7 +203,7 @@ def _num_groups(run: Run) -> int:
 
 
 def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"]:
-    return np.ptp(batch.judged.rewards.reshape(_num_groups(run), -1), axis=1) > 0
+    return np.ptp(rewards_of(batch.judgements).reshape(_num_groups(run), -1), axis=1) > 0
 
 
 def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
@@ -229,9 +216,11 @@ def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
 
     examples = [example for batch in drawn for example in batch.examples]
     sampled = join_sampled([batch.sampled for batch in drawn]).take(rows.tolist())
-    judged = concatenate([batch.judged for batch in drawn]).take(rows.tolist())
+    judgements = [judgement for batch in drawn for judgement in batch.judgements]
     advantages = np.concatenate([batch.advantages for batch in drawn])[rows]
-    return RolloutBatch([examples[row] for row in rows], sampled, judged, advantages)
+    return RolloutBatch(
+        [examples[row] for row in rows], sampled, [judgements[row] for row in rows], advantages
+    )
 
 
 def _num_tokens(drawn: list[RolloutBatch]) -> int:
@@ -241,17 +230,17 @@ def _num_tokens(drawn: list[RolloutBatch]) -> int:
 
 def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dict[str, float]:
     """Metrics of everything that was drawn: of the policy, not of the choice from it."""
-    judged = concatenate([each.judged for each in drawn])
+    judgements = [judgement for each in drawn for judgement in each.judgements]
     lengths = np.concatenate([each.sampled.lengths for each in drawn])
     is_finished = np.concatenate([each.sampled.is_finished for each in drawn])
     is_informative = np.concatenate([_is_informative(run, each) for each in drawn])
-    found = metrics(judged, lengths, is_finished)
-    found["frac_reward_zero_std"] = 1 - float(is_informative.mean())
+    values = metrics(judgements, lengths, is_finished)
+    values["frac_reward_zero_std"] = 1 - float(is_informative.mean())
     if run.config.data.orders == "both":
-        share = [consistency(each.judged.verdicts, _partner(run)) for each in drawn]
-        found["judge/swap_consistency"] = float(np.mean(share))
+        share = [consistency(each.judgements, _partner(run)) for each in drawn]
+        values["judge/swap_consistency"] = float(np.mean(share))
     if run.config.grpo.zero_variance != "keep":
-        found["groups/draws"] = len(drawn)
-        found["groups/masked"] = int(np.sum(~is_learned))
-        found["groups/discarded"] = len(is_informative) - _num_groups(run)
-    return found
+        values["groups/draws"] = len(drawn)
+        values["groups/masked"] = int(np.sum(~is_learned))
+        values["groups/discarded"] = len(is_informative) - _num_groups(run)
+    return values

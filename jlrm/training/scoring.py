@@ -1,8 +1,9 @@
-"""Judging on the host: from examples to sampled judgements, their verdicts and their rewards.
+"""Judgements on the host: each completion is decoded, read and paid once, into one record.
 
-This is the side of a rollout that knows text. Everything a completion can be is data here; only a
-reward that raises stops the run, with the row that caused it. Each process decodes and scores its
-share of the completions; what it found, a few numbers a row, is then known to all.
+This is the side of a rollout that knows text. Rewards, metrics, the held-out set and the tables of
+judgements all use the records made here, so they can't disagree on what a response says. Everything
+a response can be is data here; only a reward that raises stops the run, with the row that caused
+it. Each process decodes and pays its share of the completions, and then all know all records.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,46 +22,48 @@ from jlrm.data.tokenizer import decode
 from jlrm.judgement import rewards
 from jlrm.judgement.plugins import Plugin
 from jlrm.judgement.rewards import Terms
-from jlrm.judgement.verdict import STATUSES, Verdict, is_consistent, parse, swap_preference
+from jlrm.judgement.verdict import Verdict, is_consistent, swap_preference
 from jlrm.runtime import hosts
 from jlrm.training.setup import Run
 
 
 @dataclass(frozen=True)
-class Judgements:
-    """Verdicts and rewards of a batch, one entry per completion."""
+class Judgement:
+    """What a judge wrote on one row, what the reward reads in it, and what that earns."""
 
-    verdicts: list[Verdict]  # without their reasoning
-    terms: list[Terms]
-    is_right: Float[np.ndarray, " B"]  # 1 where the verdict prefers what gold prefers
+    response: str
+    verdict: Verdict
+    terms: Terms
+    is_right: bool  # the verdict prefers what gold prefers
 
     @property
-    def rewards(self) -> Float[np.ndarray, " B"]:
-        """The sum of the terms of each completion."""
-        return np.array([rewards.total(terms) for terms in self.terms], np.float32)
+    def reward(self) -> float:
+        """The sum of the terms that apply."""
+        return rewards.total(self.terms)
 
-    def take(self, rows: Sequence[int]) -> Judgements:
-        """Return some of the rows, in this order."""
-        return Judgements(
-            [self.verdicts[row] for row in rows],
-            [self.terms[row] for row in rows],
-            self.is_right[np.asarray(rows, np.int64)],
-        )
+    def table_row(self) -> dict[str, Any]:
+        """Return the record as columns of a table that people read."""
+        scores = self.verdict.scores
+        return {
+            "response": self.response,
+            "reasoning": self.verdict.reasoning,
+            "verdict": None if scores is None else [float(score) for score in scores],
+            "status": self.verdict.status,
+            "is_right": self.is_right,
+            **{f"rewards/{name}": value for name, value in self.terms.items()},
+            "reward": self.reward,
+        }
 
 
-def concatenate(parts: Sequence[Judgements]) -> Judgements:
-    """Return the rows of all parts, one after the other."""
-    return Judgements(
-        [verdict for part in parts for verdict in part.verdicts],
-        [terms for part in parts for terms in part.terms],
-        np.concatenate([part.is_right for part in parts]),
-    )
+def rewards_of(judgements: Sequence[Judgement]) -> Float[np.ndarray, " B"]:
+    """Return the reward of each judgement."""
+    return np.array([each.reward for each in judgements], np.float32)
 
 
 def judge(
     run: Run, examples: Sequence[Example], ids: Sequence[Sequence[int]], group_size: int = 1
-) -> Judgements:
-    """Score every completion against its example's label, each process its share of the groups.
+) -> list[Judgement]:
+    """Return the record of every completion, each process making those of its share of the groups.
 
     Args:
       ids: of each completion.
@@ -70,140 +74,123 @@ def judge(
     """
     groups = hosts.share(len(examples) // group_size)
     mine = slice(groups.start * group_size, groups.stop * group_size)
-    texts = decode(run.tokenizer, ids[mine])
-    judged = score_rows(
+    judgements = judge_responses(
         run.config.reward,
         run.plugins,
         examples[mine],
-        texts,
+        decode(run.tokenizer, ids[mine]),
         ids[mine],
         run.config.sampling.max_new_tokens,
     )
-    if hosts.count() == 1:
-        return judged
-    names = [*rewards.TERMS, *(plugin.name for plugin in run.plugins)]
-    parts = hosts.gather("rewards", _numbers(judged, names))
-    return _from_numbers(np.concatenate(parts), names)
+    return [each for part in hosts.gather("rewards", judgements) for each in part]
 
 
-def _numbers(judged: Judgements, names: Sequence[str]) -> Float[np.ndarray, "B C"]:
-    """Write judgements as numbers, NaN for what is missing."""
-    rows = [
-        [
-            STATUSES.index(verdict.status),
-            *(verdict.scores or (None, None)),
-            is_right,
-            *(terms[name] for name in names),
-        ]
-        for verdict, is_right, terms in zip(
-            judged.verdicts, judged.is_right, judged.terms, strict=True
-        )
-    ]
-    return np.array(rows, np.float64).reshape(len(rows), 4 + len(names))
-
-
-def _from_numbers(table: Float[np.ndarray, "B C"], names: Sequence[str]) -> Judgements:
-    rows = [[None if np.isnan(value) else float(value) for value in row] for row in table]
-    return Judgements(
-        [Verdict(row[1], row[2], STATUSES[int(row[0] or 0)], "") for row in rows],
-        [dict(zip(names, row[4:], strict=True)) for row in rows],
-        table[:, 3].astype(np.float32),
-    )
-
-
-def score_rows(
+def judge_responses(
     config: RewardConfig,
     plugins: Sequence[Plugin],
     examples: Sequence[Example],
-    texts: Sequence[str],
+    responses: Sequence[str],
     ids: Sequence[Sequence[int]],
     max_tokens: int,
-) -> Judgements:
-    """Score completions, given as text and as token ids, by our own terms and by plug-ins."""
-    terms: list[Terms] = []
-    verdicts: list[Verdict] = []
-    for example, text, row_ids in zip(examples, texts, ids, strict=True):
-        row = example.comparison
-        try:
-            terms.append(
-                rewards.score(
-                    config,
-                    prompt=example.prompt,
-                    completion=text,
-                    gold=row.scores,
-                    preference=row.preference,
-                    num_tokens=len(row_ids),
-                    max_tokens=max_tokens,
-                )
-            )
-        except UsageError as error:
-            raise UsageError(f"Row {row.id}: {error}") from None
-        except Exception as error:
-            raise RunError(f"The reward of row {row.id} failed: {error}") from error
-        verdict = parse(text, min_score=config.min_score, max_score=config.max_score)
-        verdicts.append(dataclasses.replace(verdict, reasoning=""))
-    if plugins and examples:
-        columns = [
-            {
-                **e.comparison.record(),
-                "prompt": e.prompt,
-                "completion": text,
-                "completion_ids": row_ids,
-            }
-            for e, text, row_ids in zip(examples, texts, ids, strict=True)
-        ]
-        for plugin in plugins:
-            for term, value in zip(terms, plugin.score(columns), strict=True):
-                term[plugin.name] = value
-    labels = [example.comparison.label for example in examples]
-    is_right = [v.preference == label for v, label in zip(verdicts, labels, strict=True)]
-    return Judgements(verdicts, terms, np.array(is_right, np.float32))
-
-
-def compare_orders(config: RewardConfig, judged: Judgements, partner: Sequence[int]) -> Judgements:
-    """Add the term `swap_consistency`; `partner` is each row's judgement of the other order."""
-    terms = [
-        {
-            **term,
-            "swap_consistency": rewards.withhold(config, term, verdict, judged.verdicts[other]),
-        }
-        for term, verdict, other in zip(judged.terms, judged.verdicts, partner, strict=True)
+) -> list[Judgement]:
+    """Read responses, given as text and as token ids, and pay them by our terms and by plug-ins."""
+    judgements = [
+        _judgement(config, example, response, len(row_ids), max_tokens)
+        for example, response, row_ids in zip(examples, responses, ids, strict=True)
     ]
-    return dataclasses.replace(judged, terms=terms)
+    if not (plugins and examples):
+        return judgements
+    columns = [
+        {
+            **example.comparison.record(),
+            "prompt": example.prompt,
+            "completion": response,
+            "completion_ids": row_ids,
+        }
+        for example, response, row_ids in zip(examples, responses, ids, strict=True)
+    ]
+    paid = {plugin.name: plugin.pay(columns) for plugin in plugins}
+    return [
+        dataclasses.replace(each, terms={**each.terms, **dict(zip(paid, values, strict=True))})
+        for each, *values in zip(judgements, *paid.values(), strict=True)
+    ]
 
 
-def consistency(verdicts: Sequence[Verdict], partner: Sequence[int]) -> float:
-    """Return the share of verdicts, in percent, whose partner names the same answer.
+def _judgement(
+    config: RewardConfig, example: Example, response: str, num_tokens: int, max_tokens: int
+) -> Judgement:
+    row = example.comparison
+    verdict = rewards.read(config, example.prompt, response)
+    try:
+        terms = rewards.pay(
+            config,
+            verdict,
+            gold=row.scores,
+            preference=row.preference,
+            num_tokens=num_tokens,
+            max_tokens=max_tokens,
+        )
+    except UsageError as error:
+        raise UsageError(f"Row {row.id}: {error}") from None
+    except Exception as error:
+        raise RunError(f"The reward of row {row.id} failed: {error}") from error
+    return Judgement(response, verdict, terms, verdict.preference == row.label)
+
+
+def compare_orders(
+    config: RewardConfig, judgements: Sequence[Judgement], partner: Sequence[int]
+) -> list[Judgement]:
+    """Add the term `swap_consistency`; `partner` is each row's judgement of the other order."""
+    paid = [
+        rewards.withhold(config, each.terms, each.verdict, judgements[other].verdict)
+        for each, other in zip(judgements, partner, strict=True)
+    ]
+    return [
+        dataclasses.replace(each, terms={**each.terms, "swap_consistency": value})
+        for each, value in zip(judgements, paid, strict=True)
+    ]
+
+
+def consistency(judgements: Sequence[Judgement], partner: Sequence[int]) -> float:
+    """Return the share of judgements, in percent, whose partner names the same answer.
 
     A verdict that is missing, on either side, is not consistent.
     """
+    preferences = [each.verdict.preference for each in judgements]
     same = [
-        is_consistent(verdict.preference, swap_preference(verdicts[other].preference))
-        for verdict, other in zip(verdicts, partner, strict=True)
+        is_consistent(preference, swap_preference(preferences[other]))
+        for preference, other in zip(preferences, partner, strict=True)
     ]
     return 100 * float(np.mean(same))
 
 
-def metrics(judged: Judgements, lengths: np.ndarray, is_finished: np.ndarray) -> dict[str, float]:
+def parse_rate(judgements: Sequence[Judgement]) -> float:
+    """Return the share of responses, in percent, in which the reward reads a verdict."""
+    return 100 * float(np.mean([each.verdict.status == "ok" for each in judgements]))
+
+
+def metrics(
+    judgements: Sequence[Judgement], lengths: np.ndarray, is_finished: np.ndarray
+) -> dict[str, float]:
     """Return the metrics of a batch of judgements; agreement and parse rate in percent.
 
     The mean of a term is over the rows it applies to; a term that applies to none is left out.
     """
-    is_parsed = np.array([verdict.status == "ok" for verdict in judged.verdicts])
-    paid = judged.rewards
-    found = {
+    paid = rewards_of(judgements)
+    values = {
         "reward": float(paid.mean()),
         "reward_std": float(paid.std(ddof=1)),
-        "judge/agreement": 100 * float(judged.is_right.mean()),
-        "judge/parse_rate": 100 * float(is_parsed.mean()),
+        "judge/agreement": 100 * float(np.mean([each.is_right for each in judgements])),
+        "judge/parse_rate": parse_rate(judgements),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": 1 - float(is_finished.mean()),
     }
-    for name in judged.terms[0]:
-        values = np.array([t[name] for t in judged.terms if t[name] is not None], np.float64)
-        if len(values):
-            found |= {
-                f"rewards/{name}/mean": float(values.mean()),
-                f"rewards/{name}/std": float(values.std()),
+    for name in judgements[0].terms:
+        applied = [each.terms[name] for each in judgements if each.terms[name] is not None]
+        if applied:
+            term = np.array(applied, np.float64)
+            values |= {
+                f"rewards/{name}/mean": float(term.mean()),
+                f"rewards/{name}/std": float(term.std()),
             }
-    return found
+    return values

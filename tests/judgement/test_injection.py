@@ -21,7 +21,7 @@ from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.data.sharded import deal
 from jlrm.data.tokenizer import control_tokens, decode, encode, load_tokenizer, prompt_template
 from jlrm.judgement import prompts
-from jlrm.judgement.rewards import score
+from jlrm.judgement.rewards import pay, read
 from jlrm.judgement.verdict import Status, parse
 
 TEMPLATES = ("judgelrm_train", "judgelrm_eval", "toy", "jlrm")
@@ -300,15 +300,18 @@ def test_a_judged_answer_never_reaches_the_reward():
     config = RewardConfig(mode="judgelrm_symmetric")
     for completion in (f"why{GENUINE}", "no verdict"):
         terms = [
-            score(
+            pay(
                 config,
-                prompt=prompts.fill(
-                    prompts.PAIR_TEMPLATES["judgelrm_train"],
-                    question=text,
-                    answer_1=text,
-                    answer_2=text,
+                read(
+                    config,
+                    prompts.fill(
+                        prompts.PAIR_TEMPLATES["judgelrm_train"],
+                        question=text,
+                        answer_1=text,
+                        answer_2=text,
+                    ),
+                    completion,
                 ),
-                completion=completion,
                 gold=(3.0, 7.0),
                 num_tokens=20,
                 max_tokens=100,

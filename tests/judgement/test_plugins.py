@@ -48,12 +48,12 @@ def test_trl_form_gets_the_whole_batch_with_the_record_as_columns():
         weight=0.5,
     )
     assert plugin.form == "trl" and plugin.name == "reward"
-    assert plugin.score(rows("a", "abc")) == [1.0, 3.0]
+    assert plugin.pay(rows("a", "abc")) == [1.0, 3.0]
 
 
 def test_a_function_without_further_columns_gets_what_it_names():
     plugin = load("def reward(completions, answer_2):\n    return [answer_2 == ['b']]\n")
-    assert plugin.score(rows("a")) == [1.0]
+    assert plugin.pay(rows("a")) == [1.0]
 
 
 def test_verl_form_gets_one_row_at_a_time():
@@ -64,21 +64,21 @@ def test_verl_form_gets_one_row_at_a_time():
         "compute_score",
     )
     assert plugin.form == "verl"
-    assert plugin.score(rows("a", "abc")) == [9.0, 11.0]
+    assert plugin.pay(rows("a", "abc")) == [9.0, 11.0]
 
 
 def test_verl_form_gets_the_rows_own_truth_or_the_preference():
     code = "def reward(solution_str, ground_truth):\n    return ground_truth\n"
-    assert load(code).score(rows("a", meta={"ground_truth": 7})) == [7.0]
+    assert load(code).pay(rows("a", meta={"ground_truth": 7})) == [7.0]
     alone = rows("a", score_1=None, score_2=None, preference=2)
-    assert load(code).score(alone) == [2.0]
+    assert load(code).pay(alone) == [2.0]
 
 
 def test_none_is_not_applicable_in_both_forms():
     trl = "def reward(completions, **columns):\n    return [None, 1.0]\n"
     verl = "def reward(solution_str):\n    return None if solution_str == 'a' else 1\n"
     for code in (trl, verl):
-        assert load(code).score(rows("a", "b")) == [None, 1.0]
+        assert load(code).pay(rows("a", "b")) == [None, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_none_is_not_applicable_in_both_forms():
 )
 def test_a_failing_reward_stops_and_names_the_row(code, message):
     with pytest.raises(RunError, match=message):
-        load(code).score(rows("good", "bad", "good"))
+        load(code).pay(rows("good", "bad", "good"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judgement import prompts
-from jlrm.judgement.rewards import JUDGELRM, TERMS, Terms, brier_term, score, total, withhold
+from jlrm.judgement.rewards import JUDGELRM, TERMS, Terms, brier_term, pay, read, total, withhold
 from jlrm.judgement.verdict import parse, swap_preference
 
 MAIN = JUDGELRM
@@ -31,6 +31,10 @@ COLUMNS = {
     "base_2048": (BASE, 2048),
     "wo_score": (WO_SCORE, 200),
 }
+
+
+def score(config: RewardConfig, *, prompt: str, completion: str, **row: Any) -> Terms:
+    return pay(config, read(config, prompt, completion), **row)
 
 
 def _prompt(question: str = "q", answer_1: str = "a", answer_2: str = "b") -> str:

@@ -378,7 +378,7 @@ def values(run: pathlib.Path) -> list[dict[str, float]]:
 
 def completions(run: pathlib.Path) -> list[str]:
     files = sorted((run / "completions").glob("*.parquet"))
-    return [row["completion"] for file in files for row in pq.read_table(file).to_pylist()]
+    return [row["response"] for file in files for row in pq.read_table(file).to_pylist()]
 
 
 def test_one_two_and_four_processes_train_alike(settings):

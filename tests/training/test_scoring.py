@@ -1,0 +1,109 @@
+"""One record of a judgement: what pays, what ranks checkpoints and what is shown can't disagree."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+
+from jlrm.config import RewardConfig, RunConfig
+from jlrm.data import toy
+from jlrm.data.batches import Example
+from jlrm.evaluation.benchmarks import pairs
+from jlrm.evaluation.games import Game
+from jlrm.judgement import prompts, rewards
+from jlrm.judgement.verdict import parse, swap_preference
+from jlrm.training.heldout import figures
+from jlrm.training.scoring import Judgement, judge_responses, metrics
+
+BEST_METRICS = get_args(get_type_hints(RunConfig)["best_metric"])
+MODES = {"judgelrm": rewards.JUDGELRM, "judgelrm_symmetric": RewardConfig()}
+GIVEN = [row for row in toy.comparisons(seed=6, num_rows=40) if row.label]
+ROWS = [*GIVEN, *(row.swapped() for row in GIVEN)]
+GAMES = [
+    Game(item, *order) for order in ((0, 1), (1, 0)) for item in pairs.items(GIVEN, "the toy world")
+]
+
+
+def examples() -> list[Example]:
+    template = prompts.PAIR_TEMPLATES["toy"]
+    texts = [
+        prompts.fill(template, question=r.question, answer_1=r.answer_1, answer_2=r.answer_2)
+        for r in ROWS
+    ]
+    return [Example(row, text, [1]) for row, text in zip(ROWS, texts, strict=True)]
+
+
+def judged(config: RewardConfig, responses: list[str]) -> list[Judgement]:
+    ids = [[1, 2, 3]] * len(responses)
+    return judge_responses(config, [], examples(), responses, ids, 8)
+
+
+def well_formed(label: int) -> str:
+    first, second = {1: (8, 4), 2: (4, 8), 0: (5, 5)}[label]
+    return f"why</think><answer>{first}</answer><answer>{second}</answer>"
+
+
+MALFORMED = {
+    "a third score": lambda text: text + "<answer>1</answer>",
+    "thinks twice": lambda text: "a</think>" + text,
+    "a score in its reasoning": lambda text: "<answer>3</answer>" + text,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_a_format_that_the_reward_calls_malformed_never_ranks_first(mode: str, fault: str) -> None:
+    """Always right to a lenient reader, but malformed, against right in two of three and paid."""
+    right = [MALFORMED[fault](well_formed(row.label)) for row in ROWS]
+    assert all(
+        parse(text, strict=False).preference == row.label
+        for text, row in zip(right, ROWS, strict=True)
+    )
+    half = len(GIVEN)
+    said = [row.label if i % half % 3 else swap_preference(row.label) for i, row in enumerate(ROWS)]
+    sloppy = judged(MODES[mode], right)
+    careful = judged(MODES[mode], [well_formed(label or 0) for label in said])
+    assert all(each.terms["format"] == MODES[mode].malformed for each in sloppy)
+    for name in BEST_METRICS:
+        assert figures(GAMES, sloppy)[name] < figures(GAMES, careful)[name], name
+    assert figures(GAMES, sloppy)["agreement"] == figures(GAMES, sloppy)["parse_rate"] == 0
+
+
+def test_decimals_are_a_verdict_where_they_are_paid() -> None:
+    texts = [well_formed(row.label).replace("8", "8.5") for row in ROWS]
+    rates = {mode: figures(GAMES, judged(config, texts)) for mode, config in MODES.items()}
+    assert rates["judgelrm"]["parse_rate"] == rates["judgelrm"]["agreement"] == 0
+    assert rates["judgelrm_symmetric"]["parse_rate"] == 100
+    assert rates["judgelrm_symmetric"]["agreement"] == 100
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_and_the_held_out_set_count_the_same_verdicts(mode: str) -> None:
+    texts = [
+        f"{i}</think><answer>{i % 9}</answer><answer>{'4.5' if i % 4 else i % 7}</answer>"
+        for i in range(len(ROWS))
+    ]
+    whole = judged(MODES[mode], texts)
+    step = metrics(whole, np.ones(len(ROWS)), np.ones(len(ROWS), bool))
+    held_out = figures(GAMES, whole)
+    assert 0 < step["judge/parse_rate"] < 100
+    assert held_out["parse_rate"] == pytest.approx(step["judge/parse_rate"])
+    assert held_out["reward"] == pytest.approx(step["reward"])
+    as_given = metrics(whole[: len(GIVEN)], np.ones(1), np.ones(1, bool))
+    assert held_out["agreement"] == pytest.approx(as_given["judge/agreement"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_verdict_is_what_was_paid(mode: str) -> None:
+    """Content is paid for exactly those responses that have a verdict."""
+    config = dataclasses.replace(MODES[mode], wrong_relation=-1.5)
+    texts = [well_formed(1), "no verdict", well_formed(1) + "<answer>2</answer>", "</think>"]
+    texts += [well_formed(2).replace("4", score) for score in ("4.5", "11", "eight", "")]
+    for text in texts:
+        first, *_ = judged(config, [text] * len(ROWS))
+        has_content = bool(first.terms["relation"])
+        assert has_content == (first.verdict.status == "ok"), (text, first)
+        assert first.table_row()["verdict"] == ((has_content and [*first.verdict.scores]) or None)
