@@ -25,6 +25,7 @@ from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime.mesh import compiler_options, rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.sampler import SMALLEST_CACHE, SamplerSettings
+from jlrm.sampling.stops import StopTables
 from jlrm.training import packing, update
 from jlrm.training.packing import Rows
 from jlrm.weights.presets import preset
@@ -132,11 +133,12 @@ def test_rollout(name, num_new, num_slots):
         jax.jit(partial(sampler.generate, config, layout, settings))
         .lower(
             weights,
-            shaped(training, "B T", ROWS, PROMPT),
-            shaped(training, "B", ROWS),
+            decode.Prompts(shaped(training, "B T", ROWS, PROMPT), shaped(training, "B", ROWS)),
             jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (ROWS, num_rollouts))),
-            jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16),
-            jax.ShapeDtypeStruct((1,), jnp.int16),
+            StopTables(
+                jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16),
+                jax.ShapeDtypeStruct((1,), jnp.int16),
+            ),
         )
         .compile()
     )

@@ -253,12 +253,13 @@ def _rollout(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.activation(letters))
 
     rest = (
-        array("P T", num_prompts, width),
-        array("P", num_prompts),
+        decode.Prompts._make((array("P T", num_prompts, width), array("P", num_prompts))),
         array("P R", num_prompts, num_rollouts, dtype=key),
-        *(
-            jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=layout.replicated())
-            for table in (tables.tables, tables.accept)
+        jax.tree.map(
+            lambda table: jax.ShapeDtypeStruct(
+                table.shape, table.dtype, sharding=layout.replicated()
+            ),
+            tables,
         ),
     )
     shapes = jax.eval_shape(

@@ -1,24 +1,24 @@
-"""Beam search, and greedy decoding, with a repetition penalty: one jitted program.
+"""Beam search and greedy decoding, with a repetition penalty: one jitted program.
 
-What `transformers` does with `do_sample=False` (generation/utils.py `_beam_search` and `_sample`,
-generation/logits_process.py `RepetitionPenaltyLogitsProcessor`), token for token. With Z beams, end
-ids E and a penalty a:
+It gives the tokens of `transformers` with `do_sample=False` (generation/utils.py `_beam_search` and
+`_sample`, generation/logits_process.py `RepetitionPenaltyLogitsProcessor`). With Z beams, end ids E
+and a penalty a:
 
     s(y_t)   = penalised(log softmax(logits))[y_t]     penalised(x) = x a  where x < 0, else x / a,
-    S(y)     = s(y_1) + ... + s(y_t)                   for ids that the prompt or y has already
-    extend     keep the best max(2, 1 + |E|) Z of all beams' continuations by S, so that Z of them
-               go on even if all Z beams' ends are among them
-    finish     of the first Z, those that end compete by S(y) / |y| for Z finished places
-    go on      with the best Z that do not end, until no beam's S(y) / |y| exceeds the worst
-               finished place, all being taken, or the token limit ends everything
+    S(y)     = s(y_1) + ... + s(y_t)                   for ids that are in the prompt or in y
+    extend     of all beams' continuations keep the max(2, 1 + |E|) Z with the highest S: even if
+               each beam's every end id is among them, Z others are left that go on
+    finish     those of the first Z that end compete by S(y) / |y| for Z finished places
+    go on      with the best Z that do not end. The search is over once all places are filled and no
+               beam's S(y) / |y| exceeds the worst of them, or at the token limit
 
 So the length penalty is 1 and `early_stopping` is False. One beam is greedy decoding: the penalty
-acts on logits, the highest is taken, and the first end is the end. A stop string ends a hypothesis
-like an end id.
+acts on logits, the highest logit is taken, and the first end ends the search. A stop string ends a
+hypothesis like an end id.
 
-A prompt's beams are its rollouts of `decode`: they share its prefix, and each step reorders their
-caches. Unlike there, ids of padding are no part of what has been seen. Left out: sampling, any
-other length penalty, more than the best hypothesis.
+The beams of a prompt are what `decode` calls its rollouts: they share its prefix, and each step
+reorders their caches. One difference to `transformers`: padding ids do not count as seen. Left out:
+sampling, other length penalties, and hypotheses below the best.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
-from jlrm.sampling.decode import KeysValues
+from jlrm.sampling.decode import KeysValues, NextTokens, Prompts
 from jlrm.sampling.sampler import cache_sizes
+from jlrm.sampling.stops import StopTables, has_ended
 
-OUT = -1e9  # added to the score of what is not in the race; the reference's number
+OUT = -1e9  # added to the sum of a hypothesis to exclude it; the number that transformers uses
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class SearchSettings:
 
     @property
     def num_candidates(self) -> int:
-        """How many continuations of a prompt's beams are looked at in one step."""
+        """The number of continuations of a prompt's beams that one step compares."""
         return max(2, 1 + len(self.stop_ids)) * self.num_beams
 
 
@@ -59,36 +60,36 @@ class Hypotheses(NamedTuple):
     """Each prompt's best hypothesis, padded on the right with id 0."""
 
     tokens: Int[Array, "P T"]
-    lengths: Int[Array, " P"]  # the end token counts
+    lengths: Int[Array, " P"]  # in tokens, the end token included
     is_finished: Bool[Array, " P"]  # False: cut off by max_new_tokens
-    scores: Float[Array, " P"]  # S(y) / |y|; of greedy decoding: the last logit over |y|
+    means: Float[Array, " P"]  # S(y) / |y|; with one beam: the last logit over |y|
 
 
 class Beams(NamedTuple):
     """The hypotheses that go on, best first; the last token of each has not been run yet."""
 
     tokens: Int[Array, "P Z T"]
-    scores: Float[Array, "P Z"]
+    sums: Float[Array, "P Z"]  # S(y)
     stop_states: Int[Array, "A P Z"]
     seen: Bool[Array, "B V"] | None  # ids of the prompt and of `tokens`; None: without a penalty
 
 
 class Places(NamedTuple):
-    """The best hypotheses that have ended, best first; length 0: none yet."""
+    """The best hypotheses that have ended, best first; length 0: an empty place."""
 
     tokens: Int[Array, "P Z T"]
-    scores: Float[Array, "P Z"]
+    means: Float[Array, "P Z"]  # S(y) / |y|
     lengths: Int[Array, "P Z"]
     is_finished: Bool[Array, "P Z"]
 
 
 class SearchState(NamedTuple):
-    """The loop's state after `turn` tokens."""
+    """The state of the loop after `turn` tokens."""
 
     turn: Int[Array, ""]
     beams: Beams
     places: Places
-    is_open: Bool[Array, " P"]  # a beam could still better its prompt's places
+    is_open: Bool[Array, " P"]  # a beam could still take a place of this prompt
     caches: list[KeysValues]
 
 
@@ -97,50 +98,28 @@ def search(
     layout: Layout,
     settings: SearchSettings,
     params: Params,
-    prompts: Int[Array, "P T"],
-    prompt_lengths: Int[Array, " P"],
-    stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, " A"],
+    prompts: Prompts,
+    stops: StopTables,
 ) -> Hypotheses:
-    """Return the best completion that is found for each right-padded prompt.
-
-    `params` come from `decode.decode_params`; the stop tables from `stops.stop_tables`.
-    """
+    """Return the best completion of each prompt; `params` come from `decode.decode_params`."""
     num_beams, num_new = settings.num_beams, settings.max_new_tokens
-    prompts, prompt_lengths = layout.shard(prompts, "P T"), layout.shard(prompt_lengths, "P")
-    hidden, prefix = decode.prefill(config, layout, params, prompts)
-    ends = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
-    is_prompt = jnp.arange(prompts.shape[1])[None] < prompt_lengths[:, None]
+    ends, prefix = decode.run_prompts(config, layout, params, prompts)
 
     def extend(state: SearchState, hidden: Float[Array, "B D"]) -> SearchState:
-        logits = jnp.einsum(
-            "BD,VD->BV",
-            layout.shard(hidden, "M D"),
-            decode.head(config, params),
-            preferred_element_type=jnp.float32,
-        )
-        scores = _token_scores(settings, layout.shard(logits, "M V"), state.beams.seen)
-        return _extend(settings, layout, state, scores, stop_table, stop_accept)
+        logits = decode.logits(config, layout, params, hidden)
+        logps = _penalised(settings, logits, state.beams.seen)
+        return _extend(settings, layout, state, logps, stops)
 
     def advance(state: SearchState) -> SearchState:
-        hidden, caches = decode.decode_step(
-            config,
-            layout,
-            params,
-            state.beams.tokens[:, :, state.turn - 1].reshape(-1),
-            jnp.repeat(prompt_lengths + state.turn - 1, num_beams),
-            prefix,
-            is_prompt,
-            state.caches,
-            state.turn - 1,
-            _written(state, len(prompts) * num_beams),
-        )
+        new = _next_tokens(state, prefix.lengths)
+        hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         return extend(state._replace(caches=caches), hidden)
 
     sizes = cache_sizes(num_new)
-    caches = decode.empty_caches(config, layout, (len(prompts), num_beams), sizes[0])
-    state = _start(config, layout, settings, prompts, is_prompt, stop_table, caches)
-    state = extend(state, jnp.repeat(ends[:, 0], num_beams, axis=0))
+    caches = decode.empty_caches(config, layout, (len(prompts.tokens), num_beams), sizes[0])
+    seen = _seen_in_prompts(config, layout, settings, prompts.tokens, prefix.mask)
+    state = _start(settings, len(prompts.tokens), seen, stops, caches)
+    state = extend(state, jnp.repeat(ends, num_beams, axis=0))
     for size in sizes:
         state = state._replace(caches=decode.grow_caches(layout, state.caches, size))
         last_turn = min(size, num_new - 1)
@@ -149,98 +128,111 @@ def search(
             return jnp.any(state.is_open) & (state.turn <= last_turn)
 
         state = jax.lax.while_loop(is_running, advance, state)
-    tokens, scores, lengths, is_finished = (x[:, 0] for x in state.places)
-    return Hypotheses(tokens, lengths, is_finished, scores)
+    tokens, means, lengths, is_finished = (x[:, 0] for x in state.places)
+    return Hypotheses(tokens, lengths, is_finished, means)
 
 
-def _start(
+def _seen_in_prompts(
     config: QwenConfig,
     layout: Layout,
     settings: SearchSettings,
-    prompts: Int[Array, "P T"],
-    is_prompt: Bool[Array, "P T"],
-    stop_table: Int[Array, "A states V"],
+    tokens: Int[Array, "P T"],
+    mask: Bool[Array, "P T"],
+) -> Bool[Array, "B V"] | None:
+    """Return which ids each beam has seen before its first token; None: without a penalty."""
+    if settings.repetition_penalty == 1.0:
+        return None
+    nothing = jnp.zeros((len(tokens), config.vocab_size), bool)
+    seen = nothing.at[jnp.arange(len(tokens))[:, None], tokens].max(mask)
+    return layout.shard(jnp.repeat(seen, settings.num_beams, axis=0), "M V")
+
+
+def _start(
+    settings: SearchSettings,
+    num_prompts: int,
+    seen: Bool[Array, "B V"] | None,
+    stops: StopTables,
     caches: list[KeysValues],
 ) -> SearchState:
-    """Return the state before the first token, where a prompt's beams are all the same."""
-    num_prompts, num_beams = len(prompts), settings.num_beams
-    shape = (num_prompts, num_beams)
+    """Return the state before the first token, where all beams of a prompt are the same."""
+    shape = (num_prompts, settings.num_beams)
     tokens = jnp.zeros((*shape, settings.max_new_tokens), jnp.int32)
-    seen = None
-    if settings.repetition_penalty != 1.0:
-        nothing = jnp.zeros((num_prompts, config.vocab_size), bool)
-        seen = nothing.at[jnp.arange(num_prompts)[:, None], prompts].max(is_prompt)
-        seen = layout.shard(jnp.repeat(seen, num_beams, axis=0), "M V")
     out = jnp.full(shape, OUT, jnp.float32)
-    stop_states = jnp.zeros((len(stop_table), *shape), stop_table.dtype)
-    # All but one stay out of the race at first, or every beam would become the same.
+    stop_states = jnp.zeros((len(stops.tables), *shape), stops.tables.dtype)
+    # At first all beams but one are excluded. Otherwise all would choose the same continuation.
     beams = Beams(tokens, out.at[:, 0].set(0.0), stop_states, seen)
     places = Places(tokens, out, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
     return SearchState(jnp.int32(0), beams, places, jnp.ones(num_prompts, bool), caches)
 
 
-def _written(state: SearchState, num_rows: int) -> Bool[Array, "B S"]:
-    """Return which cache slots hold tokens, that of this step too: the same ones in all rows."""
+def _next_tokens(state: SearchState, prompt_lengths: Int[Array, " P"]) -> NextTokens:
+    """Return the last token of each beam, as the next decoding step takes it."""
+    num_prompts, num_beams, _ = state.beams.tokens.shape
+    tokens = state.beams.tokens[:, :, state.turn - 1].reshape(-1)
+    positions = jnp.repeat(prompt_lengths + state.turn - 1, num_beams)
+    # Beams begin together, so all rows have filled the same slots, this step's included.
     num_cached = state.caches[0].values.shape[3]
-    return jnp.broadcast_to(jnp.arange(num_cached)[None] < state.turn, (num_rows, num_cached))
+    is_written = jnp.arange(num_cached)[None] < state.turn
+    is_written = jnp.broadcast_to(is_written, (num_prompts * num_beams, num_cached))
+    return NextTokens(tokens, positions, state.turn - 1, is_written)
 
 
-def _token_scores(
+def _penalised(
     settings: SearchSettings, logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None
 ) -> Float[Array, "B V"]:
-    """Return s of every id: the order of softmax and penalty is the reference's, not one idea."""
-    scores = jax.nn.log_softmax(logits, axis=-1) if settings.num_beams > 1 else logits
+    """Return s of every id.
+
+    The penalty acts on log-probabilities with several beams, but on logits with one. This is
+    inconsistent, and kept to match `transformers`.
+    """
+    logps = jax.nn.log_softmax(logits, axis=-1) if settings.num_beams > 1 else logits
     if seen is not None:
         penalty = settings.repetition_penalty
-        scores = jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+        logps = jnp.where(seen, jnp.where(logps < 0, logps * penalty, logps / penalty), logps)
     if settings.num_ids:
-        is_id = jnp.arange(scores.shape[1])[None] < settings.num_ids
-        scores = jnp.where(is_id, scores, OUT)
-    return scores
+        is_id = jnp.arange(logps.shape[1])[None] < settings.num_ids
+        logps = jnp.where(is_id, logps, OUT)
+    return logps
 
 
 def _extend(
     settings: SearchSettings,
     layout: Layout,
     state: SearchState,
-    token_scores: Float[Array, "B V"],
-    stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, " A"],
+    logps: Float[Array, "B V"],
+    stops: StopTables,
 ) -> SearchState:
-    """Continue beams by one token: some end and compete for places, the best others go on."""
+    """Continue the beams by one token: some end and compete for places, the best others go on."""
     beams, num_beams, length = state.beams, settings.num_beams, state.turn + 1
     if num_beams > 1:
-        token_scores += beams.scores.reshape(-1, 1)
-    scores, parents, ids = _best(layout, token_scores, num_beams, settings.num_candidates)
+        logps += beams.sums.reshape(-1, 1)
+    sums, parents, ids = _best(layout, logps, num_beams, settings.num_candidates)
     tokens = jax.lax.dynamic_update_slice(
         _take(beams.tokens, parents), ids[..., None], (0, 0, state.turn)
     )
     stop_states = jax.vmap(lambda table, states: table[_take(states, parents), ids])(
-        stop_table, beams.stop_states
+        stops.tables, beams.stop_states
     )
-    is_end = jnp.any(stop_states == stop_accept[:, None, None], axis=0)
-    if settings.stop_ids:
-        is_end |= jnp.any(ids[..., None] == jnp.array(settings.stop_ids)[None, None], axis=-1)
+    is_end = has_ended(stops, settings.stop_ids, stop_states, ids)
     is_over = is_end | (length == settings.max_new_tokens)
 
-    running, chosen = jax.lax.top_k(scores + jnp.where(is_over, OUT, 0.0), num_beams)
+    running, chosen = jax.lax.top_k(sums + jnp.where(is_over, OUT, 0.0), num_beams)
     parents = _take(parents, chosen)
     next_beams = Beams(
         tokens=_take(tokens, chosen),
-        scores=running,
+        sums=running,
         stop_states=jax.vmap(lambda states: _take(states, chosen))(stop_states),
         seen=_see(layout, beams.seen, parents, _take(ids, chosen)),
     )
-    is_placed = is_over & (jnp.arange(scores.shape[1])[None] < num_beams) & state.is_open[:, None]
+    # Only an end among the first Z candidates competes, and only while the prompt's search is open.
+    is_placed = is_over & (jnp.arange(sums.shape[1])[None] < num_beams) & state.is_open[:, None]
     ended = Places(
         tokens,
-        jnp.where(is_placed, scores / length, OUT),
+        jnp.where(is_placed, sums / length, OUT),
         jnp.where(is_placed, length, 0),
         is_end,
     )
-    places = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), state.places, ended)
-    _, order = jax.lax.top_k(places.scores, num_beams)
-    places = jax.tree.map(lambda x: _take(x, order), places)
+    places = _best_places(state.places, ended, num_beams)
     return SearchState(
         turn=length,
         beams=next_beams,
@@ -253,37 +245,44 @@ def _extend(
     )
 
 
+def _best_places(places: Places, ended: Places, num_places: int) -> Places:
+    """Return the best of the places so far and of the hypotheses that have just ended."""
+    places = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), places, ended)
+    _, order = jax.lax.top_k(places.means, num_places)
+    return jax.tree.map(lambda x: _take(x, order), places)
+
+
 def _is_open(
     settings: SearchSettings, best: Float[Array, " P"], places: Places
 ) -> Bool[Array, " P"]:
-    """Return whether a prompt's best beam, ended here, would take a place."""
+    """Return whether the best beam of a prompt would take a place if it ended here."""
     is_taken = places.lengths > 0
     if settings.num_beams == 1:
         return ~is_taken[:, 0]
-    worst = jnp.min(places.scores, axis=1)
+    worst = jnp.min(places.means, axis=1)
     return ~jnp.all(is_taken, axis=1) | (best > worst)
 
 
 def _best(
-    layout: Layout, scores: Float[Array, "B V"], num_beams: int, num_candidates: int
+    layout: Layout, sums: Float[Array, "B V"], num_beams: int, num_candidates: int
 ) -> tuple[Float[Array, "P C"], Int[Array, "P C"], Int[Array, "P C"]]:
-    """Return the highest of each prompt's scores, with their beams and ids.
+    """Return the highest sums of each prompt, with their beams and ids.
 
-    Each part of the vocabulary gives its own highest first, so that no scores move but those.
+    Each part of the vocabulary selects its own highest first. Only these move between devices.
     """
-    num_rows, num_ids = scores.shape
+    num_rows, num_ids = sums.shape
     num_shards = layout.num_shards("V")
     num_shards = num_shards if num_ids % num_shards == 0 else 1
     size = num_ids // num_shards
-    parts = layout.shard(scores.reshape(num_rows, num_shards, size), "M V -")
+    parts = layout.shard(sums.reshape(num_rows, num_shards, size), "M V -")
     highest, ids = jax.lax.top_k(parts, min(num_candidates, size))
     ids += (jnp.arange(num_shards, dtype=jnp.int32) * size)[None, :, None]
     highest, ids = (
         layout.shard(x.reshape(num_rows // num_beams, -1), "P -") for x in (highest, ids)
     )
     of_beam = highest.shape[1] // num_beams
-    found, index = jax.lax.top_k(highest, num_candidates)
-    return found, index // of_beam, jnp.take_along_axis(ids, index, axis=1)
+    best, index = jax.lax.top_k(highest, num_candidates)
+    return best, index // of_beam, jnp.take_along_axis(ids, index, axis=1)
 
 
 def _see(
@@ -292,7 +291,7 @@ def _see(
     parents: Int[Array, "P Z"],
     ids: Int[Array, "P Z"],
 ) -> Bool[Array, "B V"] | None:
-    """Return what the beams that go on have seen."""
+    """Return the ids that the chosen beams have seen, the new one of each included."""
     if seen is None:
         return None
     taken = _take(seen.reshape(*parents.shape, -1), parents).reshape(seen.shape)
@@ -301,5 +300,5 @@ def _see(
 
 
 def _take(x: Any, index: Int[Array, "P C"]) -> Any:
-    """Return each prompt's rows of these indices."""
+    """Return the rows with these indices, prompt by prompt."""
     return jax.vmap(lambda rows, chosen: jnp.take(rows, chosen, axis=0, mode="clip"))(x, index)

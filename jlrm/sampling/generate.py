@@ -12,6 +12,7 @@ from jlrm.data import batches
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout, global_array, host_array, replicate
 from jlrm.sampling import sampler
+from jlrm.sampling.decode import Prompts
 from jlrm.sampling.sampler import Rollout, SamplerSettings
 from jlrm.sampling.stops import StopTables
 
@@ -33,9 +34,7 @@ def make_generator(
 
     `width` is the fixed prompt width in tokens. Prompts are filled up to what the mesh divides.
     """
-    stop_arrays = [
-        global_array(array, layout.replicated()) for array in (tables.tables, tables.accept)
-    ]
+    stops = StopTables._make(global_array(array, layout.replicated()) for array in tables)
     program = jax.jit(partial(sampler.generate, model, layout, settings))
     keys = jax.jit(
         partial(sampler.rollout_keys, seed, num_rollouts=num_rollouts),
@@ -49,10 +48,12 @@ def make_generator(
         tokens, lengths = batches.pad(filled, width)
         drawn = program(
             weights,
-            global_array(tokens, layout.activation("P T")),
-            global_array(lengths, layout.activation("P")),
+            Prompts(
+                global_array(tokens, layout.activation("P T")),
+                global_array(lengths, layout.activation("P")),
+            ),
             keys(np.int32(step), np.resize(numbers, len(filled)).astype(np.int32)),
-            *stop_arrays,
+            stops,
         )
         # Every host packs the batch it has a part of. Begun here: once something else has been
         # begun on the devices, this would wait for that.

@@ -1,15 +1,16 @@
 """The sampler: one jitted program that prefills prompts and decodes R completions of each.
 
-A prompt is run once. Its rollouts are drawn in `num_slots` slots, all at once or a few at a time:
-when one ends, the prompt's next one begins in its slot, inside the same loop, from the hidden state
-that the prompt's end has left. The loop's state is a `SamplingState`; the token drawn in one turn
-is run through the model at the beginning of the next, so no step is spent on a finished batch.
+A prompt is run once. Its rollouts are drawn in `num_slots` slots, all at once or a few at a time.
+When a rollout ends, the next rollout of its prompt begins in the same slot, inside the same loop.
+It begins from the hidden state at the prompt's end, which is kept. The state of the loop is a
+`SamplingState`. A token drawn in one turn is run through the model at the beginning of the next
+turn, so no step is spent on a batch that has finished.
 
-Slots write what they draw one turn after the other, whichever rollout it belongs to; completions
-are cut out of that after the loop. Randomness is addressed by (seed, step, prompt, rollout, token):
-a completion does not depend on what else is in the batch, nor on its slot or turn.
+Each slot writes its tokens turn by turn, whichever rollout they belong to. Completions are cut out
+of these records after the loop. Randomness is addressed by (seed, step, prompt, rollout, token): a
+completion does not depend on the rest of the batch, on its slot or on its turn.
 
-Rewards are no business of this file, and neither is text: it knows ids.
+This file knows ids only: no text and no rewards.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import REMOVED, Distribution, log_distribution
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
-from jlrm.sampling.decode import KeysValues
+from jlrm.sampling.decode import KeysValues, NextTokens, Prompts
+from jlrm.sampling.stops import StopTables, has_ended
 
-BLOCK = 512  # vocabulary ids whose probability is summed together when a token is drawn
-SMALLEST_CACHE = 512  # each doubling is another loop to compile
+# Ids whose probabilities are summed together when a token is drawn. Of 152,064 ids that makes 297
+# blocks: a running sum over 297 numbers and one over 512, in place of one over the vocabulary.
+BLOCK = 512
+SMALLEST_CACHE = 512  # each doubling from here on is one more loop to compile
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,23 @@ class Rollout(NamedTuple):
     """Completions, padded on the right with id 0 and log-probability 0."""
 
     tokens: Int[Array, "P R T"]
-    logps: Float[Array, "P R T"]  # under the sampling distribution, nats
-    lengths: Int[Array, "P R"]  # the end token counts
+    logps: Float[Array, "P R T"]  # under the sampling distribution, in nats
+    lengths: Int[Array, "P R"]  # in tokens, the end token included
     is_finished: Bool[Array, "P R"]  # False: cut off by max_new_tokens
 
 
 class Slots(NamedTuple):
-    """What runs in each of a prompt's Z slots."""
+    """The rollout that runs in each of a prompt's Z slots."""
 
-    rollout: Int[Array, "P Z"]  # its index; R: none, the slot idles
-    count: Int[Array, "P Z"]  # tokens drawn of it
+    rollout: Int[Array, "P Z"]  # its index; R: the slot is idle
+    count: Int[Array, "P Z"]  # tokens drawn of this rollout
     token: Int[Array, "P Z"]  # the last of them
     stop_states: Int[Array, "A P Z"]
-    following: Int[Array, " P"]  # the rollout that begins when one ends
+    following: Int[Array, " P"]  # index of the next rollout to begin
 
 
 class DrawnTokens(NamedTuple):
-    """What all slots have drawn, and where each rollout begins in it."""
+    """The tokens that all slots have drawn, and where each rollout begins among them."""
 
     tokens: Int[Array, "P Z turns"]
     logps: Float[Array, "P Z turns"]
@@ -72,7 +76,7 @@ class DrawnTokens(NamedTuple):
 
 
 class SamplingState(NamedTuple):
-    """The loop's state after `turn` turns; the last drawn tokens have not been run yet."""
+    """The state of the loop after `turn` turns; the last drawn tokens have not been run yet."""
 
     turn: Int[Array, ""]
     slots: Slots
@@ -83,7 +87,7 @@ class SamplingState(NamedTuple):
 def rollout_keys(
     seed: int, step: Int[Array, ""], prompt_ids: Int[Array, " P"], num_rollouts: int
 ) -> Key[Array, "P R"]:
-    """Return one key per sequence, a pure function of where it stands in the run."""
+    """Return one key per sequence; it depends only on seed, step, prompt and rollout."""
     base = jax.random.fold_in(jax.random.key(seed), step)
 
     def key(prompt_id: Array, index: Array) -> Array:
@@ -97,67 +101,45 @@ def generate(
     layout: Layout,
     settings: SamplerSettings,
     params: Params,
-    prompts: Int[Array, "P T"],
-    prompt_lengths: Int[Array, " P"],
+    prompts: Prompts,
     keys: Key[Array, "P R"],
-    stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, " A"],
+    stops: StopTables,
 ) -> Rollout:
-    """Draw a completion of its right-padded prompt for each key.
+    """Draw a completion of its prompt for each key.
 
-    `params` come from `decode.decode_params`; the stop tables from `stops.stop_tables`. A
-    completion ends with the first stop id, or with the token that completes a stop string.
+    `params` come from `decode.decode_params`. A completion ends with the first stop id, or with the
+    token that completes a stop string.
     """
     num_rollouts, num_new = keys.shape[1], settings.max_new_tokens
     num_slots = min(settings.num_slots or num_rollouts, num_rollouts)
-    # Prompts come spread over all devices, as training wants them.
-    prompts, prompt_lengths = layout.shard(prompts, "P T"), layout.shard(prompt_lengths, "P")
-    hidden, prefix = decode.prefill(config, layout, params, prompts)
-    ends = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
-    ends = jnp.repeat(ends[:, 0], num_slots, axis=0)
-    is_prompt = jnp.arange(prompts.shape[1])[None] < prompt_lengths[:, None]
+    ends, prefix = decode.run_prompts(config, layout, params, prompts)
+    ends = jnp.repeat(ends, num_slots, axis=0)
+    # All of them before the loop: 1 MiB for 128 rollouts of 2,048 tokens.
     uniforms = layout.shard(_uniforms(keys, num_new), "P R T")
 
     def draw(state: SamplingState, hidden: Float[Array, "B D"]) -> SamplingState:
+        # A rollout may begin in any turn. Its first token follows the prompt, not the slot's last.
         is_first = state.slots.count.reshape(-1, 1) == 0
-        hidden = jnp.where(is_first, ends, hidden)
-        logits = jnp.einsum(
-            "BD,VD->BV",
-            layout.shard(hidden, "M D"),
-            decode.head(config, params),
-            preferred_element_type=jnp.float32,
-        )
+        logits = decode.logits(config, layout, params, jnp.where(is_first, ends, hidden))
         uniform = layout.shard(_uniform(state.slots, uniforms), "M")
-        token, logp = sample(layout, layout.shard(logits, "M V"), settings.distribution, uniform)
+        token, logp = sample(layout, logits, settings.distribution, uniform)
         token, logp = layout.shard(token, "B"), layout.shard(logp, "B")
-        return _record(settings, state, token, logp, stop_table, stop_accept)
+        return _record(settings, state, token, logp, stops)
 
     def advance(state: SamplingState) -> SamplingState:
-        slots, num_cached = state.slots, state.caches[0].values.shape[3]
-        ring = (state.turn - 1) % num_cached
-        age = (ring - jnp.arange(num_cached)) % num_cached  # turns since a slot was written
-        positions = prompt_lengths[:, None] + slots.count - 1
-        hidden, caches = decode.decode_step(
-            config,
-            layout,
-            params,
-            slots.token.reshape(-1),
-            positions.reshape(-1),
-            prefix,
-            is_prompt,
-            state.caches,
-            ring,
-            age[None] < slots.count.reshape(-1, 1),
-        )
+        new = _next_tokens(state, prefix.lengths)
+        hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         return draw(state._replace(caches=caches), hidden)
 
     sizes = cache_sizes(num_new)
-    caches = decode.empty_caches(config, layout, (len(prompts), num_slots), sizes[0])
-    slots, drawn = _empty(keys, num_slots, num_new, stop_table)
+    caches = decode.empty_caches(config, layout, (len(prompts.tokens), num_slots), sizes[0])
+    slots, drawn = _empty(keys, num_slots, num_new, stops)
+    # The first token needs no decoding step: the prefill has computed the state it is drawn from.
     state = draw(SamplingState(jnp.int32(0), slots, drawn, caches), ends)
     for size in sizes:
         state = state._replace(caches=decode.grow_caches(layout, state.caches, size))
-        # The last size is that of a ring, written over and over until all rollouts are done.
+        # A smaller cache is left when it is full, so none wraps before it grows. The last is a ring
+        # as long as the longest completion: what it overwrites belongs to earlier rollouts.
         last_turn = size if size < num_new else drawn.tokens.shape[2]
 
         def is_running(state: SamplingState, last_turn: int = last_turn) -> Bool[Array, ""]:
@@ -167,8 +149,24 @@ def generate(
     return _completions(state.drawn, num_new)
 
 
+def _next_tokens(state: SamplingState, prompt_lengths: Int[Array, " P"]) -> NextTokens:
+    """Return the tokens drawn last, as the next decoding step takes them."""
+    slots, num_cached = state.slots, state.caches[0].values.shape[3]
+    # The first token was drawn in turn 0 and is run in turn 1, so it has ring slot 0.
+    ring = (state.turn - 1) % num_cached
+    age = (ring - jnp.arange(num_cached)) % num_cached  # turns since a ring slot was written
+    # The token after the prompt has count 1 and position `prompt_lengths`.
+    positions = prompt_lengths[:, None] + slots.count - 1
+    # A rollout wrote the last `count` ring slots. The others are empty or of earlier rollouts.
+    is_own = age[None] < slots.count.reshape(-1, 1)
+    return NextTokens(slots.token.reshape(-1), positions.reshape(-1), ring, is_own)
+
+
 def cache_sizes(num_new: int) -> list[int]:
-    """Return the cache sizes of successive loops: attention reads all of a cache, so it grows."""
+    """Return the cache sizes of successive loops, ascending.
+
+    A step reads the whole cache, filled or not, so the cache begins small and grows between loops.
+    """
     sizes = [num_new]
     while sizes[0] > SMALLEST_CACHE:
         sizes.insert(0, -(-sizes[0] // 2))
@@ -183,26 +181,32 @@ def sample(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Draw one id a row by inverting the cumulative distribution at one uniform number.
 
-    Returns ids and their log-probabilities. The sum runs over blocks first and then inside one
-    block: one pass over the vocabulary for the largest logit, one for the sums, no sort. Blocks do
-    not straddle the devices that the vocabulary is spread over; what these exchange are a row's
-    sums and its chosen block. Temperature 0 takes the most likely id.
+    Returns ids and their log-probabilities. The sum runs over blocks first, and then inside one
+    block: one pass over the vocabulary for the largest logit, one for the sums, no sort. No block
+    lies on two of the devices that the vocabulary is spread over. These devices exchange only the
+    sums of a row and its chosen block. Temperature 0 takes the most likely id.
     """
     logits = _scaled(logits, distribution)
     num_rows, num_ids = logits.shape
     num_shards = layout.num_shards("V")
+    # Where the vocabulary does not divide evenly, blocks are cut as on one device.
     num_shards = num_shards if num_ids % num_shards == 0 else 1
     parts = logits.reshape(num_rows, num_shards, -1)
     num_blocks = -(-parts.shape[2] // BLOCK)
     padding = num_blocks * BLOCK - parts.shape[2]
+    # REMOVED has exactly no mass: exp(-1e30 - top) is 0 in float32.
     parts = jnp.pad(parts, ((0, 0), (0, 0), (0, padding)), constant_values=REMOVED)
     blocks = layout.shard(parts.reshape(num_rows, num_shards, num_blocks, BLOCK), "M V - -")
     top = jnp.max(blocks, axis=(1, 2, 3))
+    # Less the largest logit, so that no exponential overflows and `total` is at least 1.
     mass = jnp.sum(jnp.exp(blocks - top[:, None, None, None]), axis=3)
+    # Every device of a row gets all its sums: they are few (V / 512), and the next line adds them.
     mass = layout.shard(mass.reshape(num_rows, -1), "M -")
     total = jnp.sum(mass, axis=-1)
     if distribution.temperature == 0.0:
+        # The log-probability at temperature 1, as in training: log(exp(top - top) / total).
         return jnp.argmax(logits, axis=-1).astype(jnp.int32), -jnp.log(total)
+    # `uniform` is below 1, so the target is below the total, but for rounding (see `_invert`).
     block, rest = _invert(mass, uniform * total)
     shard, block = block // num_blocks, block % num_blocks
     inside = layout.shard(blocks[jnp.arange(num_rows), shard, block], "M -")
@@ -216,6 +220,7 @@ def _scaled(logits: Float[Array, "B V"], distribution: Distribution) -> Float[Ar
     """Return logits of the distribution to draw from, up to a constant a row."""
     if distribution.top_k or distribution.top_p < 1.0:
         return log_distribution(logits, distribution)
+    # Without a cut-off nothing is normalised here: `sample` divides by the total itself.
     logits = logits / (distribution.temperature or 1.0)
     if distribution.num_ids:
         is_id = jnp.arange(logits.shape[1])[None] < distribution.num_ids
@@ -228,11 +233,12 @@ def _invert(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """Return where the running sum of `mass` passes `target`, and how far into that entry.
 
-    Rounding can put the target below zero or past the end, and a parallel sum need not rise where
-    nothing is added. An entry without mass is never taken: the first or last with any is instead.
+    An entry without mass is never taken. Where rounding puts the target below 0 or past the end,
+    the first or the last entry with mass is taken.
     """
     num_entries = mass.shape[-1]
     positions = jnp.arange(num_entries, dtype=jnp.int32)[None, :]
+    # Computed in parallel, a running sum need not be monotone: rounding differs between its terms.
     running = jnp.cumsum(mass, axis=-1)
     is_passed = (running > target[:, None]) & (mass > 0)
     first = jnp.min(jnp.where(is_passed, positions, num_entries), axis=-1)
@@ -243,7 +249,7 @@ def _invert(
 
 
 def _uniforms(keys: Key[Array, "P R"], num_tokens: int) -> Float[Array, "P R T"]:
-    """Return the number that each token is drawn with."""
+    """Return the uniform number that each token is drawn with."""
 
     def uniform(key: Array, index: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(key, index))
@@ -253,25 +259,28 @@ def _uniforms(keys: Key[Array, "P R"], num_tokens: int) -> Float[Array, "P R T"]
 
 
 def _uniform(slots: Slots, uniforms: Float[Array, "P R T"]) -> Float[Array, " B"]:
-    """Return the numbers for the tokens that the slots draw next."""
+    """Return the uniform numbers for the tokens that the slots draw next."""
     num_prompts, num_rollouts, num_tokens = uniforms.shape
+    # An idle slot draws too, since all rows run; its token is never read.
     rollout = jnp.minimum(slots.rollout, num_rollouts - 1)
     address = rollout * num_tokens + slots.count
     return jnp.take_along_axis(uniforms.reshape(num_prompts, -1), address, axis=1).reshape(-1)
 
 
 def _empty(
-    keys: Key[Array, "P R"], num_slots: int, num_new: int, stop_table: Int[Array, "A states V"]
+    keys: Key[Array, "P R"], num_slots: int, num_new: int, stops: StopTables
 ) -> tuple[Slots, DrawnTokens]:
     """Return the state before the first token: each slot's first rollout is about to begin."""
     num_prompts, num_rollouts = keys.shape
-    # A rollout begins when its turn comes, at the latest when all before it had the full length.
+    # The most turns there can be: all completions have the full length, and slots run them in
+    # rounds. No slot idles while its prompt has rollouts left.
     num_turns = math.ceil(num_rollouts / num_slots) * num_new
     zeros = jnp.zeros((num_prompts, num_slots), jnp.int32)
     first = jnp.broadcast_to(jnp.arange(num_slots), zeros.shape)
     of_rollouts = jnp.zeros((num_prompts, num_rollouts), jnp.int32)
-    states = jnp.zeros((len(stop_table), *zeros.shape), stop_table.dtype)
+    states = jnp.zeros((len(stops.tables), *zeros.shape), stops.tables.dtype)
     history = (num_prompts, num_slots, num_turns)
+    # Right for the first rollout of each slot; `_turn_over` writes those of the others.
     begins = jnp.broadcast_to(jnp.arange(num_rollouts) * num_turns, of_rollouts.shape)
     following = jnp.full(num_prompts, num_slots, jnp.int32)
     return Slots(first, zeros, zeros, states, following), DrawnTokens(
@@ -288,20 +297,19 @@ def _record(
     state: SamplingState,
     token: Int[Array, " B"],
     logp: Float[Array, " B"],
-    stop_table: Int[Array, "A states V"],
-    stop_accept: Int[Array, " A"],
+    stops: StopTables,
 ) -> SamplingState:
-    """Write the drawn tokens, see which rollouts end here, and begin others in their slots."""
+    """Write the drawn tokens, end rollouts that are over, and begin others in their slots."""
     slots, drawn, turn = state.slots, state.drawn, state.turn
     token, logp = token.reshape(slots.token.shape), logp.reshape(slots.token.shape)
     stop_states = jax.vmap(lambda table, states: table[states, token])(
-        stop_table, slots.stop_states
+        stops.tables, slots.stop_states
     )
-    is_end = jnp.any(stop_states == stop_accept[:, None, None], axis=0)
-    if settings.stop_ids:
-        is_end |= jnp.any(token[..., None] == jnp.array(settings.stop_ids)[None, None], axis=-1)
+    is_end = has_ended(stops, settings.stop_ids, stop_states, token)
     count = slots.count + 1
+    # An end in the last token still counts as finished: a completion is cut off only without one.
     is_over = is_end | (count == settings.max_new_tokens)
+    # All slots write the same turn: one slice update each, no scatter.
     drawn = drawn._replace(
         tokens=jax.lax.dynamic_update_slice(drawn.tokens, token[..., None], (0, 0, turn)),
         logps=jax.lax.dynamic_update_slice(drawn.logps, logp[..., None], (0, 0, turn)),
@@ -318,19 +326,23 @@ def _turn_over(
     is_over: Bool[Array, "P Z"],
     turn: Int[Array, ""],
 ) -> tuple[Slots, DrawnTokens]:
-    """Note which rollouts are over, and begin the prompts' next ones in their slots at `turn`."""
+    """Note which rollouts are over, and begin the next ones of their prompts at `turn`."""
     (num_slots, num_turns), num_rollouts = drawn.tokens.shape[1:], drawn.begins.shape[1]
     is_idle = slots.rollout == num_rollouts
     is_over &= ~is_idle
-    order = jnp.cumsum(is_over, axis=1) - 1  # among those of its prompt that are over
+    # If several of a prompt's rollouts are over at once, each slot gets another successor.
+    order = jnp.cumsum(is_over, axis=1) - 1
+    # R means that none is left: the slot idles, and `note` ignores it since R is outside its table.
     following = jnp.minimum(slots.following[:, None] + order, num_rollouts)
     begins = jnp.arange(num_slots)[None] * num_turns + turn
 
     def note(table: Array, mask: Array, rollout: Array, values: Array) -> Array:
         """Write values of slots into a table of rollouts."""
+        # Compared with every index instead of scattered: Z x R flags a prompt, and a sum has at
+        # most one term, since a rollout runs in one slot.
         chosen = mask[..., None] & (rollout[..., None] == jnp.arange(num_rollouts)[None, None])
-        found = jnp.sum(jnp.where(chosen, values[..., None], 0), axis=1).astype(table.dtype)
-        return jnp.where(jnp.any(chosen, axis=1), found, table)
+        noted = jnp.sum(jnp.where(chosen, values[..., None], 0), axis=1).astype(table.dtype)
+        return jnp.where(jnp.any(chosen, axis=1), noted, table)
 
     drawn = drawn._replace(
         begins=note(drawn.begins, is_over, following, begins),
@@ -339,6 +351,7 @@ def _turn_over(
     )
     return slots._replace(
         rollout=jnp.where(is_over, following, slots.rollout),
+        # Count 0 hides the slot's whole cache from its next rollout.
         count=jnp.where(is_over | is_idle, 0, slots.count),
         stop_states=jnp.where((is_over | is_idle)[None], 0, slots.stop_states),
         following=jnp.minimum(slots.following + jnp.sum(is_over, axis=1), num_rollouts),
@@ -349,12 +362,14 @@ def _completions(drawn: DrawnTokens, num_new: int) -> Rollout:
     """Cut the completions out of what the slots have drawn."""
     num_prompts = len(drawn.tokens)
     offsets = jnp.arange(num_new)[None, None]
+    # A slot runs one rollout at a time, so the tokens of a completion stand in a row.
     addresses = (drawn.begins[..., None] + offsets).reshape(num_prompts, -1)
     is_token = offsets < drawn.lengths[..., None]
 
     def cut(history: Array) -> Array:
         flat = history.reshape(num_prompts, -1)
-        found = jnp.take_along_axis(flat, addresses, axis=1, mode="clip")
-        return jnp.where(is_token, found.reshape(is_token.shape), 0)
+        # Addresses run past the end after a short completion that began late; the mask clears them.
+        cells = jnp.take_along_axis(flat, addresses, axis=1, mode="clip")
+        return jnp.where(is_token, cells.reshape(is_token.shape), 0)
 
     return Rollout(cut(drawn.tokens), cut(drawn.logps), drawn.lengths, drawn.is_finished)

@@ -29,6 +29,7 @@ from jlrm.runtime.mesh import (
     replicate,
 )
 from jlrm.sampling import beam
+from jlrm.sampling.decode import Prompts
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.sampler import SamplerSettings
 from jlrm.sampling.stops import StopTables, stop_tables
@@ -173,7 +174,7 @@ def _searching(
         decoding.num_beams, decoding.max_new_tokens, ends, decoding.repetition_penalty, num_ids
     )
     program = jax.jit(partial(beam.search, config, layout, search))
-    stops = [global_array(array, layout.replicated()) for array in (tables.tables, tables.accept)]
+    stops = StopTables._make(global_array(array, layout.replicated()) for array in tables)
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
@@ -181,9 +182,11 @@ def _searching(
         tokens, lengths = pad(prompts, width)
         found = program(
             weights,
-            global_array(tokens, layout.activation("P T")),
-            global_array(lengths, layout.activation("P")),
-            *stops,
+            Prompts(
+                global_array(tokens, layout.activation("P T")),
+                global_array(lengths, layout.activation("P")),
+            ),
+            stops,
         )
         found = replicate(layout, found)
         return [[ids] for ids in _cut(host_array(found.tokens), host_array(found.lengths))]

@@ -119,8 +119,9 @@ def decode_states(
     """
     num_prompts, num_rollouts, num_new = completions.shape
     decoding = decode.decode_params(config, layout, params)
-    prompt_states, prefix = decode.prefill(config, layout, decoding, prompts)
+    prompt_states, layers = decode.prefill(config, layout, decoding, prompts)
     is_prompt = jnp.arange(prompts.shape[1])[None] < lengths[:, None]
+    prefix = decode.Prefix(layers, lengths, is_prompt)
     begins = jnp.tile(LAG * jnp.arange(num_rollouts), num_prompts)
     ends = jnp.repeat(lengths, num_rollouts)
     tokens = completions.reshape(-1, num_new)
@@ -128,18 +129,13 @@ def decode_states(
     def step(caches: Any, turn: Array) -> tuple[Any, Array]:
         slot, index = turn % num_new, turn - begins
         age = (slot - jnp.arange(num_new)) % num_new
-        state, caches = decode.decode_step(
-            config,
-            layout,
-            decoding,
+        new = decode.NextTokens(
             jnp.take_along_axis(tokens, index[:, None], axis=1, mode="clip")[:, 0],
             ends + index,
-            prefix,
-            is_prompt,
-            caches,
             slot,
             age[None] <= index[:, None],
         )
+        state, caches = decode.decode_step(config, layout, decoding, prefix, caches, new)
         return caches, state
 
     caches = decode.empty_caches(config, layout, (num_prompts, num_rollouts), num_new)

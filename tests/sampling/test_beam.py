@@ -110,7 +110,7 @@ def compiled(
 ) -> Any:
     layout = rollout_layout(mesh_of(*mesh_shape))
 
-    def run(params: Any, *arguments: jax.Array) -> Hypotheses:
+    def run(params: Any, *arguments: Any) -> Hypotheses:
         weights = decode.decode_params(config, layout, params)
         return search(config, layout, settings, weights, *arguments)
 
@@ -135,7 +135,7 @@ def find(
     )
     program = compiled(config, settings, mesh_shape)
     found = jax.tree.map(
-        np.asarray, program(placed, *pad(prompts, WIDTH + 3), stops.tables, stops.accept)
+        np.asarray, program(placed, decode.Prompts(*pad(prompts, WIDTH + 3)), stops)
     )
     return [
         row[:length].tolist() for row, length in zip(found.tokens, found.lengths, strict=True)
@@ -173,7 +173,7 @@ def test_ids_are_those_of_transformers(torch, models, kind, num_beams, penalty):
         num_finished += sum(is_finished)
         if num_beams > 1:
             scores = scored.sequences_scores.numpy()
-            np.testing.assert_allclose(found.scores, scores, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(found.means, scores, rtol=1e-4, atol=1e-5)
     assert 3 <= num_finished <= 21
 
 
@@ -243,7 +243,7 @@ def test_ids_beyond_the_tokenizer_are_never_written(models):
 # --- for the hardware it is meant for ------------------------------------------------------------
 
 
-def test_it_compiles_for_a_slice_and_moves_no_scores():
+def test_it_compiles_for_a_slice_and_moves_no_log_probabilities():
     num_rows, num_beams, num_prompt, num_new = 16, 4, 512, 512
     config = dataclasses.replace(preset("qwen2.5-7b"), num_hidden_layers=1)
     grid = tpu_mesh("v5e:4x4", 1, 4, 4)
@@ -262,10 +262,11 @@ def test_it_compiles_for_a_slice_and_moves_no_scores():
     settings = SearchSettings(num_beams, num_new, (1, 2), 1.2, config.vocab_size - 7)
     lowered = jax.jit(partial(search, config, layout, settings)).lower(
         weights,
-        shaped("P T", num_rows, num_prompt),
-        shaped("P", num_rows),
-        jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16),
-        jax.ShapeDtypeStruct((1,), jnp.int16),
+        decode.Prompts(shaped("P T", num_rows, num_prompt), shaped("P", num_rows)),
+        StopTables(
+            jax.ShapeDtypeStruct((1, 19, config.vocab_size), jnp.int16),
+            jax.ShapeDtypeStruct((1,), jnp.int16),
+        ),
     )
     text = lowered.compile().as_text()
     names = re.findall(r"body=(%[\w.\-]+)", text)
@@ -275,5 +276,5 @@ def test_it_compiles_for_a_slice_and_moves_no_scores():
     moved = re.findall(r"= (.*) (?:all-gather|all-reduce|all-to-all)(?:-start)?\(", body)
     shapes = re.findall(r"[a-z0-9]+\[([0-9,]+)\]", "\n".join(moved))
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
-    # Activations of all rows at most, as in a rollout; scores of the vocabulary are far more.
+    # Activations of all rows at most, as in a rollout; log-probabilities of all ids are far more.
     assert max(sizes) <= num_rows * num_beams * config.hidden_size

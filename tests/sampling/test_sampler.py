@@ -20,6 +20,7 @@ from jlrm.model import qwen
 from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.runtime.mesh import rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
+from jlrm.sampling.decode import Prompts
 from jlrm.sampling.sampler import Rollout, SamplerSettings, generate, rollout_keys, sample
 from jlrm.sampling.stops import StopTables, stop_tables
 
@@ -60,7 +61,7 @@ def compiled(
 ) -> Any:
     layout = rollout_layout(mesh_of(*mesh_shape))
 
-    def run(params: Any, *arguments: jax.Array) -> Rollout:
+    def run(params: Any, *arguments: Any) -> Rollout:
         weights = decode.decode_params(config, layout, params)
         return generate(config, layout, settings, weights, *arguments)
 
@@ -85,7 +86,7 @@ def draw(
     program = compiled(config, settings, mesh_shape)
     keys = grid_keys(len(prompts)) if keys is None else keys
     params = random_params(config, mesh_shape)
-    found = program(params, prompts, lengths, keys, stops.tables, stops.accept)
+    found = program(params, Prompts(prompts, lengths), keys, stops)
     return Rollout(*(np.asarray(x).reshape(-1, *x.shape[2:]) for x in found))
 
 
@@ -216,7 +217,7 @@ def test_8_bit_weights_draw_from_the_policy_they_stand_for(architecture):
     program = jax.jit(
         functools.partial(generate, config, layout, SamplerSettings(PLAIN, NUM_NEW, ()))
     )
-    arguments = *random_prompts(), grid_keys(), NO_STOPS.tables, NO_STOPS.accept
+    arguments = Prompts(*random_prompts()), grid_keys(), NO_STOPS
     found = jax.tree.map(np.asarray, program(narrow, *arguments))
     untied = dataclasses.replace(config, tie_word_embeddings=False)
     program = jax.jit(
@@ -486,10 +487,11 @@ def test_tokens_are_drawn_independently():
     program = compiled(SHALLOW, SamplerSettings(FOUR_IDS, NUM_NEW, ()), (1, 1, 1))
     flat = jax.tree.map(jnp.zeros_like, random_params(SHALLOW))
     prompts, lengths = random_prompts()
-    stops = NO_STOPS.tables, NO_STOPS.accept
     tokens = np.concatenate(
         [
-            np.asarray(program(flat, prompts, lengths, grid_keys(seed=seed), *stops).tokens)
+            np.asarray(
+                program(flat, Prompts(prompts, lengths), grid_keys(seed=seed), NO_STOPS).tokens
+            )
             for seed in range(20)
         ]
     ).reshape(-1, NUM_NEW)
@@ -650,7 +652,7 @@ def test_decoding_does_not_copy_the_cache():
     prompts, lengths = random_prompts()
     program = compiled(tiny_config(), SamplerSettings(PLAIN, 50, (3,)), (1, 1, 1))
     params = random_params(tiny_config())
-    arguments = params, prompts, lengths, grid_keys(), NO_STOPS.tables, NO_STOPS.accept
+    arguments = params, Prompts(prompts, lengths), grid_keys(), NO_STOPS
     allowed = {"get-tuple-element", "bitcast_dynamic-update-slice_fusion"}
     assert operations(program, "f32[8,2,2,50,8]", *arguments) == allowed
 
@@ -659,7 +661,7 @@ def test_a_prefix_is_not_repeated_and_passes_through_the_loop_as_it_is():
     prompts, lengths = random_prompts()
     program = compiled(tiny_config(), SamplerSettings(PLAIN, 50, (3,)), (1, 1, 1))
     params = random_params(tiny_config())
-    arguments = params, prompts, lengths, grid_keys(), NO_STOPS.tables, NO_STOPS.accept
+    arguments = params, Prompts(prompts, lengths), grid_keys(), NO_STOPS
     prefix, repeated = "f32[8,2,6,8]", "f32[8,2,2,6,8]"
     assert operations(program, prefix, *arguments) == {"get-tuple-element"}
     assert repeated not in program.lower(*arguments).compile().as_text()

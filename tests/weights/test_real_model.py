@@ -89,7 +89,7 @@ def greedy(ours, ids: list[list[int]], end_id: int) -> list[list[int]]:
     settings = SamplerSettings(Distribution(temperature=0.0), NUM_NEW, (end_id,))
     weights = jax.jit(partial(decode.decode_params, config, layout))(params)
     result = jax.jit(partial(generate, config, layout, settings))(
-        weights, tokens, lengths, rollout_keys(0, 0, rows, 1), tables.tables, tables.accept
+        weights, decode.Prompts(tokens, lengths), rollout_keys(0, 0, rows, 1), tables
     )
     return [
         list(map(int, row[:length]))
