@@ -1,8 +1,8 @@
-"""The distribution that tokens are drawn from, over a whole vocabulary or one spread over devices.
+"""The distribution that tokens are drawn from; the vocabulary may be spread over devices.
 
-Sampler and trainer must mean the same distribution: temperature, top-k, top-p and the ids that
-exist are one `Distribution`, applied by one function. Cut-offs are found by bisecting the bits of a
-float, which is exact and needs no sort of the vocabulary.
+Sampler and trainer must mean the same distribution. So temperature, top-k, top-p and the number of
+existing ids are one `Distribution`, applied by one function. Cut-offs come from bisecting the bits
+of a float: this is exact, and needs no sort of the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REMOVED = -1e30  # logit of an id that can't be drawn; finite, so that gradients
 
 @dataclass(frozen=True)
 class Distribution:
-    """How logits become a distribution to draw from."""
+    """The settings that turn logits into the distribution tokens are drawn from."""
 
     temperature: float = 1.0  # 0: log-probabilities are those at temperature 1
     top_k: int = 0  # 0: off
@@ -32,11 +32,11 @@ def log_distribution(
     distribution: Distribution,
     keep: Int[Array, " *batch"] | None = None,
 ) -> Float[Array, "*batch V"]:
-    """Return log-probabilities (nats, float32) after temperature, top-k and then top-p.
+    """Return log-probabilities (nats, float32) after temperature, then top-k, then top-p.
 
-    Ids that are cut off get about -1e30. Ids tied with the last kept one are kept. `keep` adds one
-    id a row to the kept ones: when an update has moved the policy, the drawn token may have left
-    the top-k, and its log-probability must stay finite. Which ids are kept carries no gradient.
+    Removed ids get about -1e30. Ids tied with the last kept one are kept. `keep` names one more id
+    to keep in each row: after an update the drawn token may have left the top-k, and its
+    log-probability must stay finite. No gradient flows through the choice of kept ids.
     """
     kept = kept_logits(logits, distribution, keep, Vocabulary(logits.shape[-1]))
     return jax.nn.log_softmax(kept, axis=-1)
@@ -44,10 +44,10 @@ def log_distribution(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which part of the vocabulary this device's logits are, and what devices do together."""
+    """The part of the vocabulary that this device has, and the operations over all parts."""
 
     size: int  # ids in the head
-    axes: tuple[str, ...] = ()  # mesh axes over which logits are spread; (): they are whole
+    axes: tuple[str, ...] = ()  # mesh axes that logits are spread over; (): none
     num_shards: int = 1
 
     def first(self, logits: Array) -> Array | int:
@@ -60,7 +60,7 @@ class Vocabulary:
         return ids + self.first(logits)
 
     def sum(self, *terms: Array) -> list[Array]:
-        """Sum each of these over all ids, which stay as an axis of length 1."""
+        """Sum each of these over all ids; the last axis stays, with length 1."""
         return self.sum_of_devices([jnp.sum(term, axis=-1, keepdims=True) for term in terms])
 
     def max(self, x: Array) -> Array:
@@ -74,10 +74,8 @@ class Vocabulary:
         return jax.lax.psum(tree, self.axes) if self.axes else tree
 
     def value_of(self, tokens: Int[Array, "*batch 1"], x: Array) -> Float[Array, "*batch 1"]:
-        """Return `x` of each row's token, wherever that lies.
-
-        An index, for on CPUs a sum over `ids == tokens` adds a tenth to the cost of scoring.
-        """
+        """Return `x` of each row's token, whichever device has it."""
+        # Indexed: on CPUs a sum over `ids == tokens` makes log-probabilities 10 % slower.
         index = tokens - self.first(x)
         value = jnp.take_along_axis(x, index, axis=-1, mode="clip")
         is_here = (index >= 0) & (index < x.shape[-1])
@@ -88,16 +86,14 @@ class Vocabulary:
         return jax.lax.all_gather(x, self.axes, tiled=True) if self.axes else x
 
     def scatter(self, x: Array) -> Array:
-        """Undo `gather`: sum over the devices, each keeps its own rows.
-
-        One axis after the other: over both at once TPU compilers sum whole arrays on every device.
-        """
+        """Undo `gather`: sum over the devices, of which each keeps its own rows."""
+        # One axis at a time: for both at once the TPU compiler sums whole arrays on every device.
         for axis in self.axes:
             x = jax.lax.psum_scatter(x, axis, tiled=True)
         return x
 
     def own(self, x: Array, num_rows: int) -> Array:
-        """Undo `gather` for what all devices have alike."""
+        """Undo `gather` for a replicated value: keep this device's own rows."""
         if not self.axes:
             return x
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axes) * num_rows, num_rows)
@@ -109,7 +105,7 @@ def kept_logits(
     keep: Int[Array, " *batch"] | None,
     vocabulary: Vocabulary,
 ) -> Float[Array, "*batch v"]:
-    """Return float32 logits at the temperature, REMOVED where an id can't be drawn."""
+    """Return float32 logits divided by the temperature, REMOVED where an id can't be drawn."""
     logits = logits.astype(jnp.float32) / (distribution.temperature or 1.0)
     ids = vocabulary.ids(logits)
     num_ids = distribution.num_ids or vocabulary.size
@@ -133,7 +129,7 @@ def _kept_mask(
         ones = jnp.ones(logits.shape, jnp.int32)
         kept = logits >= _largest_threshold(logits, ones, wanted, vocabulary)
     if distribution.top_p < 1.0:
-        highest = vocabulary.max(logits)  # which is kept
+        highest = vocabulary.max(logits)  # always a kept one
         mass = jnp.where(kept, jnp.exp(logits - highest), 0.0)
         probs = mass / vocabulary.sum(mass)[0]
         kept &= logits >= _largest_threshold(logits, probs, distribution.top_p, vocabulary)
@@ -145,7 +141,7 @@ def _largest_threshold(
 ) -> Float[Array, "*batch 1"]:
     """Return each row's largest value v such that the weights of all values >= v reach `wanted`.
 
-    Bisects over the 32 bits of a float in the order of floats, so the result is exact.
+    This bisects the 32 bits of a float, in the order of floats, so the result is exact.
     """
     ordered = _float_order(values)
 
@@ -160,6 +156,6 @@ def _largest_threshold(
 
 
 def _float_order(values: Float[Array, " *shape"]) -> Array:
-    """Map float32 to uint32 in the same order: flip all bits of negatives, else the sign."""
+    """Map float32 to uint32, keeping the order: flip all bits of a negative, else the sign bit."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
