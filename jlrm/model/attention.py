@@ -1,13 +1,15 @@
 """Grouped-query attention over packed rows.
 
-Queries of one key/value head are folded together, so keys and values are never repeated. Scores and
-softmax are float32: bfloat16 keeps 8 bits of mantissa, too few for sums over a thousand positions.
+The query heads of one key/value head are folded into one matrix, so keys and values are never
+repeated. Scores and softmax are float32: bfloat16 keeps 8 bits of mantissa, too few for sums over a
+thousand positions.
 
-A packed row holds several groups, each a prompt and completions of it that see the prompt but not
-one another: `[prompt 1 | prompt 2 | .. | completions of 1 | completions of 2 | .. | padding]`. Few
-pairs of slots see each other, and which do is data, so both forms of `attend_packed` skip blocks at
-run time: on TPUs Splash, JAX's own kernel, elsewhere a loop over the visible blocks in plain XLA.
-Neither holds an array of T x T, and neither leaves the device that has the row.
+A packed row holds several groups. Each is a prompt and its completions, which see the prompt but
+not one another: `[prompt 1 | prompt 2 | .. | completions of 1 | completions of 2 | .. | padding]`.
+Few pairs of slots see each other, and which ones is data (visibility.py). So both forms of
+`attend_packed` skip blocks at run time: on TPUs JAX's own kernel (splash.py), elsewhere a loop over
+the visible blocks in plain XLA (this file). Neither form holds an array of T x T, and a row stays
+on its device.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from jlrm.model.visibility import BLOCK, Packing, scaled, visible_blocks
 
-# Finite, so that a row without any visible key (padding) gives a mean of values instead of NaN.
+# Finite: with -inf a query that has seen no key yet would compute exp(-inf + inf), which is NaN.
 MASKED = -1e30
-# Of 32 to 256 the fastest on CPUs: 64 x 64 scores of 6 heads stay in cache, and the visible blocks
-# of groups with completions of 64 tokens hold 1.5 times the visible pairs (128: 2.1 times).
+# The fastest of 32 to 256 on CPUs: 64 x 64 scores of 6 heads stay in cache. With completions of 64
+# tokens the visible blocks hold 1.5 times the visible pairs (with 128 x 128: 2.1 times).
 TILE = 64
 
 
@@ -37,9 +39,9 @@ def attend_packed(
 ) -> Float[Array, "B T N H"]:
     """Return the attention output of every query over the keys its packing lets it see.
 
-    The scale is 1/sqrt(H); query head n uses key/value head n // (N/K). Padding queries give 0.
-    For rows of one device: on several it is called inside `shard_map`. `platform` is of the mesh's
-    devices: a program may be compiled for TPUs on a host without one.
+    The scale is 1/sqrt(H); query head n uses key/value head n // (N/K). Padding queries give 0. The
+    rows are those of one device: with several, call it inside `shard_map`. `platform` is that of
+    the mesh's devices, since a host without a TPU may compile for one.
 
     Raises:
       ValueError: T is no multiple of 128.
@@ -47,30 +49,33 @@ def attend_packed(
     if q.shape[1] % BLOCK:
         raise ValueError(f"Packed rows have {q.shape[1]} slots. Pad them to a multiple of {BLOCK}.")
     if platform == "tpu":
-        from jlrm.model.splash import splash
+        from jlrm.model.splash import splash  # imports Pallas, which other platforms do without
 
         return splash(q, k, v, packing)
     return _blockwise(q, k, v, packing)
 
 
 class _QueryBlocks(NamedTuple):
-    """The blocks of queries of all rows, one after the other (leading axis), and what they see."""
+    """All blocks of queries, row by row along the leading axis, and the blocks that they see."""
 
     row: Int[Array, ""]
     slot: Int[Array, " Q"]
     group: Int[Array, " Q"]
     start: Int[Array, " Q"]
-    key_blocks: Int[Array, " blocks"]  # those with visible keys come first
+    key_blocks: Int[Array, " blocks"]  # the visible ones first
     num_visible: Int[Array, ""]
 
 
 @jax.custom_vjp
 def _blockwise(q: Array, k: Array, v: Array, packing: Packing) -> Array:
     """Attend block by block with a running softmax (FlashAttention, arXiv:2205.14135)."""
+    # A VJP of its own, since the number of visible blocks is data: JAX has no reverse mode for
+    # loops of unknown length.
     return _blockwise_forward(q, k, v, packing)[0]
 
 
 def _blockwise_forward(q: Array, k: Array, v: Array, packing: Packing) -> tuple[Array, Any]:
+    """Return the output, and what the backward pass needs (Algorithm 1 of FlashAttention)."""
     blocks, queries = _query_blocks(packing), _fold(scaled(q), k.shape[1])
 
     def query_block(_: None, xs: tuple[Array, _QueryBlocks]) -> tuple[None, tuple[Array, Array]]:
@@ -81,7 +86,8 @@ def _blockwise_forward(q: Array, k: Array, v: Array, packing: Packing) -> tuple[
             index = block.key_blocks[n]
             scores = _scores(queries, k, packing, block, index)
             new_highest = jnp.maximum(highest, scores.max(-1))
-            # Of a query that has seen no key yet these are 1, and the first key it sees wipes them.
+            # Until a query's first visible key, `highest` is MASKED and its weights are exp(0) = 1.
+            # The first visible key erases them: then `decay` is exp(MASKED - score), which is 0.
             weights = jnp.exp(scores - new_highest[..., None])
             decay = jnp.exp(highest - new_highest)
             values = _key_block(v, block.row, index)
@@ -96,19 +102,23 @@ def _blockwise_forward(q: Array, k: Array, v: Array, packing: Packing) -> tuple[
         highest, total, weighted = lax.fori_loop(
             0, block.num_visible, key_block, (jnp.full_like(total, MASKED), total, weighted)
         )
+        # Real scores lie far above MASKED / 2. Padding queries have seen nothing and give 0.
         has_seen = highest > MASKED / 2
         total = jnp.where(has_seen, total, 1.0)
         out = jnp.where(has_seen[..., None], weighted / total[..., None], 0.0)
-        # With 0 the backward pass gives a query that sees nothing weights of 0.
+        # With 0 here, the backward pass computes weights exp(MASKED - 0) = 0 for such a query.
         return None, (out.astype(q.dtype), jnp.where(has_seen, highest + jnp.log(total), 0.0))
 
     _, (out, logsumexp) = lax.scan(query_block, None, (queries, blocks))
     out = _unfold(out, q)
+    # One number a query instead of its weights: the backward pass recomputes those from it.
     return out, (queries, k, v, packing, blocks, out, logsumexp)
 
 
 def _blockwise_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """Return the gradients by q, k and v (Algorithm 4 of FlashAttention)."""
     queries, k, v, packing, blocks, out, logsumexp = residuals
+    # The softmax subtracts the mean of d_weights under the weights, which is sum(d_out * out).
     means = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     xs = (queries, _fold(d_out, k.shape[1]), logsumexp, _fold(means, k.shape[1])[..., 0], blocks)
 
@@ -118,6 +128,8 @@ def _blockwise_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Arr
         queries, d_out, logsumexp, means, block = xs
 
         def key_block(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            # dk and dv of all rows are carried and updated in place: a block of keys gets shares
+            # from many blocks of queries.
             dq, dk, dv = carry
             index = block.key_blocks[n]
             keys, values = (_key_block(x, block.row, index) for x in (k, v))
@@ -133,7 +145,9 @@ def _blockwise_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Arr
         dq, dk, dv = lax.fori_loop(0, block.num_visible, key_block, start)
         return (dk, dv), dq.astype(queries.dtype)
 
+    # Sums over many blocks, so float32 until they are complete.
     (dk, dv), dq = lax.scan(query_block, (jnp.zeros(k.shape), jnp.zeros(v.shape)), xs)
+    # The keys have met scaled queries, so dk is complete; dq still lacks the scale.
     return scaled(_unfold(dq, d_out)), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -141,6 +155,7 @@ _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
 def _query_blocks(packing: Packing) -> _QueryBlocks:
+    """Cut the queries of all rows into blocks, and list the blocks of keys that each one sees."""
     num_rows, num_slots = packing.group.shape
     visible = visible_blocks(packing, TILE, TILE)
     slots = jnp.broadcast_to(jnp.arange(num_slots), packing.group.shape)
@@ -149,6 +164,7 @@ def _query_blocks(packing: Packing) -> _QueryBlocks:
         slot=slots.reshape(-1, TILE),
         group=packing.group.reshape(-1, TILE),
         start=packing.start.reshape(-1, TILE),
+        # Visible blocks first, in order: the loop over them then has a run-time length.
         key_blocks=jnp.argsort(~visible, axis=2, stable=True).reshape(-1, visible.shape[2]),
         num_visible=visible.sum(2).reshape(-1),
     )
@@ -157,13 +173,15 @@ def _query_blocks(packing: Packing) -> _QueryBlocks:
 def _scores(
     queries: Array, k: Array, packing: Packing, block: _QueryBlocks, index: Array
 ) -> Float[Array, "K Q S"]:
-    """Return the scores of a block of queries against key block `index`, masked."""
+    """Return the attention scores of a block of queries with key block `index`, masked."""
     scores = _dot("KQH,KSH->KQS", queries, _key_block(k, block.row, index))
     start = index * TILE
     key_group = lax.dynamic_slice(packing.group, (block.row, start), (1, TILE))
     key = start + jnp.arange(TILE)[None]
+    # The rule of `Packing`: own group, at or before its own position, prompt or own segment.
     mask = (block.group[:, None] == key_group) & (key_group > 0) & (key <= block.slot[:, None])
     mask &= (key < packing.prefix[block.row]) | (key >= block.start[:, None])
+    # All query heads of a key/value head have the same mask.
     return jnp.where(jnp.tile(mask, (queries.shape[1] // TILE, 1))[None], scores, MASKED)
 
 
@@ -172,7 +190,7 @@ def _dot(equation: str, x: Array, y: Array) -> Array:
 
 
 def _fold(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "blocks K Q H"]:
-    """Cut rows into blocks; the query heads of one key/value head become rows of one matrix."""
+    """Cut rows into blocks; the query heads of a key/value head become rows of one matrix."""
     num_rows, num_slots, _, width = x.shape
     x = x.reshape(num_rows, num_slots // TILE, TILE, num_kv_heads, -1, width)
     x = x.transpose(0, 1, 3, 4, 2, 5)
@@ -191,6 +209,6 @@ def _key_block(x: Float[Array, "B K T H"], row: Array, index: Array) -> Float[Ar
 
 
 def _add(x: Array, row: Array, index: Array, block: Float[Array, "K S H"]) -> Array:
-    """Add to a block of keys in place."""
+    """Add to a block of keys, in place once compiled."""
     block = block + _key_block(x, row, index)
     return lax.dynamic_update_slice(x, block[None], (row, 0, index * TILE, 0))

@@ -1,14 +1,15 @@
-"""Rows of tokens without waste: groups packed into rows of one length, each prompt once.
+"""Packed rows: groups fill rows of one length, and each prompt is computed once.
 
-A group is a prompt and completions that see it and not each other. A row holds whole groups (or, of
-a group that is longer than a row, several completions and their prompt again): all prompts first,
-then all completions. One device runs one row at a time, so an optimiser step is so many *passes* of
-so many rows, and their number is data, not shape:
+A group is a prompt and its completions, which see the prompt but not each other. A row holds all
+prompts of its groups first, then all completions. A group that is longer than a row is cut: each of
+its rows holds some of the completions, and the prompt again. One device runs one row at a time, so
+an optimiser step is a number of *passes*, each over one row per device. The number of passes is
+data, not shape:
 
     A passes   B rows of a pass, one per device   T slots of a row   C targets of a row (= T)
 
-A row's length comes from a closed set, whichever wastes least on the batch at hand; each length is
-compiled once. The last token of a completion predicts nothing and gets no slot.
+The length of the rows comes from a closed set: the one that wastes least on the batch at hand. Each
+length is compiled once. The last token of a completion predicts nothing, so it gets no slot.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from jaxtyping import Array, Int
 from jlrm.model.visibility import BLOCK, Packing, prefix_align
 from jlrm.runtime.mesh import Layout, global_array
 
-GROWTH = 1.08  # from one row length of the closed set to the next, at least
-# A row that keeps a chip busy; longer ones leave its fast memory. A CPU's caches are smaller.
+# The least ratio between a row length and the one below. Each length is one more program to
+# compile, and fewer lengths leave more slots empty.
+GROWTH = 1.08
+# Slots of the longest row unless the config sets them. Of 7B compiled for v5e, rows of 17,408 slots
+# leave its fast memory (128 MiB), and a fused product falls from 59 to 40 % of peak by the
+# compiler's estimate; 3 to 6 thousand slots fit. A CPU's caches are smaller.
 AUTO_TOKENS = {"cpu": 1536}
+TPU_TOKENS = 6144
 
 
 class Group(NamedTuple):
@@ -38,15 +44,18 @@ class Group(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows as the programs take them; `A` is 1, or the most passes there can be."""
+    """Packed rows as the programs take them.
+
+    A is 1 or the most passes there can be, so each length has two shapes at most.
+    """
 
     tokens: Int[Array, "A B T"]
     positions: Int[Array, "A B T"]  # within prompt + completion
     packing: Packing  # arrays [A, B, T] and [A, B]
-    sources: Int[Array, "A B C"]  # slot whose state predicts the target
+    sources: Int[Array, "A B C"]  # slot whose hidden state predicts the target
     targets: Int[Array, "A B C"]
     sequence: Int[Array, "A B C"]  # number of the target's completion within its row
-    count: Int[Array, " A"]  # targets of the fullest row of a pass
+    count: Int[Array, " A"]  # targets in the fullest row of the pass
     num_passes: Int[Array, ""]
 
 
@@ -55,18 +64,18 @@ class Packed:
     """Rows on the host, and where each target came from."""
 
     rows: Rows
-    completion: Int[np.ndarray, "A B C"]  # its number, counted through all groups; -1: no target
-    offset: Int[np.ndarray, "A B C"]  # which of its tokens
+    completion: Int[np.ndarray, "A B C"]  # its number over all groups; -1: no target here
+    offset: Int[np.ndarray, "A B C"]  # place of the target in its completion
     num_tokens: int  # slots in use
 
     @property
     def is_target(self) -> np.ndarray:
-        """Where there is a target: the loss mask, `[A, B, C]`."""
+        """The loss mask, `[A, B, C]`: where there is a target."""
         return self.completion >= 0
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The shape of the work: passes, slots of a row, and the share of slots left empty."""
+        """The number of passes, the slots of a row, and the share of slots that are empty."""
         _, num_rows, num_slots = self.rows.tokens.shape
         num_passes = int(self.rows.num_passes)
         padding = 1 - self.num_tokens / (num_passes * num_rows * num_slots)
@@ -75,8 +84,9 @@ class Packed:
     def take(self, values: np.ndarray) -> Any:
         """Lay out values `[completions, T]` or `[completions]` as `[A, B, C]`, 0 elsewhere."""
         where = (self.completion, self.offset)[: values.ndim]
-        found = values[where]
-        return np.where(self.is_target, found, np.zeros((), values.dtype))
+        # Cells without a target have index -1, so they take the last completion's value: masked.
+        taken = values[where]
+        return np.where(self.is_target, taken, np.zeros((), values.dtype))
 
 
 def row_sizes(
@@ -89,12 +99,13 @@ def row_sizes(
     """Return the closed set of row lengths, ascending.
 
     Args:
-      longest_prompt, longest_completion: what the longest row must have room for, in tokens.
-      most_tokens: of the longest batch of one device; longer rows would never be full.
+      longest_prompt, longest_completion: in tokens; the longest row has room for both together.
+      most_tokens: most tokens of a batch on one device; longer rows would never be full.
       pack_tokens: wanted length of the longest row; 0 chooses for `platform`.
     """
+    # In a row completions begin at a multiple of `prefix_align`, which may move them up.
     aligned = _round_up(longest_prompt, _coarsest(longest_prompt + longest_completion))
-    wanted = pack_tokens or min(most_tokens, AUTO_TOKENS.get(platform, 6144))
+    wanted = pack_tokens or min(most_tokens, AUTO_TOKENS.get(platform, TPU_TOKENS))
     size = _round_up(max(aligned + longest_completion, wanted), BLOCK)
     sizes = [size]
     while size > BLOCK:
@@ -105,7 +116,7 @@ def row_sizes(
 
 
 def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int) -> Packed:
-    """Pack groups into passes of `num_rows` rows, of whichever size computes the fewest slots.
+    """Pack groups into passes of `num_rows` rows, of the size that computes the fewest slots.
 
     Raises:
       ValueError: a completion with its prompt is longer than every size.
@@ -115,39 +126,41 @@ def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int) -> Packed
         bins = _first_fit(_pieces(groups, size), size)
         if bins is None:
             continue
+        # A pass costs the same however few of its rows are in use.
         num_slots = -(-len(bins) // num_rows) * size
-        if best is None or num_slots <= best[0]:  # of equals the longer: fewer passes
+        if best is None or num_slots <= best[0]:  # equal: the longer, which takes fewer passes
             best = num_slots, size, bins
     if best is None:
         raise ValueError(f"A completion with its prompt is longer than {max(sizes)} slots.")
     _, size, bins = best
+    # No row is without a completion, so there are never more rows than completions.
     num_completions = sum(len(group.completions) for group in groups)
     return _lay_out(bins, size, num_rows, -(-num_completions // num_rows))
 
 
 def to_devices(layout: Layout, tree: Any) -> Any:
-    """Spread arrays `[A, B, ...]` over the devices by row; those of fewer dimensions are whole."""
+    """Spread arrays `[A, B, ...]` over the devices by row; replicate those of fewer dimensions."""
     return jax.tree.map(lambda x: global_array(x, spread(layout, x.ndim)), tree)
 
 
 def spread(layout: Layout, num_dimensions: int) -> NamedSharding:
-    """Return the sharding of `[A, B, ...]`, or of fewer dimensions: whole on every device."""
+    """Return the sharding of an array `[A, B, ...]`: by row, or replicated below two dimensions."""
     if num_dimensions < 2:
         return layout.replicated()
     return layout.activation(" ".join(["-", "B", *["-"] * (num_dimensions - 2)]))
 
 
 class _Piece(NamedTuple):
-    """A group, or as much of it as one row takes."""
+    """A group, or as much of it as fits one row."""
 
     prompt: Sequence[int]
-    completions: list[tuple[int, Sequence[int]]]  # (number counted through all groups, ids)
+    completions: list[tuple[int, Sequence[int]]]  # (number over all groups, ids)
     num_slots: int  # of its completions
     num_targets: int
 
 
 class _Room(NamedTuple):
-    """What a row holds so far: slots of prompts and of completions, and targets."""
+    """How full a row is: slots of prompts, slots of completions, and targets."""
 
     prompts: int = 0
     slots: int = 0
@@ -158,17 +171,19 @@ class _Room(NamedTuple):
 
     def fits(self, size: int) -> bool:
         prompts = _round_up(self.prompts, prefix_align(size))
+        # Targets count too: a completion has one target more than slots, and arrays C = T cells.
         return max(prompts + self.slots, self.targets) <= size
 
 
 def _pieces(groups: Sequence[Group], size: int) -> list[_Piece]:
-    """Cut groups so that each piece fits a row by itself, if it can."""
+    """Cut groups so that each piece fits a row, unless a single completion is too long for it."""
     pieces: list[_Piece] = []
     number = 0
     for group in groups:
         completions: list[tuple[int, Sequence[int]]] = []
         room = empty = _Room(len(group.prompt))
         for ids in group.completions:
+            # The last token needs no slot: nothing is predicted from it.
             grown = room.with_(0, len(ids) - 1, len(ids))
             if completions and not grown.fits(size):
                 pieces.append(_Piece(group.prompt, completions, room.slots, room.targets))
@@ -181,7 +196,7 @@ def _pieces(groups: Sequence[Group], size: int) -> list[_Piece]:
 
 
 def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
-    """Put each piece, longest first, into the first row with room; None: one fits nowhere."""
+    """Put each piece, longest first, into the first row with room; None: one is too long."""
     bins: list[list[_Piece]] = []
     rooms: list[_Room] = []
     for piece in sorted(pieces, key=lambda p: -(len(p.prompt) + p.num_slots)):
@@ -200,7 +215,9 @@ def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
 
 
 def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: int) -> Packed:
+    """Write the rows of all passes into arrays."""
     num_passes = -(-len(bins) // num_rows)
+    # One pass has a program without a loop over passes; any other number shares one shape.
     shape = (1 if num_passes == 1 else most_passes, num_rows, size)
     names = "tokens", "positions", "group", "start", "sources", "targets", "sequence", "offset"
     cells = {name: np.zeros(shape, np.int32) for name in names}
@@ -212,8 +229,10 @@ def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: in
         at = divmod(place, num_rows)
         here = {name: array[at] for name, array in cells.items()}
         prefix[at], used, num_targets = _fill(row, here, completion[at])
+        # The devices of a pass run the same number of chunks of targets: that of the fullest row.
         count[at[0]] = max(count[at[0]], num_targets)
         num_tokens += used
+    # `_make`, since these are NumPy arrays until `to_devices`.
     rows = Rows._make(
         (
             cells["tokens"],
@@ -235,18 +254,21 @@ def _fill(
     """Write one row in place; return its prefix, slots in use, and targets."""
     slot = 0
     last_slots = []
-    for number, piece in enumerate(row, 1):
+    for number, piece in enumerate(row, 1):  # group 0 is padding
         _segment(cells, slot, piece.prompt, number, 0)
         slot += len(piece.prompt)
         last_slots.append(slot - 1)
     num_used = slot
+    # The gap stays padding: Splash's mask has too few bits for an exact prefix (`prefix_align`).
     slot = prefix = _round_up(slot, prefix_align(len(completion)))
     target = sequence = 0
     for number, (piece, last) in enumerate(zip(row, last_slots, strict=True), 1):
         for index, ids in piece.completions:
+            # Positions go on from the prompt, as if the completion stood right behind it.
             _segment(cells, slot, ids[:-1], number, len(piece.prompt))
             here = slice(target, target + len(ids))
             cells["targets"][here] = ids
+            # The first token is predicted from the prompt's last slot, which completions share.
             cells["sources"][here] = [last, *range(slot, slot + len(ids) - 1)]
             cells["sequence"][here] = sequence
             cells["offset"][here] = range(len(ids))
@@ -261,14 +283,16 @@ def _fill(
 def _segment(
     cells: dict[str, np.ndarray], slot: int, ids: Sequence[int], group: int, position: int
 ) -> None:
+    """Write a prompt or a completion from `slot` on."""
     here = slice(slot, slot + len(ids))
     cells["tokens"][here] = ids
     cells["positions"][here] = range(position, position + len(ids))
     cells["group"][here] = group
-    cells["start"][here] = slot
+    cells["start"][here] = slot  # a token sees keys from here on, and its prompt
 
 
 def _coarsest(num_slots: int) -> int:
+    """Return the alignment of prompts in a row that has just room for `num_slots`."""
     return prefix_align(_round_up(num_slots, BLOCK))
 
 
