@@ -1,6 +1,6 @@
-"""Which process of how many this is: by flags, by the environment, or by the machine's own word.
+"""The number of this process and of all processes: from flags, the environment or the machine.
 
-Left out: joining the others and all that follows (hosts.py).
+Left out: joining the others, and everything after that (hosts.py).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from jlrm.config import UsageError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which process of how many this is."""
+    """Add the flags that number this process among the others."""
     group = parser.add_argument_group(
-        "several hosts", "found by themselves on Cloud TPU, GKE and SLURM; environment in brackets"
+        "several hosts",
+        "detected on Cloud TPU, GKE and Slurm, so rarely needed; environment variables in brackets",
     )
     group.add_argument(
         "--distributed",
@@ -27,15 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--coordinator",
         metavar="HOST:PORT",
         default=os.environ.get("JLRM_COORDINATOR", ""),
-        help="of process 0 [JLRM_COORDINATOR]",
+        help="address of process 0 [JLRM_COORDINATOR]",
     )
-    for flag, what in (("num-processes", "of the run"), ("process-id", "of this one, from 0")):
+    for flag, what in (
+        ("num-processes", "number of processes of the run"),
+        ("process-id", "number of this process, from 0"),
+    ):
         name = f"JLRM_{flag.replace('-', '_').upper()}"
         group.add_argument(f"--{flag}", default=os.environ.get(name, ""), help=f"{what} [{name}]")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Return the arguments of `jax.distributed.initialize`; None: this process is alone."""
+    """Return the arguments of `jax.distributed.initialize`, or None if this process is alone."""
     import jax
 
     if args.distributed == "off" or jax.distributed.is_initialized():
@@ -64,7 +68,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _are_several() -> bool:
-    """Return whether the environment is that of a run of several hosts."""
+    """Return whether the environment belongs to a run of several hosts."""
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
         return True
@@ -76,7 +80,10 @@ def _are_several() -> bool:
 
 
 def _tpu_vm_workers() -> int:
-    """Return the number of hosts of a Cloud TPU VM's slice by its metadata server; elsewhere 1."""
+    """Return the number of hosts in the slice of a Cloud TPU VM; 1 on other machines.
+
+    The metadata server knows it.
+    """
     is_tpu_vm = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
     if not is_tpu_vm or os.environ.get("TPU_SKIP_MDS_QUERY"):
         return 1

@@ -1,17 +1,18 @@
 """The processes of one run: how they agree, watch each other, and end together.
 
-One process runs per host and all run the same program (multi-controller SPMD, `jax.distributed`).
-What the devices compute meets in their collectives. What the hosts know (text, verdicts, signals)
-meets here, through the coordination service's key-value store, so that it never queues behind
-programs on the devices. A single process needs none of this, and every function is then trivial.
+One process runs per host, and all run the same program (multi-controller SPMD, `jax.distributed`).
+Devices exchange arrays in their collectives. Hosts exchange what only they know (text, verdicts,
+signals) through the key-value store of JAX's coordination service. So it never queues behind
+programs on the devices. With a single process every function here is trivial.
 
-Nothing may wait for ever. A thread in each process tells the store that it lives and how far its
-main thread has come, and watches the others: one that fails is quoted, one that is silent or stays
-behind is named, and every process ends. Exit codes: of the one that failed; 137 (killed, so that a
-scheduler may start it again) where one vanished or hangs.
+No process may wait for ever. A thread in each process writes to the store that it is alive and how
+far its main thread has come. The same thread watches the others. If one fails, all print its
+message; if one is silent or falls behind, all name it. Then every process ends, with the exit code
+of the one that failed, or with 137 if one vanished or hangs. 137 means killed, so a scheduler may
+start the run again.
 
-JAX is imported where processes join: what has no device (preparing data) does without. How they
-find each other is cluster.py.
+JAX is imported only where processes join, since preparing data needs no device. How processes find
+each other is in cluster.py.
 """
 
 from __future__ import annotations
@@ -39,22 +40,23 @@ from jlrm.runtime.settings import flatten
 Value = TypeVar("Value")
 
 BEAT_SECONDS = 2.0
-SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) would not say who it was
-GONE = 137
-NEVER = 7 * 24 * 3600 * 1000  # ms; the watch thread says who is late, long before
+SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) does not name the process
+GONE = 137  # 128 + SIGKILL (9): a scheduler may start such a run again
+NEVER = 7 * 24 * 3600 * 1000  # ms; the watch thread names a late process long before
 
 
 @dataclass
 class _State:
-    """This process among the others; `client` is None where it is alone."""
+    """This process among the others; `client` is None if it is alone."""
 
     client: Any = None
     count: int = 1
     index: int = 0
     num_exchanges: int = 0
-    step: int = 0  # of the main thread, what it is at
-    at: str = "start"
+    step: int = 0  # places that the main thread has reached (`at`)
+    at: str = "start"  # the last of them
     watcher: threading.Thread | None = None
+    # Set once this process is about to end: its watch thread then stops, and reports nothing more.
     leaving: threading.Event = dataclasses.field(default_factory=threading.Event)
 
 
@@ -68,22 +70,24 @@ def joined(
     """Join the other processes of the run, if there are any, before anything touches a device.
 
     Args:
-      settings: what must be the same in all of them, as a tree.
-      timeout: seconds that a process may stay behind the others.
+      settings: a tree of settings that must be the same in all of them.
+      timeout: seconds that a process may fall behind the others.
 
     Raises:
       UsageError: impossible flags; no other process came; one of them has other settings.
     """
     _initialise(args)
     if count() > 1:
+        # Watching begins before the first exchange, which may be the first to wait for ever. A
+        # daemon thread, so that it does not keep a process alive whose main thread has ended.
         _state.watcher = threading.Thread(target=_watch, args=(timeout,), daemon=True)
         _state.watcher.start()
         _check_same(settings)
     try:
         yield
-    except KeyboardInterrupt:  # unlike a signal that all have agreed on, it came to this one
+    except KeyboardInterrupt:  # Ctrl-C reaches one process; the others have not agreed to stop
         if count() > 1:
-            print("Stopped at once, and the other processes with it.", file=sys.stderr, flush=True)
+            print("Stopped at once, and the other processes too.", file=sys.stderr, flush=True)
             _fail(130, "Stopped by Ctrl-C")
         raise
 
@@ -104,7 +108,8 @@ def is_main() -> bool:
 
 
 def share(size: int) -> range:
-    """Return which of `size` things are this process's to do: a run of them, as even as can be."""
+    """Return which of `size` items this process works on: a range, as even as possible."""
+    # The bounds of neighbours are the same expression, so no item is left out or done twice.
     bounds = [size * number // count() for number in (index(), index() + 1)]
     return range(*bounds)
 
@@ -139,67 +144,75 @@ def highest(what: str, value: int) -> int:
 
 
 def agree(what: str, value: Any) -> None:
-    """Refuse to go on with what is not the same in every process, and name one that differs.
+    """Raise unless all processes hold the same value.
 
     Raises:
-      UsageError: in every process.
+      UsageError: in every process, naming those that differ from process 0.
     """
+    # A digest, since the value may be large; all compare, so all raise and none waits for another.
     digests = gather(what, hashlib.sha256(repr(value).encode()).digest())
     different = [number for number, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise UsageError(
-            f"Processes {different} have other {what} than process 0: start all alike."
+            f"Processes {different} have other {what} than process 0. Start all processes with the "
+            "same command and files."
         )
 
 
 def at(what: str) -> None:
-    """Say that the main thread has come to `what`; one that comes no further is named by others."""
+    """Report that the main thread has reached `what`: a process stuck here can then be named."""
+    # All processes run the same program, so the number of places reached can be compared.
     _state.at = what
     _state.step += 1
 
 
 def leave(code: int, message: str) -> None:
-    """End this process's part: quietly, or telling the others why. Does not return on a failure."""
+    """End this process, and tell the others why if it failed. Does not return on a failure."""
     if count() == 1 or _state.leaving.is_set():
         return
-    if code == 0 or code > 128:  # done, or all of them stopped by a signal
+    if code == 0 or code > 128:  # done, or all were stopped by a signal
         _end_together()
         return
     if message.startswith("JaxRuntimeError") and "RESOURCE_EXHAUSTED" not in message:
-        # What a collective says when another process is gone; the watch will say which and end us.
+        # A collective fails like this when another process is gone. Wait: the watch thread will
+        # name that process, and end this one with its exit code.
         time.sleep(SILENT_SECONDS + 2 * BEAT_SECONDS)
     _fail(code, message)
 
 
 def _end_together() -> None:
-    """Part from the others, none of which has failed."""
+    """Leave the run with all others, none of which has failed."""
     import jax
 
-    at("the end")  # process 0 may still be writing: until it comes, all say that they live
+    at("the end")  # process 0 may still be writing: until it comes, all go on reporting
     _state.client.wait_at_barrier("jlrm-end", NEVER)
     _state.leaving.set()
-    if _state.watcher is not None:  # in the middle of a call it would not survive the interpreter
+    # The watcher must not be inside a call into the client when the interpreter goes down.
+    if _state.watcher is not None:
         _state.watcher.join(10.0)
     jax.distributed.shutdown()
 
 
 def _fail(code: int, message: str) -> NoReturn:
     """Tell the others why this process ends, and end it."""
+    # First, or the watch thread would report this very failure.
     _state.leaving.set()
     failure = json.dumps({"code": code, "message": message, "host": socket.gethostname()})
-    with contextlib.suppress(Exception):  # the service may be what has failed
+    with contextlib.suppress(Exception):  # perhaps the service itself has failed
         _state.client.key_value_set(f"jlrm/failed/{index()}", failure)
-        time.sleep(3 * BEAT_SECONDS)  # process 0 keeps the store: the others have yet to read it
+        # Process 0 holds the store: it stays until the others have read this, one beat later.
+        time.sleep(3 * BEAT_SECONDS)
     _exit(code)
 
 
 def _initialise(args: argparse.Namespace) -> None:
+    """Start `jax.distributed` if this process is one of several."""
     settings = cluster.settings(args)
     if settings is None:
         return
     import jax
 
-    # We agree on a step to stop at ourselves; jax's own handler would swallow SIGTERM until then.
+    # Processes agree here on the step to stop at. JAX's own handler would hold back SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(**settings)
@@ -207,18 +220,19 @@ def _initialise(args: argparse.Namespace) -> None:
         reason = str(error).splitlines()[0]
         raise UsageError(
             f"Could not join the other processes ({reason}). Start all of them with the same "
-            "--coordinator, or set --distributed off for one alone."
+            "--coordinator, or use --distributed off to run one process alone."
         ) from None
-    from jax._src import distributed  # there is no public way to the key-value store
+    from jax._src import distributed  # JAX has no public interface to the key-value store
 
     _state.client = distributed.global_state.client
     _state.count, _state.index = jax.process_count(), jax.process_index()
 
 
 def _check_same(settings: Mapping[str, Any]) -> None:
-    """Compare what every process is about to run; before anything compiles."""
+    """Compare the settings of all processes, before anything compiles."""
     import jax
 
+    # Another version of JAX may compile other programs, whose collectives would never meet.
     mine = {"jax": jax.__version__, **flatten(settings)}
     everyone = gather("the config", (socket.gethostname(), mine))
     first = everyone[0][1]
@@ -231,16 +245,20 @@ def _check_same(settings: Mapping[str, Any]) -> None:
         if changed:
             raise UsageError(
                 f"Process {number} ({host}) runs another config than process 0: "
-                f"{', '.join(changed)}. Start all of them alike."
+                f"{', '.join(changed)}. Start all processes with the same config."
             )
 
 
 @dataclass
 class _Seen:
-    """What is known of another process, by this one's clock."""
+    """What this process knows about another one.
+
+    Times are those of this process's clock, at which a number was first seen: clocks of hosts
+    differ.
+    """
 
     beat: int = -1
-    step: int = -1
+    step: int = -1  # -1: it has not reported yet
     at: str = "start-up"
     host: str = "?"
     beat_time: float = 0.0
@@ -248,7 +266,7 @@ class _Seen:
 
 
 def _watch(timeout: float) -> None:
-    """Tell that this process lives, and end it when another can't go on."""
+    """Report that this process is alive, and end it if another process can't go on."""
     seen = {number: _Seen(beat_time=time.monotonic()) for number in range(count())}
     beat, host = 0, socket.gethostname()
     while not _state.leaving.is_set():
@@ -258,7 +276,7 @@ def _watch(timeout: float) -> None:
             _state.client.key_value_set(f"jlrm/alive/{index()}", mine, allow_overwrite=True)
             failed = _state.client.key_value_dir_get("jlrm/failed")
             alive = _state.client.key_value_dir_get("jlrm/alive")
-        except Exception as error:  # the service lives in process 0
+        except Exception as error:  # the service is part of process 0, so that is gone
             if not _state.leaving.is_set():
                 reason = str(error).splitlines()[0]
                 _give_up(GONE, f"Process 0 ({seen[0].host}) is gone: {reason}")
@@ -267,12 +285,14 @@ def _watch(timeout: float) -> None:
             told = json.loads(text)
             number = key.rpartition("/")[2]
             _give_up(told["code"], f"Process {number} ({told['host']}) failed: {told['message']}")
+        # After the failures: a process that failed falls silent too, and its message says more.
         _note(seen, alive)
         _check_alive(seen, timeout)
         _state.leaving.wait(BEAT_SECONDS)
 
 
 def _note(seen: dict[int, _Seen], alive: list[tuple[str, str]]) -> None:
+    """Update what is known about each process."""
     now = time.monotonic()
     for key, text in alive:
         about = seen[int(key.rpartition("/")[2])]
@@ -284,11 +304,14 @@ def _note(seen: dict[int, _Seen], alive: list[tuple[str, str]]) -> None:
 
 
 def _check_alive(seen: dict[int, _Seen], timeout: float) -> None:
+    """End this process if another one is silent, or hangs."""
     now, furthest = time.monotonic(), max(about.step for about in seen.values())
     for number, about in seen.items():
         if now - about.beat_time > SILENT_SECONDS:
             silent = f"{now - about.beat_time:.0f} s"
             _give_up(GONE, f"Process {number} ({about.host}) has been silent for {silent}.")
+        # Slowness alone is no fault: all may be in one long step. A process hangs only if another
+        # has gone on without it.
         is_behind = 0 <= about.step < furthest
         if is_behind and now - about.step_time > timeout:
             _give_up(
@@ -299,17 +322,20 @@ def _check_alive(seen: dict[int, _Seen], timeout: float) -> None:
 
 
 def _give_up(code: int, message: str) -> None:
+    """Print why the run can't go on, and end this process."""
     if _state.leaving.is_set():
         return
     _state.leaving.set()
     print(f"error: {message}", file=sys.stderr, flush=True)
+    # The store ends with process 0, so the others get time to read the same message from it.
     if is_main():
-        time.sleep(3 * BEAT_SECONDS)  # the store ends with this process: let the others read it too
+        time.sleep(3 * BEAT_SECONDS)
     _exit(code)
 
 
 def _exit(code: int) -> NoReturn:
-    """End at once: what runs at an orderly exit would wait for processes that are gone."""
+    """End at once: an orderly exit would wait for processes that are gone."""
+    # `os._exit` flushes nothing.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,19 +1,23 @@
-"""Devices as a mesh, and tables that say which letter of a shape lies on which mesh axis.
+"""The device mesh, and tables that map each letter of a shape to mesh axes.
 
-The alphabet, the same in einsums, annotations, parameter declarations and tables:
+The alphabet is the same in einsums, annotations, parameter declarations and tables:
 
     B sequences = P·R   T query positions   S cache positions   V vocabulary   L layers
     P prompts           R rollouts/prompt   D width             F MLP width
     N query heads       K key/value heads   H head width
-    M the sequences again, where F or V is spread
+    M the sequences again, inside products whose F or V is spread
 
 A `Layout` is a mesh with two such tables, one for parameters and one for activations. There are two
-layouts. Training spreads parameters over `fsdp` and `tensor` both and the batch over everything
-(weights are gathered layer by layer). In a rollout weights stay where they are and activations
-move, which are small there: heads lie on `tensor` and the batch on the rest, but MLP and vocabulary
-lie on `fsdp` and `tensor` both, and inside them (letter M) the batch only on `data`. The layout is
-an explicit argument of whatever shards, so a constraint can't be lost for want of a context, and it
-is just as real on fake CPU devices as on a slice.
+layouts:
+
+* Training spreads parameters over `fsdp` and `tensor`, and the batch over all axes. Weights are
+  gathered layer by layer.
+* In a rollout weights stay in place and activations move, because these are small there. Heads lie
+  on `tensor` and the batch on the other axes. MLP and vocabulary lie on `fsdp` and `tensor`, so
+  inside them (letter M) the batch lies on `data` only.
+
+Whatever shards takes the layout as an argument. So no constraint is lost because a context is
+missing, and constraints act on fake CPU devices as on a slice.
 
 Mesh axes are of type Auto: constraints guide the compiler, which places the collectives.
 """
@@ -42,7 +46,7 @@ Table = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A mesh and where each letter of a shape lies on it; hashable by identity."""
+    """A mesh, and the mesh axes of each letter; hashable by identity."""
 
     mesh: Mesh
     params: Table
@@ -52,12 +56,12 @@ class Layout:
         """Constrain an activation, e.g. `shard(x, "B T D")`; `-` stands for any other dimension.
 
         Raises:
-          ValueError: an unknown letter, or another number of letters than dimensions.
+          ValueError: an unknown letter, or not one letter for each dimension.
         """
         names = letters.split()
         if len(names) != x.ndim:
             raise ValueError(
-                f"'{letters}' names {len(names)} dimensions, the array has {x.ndim}: {x.shape}."
+                f"'{letters}' names {len(names)} dimensions, but the array has {x.ndim}: {x.shape}."
             )
         return jax.lax.with_sharding_constraint(x, self.activation(letters))
 
@@ -81,11 +85,11 @@ class Layout:
         return self.mesh.devices.flat[0].platform
 
     def num_batch_shards(self) -> int:
-        """Return over how many devices the sequences of a batch are spread."""
+        """Return the number of devices that the sequences of a batch are spread over."""
         return self.num_shards("B")
 
     def num_shards(self, letter: str) -> int:
-        """Return over how many devices this letter of an activation is spread."""
+        """Return the number of devices that this letter of an activation is spread over."""
         return math.prod(self.mesh.shape[axis] for axis in self.activations.get(letter, ()))
 
     def param_axes(self, letters: Sequence[str | None]) -> list[tuple[str, ...]]:
@@ -100,20 +104,21 @@ class Layout:
         unknown = set(letters) - ALPHABET - {"-"}
         if unknown:
             raise ValueError(
-                f"Unknown letter {sorted(unknown)} in {letters}: see the alphabet in mesh.py."
+                f"Unknown letters {sorted(unknown)} in {letters}. The alphabet is in mesh.py."
             )
-        found: list[tuple[str, ...]] = []
-        for letter in letters:  # an axis serves the first letter that asks for it
-            taken = {axis for here in found for axis in here}
-            found.append(tuple(axis for axis in table.get(letter, ()) if axis not in taken))
-        return found
+        axes: list[tuple[str, ...]] = []
+        # A mesh axis can cut only one dimension of an array: that of the first letter in need.
+        for letter in letters:
+            taken = {axis for of_letter in axes for axis in of_letter}
+            axes.append(tuple(axis for axis in table.get(letter, ()) if axis not in taken))
+        return axes
 
 
 class Local:
     """The layout of code that runs on each device by itself, inside `shard_map`."""
 
     def shard(self, x: Array, letters: str) -> Array:
-        """Leave an array as it is: it is this device's own."""
+        """Return the array unchanged: it is local to this device."""
         return x
 
 
@@ -121,11 +126,9 @@ LOCAL = Local()
 
 
 def training_layout(mesh: Mesh) -> Layout:
-    """Return the layout of log-probabilities and updates: fully sharded data parallelism.
-
-    A parameter is cut along its first dimensions only: reducing along the last, which lies across a
-    TPU's lanes, the compiler falls back to sums of whole gradients.
-    """
+    """Return the layout of log-probabilities and updates: fully sharded data parallelism."""
+    # No parameter is cut along its last dimension. That one lies across the lanes of a TPU, and for
+    # a reduction along it the compiler falls back to all-reducing whole gradients.
     return Layout(
         mesh,
         params=MappingProxyType(
@@ -136,13 +139,11 @@ def training_layout(mesh: Mesh) -> Layout:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Return compiler options of programs in the training layout.
-
-    On TPUs XLA would turn every product with a sharded contraction into a loop of small slices and
-    sends, which costs far more than gathering the weight (compiled: 2.5 times the estimated time).
-    On CPUs its library for fused loops is kept to matrix products: its sums made an update half as
-    slow again (measured).
-    """
+    """Return compiler options of programs in the training layout."""
+    # TPU: otherwise XLA turns each product with a sharded contraction into a loop of small slices
+    # and sends, which costs far more than gathering the weight (2.5 times the estimated time).
+    # CPU: XLA's library for fused loops is limited to matrix products. Its sums made an update take
+    # 1.5 times as long (measured).
     return {
         "tpu": {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"},
         "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"},
@@ -150,7 +151,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 
 
 def rollout_layout(mesh: Mesh) -> Layout:
-    """Return the layout of prefill and decoding: every weight is spread, and none ever moves."""
+    """Return the layout of prefill and decoding: every matrix is spread, and none moves."""
     split = {"N": ("tensor",), "K": ("tensor",), "F": ("fsdp", "tensor"), "V": ("fsdp", "tensor")}
     batch = {"B": ("data", "fsdp"), "P": ("data", "fsdp"), "M": ("data",)}
     return Layout(
@@ -161,7 +162,7 @@ def rollout_layout(mesh: Mesh) -> Layout:
 
 
 def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arrange the devices as `data x fsdp x tensor`; one size may be -1, the rest of the devices.
+    """Arrange the devices as `data x fsdp x tensor`; one size may be -1: all remaining devices.
 
     Raises:
       UsageError: the sizes do not multiply to the number of devices.
@@ -171,11 +172,11 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
     wanted = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UsageError(
-            f"{wanted}: sizes are at least 1, and at most one of them is -1 (the rest)."
+            f"{wanted}: sizes must be at least 1. One of them may be -1 (all remaining devices)."
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise UsageError(f"{wanted} does not fit {len(devices)} devices. Leave one size at -1.")
+        raise UsageError(f"{wanted} does not fit {len(devices)} devices. Set one size to -1.")
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -183,16 +184,16 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
 def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
     """Place devices so that neighbours on a mesh axis are neighbours on the network.
 
-    Slices are joined by the data-centre network alone, so they are told apart by `data`, the axis
-    that is summed over once a step. Where a slice's own network does not have the shape asked for,
-    its chips are taken as they are numbered.
+    Between slices there is only the data-centre network. So `data` runs over them, the axis that is
+    summed over once a step. If the network of a slice does not have the wanted shape, its chips are
+    taken in the order of their numbers.
     """
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     data, *rest = sizes
     if data % num_slices:
         raise UsageError(
-            f"mesh.data={data} on {num_slices} slices: every slice holds whole copies of the "
-            f"weights. Set mesh.data={num_slices}, or a multiple of it."
+            f"mesh.data={data} on {num_slices} slices: every slice must hold complete copies of "
+            f"the weights. Set mesh.data to {num_slices} or a multiple of it."
         )
     if num_slices > 1:
         shape = (data // num_slices, *rest)
@@ -205,24 +206,26 @@ def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
 
 
 def global_array(value: np.ndarray, sharding: NamedSharding) -> Array:
-    """Make a global array of a host value that every process holds; each device takes its part."""
+    """Make a global array from a value that every process holds; each device takes its part."""
     value = np.asarray(value)
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def host_array(value: Array) -> np.ndarray:
-    """Return a global array's value on this host.
+    """Return the value of a global array on this host.
 
     Raises:
       ValueError: other processes hold parts of it; `replicate` it on the devices first.
     """
     if not (value.is_fully_addressable or value.is_fully_replicated):
-        raise ValueError(f"{value.shape} lies on other hosts' devices too ({value.sharding}).")
+        raise ValueError(
+            f"Array {value.shape} lies partly on other hosts: `replicate` it. ({value.sharding})"
+        )
     return np.asarray(value)
 
 
 def replicate(layout: Layout, tree: Any) -> Any:
-    """Begin to bring arrays to all devices, where several processes hold parts of them."""
+    """Begin to replicate arrays on all devices, if several processes hold parts of them."""
     if jax.process_count() == 1:
         return tree
     return _gather(layout)(tree)

@@ -1,7 +1,7 @@
-"""Directories and files of local disks and of stores such as gs://, behind fsspec.
+"""Directories and files on the local disk and in stores such as gs://, by fsspec.
 
-`local_copy` brings what is read onto the local disk, once per version. `Place` is where a dataset
-is written to, `Mirror` where a run is. None knows what a row is.
+`local_copy` copies what is read to the local disk, once per version. A `Place` is where a dataset
+is written, and a `Mirror` is where a run is. Nothing here knows about rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jlrm.config import RunError, UsageError
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Replace a file whole: a reader sees the old content or the new, never a part."""
+    """Replace a file as a whole: a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -39,24 +39,26 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(path: pathlib.Path) -> Iterator[None]:
+    """Add to the error of a full disk what to do about it."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        advice = "No space is left. Free some and repeat the command: it resumes by itself"
+        advice = "No space is left. Free some and repeat the command, which resumes by itself"
         raise OSError(error.errno, advice, str(path)) from error
 
 
-# Without both a directory is no TFDS dataset: they are copied last.
+# A directory without both is no TFDS dataset. So they are copied last: a reader never takes an
+# unfinished copy for a dataset.
 LAST_FILES = ("features.json", "dataset_info.json")
-# What tells two versions of a remote file apart; file systems differ in which of them they have.
+# Fields that tell two versions of a remote file apart. Each file system has some of them.
 STAMPS = ("size", "etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
 def local_copy(url: str) -> pathlib.Path:
-    """Copy a file or prepared directory into the cache, unless it is there in the same version."""
+    """Copy a file or prepared directory into the cache, unless this version is already there."""
     system, root = _open(url)
     files = _remote_files(system, root, url)
     parent, _, base = root.rpartition("/")
@@ -66,7 +68,7 @@ def local_copy(url: str) -> pathlib.Path:
     if cached.exists():
         return cached
     cache.mkdir(parents=True, exist_ok=True)
-    # Renamed when it is whole, so that an interrupted copy is never read.
+    # Renamed when complete, so that an interrupted copy is never read.
     with tempfile.TemporaryDirectory(dir=cache, prefix="incomplete-") as holder:
         whole = pathlib.Path(holder) / "whole"
         local = [whole / name[len(parent) :].lstrip("/") for name in files]
@@ -82,20 +84,22 @@ def local_copy(url: str) -> pathlib.Path:
 
 
 def _remote_files(system: Any, root: str, url: str) -> dict[str, list[str]]:
-    """Return the names of the files, each with what changes when the file does."""
+    """Return the names of the files, each with the fields that change when the file does."""
     is_directory = system.isdir(root)
     infos = system.find(root, detail=True) if is_directory else {root: system.info(root)}
     infos = {name: info for name, info in sorted(infos.items()) if info.get("type") == "file"}
     if is_directory and f"{root}/features.json" not in infos:
-        raise UsageError(f"{url} is no prepared TFDS directory (no features.json), nor a file.")
+        raise UsageError(
+            f"{url} is no file, and no prepared TFDS directory (it has no features.json)."
+        )
     if any(".." in name.split("/") for name in infos):
-        raise UsageError(f"{url} holds a file named '..', which would leave the cache.")
+        raise UsageError(f"{url} contains a file named '..', which would leave the cache.")
     return {name: [str(info.get(stamp)) for stamp in STAMPS] for name, info in infos.items()}
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a dataset goes: a local directory, or one of a store that is named by a url."""
+    """Where a dataset is written: a local directory, or a directory of a store, named by a URL."""
 
     name: str  # as the user spelled it
     system: Any  # fsspec's file system
@@ -103,14 +107,14 @@ class Place:
 
     @property
     def is_remote(self) -> bool:
-        """Whether files go there one by one: no store renames a directory at once."""
+        """Whether files are copied there one by one: no store can rename a directory at once."""
         return "://" in self.name
 
     def files(self) -> set[str]:
-        """Return the names of all files, relative to the directory; none if there is none.
+        """Return the names of all files, relative to the directory; empty if it does not exist.
 
         Raises:
-          UsageError: it is a file itself.
+          UsageError: it is a file.
         """
         with _explained(self.name):
             if self.system.isfile(self.root):
@@ -118,7 +122,7 @@ class Place:
             return {path[len(self.root) :].lstrip("/") for path in self.system.find(self.root)}
 
     def holds_dataset(self, files: set[str]) -> bool:
-        """Return whether these files are, or include, a whole dataset."""
+        """Return whether these files include a complete dataset."""
         return files.issuperset(LAST_FILES)
 
     def read_json(self, name: str) -> Any:
@@ -127,10 +131,10 @@ class Place:
             return json.loads(self.system.cat_file(f"{self.root}/{name}"))
 
     def upload(self, directory: pathlib.Path) -> None:
-        """Copy a whole dataset into a store, in place of what an interrupted upload left there."""
-        torn = self.files()
+        """Copy a complete dataset into a store, and remove the rest of an interrupted upload."""
+        leftover = self.files()
         with _explained(self.name):
-            for name in torn:
+            for name in leftover:
                 self.system.rm_file(f"{self.root}/{name}")
             self.system.makedirs(self.root, exist_ok=True)
             names = sorted({file.name for file in directory.iterdir()} - {*LAST_FILES})
@@ -140,6 +144,7 @@ class Place:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
+    """Turn any error of a store's client into a RunError that names the store."""
     try:
         yield
     except (OSError, UsageError):
@@ -149,16 +154,16 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def open_place(name: str) -> Place:
-    """Open a directory, which need not exist, or a url such as gs://BUCKET/DIR.
+    """Open a directory, which need not exist, or a URL such as gs://BUCKET/DIR.
 
     Raises:
-      UsageError: a kind of store that nothing installed can reach.
+      UsageError: no installed package can reach this kind of store.
     """
     return Place(name, *_open(os.path.expanduser(name)))
 
 
 def _open(url: str) -> tuple[Any, str]:
-    """Return a url's file system, asked anew what it holds, and the name of its root there."""
+    """Return the file system of a URL and the path of its root there; nothing cached is used."""
     import fsspec
 
     try:
@@ -174,10 +179,11 @@ def _open(url: str) -> tuple[Any, str]:
 
 @dataclass(frozen=True)
 class Mirror:
-    """A directory's small files on the local disk, kept at a url; of a local path the path itself.
+    """The local copy of a run directory's small files; for a local run, the directory itself.
 
-    A store can't append to a file, and a run's record grows by the line. So its files are written
-    here and copied to the store when a checkpoint, which Orbax writes there itself, is saved.
+    A store can't append to a file, but the log of a run grows line by line. So these files are
+    written here, and copied to the store whenever a checkpoint is saved. Orbax writes checkpoints
+    to the store itself.
     """
 
     url: str  # "": there is no store
@@ -185,7 +191,7 @@ class Mirror:
     _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def pull(self) -> None:
-        """Bring the store's files here, in place of what is here."""
+        """Copy the files of the store here, over those of the same name."""
         if not self.url:
             return
         system, root = _open(self.url)
@@ -193,14 +199,14 @@ class Mirror:
             names = [path[len(root) :].lstrip("/") for path in system.find(root)]
             for name in filter(_is_small, names):
                 if ".." in name.split("/"):
-                    raise UsageError(f"{self.url} holds a file named '..'.")
+                    raise UsageError(f"{self.url} contains a file named '..'.")
                 path = self.local / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 system.get_file(f"{root}/{name}", str(path))
                 self._pushed[name] = _stamp(path)
 
     def push(self) -> None:
-        """Copy to the store what has changed here since the last time, and forget what is gone."""
+        """Copy to the store what has changed here since the last time; remove what is gone here."""
         if not self.url:
             return
         system, root = _open(self.url)
@@ -219,11 +225,11 @@ class Mirror:
 
 
 def mirror(name: str) -> Mirror:
-    """Open the local side of a directory, which need not exist; `pull` fills it."""
+    """Open the local side of a run directory, which need not exist; `pull` fills it."""
     if "://" not in name:
         return Mirror("", pathlib.Path(name).expanduser())
     cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    # One per process: several of them on one machine are as several machines.
+    # One directory per process: processes on one machine must not share it, as on several machines.
     key = hashlib.sha256(f"{name} {os.environ.get('JLRM_PROCESS_ID', '')}".encode()).hexdigest()
     local = cache / "runs" / key[:32]
     shutil.rmtree(local, ignore_errors=True)

@@ -134,7 +134,7 @@ def test_shard_puts_the_array_where_the_letters_say_and_changes_no_value():
 @pytest.mark.parametrize("letters", ["B T", "B T D D", "", "BTD"])
 def test_shard_refuses_another_number_of_letters_than_dimensions(letters):
     layout = training_layout(mesh_of(1, 1, 1))
-    with pytest.raises(ValueError, match=r"names \d dimensions, the array has 3"):
+    with pytest.raises(ValueError, match=r"names \d dimensions, but the array has 3"):
         layout.shard(jnp.zeros((2, 3, 4)), letters)
 
 
@@ -143,7 +143,7 @@ def test_unknown_letters_are_refused(use):
     layout = training_layout(mesh_of(1, 1, 1))
     letters: Any = ("B", "Q", "D") if use is Layout.param else "B Q D"
     arguments = (jnp.zeros((2, 3, 4)), letters) if use is Layout.shard else (letters,)
-    with pytest.raises(ValueError, match=r"Unknown letter \['Q'\]"):
+    with pytest.raises(ValueError, match=r"Unknown letters \['Q'\]"):
         use(layout, *arguments)
 
 
