@@ -64,4 +64,5 @@ setup(
     packages=find_packages(include=["jlrm", "jlrm.*"]),
     install_requires=REQUIRED,
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["jlrm = jlrm.__main__:main"]},
 )

@@ -1,3 +1,18 @@
 """jlrm: train and use reasoning judges in JAX, on one CPU, one TPU chip or many slices."""
 
+import sys as _sys
+from importlib.util import find_spec as _find_spec
+
 __version__ = "0.1.0"
+
+# Python sets "-m" while it looks for the module of `python -m jlrm.train`, whose first imports
+# would otherwise end in a traceback. Packages are looked up, not imported: that takes no time.
+if _sys.argv[:1] == ["-m"]:
+    _missing = [name for name in ("jax", "flax", "transformers", "yaml") if not _find_spec(name)]
+    if _missing:
+        print(
+            f"error: jlrm's packages are not installed in this Python ({_missing[0]} is missing): "
+            "source .venv/bin/activate, or pip install -e .",
+            file=_sys.stderr,
+        )
+        _sys.exit(2)

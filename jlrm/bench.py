@@ -45,6 +45,7 @@ from jlrm.rl.distribution import Distribution
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.mesh import create_mesh, rollout_layout, training_layout
 from jlrm.runtime.settings import load, to_dict
+from jlrm.runtime.settings_help import add_settings
 from jlrm.sampling import stops
 from jlrm.sampling.generate import Generate, fetch, make_generator
 from jlrm.sampling.sampler import SamplerSettings
@@ -366,7 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Prefill: the share of a rollout up to its first tokens. plain/s: tokens a second, were "
         "each rollout's prompt counted.",
     )
-    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    add_settings(parser)
     parser.add_argument("--compare", metavar="CONFIG", help="measure this one in turn with it")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each phase (5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")

@@ -34,11 +34,11 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str  # everything the run writes; started again in the same place, the run goes on
+    dir: str  # directory or url for all that the run writes; the same command again resumes there
     seed: Seed = 0  # initial weights, order of the data, every sampled token
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
-    keep_best: Count = 1  # checkpoints kept by the highest `best_metric`
+    keep_best: Count = 1  # checkpoints kept for the highest values of `best_metric`
     # Held-out metric that ranks checkpoints. Responses are read as the reward reads them: one that
     # it calls malformed has no verdict, and so is wrong, whatever a lenient reader makes of it.
     best_metric: Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"] = (
@@ -46,91 +46,98 @@ class RunConfig:
     )
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
-    # Seconds that a host may stay behind the others before all give up and name it.
+    # Seconds that a host may be behind the others; then all hosts stop and name it.
     host_timeout: Positive = 1800
-    tensorboard: bool = True
-    wandb_project: str = ""  # empty: no Weights & Biases
+    tensorboard: bool = True  # write event files for TensorBoard
+    wandb_project: str = ""  # project on Weights & Biases; empty: not used
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    path: str = ""  # Hugging Face directory or hub id, or an earlier run's directory[@STEP]
+    # Weights to begin with: Hugging Face directory or hub id, or an earlier run as DIR[@STEP].
+    path: str = ""
     preset: str = ""  # random weights of this named shape (weights/presets.py), instead of `path`
     # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
     tokenizer: str = ""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights and optimiser moments
-    # Matrix products, activations, KV cache.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the trained weights
+    # Precision of matrix products, activations and KV cache.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass recomputes
+    # What the backward pass computes again instead of keeping it: "full" needs least memory.
+    remat: Literal["none", "dots", "full"] = "full"
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    data: int = 1  # across slices: parameters replicated, gradients summed
-    fsdp: int = -1  # parameters sharded, gathered layer by layer; -1: all devices that are left
-    tensor: int = 1  # heads, MLP and vocabulary sharded during rollouts
+    data: int = 1  # copies of the weights, one a slice; gradients are summed over them
+    # Devices that share one copy of the weights, gathered layer by layer; -1: all that are left.
+    fsdp: int = -1
+    tensor: int = 1  # devices that share heads, MLP and vocabulary during rollouts
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    # A file, a prepared directory, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py);
-    # or "toy".
+    # A file, a directory, a url, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py); or
+    # "toy": generated.
     train: str
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
-    eval_rows: Positive = 200  # held-out comparisons
-    # Our field name: the source's own, e.g. {answer_1: response_a}.
+    eval_rows: Positive = 200  # number of held-out comparisons
+    # Our name of a field: the name of that column in the file, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
-    scores: Literal["score", "score_w_reference"] = "score"  # which scores of a JudgeLM row
-    prompt: str = "judgelrm_train"  # template name (judgement/prompts.py)
+    # Which scores of a JudgeLM row are gold: made without or with a reference answer.
+    scores: Literal["score", "score_w_reference"] = "score"
+    prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
-    max_prompt_tokens: Positive = 1024
-    overlong: Literal["skip", "refuse"] = "skip"  # longer prompts: counted and left out, or refused
+    max_prompt_tokens: Positive = 1024  # longest prompt that is used
+    # A longer prompt is counted and left out ("skip"), or stops the run ("refuse").
+    overlong: Literal["skip", "refuse"] = "skip"
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    max_new_tokens: Positive = 2048
-    temperature: NonNegative = 1.0  # 0: greedy
-    top_k: Count = 0  # 0: off
-    top_p: float = 1.0
+    max_new_tokens: Positive = 2048  # longest completion
+    temperature: NonNegative = 1.0  # of rollouts; 0: greedy
+    top_k: Count = 0  # sample from this many likeliest tokens; 0: off
+    top_p: float = 1.0  # sample from the likeliest tokens of this total probability; 1: off
     # Weights that rollouts are drawn with; "int8" halves what a step reads. The sampler is then
     # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised.
     weights: Literal["full", "int8"] = "full"
-    # Rollouts of a prompt that run at once, the next begins where one ends; 0: all of them.
+    # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
-    # Text: which occurrence of it ends a completion.
+    # Text: the number of the occurrence that ends a completion.
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
-    eval_temperature: NonNegative = 0.0  # for the held-out set
-    eval_batch_size: Positive = 32  # sequences
+    eval_temperature: NonNegative = 0.0  # for the held-out set; 0: greedy
+    eval_batch_size: Positive = 32  # held-out prompts that are sampled together
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    # "none": only what `plugins` pay.
+    # Formula of the reward: the authors' code, its symmetric form, or only what `plugins` pay.
     mode: Literal["judgelrm", "judgelrm_symmetric", "none"] = "judgelrm_symmetric"
-    format: float = 1.0  # well-formed output
-    out_of_range: float = -0.5  # well-formed, but a score outside the scale
-    malformed: float = -1.0
-    no_verdict: float = 0.0  # added to either of the two above (the authors' code: -2.0)
-    relation: float = 2.0  # right order of the two scores
-    wrong_relation: float = -1.5
-    preference: float = 2.0  # the same for rows that have a preference alone
-    wrong_preference: float = -1.5
-    absolute_exact: float = 1.0  # both scores equal gold's
-    absolute_near: float = 0.6  # distance of the two scores together at most `near_distance`
-    near_distance: float = 2.0
-    confidence: float = 0.2  # margin at least gold's
-    brier: float = 0.0  # proper score of the confidence that the margin implies: from 1 to -3
-    certain_margin: NonNegative = 0.0  # margin that means certainty; 0: the whole scale
+    format: float = 1.0  # paid for well-formed output
+    out_of_range: float = -0.5  # instead of `format`: well-formed, but a score is outside the scale
+    malformed: float = -1.0  # instead of `format`: the text has another form
+    # Added to the two above where no verdict can be read (the authors' code: -2.0).
+    no_verdict: float = 0.0
+    relation: float = 2.0  # the two scores are in the order of the gold scores
+    wrong_relation: float = -1.5  # they are in another order
+    preference: float = 2.0  # as `relation`, for rows that have a preference and no scores
+    wrong_preference: float = -1.5  # as `wrong_relation`, for the same rows
+    absolute_exact: float = 1.0  # both scores equal the gold scores
+    absolute_near: float = 0.6  # |score - gold| of both answers sums to at most `near_distance`
+    near_distance: float = 2.0  # the distance that `absolute_near` allows
+    confidence: float = 0.2  # the margin of the scores is at least as large as gold's
+    brier: float = 0.0  # proper score, 1 to -3, of the confidence that the margin implies
+    certain_margin: NonNegative = 0.0  # margin that means certainty to `brier`; 0: whole scale
     # Share of its content's pay that a verdict loses when the other order's contradicts it.
     swap_consistency: NonNegative = 0.0
-    length: float = 0.0  # longer than `length_tokens` (the paper's ablation: 0.2)
-    length_tokens: int = 120
-    limit: float = 0.0  # token limit reached (the paper's ablation: -1.0)
-    min_score: int = 1  # of the scale, in the prompt `jlrm` too
-    max_score: int = 10
-    # "module:function" in TRL's or verl's form (judgement/plugins.py): its weight.
+    length: float = 0.0  # completion longer than `length_tokens` (the paper's ablation: 0.2)
+    length_tokens: int = 120  # tokens of a completion that `length` asks for
+    limit: float = 0.0  # completion cut by the token limit (the paper's ablation: -1.0)
+    min_score: int = 1  # lowest score of the scale; the prompt `jlrm` names it too
+    max_score: int = 10  # highest score of the scale
+    # Rewards of your own: "module:function" in TRL's or verl's form (judgement/plugins.py), and
+    # their weights.
     plugins: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -141,26 +148,28 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    learning_rate: NonNegative = 1e-6
-    # After warm-up; the last two fall to zero at the last step.
+    learning_rate: NonNegative = 1e-6  # highest rate, reached after warm-up
+    # Learning rate after warm-up; the last two fall to zero at the last step.
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Count = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    # Precision of the two moments at rest; they are computed in float32.
+    warmup_steps: Count = 0  # steps in which the rate rises from 0
+    b1: float = 0.9  # decay of Adam's first moment
+    b2: float = 0.999  # decay of Adam's second moment
+    # Precision in which the first moment is stored; it is computed in float32.
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    # The same for the second moment.
     nu_dtype: Literal["float32", "bfloat16"] = "float32"
-    eps: NonNegative = 1e-8
-    weight_decay: NonNegative = 0.01
-    clip_norm: NonNegative = 1.0  # global norm; 0: off
+    eps: NonNegative = 1e-8  # Adam's epsilon
+    weight_decay: NonNegative = 0.01  # AdamW's
+    clip_norm: NonNegative = 1.0  # largest global norm of a gradient; 0: off
 
 
 @dataclass(frozen=True)
 class SFTConfig:
-    steps: Count = 0  # 0: no warm start
+    steps: Count = 0  # optimiser steps; 0: no SFT before GRPO
     batch_size: Positive = 64  # sequences per optimiser step
-    pack_tokens: Count = 0  # tokens a device runs at a time: less memory, same result; 0: chosen
-    max_target_tokens: int = 512  # longer written judgements are counted and left out
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    max_target_tokens: int = 512  # a longer written judgement is counted and left out
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
 
 
@@ -172,8 +181,11 @@ class LossConfig:
     # Whose probabilities are compared; "sequence" with "ppo" is GSPO.
     ratio: Literal["token", "sequence"] = "token"
     clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: NonNegative = 0.2
+    clip_high: NonNegative = 0.2  # see clip_low
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
+    # What a token's loss is divided by, of B completions: all their tokens ("token_mean"), its own
+    # completion's tokens · B ("sequence_mean"), B ("sequence_sum"), the token limit · B
+    # ("fixed_length").
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
         "token_mean"
     )
@@ -182,7 +194,7 @@ class LossConfig:
     importance_cap: NonNegative = 0.0
     mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
     kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
-    entropy_weight: float = 0.001
+    entropy_weight: float = 0.001  # weight of the entropy, which lowers the loss
 
 
 @dataclass(frozen=True)
@@ -192,11 +204,12 @@ class GRPOConfig:
     rollouts: Annotated[int, 2] = 8  # completions of each prompt
     epochs: Positive = 1  # passes over one rollout batch
     minibatches: Positive = 1  # optimiser steps per pass
-    pack_tokens: Count = 0  # tokens a device runs at a time: less memory, same result; 0: chosen
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
     loss: LossConfig = field(default_factory=LossConfig)
     # Whose standard deviation the centred reward is divided by.
     advantage_scale: Literal["group", "batch", "none"] = "group"
-    advantage_eps: NonNegative = 1e-6
+    advantage_eps: NonNegative = 1e-6  # added to that standard deviation
     # Groups of equal rewards: kept with no advantage, taken out of the loss, or sampled anew from
     # the next prompts.
     zero_variance: Literal["keep", "skip", "resample"] = "keep"

@@ -36,6 +36,7 @@ from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load
+from jlrm.runtime.settings_help import add_settings
 from jlrm.weights import hf, hf_config
 from jlrm.weights.source import check_mesh, read_model
 
@@ -310,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "say whether the run fits its memory. Needs no weights, no data and no TPU.",
         epilog="Exit code: 0 fits, 1 does not fit, 2 wrong input.",
     )
-    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    add_settings(parser)
     parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4, v5p:2x2x2, v6e:2x4")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="equal slices (1)")
     parser.add_argument(

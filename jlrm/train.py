@@ -31,6 +31,7 @@ from jlrm.config import Config
 from jlrm.reports import run_page, tables, tracking
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.settings import load, to_dict
+from jlrm.runtime.settings_help import add_settings
 from jlrm.training.grpo import grpo
 from jlrm.training.heldout import make_evaluation
 from jlrm.training.setup import open_run
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.train", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    add_settings(parser)
     parser.add_argument(
         "--json", action="store_true", help="print summary.json on stdout at the end"
     )

@@ -49,4 +49,3 @@ install_project() {
 install_project "$1" || exit 1
 # shellcheck disable=SC1091
 source "$ROOT/.venv/bin/activate"
-export TRANSFORMERS_VERBOSITY="${TRANSFORMERS_VERBOSITY:-error}"

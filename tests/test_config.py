@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import pathlib
 import typing
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from jlrm import config
 from jlrm.config import Config, UsageError
 from jlrm.runtime import settings
+from jlrm.runtime.settings_help import describe_settings, read_meanings
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -281,11 +283,32 @@ def test_one_file_may_not_use_both_names_of_a_setting():
         build(grpo={"clip_low": 0.3, "loss": {"clip_low": 0.3}})
 
 
+def test_help_tells_every_setting_with_default_choices_and_meaning():
+    text = "\n".join(describe_settings())
+    for key in keys_of(Config):
+        assert f"  {key}=" in text or f"  {key}." in text or f"{key}:\n" in text, key
+    words = " ".join(text.split())
+    assert "grpo.rollouts=8 Completions of each prompt (whole number, at least 2)" in words
+    assert "sft.optimizer.learning_rate=2e-05" in words and "run.seed=0" in words
+    assert "run.tensorboard=true" in words and "run.dir= " in words and "(must be set)" in words
+    assert "data.overlong=skip" in words and "(skip | refuse)" in words
+    assert "sampling.stop_strings={</answer>: 2}" in words
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_every_setting_has_a_meaning():
+    meanings = read_meanings(inspect.getsource(config))
+    without = {key for key, meaning in meanings.items() if not meaning}
+    sections = {("Config", field.name) for field in dataclasses.fields(Config)}
+    sections |= {("SFTConfig", "optimizer"), ("GRPOConfig", "optimizer"), ("GRPOConfig", "loss")}
+    assert without <= sections
+
+
 def test_every_field_is_read_by_some_code():
     """A field that nothing but config.py and its reader reads would have no effect."""
     read = set()
     for path in (ROOT / "jlrm").rglob("*.py"):
-        if path in (ROOT / "jlrm/config.py", ROOT / "jlrm/runtime/settings.py"):
+        if path.name in ("config.py", "settings.py", "settings_help.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import signal
@@ -25,6 +26,7 @@ class Interrupted(Exception):
 
 def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
+    quieten()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
     logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
@@ -32,9 +34,23 @@ def run(main: Callable[[], None]) -> int:
     if message:
         print(message, file=sys.stderr, flush=True)
     # A run of several processes ends in all of them. Imported: this one may be part of such a run.
-    if (hosts := sys.modules.get("jlrm.hosts")) is not None:
+    if (hosts := sys.modules.get("jlrm.runtime.hosts")) is not None:
         hosts.leave(code, message.removeprefix("error: "))
     return code
+
+
+def quieten() -> None:
+    """Keep libraries from printing, once they are imported, what no user of a command can act on.
+
+    What the user has set stays.
+    """
+    # "PyTorch was not found", and prompts longer than the model's limit, which we count ourselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where libtpu is installed for `plan` but no chip is there, it prints "Failed to find host
+    # bounds" as soon as JAX looks for devices. Told of any one host, it finds no chip silently.
+    if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _outcome(main: Callable[[], None]) -> tuple[int, str]:
