@@ -28,6 +28,7 @@ import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -42,8 +43,9 @@ from jlrm.evaluation.policies import POLICIES, Policy, policy_of
 from jlrm.evaluation.reading import PARSERS, Reader, reader
 from jlrm.judges import options
 from jlrm.judges.recorded import Recorded
+from jlrm.reports import results_file
+from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
 from jlrm.runtime import cluster, commands, hosts
-from jlrm.runtime.storage import write_atomically
 
 
 class BenchmarkRun(NamedTuple):
@@ -61,7 +63,7 @@ class BenchmarkRun(NamedTuple):
         return len({game.item.id for game in self.games})
 
 
-def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[BenchmarkRun]]:
+def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     """Judge and score benchmarks; return the content of `results.json`, and the tasks.
 
     Raises:
@@ -78,7 +80,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[BenchmarkRu
     out = args.out if hosts.is_main() else None  # what others hear, process 0 hears too
     journals = [Journal(_path(out, task), h) for task, h in zip(tasks, headers, strict=True)]
     backend: Backend | None = None
-    entries = {}
+    entries: dict[str, BenchmarkResult] = {}
     for task, kept in zip(tasks, journals, strict=True):
         name = task.benchmark.name
         left = _left(task, kept)
@@ -91,17 +93,18 @@ def evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], list[BenchmarkRu
         evaluation = results.Evaluation(task.benchmark, task.policy, task.games, kept.answers, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(task, kept)}")
-        entries[name] = results.entry(evaluation, None if task.recorded else high - low)
+        entry = results.entry(evaluation, None if task.recorded else high - low)
         if args.compare:
-            entries[name]["comparison"] = _comparison(args.compare, task, evaluation)
-    found = {"judge": _described(args, identity), "benchmarks": entries}
+            entry = replace(entry, comparison=_comparison(args.compare, task, evaluation))
+        entries[name] = entry
+    earned = Results(_described(args, identity), entries)
     if out:
-        found = _written(out, found)
+        earned = _written(out, earned)
     if out and args.report:
         from jlrm.reports import scorecard_page  # brings matplotlib
 
-        scorecard_page.write(out, [found])
-    return found, tasks
+        scorecard_page.write(out, [earned])
+    return earned, tasks
 
 
 # ------------------------------------------------------------------------------------- steps
@@ -226,51 +229,43 @@ def _first_error(task: BenchmarkRun, kept: Journal) -> str:
 
 def _comparison(
     other_dir: pathlib.Path, task: BenchmarkRun, mine: results.Evaluation
-) -> dict[str, Any]:
+) -> PairedComparison:
     """Compare with the answers of another evaluation, read as that one read them."""
     name = task.benchmark.name
     header, answers = journal.read(other_dir / name / "answers.jsonl")
     if header.get("data") != task.header["data"]:
         raise UsageError(f"--compare {other_dir}: it was evaluated on other data of {name}.")
-    judge = _results(other_dir / "results.json")["judge"]
-    low, high = judge["decoding"].get("scale") or (1, 10)
-    read = Reader(judge["parser"], (low, high))
-    other = mine._replace(answers=answers, reader=read)
-    return {"with": judge["name"], **results.comparison(mine, other)}
+    judge = results_file.read(other_dir).judge
+    low, high = judge.decoding.get("scale") or (1, 10)
+    read = Reader(judge.parser, (low, high))
+    other = mine._replace(responses=answers, reader=read)
+    return results.comparison(mine, other, judge.name)
 
 
-def _described(args: argparse.Namespace, identity: dict[str, Any]) -> dict[str, Any]:
+def _described(args: argparse.Namespace, identity: dict[str, Any]) -> JudgeRecord:
     decoding = {k: v for k, v in identity.items() if k not in ("backend", "prompt", "model")}
-    return {
-        "name": args.name or pathlib.PurePath(args.model).name,
-        "model": args.model,
-        "backend": args.backend,
-        "prompt": args.options.get("prompt", ""),
-        "parser": args.parser,
-        "decoding": decoding,
-    }
+    return JudgeRecord(
+        name=args.name or pathlib.PurePath(args.model).name,
+        model=args.model,
+        backend=args.backend,
+        prompt=args.options.get("prompt", ""),
+        parser=args.parser,
+        decoding=decoding,
+    )
 
 
-def _written(out: pathlib.Path, found: dict[str, Any]) -> dict[str, Any]:
+def _written(out: pathlib.Path, earned: Results) -> Results:
     """Write `results.json`, in which other benchmarks of the same judge stay."""
-    path = out / "results.json"
-    before = _results(path) if path.exists() else found
-    if before["judge"] == found["judge"]:
-        found["benchmarks"] = {**before["benchmarks"], **found["benchmarks"]}
-    elif rest := before["benchmarks"].keys() - found["benchmarks"].keys():
+    path = out / results_file.NAME
+    before = results_file.read(out) if path.exists() else earned
+    if before.judge == earned.judge:
+        earned = replace(earned, benchmarks={**before.benchmarks, **earned.benchmarks})
+    elif rest := before.benchmarks.keys() - earned.benchmarks.keys():
         logging.getLogger(__name__).warning(
             "%s: the results of another judge or parser on %s are replaced", path, ", ".join(rest)
         )
-    text = json.dumps(found, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
-    return found
-
-
-def _results(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"{path} holds no results ({error}). Evaluate again.") from None
+    results_file.write(out, earned)
+    return earned
 
 
 # ------------------------------------------------------------------------------------ command
@@ -281,15 +276,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _checked(_parser().parse_args(argv))
     try:
         with _joined(args):
-            found, tasks = evaluate(args)
+            earned, tasks = evaluate(args)
     except UsageError as error:  # parts used here name settings of a training config
         raise UsageError(str(error).replace("data.prompt", "--prompt")) from error.__cause__
     hosts.gather("the results", None)
     if not hosts.is_main():
         return
-    shown = {task.benchmark.name: found["benchmarks"][task.benchmark.name] for task in tasks}
+    shown = {task.benchmark.name: earned.benchmarks[task.benchmark.name] for task in tasks}
     if args.json:
-        print(json.dumps({name: results.short(each) for name, each in shown.items()}))
+        print(json.dumps({name: results_file.headline(each) for name, each in shown.items()}))
     else:
         for task in tasks:
             lines = results.table(
@@ -299,9 +294,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.out:
             print(f"Written: {args.out}")
     lacking = [
-        f"{task.num_items - each['n']} of {task.num_items} items of {name}"
+        f"{task.num_items - each.n} of {task.num_items} items of {name}"
         for task, (name, each) in zip(tasks, shown.items(), strict=True)
-        if each["incomplete"]
+        if each.incomplete
     ]
     if lacking:
         raise RunError(

@@ -5,7 +5,7 @@ judge has numbers for is left out. The page is one file without scripts or netwo
 comes in a light and a dark version. What a judge wrote is hostile text: it is escaped, and it
 stands in boxes of its own.
 
-Left out: any arithmetic on results. statistics.py made the numbers.
+Left out: any arithmetic on results, which is the business of evaluation/.
 
     python -m jlrm.scorecard RESULTS_DIR [RESULTS_DIR ...] --out DIR      renders again, compares
 """
@@ -13,16 +13,11 @@ Left out: any arithmetic on results. statistics.py made the numbers.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
-from jlrm.config import UsageError
-from jlrm.reports.scorecard_page import write
-from jlrm.reports.values import (
-    Row,
-)
+from jlrm.reports import results_file, scorecard_page
 from jlrm.runtime import commands
 
 
@@ -37,20 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="where to write")
     arguments = parser.parse_args(argv)
-    write(arguments.out, [_read(directory) for directory in arguments.results])
+    files = [results_file.read(directory) for directory in arguments.results]
+    scorecard_page.write(arguments.out, files)
     print(arguments.out / "report.html")
-
-
-def _read(directory: pathlib.Path) -> Row:
-    path = directory / "results.json"
-    if not path.exists():
-        raise UsageError(
-            f"{directory} holds no results.json. Give what --out of an evaluation named."
-        )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UsageError(f"{path} is no JSON: {error}. Run the evaluation again.") from error
 
 
 if __name__ == "__main__":

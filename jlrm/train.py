@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import Config
-from jlrm.reports import run_page, tables, tracking
+from jlrm.reports import run_page, run_summary, tables
+from jlrm.reports.run_summary import RunSummary
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
@@ -55,18 +56,18 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     if config.grpo.steps:
         outcomes["grpo"] = grpo(run, evaluate)
     first = next(iter(outcomes.values()))
-    summary: dict[str, Any] = {"start": first.start} if first.start else {}
-    summary |= {stage: outcome.evaluation for stage, outcome in outcomes.items()}
-    summary |= {
-        "steps": config.sft.steps + config.grpo.steps,
-        "seconds": round(sum(outcome.seconds for outcome in outcomes.values()), 1),
-        "tokens": sum(outcome.num_tokens for outcome in outcomes.values()),
-    }
+    stages = {"start": first.start} if first.start else {}
+    summary = RunSummary(
+        stages=stages | {stage: outcome.evaluation for stage, outcome in outcomes.items()},
+        steps=config.sft.steps + config.grpo.steps,
+        seconds=round(sum(outcome.seconds for outcome in outcomes.values()), 1),
+        tokens=sum(outcome.num_tokens for outcome in outcomes.values()),
+    )
     if hosts.is_main():
-        tracking.summary(run.dir, summary)
+        run_summary.write(run.dir, summary)
         run_page.write_report(run.dir)
         run.mirror.push()
-    return summary
+    return summary.as_json()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from test_sampler_backend import write_model
+from judges.test_local import write_model
 
 from jlrm import evaluate
 from jlrm.config import RunError, UsageError
@@ -155,6 +155,21 @@ def test_two_recorded_judges_are_compared(reference, capsys, tmp_path):
     assert found["p_value"] < 0.01 and found["interval"][0] < found["difference"]
     evaluate.main([*map(str, (*common, other)), "--compare", str(tmp_path / "a")])
     assert "against results_judgelrm3b: -6.61 points" in capsys.readouterr().out
+
+
+def test_a_comparison_reaches_the_page(reference, capsys, tmp_path):
+    folder = reference / "pandalm"
+    common = ("--benchmark", "pandalm", "--data", folder / "testset-v1.json", "--limit", 200)
+    files = folder / "results_judgelrm3b.json", folder / "gpt-3.5-turbo-testset-v1.json"
+    ran(capsys, *common, "--verdicts", files[0], "--out", tmp_path / "a", "--no-report")
+    flags = ("--verdicts", files[1], "--out", tmp_path / "b", "--compare", tmp_path / "a")
+    compared = ran(capsys, *common, *flags)["pandalm"]["comparison"]
+    page = (tmp_path / "b" / "report.html").read_text()
+    assert "gpt-3.5-turbo-testset-v1 less results_judgelrm3b, on the same items" in page
+    low, high = compared["interval"]
+    cells = f"{compared['difference']:+.2f}<br><small>{low:.1f} to {high:.1f}</small>"
+    row = f"<th>Mean credit<td>{cells}</td><td>{compared['p_value']:.4f}"
+    assert compared["n"] == 200 and row in page
 
 
 def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from jlrm.config import UsageError
-from jlrm.reports import run_page, tracking
+from jlrm.reports import run_page, run_summary, tracking
+from jlrm.reports.run_summary import RunSummary
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
 
@@ -113,7 +114,7 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
         "sft": {"agreement": 60.25, "parse_rate": 90.0, "reward": 1.5, "mean_length": 200.0},
         "grpo": {"agreement": 72.5, "parse_rate": 99.0, "reward": 2.0, "mean_length": None},
     }
-    tracking.summary(tmp_path, results | {"steps": 34, "seconds": 3700.0, "tokens": 2_500_000})
+    run_summary.write(tmp_path, RunSummary(results, steps=34, seconds=3700.0, tokens=2_500_000))
     text, page = render(tmp_path)
     titles = [alt.split(";")[0] for alt in page.alts]
     assert sorted(titles) == sorted(
@@ -129,7 +130,7 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
 
 def test_a_run_with_sft_alone(tmp_path):
     write_sft(tmp_path)
-    tracking.summary(tmp_path, {"sft": {"agreement": 60.0, "parse_rate": 90.0}})
+    run_summary.write(tmp_path, RunSummary({"sft": {"agreement": 60.0, "parse_rate": 90.0}}))
     text, page = render(tmp_path)
     assert len(page.alts) == 3 and "GRPO" not in text and "None sampled yet" in text
     assert cells(text, "Agreement (%)") == ["60.0"]
@@ -142,13 +143,13 @@ def test_a_run_under_way_shows_its_latest_evaluation(tmp_path):
 
 
 def test_results_alone_make_a_report(tmp_path):
-    tracking.summary(tmp_path, {"start": {"agreement": 48.0}})
+    run_summary.write(tmp_path, RunSummary({"start": {"agreement": 48.0}}))
     assert cells(render(tmp_path)[0], "Agreement (%)") == ["48.0"]
 
 
 def test_values_that_are_not_finite_do_not_stop_it(tmp_path):
     write_stage(tmp_path, "grpo", 25, loss=0.0, reward=np.nan, kl=np.inf, grad_norm=1.0)
-    tracking.summary(tmp_path, {"grpo": {"agreement": 50.0, "reward": np.nan}})
+    run_summary.write(tmp_path, RunSummary({"grpo": {"agreement": 50.0, "reward": np.nan}}))
     text, page = render(tmp_path)
     assert [alt.split(";")[0] for alt in page.alts] == [
         "Held-out comparisons (%)",

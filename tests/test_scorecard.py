@@ -6,7 +6,6 @@ import base64
 import copy
 import io
 import json
-import math
 import pathlib
 import re
 import subprocess
@@ -21,15 +20,25 @@ from jlrm import scorecard
 from jlrm.config import UsageError
 from jlrm.evaluation import diagnostics, intervals
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response, outcome
-from jlrm.reports import scorecard_page, values
+from jlrm.reports import contracts, evaluated, results_file, scorecard_page
+from jlrm.reports.results_file import (
+    BenchmarkResult,
+    Diagnostics,
+    JudgeRecord,
+    PairedComparison,
+    Published,
+    Results,
+    SubsetResult,
+    WorstItem,
+)
 
 EVIL = "</pre></details><script>alert('x')</script><img src=http://evil.example/x onerror=y> | $x_"
 POLICY = {"order": "both", "tie": "half credit", "error": "wrong"}
 
 
-def random_diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
+def random_diagnostics(seed: int, num_items: int = 60) -> Diagnostics:
     rng = np.random.default_rng(seed)
-    judged, answers = [], {}
+    judged, responses = [], {}
     for number in range(num_items):
         texts = ("a" * int(rng.integers(9, 99)), "b" * int(rng.integers(9, 99)))
         item = Item(str(number), "?", texts, label=int(rng.integers(3)))
@@ -40,7 +49,7 @@ def random_diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
             is_cut = rng.random() < 0.1
             cut = GameVerdict(*order, None, None, "no_think_end")
             outcomes.append(cut if is_cut else outcome(game, scores))
-            answers[game.id] = Response(
+            responses[game.id] = Response(
                 game.id,
                 outputs=("",),
                 prompt_tokens=70,
@@ -48,58 +57,63 @@ def random_diagnostics(seed: int, num_items: int = 60) -> dict[str, Any]:
                 seconds=0.5,
             )
         judged.append(ItemVerdicts(item, tuple(outcomes)))
-    return diagnostics.summary(judged, answers)
+    return diagnostics.summary(judged, responses)
 
 
-def benchmark(seed: int, metrics: dict[str, float], **fields: Any) -> dict[str, Any]:
-    found = random_diagnostics(seed)
-    return {
+def benchmark(seed: int, metrics: dict[str, float | None], **fields: Any) -> BenchmarkResult:
+    made = random_diagnostics(seed)
+    values: dict[str, Any] = {
         "metrics": metrics,
-        "intervals": {name: [v - 3.25, v + 2.75] for name, v in metrics.items()},
+        "intervals": {n: (v - 3.25, v + 2.75) for n, v in metrics.items() if v is not None},
         "n": 1234,
         "parse_failures": 7,
         "ties": 9,
-        "statuses": found["statuses"],
+        "statuses": made.statuses,
         "policy": POLICY,
         "subsets": {
-            "easy": {"n": 40, "accuracy": 71.5, "interval": [60.0, 80.0]},
-            f"hard {EVIL}": {"n": 20, "accuracy": 31.5, "interval": [20.0, 45.0]},
+            "easy": SubsetResult(40, 71.5, (60.0, 80.0)),
+            f"hard {EVIL}": SubsetResult(20, 31.5, (20.0, 45.0)),
         },
-        "diagnostics": found,
-        "published": [
-            {
-                "judge": "JudgeLRM-7B",
-                "metric": next(iter(metrics)),
-                "value": 78.28,
-                "source": "arXiv 2504.00050, Table 1; https://example.org/paper",
-                "command": "python -m jlrm.evaluate --benchmark pandalm",
-            }
-        ],
-        "incomplete": False,
-        "worst": [
-            {
-                "item": f"item-{number}",
-                "subset": "easy",
-                "question": f"Why? {EVIL}",
-                "answers": [f"One {EVIL}", f"Two {EVIL}"],
-                "label": number,
-                "outputs": [f"first vote {EVIL}", "second vote \ud800"],
-                "scores": [[9.0, 2.5], None],
-                "credit": 0.0,
-            }
+        "diagnostics": made,
+        "published": (
+            Published(
+                "JudgeLRM-7B",
+                next(iter(metrics)),
+                78.28,
+                "arXiv 2504.00050, Table 1; https://example.org/paper",
+                "python -m jlrm.evaluate --benchmark pandalm",
+            ),
+        ),
+        "worst": tuple(
+            WorstItem(
+                item=f"item-{number}",
+                subset="easy",
+                question=f"Why? {EVIL}",
+                answers=(f"One {EVIL}", f"Two {EVIL}"),
+                label=number,
+                responses=(f"first vote {EVIL}", "second vote \ud800"),
+                scores=((9.0, 2.5), None),
+                credit=0.0,
+            )
             for number in range(3)
-        ],
-        **fields,
+        ),
     }
+    return BenchmarkResult(**values | fields)
 
 
-def judge(name: str, **benchmarks: Any) -> dict[str, Any]:
-    about = {"name": name, "model": "Qwen/Qwen2.5-3B", "backend": "jlrm", "prompt": "judgelrm"}
-    about |= {"parser": "strict", "decoding": {"temperature": 0.0, "max_new_tokens": 2048}}
-    return {"judge": about, "benchmarks": benchmarks}
+def judge(name: str, **benchmarks: BenchmarkResult) -> Results:
+    about = JudgeRecord(
+        name=name,
+        model="Qwen/Qwen2.5-3B",
+        backend="jlrm",
+        prompt="judgelrm",
+        parser="strict",
+        decoding={"temperature": 0.0, "max_new_tokens": 2048},
+    )
+    return Results(about, benchmarks)
 
 
-PAIRED = intervals.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)._asdict()
+PAIRED = intervals.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)
 RESULTS = [
     judge(
         "ours",
@@ -111,9 +125,13 @@ RESULTS = [
         pandalm=benchmark(
             2,
             {"agreement": 71.07, "f1": 57.36},
-            comparison={"other": "ours", "agreement": PAIRED, "f1": PAIRED | {"mcnemar_p": None}},
+            comparison=PairedComparison("ours", 1000, *PAIRED),
         ),
-        judgebench=benchmark(3, {"overall": 65.71, "Coding": math.nan}),
+        judgebench=benchmark(
+            3,
+            {"overall": 65.71, "Coding": None},
+            comparison=PairedComparison("ours", 1000, *PAIRED._replace(mcnemar_p=None)),
+        ),
     ),
 ]
 
@@ -163,7 +181,7 @@ class Page(HTMLParser):
         ]
 
 
-def render(out: pathlib.Path, results: list[dict[str, Any]]) -> Page:
+def render(out: pathlib.Path, results: list[Results]) -> Page:
     scorecard_page.write(out, results)
     return Page((out / "report.html").read_text())
 
@@ -212,17 +230,17 @@ def test_every_metric_of_every_judge_is_in_the_tables(page):
     for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
         assert table[""] == ["ours", f"base {EVIL}", "Published"]
         for column, result in enumerate(RESULTS):
-            entry = result["benchmarks"].get(name, {"metrics": {}})
+            entry = result.benchmarks.get(name, BenchmarkResult())
             for metric, cells in table.items():
-                value = entry["metrics"].get(metric)
+                value = entry.metrics.get(metric)
                 if metric == "" or value is None:
                     assert not metric or cells[column] == "–"
                     continue
-                low, high = entry["intervals"][metric]
+                low, high = entry.intervals[metric]
                 expected = f"{value:.2f}\n{low:.1f} to {high:.1f}"
-                assert cells[column] == expected + "\n⚠ INCOMPLETE" * entry["incomplete"]
-        metrics = {m for r in RESULTS for m in r["benchmarks"].get(name, {}).get("metrics", ())}
-        assert set(table) == {*metrics, ""} - {"Coding"}  # which is NaN
+                assert cells[column] == expected + "\n⚠ INCOMPLETE" * entry.incomplete
+        metrics = {m for r in RESULTS for m in r.benchmarks.get(name, BenchmarkResult()).metrics}
+        assert set(table) == {*metrics, ""} - {"Coding"}  # which has no value
     assert tables[0]["agreement"][2] == "78.28\nJudgeLRM-7B" and tables[0]["f1"][2] == "–"
 
 
@@ -242,71 +260,62 @@ def test_diagnostics_are_those_of_the_results(page):
     assert len(tables) == 3
     for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
         for column, result in enumerate(RESULTS):
-            found = result["benchmarks"].get(name, {}).get("diagnostics")
-            if found is None:
+            if name not in result.benchmarks:
                 assert {cells[column] for cells in table.values() if cells} <= {
                     "–",
                     "0",
                     table[""][column],
                 }
                 continue
-            rate, swaps, length = found["first"], found["lean_to_first"], found["length"]
-            low, high = rate["interval"]
+            made = result.benchmarks[name].diagnostics
+            rate, lean, failures = made.first, made.lean_to_first, made.parse_failures
+            low, high = rate.interval
             assert table["Names the answer shown first"][column] == (
-                f"{rate['percent']:.1f} %\n{low:.1f} to {high:.1f}\nn = {rate['n']}"
+                f"{rate.percent:.1f} %\n{low:.1f} to {high:.1f}\nn = {rate.n}"
             )
             assert table["Lean to the first, of the other pairs"][column] == (
-                f"{swaps['points']:+.1f} points\nn = {swaps['n']}"
+                f"{lean.points:+.1f} points\nn = {lean.n}"
             )
-            assert table["No verdict"][column].startswith(
-                f"{found['parse_failures']['percent']:.1f} %"
-            )
-            assert table["… no think end"][column] == str(found["statuses"]["no_think_end"])
+            assert table["No verdict"][column].startswith(f"{failures.percent:.1f} %")
+            assert table["… no think end"][column] == str(made.statuses["no_think_end"])
             assert table["Verdicts for the longer answer"][column].startswith(
-                f"{length['verdicts']['percent']:.1f} %"
+                f"{made.length.verdicts.percent:.1f} %"
             )
-            calibration, cost = found["calibration"], found["cost"]
-            assert (
-                table["Expected calibration error (points)"][column] == f"{calibration['ece']:.1f}"
-            )
-            assert table["Brier score (0 to 1)"][column] == f"{calibration['brier']:.3f}"
+            calibration, cost = made.calibration, made.cost
+            assert table["Expected calibration error (points)"][column] == f"{calibration.ece:.1f}"
+            assert table["Brier score (0 to 1)"][column] == f"{calibration.brier:.3f}"
             assert table["Prompt tokens a game"][column] == "70\nn = 120"
-            assert table["Generated tokens a second"][column] == f"{cost['tokens_per_second']:.0f}"
+            assert table["Generated tokens a second"][column] == f"{cost.tokens_per_second:.0f}"
 
 
 def test_confusion_matrices_and_reliability_in_numbers(page):
     matrices = [table for table in page.tables if table[0] == ["", "tie", "1", "2", "none"]]
     expected = [
-        result["benchmarks"][name]["diagnostics"]
+        result.benchmarks[name].diagnostics
         for name in ("pandalm", "rewardbench", "judgebench")
         for result in RESULTS
-        if name in result["benchmarks"]
+        if name in result.benchmarks
     ]
     assert len(matrices) == len(expected) == 4
-    for matrix, found in zip(matrices, expected, strict=True):
+    for matrix, made in zip(matrices, expected, strict=True):
         assert [row[0] for row in matrix[1:]] == ["tie", "1", "2"]
-        assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == found["confusion"][
-            "counts"
-        ]
+        counts = [[int(cell) for cell in row[1:]] for row in matrix[1:]]
+        assert counts == [list(row) for row in made.confusion.counts]
     reliability = [table for table in page.tables if table[0][0] == "Confidence (%)"]
-    for table, found in zip(reliability, expected, strict=True):
-        bins = [b for b in found["calibration"]["bins"] if b["n"]]
+    for table, made in zip(reliability, expected, strict=True):
         assert table[1:] == [
-            [
-                f"{b['from']:g} to {b['to']:g}",
-                f"{b['confidence']:.1f}",
-                f"{b['accuracy']:.1f}",
-                f"{b['n']}",
-            ]
-            for b in bins
+            [f"{b.low:g} to {b.high:g}", f"{b.confidence:.1f}", f"{b.accuracy:.1f}", f"{b.n}"]
+            for b in made.calibration.bins
+            if b.n
         ]
 
 
 def test_comparisons_and_sources_are_told(page):
-    (table,) = [t for t in page.table("") if t[""] == ["Points", "Bootstrap p", "McNemar p"]]
-    assert table["agreement"] == ["-4.50\n-8.1 to -0.9", "0.0123", "0.0456"]
-    assert table["f1"] == ["-4.50\n-8.1 to -0.9", "0.0123", "–"]
-    assert f"base {EVIL} less ours, on the same items" in page.text
+    header = ["Points", "Bootstrap p", "McNemar p", "Items"]
+    pandalm, judgebench = [table for table in page.table("") if table[""] == header]
+    assert pandalm["Mean credit"] == ["-4.50\n-8.1 to -0.9", "0.0123", "0.0456", "1,000"]
+    assert judgebench["Mean credit"] == ["-4.50\n-8.1 to -0.9", "0.0123", "–", "1,000"]
+    assert page.text.count(f"base {EVIL} less ours, on the same items") == 2
     assert "https://example.org/paper" in page.text and "jlrm.evaluate --benchmark" in page.text
 
 
@@ -317,9 +326,8 @@ def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
     card = (full / "model_card.md").read_text()
     assert "| rewardbench (INCOMPLETE) |" in card and "pandalm (INCOMPLETE)" not in card
     assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
-    complete = copy.deepcopy(RESULTS[0])
-    complete["benchmarks"]["rewardbench"]["incomplete"] = False
-    assert scorecard_page._warning(["pandalm", "rewardbench"], values.read_judges([complete])) == ""
+    complete = judge("ours", rewardbench=benchmark(1, {"overall": 75.2}))
+    assert scorecard_page._warning(["rewardbench"], evaluated.name_judges([complete])) == ""
 
 
 def test_pictures_are_pictures_in_two_themes(full, page):
@@ -352,7 +360,7 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     policy = "order: both · tie: half credit · error: wrong"
     expected = ["ours", "pandalm", "agreement", "77.68", "74.4 to 80.4", "1234", policy]
     assert rows[2] == [*expected, "judgelrm", "strict"]
-    metrics = sum(len(b["metrics"]) for r in RESULTS for b in r["benchmarks"].values())
+    metrics = sum(len(b.metrics) for r in RESULTS for b in r.benchmarks.values())
     assert [len(row) for row in rows[: metrics + 2]] == [9] * (metrics + 2)
     assert rows[metrics + 1][2:5] == ["Coding", "–", "–"]
     published = rows[metrics + 2 :]
@@ -362,15 +370,16 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     )
     text = (full / "model_card.md").read_text()
     assert "<script" not in text and "<img" not in text
-    found = RESULTS[0]["benchmarks"]["pandalm"]["diagnostics"]
-    failures, swaps = found["parse_failures"], found["consistency"]
-    assert f"no verdict in {failures['percent']:.1f} % (n = {failures['n']})" in text
-    assert f"same verdict in both orders {swaps['percent']:.1f} % (n = {swaps['n']})" in text
+    made = RESULTS[0].benchmarks["pandalm"].diagnostics
+    failures, swaps = made.parse_failures, made.consistency
+    assert f"no verdict in {failures.percent:.1f} % (n = {failures.n})" in text
+    assert f"same verdict in both orders {swaps.percent:.1f} % (n = {swaps.n})" in text
     assert "temperature 0.0" in text and "bootstrap over items" in text
 
 
 def test_one_judge_has_no_judge_column(tmp_path):
-    entry = benchmark(0, {"agreement": 50.0}, worst=[], subsets={}, diagnostics={}, published=[])
+    less = {"worst": (), "subsets": {}, "diagnostics": Diagnostics(), "published": ()}
+    entry = benchmark(0, {"agreement": 50.0}, **less)
     page = render(tmp_path, [judge("ours", pandalm=entry)])
     assert card_rows(tmp_path)[0][0] == "benchmark" and len(card_rows(tmp_path)) == 3
     assert page.table("Metric (%)")[0][""] == ["ours"]
@@ -390,7 +399,7 @@ def test_one_judge_has_no_judge_column(tmp_path):
                     "metrics": {"x": None},
                     "intervals": {"x": [None, None]},
                     "n": 0,
-                    "diagnostics": diagnostics.summary([], {}),
+                    "diagnostics": contracts.encode(diagnostics.summary([], {})),
                     "subsets": {"s": {"n": 0, "accuracy": None, "interval": None}},
                     "worst": [{}],
                 }
@@ -400,7 +409,8 @@ def test_one_judge_has_no_judge_column(tmp_path):
     ids=["nothing", "no metrics", "one metric", "nan", "nothing judged"],
 )
 def test_what_is_missing_is_left_out(tmp_path, result):
-    page = render(tmp_path, [result])
+    (tmp_path / "results.json").write_text(json.dumps(result))
+    page = render(tmp_path, [results_file.read(tmp_path)])
     assert "nan" not in page.text and "None" not in page.text
     for absent in ("Labels (rows)", "Reliability", "Calibration", "Cost", "Length", "INCOMPLETE"):
         assert absent not in page.text
@@ -411,7 +421,8 @@ def test_what_is_missing_is_left_out(tmp_path, result):
 
 
 def test_judges_of_one_name_are_told_apart(tmp_path):
-    page = render(tmp_path, [judge("same", b={"metrics": {"x": float(i)}}) for i in range(3)])
+    three = [judge("same", b=BenchmarkResult(metrics={"x": float(i)})) for i in range(3)]
+    page = render(tmp_path, three)
     assert page.table("Metric (%)")[0] == {
         "": ["same", "same (2)", "same (3)"],
         "x": ["0.00", "1.00", "2.00"],
@@ -421,8 +432,8 @@ def test_judges_of_one_name_are_told_apart(tmp_path):
 def test_the_command_renders_compares_and_refuses(tmp_path):
     for name, value in {"a": 41.0, "b": 43.0}.items():
         (tmp_path / name).mkdir()
-        content = json.dumps(judge(name, pandalm={"metrics": {"agreement": value}}))
-        (tmp_path / name / "results.json").write_text(content)
+        entry = BenchmarkResult(metrics={"agreement": value})
+        results_file.write(tmp_path / name, judge(name, pandalm=entry))
     command = [sys.executable, "-m", "jlrm.scorecard"]
     places = [str(tmp_path / name) for name in ("a", "b")]
     done = subprocess.run(
@@ -444,10 +455,45 @@ def test_the_command_explains_itself(capsys):
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[1]", "null", '{"judge": {}}', '{"judge": 1, "benchmarks": []}']
+    ("content", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "holds no JSON object"),
+        ("null", "holds no JSON object"),
+        ('{"judge": {}}', "no `judge` and `benchmarks`"),
+        ('{"judge": 1, "benchmarks": []}', "no `judge` and `benchmarks`"),
+        (
+            '{"judge": {}, "benchmarks": {"b": {"n": "x"}}}',
+            r"benchmarks\.b\.n must be a whole number, got 'x'",
+        ),
+        (
+            '{"judge": {}, "benchmarks": {"b": {"metrics": {"f1": [1]}}}}',
+            r"metrics\.f1 must be a number, got \[1\]",
+        ),
+        (
+            '{"judge": {}, "benchmarks": {"b": {"subsets": {"s": {}}}}}',
+            r"subsets\.s has no 'n'",
+        ),
+        (
+            '{"version": 2, "judge": {}, "benchmarks": {}}',
+            "is of version 2, and this program reads version 1 and older. Update jlrm",
+        ),
+    ],
 )
-def test_other_files_are_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content, message):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(UsageError, match=r"is no JSON|no `judge` and `benchmarks`"):
+    with pytest.raises(UsageError, match=message):
         scorecard.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("results", RESULTS)
+def test_results_are_read_back_as_they_were_written(tmp_path, results):
+    results_file.write(tmp_path, results)
+    assert results_file.read(tmp_path) == results
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["version"] == 1
+    content |= {"later": 1}  # a key of a newer program
+    del content["version"]  # as files were written before there was one
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    assert results_file.read(tmp_path) == results

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jlrm.evaluation.games import Game, Item, ItemVerdicts
 from jlrm.evaluation.policies import POLICIES, Policy
+from jlrm.reports.results_file import Published
 
 
 class Credit(NamedTuple):
@@ -20,16 +21,6 @@ class Credit(NamedTuple):
     credit: float  # 0 to 1
     verdicts: tuple[int | None, ...] = ()  # of the games, as labels of the item
     detail: Any = None  # the benchmark's own
-
-
-class Published(NamedTuple):
-    """A number that others report, and the command that follows their protocol as far as known."""
-
-    judge: str
-    metric: str
-    value: float  # percent
-    source: str
-    command: str = ""
 
 
 class Benchmark(NamedTuple):

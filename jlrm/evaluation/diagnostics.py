@@ -4,9 +4,6 @@ Intervals resample *items*: the games of one item hang together, so they are dra
 95 % percentile intervals of a bootstrap, from a seed of their own and hence the same in every run.
 A rate that is 0 or 100 % in the sample has an interval without width; its `n` says what that means.
 
-In the diagnostics of `summary` a rate is `{"percent", "n"}`, with an `interval` where items are
-resampled, and None stands for what there is nothing to compute from; all of it is plain JSON.
-
 Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
 """
 
@@ -15,13 +12,26 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
 from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles
 from jlrm.judgement.verdict import implied_probability, is_consistent, preferred, swap_preference
+from jlrm.reports.results_file import (
+    Amount,
+    Calibration,
+    CalibrationBin,
+    Confusion,
+    Diagnostics,
+    ItemRate,
+    JudgingCost,
+    Lean,
+    LengthBias,
+    LengthCorrelation,
+    Rate,
+)
 
 NUM_BINS = 10
 
@@ -50,9 +60,9 @@ class Play(NamedTuple):
 
 
 def summary(
-    judged: Sequence[ItemVerdicts], answers: Mapping[str, Response], *, span: float | None = None
-) -> dict[str, Any]:
-    """Return the diagnostics of a judge on one benchmark; `answers` by the id of their game.
+    judged: Sequence[ItemVerdicts], responses: Mapping[str, Response], *, span: float | None = None
+) -> Diagnostics:
+    """Return the diagnostics of a judge on one benchmark; `responses` by the id of their game.
 
     span: the margin of two scores that states certainty; by default the distance between the
     lowest and the highest score seen. Raises ValueError for a span that is not positive.
@@ -62,50 +72,52 @@ def summary(
     plays = list(_plays(judged))
     verdicts = [play for play in plays if play.outcome.preference is not None]
     labels = [play.label for play in plays if play.label in (1, 2)]
-    return {
-        "items": len(judged),
-        "games": len(plays),
-        "statuses": dict(Counter(play.outcome.status for play in plays).most_common()),
-        "parse_failures": _rate(len(plays) - len(verdicts), len(plays)),
-        "ties": _rate(sum(p.outcome.preference == 0 for p in verdicts), len(verdicts)),
-        "first": _share_naming(judged, 1),
-        "second": _share_naming(judged, 2),
-        "labels_first": _rate(labels.count(1), len(labels)),
-        **_swaps(judged),
-        "length": _length(plays),
-        "calibration": _calibration(plays, span),
-        "confusion": _confusion(plays),
-        "cost": _cost(plays, answers),
-    }
+    consistency, lean_to_first = _swaps(judged)
+    return Diagnostics(
+        items=len(judged),
+        games=len(plays),
+        statuses=dict(Counter(play.outcome.status for play in plays).most_common()),
+        parse_failures=_rate(len(plays) - len(verdicts), len(plays)),
+        ties=_rate(sum(p.outcome.preference == 0 for p in verdicts), len(verdicts)),
+        first=_share_naming(judged, 1),
+        second=_share_naming(judged, 2),
+        labels_first=_rate(labels.count(1), len(labels)),
+        consistency=consistency,
+        lean_to_first=lean_to_first,
+        length=_length(plays),
+        calibration=_calibration(plays, span),
+        confusion=_confusion(plays),
+        cost=_cost(plays, responses),
+    )
 
 
 def _plays(judged: Sequence[ItemVerdicts]) -> Iterator[Play]:
     return (Play(each.item, outcome) for each in judged for outcome in each.outcomes)
 
 
-def _rate(count: int, n: int) -> dict[str, Any]:
-    return {"percent": 100 * count / n if n else None, "n": n}
+def _rate(count: int, n: int) -> Rate:
+    return Rate(100 * count / n if n else None, n)
 
 
-def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> dict[str, Any]:
+def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> ItemRate:
     """Return sum(counts) / sum(sizes) over items, with its interval."""
     rate = _rate(sum(counts), sum(sizes))
-    if not rate["n"]:
-        return rate | {"interval": None}
+    if not rate.n:
+        return ItemRate(None, 0)
     pairs, weights = np.unique(np.stack([counts, sizes], 1), axis=0, return_counts=True)
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(counts), weights / len(counts), NUM_RESAMPLES) @ pairs
     kept = drawn[drawn[:, 1] > 0]
-    return rate | {"interval": list(percentiles(100 * kept[:, 0] / kept[:, 1]))}
+    return ItemRate(rate.percent, rate.n, percentiles(100 * kept[:, 0] / kept[:, 1]))
 
 
-def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> dict[str, Any]:
+def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> ItemRate:
     """Return how many of all verdicts, ties among them, name the answer shown at a place."""
     said = [[o.preference for o in each.outcomes if o.preference is not None] for each in judged]
     return _item_rate([row.count(place) for row in said], [len(row) for row in said])
 
 
-def _swaps(judged: Sequence[ItemVerdicts]) -> dict[str, Any]:
+def _swaps(judged: Sequence[ItemVerdicts]) -> tuple[ItemRate | None, Lean | None]:
     """Compare the verdicts on pairs of answers that were shown in both orders.
 
     Consistent: both verdicts name the same answer, or both a tie; a pair with a verdict missing is
@@ -124,15 +136,15 @@ def _swaps(judged: Sequence[ItemVerdicts]) -> dict[str, Any]:
         consistent.append(sum(is_consistent(*pair) for pair in pairs))
         leans += [pair for pair in pairs if pair[0] != pair[1] and None not in pair]
     if not sum(sizes):
-        return {"consistency": None, "lean_to_first": None}
+        return None, None
     # The first game showed the first answer first, the other game the second.
     num_first = sum(one == 1 or (one == 0 and two == 2) for one, two in leans)
     points = 100 * (2 * num_first - len(leans)) / len(leans) if leans else None
-    lean = {"points": points, "n": len(leans), "first": num_first, "second": len(leans) - num_first}
-    return {"consistency": _item_rate(consistent, sizes), "lean_to_first": lean}
+    lean = Lean(points, len(leans), num_first, len(leans) - num_first)
+    return _item_rate(consistent, sizes), lean
 
 
-def _length(plays: Sequence[Play]) -> dict[str, Any] | None:
+def _length(plays: Sequence[Play]) -> LengthBias | None:
     """Relate verdicts to the lengths of the answers; None where no verdict can show anything.
 
     verdicts, labels: the share that names the longer answer; ties and answers of equal length are
@@ -156,16 +168,16 @@ def _length(plays: Sequence[Play]) -> dict[str, Any] | None:
     verdict = np.array([play.outcome.preference == 1 for play in both], dtype=float)
     label = np.array([play.label == 1 for play in both], dtype=float)
     of_verdicts, of_labels = _correlation(verdict, ratio), _correlation(label, ratio)
-    return {
-        "verdicts": _rate(longer, len(named)),
-        "labels": _rate(sum(labels.values()), len(labels)),
-        "correlation": {
-            "verdicts": of_verdicts,
-            "labels": of_labels,
-            "verdicts_given_label": _partial(of_verdicts, _correlation(verdict, label), of_labels),
-            "n": len(both),
-        },
-    }
+    return LengthBias(
+        verdicts=_rate(longer, len(named)),
+        labels=_rate(sum(labels.values()), len(labels)),
+        correlation=LengthCorrelation(
+            verdicts=of_verdicts,
+            labels=of_labels,
+            verdicts_given_label=_partial(of_verdicts, _correlation(verdict, label), of_labels),
+            n=len(both),
+        ),
+    )
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -182,7 +194,7 @@ def _partial(xy: float | None, xz: float | None, yz: float | None) -> float | No
     return (xy - xz * yz) / math.sqrt(left) if left > 1e-12 else None
 
 
-def _calibration(plays: Sequence[Play], span: float | None) -> dict[str, Any] | None:
+def _calibration(plays: Sequence[Play], span: float | None) -> Calibration | None:
     """Compare the confidence that margins state with how often the higher score is right.
 
     A margin of 0 states 1/2, one of `span` states certainty, linear between. Games with two scores
@@ -205,56 +217,60 @@ def _calibration(plays: Sequence[Play], span: float | None) -> dict[str, Any] | 
         _bin(number, confidence[numbers == number], right[numbers == number])
         for number in range(NUM_BINS)
     ]
-    gaps = [b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins if b["n"]]
-    return {
-        "span": float(span),
-        "n": len(told),
-        "ties": len(known) - len(told),
-        "confidence": 100 * float(confidence.mean()),
-        "accuracy": 100 * float(right.mean()),
-        "ece": sum(gaps) / len(told),
-        "brier": float(((confidence - right) ** 2).mean()),
-        "bins": bins,
-    }
+    gaps = [
+        each.n * abs(each.accuracy - each.confidence)
+        for each in bins
+        if each.accuracy is not None and each.confidence is not None
+    ]
+    return Calibration(
+        span=float(span),
+        n=len(told),
+        ties=len(known) - len(told),
+        confidence=100 * float(confidence.mean()),
+        accuracy=100 * float(right.mean()),
+        ece=sum(gaps) / len(told),
+        brier=float(((confidence - right) ** 2).mean()),
+        bins=tuple(bins),
+    )
 
 
-def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> CalibrationBin:
     low, width = 50 + 50 * number / NUM_BINS, 50 / NUM_BINS
-    means = (100 * float(values.mean()) if values.size else None for values in (confidence, right))
-    return {
-        "from": low,
-        "to": low + width,
-        "n": int(right.size),
-        **dict(zip(("confidence", "accuracy"), means, strict=True)),
-    }
+    means = [100 * float(values.mean()) if values.size else None for values in (confidence, right)]
+    return CalibrationBin(low, low + width, int(right.size), *means)
 
 
-def _confusion(plays: Sequence[Play]) -> dict[str, Any] | None:
+def _confusion(plays: Sequence[Play]) -> Confusion | None:
     """Count the games of items with two answers and a label: label by verdict, in item order."""
     labelled = [p for p in plays if len(p.item.answers) == 2 and p.item.label is not None]
     counts = Counter((play.item.label, play.outcome.in_order) for play in labelled)
     rows, columns = (0, 1, 2), (0, 1, 2, None)
     if not labelled:
         return None
-    return {
-        "labels": list(rows),
-        "verdicts": list(columns),
-        "counts": [[counts[row, column] for column in columns] for row in rows],
-        "n": len(labelled),
-    }
+    return Confusion(
+        labels=rows,
+        verdicts=columns,
+        counts=tuple(tuple(counts[row, column] for column in columns) for row in rows),
+        n=len(labelled),
+    )
 
 
-def _cost(plays: Sequence[Play], answers: Mapping[str, Response]) -> dict[str, Any] | None:
+def _cost(plays: Sequence[Play], responses: Mapping[str, Response]) -> JudgingCost | None:
     """Add up what the games took; each mean is over the `n` games that recorded it."""
     ids = (Game(item, outcome.first, outcome.second).id for item, outcome in plays)
-    found = [answers[game] for game in ids if game in answers]
-    cost: dict[str, Any] = {}
-    for name in ("num_tokens", "prompt_tokens", "seconds"):
-        values = [value for each in found if (value := getattr(each, name)) is not None]
-        if values:
-            cost[name] = {"total": sum(values), "mean": sum(values) / len(values), "n": len(values)}
-    timed = [each for each in found if each.num_tokens is not None and each.seconds]
-    if timed:
-        seconds = sum(each.seconds or 0.0 for each in timed)
-        cost["tokens_per_second"] = sum(each.num_tokens or 0 for each in timed) / seconds
-    return cost or None
+    own = [responses[game] for game in ids if game in responses]
+    timed = [each for each in own if each.num_tokens is not None and each.seconds]
+    seconds = sum(each.seconds or 0.0 for each in timed)
+    num_tokens = sum(each.num_tokens or 0 for each in timed)
+    cost = JudgingCost(
+        num_tokens=_amount([each.num_tokens for each in own]),
+        prompt_tokens=_amount([each.prompt_tokens for each in own]),
+        seconds=_amount([each.seconds for each in own]),
+        tokens_per_second=num_tokens / seconds if timed else None,
+    )
+    return None if cost == JudgingCost() else cost
+
+
+def _amount(values: Sequence[float | None]) -> Amount | None:
+    known = [value for value in values if value is not None]
+    return Amount(sum(known), sum(known) / len(known), len(known)) if known else None

@@ -7,49 +7,51 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import Any
 
-from jlrm.reports.values import (
-    Judge,
-    as_number,
-    find_value,
+from jlrm.reports.evaluated import (
+    EvaluatedJudge,
     number_text,
     policy_text,
     published_rows,
     range_text,
+    value_at,
 )
+from jlrm.reports.results_file import BenchmarkResult
 
 
-def model_card(judges: Sequence[Judge]) -> str:
+def model_card(judges: Sequence[EvaluatedJudge]) -> str:
     """Return Markdown for a model card: every metric, under what rules, and what to know of it."""
+    is_named = len(judges) > 1
     columns = ["benchmark", "metric", "value (%)", "95 % interval", "n", "policy"]
     columns += ["prompt", "parser"]
-    rows = []
-    for judge in judges:
-        for name, entry in judge.benchmarks.items():
-            for metric, value in (entry.get("metrics") or {}).items():
-                mark = " (INCOMPLETE)" if entry.get("incomplete") else ""
-                interval = range_text((entry.get("intervals") or {}).get(metric))
-                cells = [name + mark, metric, number_text(value) or "–", interval or "–"]
-                cells += [entry.get("n", "–"), policy_text(entry) or "–"]
-                cells += [judge.about.get("prompt") or "–", judge.about.get("parser") or "–"]
-                rows.append([judge.name, *cells] if len(judges) > 1 else cells)
-    header = ["judge", *columns] if len(judges) > 1 else columns
+    header = ["judge", *columns] if is_named else columns
+    rows = [
+        [judge.name, *cells] if is_named else cells
+        for judge in judges
+        for name, result in judge.benchmarks.items()
+        for cells in _metric_rows(judge, name, result)
+    ]
     lines = ["## Evaluation", "", *_markdown(header, rows), ""]
     published = [
-        [
-            name,
-            row.get("judge"),
-            row.get("metric"),
-            number_text(row.get("value")),
-            row.get("source"),
-        ]
+        [name, row.judge, row.metric, number_text(row.value), row.source]
         for name in dict.fromkeys(name for judge in judges for name in judge.benchmarks)
         for row in published_rows(name, judges)
     ]
     if published:
         header = ["benchmark", "judge", "metric", "value (%)", "source"]
         lines += ["### Published values", "", *_markdown(header, published), ""]
-    notes = [note for judge in judges for note in _notes(judge, len(judges) > 1)]
+    notes = [note for judge in judges for note in _notes(judge, is_named)]
     return "\n".join([*lines, "### Notes", "", *(f"* {note}" for note in notes + NOTES), ""])
+
+
+def _metric_rows(
+    judge: EvaluatedJudge, name: str, result: BenchmarkResult
+) -> Iterator[list[object]]:
+    mark = " (INCOMPLETE)" if result.incomplete else ""
+    rules = [policy_text(result), judge.about.prompt, judge.about.parser]
+    for metric, value in result.metrics.items():
+        interval = range_text(result.intervals.get(metric))
+        numbers = [number_text(value) or "–", interval or "–", result.n]
+        yield [name + mark, metric, *numbers, *(text or "–" for text in rules)]
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
@@ -63,25 +65,28 @@ def _plain(value: Any) -> str:
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", text)
 
 
-def _notes(judge: Judge, is_named: bool) -> Iterator[str]:
+def _notes(judge: EvaluatedJudge, is_named: bool) -> Iterator[str]:
     """Say of each benchmark what its metrics do not show."""
-    decoding = ", ".join(f"{k} {v}" for k, v in (judge.about.get("decoding") or {}).items())
-    about = [f"{k} {judge.about[k]}" for k in ("model", "backend") if judge.about.get(k)]
-    if parts := [*about, *([f"decoding: {decoding}"] if decoding else [])]:
+    about = judge.about
+    decoding = ", ".join(f"{name} {value}" for name, value in about.decoding.items())
+    facts = {"model": about.model, "backend": about.backend, "decoding:": decoding}
+    if parts := [f"{name} {value}" for name, value in facts.items() if value]:
         yield _plain(f"{judge.name}: {'; '.join(parts)}.")
-    for name, entry in judge.benchmarks.items():
+    for name, result in judge.benchmarks.items():
         start = f"{judge.name}, {name}" if is_named else name
-        if entry.get("incomplete"):
+        if result.incomplete:
             yield f"**{_plain(start)}: INCOMPLETE. Not all games were judged.**"
-        facts = []
-        for title, path in NOTED.items():
-            found = find_value(entry, f"diagnostics.{path}") or {}
-            if as_number(found.get("percent")) is not None:
-                facts.append(f"{title} {found['percent']:.1f} % (n = {found['n']:,})")
-        if (ece := as_number(find_value(entry, "diagnostics.calibration.ece"))) is not None:
-            facts.append(f"calibration error {ece:.1f} points")
-        if facts:
-            yield _plain(f"{start}: {'; '.join(facts)}.")
+        if parts := list(_facts(result)):
+            yield _plain(f"{start}: {'; '.join(parts)}.")
+
+
+def _facts(result: BenchmarkResult) -> Iterator[str]:
+    for title, path in NOTED.items():
+        rate = value_at(result.diagnostics, path)
+        if rate is not None and rate.percent is not None:
+            yield f"{title} {rate.percent:.1f} % (n = {rate.n:,})"
+    if calibration := result.diagnostics.calibration:
+        yield f"calibration error {calibration.ece:.1f} points"
 
 
 NOTED = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
 import pathlib
 import re
 from collections import Counter
@@ -17,6 +16,8 @@ import numpy as np
 
 from jlrm.config import UsageError
 from jlrm.judgement.verdict import preferred
+from jlrm.reports import run_summary
+from jlrm.reports.run_summary import RunSummary
 from jlrm.reports.theme import CSS, DARK, LIGHT, Theme
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.storage import write_atomically
@@ -77,13 +78,13 @@ def write_report(run_dir: pathlib.Path) -> None:
 
     Raises UsageError if it holds neither `metrics.jsonl` nor `summary.json`.
     """
-    rows, summary_path = read_metrics(run_dir), run_dir / "summary.json"
-    if not rows and not summary_path.exists():
+    rows, summary = read_metrics(run_dir), run_summary.read(run_dir)
+    if not rows and summary is None:
         raise UsageError(
             f"{run_dir} holds no metrics.jsonl and no summary.json. "
             "Give the directory of a training run (run.dir of its configuration)."
         )
-    summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
+    summary = summary or RunSummary({})  # a run under way has none yet
     config_path = run_dir / "config.yaml"
     charts = _charts(rows, summary)
     if charts:
@@ -102,7 +103,7 @@ def write_report(run_dir: pathlib.Path) -> None:
 
 def picture(run_dir: pathlib.Path) -> bytes | None:
     """Return the curves of a run so far as PNG; None as long as there are none."""
-    charts = _charts(read_metrics(run_dir), {})
+    charts = _charts(read_metrics(run_dir), RunSummary({}))
     return _draw(charts, LIGHT, 3, run_dir.resolve().name) if charts else None
 
 
@@ -117,7 +118,7 @@ def _num_steps(rows: list[Row]) -> dict[str, int]:
     return {row["stage"]: row["step"] for row in rows}
 
 
-def _charts(rows: list[Row], summary: Row) -> list[Chart]:
+def _charts(rows: list[Row], summary: RunSummary) -> list[Chart]:
     names = dict.fromkeys(name for row in rows for name in row)
     terms = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
     charts = [_held_out_chart(rows, summary)]
@@ -133,14 +134,14 @@ def _charts(rows: list[Row], summary: Row) -> list[Chart]:
     return [(panel, lines) for panel, lines in present if lines]
 
 
-def _held_out_chart(rows: list[Row], summary: Row) -> Chart:
+def _held_out_chart(rows: list[Row], summary: RunSummary) -> Chart:
     """Put all evaluations on one axis of steps, SFT's and then GRPO's; 0 is before training."""
     num_steps = _num_steps(rows)
     lines = []
     for name in ("agreement", "parse_rate"):
         points: dict[float, float] = {}
         for stage, offset in {"start": 0, "sft": 0, "grpo": num_steps.get("sft", 0)}.items():
-            if (value := summary.get(stage, {}).get(name)) is not None:
+            if (value := summary.stages.get(stage, {}).get(name)) is not None:
                 points[offset + num_steps.get(stage, 0)] = float(value)
             x, y = _series(rows, stage, f"eval/{name}")
             points |= zip(x + offset, y, strict=True)
@@ -225,9 +226,9 @@ def _chart_html(panel: Panel, lines: list[Line]) -> str:
     )
 
 
-def _cost(summary: Row) -> str:
-    hours, minutes = divmod(round(float(summary.get("seconds") or 0) / 60), 60)
-    tokens = float(summary.get("tokens") or 0) / 1e6
+def _cost(summary: RunSummary) -> str:
+    hours, minutes = divmod(round(summary.seconds / 60), 60)
+    tokens = summary.tokens / 1e6
     return f"{hours} h {minutes} min, {tokens:,.1f} million tokens" if tokens else "Under way."
 
 
@@ -236,14 +237,14 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def _results_html(rows: list[Row], summary: Row) -> str:
+def _results_html(rows: list[Row], summary: RunSummary) -> str:
     """Tabulate held-out results; a stage still under way shows its latest evaluation."""
     results: dict[str, Row] = {}
     for stage in STAGES:
         latest = {name: _series(rows, stage, f"eval/{name}")[1][-1:] for name in RESULTS}
         so_far = {name: values[0] for name, values in latest.items() if values.size}
-        if found := summary.get(stage) or so_far:
-            results[stage] = {name: float(v) for name, v in found.items() if v is not None}
+        if latest_or_final := summary.stages.get(stage) or so_far:
+            results[stage] = {n: float(v) for n, v in latest_or_final.items() if v is not None}
     stages = [STAGES[stage] for stage in results]
     lines = [["", *stages, *([" → ".join(stages[-2:])] if len(stages) > 1 else [])]]
     for name, (title, digits) in RESULTS.items():

@@ -11,17 +11,15 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from jlrm.reports.theme import DARK, LIGHT, Theme
-from jlrm.reports.values import (
-    Judge,
-    Row,
-    as_interval,
-    as_number,
-    entries_of,
-    find_value,
+from jlrm.reports.evaluated import (
+    EvaluatedJudge,
     headline_metric,
     published_rows,
+    results_of,
+    whole_interval,
 )
+from jlrm.reports.results_file import BenchmarkResult, Interval
+from jlrm.reports.theme import DARK, LIGHT, Theme
 
 MARKERS = "osD^vP"  # with the colours: judges are told apart without them
 WIDTH = 4.2  # of a picture, inches: legible on a phone
@@ -83,7 +81,7 @@ def _axes(figure: Any, theme: Theme, grid: str = "x", place: Any = 111) -> Any:
 
 
 def _legend(
-    figure: Any, theme: Theme, judges: Sequence[Judge], has_published: bool = False
+    figure: Any, theme: Theme, judges: Sequence[EvaluatedJudge], has_published: bool = False
 ) -> None:
     from matplotlib.lines import Line2D
 
@@ -148,18 +146,18 @@ def _wrap(text: str, width: int = 20) -> str:
     return "\n".join(textwrap.wrap(text, width)[:3])
 
 
-def headline_chart(names: Sequence[str], judges: Sequence[Judge]) -> Chart | None:
+def headline_chart(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> Chart | None:
     """Chart every benchmark's headline metric with its interval, beside published ones."""
     rows: Dots = []
     published: list[list[float]] = []
     for name in names:
         metric = headline_metric(name, judges)
-        points = [_metric_point(entry, metric) for entry in entries_of(name, judges)]
+        points = [_metric_point(result, metric) for result in results_of(name, judges)]
         if any(points):
             mark = "\nINCOMPLETE" if any(point and point.is_part for point in points) else ""
             rows.append((_wrap(name) + mark, points))
-            found = [r for r in published_rows(name, judges) if r.get("metric") == metric]
-            published.append([v for r in found if (v := as_number(r.get("value"))) is not None])
+            rows_of_all = published_rows(name, judges)
+            published.append([row.value for row in rows_of_all if row.metric == metric])
     if not rows:
         return None
 
@@ -172,29 +170,27 @@ def headline_chart(names: Sequence[str], judges: Sequence[Judge]) -> Chart | Non
     return Chart(HEADLINE_TITLE, _dots_height(rows, len(judges)) + 0.3, draw)
 
 
-def _point(value: Any, interval: Any, is_part: bool = False) -> _Point | None:
-    number = as_number(value)
-    return None if number is None else _Point(number, as_interval(interval), is_part)
+def _point(value: float | None, interval: Interval | None, is_part: bool = False) -> _Point | None:
+    return None if value is None else _Point(value, whole_interval(interval), is_part)
 
 
-def _metric_point(entry: Row, metric: str) -> _Point | None:
-    value, interval = ((entry.get(key) or {}).get(metric) for key in ("metrics", "intervals"))
-    return _point(value, interval, bool(entry.get("incomplete")))
+def _metric_point(result: BenchmarkResult, metric: str) -> _Point | None:
+    value, interval = result.metrics.get(metric), result.intervals.get(metric)
+    return _point(value, interval, result.incomplete)
 
 
-def order_charts(names: Sequence[str], judges: Sequence[Judge]) -> list[Chart | None]:
+def order_charts(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> list[Chart | None]:
     """Chart what the order of the answers does: agreement of both orders, the lean to a place."""
     rows: Dots = []
     bars: list[tuple[str, int, float, float]] = []  # label, judge, shares of first and second
     for name in names:
         points: list[_Point | None] = []
-        for number, entry in enumerate(entries_of(name, judges)):
-            rate = find_value(entry, "diagnostics.consistency") or {}
-            points.append(_point(rate.get("percent"), rate.get("interval")))
-            first = as_number(find_value(entry, "diagnostics.first.percent"))
-            second = as_number(find_value(entry, "diagnostics.second.percent"))
-            if first is not None and second is not None:
-                bars.append((_wrap(name), number, first, second))
+        for number, result in enumerate(results_of(name, judges)):
+            diagnostics = result.diagnostics
+            rate, first, second = diagnostics.consistency, diagnostics.first, diagnostics.second
+            points.append(_point(rate.percent, rate.interval) if rate else None)
+            if first and second and first.percent is not None and second.percent is not None:
+                bars.append((_wrap(name), number, first.percent, second.percent))
         if any(points):
             rows.append((_wrap(name), points))
 
@@ -215,7 +211,10 @@ def order_charts(names: Sequence[str], judges: Sequence[Judge]) -> list[Chart | 
 
 
 def _draw_places(
-    figure: Any, theme: Theme, bars: list[tuple[str, int, float, float]], judges: Sequence[Judge]
+    figure: Any,
+    theme: Theme,
+    bars: list[tuple[str, int, float, float]],
+    judges: Sequence[EvaluatedJudge],
 ) -> None:
     axes = _axes(figure, theme)
     first_colour, second_colour = theme.colours[2:4]  # the first ones are judges'
@@ -235,14 +234,14 @@ def _draw_places(
     axes.set_xlim(0, 100)
 
 
-def subset_chart(name: str, judges: Sequence[Judge]) -> Chart | None:
+def subset_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     """Chart the accuracy on a benchmark's subsets; None where it has none."""
-    entries = [entry.get("subsets") or {} for entry in entries_of(name, judges)]
+    subsets = [result.subsets for result in results_of(name, judges)]
     rows: Dots = []
-    for subset in dict.fromkeys(subset for each in entries for subset in each):
-        found = [each.get(subset) or {} for each in entries]
-        points = [_point(each.get("accuracy"), each.get("interval")) for each in found]
-        n = next((f"  ({each['n']:,})" for each in found if each.get("n") is not None), "")
+    for subset in dict.fromkeys(subset for each in subsets for subset in each):
+        own = [each.get(subset) for each in subsets]
+        points = [_point(each.accuracy, each.interval) if each else None for each in own]
+        n = next(f"  ({each.n:,})" for each in own if each)
         if any(points):
             rows.append((_wrap(subset + n, 26), points))
     if not rows:
@@ -274,12 +273,10 @@ def _draw_bars(figure: Any, theme: Theme, rows: Dots, num_judges: int) -> None:
     axes.set_xlim(0, 100)
 
 
-def reliability_chart(name: str, judges: Sequence[Judge]) -> Chart | None:
+def reliability_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     """Chart how often a verdict is right against the confidence that its margin implies."""
-    calibrations = [
-        find_value(e, "diagnostics.calibration") or {} for e in entries_of(name, judges)
-    ]
-    bins = [[b for b in each.get("bins") or [] if b["n"]] for each in calibrations]
+    calibrations = [result.diagnostics.calibration for result in results_of(name, judges)]
+    bins = [[b for b in each.bins if b.n] if each else [] for each in calibrations]
     if not any(bins):
         return None
     title = f"Reliability: {name}"
@@ -289,13 +286,13 @@ def reliability_chart(name: str, judges: Sequence[Judge]) -> Chart | None:
         curve = _axes(figure, theme, "both", grid[0])
         counts = _axes(figure, theme, "y", grid[1])
         curve.plot([50, 100], [50, 100], color=theme.ink, lw=0.8, ls=":")
-        for number, found in enumerate(bins):
+        for number, own in enumerate(bins):
             colour, marker = _colour(theme, number), MARKERS[number % 6]
-            x, y = ([b[key] for b in found] for key in ("confidence", "accuracy"))
+            x, y = [b.confidence for b in own], [b.accuracy for b in own]
             curve.plot(x, y, color=colour, marker=marker, ms=5, lw=1.5)
             width = 4 / len(bins)
-            places = [b["from"] + 0.5 + width * (number + 0.5) for b in found]
-            counts.bar(places, [b["n"] for b in found], width=0.9 * width, color=colour)
+            places = [b.low + 0.5 + width * (number + 0.5) for b in own]
+            counts.bar(places, [b.n for b in own], width=0.9 * width, color=colour)
         curve.set_ylabel("accuracy (%)", color=theme.ink, fontsize=8)
         counts.set_ylabel("games", color=theme.ink, fontsize=8)
         counts.set_xlabel("confidence stated by the margin (%)", color=theme.ink, fontsize=8)

@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from jlrm.reports import theme
+from jlrm.reports.evaluated import (
+    EvaluatedJudge,
+    diagnostic_cell,
+    headline_metric,
+    html_cell,
+    html_cells,
+    html_names,
+    html_table,
+    name_judges,
+    number_text,
+    policy_text,
+    published_rows,
+    range_text,
+    results_of,
+    value_at,
+)
 from jlrm.reports.model_card import model_card
+from jlrm.reports.results_file import (
+    BenchmarkResult,
+    PairedComparison,
+    Published,
+    Results,
+    WorstItem,
+)
 from jlrm.reports.scorecard_charts import (
     charts_html,
     draw_charts,
@@ -18,24 +40,6 @@ from jlrm.reports.scorecard_charts import (
     subset_chart,
 )
 from jlrm.reports.theme import LIGHT
-from jlrm.reports.values import (
-    Judge,
-    Row,
-    as_number,
-    diagnostic_cell,
-    entries_of,
-    find_value,
-    headline_metric,
-    html_cell,
-    html_cells,
-    html_names,
-    html_table,
-    number_text,
-    policy_text,
-    published_rows,
-    range_text,
-    read_judges,
-)
 from jlrm.runtime.storage import write_atomically
 
 DIAGNOSTICS = (  # title, path in `diagnostics`, digits of a plain number
@@ -70,12 +74,9 @@ DIAGNOSTICS = (  # title, path in `diagnostics`, digits of a plain number
 )
 
 
-def write(out: pathlib.Path, results: list[Row]) -> None:
-    """Write `report.html`, `report.png` and `model_card.md` into a directory.
-
-    Each entry of `results` is the content of one `results.json`. Raises UsageError for others.
-    """
-    judges = read_judges(results)
+def write(out: pathlib.Path, files: Sequence[Results]) -> None:
+    """Write `report.html`, `report.png` and `model_card.md` of results files into a directory."""
+    judges = name_judges(files)
     names = list(dict.fromkeys(name for judge in judges for name in judge.benchmarks))
     glance = [headline_chart(names, judges), *order_charts(names, judges)]
     title = " and ".join(judge.name for judge in judges)
@@ -100,12 +101,12 @@ def write(out: pathlib.Path, results: list[Row]) -> None:
     write_atomically(out / "model_card.md", model_card(judges).encode(errors="replace"))
 
 
-def _warning(names: Sequence[str], judges: Sequence[Judge]) -> str:
+def _warning(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> str:
     lines = [
         f"<li>{escape(judge.name)}: {escape(name)}"
         for judge in judges
         for name in names
-        if (judge.benchmarks.get(name) or {}).get("incomplete")
+        if judge.result(name).incomplete
     ]
     if not lines:
         return ""
@@ -115,33 +116,32 @@ def _warning(names: Sequence[str], judges: Sequence[Judge]) -> str:
     )
 
 
-def _metric_cell(entry: Row, metric: str) -> str:
-    interval = range_text((entry.get("intervals") or {}).get(metric))
-    cell = html_cell(number_text((entry.get("metrics") or {}).get(metric)), interval)
-    is_part = cell and entry.get("incomplete")
+def _metric_cell(result: BenchmarkResult, metric: str) -> str:
+    interval = range_text(result.intervals.get(metric))
+    cell = html_cell(number_text(result.metrics.get(metric)), interval)
+    is_part = cell and result.incomplete
     return cell + '<br><small class="wrong">⚠ INCOMPLETE</small>' if is_part else cell
 
 
-def _published_cell(rows: Sequence[Row], metric: str) -> str:
-    found = [row for row in rows if row.get("metric") == metric]
+def _published_cell(rows: Sequence[Published], metric: str) -> str:
     values = "<br>".join(
-        html_cell(number_text(r.get("value")), str(r.get("judge", ""))) for r in found
+        html_cell(number_text(row.value), row.judge) for row in rows if row.metric == metric
     )
     return f'<span class="loose">{values}</span>' if values else ""
 
 
-def _headline_table(names: Sequence[str], judges: Sequence[Judge]) -> str:
+def _headline_table(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> str:
     lines = []
     for number, name in enumerate(names):
         metric, published = headline_metric(name, judges), published_rows(name, judges)
-        entries = entries_of(name, judges)
-        cells = [_metric_cell(entry, metric) for entry in entries]
+        results = results_of(name, judges)
+        cells = [_metric_cell(result, metric) for result in results]
         cells.append(_published_cell(published, metric))
-        n = ", ".join(dict.fromkeys(f"{e['n']:,}" for e in entries if as_number(e.get("n"))))
+        n = ", ".join(dict.fromkeys(f"{result.n:,}" for result in results if result.n))
         head = f'<a href="#b{number}">{escape(name)}</a><br><small>{escape(metric)}'
         head += f", n = {n}</small>" if n else "</small>"
         lines.append(f"<tr><th>{head}{html_cells(cells)}")
-        for policy in dict.fromkeys(filter(None, map(policy_text, entries))):
+        for policy in dict.fromkeys(filter(None, map(policy_text, results))):
             span = len(judges) + 2
             lines.append(
                 f'<tr class="policy loose"><td colspan="{span}"><small>{escape(policy)}</small>'
@@ -152,21 +152,20 @@ def _headline_table(names: Sequence[str], judges: Sequence[Judge]) -> str:
     return f'<div class="wide"><table class="headline">{header}{"".join(lines)}</table></div>'
 
 
-def _judges_table(judges: Sequence[Judge]) -> str:
+def _judges_table(judges: Sequence[EvaluatedJudge]) -> str:
     keys = ("model", "backend", "prompt", "parser")
-    rows = [[key.title(), *(escape(str(j.about.get(key) or "")) for j in judges)] for key in keys]
-    options = dict.fromkeys(key for judge in judges for key in judge.about.get("decoding") or {})
-    for key in options:
-        found = [(judge.about.get("decoding") or {}).get(key) for judge in judges]
-        rows.append([escape(str(key)), *("" if v is None else escape(str(v)) for v in found)])
+    rows = [[key.title(), *(escape(getattr(j.about, key)) for j in judges)] for key in keys]
+    for key in dict.fromkeys(key for judge in judges for key in judge.about.decoding):
+        values = [judge.about.decoding.get(key) for judge in judges]
+        rows.append([escape(key), *("" if v is None else escape(str(v)) for v in values)])
     return f'<div class="loose">{html_table(["", *html_names(judges)], rows)}</div>'
 
 
-def _benchmark_html(name: str, judges: Sequence[Judge]) -> str:
-    entries, published = entries_of(name, judges), published_rows(name, judges)
-    metrics = dict.fromkeys(metric for entry in entries for metric in entry.get("metrics") or {})
+def _benchmark_html(name: str, judges: Sequence[EvaluatedJudge]) -> str:
+    results, published = results_of(name, judges), published_rows(name, judges)
+    metrics = dict.fromkeys(metric for result in results for metric in result.metrics)
     rows = [
-        [escape(m), *(_metric_cell(e, m) for e in entries), _published_cell(published, m)]
+        [escape(m), *(_metric_cell(r, m) for r in results), _published_cell(published, m)]
         for m in metrics
     ]
     if not published:
@@ -176,7 +175,7 @@ def _benchmark_html(name: str, judges: Sequence[Judge]) -> str:
     confusions = (_confusion_html(judge, name, len(judges) > 1) for judge in judges)
     parts = [
         _warning([name], judges),
-        "".join(f"<p>{escape(p)}</p>" for p in dict.fromkeys(map(policy_text, entries)) if p),
+        "".join(f"<p>{escape(p)}</p>" for p in dict.fromkeys(map(policy_text, results)) if p),
         html_table(header, rows),
         _published_html(published),
         _comparisons_html(name, judges),
@@ -188,49 +187,49 @@ def _benchmark_html(name: str, judges: Sequence[Judge]) -> str:
     return "".join(parts)
 
 
-def _published_html(published: Sequence[Row]) -> str:
+def _published_html(published: Sequence[Published]) -> str:
     sources: dict[str, None] = {}
     for row in published:
-        command = row.get("command")
-        code = f"<br><code>{escape(str(command))}</code>" if command else ""
-        source = escape(f"{row.get('judge', '')}: {row.get('source', '')}")
-        sources[f"<li>{source}{code}"] = None
+        code = f"<br><code>{escape(row.command)}</code>" if row.command else ""
+        sources[f"<li>{escape(f'{row.judge}: {row.source}')}{code}"] = None
     if not sources:
         return ""
     return f"<details><summary>Published: sources</summary><ul>{''.join(sources)}</ul></details>"
 
 
-def _comparisons_html(name: str, judges: Sequence[Judge]) -> str:
-    parts = []
-    for judge, entry in zip(judges, entries_of(name, judges), strict=True):
-        comparison = entry.get("comparison") or {}
-        rows = [
-            [
-                escape(metric),
-                html_cell(f"{found['difference']:+.2f}", range_text(found.get("interval"))),
-                number_text(found.get("p_value"), 4),
-                number_text(found.get("mcnemar_p"), 4),
-            ]
-            for metric, found in comparison.items()
-            if isinstance(found, dict) and as_number(found.get("difference")) is not None
-        ]
-        title = f"{judge.name} less {comparison.get('other')}, on the same items"
-        header = ["", "Points", "Bootstrap p", "McNemar p"]
-        parts.append(f"<h3>{escape(title)}</h3>{html_table(header, rows)}" if rows else "")
-    return "".join(parts)
+def _comparisons_html(name: str, judges: Sequence[EvaluatedJudge]) -> str:
+    """Show how each judge differs from the one that its evaluation was compared with."""
+    return "".join(
+        _comparison_html(judge.name, comparison)
+        for judge in judges
+        if (comparison := judge.result(name).comparison)
+    )
 
 
-def _confusion_html(judge: Judge, name: str, is_named: bool) -> str:
-    confusion = find_value(judge.benchmarks.get(name), "diagnostics.confusion")
+def _comparison_html(name: str, comparison: PairedComparison) -> str:
+    title = f"{name} less {comparison.other}, on the same items"
+    row = [
+        "Mean credit",
+        html_cell(f"{comparison.difference:+.2f}", range_text(comparison.interval)),
+        number_text(comparison.p_value, 4),
+        number_text(comparison.mcnemar_p, 4),
+        f"{comparison.n:,}",
+    ]
+    header = ["", "Points", "Bootstrap p", "McNemar p", "Items"]
+    return f"<h3>{escape(title)}</h3>{html_table(header, [row])}"
+
+
+def _confusion_html(judge: EvaluatedJudge, name: str, is_named: bool) -> str:
+    confusion = judge.result(name).diagnostics.confusion
     if not confusion:
         return ""
     said = {0: "tie", 1: "1", 2: "2", None: "none"}
-    lines = ["<tr><th>" + "".join(f"<th>{said[column]}" for column in confusion["verdicts"])]
-    for label, counts in zip(confusion["labels"], confusion["counts"], strict=True):
+    lines = ["<tr><th>" + "".join(f"<th>{said[column]}" for column in confusion.verdicts)]
+    for label, counts in zip(confusion.labels, confusion.counts, strict=True):
         if not sum(counts):
             continue  # no such label in this benchmark
         cells = []
-        for verdict, count in zip(confusion["verdicts"], counts, strict=True):
+        for verdict, count in zip(confusion.verdicts, counts, strict=True):
             kind = ' class="hit"' if verdict == label else ""
             cells.append(f'<td{kind} style="--share:{count / sum(counts):.3f}">{count:,}')
         lines.append(f"<tr><th>{said[label]}{''.join(cells)}")
@@ -238,20 +237,24 @@ def _confusion_html(judge: Judge, name: str, is_named: bool) -> str:
         f"<figure><figcaption><b>Labels (rows) by verdicts</b>"
         f"{'<br>' + escape(judge.name) if is_named else ''}</figcaption>"
         f'<table class="confusion">{"".join(lines)}</table>'
-        f"<small>{confusion['n']:,} games, answers in the order of the item; shade: share of the "
+        f"<small>{confusion.n:,} games, answers in the order of the item; shade: share of the "
         "row; none: no verdict</small></figure>"
     )
 
 
-def _diagnostics_table(name: str, judges: Sequence[Judge]) -> str:
+def _diagnostics_table(name: str, judges: Sequence[EvaluatedJudge]) -> str:
     """Tabulate the diagnostics; a group's heading stands where any of its rows does."""
-    found = [entry.get("diagnostics") for entry in entries_of(name, judges)]
+    diagnostics = [result.diagnostics for result in results_of(name, judges)]
     lines, heading = [], ""
     for title, path, digits in DIAGNOSTICS:
         if not path:
             heading = f'<tr class="group"><th colspan="{len(judges) + 1}">{title}'
             continue
-        cells = [diagnostic_cell(find_value(entry, path), digits) for entry in found]
+        # A judge without games has counts of 0 that say nothing.
+        cells = [
+            diagnostic_cell(value_at(each, path), digits) if each.items else ""
+            for each in diagnostics
+        ]
         if any(cells):
             lines.append(f"{heading}<tr><th>{title}{html_cells(cells)}")
             heading = ""
@@ -262,30 +265,30 @@ def _diagnostics_table(name: str, judges: Sequence[Judge]) -> str:
     return table if any(lines) else ""
 
 
-def _statuses(name: str, judges: Sequence[Judge]) -> str:
+def _statuses(name: str, judges: Sequence[EvaluatedJudge]) -> str:
     """Return a row for each way in which a judge gave no verdict."""
-    found = [entry.get("statuses") or {} for entry in entries_of(name, judges)]
-    kinds = [kind for kind in dict.fromkeys(k for each in found for k in each) if kind != "ok"]
+    counts = [result.statuses for result in results_of(name, judges)]
+    kinds = [kind for kind in dict.fromkeys(k for each in counts for k in each) if kind != "ok"]
     return "".join(
         f"<tr><th>… {escape(kind.replace('_', ' '))}"
-        + "".join(f"<td>{each.get(kind, 0):,}" for each in found)
+        + "".join(f"<td>{each.get(kind, 0):,}" for each in counts)
         for kind in kinds
     )
 
 
-def _bins_html(name: str, judges: Sequence[Judge]) -> str:
+def _bins_html(name: str, judges: Sequence[EvaluatedJudge]) -> str:
     tables = []
-    for judge, entry in zip(judges, entries_of(name, judges), strict=True):
-        bins = find_value(entry, "diagnostics.calibration.bins") or []
+    for judge in judges:
+        calibration = judge.result(name).diagnostics.calibration
         rows = [
             [
-                f"{found['from']:g} to {found['to']:g}",
-                number_text(found["confidence"], 1),
-                number_text(found["accuracy"], 1),
-                f"{found['n']:,}",
+                f"{each.low:g} to {each.high:g}",
+                number_text(each.confidence, 1),
+                number_text(each.accuracy, 1),
+                f"{each.n:,}",
             ]
-            for found in bins
-            if found["n"]
+            for each in (calibration.bins if calibration else ())
+            if each.n
         ]
         table = html_table(["Confidence (%)", "Mean", "Accuracy (%)", "Games"], rows)
         tables.append(f"<h4>{escape(judge.name)}</h4>{table}" if table else "")
@@ -294,55 +297,42 @@ def _bins_html(name: str, judges: Sequence[Judge]) -> str:
     return f"<details><summary>Reliability in numbers</summary>{''.join(tables)}</details>"
 
 
-def _worst_html(name: str, judges: Sequence[Judge]) -> str:
+def _worst_html(name: str, judges: Sequence[EvaluatedJudge]) -> str:
     parts = []
-    for judge, entry in zip(judges, entries_of(name, judges), strict=True):
-        if worst := entry.get("worst"):
+    for judge in judges:
+        if worst := judge.result(name).worst:
             cards = "".join(map(_card, worst))
             title = f"Most wrong: {judge.name}" if len(judges) > 1 else "Most wrong"
             parts.append(f"<h3>{escape(title)}</h3>{cards}")
     return "".join(parts)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from _leaves(each)
-    elif value is not None:
-        yield value
+def _scores_text(scores: Sequence[tuple[float, float] | None]) -> str:
+    """Return the scores of each game, "8 : 5, none"; nothing where no game has any."""
+    texts = [f"{pair[0]:g} : {pair[1]:g}" if pair else "none" for pair in scores]
+    return ", ".join(texts) if any(scores) else ""
 
 
-def _scores_text(scores: Any) -> str:
-    """Return "8 : 5" for two scores, and a list of that for those of several games."""
-    if not scores or all(each is None for each in scores):
-        return ""
-    if all(as_number(each) is not None for each in scores):
-        return " : ".join(f"{float(each):g}" for each in scores)
-    return ", ".join(_scores_text(each) or "none" for each in scores)
-
-
-def _card(row: Row) -> str:
-    label, scores = row.get("label"), _scores_text(row.get("scores"))
+def _card(worst: WorstItem) -> str:
+    label, scores = worst.label, _scores_text(worst.scores)
     about = [
-        str(row.get("item", "")),
-        str(row.get("subset") or ""),
+        worst.item,
+        worst.subset,
         "" if label is None else f"label: answer {label}" if label else "label: a tie",
         f"scores {scores}" if scores else "no scores",
-        f"credit {number_text(row.get('credit'))}"
-        if as_number(row.get("credit")) is not None
-        else "",
+        "" if worst.credit is None else f"credit {number_text(worst.credit)}",
     ]
-    outputs = "".join(f"<pre>{escape(str(text))}</pre>" for text in _leaves(row.get("outputs")))
+    responses = "".join(f"<pre>{escape(text)}</pre>" for text in worst.responses)
     answers = "".join(
         f"<div><h4{' class=right' if number == label else ''}>Answer {number}"
-        f"{' (label)' if number == label else ''}</h4><pre>{escape(str(answer))}</pre></div>"
-        for number, answer in enumerate(row.get("answers") or (), start=1)
+        f"{' (label)' if number == label else ''}</h4><pre>{escape(answer)}</pre></div>"
+        for number, answer in enumerate(worst.answers, start=1)
     )
     return (
         f"<details class=card><summary>{escape(' · '.join(filter(None, about)))}</summary>"
-        f"<h4>Question</h4><pre>{escape(str(row.get('question', '')))}</pre>"
+        f"<h4>Question</h4><pre>{escape(worst.question)}</pre>"
         f'<div class="answers">{answers}</div>'
-        f"<h4>What the judge wrote</h4>{outputs or '<p>Not recorded.</p>'}</details>"
+        f"<h4>What the judge wrote</h4>{responses or '<p>Not recorded.</p>'}</details>"
     )
 
 

@@ -149,12 +149,6 @@ def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     return rows
 
 
-def summary(run_dir: pathlib.Path, mapping: Mapping[str, Any]) -> None:
-    """Write `summary.json`, replacing an earlier one."""
-    text = json.dumps(_jsonable(mapping), indent=2) + "\n"
-    write_atomically(run_dir / "summary.json", text.encode())
-
-
 def completions_path(run_dir: pathlib.Path, stage: str, step: int) -> pathlib.Path:
     return run_dir / "completions" / f"{stage}_{step:06d}.parquet"
 

@@ -11,6 +11,8 @@ import pytest
 
 from jlrm.evaluation import diagnostics, intervals
 from jlrm.evaluation.games import GameVerdict, Item, ItemVerdicts, Response
+from jlrm.reports import contracts
+from jlrm.reports.results_file import Diagnostics
 
 
 def item(name: str = "a", lengths: tuple[int, ...] = (4, 4), **fields) -> Item:
@@ -35,9 +37,11 @@ def swapped(one: int | None, two: int | None) -> tuple[GameVerdict, GameVerdict]
 
 
 def summary(judged, answers=None, **options):
-    found = diagnostics.summary(judged, answers or {}, **options)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found  # plain JSON, read back alike
-    return found
+    """Return the diagnostics as `results.json` has them."""
+    made = diagnostics.summary(judged, answers or {}, **options)
+    written = json.loads(json.dumps(contracts.encode(made), allow_nan=False))
+    assert contracts.decode(Diagnostics, written, "") == made  # read back alike
+    return written
 
 
 # Bootstrap

@@ -9,10 +9,12 @@ import pathlib
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jlrm.config import UsageError
-from jlrm.reports import tables, tracking
+from jlrm.reports import run_summary, tables, tracking
+from jlrm.reports.run_summary import RunSummary
 
 
 def make_tracker(run_dir: pathlib.Path, **changes: Any) -> tracking.Tracker:
@@ -194,17 +196,35 @@ def test_a_full_disk_is_told(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "summary.json.partial").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space is left.*summary\.json"):
-        tracking.summary(tmp_path, {"steps": 1})
+        run_summary.write(tmp_path, RunSummary({}, steps=1))
     assert (tmp_path / "summary.json").read_text() == "{}"
     assert not os.path.lexists(tmp_path / "summary.json.partial")
 
 
 def test_summary_replaces_and_stays_strict_json(tmp_path):
-    tracking.summary(tmp_path, {"sft": {"agreement": 1.0}})
-    tracking.summary(tmp_path, {"grpo": {"agreement": 71.5, "reward": math.nan}, "steps": 3})
-    read = json.loads((tmp_path / "summary.json").read_text())
-    assert read == {"grpo": {"agreement": 71.5, "reward": "nan"}, "steps": 3}
+    assert run_summary.read(tmp_path) is None
+    run_summary.write(tmp_path, RunSummary({"sft": {"agreement": 1.0}}))
+    stages = {"grpo": {"agreement": np.float32(71.5), "reward": math.nan, "f1": None}}
+    run_summary.write(tmp_path, RunSummary(stages, steps=3))
+    content = json.loads((tmp_path / "summary.json").read_text())
+    assert content == {
+        "grpo": {"agreement": 71.5, "reward": "nan", "f1": None},
+        **{"steps": 3, "seconds": 0.0, "tokens": 0, "version": 1},
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    back = run_summary.read(tmp_path)
+    assert back.steps == 3 and math.isnan(back.stages["grpo"]["reward"])
+    assert back.stages["grpo"]["agreement"] == 71.5 and back.stages["grpo"]["f1"] is None
+
+
+def test_a_summary_from_before_there_were_versions_is_read(tmp_path):
+    old = {"start": {"agreement": 4.0}, "sft": {"reward": "-inf"}, "steps": 2, "tokens": 9}
+    (tmp_path / "summary.json").write_text(json.dumps(old))
+    stages = {"start": {"agreement": 4.0}, "sft": {"reward": -math.inf}}
+    assert run_summary.read(tmp_path) == RunSummary(stages, steps=2, tokens=9)
+    (tmp_path / "summary.json").write_text(json.dumps(old | {"version": 2}))
+    with pytest.raises(UsageError, match="is of version 2, and this program reads version 1"):
+        run_summary.read(tmp_path)
 
 
 def test_log_files_get_few_plain_lines(tmp_path, capsys):

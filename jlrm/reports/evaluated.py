@@ -1,0 +1,127 @@
+"""Evaluated judges side by side, and their numbers as a page words them.
+
+Left out: any arithmetic on results, which is the business of evaluation/.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from jlrm.reports.results_file import (
+    Amount,
+    BenchmarkResult,
+    Diagnostics,
+    Interval,
+    ItemRate,
+    JudgeRecord,
+    Lean,
+    Published,
+    Rate,
+    Results,
+)
+
+HEADLINES = ("overall", "agreement")  # else a benchmark's first metric
+
+
+class EvaluatedJudge(NamedTuple):
+    """The results of one judge, under a name that is unique on the page."""
+
+    name: str
+    about: JudgeRecord
+    benchmarks: dict[str, BenchmarkResult]
+
+    def result(self, benchmark: str) -> BenchmarkResult:
+        """Return the result of a benchmark; an empty one where it was not run."""
+        return self.benchmarks.get(benchmark, BenchmarkResult())
+
+
+def name_judges(files: Sequence[Results]) -> list[EvaluatedJudge]:
+    """Return the judges of results files, each under a name of its own."""
+    judges: dict[str, EvaluatedJudge] = {}
+    for number, results in enumerate(files, start=1):
+        wanted = results.judge.name or f"judge {number}"
+        alike = (f"{wanted} ({i})" for i in itertools.count(2))
+        name = next(name for name in itertools.chain([wanted], alike) if name not in judges)
+        judges[name] = EvaluatedJudge(name, results.judge, results.benchmarks)
+    return list(judges.values())
+
+
+def results_of(name: str, judges: Sequence[EvaluatedJudge]) -> list[BenchmarkResult]:
+    """Return what each judge has of a benchmark; empty results where it was not run."""
+    return [judge.result(name) for judge in judges]
+
+
+def value_at(diagnostics: Diagnostics, path: str) -> Any:
+    """Return the value at a path such as `length.verdicts`; None where a part of it is absent."""
+    value: Any = diagnostics
+    for name in path.split("."):
+        value = None if value is None else getattr(value, name)
+    return value
+
+
+def headline_metric(name: str, judges: Sequence[EvaluatedJudge]) -> str:
+    metrics = list(dict.fromkeys(m for each in results_of(name, judges) for m in each.metrics))
+    return next((metric for metric in HEADLINES if metric in metrics), (metrics or [""])[0])
+
+
+def published_rows(name: str, judges: Sequence[EvaluatedJudge]) -> list[Published]:
+    """Return the published values of a benchmark, each once."""
+    return list(dict.fromkeys(row for each in results_of(name, judges) for row in each.published))
+
+
+def policy_text(result: BenchmarkResult) -> str:
+    return " · ".join(f"{key.replace('_', ' ')}: {value}" for key, value in result.policy.items())
+
+
+def whole_interval(interval: Interval | None) -> tuple[float, float] | None:
+    """Return an interval both of whose ends are known."""
+    if interval is None or interval[0] is None or interval[1] is None:
+        return None
+    return interval[0], interval[1]
+
+
+def number_text(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
+
+
+def range_text(interval: Interval | None) -> str:
+    ends = whole_interval(interval)
+    return f"{ends[0]:.1f} to {ends[1]:.1f}" if ends else ""
+
+
+def html_cell(main: str, *small: str) -> str:
+    """Return a cell: a value, and what qualifies it in small print below."""
+    notes = "".join(f"<br><small>{escape(note)}</small>" for note in small if note)
+    return escape(main) + notes if main else ""
+
+
+def diagnostic_cell(value: float | Rate | Lean | Amount | None, digits: int) -> str:
+    if isinstance(value, Rate):
+        interval = value.interval if isinstance(value, ItemRate) else None
+        percent = "" if value.percent is None else f"{value.percent:.1f} %"
+        return html_cell(percent, range_text(interval), f"n = {value.n:,}")
+    if isinstance(value, Lean):
+        points = "" if value.points is None else f"{value.points:+.1f} points"
+        return html_cell(points, f"n = {value.n:,}")
+    if isinstance(value, Amount):
+        return html_cell(number_text(value.mean, digits), f"n = {value.n:,}")
+    return html_cell(number_text(value, digits))
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows of HTML; those without a value are left out, "–" marks a single absent one."""
+    kept = [row for row in rows if any(row[1:])]
+    lines = ["<tr><th>" + "<th>".join(header)]
+    lines += [f"<tr><th>{row[0]}{html_cells(row[1:])}" for row in kept]
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>' if kept else ""
+
+
+def html_cells(cells: Sequence[str]) -> str:
+    return "".join(f"<td>{cell or '–'}" for cell in cells)
+
+
+def html_names(judges: Sequence[EvaluatedJudge]) -> list[str]:
+    return [escape(judge.name) for judge in judges]

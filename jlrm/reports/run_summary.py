@@ -1,0 +1,78 @@
+"""`summary.json` of a run: held-out metrics of each stage, and what the run cost.
+
+A diverged run has metrics that are no numbers. They are written as the strings "nan", "inf" and
+"-inf", as in `metrics.jsonl`, and read back as floats.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+from jlrm.reports import contracts
+from jlrm.runtime.storage import write_atomically
+
+VERSION = 1
+NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run came to.
+
+    stages: metrics on the held-out set, by the name of the stage, in the order in which they ran;
+    `start` is before any training. In JSON each stage is a key beside the counts.
+    """
+
+    stages: dict[str, dict[str, float | None]]
+    steps: int = 0
+    seconds: float = 0.0  # of wall time
+    tokens: int = 0
+    version: int = VERSION
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `summary.json` holds and `jlrm.train --json` prints."""
+        stages = {
+            stage: {name: _written(value) for name, value in metrics.items()}
+            for stage, metrics in self.stages.items()
+        }
+        counts = {"steps": self.steps, "seconds": self.seconds, "tokens": self.tokens}
+        return {**stages, **counts, "version": self.version}
+
+
+def write(run_dir: pathlib.Path, summary: RunSummary) -> None:
+    """Write `summary.json`, replacing an earlier one."""
+    text = json.dumps(summary.as_json(), indent=2, allow_nan=False) + "\n"
+    write_atomically(run_dir / NAME, text.encode())
+
+
+def read(run_dir: pathlib.Path) -> RunSummary | None:
+    """Return the summary of a run directory; None where no stage has ended yet.
+
+    Raises:
+      UsageError: the file is no JSON object, or of a version that is not known here.
+    """
+    path = run_dir / NAME
+    if not path.exists():
+        return None
+    content = contracts.read(path, VERSION, "Run the training again: it goes on and writes it.")
+    return RunSummary(
+        stages={
+            stage: {name: None if v is None else float(v) for name, v in metrics.items()}
+            for stage, metrics in content.items()
+            if isinstance(metrics, dict)
+        },
+        steps=int(content.get("steps") or 0),
+        seconds=float(content.get("seconds") or 0),
+        tokens=int(content.get("tokens") or 0),
+    )
+
+
+def _written(value: float | None) -> float | str | None:
+    if value is None or isinstance(value, int):
+        return value
+    number = float(value)  # of NumPy or JAX
+    return number if math.isfinite(number) else str(number)
