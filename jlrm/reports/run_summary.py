@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class RunSummary:
     `start` is before any training. In JSON each stage is a key beside the counts.
     """
 
-    stages: dict[str, dict[str, float | None]]
+    stages: Mapping[str, Mapping[str, float | None]]
     steps: int = 0
     seconds: float = 0.0  # of wall time
     tokens: int = 0
