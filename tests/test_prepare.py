@@ -570,7 +570,7 @@ ERRORS = {
     "unknown prompt": (["--tokenizer", "TOKENIZER", "--prompt", "judgelm"], "'judgelm'"),
     "everything is too long": (
         ["--tokenizer", "TOKENIZER", "--prompt", "toy", "--max-prompt-tokens", "3"],
-        "No row is left of 60: 60 overlong.",
+        "No row is left of 60: 60 with a prompt that is too long.",
     ),
     "columns": (["--columns", "answer_1"], "--columns answer_1: wanted OURS=THEIRS"),
     "unknown column": (["--columns", "answer=x"], "--columns: unknown field 'answer'"),

@@ -170,34 +170,22 @@ def encode_targets(
     Raises:
       UsageError: no example left.
     """
-    control = control_tokens(tokenizer)
-
-    def text(example: Example) -> str:
-        row = example.comparison
-        reasoning = prompts.neutralise(row.meta["reasoning"], control)
-        judged = row.meta.get("judged", row.scores)
-        found = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
-        # A prompt that opens its `<think>` with a line break has the target's first one already.
-        return found.removeprefix("\n") if example.prompt.endswith("\n") else found
-
-    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
-        prompted = examples.encode(rows)
-        return [
-            dataclasses.replace(example, target_ids=[*ids, end_id])
-            for example, ids in zip(
-                prompted, encode(tokenizer, [text(each) for each in prompted]), strict=True
-            )
-        ]
-
     is_judged = examples.rows.flags("rows with a judgement", _is_judged)
+    if not is_judged.any():
+        raise UsageError(
+            f"SFT has nothing to imitate: none of {len(examples)} rows has a written judgement, "
+            "that is scores and a text `reasoning` in `meta`. Set sft.steps=0 to train by GRPO "
+            "alone, which needs labels only."
+        )
+    encode_rows = _target_encoder(examples.encode, tokenizer, end_id, scale)
     written = examples.rows.select(np.flatnonzero(is_judged))
     lengths = written.table("lengths of targets", count_tokens(written.mine, encode_rows))
     is_over = lengths[:, 1] > max_tokens
     if is_over.all():
         raise UsageError(
-            f"SFT has nothing to imitate: of {len(examples)} rows "
-            f"{len(examples) - len(written)} have no written judgement and {len(written)} are over "
-            f"sft.max_target_tokens={max_tokens}."
+            f"SFT has nothing to imitate: all {len(written)} written judgements are longer than "
+            f"sft.max_target_tokens={max_tokens} (the shortest has {lengths[:, 1].min()}). Raise "
+            "it, or set sft.steps=0 to train by GRPO alone."
         )
     dropped = [
         *examples.rows.left_out(np.flatnonzero(~is_judged), "no_judgement"),
@@ -205,6 +193,32 @@ def encode_targets(
     ]
     whole = Examples(written, encode_rows, lengths, dropped)
     return whole.select(np.flatnonzero(~is_over))
+
+
+def _target_encoder(
+    encode_prompt: Encode, tokenizer: Tokenizer, end_id: int, scale: tuple[int, int]
+) -> Encode:
+    """Return what tokenises the prompts of rows and their written judgements."""
+    control = control_tokens(tokenizer)
+
+    def text(example: Example) -> str:
+        row = example.comparison
+        reasoning = prompts.neutralise(row.meta["reasoning"], control)
+        judged = row.meta.get("judged", row.scores)
+        target = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
+        # A prompt that opens its `<think>` with a line break has the target's first one already.
+        return target.removeprefix("\n") if example.prompt.endswith("\n") else target
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        prompted = encode_prompt(rows)
+        return [
+            dataclasses.replace(example, target_ids=[*ids, end_id])
+            for example, ids in zip(
+                prompted, encode(tokenizer, [text(each) for each in prompted]), strict=True
+            )
+        ]
+
+    return encode_rows
 
 
 def _is_judged(row: Comparison) -> bool:

@@ -19,6 +19,26 @@ from typing import Any, NamedTuple
 
 from jlrm.judgement.verdict import preferred, swap_preference
 
+# Why a row is left out: the word in `dropped.jsonl`, and what people are told.
+REASONS = {
+    "failed_review": "with a failed review (JudgeLM marks it by a score of -1)",
+    "no_label": "without a label (neither scores nor a preference)",
+    "no_scores": "without the scores that are needed",
+    "missing_text": "with a missing text",
+    "conflicting_label": "whose preference contradicts their scores",
+    "same_answers": "with two equal answers",
+    "ambiguous_prompt": "with a prompt that can be taken apart in several ways",
+    "unknown_prompt": "with a prompt of unknown form",
+    "unwritable": "with text that UTF-8 can't hold",
+    "unstorable_scores": "with scores that float32 can't hold",
+    "overlong": "with a prompt that is too long",
+    "no_judgement": "without a written judgement",
+    "overlong_judgement": "with a written judgement that is too long",
+    "duplicate": "that repeat an earlier row",
+    "contaminated_exact": "that ask a benchmark's question",
+    "contaminated_ngram": "whose question is too like a benchmark's",
+}
+
 
 class Where(NamedTuple):
     """The place of a row in its source."""
@@ -91,7 +111,7 @@ class Dropped:
 
     where: Where
     id: str
-    reason: str  # a word to count by, e.g. "failed_review"
+    reason: str  # a word to count by, one of REASONS
 
     @classmethod
     def of(cls, row: Comparison, reason: str) -> Dropped:
@@ -113,8 +133,9 @@ def count_reasons(dropped: Sequence[Dropped]) -> dict[str, int]:
 
 
 def describe_dropped(dropped: Sequence[Dropped]) -> str:
-    """Return e.g. "12 failed_review, 3 overlong", or "" if nothing was left out."""
-    return ", ".join(f"{count} {reason}" for reason, count in count_reasons(dropped).items())
+    """Return e.g. "12 without a label, 3 with a prompt that is too long", or "" for no rows."""
+    counts = count_reasons(dropped).items()
+    return ", ".join(f"{count} {REASONS.get(reason, reason)}" for reason, count in counts)
 
 
 def tidy(text: str) -> str:

@@ -44,11 +44,11 @@ class Benchmarks:
         Reasons: "contaminated_exact"; "contaminated_ngram" if a share of at least `overlap` of its
         n-grams occur.
         """
-        found = {"": ("", "")}
+        reasons = {"": ("", "")}
         for question in tqdm(questions, desc="decontaminate", delay=1):
-            if question not in found:
-                found[question] = self._find(question, overlap)
-        return [found[question] for question in questions]
+            if question not in reasons:
+                reasons[question] = self._find(question, overlap)
+        return [reasons[question] for question in questions]
 
     def _find(self, question: str, overlap: float) -> tuple[str, str]:
         folded = fold(question)
@@ -87,16 +87,16 @@ def _ngrams(folded: str, num_words: int) -> list[str]:
 
 def _read_questions(source: str) -> list[str]:
     rows = list(readers.checked_rows(source, {}))
-    texts = [fold(_question(row, f"{source}, {place}")) for place, row in rows]
-    found = [text for text in texts if text]
-    if not found:
+    folded = [fold(_question(row, f"{source}, {place}")) for place, row in rows]
+    questions = [text for text in folded if text]
+    if not questions:
         raise UsageError(
             f"{source} has no question texts. Wanted rows with a field 'question', "
             "'question_body', 'prompt', 'instruction' or 'input'."
         )
-    if len(found) < len(rows):
-        log.warning("%s: %d of %d rows have no question", source, len(rows) - len(found), len(rows))
-    return found
+    if num_lacking := len(rows) - len(questions):
+        log.warning("%s: %d of %d rows have no question", source, num_lacking, len(rows))
+    return questions
 
 
 def _question(row: Any, where: str) -> str:

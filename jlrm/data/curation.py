@@ -1,7 +1,7 @@
 """What happens to rows between reading them and training on them: pure functions of the rows.
 
 Duplicates, lengths in tokens, whole questions for validation, both orders, and counts of what there
-is. Benchmarks' questions are found by contamination.py.
+is. Benchmarks' questions are looked for in contamination.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def count_differing_labels(rows: Sequence[Comparison]) -> int:
     labels = collections.defaultdict(set)
     for row in rows:
         labels[_pair(row)].add(_label_of_pair(row))
-    return sum(len(found) > 1 for found in labels.values())
+    return sum(len(of_pair) > 1 for of_pair in labels.values())
 
 
 def _pair(row: Comparison) -> tuple[str, str, str]:

@@ -328,10 +328,10 @@ def _hub_rows(name: str | pathlib.Path, split: str) -> Any:
     if isinstance(name, pathlib.Path):
         datasets.disable_progress_bars()  # of a conversion to Arrow, over in a moment
     if isinstance(name, str):
-        found = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", name)
-        if not found:
+        parts = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", name)
+        if not parts:
             raise UsageError(f"hf:{name} names no dataset: wanted hf:ORG/NAME@REVISION:CONFIG.")
-        path, revision, config = found.groups()
+        path, revision, config = parts.groups()
     return datasets.load_dataset(path, config, revision=revision, split=split or "train")
 
 

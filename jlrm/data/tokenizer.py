@@ -52,17 +52,17 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
     """Return every id that ends a sequence: generation_config.json's, and the tokenizer's own."""
-    found = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     file = directory / "generation_config.json"
     if file.is_file():
         listed = json.loads(file.read_text()).get("eos_token_id")
-        found += listed if isinstance(listed, list) else [listed]
-    if not any(token is not None for token in found):
+        ids += listed if isinstance(listed, list) else [listed]
+    if not any(token is not None for token in ids):
         raise UsageError(
             f"{directory} names no end token, neither in its tokenizer nor in "
             "generation_config.json."
         )
-    return tuple(dict.fromkeys(token for token in found if token is not None))
+    return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
 def prompt_template(
@@ -132,13 +132,13 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
         )
     added = {index: text for text, index in tokenizer.get_added_vocab().items()}
     spelled = byte_of_character()
-    found = []
+    bytes_of_ids = []
     for index, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
         if index in added or piece is None:
-            found.append(added.get(index, "").encode())
+            bytes_of_ids.append(added.get(index, "").encode())
         else:
-            found.append(bytes(spelled[character] for character in piece))
-    return found
+            bytes_of_ids.append(bytes(spelled[character] for character in piece))
+    return bytes_of_ids
 
 
 @functools.cache

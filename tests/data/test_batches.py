@@ -81,8 +81,19 @@ def test_targets_parse_to_the_judged_scores_and_end_with_the_end_token(tokenizer
         verdict = parse(decode(tokenizer, [example.target_ids[:-1]])[0])
         judged = [min(score, 10) for score in example.comparison.meta["judged"]]
         assert [verdict.score_1, verdict.score_2] == judged
-    with pytest.raises(UsageError, match="nothing to imitate"):
+    with pytest.raises(UsageError, match=r"all 50 .*max_target_tokens=5 .*steps=0"):
         batches.encode_targets(examples, tokenizer, 5, end_id=2)
+
+
+def test_preferences_alone_give_sft_nothing_to_imitate_and_the_error_names_the_way_out(tokenizer):
+    rows = [
+        dataclasses.replace(row, score_1=None, score_2=None, preference=row.label, meta={})
+        for row in toy.comparisons(seed=1, num_rows=9)
+    ]
+    config = DataConfig(train="toy", prompt="toy")
+    examples = batches.encode_prompts(deal(rows), tokenizer, config)
+    with pytest.raises(UsageError, match=r"none of 9 rows has a written judgement.*sft\.steps=0"):
+        batches.encode_targets(examples, tokenizer, 64, end_id=2)
 
 
 def test_control_tokens_in_an_answer_stay_text(tokenizer):

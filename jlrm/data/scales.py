@@ -1,0 +1,62 @@
+"""Gold scores and the scale of the judge: rows on another scale are counted, or mapped onto it.
+
+A file may hold scores from 0 to 100 or from 0 to 1 where a judge scores from 1 to 10. Their order
+is right all the same, but their distances are not, and a written judgement would clip them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from jlrm.data.comparisons import Comparison
+from jlrm.data.sharded import ShardedRows
+
+USUAL_HIGHEST = (1.0, 5.0, 10.0, 100.0)
+
+
+def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
+    """Map gold scores by the straight line through two points, {theirs: ours}; {} leaves them.
+
+    {"0": 1, "100": 10} makes 90 a 9.1. The order of two scores never changes (`config` refuses a
+    falling line).
+    """
+    if not points:
+        return rows
+    (left, low), (right, high) = sorted((float(theirs), ours) for theirs, ours in points.items())
+
+    def ours(score: float) -> float:
+        return round(low + (score - left) * (high - low) / (right - left), 6)
+
+    def mapped(row: Comparison) -> Comparison:
+        if row.scores is None:
+            return row
+        first, second = map(ours, row.scores)
+        # A written judgement may state scores of its own, which SFT imitates.
+        judged = {"judged": [*map(ours, row.meta["judged"])]} if "judged" in row.meta else {}
+        return dataclasses.replace(row, score_1=first, score_2=second, meta={**row.meta, **judged})
+
+    return ShardedRows([mapped(row) for row in rows.mine], rows.owners)
+
+
+def describe_off_scale(rows: ShardedRows, scale: tuple[int, int], source: str) -> str:
+    """Say how many rows have gold scores outside a scale and what helps, or "" if none has."""
+    scores = rows.table(
+        "gold scores",
+        np.array([row.scores or (np.nan, np.nan) for row in rows.mine]).reshape(-1, 2),
+    )
+    scores = scores[~np.isnan(scores).any(axis=1)]
+    is_off = ((scores < scale[0]) | (scores > scale[1])).any(axis=1)
+    if not is_off.any():
+        return ""
+    lowest, highest = float(scores.min()), float(scores.max())
+    left = min(lowest, 0.0)
+    right = next((usual for usual in USUAL_HIGHEST if usual >= highest), highest)
+    return (
+        f"{source}: {is_off.sum()} of {len(scores)} rows with scores have one outside the scale of "
+        f"{scale[0]} to {scale[1]}; theirs go from {lowest:g} to {highest:g}. Map them onto it, "
+        f"e.g. data.rescale={{{left:g}: {scale[0]}, {right:g}: {scale[1]}}}, or set "
+        "reward.min_score and reward.max_score to their own scale."
+    )
