@@ -62,6 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["jlrm", "jlrm.*"]),
+    package_data={"jlrm.reports": ["templates/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jlrm = jlrm.__main__:main"]},

@@ -1,9 +1,9 @@
 """`report.html`, `report.png` and `model_card.md` of evaluated judges, side by side.
 
-The one idea: a page says what `results.json` says, and no more. Judges are columns, and whatever no
-judge has numbers for is left out. The page is one file without scripts or network; each picture
-comes in a light and a dark version. What a judge wrote is hostile text: it is escaped, and it
-stands in boxes of its own.
+The one idea: the first screen says which judge is better, by how much, and how sure that is; the
+rest says what `results.json` says. Whatever no judge has numbers for is left out. The page is one
+file without scripts or network. What a judge wrote is hostile text: it is escaped, and it stands in
+boxes of its own.
 
 Left out: any arithmetic on results, which is the business of evaluation/.
 

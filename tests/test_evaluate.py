@@ -165,11 +165,12 @@ def test_a_comparison_reaches_the_page(reference, capsys, tmp_path):
     flags = ("--verdicts", files[1], "--out", tmp_path / "b", "--compare", tmp_path / "a")
     compared = ran(capsys, *common, *flags)["pandalm"]["comparison"]
     page = (tmp_path / "b" / "report.html").read_text()
-    assert "gpt-3.5-turbo-testset-v1 less results_judgelrm3b, on the same items" in page
     low, high = compared["interval"]
-    cells = f"{compared['difference']:+.2f}<br><small>{low:.1f} to {high:.1f}</small>"
-    row = f"<th>Mean credit<td>{cells}</td><td>{compared['p_value']:.4f}"
+    cells = f"<td>{compared['difference']:+.2f}<small>{low:.1f} to {high:.1f}</small></td>"
+    cells += f"<td>{compared['p_value']:.4f}</td>"
+    row = f'<th scope="row">gpt-3.5-turbo-testset-v1 less results_judgelrm3b</th>{cells}'
     assert compared["n"] == 200 and row in page
+    assert f"results_judgelrm3b leads by {-compared['difference']:.1f} points" in page
 
 
 def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):

@@ -18,6 +18,7 @@ from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.planning import counting, hlo, page, phases, slices
 from jlrm.planning.slices import GIB, Compiled
+from jlrm.reports import charts
 from jlrm.runtime import commands
 from jlrm.runtime.settings import from_dict
 from jlrm.weights import hf_config
@@ -287,10 +288,16 @@ def test_the_command(planned, capsys):
         "plan.json",
         "plan.md",
         "plan.png",
+        "plan.html",
     }
     assert json.loads((planned / "out" / "plan.json").read_text()) == found
     assert "| update |" in (planned / "out" / "plan.md").read_text()
     assert "Fits: " in page.describe(found)
+    text = (planned / "out" / "plan.html").read_text()
+    assert page.verdict(found) in text and "https://" not in text
+    assert f"update: {phase['peak_gib']:.2f}" in text  # told to those who can't see the chart
+    cells = "".join(f"<td>{charts.short(phase[n])}</td>" for n in ("resident_gib", "peak_gib"))
+    assert f'<th scope="row">update</th>{cells}' in text
 
 
 def run(capsys, *arguments):

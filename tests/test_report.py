@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import pathlib
 import re
@@ -10,29 +11,30 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from jlrm.config import UsageError
-from jlrm.reports import run_page, run_summary, tracking
+from jlrm.config import RewardConfig, UsageError
+from jlrm.data.batches import Example
+from jlrm.data.comparisons import Comparison
+from jlrm.reports import charts, run_page, run_summary, tracking
 from jlrm.reports.run_summary import RunSummary
+from jlrm.reports.theme import DARK, LIGHT
+from jlrm.training.rollouts import RolloutBatch, Sampled, table_rows
+from jlrm.training.scoring import judge_responses
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
+
+NOT_SAMPLED = Sampled([], *(np.zeros(0) for _ in range(3)))  # tokens are not shown
+STAGE: dict[str, Any] = {"stage": "grpo", "first_step": 0, "tensorboard": False, "config": {}}
+STAGE |= {"wandb_project": "", "is_writer": True}
 
 
 def write_stage(run_dir: pathlib.Path, stage: str, num_steps: int, **metrics: float) -> None:
     rng = np.random.default_rng(0)
-    with tracking.Tracker(
-        run_dir,
-        stage=stage,
-        num_steps=num_steps,
-        first_step=0,
-        tensorboard=False,
-        wandb_project="",
-        config={},
-        is_writer=True,
-    ) as tracker:
+    with tracking.Tracker(run_dir, **STAGE | {"stage": stage}, num_steps=num_steps) as tracker:
         for step in range(1, num_steps + 1):
             row = {name: value + 0.1 * rng.random() for name, value in metrics.items()}
             if step in (num_steps // 2, num_steps):
@@ -43,24 +45,19 @@ def write_stage(run_dir: pathlib.Path, stage: str, num_steps: int, **metrics: fl
 
 
 def judgements() -> list[dict[str, Any]]:
-    verdicts = {"right": [9, 2], "wrong": [2, 9], "unparsed": None}
-    return [
-        {
-            "id": f"{outcome}-{number}",
-            "prompt": f"Which answer is better? {EVIL}",
-            "completion": f"<think>{EVIL}</think>",
-            "gold": [8.0, 3.5],
-            "label": 1,
-            "verdict": verdict,
-            "status": "ok" if verdict else "malformed",
-            "rewards/format": 1.0,
-            "rewards/relation": -1.5,
-            "reward": -0.5,
-            "advantage": 0.25,
-        }
-        for outcome, verdict in verdicts.items()
-        for number in range(5)
-    ]
+    """Return what training records of five right, five wrong and five unreadable responses."""
+    verdicts = {"right": (9, 2), "wrong": (2, 9), "unparsed": None}
+    examples, responses = [], []
+    for outcome, scores in verdicts.items():
+        said = "" if scores is None else "<answer>{}</answer><answer>{}</answer>".format(*scores)
+        for number in range(5):
+            texts = f"Why {EVIL}", f"Because one {EVIL}", f"Because two {EVIL}"
+            row = Comparison(f"{outcome}-{number}", *texts, score_1=8.0, score_2=3.5)
+            examples.append(Example(row, f"Which answer is better? {EVIL}", [1]))
+            responses.append(f"I think so {EVIL}</think>{said}")
+    judged = judge_responses(RewardConfig(), [], examples, responses, [[1]] * 15, 8)
+    advantages = np.full(15, 0.25, np.float32)
+    return table_rows(RolloutBatch(examples, NOT_SAMPLED, judged, advantages))
 
 
 def write_sft(run_dir: pathlib.Path, num_steps: int = 4) -> None:
@@ -81,14 +78,18 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.alts: list[str] = []
         self.open: list[str] = []
+        self.text = ""
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.alts += [value or "" for name, value in attrs if name == "alt"]
-        if tag not in ("meta", "source", "img", "tr", "th", "td"):  # these need no end tag
+        if tag not in ("meta", "source", "img"):  # these need no end tag
             self.open.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -103,7 +104,8 @@ def render(run_dir: pathlib.Path) -> tuple[str, Page]:
 
 
 def cells(text: str, title: str) -> list[str]:
-    return re.search(rf"<th>{re.escape(title)}<td>(.*?)<(?:tr|/table)>", text)[1].split("<td>")
+    row = re.search(rf"<tr><th[^>]*>{re.escape(title)}</th>(.*?)</tr>", text)[1]
+    return re.findall("<td>(.*?)</td>", row)
 
 
 def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
@@ -117,6 +119,7 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
     run_summary.write(tmp_path, RunSummary(results, steps=34, seconds=3700.0, tokens=2_500_000))
     text, page = render(tmp_path)
     titles = [alt.split(";")[0] for alt in page.alts]
+    assert titles[0] == "Held-out comparisons (%)"  # what the page leads with
     assert sorted(titles) == sorted(
         ["Held-out comparisons (%)", *(p.title for p in run_page.PANELS)]
     )
@@ -142,6 +145,21 @@ def test_a_run_under_way_shows_its_latest_evaluation(tmp_path):
     assert cells(text, "Agreement (%)") == ["51.0"] and "SFT" not in "".join(page.alts)
 
 
+def test_agreement_has_its_interval_where_the_number_of_pairs_is_known(tmp_path):
+    summary = {
+        "sft": {"agreement": 50.0, "pairs": 100.0},
+        "grpo": {"agreement": 100.0, "pairs": 100.0},
+    }
+    run_summary.write(tmp_path, RunSummary(summary))
+    text, _ = render(tmp_path)
+    # Wilson's interval, which unlike the normal one has a width at 100 %
+    assert "95 % interval 96.3 to 100.0" in text and "Band: 95 % interval" in text
+    low, high = run_page._band(np.array([50.0]), 100)
+    assert np.allclose([low[0], high[0]], [40.38, 59.62], atol=0.02)
+    write_sft(tmp_path / "old")
+    assert "95 % interval" not in render(tmp_path / "old")[0]
+
+
 def test_results_alone_make_a_report(tmp_path):
     run_summary.write(tmp_path, RunSummary({"start": {"agreement": 48.0}}))
     assert cells(render(tmp_path)[0], "Agreement (%)") == ["48.0"]
@@ -164,35 +182,64 @@ def test_the_page_stands_alone_and_user_text_stays_text(tmp_path):
     text, page = render(tmp_path)
     assert "script" not in page.tags and "link" not in page.tags
     assert not re.search(r"https?://", text) and "@import" not in text
-    assert set(re.findall(r'(?:src|srcset|href)="([^,"]*)', text)) == {"data:image/png;base64"}
-    assert EVIL not in text and "&lt;script&gt;alert(&#x27;x&#x27;)" in text
+    assert set(re.findall(r'(?:src|srcset|href)="([^,"]*)', text)) == {"data:image/svg+xml;base64"}
+    assert EVIL not in text and "&lt;script&gt;alert(&#39;x&#39;)" in text
     images = [base64.b64decode(image) for image in re.findall(r'base64,([^"]*)"', text)]
-    images.append((tmp_path / "report.png").read_bytes())
-    assert len(images) == 1 + 2 * len(page.alts)
-    assert all(image.startswith(b"\x89PNG") for image in images)
+    assert len(images) == 2 + 2 * len(page.alts)  # the first chart is there for a broad screen too
+    assert all(ElementTree.fromstring(image).tag.endswith("svg") for image in images)
+    papers = [re.search(b"fill: (#.{6})", image)[1].decode() for image in images]
+    assert set(papers) == {LIGHT.paper, DARK.paper}
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_sampled_judgements_mix_outcomes_and_show_gold_beside_the_verdict(tmp_path):
     write_grpo(tmp_path)
     text, page = render(tmp_path)
-    headings = re.findall(r'<h3 class="(\w+)">', text)
+    headings = re.findall(r'<span class="badge (\w+)">', text)
+    assert set(headings[:3]) == {"right", "wrong", "unparsed"}  # which are not folded
+    assert "5 more" in text
     assert len(headings) == 8 == page.tags.count("article")
     assert {headings.count(outcome) for outcome in ("right", "wrong", "unparsed")} == {2, 3}
-    assert "<th>Gold<td>8<td>3.5<tr><th>Verdict<td>9<td>2<" in text
-    assert "<th>Verdict<td>–<td>–<" in text and "malformed" in text
-    assert "<th>relation<td>-1.50" in text and "<th>total<td>-0.50" in text
+    tables = re.findall(r"<th scope=.row.>(\w+)</th><td>(.*?)</td><td>(.*?)</td>", text)
+    assert tables[:2] == [("Gold", "8", "3.5"), ("Verdict", "9", "2")]
+    assert ("Verdict", "–", "–") in tables and "no answer" in text
+    rows = judgements()
+    assert cells(text, "relation") == [f"{rows[0]['rewards/relation']:+.2f}"]
+    assert cells(text, "total") == [f"{rows[0]['reward']:+.2f}"]
+    assert cells(text, "advantage") == ["+0.25"]
+
+
+def test_question_and_answers_stand_beside_what_the_judge_wrote(tmp_path):
+    write_grpo(tmp_path)
+    _, page = render(tmp_path)
+    card = page.text.split("right-0")[1].split("wrong-0")[0]
+    parts = [f"Why {EVIL}", f"Because one {EVIL}", f"Because two {EVIL}", f"I think so {EVIL}"]
+    places = [card.index(part) for part in parts]
+    assert places == sorted(places) and card.index("better") < places[1]  # marks the first answer
+    assert card.index("Prompt as the model reads it") > places[-1]
+
+
+def test_records_without_question_and_answers_show_the_prompt(tmp_path):
+    write_grpo(tmp_path, 2)
+    kept = ("id", "prompt", "gold", "label", "verdict", "status", "reward", "advantage")
+    old = [{k: row[k] for k in kept} | {"completion": row["response"]} for row in judgements()]
+    with tracking.Tracker(tmp_path, **STAGE | {"first_step": 2}, num_steps=9) as tracker:
+        tracker.log_completions(9, old)
+    _, page = render(tmp_path)
+    card = page.text.split("right-0")[1].split("wrong-0")[0]
+    assert card.index(f"Which answer is better? {EVIL}") < card.index(f"I think so {EVIL}")
+    assert "Question" not in card and "Because" not in card
 
 
 def test_judgements_of_different_prompts_come_first_and_of_the_last_step(tmp_path):
     write_sft(tmp_path)
     write_grpo(tmp_path, 2)
-    settings: dict[str, Any] = dict(tensorboard=False, wandb_project="", config={}, is_writer=True)
-    with tracking.Tracker(tmp_path, stage="grpo", num_steps=9, first_step=2, **settings) as tracker:
+    with tracking.Tracker(tmp_path, **STAGE | {"first_step": 2}, num_steps=9) as tracker:
         rows = [{"id": f"p{i // 4}", "label": 2, "verdict": [1, 2]} for i in range(12)]
         tracker.log_completions(9, rows)
     text, _ = render(tmp_path)
     assert "GRPO, step 9" in text
-    assert re.findall(r"<small>(\w+)", text) == ["p0", "p1", "p2", "p0", "p1", "p2", "p0", "p1"]
+    assert re.findall(r"<small>(p\d)", text) == ["p0", "p1", "p2", "p0", "p1", "p2", "p0", "p1"]
 
 
 @pytest.mark.parametrize(
@@ -210,10 +257,49 @@ def test_outcomes_follow_the_order_of_the_scores(label, verdict, outcome):
     assert run_page._outcome({"label": label, "verdict": verdict}) == outcome
 
 
+def test_terms_that_are_always_zero_are_not_drawn_and_lines_differ_in_colour(tmp_path):
+    terms = {f"rewards/term_{i}/mean": float(i % 10 != 0) for i in range(21)}
+    with tracking.Tracker(tmp_path, **STAGE, num_steps=2) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {**terms, "reward": 1.0})
+    text, page = render(tmp_path)
+    (alt,) = [alt for alt in page.alts if alt.startswith("Reward by term")]
+    drawn = re.findall(r"term (\d+)", alt)
+    assert drawn == [str(i) for i in range(21) if i % 10]
+    image = base64.b64decode(re.search(rf'base64,([^"]*)" alt="{alt}', text)[1])
+    names = re.findall(rb"fill: (#.{6})[^>]*>term (\d+)", image)
+    assert len({colour for colour, _ in names}) == len(names) == len(drawn)
+
+
+@pytest.mark.parametrize("heights", [[0.0] * 3, [0.97, 0.98, 1.0], [0.5], [], [0.1] * 12])
+def test_names_beside_lines_stand_apart_and_within_the_chart(heights):
+    placed = charts.spread(heights)
+    gap = min(charts.LABEL_GAP, 1 / max(1, len(heights) - 1))
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(placed))
+    assert all(-1e-9 <= height <= 1 for height in placed) and len(placed) == len(heights)
+
+
+def test_both_themes_have_a_colour_for_each_use_and_enough_contrast():
+    for theme in (LIGHT, DARK):
+        colours = [*theme[:-1], *theme.colours]
+        assert len({*colours}) == len(colours)
+        contrasts = [contrast(each, theme.paper) for each in theme.colours]
+        assert min(contrasts) >= 3 and contrast(theme.soft, theme.box) >= 4.5
+        assert all(contrast(each, theme.paper) >= 4.5 for each in (theme.right, theme.wrong))
+
+
+def contrast(one: str, other: str) -> float:
+    """Return WCAG's ratio of two colours."""
+    rgb = np.array([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in (one, other)])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    low, high = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (high + 0.05) / (low + 0.05)
+
+
 def test_smoothing_keeps_level_and_length():
-    assert np.allclose(run_page._running_mean(np.full(40, 3.0)), 3.0)
+    assert np.allclose(charts.running_mean(np.full(40, 3.0)), 3.0)
     noisy = np.random.default_rng(0).normal(size=300)
-    smooth = run_page._running_mean(noisy)
+    smooth = charts.running_mean(noisy)
     assert smooth.shape == noisy.shape and smooth.std() < 0.5 * noisy.std()
 
 

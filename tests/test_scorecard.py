@@ -3,108 +3,94 @@
 from __future__ import annotations
 
 import base64
-import copy
-import io
+import dataclasses
 import json
 import pathlib
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
-from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from jlrm import scorecard
 from jlrm.config import UsageError
-from jlrm.evaluation import diagnostics, intervals
-from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response, outcome
-from jlrm.reports import contracts, evaluated, results_file, scorecard_page
-from jlrm.reports.results_file import (
-    BenchmarkResult,
-    Diagnostics,
-    JudgeRecord,
-    PairedComparison,
-    Published,
-    Results,
-    SubsetResult,
-    WorstItem,
+from jlrm.evaluation import diagnostics, results
+from jlrm.evaluation.benchmarks import pairs
+from jlrm.evaluation.games import Game, Item, Response
+from jlrm.evaluation.policies import policy_of
+from jlrm.evaluation.reading import reader
+from jlrm.reports import (
+    contracts,
+    evaluated,
+    results_file,
+    scorecard_charts,
+    scorecard_page,
+    theme,
 )
+from jlrm.reports.evaluated import EvaluatedJudge
+from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, Published, Results
 
 EVIL = "</pre></details><script>alert('x')</script><img src=http://evil.example/x onerror=y> | $x_"
-POLICY = {"order": "both", "tie": "half credit", "error": "wrong"}
+PUBLISHED = Published(
+    "JudgeLRM-7B",
+    "agreement",
+    78.28,
+    "arXiv 2504.00050, Table 1; https://example.org/paper",
+    "python -m jlrm.evaluate --benchmark pandalm",
+)
+BENCHMARK = pairs.BENCHMARK._replace(published=(PUBLISHED,))
+POLICY = policy_of("pairs", ["aggregation=first_order"])
 
 
-def random_diagnostics(seed: int, num_items: int = 60) -> Diagnostics:
+def evaluation(seed: int, num_items: int = 60, num_missing: int = 0) -> results.Evaluation:
+    """Return a judge's hostile responses to random items of two subsets, a tenth cut short."""
     rng = np.random.default_rng(seed)
-    judged, responses = [], {}
-    for number in range(num_items):
-        texts = ("a" * int(rng.integers(9, 99)), "b" * int(rng.integers(9, 99)))
-        item = Item(str(number), "?", texts, label=int(rng.integers(3)))
-        outcomes = []
-        for order in ((0, 1), (1, 0)):
-            game = Game(item, *order)
-            scores = (float(rng.integers(1, 11)), float(rng.integers(1, 11)))
-            is_cut = rng.random() < 0.1
-            cut = GameVerdict(*order, None, None, "no_think_end")
-            outcomes.append(cut if is_cut else outcome(game, scores))
-            responses[game.id] = Response(
-                game.id,
-                outputs=("",),
-                prompt_tokens=70,
-                num_tokens=int(rng.integers(99)),
-                seconds=0.5,
-            )
-        judged.append(ItemVerdicts(item, tuple(outcomes)))
-    return diagnostics.summary(judged, responses)
-
-
-def benchmark(seed: int, metrics: dict[str, float | None], **fields: Any) -> BenchmarkResult:
-    made = random_diagnostics(seed)
-    values: dict[str, Any] = {
-        "metrics": metrics,
-        "intervals": {n: (v - 3.25, v + 2.75) for n, v in metrics.items() if v is not None},
-        "n": 1234,
-        "parse_failures": 7,
-        "ties": 9,
-        "statuses": made.statuses,
-        "policy": POLICY,
-        "subsets": {
-            "easy": SubsetResult(40, 71.5, (60.0, 80.0)),
-            f"hard {EVIL}": SubsetResult(20, 31.5, (20.0, 45.0)),
-        },
-        "diagnostics": made,
-        "published": (
-            Published(
-                "JudgeLRM-7B",
-                next(iter(metrics)),
-                78.28,
-                "arXiv 2504.00050, Table 1; https://example.org/paper",
-                "python -m jlrm.evaluate --benchmark pandalm",
-            ),
-        ),
-        "worst": tuple(
-            WorstItem(
-                item=f"item-{number}",
-                subset="easy",
-                question=f"Why? {EVIL}",
-                answers=(f"One {EVIL}", f"Two {EVIL}"),
-                label=number,
-                responses=(f"first vote {EVIL}", "second vote \ud800"),
-                scores=((9.0, 2.5), None),
-                credit=0.0,
-            )
-            for number in range(3)
-        ),
+    items = [
+        Item(
+            f"item-{number}",
+            f"Why? {EVIL}",
+            (f"One {EVIL}" + "a" * number, f"Two {EVIL}" + "b" * (num_items - number)),
+            label=number % 3,
+            subset=f"hard {EVIL}" if number % 3 == 0 else "easy",
+        )
+        for number in range(num_items)
+    ]
+    games = BENCHMARK.games(items, POLICY, 0)
+    responses = {
+        game.id: Response(
+            game.id,
+            outputs=(f"first vote {EVIL}" + _verdict(rng, game), "second vote \ud800"),
+            prompt_tokens=70,
+            num_tokens=int(rng.integers(1, 99)),
+            seconds=0.5,
+        )
+        for game in games[: len(games) - num_missing]
     }
-    return BenchmarkResult(**values | fields)
+    return results.Evaluation(BENCHMARK, POLICY, games, responses, reader("strict"))
+
+
+def _verdict(rng: np.random.Generator, game: Game) -> str:
+    """Return scores that are often those of the label; nothing in one case of ten."""
+    if rng.random() < 0.1:
+        return ""
+    first, second = rng.integers(1, 11, 2)
+    if rng.random() < 0.5 and game.item.label:
+        right = game.first + 1 == game.item.label
+        first, second = (9, 2) if right else (2, 9)
+    return f"</think><answer>{first}</answer><answer>{second}</answer>"
+
+
+def benchmark(seed: int, **settings: int) -> BenchmarkResult:
+    return results.entry(evaluation(seed, **settings), 9.0)
 
 
 def judge(name: str, **benchmarks: BenchmarkResult) -> Results:
     about = JudgeRecord(
         name=name,
-        model="Qwen/Qwen2.5-3B",
+        model="/home/someone/models/judge-3b",
         backend="jlrm",
         prompt="judgelrm",
         parser="strict",
@@ -113,27 +99,20 @@ def judge(name: str, **benchmarks: BenchmarkResult) -> Results:
     return Results(about, benchmarks)
 
 
-PAIRED = intervals.Paired(-4.5, (-8.125, -0.875), 0.0123, 0.0456)
+PAIRED = results.comparison(evaluation(2), evaluation(0), "ours")
 RESULTS = [
-    judge(
-        "ours",
-        pandalm=benchmark(0, {"agreement": 77.68, "precision": 74.26, "f1": 72.12}),
-        rewardbench=benchmark(1, {"Chat": 92.9, "overall": 75.2}, incomplete=True),
-    ),
+    judge("/home/someone/ours", pandalm=benchmark(0), rewardbench=benchmark(1, num_missing=9)),
     judge(
         f"base {EVIL}",
-        pandalm=benchmark(
-            2,
-            {"agreement": 71.07, "f1": 57.36},
-            comparison=PairedComparison("ours", 1000, *PAIRED),
-        ),
-        judgebench=benchmark(
-            3,
-            {"overall": 65.71, "Coding": None},
-            comparison=PairedComparison("ours", 1000, *PAIRED._replace(mcnemar_p=None)),
-        ),
+        pandalm=dataclasses.replace(benchmark(2), comparison=PAIRED),
+        judgebench=benchmark(3, num_items=1200),
     ),
 ]
+NAMES = ("pandalm", "rewardbench", "judgebench")
+
+
+def result(name: str, column: int) -> BenchmarkResult:
+    return RESULTS[column].benchmarks.get(name, BenchmarkResult())
 
 
 class Page(HTMLParser):
@@ -159,9 +138,9 @@ class Page(HTMLParser):
             self.tables[-1].append([])
         if tag in ("th", "td"):
             self.tables[-1][-1].append("")
-        if tag == "br":
+        if tag in ("br", "small"):
             self.handle_data("\n")
-        if tag not in ("meta", "source", "img", "tr", "th", "td", "br", "li"):  # need no end tag
+        if tag not in ("meta", "source", "img", "br"):  # need no end tag
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -169,7 +148,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
-        if "table" in self.open:
+        if {"th", "td"} & {*self.open}:
             self.tables[-1][-1][-1] += data
 
     def table(self, corner: str) -> list[dict[str, list[str]]]:
@@ -189,9 +168,11 @@ def render(out: pathlib.Path, results: list[Results]) -> Page:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("full")
-    before = copy.deepcopy(RESULTS)
-    scorecard_page.write(out, RESULTS)
-    assert repr(RESULTS) == repr(before)
+    places = [out / str(number) for number in range(len(RESULTS))]
+    for place, each in zip(places, RESULTS, strict=True):
+        place.mkdir()
+        results_file.write(place, each)
+    scorecard.main([*map(str, places), "--out", str(out)])
     return out
 
 
@@ -206,7 +187,7 @@ def test_the_page_stands_alone(full, page):
     for name, value in page.attributes:
         assert not name.startswith("on")
         if name in ("src", "srcset", "href", "action", "poster", "data", "xlink:href"):
-            assert value.startswith(("data:image/png;base64,", "#")), value[:50]
+            assert value.startswith(("data:image/svg+xml;base64,", "#")), value[:50]
     targets = {value for name, value in page.attributes if name == "id"}
     links = {value[1:] for name, value in page.attributes if name == "href"}
     assert links and links <= targets
@@ -219,104 +200,190 @@ def test_what_a_judge_wrote_stays_text(full, page):
     assert EVIL not in text and "<script" not in text and "evil.example/x onerror" in text
     for written in ("Why? ", "One ", "Two ", "first vote ", "hard ", "base "):
         assert written + EVIL in page.text or written == "hard "  # a subset is in a picture
-    assert page.text.count("first vote") == 3 * 4 and "second vote ?" in page.text
-    assert page.tags.count("script") == 0 and page.text.count("scores 9 : 2.5, none") == 12
+    worst = [item for r in RESULTS for b in r.benchmarks.values() for item in b.worst]
+    votes = [text for item in worst for text in item.responses if "first vote" in text]
+    assert page.text.count("first vote") == len(votes) > 100 and "second vote ?" in page.text
+    assert page.tags.count("script") == 0
+    for item in worst:
+        told = ", ".join("none" if s is None else f"{s[0]:g} : {s[1]:g}" for s in item.scores)
+        assert (f"scores {told}" if any(item.scores) else "no scores") in page.text
     assert "label: a tie" in page.text and "Answer 2 (label)" in page.text
+
+
+def metric_text(entry: BenchmarkResult, metric: str) -> str:
+    value, (low, high) = entry.metrics[metric], entry.intervals[metric]
+    return f"{value:.2f}\n{low:.1f} to {high:.1f}" + "\n⚠ INCOMPLETE" * entry.incomplete
 
 
 def test_every_metric_of_every_judge_is_in_the_tables(page):
     tables = page.table("Metric (%)")
     assert len(tables) == 3
-    for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
-        assert table[""] == ["ours", f"base {EVIL}", "Published"]
-        for column, result in enumerate(RESULTS):
-            entry = result.benchmarks.get(name, BenchmarkResult())
-            for metric, cells in table.items():
-                value = entry.metrics.get(metric)
-                if metric == "" or value is None:
-                    assert not metric or cells[column] == "–"
-                    continue
-                low, high = entry.intervals[metric]
-                expected = f"{value:.2f}\n{low:.1f} to {high:.1f}"
-                assert cells[column] == expected + "\n⚠ INCOMPLETE" * entry.incomplete
-        metrics = {m for r in RESULTS for m in r.benchmarks.get(name, BenchmarkResult()).metrics}
-        assert set(table) == {*metrics, ""} - {"Coding"}  # which has no value
-    assert tables[0]["agreement"][2] == "78.28\nJudgeLRM-7B" and tables[0]["f1"][2] == "–"
+    for name, table in zip(NAMES, tables, strict=True):
+        metrics = dict.fromkeys(m for column in (0, 1) for m in result(name, column).metrics)
+        assert table[""] == list(metrics)
+        for column, row in enumerate(("ours", f"base {EVIL}")):
+            entry = result(name, column)
+            expected = [metric_text(entry, m) for m in metrics] if entry.metrics else None
+            assert table.get(row) == expected
+        published = ["78.28" if metric == "agreement" else "–" for metric in metrics]
+        assert table["JudgeLRM-7B"] == published and "None" not in str(table)
 
 
-def test_the_headline_table_compares_benchmarks_and_judges(page):
+def test_the_first_table_says_which_judge_by_how_much_and_how_sure(page):
     table = page.tables[0]
-    assert table[0] == ["", "ours", f"base {EVIL}", "Published"]
-    policy = ["order: both · tie: half credit · error: wrong"]
-    assert table[1][0] == "pandalm\nagreement, n = 1,234" and table[2] == policy
-    assert table[1][1:] == ["77.68\n74.4 to 80.4", "71.07\n67.8 to 73.8", "78.28\nJudgeLRM-7B"]
-    assert table[3][0] == "rewardbench\noverall, n = 1,234" and table[4] == policy
-    assert table[3][1] == "75.20\n72.0 to 78.0\n⚠ INCOMPLETE" and table[3][2:] == ["–", "–"]
-    assert table[5][:2] == ["judgebench\noverall, n = 1,234", "–"] and len(table) == 7
+    assert table[0] == ["Benchmark (%)", "ours", f"base {EVIL}", "Lead (points)"]
+    assert [row[0] for row in table[1:]] == [
+        "pandalm\nagreement, n = 60",
+        f"rewardbench\nagreement, n = {result('rewardbench', 0).n}",
+        "judgebench\nagreement, n = 1,200",
+    ]
+    assert table[1][1:3] == [metric_text(result("pandalm", i), "agreement") for i in (0, 1)]
+    assert table[2][1:] == [metric_text(result("rewardbench", 0), "agreement"), "–", "–"]
+    assert table[3][1:] == ["–", metric_text(result("judgebench", 1), "agreement"), "–"]
+    lead = table[1][3]
+    ahead = "ours" if PAIRED.difference < 0 else f"base {EVIL}"
+    low, high = PAIRED.interval
+    low, high = (-high, -low) if PAIRED.difference < 0 else (low, high)
+    margin = f"{ahead} +{abs(PAIRED.difference):.1f}\npaired, {low:.1f} to {high:.1f}"
+    assert lead.startswith(margin)
+    is_settled = PAIRED.interval[0] * PAIRED.interval[1] > 0
+    assert lead.endswith(": not settled") != is_settled
+    assert f"{ahead} leads on 1 of 1 benchmarks ({int(is_settled)} settled)" in page.text
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"a": (70, 65, 75), "b": (60, 55, 64)}, "a +10.0, intervals do not overlap"),
+        ({"a": (60, 55, 66), "b": (70, 65, 75)}, "b +10.0, intervals overlap: not settled"),
+        (
+            {"a": (60, 55, 66), "b": (70, 68, 75), "c": (50, 1, 99)},
+            "b +10.0, intervals do not overlap",
+        ),
+        ({"a": (60, 55, 66)}, None),
+    ],
+)
+def test_a_lead_is_settled_where_intervals_are_apart(values, expected):
+    judges = [
+        EvaluatedJudge(
+            name,
+            JudgeRecord(),
+            {"b": BenchmarkResult(metrics={"x": value}, intervals={"x": (low, high)})},
+        )
+        for name, (value, low, high) in values.items()
+    ]
+    lead = scorecard_page._lead("b", judges)
+    assert expected == (lead and f"{lead.judge} +{lead.margin:.1f}, {lead.note}")
+
+
+def test_items_that_judges_differ_in_are_counted_apart(tmp_path):
+    page = render(tmp_path, [judge("a", b=benchmark(0)), judge("c", b=benchmark(0, num_items=12))])
+    row = page.tables[0][1]
+    assert row[0] == "b\nagreement" and [cell.split("\n")[-1] for cell in row[1:3]] == [
+        "n = 60",
+        "n = 12",
+    ]
+
+
+def test_folders_of_a_machine_are_not_shown(full, page):
+    assert "/home/someone" not in page.text and "judge-3b" in page.text
+    assert "/home/someone/ours" not in (full / "model_card.md").read_text()
+
+
+def test_a_judge_without_verdicts_stays_in_the_charts(tmp_path):
+    silent = evaluation(0)
+    silent = silent._replace(
+        responses={
+            name: dataclasses.replace(each, outputs=("?",))
+            for name, each in silent.responses.items()
+        }
+    )
+    three = [judge("a", b=benchmark(0)), judge("mute", b=results.entry(silent, 9.0)), judge("out")]
+    page = render(tmp_path, three)
+    drawings = [
+        base64.b64decode(value.partition(",")[2]).decode()
+        for name, value in page.attributes
+        if name == "src"
+    ]
+    titles = [value for name, value in page.attributes if name == "alt"]
+    by_title = {title.split(";")[0]: each for title, each in zip(titles, drawings, strict=True)}
+    headline = by_title["Results: b"]
+    assert "mute" in headline and "out" in headline and "not run" in headline
+    assert "no verdicts" in by_title[scorecard_charts.PLACES_TITLE]
+    assert "mute none" in by_title["Reliability: b"]
+    assert "mute" in by_title[scorecard_charts.CONSISTENCY_TITLE]
 
 
 def test_diagnostics_are_those_of_the_results(page):
-    tables = [table for table in page.table("") if "Games" in table]
+    tables = page.table("Diagnostic")
     assert len(tables) == 3
-    for name, table in zip(("pandalm", "rewardbench", "judgebench"), tables, strict=True):
-        for column, result in enumerate(RESULTS):
-            if name not in result.benchmarks:
+    for name, table in zip(NAMES, tables, strict=True):
+        for column, judged in enumerate(RESULTS):
+            if name not in judged.benchmarks:
                 assert {cells[column] for cells in table.values() if cells} <= {
                     "–",
                     "0",
                     table[""][column],
                 }
                 continue
-            made = result.benchmarks[name].diagnostics
+            made = judged.benchmarks[name].diagnostics
             rate, lean, failures = made.first, made.lean_to_first, made.parse_failures
             low, high = rate.interval
             assert table["Names the answer shown first"][column] == (
-                f"{rate.percent:.1f} %\n{low:.1f} to {high:.1f}\nn = {rate.n}"
+                f"{rate.percent:.1f} %\n{low:.1f} to {high:.1f}\nn = {rate.n:,}"
             )
             assert table["Lean to the first, of the other pairs"][column] == (
-                f"{lean.points:+.1f} points\nn = {lean.n}"
+                f"{lean.points:+.1f} points\nn = {lean.n:,}"
             )
             assert table["No verdict"][column].startswith(f"{failures.percent:.1f} %")
-            assert table["… no think end"][column] == str(made.statuses["no_think_end"])
+            assert table["… no think end"][column] == f"{made.statuses['no_think_end']:,}"
             assert table["Verdicts for the longer answer"][column].startswith(
                 f"{made.length.verdicts.percent:.1f} %"
             )
             calibration, cost = made.calibration, made.cost
             assert table["Expected calibration error (points)"][column] == f"{calibration.ece:.1f}"
             assert table["Brier score (0 to 1)"][column] == f"{calibration.brier:.3f}"
-            assert table["Prompt tokens a game"][column] == "70\nn = 120"
+            assert table["Prompt tokens a game"][column] == f"70\nn = {made.games:,}"
             assert table["Generated tokens a second"][column] == f"{cost.tokens_per_second:.0f}"
 
 
 def test_confusion_matrices_and_reliability_in_numbers(page):
     matrices = [table for table in page.tables if table[0] == ["", "tie", "1", "2", "none"]]
     expected = [
-        result.benchmarks[name].diagnostics
-        for name in ("pandalm", "rewardbench", "judgebench")
-        for result in RESULTS
-        if name in result.benchmarks
+        judged.benchmarks[name].diagnostics
+        for name in NAMES
+        for judged in RESULTS
+        if name in judged.benchmarks
     ]
     assert len(matrices) == len(expected) == 4
     for matrix, made in zip(matrices, expected, strict=True):
         assert [row[0] for row in matrix[1:]] == ["tie", "1", "2"]
-        counts = [[int(cell) for cell in row[1:]] for row in matrix[1:]]
+        counts = [[int(cell.replace(",", "")) for cell in row[1:]] for row in matrix[1:]]
         assert counts == [list(row) for row in made.confusion.counts]
     reliability = [table for table in page.tables if table[0][0] == "Confidence (%)"]
     for table, made in zip(reliability, expected, strict=True):
         assert table[1:] == [
-            [f"{b.low:g} to {b.high:g}", f"{b.confidence:.1f}", f"{b.accuracy:.1f}", f"{b.n}"]
+            [f"{b.low:g} to {b.high:g}", f"{b.confidence:.1f}", f"{b.accuracy:.1f}", f"{b.n:,}"]
             for b in made.calibration.bins
             if b.n
         ]
 
 
 def test_comparisons_and_sources_are_told(page):
-    header = ["Points", "Bootstrap p", "McNemar p", "Items"]
-    pandalm, judgebench = [table for table in page.table("") if table[""] == header]
-    assert pandalm["Mean credit"] == ["-4.50\n-8.1 to -0.9", "0.0123", "0.0456", "1,000"]
-    assert judgebench["Mean credit"] == ["-4.50\n-8.1 to -0.9", "0.0123", "–", "1,000"]
-    assert page.text.count(f"base {EVIL} less ours, on the same items") == 2
+    (table,) = page.table("Paired")
+    assert table[""] == ["Points", "Bootstrap p", "McNemar p", "Items"]
+    low, high = PAIRED.interval
+    points = f"{PAIRED.difference:+.2f}\n{low:.1f} to {high:.1f}"
+    p_values = [f"{PAIRED.p_value:.4f}", f"{PAIRED.mcnemar_p:.4f}"]
+    assert table[f"base {EVIL} less ours"] == [points, *p_values, "60"]
     assert "https://example.org/paper" in page.text and "jlrm.evaluate --benchmark" in page.text
+
+
+@pytest.mark.parametrize(
+    ("p", "text"), [(None, ""), (0.0456, "0.0456"), (0.00005, "0.0001"), (1e-7, "< 0.0001")]
+)
+def test_a_p_value_is_never_nought(p, text):
+    assert scorecard_page._p_text(p) == text
 
 
 def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
@@ -326,8 +393,8 @@ def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
     card = (full / "model_card.md").read_text()
     assert "| rewardbench (INCOMPLETE) |" in card and "pandalm (INCOMPLETE)" not in card
     assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
-    complete = judge("ours", rewardbench=benchmark(1, {"overall": 75.2}))
-    assert scorecard_page._warning(["rewardbench"], evaluated.name_judges([complete])) == ""
+    complete = evaluated.name_judges([judge("ours", rewardbench=benchmark(1))])
+    assert scorecard_page._incomplete(["rewardbench"], complete) == []
 
 
 def test_pictures_are_pictures_in_two_themes(full, page):
@@ -337,12 +404,13 @@ def test_pictures_are_pictures_in_two_themes(full, page):
     alts = [value for name, value in page.attributes if name == "alt"]
     kinds = {"Results", "Same verdict", "Verdicts", "Reliability", "Accuracy by subset"}
     assert all(any(alt.startswith(kind) for alt in alts) for kind in kinds)
-    assert len(alts) == 3 + 2 * 3 and len(sources) == 2 * len(alts)
-    corners = set()
+    assert len(alts) == 3 + 2 + 2 * 3 and len(sources) == 2 * len(alts)
+    papers = set()
     for source in sources:
-        content = base64.b64decode(source.partition(",")[2], validate=True)
-        corners.add(Image.open(io.BytesIO(content)).convert("RGB").getpixel((0, 0)))
-    assert corners == {(255, 255, 255), (0x1C, 0x1F, 0x24)}
+        drawing = base64.b64decode(source.partition(",")[2], validate=True).decode()
+        assert ElementTree.fromstring(drawing).tag.endswith("svg")
+        papers.add(re.search("fill: (#.{6})", drawing)[1])
+    assert papers == {theme.LIGHT.paper, theme.DARK.paper}
     overview = Image.open(full / "report.png")
     assert overview.width > 2000 and len(set(overview.convert("L").resize((64, 64)).getdata())) > 9
 
@@ -357,12 +425,13 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     rows = card_rows(full)
     header = ["judge", "benchmark", "metric", "value (%)", "95 % interval", "n", "policy"]
     assert rows[0] == [*header, "prompt", "parser"] and set(rows[1]) == {"---"}
-    policy = "order: both · tie: half credit · error: wrong"
-    expected = ["ours", "pandalm", "agreement", "77.68", "74.4 to 80.4", "1234", policy]
-    assert rows[2] == [*expected, "judgelrm", "strict"]
+    policy = "aggregation: first\\_order · order: both · tie credit: 0.0 · error credit: 0.0"
+    entry = result("pandalm", 0)
+    value, (low, high) = entry.metrics["agreement"], entry.intervals["agreement"]
+    expected = ["ours", "pandalm", "agreement", f"{value:.2f}", f"{low:.1f} to {high:.1f}", "60"]
+    assert rows[2] == [*expected, policy, "judgelrm", "strict"]
     metrics = sum(len(b.metrics) for r in RESULTS for b in r.benchmarks.values())
     assert [len(row) for row in rows[: metrics + 2]] == [9] * (metrics + 2)
-    assert rows[metrics + 1][2:5] == ["Coding", "–", "–"]
     published = rows[metrics + 2 :]
     assert published[0] == ["benchmark", "judge", "metric", "value (%)", "source"]
     assert (
@@ -378,11 +447,12 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
 
 
 def test_one_judge_has_no_judge_column(tmp_path):
-    less = {"worst": (), "subsets": {}, "diagnostics": Diagnostics(), "published": ()}
-    entry = benchmark(0, {"agreement": 50.0}, **less)
+    entry = dataclasses.replace(benchmark(0), published=())
     page = render(tmp_path, [judge("ours", pandalm=entry)])
-    assert card_rows(tmp_path)[0][0] == "benchmark" and len(card_rows(tmp_path)) == 3
-    assert page.table("Metric (%)")[0][""] == ["ours"]
+    rows = card_rows(tmp_path)
+    assert rows[0][0] == "benchmark" and len(rows) == 2 + len(entry.metrics)
+    assert page.tables[0][0] == ["Benchmark (%)", "ours"]  # and nobody leads
+    assert [*page.table("Metric (%)")[0]] == ["ours", ""]
 
 
 @pytest.mark.parametrize(
@@ -424,8 +494,10 @@ def test_judges_of_one_name_are_told_apart(tmp_path):
     three = [judge("same", b=BenchmarkResult(metrics={"x": float(i)})) for i in range(3)]
     page = render(tmp_path, three)
     assert page.table("Metric (%)")[0] == {
-        "": ["same", "same (2)", "same (3)"],
-        "x": ["0.00", "1.00", "2.00"],
+        "": ["x"],
+        "same": ["0.00"],
+        "same (2)": ["1.00"],
+        "same (3)": ["2.00"],
     }
 
 
@@ -442,7 +514,7 @@ def test_the_command_renders_compares_and_refuses(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.strip() == str(tmp_path / "new" / "both" / "report.html")
     page = Page((tmp_path / "new" / "both" / "report.html").read_text())
-    assert page.table("Metric (%)")[0] == {"": ["a", "b"], "agreement": ["41.00", "43.00"]}
+    assert page.table("Metric (%)")[0] == {"": ["agreement"], "a": ["41.00"], "b": ["43.00"]}
     wrong = subprocess.run([*command, str(tmp_path), "--out", "x"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1
     assert "holds no results.json" in wrong.stderr

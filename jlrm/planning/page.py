@@ -1,67 +1,78 @@
-"""A plan as text, as files and as a picture; what it says is found in plan.py."""
+"""A plan as text, as a page and as a picture; what it says comes from plan.py."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jlrm.planning.phases import KINDS
 from jlrm.planning.slices import GIB
-from jlrm.reports import tables
+from jlrm.reports import charts, tables
+from jlrm.reports.pages import write_page
+from jlrm.reports.theme import colour
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#F0E442", "#BBBBBB")
-PROGRAM_COLUMNS = ["program", "argument GiB", "temp GiB", "peak GiB"]
-PROGRAM_COLUMNS += ["TFLOP", "HBM GiB", "bound s", "compile s"]
+NOTE = "Per device. bound s: lower bound from data-sheet rates, no speed. TFLOP: matrix products, "
+NOTE += "without Pallas kernels (attention of score and update)."
+
+
+class PlanTable(NamedTuple):
+    columns: list[str]
+    rows: list[dict[str, Any]]
 
 
 def describe(result: dict[str, Any], table: Any = tables.table) -> str:
     """Return a plan as text; `table` lays out rows under columns."""
-    limit = result["limit_gib"]
-    sizes = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
-    lines = [
-        f"{result['topology']} x {result['slices']}: {result['devices']} devices ({sizes}), "
-        f"{limit:.2f} GiB each. Model: {result['model']}.",
-        "",
-        table(
-            [
-                {
-                    "phase": name,
-                    "resident GiB": phase["resident_gib"],
-                    "peak GiB": phase["peak_gib"],
-                    "of limit %": 100 * phase["peak_gib"] / limit,
-                    "during": phase["program"],
-                }
-                for name, phase in result["phases"].items()
-            ],
-            ["phase", "resident GiB", "peak GiB", "of limit %", "during"],
-        ),
-        "",
-        table(
-            [_row(name, program) for name, program in result["programs"].items()],
-            PROGRAM_COLUMNS,
-        ),
-        "",
-        table(
-            [row for name, program in result["programs"].items() for row in _moves(name, program)],
-            ["program", "collective", "count", "ICI GiB", "DCN GiB"],
-        ),
-        "",
-        *(
-            f"{name}: {', '.join(note for note in (program['assumed'], program['note']) if note)}"
-            for name, program in result["programs"].items()
-            if program["assumed"] or program["note"]
-        ),
-        "Per device. bound s: lower bound from data-sheet rates, no speed. TFLOP: matrix products, "
-        "without Pallas kernels (attention of score and update).",
-    ]
-    if result["not_compiled"]:
-        lines.append(f"Not compiled: {', '.join(result['not_compiled'])}.")
+    lines = [_subject(result), ""]
+    for each in _tables(result):
+        lines += [table(each.rows, each.columns), ""]
+    lines += _notes(result)
     if "overrides" in result:
         lines.append(f"Smallest that fits: {result['topology']} {' '.join(result['overrides'])}")
     return "\n".join([*lines, verdict(result)])
+
+
+def _subject(result: dict[str, Any]) -> str:
+    sizes = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
+    return (
+        f"{result['topology']} x {result['slices']}: {result['devices']} devices ({sizes}), "
+        f"{result['limit_gib']:.2f} GiB each. Model: {result['model']}."
+    )
+
+
+def _tables(result: dict[str, Any]) -> list[PlanTable]:
+    """Return memory by phase, the programs, and what they move between devices."""
+    programs = result["programs"]
+    phases = [
+        {
+            "phase": name,
+            "resident GiB": phase["resident_gib"],
+            "peak GiB": phase["peak_gib"],
+            "of limit %": 100 * phase["peak_gib"] / result["limit_gib"],
+            "during": phase["program"],
+        }
+        for name, phase in result["phases"].items()
+    ]
+    columns = ["program", "argument GiB", "temp GiB", "peak GiB", "TFLOP", "HBM GiB", "bound s"]
+    moves = [row for name, program in programs.items() for row in _moves(name, program)]
+    return [
+        PlanTable(["phase", "resident GiB", "peak GiB", "of limit %", "during"], phases),
+        PlanTable([*columns, "compile s"], [_row(name, each) for name, each in programs.items()]),
+        PlanTable(["program", "collective", "count", "ICI GiB", "DCN GiB"], moves),
+    ]
+
+
+def _notes(result: dict[str, Any]) -> list[str]:
+    notes = [
+        f"{name}: {', '.join(note for note in (program['assumed'], program['note']) if note)}"
+        for name, program in result["programs"].items()
+        if program["assumed"] or program["note"]
+    ]
+    notes.append(NOTE)
+    if result["not_compiled"]:
+        notes.append(f"Not compiled: {', '.join(result['not_compiled'])}.")
+    return notes
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -101,63 +112,72 @@ def _moves(name: str, program: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "program": name,
             "collective": kind,
-            "count": int(found["count"]),
-            "ICI GiB": found["ici_bytes"] / GIB,
-            "DCN GiB": found["dcn_bytes"] / GIB,
+            "count": int(moved["count"]),
+            "ICI GiB": moved["ici_bytes"] / GIB,
+            "DCN GiB": moved["dcn_bytes"] / GIB,
         }
-        for kind, found in sorted((program["collectives"] or {}).items())
+        for kind, moved in sorted((program["collectives"] or {}).items())
     ]
 
 
-def _markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    def cell(value: Any) -> str:
-        return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
+
+def _markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     lines = [list(columns), ["---"] * len(columns)]
-    lines += [[cell(row.get(name)) for name in columns] for row in rows]
+    lines += [[_cell(row.get(name)) for name in columns] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write(result: dict[str, Any], directory: pathlib.Path) -> None:
-    """Write plan.json, plan.md and plan.png."""
+    """Write plan.json, plan.md, plan.html and plan.png."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "plan.json").write_text(json.dumps(result, indent=2) + "\n")
     (directory / "plan.md").write_text(describe(result, _markdown) + "\n")
-    _draw(result).savefig(directory / "plan.png", dpi=150)
-
-
-def _draw(result: dict[str, Any]) -> Any:
-    """Draw memory by phase: a bar of what is held, and the limit as a line."""
-    from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no global state
-
-    names = list(result["phases"])
-    figure = Figure(figsize=(9, 1.8 + 0.5 * len(names)), layout="constrained")
-    axes = figure.subplots()
-    left = [0.0] * len(names)
-    for kind, colour in zip(KINDS, COLOURS, strict=True):
-        sizes = [result["phases"][name]["kinds_gib"].get(kind, 0.0) for name in names]
-        if any(sizes):
-            axes.barh(names, sizes, left=left, label=kind, color=colour, edgecolor="white")
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    for name, total in zip(names, left, strict=True):
-        place: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
-        over_the_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-        axes.annotate(f"{total:.2f}", (total, name), (4, 0), bbox=over_the_line, **place)
-    axes.axvline(result["limit_gib"], color="black", linestyle="--")
-    axes.annotate(
-        f"limit {result['limit_gib']:.2f}",
-        (result["limit_gib"], 1.0),
-        (-4, 4),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset points",
-        ha="right",
+    chart, wide = (_memory_chart(result, width) for width in (charts.WIDTH, 8.0))
+    (directory / "plan.png").write_bytes(charts.png([wide], 1))
+    write_page(
+        directory / "plan.html",
+        "plan.html",
+        title=_title(result),
+        verdict=verdict(result),
+        fits=result["fits"],
+        subject=_subject(result),
+        chart=chart._replace(title="Memory by phase"),
+        wide=wide,
+        tables=[
+            (each.columns, [[_shown(row.get(name)) for name in each.columns] for row in each.rows])
+            for each in _tables(result)
+            if each.rows
+        ],
+        overrides=result.get("overrides", []),
+        notes=_notes(result),
     )
-    axes.set_xlim(0, 1.08 * max(result["limit_gib"], *left))
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB of HBM per device, at each phase's peak")
+
+
+def _shown(value: Any) -> str:
+    return charts.short(value) if isinstance(value, float) else _cell(value)
+
+
+def _title(result: dict[str, Any]) -> str:
     times = f" x {result['slices']}" if result["slices"] > 1 else ""
-    title = f"{result['model'].partition(',')[0]} on {result['topology']}{times}"
-    axes.set_title(title, pad=18)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    return figure
+    return f"Memory of {result['model'].partition(',')[0]} on {result['topology']}{times}"
+
+
+def _memory_chart(result: dict[str, Any], width: float) -> charts.Chart:
+    """Chart memory by phase: a bar of what is held, and the limit as a line."""
+    phases = result["phases"]
+    sizes = {n: [phases[n]["kinds_gib"].get(kind, 0.0) for kind in KINDS] for n in phases}
+    kept = [i for i in range(len(KINDS)) if any(row[i] for row in sizes.values())]
+    bars = [
+        charts.Bar(name, [row[i] for i in kept], f"{sum(row):.2f}") for name, row in sizes.items()
+    ]
+    return charts.stacks(
+        _title(result),
+        bars,
+        [(KINDS[i], colour(i)) for i in kept],
+        limit=result["limit_gib"],
+        x_label="GiB of HBM per device, at each phase's peak",
+        width=width,
+    )

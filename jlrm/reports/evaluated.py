@@ -6,20 +6,16 @@ Left out: any arithmetic on results, which is the business of evaluation/.
 from __future__ import annotations
 
 import itertools
+import pathlib
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 from jlrm.reports.results_file import (
-    Amount,
     BenchmarkResult,
     Diagnostics,
     Interval,
-    ItemRate,
     JudgeRecord,
-    Lean,
     Published,
-    Rate,
     Results,
 )
 
@@ -42,7 +38,7 @@ def name_judges(files: Sequence[Results]) -> list[EvaluatedJudge]:
     """Return the judges of results files, each under a name of its own."""
     judges: dict[str, EvaluatedJudge] = {}
     for number, results in enumerate(files, start=1):
-        wanted = results.judge.name or f"judge {number}"
+        wanted = shown_name(results.judge.name) or f"judge {number}"
         alike = (f"{wanted} ({i})" for i in itertools.count(2))
         name = next(name for name in itertools.chain([wanted], alike) if name not in judges)
         judges[name] = EvaluatedJudge(name, results.judge, results.benchmarks)
@@ -92,36 +88,7 @@ def range_text(interval: Interval | None) -> str:
     return f"{ends[0]:.1f} to {ends[1]:.1f}" if ends else ""
 
 
-def html_cell(main: str, *small: str) -> str:
-    """Return a cell: a value, and what qualifies it in small print below."""
-    notes = "".join(f"<br><small>{escape(note)}</small>" for note in small if note)
-    return escape(main) + notes if main else ""
-
-
-def diagnostic_cell(value: float | Rate | Lean | Amount | None, digits: int) -> str:
-    if isinstance(value, Rate):
-        interval = value.interval if isinstance(value, ItemRate) else None
-        percent = "" if value.percent is None else f"{value.percent:.1f} %"
-        return html_cell(percent, range_text(interval), f"n = {value.n:,}")
-    if isinstance(value, Lean):
-        points = "" if value.points is None else f"{value.points:+.1f} points"
-        return html_cell(points, f"n = {value.n:,}")
-    if isinstance(value, Amount):
-        return html_cell(number_text(value.mean, digits), f"n = {value.n:,}")
-    return html_cell(number_text(value, digits))
-
-
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows of HTML; those without a value are left out, "–" marks a single absent one."""
-    kept = [row for row in rows if any(row[1:])]
-    lines = ["<tr><th>" + "<th>".join(header)]
-    lines += [f"<tr><th>{row[0]}{html_cells(row[1:])}" for row in kept]
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>' if kept else ""
-
-
-def html_cells(cells: Sequence[str]) -> str:
-    return "".join(f"<td>{cell or '–'}" for cell in cells)
-
-
-def html_names(judges: Sequence[EvaluatedJudge]) -> list[str]:
-    return [escape(judge.name) for judge in judges]
+def shown_name(name: str) -> str:
+    """Return a name without the folders of a machine: the last part of an absolute path."""
+    is_absolute = pathlib.PurePosixPath(name).is_absolute() or name.startswith("~")
+    return pathlib.PurePosixPath(name).name if is_absolute else name

@@ -1,24 +1,27 @@
-"""The page and the picture of a training run, drawn from its files."""
+"""The page and the picture of a training run, drawn from its files.
+
+The page leads with the held-out curve and three judgements; PANELS lists the other curves. Whatever
+a run has no numbers for is left out, so one page serves SFT alone, GRPO alone, both, and a run
+still under way.
+"""
 
 from __future__ import annotations
 
-import base64
-import io
 import itertools
 import pathlib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jlrm.config import UsageError
 from jlrm.judgement.verdict import preferred
-from jlrm.reports import run_summary
+from jlrm.reports import charts, run_summary
+from jlrm.reports.charts import Axes, Chart, Line
+from jlrm.reports.pages import write_page
 from jlrm.reports.run_summary import RunSummary
-from jlrm.reports.theme import CSS, DARK, LIGHT, Theme
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.storage import write_atomically
 
@@ -30,47 +33,62 @@ class Panel(NamedTuple):
     title: str
     stage: str
     metric: str  # "": the mean of every reward term
+    note: str = ""
     scale: float = 1.0  # 100 turns a fraction into percent
     is_log: bool = False
     is_from_zero: bool = True
-    boundary: int = 0  # where GRPO begins on an axis that begins with SFT; 0: nowhere
-
-
-class Line(NamedTuple):
-    label: str
-    x: np.ndarray
-    y: np.ndarray
-    std: np.ndarray | None = None  # drawn as a band
-    is_noisy: bool = True  # smoothed where it is long
-
-
-Chart = tuple[Panel, list[Line]]
 
 
 PANELS = (
-    Panel("Reward (mean, band: ± one std)", "grpo", "reward", is_from_zero=False),
-    Panel("Completion length (tokens)", "grpo", "completions/mean_length"),
-    Panel("Reward by term (mean)", "grpo", "", is_from_zero=False),
-    Panel("Cut by the token limit (%)", "grpo", "completions/clipped_ratio", 100),
-    Panel("Prompts whose rewards are all equal (%)", "grpo", "frac_reward_zero_std", 100),
-    Panel("KL to the reference", "grpo", "kl"),
-    Panel("Entropy (nats per token)", "grpo", "entropy"),
-    Panel("Log-prob gap, sampler to trainer", "grpo", "rollout/logprob_gap", is_log=True),
-    Panel("GRPO gradient norm", "grpo", "grad_norm"),
-    Panel("SFT loss", "sft", "loss"),
-    Panel("SFT gradient norm", "sft", "grad_norm"),
+    Panel("Reward", "grpo", "reward", "Mean over completions; band: ± one std", is_from_zero=False),
+    Panel("Reward by term", "grpo", "", "Terms that are always 0 are left out", is_from_zero=False),
+    Panel("Completion length (tokens)", "grpo", "completions/mean_length", "Mean"),
+    Panel("Cut by the token limit (%)", "grpo", "completions/clipped_ratio", "Of completions", 100),
+    Panel(
+        "Prompts that teach nothing (%)",
+        "grpo",
+        "frac_reward_zero_std",
+        "All their completions earn the same reward",
+        100,
+    ),
+    Panel("KL to the reference", "grpo", "kl", "How far the judge has moved from its start"),
+    Panel("Entropy (nats per token)", "grpo", "entropy", "How undecided the sampled tokens are"),
+    Panel(
+        "Log-prob gap, sampler to trainer",
+        "grpo",
+        "rollout/logprob_gap",
+        "Mean difference for the same tokens; 0 is ideal",
+        is_log=True,
+    ),
+    Panel("GRPO gradient norm", "grpo", "grad_norm", "Before clipping"),
+    Panel("SFT loss", "sft", "loss", "Nats per token of the target judgements"),
+    Panel("SFT gradient norm", "sft", "grad_norm", "Before clipping"),
 )
+
+
+class Measure(NamedTuple):
+    """A held-out metric as the page words it."""
+
+    title: str
+    digits: int
+    meaning: str
+
+
 RESULTS = {
-    "agreement": ("Agreement (%)", 1),  # digits
-    "f1": ("Macro F1 (%)", 1),
-    "parse_rate": ("Parse rate (%)", 1),
-    "swap_consistency": ("Swap consistency (%)", 1),
-    "delta_bias": ("Lean to a place (%)", 1),
-    "reward": ("Reward", 2),
-    "mean_length": ("Mean length (tokens)", 0),
+    "agreement": Measure("Agreement (%)", 1, "Verdicts that name the better answer or the tie."),
+    "f1": Measure("Macro F1 (%)", 1, "Mean F1 of: first better, second better, tie."),
+    "parse_rate": Measure("Parse rate (%)", 1, "Responses from which two scores can be read."),
+    "swap_consistency": Measure(
+        "Swap consistency (%)", 1, "Pairs that get the same verdict with the answers swapped."
+    ),
+    "delta_bias": Measure(
+        "Lean to a place (%)", 1, "Pairs whose verdict follows the place of the answer."
+    ),
+    "reward": Measure("Reward", 2, "Mean training reward."),
+    "mean_length": Measure("Mean length (tokens)", 0, "Of what the judge writes."),
 }
+HELDOUT_TITLE = "Held-out comparisons (%)"
 NUM_JUDGEMENTS = 8
-MANY_POINTS = 20  # beyond, a curve is smoothed and its points are no longer marked
 
 
 def write_report(run_dir: pathlib.Path) -> None:
@@ -86,25 +104,46 @@ def write_report(run_dir: pathlib.Path) -> None:
         )
     summary = summary or RunSummary({})  # a run under way has none yet
     config_path = run_dir / "config.yaml"
-    charts = _charts(rows, summary)
-    if charts:
-        write_atomically(run_dir / "report.png", _draw(charts, LIGHT, 3, run_dir.resolve().name))
-    page = PAGE.format(
-        css=CSS,
-        name=escape(run_dir.resolve().name),
-        cost=_cost(summary),
-        results=_results_html(rows, summary),
-        charts="".join(_chart_html(*chart) for chart in charts),
-        judgements=_judgements_html(run_dir),
-        config=escape(config_path.read_text() if config_path.exists() else "not recorded"),
+    title, heldout = run_dir.resolve().name, heldout_chart(rows, summary)
+    panels = _panel_charts(rows)
+    if overview := [*([heldout] if heldout else []), *(chart for _, chart in panels)]:
+        write_atomically(run_dir / "report.png", charts.png(overview, 3, title))
+    results = _results(rows, summary)
+    sampled, cards = _judgements(run_dir)
+    write_page(
+        run_dir / "report.html",
+        "run.html",
+        title=title,
+        about=_about(rows, summary),
+        tiles=_tiles(results),
+        heldout=heldout,
+        heldout_wide=heldout and heldout._replace(width=7.4, height=2.9),
+        sampled=sampled,
+        cards=cards,
+        stages=_stage_names(results),
+        results=_result_lines(rows, results),
+        glossary=[
+            (measure.title, measure.meaning)
+            for name, measure in RESULTS.items()
+            if any(name in metrics for metrics in results.values())
+        ],
+        curves=[
+            (STAGES[stage], [chart for _, chart in group])
+            for stage, group in itertools.groupby(panels, key=lambda pair: pair[0].stage)
+        ],
+        config=config_path.read_text() if config_path.exists() else "not recorded",
     )
-    write_atomically(run_dir / "report.html", page.encode())
 
 
 def picture(run_dir: pathlib.Path) -> bytes | None:
     """Return the curves of a run so far as PNG; None as long as there are none."""
-    charts = _charts(read_metrics(run_dir), RunSummary({}))
-    return _draw(charts, LIGHT, 3, run_dir.resolve().name) if charts else None
+    rows = read_metrics(run_dir)
+    drawn = [heldout_chart(rows, RunSummary({})), *(chart for _, chart in _panel_charts(rows))]
+    present = [chart for chart in drawn if chart]
+    return charts.png(present, 3, run_dir.resolve().name) if present else None
+
+
+# --- curves ---
 
 
 def _series(rows: list[Row], stage: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
@@ -118,164 +157,205 @@ def _num_steps(rows: list[Row]) -> dict[str, int]:
     return {row["stage"]: row["step"] for row in rows}
 
 
-def _charts(rows: list[Row], summary: RunSummary) -> list[Chart]:
+def _panel_charts(rows: list[Row]) -> list[tuple[Panel, Chart]]:
+    """Return a chart for each panel that the run has numbers for."""
     names = dict.fromkeys(name for row in rows for name in row)
     terms = [name for name in names if re.fullmatch("rewards/.+/mean", name)]
-    charts = [_held_out_chart(rows, summary)]
+    drawn = []
     for panel in PANELS:
-        lines = []
-        for metric in [panel.metric] if panel.metric else terms:
-            x, y = _series(rows, panel.stage, metric)
-            std = _series(rows, panel.stage, f"{metric}_std")[1]
-            label = metric.removeprefix("rewards/").removesuffix("/mean")
-            lines.append(Line(label, x, y * panel.scale, std if std.size == y.size else None))
-        charts.append((panel, lines))
-    present = ((panel, [line for line in lines if line.x.size]) for panel, lines in charts)
-    return [(panel, lines) for panel, lines in present if lines]
+        metrics = [panel.metric] if panel.metric else terms
+        lines = [_line(rows, panel, metric) for metric in metrics]
+        # A term without weight would be one more line along 0.
+        lines = [line for line in lines if line.x.size and (panel.metric or line.y.any())]
+        if lines:
+            label = f"{STAGES[panel.stage]} steps"
+            top = 5.0 if panel.scale == 100 else 0.0
+            layout = Axes(label, is_log=panel.is_log, is_from_zero=panel.is_from_zero, top=top)
+            is_named = not panel.metric
+            chart = charts.curves(panel.title, lines, layout, note=panel.note, is_named=is_named)
+            drawn.append((panel, chart))
+    return drawn
 
 
-def _held_out_chart(rows: list[Row], summary: RunSummary) -> Chart:
+def _line(rows: list[Row], panel: Panel, metric: str) -> Line:
+    x, y = _series(rows, panel.stage, metric)
+    std = _series(rows, panel.stage, f"{metric}_std")[1]
+    label = metric.removeprefix("rewards/").removesuffix("/mean")
+    band = (y - std, y + std) if std.size == y.size else (None, None)
+    return Line(label.replace("_", " "), x, y * panel.scale, *band)
+
+
+def heldout_chart(rows: list[Row], summary: RunSummary) -> Chart | None:
     """Put all evaluations on one axis of steps, SFT's and then GRPO's; 0 is before training."""
-    num_steps = _num_steps(rows)
-    lines = []
+    num_steps, lines = _num_steps(rows), []
     for name in ("agreement", "parse_rate"):
-        points: dict[float, float] = {}
-        for stage, offset in {"start": 0, "sft": 0, "grpo": num_steps.get("sft", 0)}.items():
-            if (value := summary.stages.get(stage, {}).get(name)) is not None:
-                points[offset + num_steps.get(stage, 0)] = float(value)
-            x, y = _series(rows, stage, f"eval/{name}")
-            points |= zip(x + offset, y, strict=True)
-        x, y = np.array(sorted(points.items()), dtype=np.float64).reshape(-1, 2).T
-        lines.append(Line(name.replace("_", " "), x, y, is_noisy=False))
-    only = "".join(num_steps) if len(num_steps) == 1 else ""
-    boundary = 0 if only else num_steps.get("sft", 0)
-    return Panel("Held-out comparisons (%)", only, "", 1, False, False, boundary), lines
+        points = _heldout_points(rows, summary, name)
+        if points:
+            steps, values = np.array(sorted(points.items()), dtype=np.float64).T
+            band = _band(values, _num_pairs(rows, summary)) if name == "agreement" else (None, None)
+            lines.append(Line(name.replace("_", " "), steps, values, *band, is_noisy=False))
+    if not lines:
+        return None
+    has_both = len(num_steps) > 1
+    label = "SFT steps, then GRPO steps" if has_both else STAGES.get("".join(num_steps), "")
+    boundary = num_steps.get("sft", 0) if has_both else 0
+    note = "On comparisons that training never sees"
+    note += ". Band: 95 % interval" if lines[0].low is not None else ""
+    layout = Axes(label if has_both else f"{label} steps".strip(), top=100, boundary=boundary)
+    return charts.curves(HELDOUT_TITLE, lines, layout._replace(is_from_zero=True), note=note)
 
 
-def _draw(charts: Sequence[Chart], theme: Theme, num_columns: int, title: str = "") -> bytes:
-    from matplotlib.figure import Figure  # not pyplot: needs no display and keeps no global state
-
-    num_columns = min(num_columns, len(charts))
-    num_rows = -(-len(charts) // num_columns)
-    size = (4.0 * num_columns, 2.6 * num_rows)
-    figure = Figure(size, dpi=180, layout="constrained", facecolor=theme.paper)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", weight="bold", color=theme.ink)
-    for number, (panel, lines) in enumerate(charts, start=1):
-        axes = figure.add_subplot(num_rows, num_columns, number, facecolor=theme.paper)
-        for line, colour in zip(lines, itertools.cycle(theme.colours), strict=False):
-            _draw_line(axes, line, colour)
-        _style(axes, panel, lines, theme)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    return content.getvalue()
+def _heldout_points(rows: list[Row], summary: RunSummary, name: str) -> dict[float, float]:
+    num_steps = _num_steps(rows)
+    points: dict[float, float] = {}
+    for stage, offset in {"start": 0, "sft": 0, "grpo": num_steps.get("sft", 0)}.items():
+        value = summary.stages.get(stage, {}).get(name)
+        if value is not None and np.isfinite(float(value)):
+            points[offset + num_steps.get(stage, 0)] = float(value)
+        steps, values = _series(rows, stage, f"eval/{name}")
+        points |= zip(steps + offset, values, strict=True)
+    return points
 
 
-def _draw_line(axes: Any, line: Line, colour: str) -> None:
-    is_long = line.is_noisy and line.y.size > MANY_POINTS
-    middle = _running_mean(line.y) if is_long else line.y
-    axes.plot(line.x, middle, color=colour, lw=1.8, marker="" if is_long else "o", ms=4)
-    if is_long:
-        axes.plot(line.x, line.y, color=colour, lw=0.7, alpha=0.35)
-    if line.std is not None:
-        half = _running_mean(line.std) if is_long else line.std
-        axes.fill_between(line.x, middle - half, middle + half, color=colour, alpha=0.18, lw=0)
+def _num_pairs(rows: list[Row], summary: RunSummary) -> int:
+    """Return how many pairs are held out; 0 for runs that did not record it."""
+    counts = [row.get("eval/pairs") for row in rows]
+    counts += [metrics.get("pairs") for metrics in summary.stages.values()]
+    return int(next((count for count in counts if count), 0))
 
 
-def _running_mean(y: np.ndarray) -> np.ndarray:
-    window = np.ones(max(5, y.size // 15))
-    return np.convolve(y, window, "same") / np.convolve(np.ones_like(y), window, "same")
+def _band(percents: np.ndarray, n: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the ends of Wilson's 95 % interval of shares of `n` pairs, in percent."""
+    if not n:
+        return None, None
+    share, z = percents / 100, 1.96
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return 100 * (centre - half), 100 * (centre + half)
 
 
-def _style(axes: Any, panel: Panel, lines: Sequence[Line], theme: Theme) -> None:
-    if panel.is_log and any((line.y > 0).any() for line in lines):
-        axes.set_yscale("log")
-    elif panel.is_from_zero:
-        axes.set_ylim(0, max(axes.get_ylim()[1] * 1.05, 5 if panel.scale == 100 else 0))
-    text = {"color": theme.ink, "fontsize": 9}
-    stage = "SFT steps, then GRPO" if panel.boundary else STAGES.get(panel.stage, "")
-    axes.set_title(panel.title, loc="left", weight="bold", **text)
-    axes.set_xlabel(f"{stage} steps".strip(), **text)
-    axes.tick_params(colors=theme.ink, labelsize=9, length=0, which="both")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(axis="y", color=theme.faint, lw=0.7)
-    axes.spines[:].set(visible=False)
-    if panel.boundary:
-        axes.axvline(panel.boundary, color=theme.ink, lw=1, ls=":")
-        axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-    low, high = axes.get_ylim()
-    named = [] if panel.metric else lines  # each at its right end, apart far enough to read
-    ends = [((line.y[-1] - low) / (high - low), line.label) for line in named]
-    previous = -1.0
-    for (height, label), colour in sorted(zip(ends, itertools.cycle(theme.colours), strict=False)):
-        previous = height = max(height, previous + 0.09)
-        place = {"transform": axes.transAxes, "clip_on": False}
-        axes.plot([1.02, 1.05], [height, height], color=colour, lw=2.5, **place)
-        axes.text(1.07, height, label, va="center", **place, **text)
+# --- numbers ---
 
 
-def _chart_html(panel: Panel, lines: list[Line]) -> str:
-    light, dark = (
-        "data:image/png;base64," + base64.b64encode(_draw([(panel, lines)], theme, 1)).decode()
-        for theme in (LIGHT, DARK)
-    )
-    last = ", ".join(f"{line.label} {line.y[-1]:.3g}" for line in lines)
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{escape(f"{panel.title}; last: {last}")}"></picture>'
-    )
+class Tile(NamedTuple):
+    title: str
+    value: str
+    unit: str
+    notes: list[str]
 
 
-def _cost(summary: RunSummary) -> str:
-    hours, minutes = divmod(round(summary.seconds / 60), 60)
+def _about(rows: list[Row], summary: RunSummary) -> list[str]:
+    steps = [f"{STAGES[stage]} {n:,} steps" for stage, n in _num_steps(rows).items() if n]
     tokens = summary.tokens / 1e6
-    return f"{hours} h {minutes} min, {tokens:,.1f} million tokens" if tokens else "Under way."
+    if not tokens:
+        return [*steps, "Under way."]
+    return [*steps, f"{_duration(summary.seconds)}, {tokens:,.1f} million tokens"]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = ("<tr><th>" + "<td>".join(map(escape, row)) for row in rows)
-    return f"<table>{''.join(cells)}</table>"
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def _results_html(rows: list[Row], summary: RunSummary) -> str:
-    """Tabulate held-out results; a stage still under way shows its latest evaluation."""
+def _results(rows: list[Row], summary: RunSummary) -> dict[str, Row]:
+    """Return held-out metrics by stage; a stage still under way has its latest evaluation's."""
     results: dict[str, Row] = {}
     for stage in STAGES:
-        latest = {name: _series(rows, stage, f"eval/{name}")[1][-1:] for name in RESULTS}
+        latest = {
+            name: _series(rows, stage, f"eval/{name}")[1][-1:] for name in (*RESULTS, "pairs")
+        }
         so_far = {name: values[0] for name, values in latest.items() if values.size}
-        if latest_or_final := summary.stages.get(stage) or so_far:
-            results[stage] = {n: float(v) for n, v in latest_or_final.items() if v is not None}
-    stages = [STAGES[stage] for stage in results]
-    lines = [["", *stages, *([" → ".join(stages[-2:])] if len(stages) > 1 else [])]]
-    for name, (title, digits) in RESULTS.items():
+        if metrics := summary.stages.get(stage) or so_far:
+            results[stage] = {name: float(v) for name, v in metrics.items() if v is not None}
+    return results
+
+
+def _tiles(results: dict[str, Row]) -> list[Tile]:
+    """Return the figures that stand first: what the run came to, and from where."""
+    if not results:
+        return []
+    *before, stage = results
+    tiles = []
+    for name in ("agreement", "swap_consistency", "parse_rate"):
+        value = results[stage].get(name, np.nan)
+        if not np.isfinite(value):
+            continue
+        notes = []
+        low, high = _band(np.array(value), int(results[stage].get("pairs", 0)))
+        if name == "agreement" and low is not None:
+            notes.append(f"95 % interval {low:.1f} to {high:.1f}")
+        if before and np.isfinite(results[before[-1]].get(name, np.nan)):
+            change = value - results[before[-1]][name]
+            notes.append(f"{STAGES[before[-1]]} → {STAGES[stage]}: {change:+.1f} points")
+        tiles.append(Tile(RESULTS[name].title.removesuffix(" (%)"), f"{value:.1f}", "%", notes))
+    return tiles
+
+
+def _stage_names(results: dict[str, Row]) -> list[str]:
+    names = [STAGES[stage] for stage in results]
+    return [*names, *([" → ".join(names[-2:])] if len(names) > 1 else [])]
+
+
+def _result_lines(rows: list[Row], results: dict[str, Row]) -> list[tuple[str, list[str]]]:
+    """Return a line for each metric: its value after each stage, and the last change."""
+    lines = []
+    for name, measure in RESULTS.items():
         values = [result.get(name, np.nan) for result in results.values()]
-        unit = " points" if "%" in title else ""
-        cells = [f"{value:.{digits}f}" for value in values]
-        cells += [f"{change:+.{digits}f}{unit}" for change in np.diff(values)[-1:]]
+        unit = " points" if "%" in measure.title else ""
+        cells = [f"{value:.{measure.digits}f}" for value in values]
+        cells += [f"{change:+.{measure.digits}f}{unit}" for change in np.diff(values)[-1:]]
         if np.isfinite(values).any():
-            lines.append([title, *("–" if "nan" in cell else cell for cell in cells)])
+            lines.append((measure.title, ["–" if "nan" in cell else cell for cell in cells]))
     num_steps = _num_steps(rows)
     steps = [f"{num_steps.get(stage, 0):,}" for stage in results]
-    lines.append(["Steps", *steps, *([""] if len(steps) > 1 else [])])
-    return _table(lines) if results else "<p>No held-out results yet.</p>"
+    return [*lines, ("Steps", [*steps, *([""] if len(steps) > 1 else [])])] if results else []
 
 
-def _judgements_html(run_dir: pathlib.Path) -> str:
+# --- judgements ---
+
+
+class ShownAnswer(NamedTuple):
+    text: str
+    note: str
+    is_better: bool  # by the label
+
+
+class Card(NamedTuple):
+    """One sampled judgement as the page shows it."""
+
+    outcome: str
+    mark: str
+    about: list[str]
+    question: str
+    answers: list[ShownAnswer]
+    prompt: str
+    response: str
+    scores: list[tuple[str, list[str]]]  # gold and verdict: of both answers
+    total: str
+    rewards: list[tuple[str, str]]  # terms, total, advantage
+
+
+def _judgements(run_dir: pathlib.Path) -> tuple[str, list[Card]]:
+    """Return when the newest judgements were sampled, and some of them, of mixed outcomes."""
     paths = sorted(run_dir.glob("completions/*.parquet"), key=lambda p: ("grpo" in p.stem, p.stem))
     if not paths:
-        return "<p>None sampled yet.</p>"
+        return "", []
     import pyarrow.parquet as pq
 
-    num_seen, groups = Counter(), {}
-    for row in pq.read_table(paths[-1]).to_pylist():
+    rows = pq.read_table(paths[-1]).to_pylist()
+    num_seen, groups = Counter(), {"right": [], "wrong": [], "unparsed": []}
+    for row in rows:
         num_seen[row.get("id")] += 1
-        groups.setdefault(_outcome(row), []).append((num_seen[row.get("id")], row))
+        groups[_outcome(row)].append((num_seen[row.get("id")], row))
     ranked = (sorted(group, key=lambda pair: pair[0]) for group in groups.values())
     # Outcomes take turns; within one, every prompt comes before any prompt's second completion.
     mix = [pair[1] for turn in itertools.zip_longest(*ranked) for pair in turn if pair]
+    terms = [name for name in rows[0] if "rewards/" in name and any(row[name] for row in rows)]
     stage, _, step = paths[-1].stem.rpartition("_")
-    cards = "".join(_card(row) for row in mix[:NUM_JUDGEMENTS])
-    return f"<p>{STAGES.get(stage, stage)}, step {int(step):,}</p>{cards}"
+    cards = [_card(row, terms) for row in mix[:NUM_JUDGEMENTS]]
+    return f"{STAGES.get(stage, stage)}, step {int(step):,}", cards
 
 
 def _outcome(row: Row) -> str:
@@ -285,39 +365,42 @@ def _outcome(row: Row) -> str:
     return "right" if preferred(*verdict) == row["label"] else "wrong"
 
 
-def _card(row: Row) -> str:
+def _card(row: Row, terms: Sequence[str]) -> Card:
     outcome = _outcome(row)
-    scores = [["", "Answer 1", "Answer 2"]]
+    scores = []
     for name in ("gold", "verdict"):
         pair = row.get(name) or (None, None)  # no gold scores: a preference alone
-        scores.append([name.title(), *("–" if v is None else f"{v:g}" for v in pair)])
-    rewards = {name.removeprefix("rewards/"): v for name, v in row.items() if "rewards/" in name}
+        scores.append((name.title(), ["–" if v is None else f"{v:g}" for v in pair]))
+    rewards = {name.removeprefix("rewards/").replace("_", " "): row[name] for name in terms}
     rewards |= {"total": row.get("reward"), "advantage": row.get("advantage")}
-    lines = [["", "Reward"], *([k, f"{v:+.2f}"] for k, v in rewards.items() if v is not None)]
-    about = " · ".join(str(row[name]) for name in ("id", "status") if row.get(name) is not None)
-    return CARD.format(
+    about = [str(row["id"])] if row.get("id") is not None else []
+    about += (
+        [row["status"].replace("_", " ")] if outcome == "unparsed" and row.get("status") else []
+    )
+    about += ["answers swapped"] if row.get("order") == "swapped" else []
+    total = row.get("reward")
+    return Card(
         outcome=outcome,
         mark={"right": "✓", "wrong": "✗"}.get(outcome, "?"),
-        about=escape(about),
-        completion=escape(str(row.get("response", row.get("completion", "")))),
-        tables=_table(scores) + _table(lines),
-        prompt=escape(str(row.get("prompt", ""))),
+        about=about,
+        question=str(row.get("question") or ""),
+        answers=_answers(row),
+        prompt=str(row.get("prompt") or ""),
+        response=str(row.get("response") or row.get("completion") or ""),
+        scores=scores,
+        total="" if total is None else f"{total:+.2f}",
+        rewards=[(k, f"{v:+.2f}") for k, v in rewards.items() if v is not None],
     )
 
 
-CARD = """
-<article><h3 class="{outcome}">{mark} {outcome} <small>{about}</small></h3>
-<div class="pair"><div><pre>{completion}</pre>
-<details><summary>Prompt</summary><pre>{prompt}</pre></details></div>
-<div>{tables}</div></div></article>"""
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{name}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>
-<body><h1>{name}</h1><p>{cost}</p>
-<h2>Held-out results</h2>{results}
-<h2>Curves</h2><div class="charts">{charts}</div>
-<h2>Sampled judgements</h2>{judgements}
-<h2>Configuration</h2><details><summary>config.yaml</summary><pre>{config}</pre></details>
-</body></html>
-"""
+def _answers(row: Row) -> list[ShownAnswer]:
+    """Return both answers; none for records of before they were kept beside the prompt."""
+    texts = [row.get(f"answer_{number}") for number in (1, 2)]
+    if None in texts:
+        return []
+    tie = "a tie" if row.get("label") == 0 else ""
+    notes = ["better" if row.get("label") == number else tie for number in (1, 2)]
+    return [
+        ShownAnswer(str(text), note, note == "better")
+        for text, note in zip(texts, notes, strict=True)
+    ]

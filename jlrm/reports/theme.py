@@ -1,43 +1,70 @@
-"""Colours, fonts and style sheet that every page and chart share."""
+"""One look for every page and chart: colours for light and dark, and the way templates are filled.
+
+Each colour of `LIGHT` has its partner at the same place of `DARK`, so that a chart is drawn once
+and a dark page gets it with its colours exchanged. Lines and marks have a contrast of 3:1 or more
+against the paper.
+"""
 
 from __future__ import annotations
 
+import colorsys
+import re
 from typing import NamedTuple
 
 
 class Theme(NamedTuple):
     ink: str
-    faint: str
+    soft: str  # secondary text
+    faint: str  # grid lines and what is neither first nor second
     paper: str
-    colours: list[str]
+    box: str  # behind quoted text
+    right: str
+    wrong: str
+    colours: tuple[str, ...]  # of lines, judges and parts, in this order
 
 
-# Okabe and Ito: told apart with any colour vision
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-LIGHT = Theme("#1f2328", "#d9dde2", "#ffffff", COLOURS)
-DARK = Theme("#e6e8eb", "#3b4048", "#1c1f24", [COLOURS[i] for i in (5, 4, 2, 3, 1, 0)])
+def _hues(lightness: float) -> tuple[str, ...]:
+    """Return twelve more colours for charts of very many lines, spread by the golden ratio."""
+    all_rgb = (colorsys.hls_to_rgb(0.618 * i % 1, lightness, 0.55) for i in range(12))
+    return tuple("#" + "".join(f"{round(255 * each):02x}" for each in rgb) for rgb in all_rgb)
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --line: #d9dde2;
-  --paper: #fff; --box: #f6f8fa; --right: #007a5a; --wrong: #b34700 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9da5af; --line: #3b4048;
-  --paper: #1c1f24; --box: #262a31; --right: #3ecf9f; --wrong: #ff9d5c } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 72rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } h3 { margin: .75rem 0 }
-p, small { color: var(--soft); font-weight: normal }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin-bottom: 1rem }
-td, th { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right }
-th { text-align: left } th, tr:first-child { font-weight: 600 } table * { overflow-wrap: normal }
-.charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)) }
-img { width: 100%; display: block }
-article { border: 1px solid var(--line); border-radius: .5rem; padding: 0 1rem; margin: 1rem 0 }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr) auto; gap: 1rem; align-items: start }
-@media (max-width: 45rem) { .pair { grid-template-columns: minmax(0, 1fr) }
-  td, th { padding: .25rem .4rem } }
-pre { white-space: pre-wrap; background: var(--box); padding: .75rem; border-radius: .4rem;
-  max-height: 24rem; overflow-y: auto; margin: 0 0 .75rem; font-size: .85rem }
-summary { cursor: pointer; padding-bottom: .75rem }
-.right { color: var(--right) } .wrong { color: var(--wrong) }
-"""
+
+# The first six have the hues of Okabe and Ito's palette, which any colour vision tells apart;
+# their lightness is chosen for the paper.
+_ON_LIGHT = "#0b63ad #cc4e00 #0a7f5c #a3478b #946800 #3a8ec2"
+_ON_LIGHT += " #b3263e #5d6773 #5b4bb5 #6f7f00 #8c5a3c #0d8c94"
+_ON_DARK = "#6db3f2 #ff9a57 #3fcf9d #e39ad0 #e6b93c #9bd6ff"
+_ON_DARK += " #ff8a9b #aab4bf #a99cf5 #c3d35b #d3a17e #5fd4da"
+
+LIGHT = Theme(
+    ink="#1d232a",
+    soft="#57606a",
+    faint="#dde1e6",
+    paper="#ffffff",
+    box="#f5f7f9",
+    right="#007a5a",
+    wrong="#b54400",
+    colours=(*_ON_LIGHT.split(), *_hues(0.36)),
+)
+DARK = Theme(
+    ink="#e6e9ed",
+    soft="#a2abb6",
+    faint="#3a424c",
+    paper="#171b21",
+    box="#20262e",
+    right="#3fcf9e",
+    wrong="#ff9a58",
+    colours=(*_ON_DARK.split(), *_hues(0.72)),
+)
+
+
+def colour(number: int) -> str:
+    """Return the colour of a chart's line or of a judge, by its number."""
+    return LIGHT.colours[number % len(LIGHT.colours)]
+
+
+def darken(drawing: str) -> str:
+    """Return a drawing with each colour of `LIGHT` exchanged for its partner of `DARK`."""
+    light = (*LIGHT[:-1], *LIGHT.colours)
+    partners = dict(zip(light, (*DARK[:-1], *DARK.colours), strict=True))
+    return re.sub("|".join(partners), lambda match: partners[match[0]], drawing)

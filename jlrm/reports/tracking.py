@@ -92,8 +92,9 @@ class Tracker:
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write sampled judgements to `completions/<stage>_<step>.parquet`, one column per key.
 
-        The report reads: id, prompt, completion, gold and verdict (two scores each, or None),
-        status, `rewards/<term>`, reward, advantage. The column `step` is added here.
+        The report reads: id, order, question, answer_1, answer_2, prompt, response (in older files
+        `completion`), gold and verdict (two scores each, or None), label, status,
+        `rewards/<term>`, reward, advantage. The column `step` is added here.
         """
         if not self._is_writer or not rows:
             return

@@ -50,7 +50,8 @@ def make_evaluation(run: Run) -> EvaluateFn:
     """Return weights -> held-out metrics; programs are compiled at first use.
 
     Shares are in percent: agreement and macro F1 (of the given order), swap_consistency,
-    delta_bias, parse_rate; reward and mean_length (tokens) are means over both orders.
+    delta_bias, parse_rate; `pairs` counts the pairs. reward and mean_length (tokens) are means over
+    both orders.
     """
     half = len(run.heldout) // 2
     examples = run.heldout.take(range(2 * half))
@@ -88,6 +89,7 @@ def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str,
     benchmark = pairs.BENCHMARK.score(judged, POLICY)
     return {
         **{ours: benchmark[theirs] for theirs, ours in METRICS.items()},
+        "pairs": float(half),  # what the shares are of: an interval needs it
         "parse_rate": parse_rate(judgements),
         "reward": float(rewards_of(judgements).mean()),
     }

@@ -1,0 +1,39 @@
+"""Pages from templates: one HTML file each, without scripts or network.
+
+Whatever a template prints is escaped, because models and users write hostile text. The style sheet
+and the colours come from one place (templates/style.css, theme.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from typing import Any
+
+from jlrm.reports.charts import picture
+from jlrm.reports.theme import DARK, LIGHT, colour
+from jlrm.runtime.storage import write_atomically
+
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+
+
+def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
+    """Fill a template and write it; a value that the template asks for and lacks is an error."""
+    text = _environment().get_template(template).render(values)
+    write_atomically(path, text.encode(errors="replace"))  # lone surrogates become "?"
+
+
+@functools.cache
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"picture": picture}
+    environment.globals |= {"light": LIGHT, "dark": DARK, "colour": colour}
+    return environment
