@@ -2,7 +2,7 @@
 
 A `Chart` knows how to draw itself into axes. A page shows it as SVG, which stays sharp on any
 screen and is drawn once for light and dark; `png` puts several on one picture for a README or a
-notebook. Texts of users and models are drawn as they are: no mathematics is read into a dollar sign.
+notebook. Texts of users and models are drawn as they are: a dollar sign begins no mathematics.
 
 Left out: which numbers a chart shows. run_page.py, scorecard_charts.py and planning/page.py say it.
 """
