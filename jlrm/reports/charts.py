@@ -58,7 +58,7 @@ class Axes(NamedTuple):
     is_diagonal: bool = False  # a dotted line where y is x
 
 
-class Point(NamedTuple):
+class Mark(NamedTuple):
     value: float | None  # None: `note` stands in its place
     interval: tuple[float, float] | None = None
     series: int | None = None  # its colour and marker; None: a published value
@@ -261,7 +261,7 @@ def short(value: float) -> str:
 
 def dots(
     title: str,
-    rows: Sequence[tuple[str, Sequence[Point]]],
+    rows: Sequence[tuple[str, Sequence[Mark]]],
     names: Sequence[str] = (),
     *,
     is_percent: bool = False,
@@ -290,7 +290,7 @@ def dots(
     return Chart(title, alt, draw, height)
 
 
-def _told(point: Point) -> str:
+def _told(point: Mark) -> str:
     """Return a point in words, for those who can't see it."""
     if point.value is None:
         return point.note or "none"
@@ -298,7 +298,7 @@ def _told(point: Point) -> str:
     return f"{point.value:.1f}{ends}{point.note}"
 
 
-def _draw_point(axes: Any, point: Point, y: float, is_labelled: bool) -> None:
+def _draw_point(axes: Any, point: Mark, y: float, is_labelled: bool) -> None:
     is_published = point.series is None
     hue = LIGHT.soft if point.series is None else colour(point.series)
     beside = {"transform": axes.get_yaxis_transform(), "clip_on": False, "color": hue}

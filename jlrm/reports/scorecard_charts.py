@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlrm.reports import charts
-from jlrm.reports.charts import Axes, Bar, Chart, Line, Point
+from jlrm.reports.charts import Axes, Bar, Chart, Line, Mark
 from jlrm.reports.evaluated import (
     EvaluatedJudge,
     headline_metric,
@@ -34,33 +34,31 @@ def headline_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     for number, judge in enumerate(judges):
         result = judge.result(name)
         note = "  incomplete" if result.incomplete else ""
-        point = _point(result.metrics.get(metric), result.intervals.get(metric), number)
-        if point.value is None:
+        mark = _point(result.metrics.get(metric), result.intervals.get(metric), number)
+        if mark.value is None:
             note = "no verdicts" if name in judge.benchmarks else "not run"
-        rows.append((judge.name, point._replace(is_hollow=result.incomplete, note=note)))
-    if all(point.value is None for _, point in rows):
+        rows.append((judge.name, mark._replace(is_hollow=result.incomplete, note=note)))
+    if all(mark.value is None for _, mark in rows):
         return None
     rows += [
-        (row.judge, Point(row.value))
-        for row in published_rows(name, judges)
-        if row.metric == metric
+        (row.judge, Mark(row.value)) for row in published_rows(name, judges) if row.metric == metric
     ]
     rows.sort(key=lambda row: -np.inf if row[1].value is None else row[1].value, reverse=True)
-    chart = charts.dots(name, [(charts.wrap(label, 22), [point]) for label, point in rows])
+    chart = charts.dots(name, [(charts.wrap(label, 22), [mark]) for label, mark in rows])
     return chart._replace(note=f"{metric} (%)", alt=f"Results: {chart.alt}")
 
 
-def _point(value: float | None, interval: Interval | None, number: int, note: str = "") -> Point:
-    return Point(value, whole_interval(interval), number, note=note)
+def _point(value: float | None, interval: Interval | None, number: int, note: str = "") -> Mark:
+    return Mark(value, whole_interval(interval), number, note=note)
 
 
 def order_charts(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> list[Chart]:
     """Chart what the order of the answers does: agreement of both orders, the lean to a place."""
     rows, bars = [], []
     for name in names:
-        points = [_consistency(judge.result(name), i) for i, judge in enumerate(judges)]
-        if any(point.value is not None for point in points):
-            rows.append((charts.wrap(name, 20), points))
+        marks = [_consistency(judge.result(name), i) for i, judge in enumerate(judges)]
+        if any(mark.value is not None for mark in marks):
+            rows.append((charts.wrap(name, 20), marks))
         run = [judge for judge in judges if name in judge.benchmarks]
         of_benchmark = [_places(judge, name, len(judges) > 1) for judge in run]
         bars += of_benchmark if any(bar.sizes for bar in of_benchmark) else []
@@ -75,10 +73,10 @@ def order_charts(names: Sequence[str], judges: Sequence[EvaluatedJudge]) -> list
     return drawn
 
 
-def _consistency(result: BenchmarkResult, number: int) -> Point:
+def _consistency(result: BenchmarkResult, number: int) -> Mark:
     rate = result.diagnostics.consistency
     if rate is None or rate.percent is None:
-        return Point(None, series=number, note="one order only")
+        return Mark(None, series=number, note="one order only")
     return _point(rate.percent, rate.interval, number)
 
 
@@ -98,14 +96,14 @@ def subset_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     rows = []
     for subset in dict.fromkeys(subset for subsets in by_judge for subset in subsets):
         entries = [subsets.get(subset) for subsets in by_judge]
-        points = [
-            Point(None, series=i) if each is None else _point(each.accuracy, each.interval, i)
+        marks = [
+            Mark(None, series=i) if each is None else _point(each.accuracy, each.interval, i)
             for i, each in enumerate(entries)
         ]
         sizes = dict.fromkeys(f"{each.n:,}" for each in entries if each is not None)
-        if any(point.value is not None for point in points):
+        if any(mark.value is not None for mark in marks):
             label = charts.wrap(f"{subset} ({' or '.join(sizes)})", 26)
-            rows.append((label, points))
+            rows.append((label, marks))
     if not rows:
         return None
     legend = [judge.name for judge in judges] if len(judges) > 1 else []
