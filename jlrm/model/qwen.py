@@ -1,14 +1,14 @@
 """Qwen2/2.5 and Qwen3 dense decoders: pre-norm blocks, rotary positions, grouped queries, SwiGLU.
 
-One `Block` serves every way of running it: it is told how to `attend`, and hands on what that
-returns beside the output. `hidden_states`, for training, scans it over stacked layer parameters
-(compile time does not grow with depth; each layer is rematerialised by `config.remat`) with the
-attention of packed rows. `decode.py` applies it layer by layer, with attention over explicit
-key/value caches.
+One `Block` serves training and decoding. It is told how to `attend`, and returns what `attend`
+returned beside the output. For training, `hidden_states` scans the block over stacked layer
+parameters, with the attention of packed rows. So compile time does not grow with depth, and
+`config.remat` says what of each layer is recomputed in the backward pass. For decoding,
+sampling/decode.py applies the block layer by layer, with attention over explicit key/value caches.
 
-The model ends at hidden states. Logits are made where they are used (rl/logprobs.py,
-sampling/sampler.py), a few positions at a time: an array `[B, T, V]` would outweigh everything
-else. Letters as in runtime/mesh.py.
+The model ends at hidden states. Logits are computed where they are used (rl/logprobs.py,
+sampling/decode.py), a few positions at a time: an array `[B, T, V]` would need more memory than
+everything else. Letters as in runtime/mesh.py.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from jlrm.model.visibility import Packing
 from jlrm.runtime.mesh import LOCAL, Layout, Local
 
 Params = dict[str, Any]
-# attend(layout, q "B T N H", k "B K T H", v "B K T H", context) -> output "B T N H", anything else
+# attend(layout, q "B T N H", k "B K T H", v "B K T H", context) -> (output "B T N H", extra)
 Attend = Callable[[Any, Array, Array, Array, Any], tuple[Array, Any]]
 
 
 @dataclass(frozen=True)
 class QwenConfig:
-    """Architecture, by the names of a Hugging Face config.json, and how it is computed."""
+    """The architecture, with the names of a Hugging Face config.json, and how it is computed."""
 
     vocab_size: int
     hidden_size: int
@@ -60,7 +60,7 @@ class QwenConfig:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32: squares and their sum need more than bfloat16's 8 bits."""
+    """Root-mean-square norm, in float32: a sum of squares needs more than bfloat16's 8 bits."""
 
     config: QwenConfig
     letter: str
@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention with rotary positions; `attend` says over which keys."""
+    """Grouped-query self-attention with rotary positions; `attend` decides which keys are seen."""
 
     config: QwenConfig
     layout: Layout | Local
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer; returns what `attend` returned beside its output, too."""
+    """One decoder layer; returns its output and what `attend` returned beside its own."""
 
     config: QwenConfig
     layout: Layout | Local
@@ -202,13 +202,14 @@ def hidden_states(
     positions: Int[Array, "B T"],
     packing: Packing,
 ) -> Float[Array, "B T D"]:
-    """Return final hidden states of packed rows, T a multiple of `attention.BLOCK`.
+    """Return final hidden states of packed rows; T is a multiple of `visibility.BLOCK`.
 
-    `positions` and `packing` alone give a token its place; padding may hold anything.
+    The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
 
-    What each device does is written out, not left to the compiler: it runs its own rows and gathers
-    one layer's weights at a time, axis by axis. The gradient of that is a reduce-scatter along each
-    axis, where the compiler's own choice on many slices is to sum whole gradients everywhere.
+    What each device does is written out here, not left to the compiler. A device runs its own rows,
+    and gathers the weights of one layer at a time, axis by axis. The gradient of such a gather is a
+    reduce-scatter along each axis. Left to itself, the compiler sums whole gradients on every
+    device of slices such as v5e 4x4 (7B on v5e-16: 99 GiB of all-reduce in an update, compiled).
     """
     letters = param_letters(config)
     names = {name for name in params if name != "head"}
@@ -239,7 +240,7 @@ def hidden_states(
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
-    """Cast weights as their use would; norm scales are used in float32 and stay as they are."""
+    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so."""
 
     def cast(path: Any, x: Array) -> Array:
         return x if path[-1] == "scale" else x.astype(config.compute_dtype)
@@ -248,7 +249,7 @@ def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
 
 
 def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
-    """Return the output embedding: the input one where they are tied."""
+    """Return the output embedding, which is the input embedding if they are tied."""
     return params["embed"] if config.tie_word_embeddings else params["head"]
 
 
@@ -282,10 +283,11 @@ def _attend_packed(
 
 
 def _gather(layout: Layout, weights: Params, letters: Any) -> Params:
-    """Return one layer's weights whole, of the parts that the devices hold."""
+    """Gather the weights of one layer from all devices."""
 
     def gather(x: Array, letters: PartitionSpec) -> Array:
         of_layer = [letter for letter in letters if letter != "L"]
+        # In reverse, because a dimension is cut by its first axis first.
         for dimension, axes in enumerate(layout.param_axes(of_layer)):
             for axis in reversed(axes):
                 x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
@@ -295,10 +297,10 @@ def _gather(layout: Layout, weights: Params, letters: Any) -> Params:
 
 
 def _look_up(layout: Layout, table: Array, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return embeddings, of a table that is spread by rows, without gathering it.
+    """Return embeddings from a table that is spread by rows, without gathering the table.
 
-    It is turned to be spread by columns, each device looks up its columns for the tokens of all,
-    and the result is turned back.
+    An all-to-all spreads the table by columns. Each device looks up its columns for the tokens of
+    all devices, and a second all-to-all brings back whole embeddings of its own tokens.
     """
     axes = layout.param_axes("V")[0]
     turned = jax.lax.all_to_all(table, axes, split_axis=1, concat_axis=0, tiled=True)
@@ -308,12 +310,12 @@ def _look_up(layout: Layout, table: Array, tokens: Int[Array, "B T"]) -> Float[A
 
 
 def _last_axis(vector: Array, like: Array) -> Array:
-    """Give a vector the leading axes of `like`, since implicit rank promotion is an error here."""
+    """Give a vector the leading axes of `like`: the tests forbid implicit rank promotion."""
     return jnp.expand_dims(vector, range(like.ndim - 1))
 
 
 def _init(config: QwenConfig, key: Array) -> Params:
-    """Return random parameters; those of layers are stacked on a leading axis."""
+    """Return random parameters; those of the layers are stacked on a leading axis."""
     table_key, head_key, layers_key = jax.random.split(key, 3)
     shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)
     layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
@@ -328,19 +330,19 @@ def _init(config: QwenConfig, key: Array) -> Params:
 
 
 def _init_layer(config: QwenConfig, key: Array) -> Any:
-    """Return the parameters of one layer as Flax makes them, boxed with their letters."""
+    """Return the parameters of one layer, boxed by Flax with their letters."""
     block = Block(config, LOCAL, lambda layout, q, k, v, context: (q, None))
     x = jnp.zeros((1, 1, config.hidden_size), config.compute_dtype)
     return block.init(key, x, rope(config, jnp.zeros((1, 1), jnp.int32)), None)["params"]
 
 
 def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
-    """Attach the letters of a parameter's shape to its initialiser, for `Layout.param`."""
+    """Attach the letters of a parameter's shape to its initialiser; `Layout.param` reads them."""
     return nn.with_partitioning(init, letters)
 
 
 def _fan_in_normal(axes: tuple[int, ...]) -> Any:
-    """Return an initialiser of variance 1/fan-in, the product of `axes` of the unstacked shape."""
+    """Return an initialiser of variance 1/fan-in; `axes` are the input axes of one layer's shape."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         fan_in = math.prod(shape[axis] for axis in axes)
@@ -350,9 +352,11 @@ def _fan_in_normal(axes: tuple[int, ...]) -> Any:
 
 
 def _rematerialised(policy: str, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer that recomputes nothing ("none"), all but matrix products, or everything."""
+    """Return a layer whose backward pass recomputes nothing ("none"), all but matrix products
+    ("dots"), or everything ("full").
+    """
     if policy == "none":
         return layer
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # Inside a scan XLA can't undo rematerialisation by common-subexpression elimination.
+    # prevent_cse guards against XLA merging the recomputation away; inside a scan it can't.
     return jax.checkpoint(layer, policy=dots if policy == "dots" else None, prevent_cse=False)

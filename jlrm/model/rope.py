@@ -1,6 +1,6 @@
 """Rotary positions (arXiv 2104.09864), plain or extended by YaRN (arXiv 2309.00071).
 
-Angles are float32 whatever the model computes in: bfloat16 rounds position 257 to 256.
+Angles are always float32, whatever the compute dtype: bfloat16 rounds position 257 to 256.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _frequencies(head_dim: int, theta: float, yarn: Yarn | None) -> tuple[list[f
         return plain, 1.0
 
     def dimension(rotations: float) -> float:
-        """The dimension that turns this many times over the original context (YaRN, Eq. 17-18)."""
+        """Return the dimension that makes this many turns over the original context (Eq. 17-18)."""
         turns = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
         return half * math.log(turns) / math.log(theta)
 

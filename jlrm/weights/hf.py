@@ -1,13 +1,13 @@
-"""The Hugging Face format, both ways, from one table.
+"""The Hugging Face format, read and written by one table.
 
-`TABLE` gives each tensor's Hugging Face name, its place in our tree, and its letters. Letters
-before `|` are inputs: Hugging Face stores a projection as `[outputs, inputs]`, we as `[inputs,
-outputs]` with heads unfolded, so the same row of the table reads and writes. `layers` entries stand
-for one tensor a layer there and one stacked array here.
+Each row of `TABLE` gives the Hugging Face name of a tensor, its path in our tree, and its letters.
+Letters before `|` are inputs: Hugging Face stores a projection as `[outputs, inputs]`, and we store
+`[inputs, outputs]` with heads unfolded. So the same row serves reading and writing. A row with
+`layers` stands for one tensor per layer in the files, and for one stacked array here.
 
-Nothing is held whole. Import reads of each tensor the part a device needs; export writes
-safetensors shards as a stream, one tensor at a time. Only safetensors are read: pickled weights can
-run code.
+No model is ever whole in host memory. Import reads only the part of each tensor that a device
+needs. Export writes safetensors shards as a stream, one tensor at a time. Only safetensors are
+read, since pickled weights can run code.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face checkpoint and where it stands in ours."""
+    """One tensor of a Hugging Face checkpoint, and its place in our tree."""
 
     name: str
     path: str
     layer: int | None  # index into the stacked array
     shape: tuple[int, ...]  # ours, of one layer
-    num_inputs: int  # leading dimensions that are inputs; 0: stored as it is
+    num_inputs: int  # leading dimensions that are inputs; 0: the file has the same order
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
@@ -88,14 +88,14 @@ class Tensor:
         return self.shape if self.path in ("embed", "head") else (math.prod(self.shape),)
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """Return our array of one layer as the file's, contiguous, since raw memory is written."""
+        """Return our array of one layer as in the file; contiguous, since raw memory is written."""
         if self.num_inputs:
             value = value.reshape(self.hf_shape[::-1]).T
         return np.ascontiguousarray(value.reshape(self.hf_shape))
 
 
 def tensors(config: QwenConfig) -> list[Tensor]:
-    """List every tensor of this architecture's checkpoint, with names and shapes."""
+    """List every tensor in a checkpoint of this architecture, with names and shapes."""
     sizes = {
         "V": config.vocab_size,
         "D": config.hidden_size,
@@ -112,7 +112,7 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         "q_norm": not config.qk_norm,
         "k_norm": not config.qk_norm,
     }
-    found = []
+    listed = []
     for name, path, letters in TABLE:
         if any(absent.get(part, False) for part in path.split(".")):
             continue
@@ -120,17 +120,19 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         shape = tuple(sizes[letter] for letter in (inputs + outputs).split())
         num_inputs = len(inputs.split()) if bar else 0
         layers = range(config.num_hidden_layers) if path.startswith("layers.") else [None]
-        found += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
-    return found
+        listed += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
+    return listed
 
 
 def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
-    """Return the local directory of a Hugging Face model: a path as it is, a hub id downloaded.
+    """Return the local directory of a Hugging Face model; a hub id is downloaded.
 
-    files: names and patterns of what is needed of it.
+    Args:
+      source: a directory or a hub id.
+      files: names and patterns of the files that are needed.
 
     Raises:
-      UsageError: neither a directory nor an id that the hub knows.
+      UsageError: `source` is neither a directory nor an id that the hub knows.
     """
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
@@ -156,10 +158,10 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
 
 
 def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> Params:
-    """Read a checkpoint onto the devices, each of which takes its part of every tensor.
+    """Read a checkpoint onto the devices; each device takes its part of every tensor.
 
     Raises:
-      UsageError: no safetensors, or tensors that are missing, unknown or of another shape, by name.
+      UsageError: there are no safetensors, or tensors are missing, unknown or of another shape.
     """
     wanted = tensors(config)
     abstract = qwen.abstract_params(config, layout)
@@ -185,10 +187,10 @@ def save_tensors(
     dtype: str,
     shard_bytes: int = 5 * 10**9,
 ) -> Iterator[str]:
-    """Write safetensors shards and their index, yielding each tensor's name when it is written.
+    """Write safetensors shards and their index; yield the name of each tensor once it is written.
 
-    `read` gives our array of one tensor (one layer of a stacked one); it is dropped before the next
-    is read.
+    `read` returns our array for one tensor (one layer of a stacked array). It is dropped before the
+    next one is read.
     """
     width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
     shards: list[list[Tensor]] = [[]]
@@ -261,7 +263,7 @@ def _check_tensors(
     directory: pathlib.Path, files: dict[str, Any], wanted: list[Tensor], config: QwenConfig
 ) -> None:
     names = {tensor.name for tensor in wanted}
-    # Qwen3-0.6B ships its tied head as a second copy, which transformers ignores, and so do we.
+    # Qwen3-0.6B ships its tied head as a second copy. transformers ignores it, and so does this.
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     missing, unknown = sorted(names - files.keys()), sorted(files.keys() - names - ignored)
     shapes = {name: tuple(files[name].get_slice(name).get_shape()) for name in names & files.keys()}
@@ -284,7 +286,7 @@ def _check_tensors(
     text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
     if text:
         raise UsageError(
-            f"The weights in {directory} do not fit their config.json. Tensors {text}."
+            f"The weights in {directory} do not match their config.json. Tensors {text}."
         )
 
 
@@ -300,7 +302,7 @@ def _read_part(
     dtype: Any,
     index: tuple[slice, ...] | None,
 ) -> np.ndarray:
-    """Return the part `index` of one of our arrays, reading no more of the files than that."""
+    """Return the part `index` of one of our arrays; no other part of the files is read."""
     assert index is not None
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     if group[0].layer is None:
@@ -332,9 +334,10 @@ def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> n
 def _fold(
     bounds: list[slice], shape: tuple[int, ...]
 ) -> tuple[slice, tuple[int, ...], tuple[slice, ...]]:
-    """Return what to read of a folded dimension, its unfolded shape, and what to keep of that.
+    """Return the range to read of a folded dimension, its unfolded shape, and the part to keep.
 
-    Only a cut of the first unfolded dimension is one range in the file; others are made after.
+    Only a cut of the first unfolded dimension is a single range in the file. Other cuts are made
+    after reading.
     """
     inner = math.prod(shape[1:])
     first = bounds[0]
@@ -350,7 +353,7 @@ def _write_safetensors(
     dtype: str,
     width: int,
 ) -> Iterator[str]:
-    """Write one file as a stream: the library's own writer wants all of its tensors in memory."""
+    """Write one file as a stream; the library's own writer needs all of its tensors in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in shard:

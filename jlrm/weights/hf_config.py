@@ -1,7 +1,7 @@
 """config.json of a Hugging Face model, to and from `QwenConfig`.
 
-Every field that changes what the model computes is either honoured or refused by name: a model that
-loads here computes what `transformers` computes.
+Every field that changes what the model computes is either applied, or refused by name. So a model
+that loads here computes what `transformers` computes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
       numerics: `param_dtype`, `compute_dtype` and `remat` of the result.
 
     Raises:
-      UsageError: no such file, or a model that this code would compute differently.
+      UsageError: there is no such file, or this code would compute the model differently.
     """
     file = directory / "config.json"
     try:
@@ -45,7 +45,11 @@ def stored_dtype(directory: pathlib.Path) -> str:
 def config_from_hf(
     source: dict[str, Any], where: str = "config.json", **numerics: str
 ) -> QwenConfig:
-    """Map a config.json onto `QwenConfig`, or refuse what it asks for and we do not compute."""
+    """Map a config.json onto `QwenConfig`.
+
+    Raises:
+      UsageError: it asks for something that this code does not compute, or a field is missing.
+    """
     kind = source.get("model_type")
     refusals = {
         f"model_type={kind}": kind not in ("qwen2", "qwen3"),
@@ -66,7 +70,7 @@ def config_from_hf(
     for what, is_refused in refusals.items():
         if is_refused:
             raise UsageError(
-                f"{where}: {what} is not supported; wanted a dense, unquantised Qwen2, Qwen2.5 or "
+                f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5 or "
                 "Qwen3 model with full attention."
             )
     theta, yarn = _rope_from_hf(source, where)
@@ -96,8 +100,8 @@ def config_from_hf(
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     """Return a config.json for a model that has no source checkpoint.
 
-    Written in both dialects: transformers 4 reads `rope_theta` and `torch_dtype`, transformers 5
-    `rope_parameters` and `dtype`.
+    It has the fields of both versions: transformers 4 reads `rope_theta` and `torch_dtype`,
+    transformers 5 reads `rope_parameters` and `dtype`.
     """
     kind = "qwen3" if config.qk_norm else "qwen2"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -129,20 +133,20 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
 
 def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
     """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
-    # transformers lets the older dialect win where a file has both.
+    # If a file has both, the older field wins, as in transformers.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
         raise UsageError(f"{where}: rope parameters per layer type {nested} are not supported.")
     theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
     if not isinstance(theta, int | float):
-        raise UsageError(f"{where}: rope_theta={theta} is no number.")
+        raise UsageError(f"{where}: rope_theta={theta!r} is not a number.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return float(theta), None
     if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
-            f"{where}: rope scaling {rope} is not supported; wanted none or plain YaRN."
+            f"{where}: rope scaling {rope} is not supported. Only none and plain YaRN are."
         )
     original = rope.get("original_max_position_embeddings")
     if original is None:
@@ -165,5 +169,5 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
 
 def _default_head_dim(source: dict[str, Any]) -> int:
     if source["model_type"] == "qwen3":
-        return 128  # the default of transformers' Qwen3Config, whatever the width
+        return 128  # the default of Qwen3Config in transformers, for every width
     return source["hidden_size"] // source["num_attention_heads"]

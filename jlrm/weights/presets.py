@@ -1,4 +1,4 @@
-"""Shapes of every published dense Qwen2.5 and Qwen3 size, and of the toy model of the quickstart.
+"""The shapes of all published dense Qwen2.5 and Qwen3 models, and of the quickstart's toy model.
 
 Sources: the config.json files of `Qwen/Qwen2.5-*-Instruct` and `Qwen/Qwen3-*`.
 """
@@ -74,11 +74,11 @@ PRESETS = {
 
 
 def preset(name: str) -> QwenConfig:
-    """Return the named shape.
+    """Return the shape with this name.
 
     Raises:
-      UsageError: no such name.
+      UsageError: there is none.
     """
     if name not in PRESETS:
-        raise UsageError(f"model.preset={name}: no such shape. {nearest(name, PRESETS)}")
+        raise UsageError(f"model.preset={name}: there is no such preset. {nearest(name, PRESETS)}")
     return PRESETS[name]
