@@ -36,10 +36,11 @@ def build(**sections) -> Config:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_config_loads_and_says_its_command(path):
+def test_every_config_loads_and_says_command_outcome_and_hardware(path):
     settings.load(path)
     head = path.read_text().split("\nrun:")[0]
-    assert f"configs/{path.name}" in head and "Expected" in head
+    assert f"python -m jlrm.train --config configs/{path.name}" in head
+    assert "Expected" in head and "Hardware" in head
 
 
 def test_saved_config_loads_back_equal(tmp_path):
