@@ -342,7 +342,7 @@ def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
 
 
 def _fan_in_normal(axes: tuple[int, ...]) -> Any:
-    """Return an initialiser of variance 1/fan-in; `axes` are the input axes of one layer's shape."""
+    """Return an initialiser of variance 1/fan-in; `axes` are the input axes of one layer."""
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
         fan_in = math.prod(shape[axis] for axis in axes)

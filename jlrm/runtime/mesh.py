@@ -193,7 +193,7 @@ def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
     if data % num_slices:
         raise UsageError(
             f"mesh.data={data} on {num_slices} slices: every slice must hold complete copies of "
-            f"the weights. Set mesh.data to {num_slices} or a multiple of it."
+            f"the weights. Set mesh.data={num_slices}, or a multiple of it."
         )
     if num_slices > 1:
         shape = (data // num_slices, *rest)

@@ -123,8 +123,7 @@ def generate(
         logits = decode.logits(config, layout, params, jnp.where(is_first, ends, hidden))
         uniform = layout.shard(_uniform(state.slots, uniforms), "M")
         token, logp = sample(layout, logits, settings.distribution, uniform)
-        token, logp = layout.shard(token, "B"), layout.shard(logp, "B")
-        return _record(settings, state, token, logp, stops)
+        return _record(settings, state, layout.shard(token, "B"), layout.shard(logp, "B"), stops)
 
     def advance(state: SamplingState) -> SamplingState:
         new = _next_tokens(state, prefix.lengths)

@@ -51,6 +51,35 @@ def config_from_hf(
       UsageError: it asks for something that this code does not compute, or a field is missing.
     """
     kind = source.get("model_type")
+    _refuse_unsupported(source, where)
+    theta, yarn = _rope_from_hf(source, where)
+    try:
+        heads = source["num_attention_heads"]
+        return QwenConfig(
+            vocab_size=source["vocab_size"],
+            hidden_size=source["hidden_size"],
+            intermediate_size=source["intermediate_size"],
+            num_hidden_layers=source["num_hidden_layers"],
+            num_attention_heads=heads,
+            # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
+            num_key_value_heads=source.get("num_key_value_heads", 32) or heads,
+            head_dim=source.get("head_dim") or _default_head_dim(source),
+            qkv_bias=kind == "qwen2",
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=source.get("tie_word_embeddings", False),
+            rope_theta=theta,
+            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=source.get("max_position_embeddings", 32768),
+            yarn=yarn,
+            **numerics,
+        )
+    except KeyError as error:
+        raise UsageError(f"{where} has no field {error}.") from None
+
+
+def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
+    """Raise a UsageError that names the first field that this code would not compute."""
+    kind = source.get("model_type")
     refusals = {
         f"model_type={kind}": kind not in ("qwen2", "qwen3"),
         f"hidden_act={source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
@@ -73,28 +102,6 @@ def config_from_hf(
                 f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5 or "
                 "Qwen3 model with full attention."
             )
-    theta, yarn = _rope_from_hf(source, where)
-    try:
-        heads = source["num_attention_heads"]
-        return QwenConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=source["hidden_size"],
-            intermediate_size=source["intermediate_size"],
-            num_hidden_layers=source["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=source.get("num_key_value_heads", 32) or heads,
-            head_dim=source.get("head_dim") or _default_head_dim(source),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tie_word_embeddings=source.get("tie_word_embeddings", False),
-            rope_theta=theta,
-            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=source.get("max_position_embeddings", 32768),
-            yarn=yarn,
-            **numerics,
-        )
-    except KeyError as error:
-        raise UsageError(f"{where} has no field {error}.") from None
 
 
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
