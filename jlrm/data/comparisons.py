@@ -1,8 +1,8 @@
 """The one row type: a question, two answers, and what is known of their quality.
 
-A row carries two scores, or a preference alone, or both when they agree. A row that can't be used
-is a `Dropped` one with its place and reason; nothing is guessed, and nothing is lost silently.
-Reading files is `readers.py`.
+A row has two scores, or a preference alone, or both if they agree. A row that can't be used becomes
+a `Dropped` with its place and the reason: nothing is guessed, and nothing is lost silently. Files
+are read by readers.py.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Questions of benchmarks, and the training questions that are too like them.
+"""Training questions that are too similar to the questions of benchmarks.
 
-A question is contaminated if a benchmark asks the very same one, or if a given share of its word
-n-grams occur in benchmark questions: a copy with small edits keeps most of them. A question shorter
-than an n-gram is compared as a whole only. Letter case, white space and Unicode's ways to compose
-a character never count; punctuation does not count in n-grams.
+A question is contaminated if a benchmark asks the same question, or if a given share of its word
+n-grams occurs in benchmark questions: a copy with small edits keeps most of its n-grams. A question
+shorter than one n-gram is compared as a whole. Letter case, white space and the Unicode form of a
+character are ignored. In n-grams punctuation is ignored too.
 
-Left out: answers. A benchmark's answers in training under another question are not looked for.
+Left out: answers. If a benchmark's answer stands under another question, this does not notice.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Comparisons as a TFDS dataset of ArrayRecord files: random access by row, no TensorFlow needed.
 
-A directory appears whole or not at all (in a store, it is no dataset until it is whole), the rows
-keep their order, and the same rows give the same bytes. That last one needs care: TFDS serialises a
-record's fields in the order of a hash table, which differs from process to process, so every record
-is written anew in sorted order.
+A directory appears as a whole or not at all. (In a store, it is no dataset until it is complete.)
+Rows keep their order, and the same rows give the same bytes. The last point needs care: TFDS
+serialises the fields of a record in the order of a hash table, which differs between processes. So
+every record is rewritten with its fields sorted.
 
 Left out: reading, which is `readers.read("DIR#SPLIT")` or plain TFDS,
-`tfds.builder_from_directory(DIR).as_data_source("train")`. There a missing score is NaN and a
-missing preference -1, and `meta` is the text of a JSON object.
+`tfds.builder_from_directory(DIR).as_data_source("train")`. In TFDS a missing score is NaN, a
+missing preference is -1, and `meta` is a JSON object as text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Comparisons of which each process holds its share: no host reads or keeps all of them.
+"""Comparisons that are shared out over processes: no host reads or keeps all of them.
 
-Rows are dealt out as they are read, row n to process n mod N. What all must know of every row to
-decide alike (its question's key, its length) is a number, and is told once; a row itself is told
-when a batch needs it. A process that is alone holds all rows, and takes them the same way.
+Row n goes to process n mod N as it is read. To decide alike, all processes need a few numbers about
+every row (a key of its question, its length). These are exchanged once. A row itself is sent to the
+others when a batch needs it. A single process holds all rows, and uses the same functions.
 
 Left out: reading (readers.py), prompts and batches (batches.py).
 """

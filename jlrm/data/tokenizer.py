@@ -1,8 +1,8 @@
-"""Tokenizers: loading them, the bytes behind each id, and prompts in which user text stays text.
+"""Tokenizers: loading them, the bytes of each id, and prompts in which user text stays text.
 
-A real tokenizer maps `<|im_end|>` inside an answer to the control token that ends a turn, which
-lets an answer speak to the judge in another voice. `judge.prompts.neutralise` breaks such text up,
-given the `control_tokens` of this file, before the template is filled.
+A real tokenizer maps `<|im_end|>` inside an answer to the control token that ends a turn. So an
+answer could pretend to be another speaker. Before the template is filled,
+`judgement.prompts.neutralise` breaks the `control_tokens` that this file lists.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """
     if len(tokenizer) > vocab_size:
         raise UsageError(
-            f"The tokenizer has {len(tokenizer)} ids, the model's vocabulary only {vocab_size}. "
+            f"The tokenizer has {len(tokenizer)} ids, but the model's vocabulary {vocab_size}. "
             "Set model.tokenizer to the tokenizer the model was trained with."
         )
 

@@ -1,14 +1,14 @@
-"""A small world for the embedded default: judge who spelled more words rightly.
+"""A small world for the embedded default: judge which answer has more words spelled correctly.
 
-A question asks for words of a kind ("Name animals."), an answer is a list of them, some misspelt,
-and its true quality is the number of words that are spelled rightly, plus one. The written
-judgements that SFT imitates come from a hurried annotator: more often than not he counts every
-word, so the longer answer wins; the rest of the time he counts only the right ones. The gold scores
-are right all the same. Imitation therefore learns his haste, and GRPO, which sees only outcomes,
-has to find that careful reading pays.
+A question asks for words of a kind ("Name animals."). An answer is a list of words, some of them
+misspelt. Its true quality is the number of correctly spelled words, plus one. SFT imitates
+judgements that a careless annotator wrote. More often than not the annotator counts every word, so
+the longer answer wins; otherwise only the correct words. The gold scores are always correct. So
+imitation learns to be careless, and GRPO, which sees only outcomes, must discover that careful
+reading pays.
 
-Everything is a pure function of the seed. The tokenizer is a byte-level BPE trained on the world's
-own text.
+Everything is a pure function of the seed. The tokenizer is a byte-level BPE, trained on the text of
+this world.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Rewards that users write: a Python function named `module:function`, in TRL's or verl's form.
+"""Rewards that users write: Python functions named `module:function`, in the form of TRL or verl.
 
     def brevity(completions, **columns) -> list[float | None]: ...              # TRL: a whole batch
     def compute_score(data_source, solution_str, ground_truth, extra_info): ... # verl: one row
 
-The parameter names tell the forms apart. TRL's is called once for a batch with `prompts`,
-`completions`, `completion_ids` and a list for every field of the comparison; a function without
-`**columns` gets those that it names. verl's returns a number, or a dictionary with a "score". None
-means that the reward does not apply to a row. A function that raises stops the run, and the row
-that made it raise is named; nothing becomes 0.
+The parameter names tell the forms apart. A function in TRL's form is called once per batch, with
+`prompts`, `completions`, `completion_ids` and a list for every field of the comparison. Without
+`**columns` it gets only the fields that it names. A function in verl's form is called once per row,
+and returns a number or a dictionary with a "score". None means that the reward does not apply to a
+row. A function that raises stops the run, and the error names the row. No failure becomes 0.
 """
 
 from __future__ import annotations

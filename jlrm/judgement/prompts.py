@@ -1,11 +1,11 @@
 """Prompt templates, and everything written into them or after them.
 
-The `judgelrm_*` templates are complete ChatML strings: their bytes are what the released models
-were trained on, and tests hold them to checksums. `jlrm` is a system and a user message, which the
-model's own chat template makes a string of (data/tokenizer.py); it serves training and evaluation
-alike. Each ends by opening `<think>`, and the model goes on from there. Text written by others is
-untrusted: it is filled in one pass, so that braces in it mean nothing, and `neutralise` breaks the
-control tokens in it.
+The `judgelrm_*` templates are complete ChatML strings. The released models were trained on exactly
+these bytes, and tests check them by checksum. `jlrm` is a system and a user message, which the
+model's own chat template turns into a string (data/tokenizer.py). It serves training and
+evaluation. Each template ends by opening `<think>`, and the model continues from there. Text
+written by others is untrusted. It is filled in one pass, so braces in it mean nothing, and
+`neutralise` breaks the control tokens in it.
 
 Left out: tokenising, length limits, and the end-of-sequence token after a target.
 """
@@ -103,7 +103,9 @@ def messages(name: str, min_score: int, max_score: int) -> tuple[str, str]:
     Raises UsageError for a name that is in neither PAIR_TEMPLATES nor here.
     """
     if name != "jlrm":
-        raise UsageError(f"data.prompt='{name}' is no prompt template. {nearest(name, PAIR_NAMES)}")
+        raise UsageError(
+            f"data.prompt='{name}': there is no such prompt template. {nearest(name, PAIR_NAMES)}"
+        )
     scale = {"{min_score}": str(min_score), "{max_score}": str(max_score)}
     system = _JLRM_SYSTEM
     for placeholder, value in scale.items():

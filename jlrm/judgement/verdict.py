@@ -1,8 +1,8 @@
-"""From generated text to two scores: a status of its own for everything that is no judgement.
+"""From generated text to two scores, with a status for each way in which a text is no judgement.
 
-The grammar is read off the sequence of tags. A completion begins after the prompt's `<think>`, so a
+The parser looks at the sequence of tags. A completion begins after the prompt's `<think>`. So a
 well-formed one has exactly the tags `</think>`, `<answer>`, `</answer>`, `<answer>`, `</answer>` in
-this order, and a number in each answer; what stands between and after them is free. Text that does
+this order, and a number in each answer. Any text may stand between and after them. Text that does
 not parse is data: `parse` never raises, and takes time linear in the text.
 
 Left out: what a failure costs in training (judgement/rewards.py) or in a benchmark (benchmarks/).

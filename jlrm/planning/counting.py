@@ -1,14 +1,14 @@
-"""What a compiled program computes and moves, counted in its own text.
+"""What a compiled program computes and moves, counted in its HLO text.
 
-The compiler's `cost_analysis` counts a loop's body once, whatever its trip count, and calls on-chip
-buffers memory. Here the text of the scheduled program is walked instead: computations count as
-often as they run, and an operand counts as memory traffic only if its layout says HBM.
+The compiler's `cost_analysis` counts the body of a loop once, whatever its trip count, and counts
+on-chip buffers as memory. Here the text of the scheduled program is walked instead. A computation
+counts as often as it runs, and an operand counts as memory traffic only if its layout says HBM.
 
-How often a loop runs stands in its condition, where it compares a counter with a constant. Other
-loops end when data say so; for these the caller names what to assume (`Assumed`).
+If the condition of a loop compares a counter with a constant, that is its trip count. Other trip
+counts depend on data: for these loops the caller says what to assume (`Assumed`).
 
-Counts are of one device. Left out: what happens inside Pallas kernels, FLOPs of anything but matrix
-products, and time. `cycles` is the compiler's own estimate and no measurement.
+Counts are those of one device. Left out: the inside of Pallas kernels, FLOPs of anything but matrix
+products, and time. `cycles` is the compiler's own estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Counts:
         self.cycles += times * other.cycles
         self.kernels += times * other.kernels
         self.unknown_loops += other.unknown_loops
-        for kind, found in other.collectives.items():
-            self.move(kind, *(times * found[name] for name in MEASURES))
+        for kind, moved in other.collectives.items():
+            self.move(kind, *(times * moved[name] for name in MEASURES))
 
     def move(self, kind: str, *numbers: float) -> None:
         """Add transfers of one kind: how many, and bytes over ICI and DCN."""
@@ -78,7 +78,7 @@ def analyse(text: str, assumed: Assumed | None = None, slice_devices: int = 0) -
     A collective's bytes are the larger of what goes in and what comes out on a device.
 
     Args:
-      assumed: how often loops run that do not say so themselves.
+      assumed: how often the loops run whose trip count is not in the HLO.
       slice_devices: devices of a slice; a collective of more than one slice's goes over DCN.
         0: there is one slice.
     """
@@ -151,8 +151,8 @@ class _Walk:
         elif kind in COLLECTIVES:
             _collective(counts, kind, instruction, shapes, self.slice_devices)
         elif opcode == "send" and "is_host_transfer=true" in instruction.rest:
-            found = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
-            name = found[1].lower().replace("_", "-") if found else "send"
+            transfer = re.search(r'megascale_transfer_type="(\w+)"', instruction.rest)
+            name = transfer[1].lower().replace("_", "-") if transfer else "send"
             counts.move(name, 1, 0, instruction.shapes[0].num_bytes)
         elif opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
             counts.kernels += 1
@@ -262,8 +262,8 @@ def _written(inside: list[Instruction], results: Sequence[Shape]) -> float:
 
 def _dot_flops(instruction: Instruction, shapes: Mapping[str, Sequence[Shape]]) -> float:
     left = shapes[instruction.operands[0]][0].dims
-    found = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)
-    contracted = [int(n) for n in found[1].split(",") if n] if found else []
+    listed = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)
+    contracted = [int(n) for n in listed[1].split(",") if n] if listed else []
     return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[n] for n in contracted)
 
 
@@ -272,15 +272,20 @@ def _convolution_flops(instruction: Instruction, shapes: Mapping[str, Sequence[S
 
     A batch of products is one along a dilated dimension, in which most pairs meet holes.
     """
-    found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
-    assert found, instruction.rest
+    labelled = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
+    assert labelled, instruction.rest
     left, right = (shapes[name][0].dims for name in instruction.operands[:2])
     out = instruction.shapes[0].dims
-    flops = 2.0 * out[found[3].index("b")] * out[found[3].index("f")] * right[found[2].index("i")]
+    flops = (
+        2.0
+        * out[labelled[3].index("b")]
+        * out[labelled[3].index("f")]
+        * right[labelled[2].index("i")]
+    )
     window = re.search(r"window=\{([^}]*)\}", instruction.rest)
     settings = dict(re.findall(r"(\w+)=(\S+)", window[1])) if window else {}
-    arrays = list(zip((left, right, out), found.groups(), strict=True))
-    for place, label in enumerate(sorted(label for label in found[1] if label.isdigit())):
+    arrays = list(zip((left, right, out), labelled.groups(), strict=True))
+    for place, label in enumerate(sorted(label for label in labelled[1] if label.isdigit())):
         sizes = [dims[labels.index(label)] for dims, labels in arrays]
         flops *= _pairs(sizes[0], sizes[1], sizes[2], settings, place)
     return flops

@@ -1,7 +1,7 @@
-"""The text of a compiled program, as instructions in computations.
+"""The text of a compiled program, parsed into computations of instructions.
 
-Read is what `compiled.as_text()` gives of a scheduled module: one instruction a line, with the
-shapes of its result, the names of its operands, and attributes as text.
+The text is what `compiled.as_text()` returns for a scheduled module. Each instruction has one line,
+with the shapes of its result, the names of its operands, and attributes as text.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(text: str) -> tuple[Shape, ...]:
-    found = []
+    shapes = []
     for dtype, dims, layout in _SHAPE.findall(text):
         sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-        found.append(Shape(dtype, sizes, not re.search(r"S\([1-9]", layout)))
-    return tuple(found)
+        shapes.append(Shape(dtype, sizes, not re.search(r"S\([1-9]", layout)))
+    return tuple(shapes)
 
 
 def _width(dtype: str) -> float:
@@ -107,18 +107,18 @@ def hbm_bytes(shapes: Sequence[Shape]) -> float:
 
 
 def called(instruction: Instruction, key: str) -> list[str]:
-    found = re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.rest)
-    return re.findall(r"%([\w.\-]+)", found[1]) if found else []
+    names = re.search(rf"\b{key}=(\{{[^}}]*\}}|%[\w.\-]+)", instruction.rest)
+    return re.findall(r"%([\w.\-]+)", names[1]) if names else []
 
 
 def op_name(instruction: Instruction) -> str:
-    found = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return found[1] if found else ""
+    match = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return match[1] if match else ""
 
 
 def cycles(instruction: Instruction) -> float:
-    found = re.search(r'"estimated_cycles":"?(\d+)', instruction.rest)
-    return float(found[1]) if found else 0.0
+    match = re.search(r'"estimated_cycles":"?(\d+)', instruction.rest)
+    return float(match[1]) if match else 0.0
 
 
 def known_turns(
@@ -145,10 +145,10 @@ def _initial(here: list[Instruction], loop: Instruction, place: int) -> int:
     """Return the constant that a loop's counter begins with; 0 where it is not one."""
     by_name = {instruction.name: instruction for instruction in here}
     start = by_name.get(loop.operands[0])
-    found = by_name.get(start.operands[place]) if start and start.opcode == "tuple" else None
-    while found and found.opcode in ("copy", "bitcast"):
-        found = by_name.get(found.operands[0])
-    return int(found.text) if found and re.fullmatch(r"-?\d+", found.text) else 0
+    value = by_name.get(start.operands[place]) if start and start.opcode == "tuple" else None
+    while value and value.opcode in ("copy", "bitcast"):
+        value = by_name.get(value.operands[0])
+    return int(value.text) if value and re.fullmatch(r"-?\d+", value.text) else 0
 
 
 def replica_groups(text: str) -> Iterator[list[int]]:

@@ -80,9 +80,9 @@ def _best_seconds(program: Callable[..., Any], *args: Any, repeats: int = 3) -> 
 
 
 def peak_bytes(mesh: Mesh) -> int:
-    """Return the most memory in use so far: of a device, or of the process where they don't say."""
+    """Return the most memory used so far: by a device, or by the process if devices report none."""
     stats = [device.memory_stats() for device in mesh.local_devices]
-    peaks = [found["peak_bytes_in_use"] for found in stats if found]
+    peaks = [of_device["peak_bytes_in_use"] for of_device in stats if of_device]
     if peaks:
         return max(peaks)
     import resource  # which Windows does not have

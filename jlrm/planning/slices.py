@@ -1,7 +1,8 @@
-"""TPU slices that need not be here: their names, what a device of them has, and compiling for one.
+"""TPU slices: their names, what one of their devices has, and compiling for them on any machine.
 
-`libtpu` compiles for a topology that it is told of, on any machine. What it enforces is its own
-limit of HBM; a program beyond it is refused with the size wanted, which is an answer and no error.
+`libtpu` compiles for a named topology; no TPU need be present. It enforces its own limit of HBM. It
+refuses a program beyond that limit, and names the size that the program needs. Here that is a
+result, not an error.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ GENERATIONS = {
 
 
 class Compiled(NamedTuple):
-    """What compiling one program found; bytes are of one device."""
+    """What is known of a program once it is compiled; bytes are those of one device."""
 
     argument: int
     output: int
@@ -111,7 +112,7 @@ def devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
     """
     find(topology)
     if num_slices < 1:
-        raise UsageError(f"--slices {num_slices}: at least 1.")
+        raise UsageError(f"--slices {num_slices} is too small: at least 1.")
     from jax.experimental import topologies
 
     more = {"num_slices": num_slices} if num_slices > 1 else {}
@@ -164,10 +165,10 @@ def compile_program(
 
 
 def overflow(message: str) -> int | None:
-    """Return the bytes that a compiler's message says were wanted; None: it is about another thing.
+    """Return the bytes that a program needs, by the compiler's message that memory ran out.
 
-    0 where memory ran out and the message names no size, and where it was not HBM's that ran out:
-    of on-chip memory no larger slice has more.
+    None: the message is not about memory. 0: the message names no size, or on-chip memory ran out
+    and not HBM. A larger slice has no more on-chip memory.
     """
     is_memory = re.search(
         r"CompileTime\w*Oom|exceeds available HBM|[Rr]an out of memory|Out of memory"
@@ -183,9 +184,9 @@ def overflow(message: str) -> int | None:
         rf"Total hbm usage >= {size}",
         rf"(?:allocate|allocating|requires?|required) {size}",
     ):
-        found = re.search(pattern, message)
-        if found:
-            return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " "))
+        match = re.search(pattern, message)
+        if match:
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
     return 0
 
 
