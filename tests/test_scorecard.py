@@ -24,7 +24,6 @@ from jlrm.evaluation.policies import policy_of
 from jlrm.evaluation.reading import reader
 from jlrm.reports import (
     contracts,
-    evaluated,
     results_file,
     scorecard_charts,
     scorecard_page,
@@ -379,22 +378,22 @@ def test_comparisons_and_sources_are_told(page):
     assert "https://example.org/paper" in page.text and "jlrm.evaluate --benchmark" in page.text
 
 
-@pytest.mark.parametrize(
-    ("p", "text"), [(None, ""), (0.0456, "0.0456"), (0.00005, "0.0001"), (1e-7, "< 0.0001")]
-)
-def test_a_p_value_is_never_nought(p, text):
-    assert scorecard_page._p_text(p) == text
+def test_a_p_value_is_never_nought(tmp_path):
+    pair = dataclasses.replace(PAIRED, p_value=0.00004, mcnemar_p=None)
+    entry = dataclasses.replace(benchmark(2), comparison=pair)
+    (table,) = render(tmp_path, [judge("mine", pandalm=entry)]).table("Paired")
+    assert table["mine less ours"][1:] == ["< 0.0001", "–", "60"]
 
 
-def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page):
+def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page, tmp_path):
     assert "INCOMPLETE. These runs have not judged all games" in page.text
     assert page.text.count("ours: rewardbench") == 2  # above all, and in its section
     assert "ours: pandalm" not in page.text
     card = (full / "model_card.md").read_text()
     assert "| rewardbench (INCOMPLETE) |" in card and "pandalm (INCOMPLETE)" not in card
     assert "**ours, rewardbench: INCOMPLETE. Not all games were judged.**" in card
-    complete = evaluated.name_judges([judge("ours", rewardbench=benchmark(1))])
-    assert scorecard_page._incomplete(["rewardbench"], complete) == []
+    complete = render(tmp_path, [judge("ours", rewardbench=benchmark(1))])
+    assert "INCOMPLETE" not in complete.text
 
 
 def test_pictures_are_pictures_in_two_themes(full, page):

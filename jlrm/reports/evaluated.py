@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from jlrm.reports.results_file import (
     BenchmarkResult,
-    Diagnostics,
     Interval,
     JudgeRecord,
+    Lean,
     Published,
+    Rate,
     Results,
 )
 
@@ -50,12 +51,13 @@ def results_of(name: str, judges: Sequence[EvaluatedJudge]) -> list[BenchmarkRes
     return [judge.result(name) for judge in judges]
 
 
-def value_at(diagnostics: Diagnostics, path: str) -> Any:
-    """Return the value at a path such as `length.verdicts`; None where a part of it is absent."""
-    value: Any = diagnostics
+def value_at(result: BenchmarkResult, path: str) -> Any:
+    """Return the diagnostic at a path such as `length.verdicts`; None where there is no value."""
+    value: Any = result.diagnostics
     for name in path.split("."):
         value = None if value is None else getattr(value, name)
-    return value
+    is_empty_rate = isinstance(value, Rate) and value.percent is None
+    return None if is_empty_rate or (isinstance(value, Lean) and value.points is None) else value
 
 
 def headline_metric(name: str, judges: Sequence[EvaluatedJudge]) -> str:

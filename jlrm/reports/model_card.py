@@ -82,8 +82,8 @@ def _notes(judge: EvaluatedJudge, is_named: bool) -> Iterator[str]:
 
 def _facts(result: BenchmarkResult) -> Iterator[str]:
     for title, path in NOTED.items():
-        rate = value_at(result.diagnostics, path)
-        if rate is not None and rate.percent is not None:
+        rate = value_at(result, path)
+        if rate is not None:
             yield f"{title} {rate.percent:.1f} % (n = {rate.n:,})"
     if calibration := result.diagnostics.calibration:
         yield f"calibration error {calibration.ece:.1f} points"

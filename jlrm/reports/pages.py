@@ -1,7 +1,8 @@
 """Pages from templates: one HTML file each, without scripts or network.
 
 Whatever a template prints is escaped, because models and users write hostile text. The style sheet
-and the colours come from one place (templates/style.css, theme.py).
+and the colours come from one place (templates/style.css, theme.py); a number, an interval or a
+share is worded by the filters here.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import functools
 import pathlib
 from typing import Any
 
+from jlrm.reports import evaluated
 from jlrm.reports.charts import picture
-from jlrm.reports.theme import DARK, LIGHT, colour
+from jlrm.reports.theme import DARK, LIGHT
 from jlrm.runtime.storage import write_atomically
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
@@ -34,6 +36,14 @@ def _environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"picture": picture}
-    environment.globals |= {"light": LIGHT, "dark": DARK, "colour": colour}
+    environment.filters |= {
+        "at": evaluated.value_at,
+        "count": "{:,}".format,
+        "name": evaluated.shown_name,
+        "number": evaluated.number_text,
+        "picture": picture,
+        "policy": evaluated.policy_text,
+        "range": evaluated.range_text,
+    }
+    environment.globals |= {"light": LIGHT, "dark": DARK}
     return environment
