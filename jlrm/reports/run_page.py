@@ -11,7 +11,6 @@ import itertools
 import pathlib
 import re
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,54 +38,21 @@ class Panel(NamedTuple):
     is_from_zero: bool = True
 
 
+SAME_REWARDS = "All their completions earn the same reward"
+GAP = "Mean difference for the same tokens; 0 is ideal"
 PANELS = (
     Panel("Reward", "grpo", "reward", "Mean over completions; band: ± one std", is_from_zero=False),
     Panel("Reward by term", "grpo", "", "Terms that are always 0 are left out", is_from_zero=False),
     Panel("Completion length (tokens)", "grpo", "completions/mean_length", "Mean"),
     Panel("Cut by the token limit (%)", "grpo", "completions/clipped_ratio", "Of completions", 100),
-    Panel(
-        "Prompts that teach nothing (%)",
-        "grpo",
-        "frac_reward_zero_std",
-        "All their completions earn the same reward",
-        100,
-    ),
+    Panel("Prompts that teach nothing (%)", "grpo", "frac_reward_zero_std", SAME_REWARDS, 100),
     Panel("KL to the reference", "grpo", "kl", "How far the judge has moved from its start"),
     Panel("Entropy (nats per token)", "grpo", "entropy", "How undecided the sampled tokens are"),
-    Panel(
-        "Log-prob gap, sampler to trainer",
-        "grpo",
-        "rollout/logprob_gap",
-        "Mean difference for the same tokens; 0 is ideal",
-        is_log=True,
-    ),
+    Panel("Log-prob gap, sampler to trainer", "grpo", "rollout/logprob_gap", GAP, is_log=True),
     Panel("GRPO gradient norm", "grpo", "grad_norm", "Before clipping"),
     Panel("SFT loss", "sft", "loss", "Nats per token of the target judgements"),
     Panel("SFT gradient norm", "sft", "grad_norm", "Before clipping"),
 )
-
-
-class Measure(NamedTuple):
-    """A held-out metric as the page words it."""
-
-    title: str
-    digits: int
-    meaning: str
-
-
-RESULTS = {
-    "agreement": Measure("Agreement (%)", 1, "Verdicts that name the better answer or the tie."),
-    "f1": Measure("Macro F1 (%)", 1, "Mean F1 of: first better, second better, tie."),
-    "parse_rate": Measure("Parse rate (%)", 1, "Responses from which two scores can be read."),
-    "swap_consistency": Measure(
-        "Swap consistency (%)", 1, "Pairs that get the same verdict with the answers swapped."
-    ),
-    "delta_bias": Measure(
-        "Lean to a place (%)", 1, "Pairs whose verdict follows the place of the answer."
-    ),
-    "reward": Measure("Reward", 2, "Mean training reward."),
-    "mean_length": Measure("Mean length (tokens)", 0, "Of what the judge writes."),
-}
 HELDOUT_TITLE = "Held-out comparisons (%)"
 NUM_JUDGEMENTS = 8
 
@@ -109,24 +75,21 @@ def write_report(run_dir: pathlib.Path) -> None:
     if overview := [*([heldout] if heldout else []), *(chart for _, chart in panels)]:
         write_atomically(run_dir / "report.png", charts.png(overview, 3, title))
     results = _results(rows, summary)
-    sampled, cards = _judgements(run_dir)
+    last = list(results.values())[-1].get("agreement", np.nan) if results else np.nan
+    interval = _band(np.array(last), _num_pairs(rows, summary))
+    sampled, terms, judgements = _judgements(run_dir)
     write_page(
         run_dir / "report.html",
         "run.html",
         title=title,
         about=_about(rows, summary),
-        tiles=_tiles(results),
         heldout=heldout,
         heldout_wide=heldout and heldout._replace(width=7.4, height=2.9),
+        results=[(STAGES[stage], metrics) for stage, metrics in results.items()],
+        interval=[float(end) for end in interval if end is not None],
         sampled=sampled,
-        cards=cards,
-        stages=_stage_names(results),
-        results=_result_lines(rows, results),
-        glossary=[
-            (measure.title, measure.meaning)
-            for name, measure in RESULTS.items()
-            if any(name in metrics for metrics in results.values())
-        ],
+        terms=terms,
+        judgements=judgements,
         curves=[
             (STAGES[stage], [chart for _, chart in group])
             for stage, group in itertools.groupby(panels, key=lambda pair: pair[0].stage)
@@ -237,125 +200,53 @@ def _band(percents: np.ndarray, n: int) -> tuple[np.ndarray | None, np.ndarray |
 # --- numbers ---
 
 
-class Tile(NamedTuple):
-    title: str
-    value: str
-    unit: str
-    notes: list[str]
-
-
 def _about(rows: list[Row], summary: RunSummary) -> list[str]:
     steps = [f"{STAGES[stage]} {n:,} steps" for stage, n in _num_steps(rows).items() if n]
-    tokens = summary.tokens / 1e6
-    if not tokens:
+    if not summary.tokens:
         return [*steps, "Under way."]
-    return [*steps, f"{_duration(summary.seconds)}, {tokens:,.1f} million tokens"]
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    minutes = round(summary.seconds / 60)
+    time = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+    time = f"{summary.seconds:.0f} s" if summary.seconds < 90 else time
+    return [*steps, f"{time}, {summary.tokens / 1e6:,.1f} million tokens"]
 
 
 def _results(rows: list[Row], summary: RunSummary) -> dict[str, Row]:
     """Return held-out metrics by stage; a stage still under way has its latest evaluation's."""
-    results: dict[str, Row] = {}
+    names = {name.removeprefix("eval/") for row in rows for name in row if "eval/" in name}
+    num_steps, results = _num_steps(rows), {}
     for stage in STAGES:
-        latest = {
-            name: _series(rows, stage, f"eval/{name}")[1][-1:] for name in (*RESULTS, "pairs")
-        }
+        latest = {name: _series(rows, stage, f"eval/{name}")[1][-1:] for name in names}
         so_far = {name: values[0] for name, values in latest.items() if values.size}
         if metrics := summary.stages.get(stage) or so_far:
-            results[stage] = {name: float(v) for name, v in metrics.items() if v is not None}
+            kept = {name: v for name, v in metrics.items() if v is not None and np.isfinite(v)}
+            results[stage] = kept | {"steps": num_steps.get(stage, 0)}
     return results
-
-
-def _tiles(results: dict[str, Row]) -> list[Tile]:
-    """Return the figures that stand first: what the run came to, and from where."""
-    if not results:
-        return []
-    *before, stage = results
-    tiles = []
-    for name in ("agreement", "swap_consistency", "parse_rate"):
-        value = results[stage].get(name, np.nan)
-        if not np.isfinite(value):
-            continue
-        notes = []
-        low, high = _band(np.array(value), int(results[stage].get("pairs", 0)))
-        if name == "agreement" and low is not None:
-            notes.append(f"95 % interval {low:.1f} to {high:.1f}")
-        if before and np.isfinite(results[before[-1]].get(name, np.nan)):
-            change = value - results[before[-1]][name]
-            notes.append(f"{STAGES[before[-1]]} → {STAGES[stage]}: {change:+.1f} points")
-        tiles.append(Tile(RESULTS[name].title.removesuffix(" (%)"), f"{value:.1f}", "%", notes))
-    return tiles
-
-
-def _stage_names(results: dict[str, Row]) -> list[str]:
-    names = [STAGES[stage] for stage in results]
-    return [*names, *([" → ".join(names[-2:])] if len(names) > 1 else [])]
-
-
-def _result_lines(rows: list[Row], results: dict[str, Row]) -> list[tuple[str, list[str]]]:
-    """Return a line for each metric: its value after each stage, and the last change."""
-    lines = []
-    for name, measure in RESULTS.items():
-        values = [result.get(name, np.nan) for result in results.values()]
-        unit = " points" if "%" in measure.title else ""
-        cells = [f"{value:.{measure.digits}f}" for value in values]
-        cells += [f"{change:+.{measure.digits}f}{unit}" for change in np.diff(values)[-1:]]
-        if np.isfinite(values).any():
-            lines.append((measure.title, ["–" if "nan" in cell else cell for cell in cells]))
-    num_steps = _num_steps(rows)
-    steps = [f"{num_steps.get(stage, 0):,}" for stage in results]
-    return [*lines, ("Steps", [*steps, *([""] if len(steps) > 1 else [])])] if results else []
 
 
 # --- judgements ---
 
 
-class ShownAnswer(NamedTuple):
-    text: str
-    note: str
-    is_better: bool  # by the label
+def _judgements(run_dir: pathlib.Path) -> tuple[str, list[str], list[tuple[str, Row]]]:
+    """Return when the newest judgements were sampled, their reward terms, and some of them.
 
-
-class Card(NamedTuple):
-    """One sampled judgement as the page shows it."""
-
-    outcome: str
-    mark: str
-    about: list[str]
-    question: str
-    answers: list[ShownAnswer]
-    prompt: str
-    response: str
-    scores: list[tuple[str, list[str]]]  # gold and verdict: of both answers
-    total: str
-    rewards: list[tuple[str, str]]  # terms, total, advantage
-
-
-def _judgements(run_dir: pathlib.Path) -> tuple[str, list[Card]]:
-    """Return when the newest judgements were sampled, and some of them, of mixed outcomes."""
+    Each comes with its outcome. Outcomes take turns; within one, every prompt comes before any
+    prompt's second response. Terms that are 0 in all rows are left out.
+    """
     paths = sorted(run_dir.glob("completions/*.parquet"), key=lambda p: ("grpo" in p.stem, p.stem))
     if not paths:
-        return "", []
+        return "", [], []
     import pyarrow.parquet as pq
 
     rows = pq.read_table(paths[-1]).to_pylist()
     num_seen, groups = Counter(), {"right": [], "wrong": [], "unparsed": []}
     for row in rows:
         num_seen[row.get("id")] += 1
-        groups[_outcome(row)].append((num_seen[row.get("id")], row))
-    ranked = (sorted(group, key=lambda pair: pair[0]) for group in groups.values())
-    # Outcomes take turns; within one, every prompt comes before any prompt's second completion.
-    mix = [pair[1] for turn in itertools.zip_longest(*ranked) for pair in turn if pair]
+        groups[_outcome(row)].append((num_seen[row.get("id")], _outcome(row), row))
+    ranked = (sorted(group, key=lambda each: each[0]) for group in groups.values())
+    mix = [each[1:] for turn in itertools.zip_longest(*ranked) for each in turn if each]
     terms = [name for name in rows[0] if "rewards/" in name and any(row[name] for row in rows)]
     stage, _, step = paths[-1].stem.rpartition("_")
-    cards = [_card(row, terms) for row in mix[:NUM_JUDGEMENTS]]
-    return f"{STAGES.get(stage, stage)}, step {int(step):,}", cards
+    return f"{STAGES.get(stage, stage)}, step {int(step):,}", terms, mix[:NUM_JUDGEMENTS]
 
 
 def _outcome(row: Row) -> str:
@@ -363,44 +254,3 @@ def _outcome(row: Row) -> str:
     if not verdict:
         return "unparsed"
     return "right" if preferred(*verdict) == row["label"] else "wrong"
-
-
-def _card(row: Row, terms: Sequence[str]) -> Card:
-    outcome = _outcome(row)
-    scores = []
-    for name in ("gold", "verdict"):
-        pair = row.get(name) or (None, None)  # no gold scores: a preference alone
-        scores.append((name.title(), ["–" if v is None else f"{v:g}" for v in pair]))
-    rewards = {name.removeprefix("rewards/").replace("_", " "): row[name] for name in terms}
-    rewards |= {"total": row.get("reward"), "advantage": row.get("advantage")}
-    about = [str(row["id"])] if row.get("id") is not None else []
-    about += (
-        [row["status"].replace("_", " ")] if outcome == "unparsed" and row.get("status") else []
-    )
-    about += ["answers swapped"] if row.get("order") == "swapped" else []
-    total = row.get("reward")
-    return Card(
-        outcome=outcome,
-        mark={"right": "✓", "wrong": "✗"}.get(outcome, "?"),
-        about=about,
-        question=str(row.get("question") or ""),
-        answers=_answers(row),
-        prompt=str(row.get("prompt") or ""),
-        response=str(row.get("response") or row.get("completion") or ""),
-        scores=scores,
-        total="" if total is None else f"{total:+.2f}",
-        rewards=[(k, f"{v:+.2f}") for k, v in rewards.items() if v is not None],
-    )
-
-
-def _answers(row: Row) -> list[ShownAnswer]:
-    """Return both answers; none for records of before they were kept beside the prompt."""
-    texts = [row.get(f"answer_{number}") for number in (1, 2)]
-    if None in texts:
-        return []
-    tie = "a tie" if row.get("label") == 0 else ""
-    notes = ["better" if row.get("label") == number else tie for number in (1, 2)]
-    return [
-        ShownAnswer(str(text), note, note == "better")
-        for text, note in zip(texts, notes, strict=True)
-    ]
