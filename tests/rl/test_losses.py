@@ -373,6 +373,7 @@ def test_what_padding_holds_never_matters(surrogate, ratio, garbage):
         jax.tree.map(np.testing.assert_array_equal, with_garbage, clean)
 
 
+@pytest.mark.slow  # compiles one program for each size of a part
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @hypothesis_settings(deadline=None, max_examples=15)
 @given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
