@@ -36,10 +36,10 @@ from tqdm import tqdm
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation import journal, results
 from jlrm.evaluation.benchmark import Benchmark
-from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark
+from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.games import Backend, Game, Item, Response
 from jlrm.evaluation.journal import Journal
-from jlrm.evaluation.policies import POLICIES, Policy, policy_of
+from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
 from jlrm.judges import options
 from jlrm.judges.recorded import Recorded
@@ -319,7 +319,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Let a judge judge benchmarks, and score it by their own rules.",
         epilog=f"Benchmarks: {', '.join(BENCHMARKS)}. Policies: "
         + "; ".join(
-            f"{name} {' | '.join(p.aggregation for p in known)}" for name, known in POLICIES.items()
+            f"{name} {' | '.join(p.aggregation for p in known.policies)}"
+            for name, known in BENCHMARKS.items()
         ),
     )
     add = parser.add_argument

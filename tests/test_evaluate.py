@@ -17,8 +17,8 @@ from jlrm import evaluate
 from jlrm.config import RunError, UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Response
-from jlrm.evaluation.policies import POLICIES
 from jlrm.judges import options
 from jlrm.judges.paid import Spending
 from jlrm.runtime import commands
@@ -466,8 +466,8 @@ def test_help_tells_all_benchmarks_and_policies():
         **{"capture_output": True, "text": True, "cwd": ROOT, "check": True},
     )
     text = " ".join(done.stdout.split())
-    for name, known in POLICIES.items():
-        assert f"{name} {' | '.join(policy.aggregation for policy in known)}" in text
+    for name, known in BENCHMARKS.items():
+        assert f"{name} {' | '.join(policy.aggregation for policy in known.policies)}" in text
     for option in options.OPTIONS:
         assert f"--{option.replace('_', '-')}" in text
 

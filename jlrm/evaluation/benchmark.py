@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.evaluation.games import Game, Item, ItemVerdicts
-from jlrm.evaluation.policies import POLICIES, Policy
+from jlrm.evaluation.policies import Policy
 from jlrm.reports.results_file import Published
 
 
@@ -25,6 +25,7 @@ class Credit(NamedTuple):
 
 class Benchmark(NamedTuple):
     name: str
+    policies: tuple[Policy, ...]  # the official one first
     read: Callable[[str], list[Item]]  # from a file, a directory or hf:ORG/NAME#SPLIT
     games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
     mark: Callable[[ItemVerdicts, Policy], Credit]
@@ -37,7 +38,7 @@ class Benchmark(NamedTuple):
     @property
     def policy(self) -> Policy:
         """The official policy."""
-        return POLICIES[self.name][0]
+        return self.policies[0]
 
     def score(self, judged: Sequence[ItemVerdicts], policy: Policy) -> dict[str, float]:
         """Return the benchmark's metrics, in percent."""

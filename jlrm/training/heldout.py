@@ -25,8 +25,8 @@ import numpy as np
 
 from jlrm.data.batches import Example
 from jlrm.evaluation.benchmarks import pairs
+from jlrm.evaluation.benchmarks.registry import policy_of
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, outcome
-from jlrm.evaluation.policies import policy_of
 from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
 from jlrm.sampling import writer

@@ -6,11 +6,13 @@ import ast
 import collections
 import dataclasses
 import importlib.util
+import itertools
 import json
 import logging
 import math
 import pathlib
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,18 +22,19 @@ from jlrm.config import UsageError
 from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Credit
-from jlrm.evaluation.benchmarks import judgebench, rewardbench, rewardbench2
+from jlrm.evaluation.benchmarks import judgebench, mtbench_human, rewardbench, rewardbench2
 from jlrm.evaluation.benchmarks.judgelm import GOLD, PAIRS
-from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark
+from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
 from jlrm.evaluation.classes import classification
 from jlrm.evaluation.games import Game, Item, ItemVerdicts, Response, outcome
-from jlrm.evaluation.policies import POLICIES, Policy, policy_of
+from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, read_answer, reader
 from jlrm.evaluation.scoring import kappa
 from jlrm.judges.recorded import Recorded
 
 EXACT = {"rel": 1e-12, "abs": 1e-10}
+POLICIES = {name: known.policies for name, known in BENCHMARKS.items()}
 PAIR_BENCHMARKS = [name for name, known in POLICIES.items() if len(known) == 3]
 CLASSES = ["pandalm", "judgelm"]
 
@@ -379,6 +382,7 @@ def items_of(name: str, num: int = 24, seed: int = 0) -> list[Item]:
         "rmbench": ["chat", "math", "code", "safety-refuse", "safety-response"],
         "rewardbench2": ["Focus", "Math", "Safety"],
         "rmb": ["Helpfulness Pairwise", "Helpfulness BoN"],
+        "mtbench_human": ["turn 1", "turn 2"],
     }.get(name, ["one", "two", ""])
     items = []
     for number in range(num):
@@ -460,7 +464,7 @@ def test_a_judge_of_ties_gets_the_credit_of_ties(name):
         elif name == "rmb":
             assert found == 25.0  # half of the pairs, none of the lists
         else:
-            fraction = {"rmbench": 0.0, "judgebench": 0.0}.get(name, 0.5)
+            fraction = {"rmbench": 0.0, "judgebench": 0.0, "mtbench_human": 0.0}.get(name, 0.5)
             assert found == pytest.approx(100 * fraction)
 
 
@@ -561,6 +565,79 @@ def test_rewardbench2_counts_shared_maxima_and_failures():
     wins = policy_of("rewardbench2", ["aggregation=all_wins"])
     assert len(BENCHMARKS["rewardbench2"].games([item], wins, 0)) == 6
     assert (credit([9, 9, 2, 1], wins), credit([9, 8, 2, 1], wins)) == (0.0, 1.0)
+
+
+def mtbench_votes(rng: random.Random) -> list[dict[str, Any]]:
+    """Return votes in the form of lmsys/mt_bench_human_judgments, pairs of models in any order."""
+    rows = []
+    for question, turn in itertools.product(range(81, 91), (1, 2)):
+        for pair in itertools.combinations(("alpaca", "gpt-4", "llama"), 2):
+            for judge in (f"expert_{rng.randint(0, 9)}" for _ in range(rng.randint(0, 3))):
+                models = pair[:: rng.choice((1, -1))]
+                talks = [
+                    [
+                        {"role": role, "content": f"{role} {i}" + f" {model}" * (role != "user")}
+                        for i in (1, 2)
+                        for role in ("user", "assistant")
+                    ]
+                    for model in models
+                ]
+                rows.append(
+                    {
+                        "question_id": question,
+                        **{"model_a": models[0], "model_b": models[1], "turn": turn},
+                        **{"conversation_a": talks[0], "conversation_b": talks[1]},
+                        "winner": rng.choice(("model_a", "model_b", "tie")),
+                        "judge": judge,
+                    }
+                )
+    return [*rows, {**rows[0], "judge": "author_1"}]
+
+
+def test_agreement_with_people_counts_votes_as_fastchat_does(tmp_path, caplog):
+    rng = random.Random(4)
+    rows = mtbench_votes(rng)
+    (tmp_path / "votes.json").write_text(json.dumps(rows))
+    known = BENCHMARKS["mtbench_human"]
+    items = known.read(str(tmp_path / "votes.json"))
+    assert "1 rows are not asked: their judge is no expert" in caplog.text
+    assert items[0].question == "user 1"
+    texts = {item.subset: item.answers[0] for item in items if ":alpaca-" in item.id}
+    assert texts["turn 1"] == "assistant 1 alpaca"
+    assert texts["turn 2"] == (
+        "Assistant: assistant 1 alpaca\n\nUser: user 2\n\nAssistant: assistant 2 alpaca"
+    )
+    games = known.games(items, known.policy, 0)
+    shown = {game.id: rng.choice((1, 2, 0, None)) for game in games}
+    metrics = score("mtbench_human", games, lambda g: said_or_not(g.id, shown[g.id]))
+
+    agreed: dict[str, list[bool]] = collections.defaultdict(list)
+    for row in rows[:-1]:
+        models = sorted((row["model_a"], row["model_b"]))
+        name = f"{row['question_id']}:{'-'.join(models)}:{row['turn']}"
+        given, swapped = ({1: 0, 2: 1}.get(shown[f"{name}:{o}"]) for o in ("0-1", "1-0"))
+        swapped = None if swapped is None else 1 - swapped
+        verdict = "tie" if given is None or given != swapped else models[given]
+        vote = {"tie": "tie"}.get(row["winner"]) or row[row["winner"]]
+        for metric in ("agreement", f"turn {row['turn']}"):
+            agreed[metric].append(vote == verdict)
+            if "tie" not in (vote, verdict):
+                agreed[f"{metric}_no_ties"].append(vote == verdict)
+    wanted = {metric: 100 * sum(each) / len(each) for metric, each in agreed.items()}
+    assert {k: v for k, v in metrics.items() if k != "consistency"} == pytest.approx(wanted)
+
+
+def said_or_not(game: str, decision: int | None) -> Response:
+    return Response(game, outputs=("",) if decision is None else None, decision=decision)
+
+
+def test_votes_that_are_split_make_no_label():
+    rows = [{"winner": winner} for winner in ("model_a", "model_b", "model_a")]
+    for votes, label in ((rows, 1), (rows[:2], 0), (rows[1:2], 2)):
+        counted = mtbench_human.with_votes(
+            Item("1", "?", ("a", "b")), [mtbench_human.WINNERS[row["winner"]] for row in votes]
+        )
+        assert counted.label == label
 
 
 def test_every_field_of_a_policy_has_an_effect():

@@ -341,6 +341,17 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
 
     np.testing.assert_allclose(losses(0.0), [-1.2, 10.0], rtol=1e-6)
     np.testing.assert_allclose(losses(3.0), [-1.2, 3.0], rtol=1e-6)
+    np.testing.assert_allclose(losses(1.1), [-1.2, 1.2], rtol=1e-6)  # the clip is the larger loss
+
+
+def test_a_surrogate_sees_ratio_1_and_log_probability_0_in_padding(monkeypatch):
+    seen = []
+    monkeypatch.setitem(SURROGATES, "ppo", lambda _, tokens: seen.append(tokens) or tokens.logp)
+    inputs = random_inputs()
+    row_loss(loss_of(), *inputs)
+    (tokens,), is_padding = seen, ~np.asarray(inputs.mask)
+    assert np.all(np.asarray(tokens.ratio)[is_padding] == 1.0)
+    assert np.all(np.asarray(tokens.logp)[is_padding] == 0.0)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Published
 from jlrm.evaluation.games import Item
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import micro_total, pair_games, pair_mark
 
 HOW_TO_GET = (
@@ -44,6 +45,8 @@ def read(source: str) -> list[Item]:
 
 BENCHMARK = Benchmark(
     name="helpsteer3",
+    # no official rule for judges; this is the usual one
+    policies=pair_policies(Policy("mean", "random", 0.5, 0.0)),
     read=read,
     games=pair_games,
     mark=pair_mark,

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import pair_games, pair_mark, percent, subset_percents, swap_metrics
 
 HOW_TO_GET = (
@@ -70,6 +70,8 @@ def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
 
 BENCHMARK = Benchmark(
     name="judgebench",
+    # utils/metrics.py: +1 right, -1 wrong, 0 else, and the sum above 0
+    policies=pair_policies(Policy("majority", "both", 0.5, 0.5)),
     read=read,
     games=pair_games,
     mark=pair_mark,

@@ -16,6 +16,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Published
 from jlrm.evaluation.classes import class_mark, class_total
 from jlrm.evaluation.games import Item
+from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import judgelm_scores
 from jlrm.evaluation.scoring import pair_games
 from jlrm.judgement.verdict import preferred
@@ -131,6 +132,10 @@ def _published(
 
 BENCHMARK = Benchmark(
     name="judgelm",
+    policies=(
+        Policy("first_order", "both", 0.0, "tie"),  # the official script: unreadable is a draw
+        Policy("pooled", "both", 0.0, "tie"),
+    ),
     read=read,
     games=pair_games,
     mark=class_mark,

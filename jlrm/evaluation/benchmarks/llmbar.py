@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import Item
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import kappa, pair_games, pair_mark, percent, subset_percents
 
 HOW_TO_GET = (
@@ -67,6 +67,8 @@ def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
 
 BENCHMARK = Benchmark(
     name="llmbar",
+    # the rule of the authors' rating evaluators, which has none for errors
+    policies=pair_policies(Policy("mean", "both", "second", 0.0)),
     read=read,
     games=pair_games,
     mark=pair_mark,

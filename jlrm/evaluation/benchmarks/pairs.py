@@ -18,7 +18,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.classes import class_mark, class_total
 from jlrm.evaluation.games import Item, ItemVerdicts
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import micro_total, pair_games, pair_mark
 
 CLASSES = ("first_order", "pooled")
@@ -60,6 +60,11 @@ def _total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
 
 BENCHMARK = Benchmark(
     name="pairs",
+    policies=(
+        *pair_policies(Policy("mean", "both", 0.5, 0.0)),
+        Policy("first_order", "both", 0.0, 0.0),  # three classes, as training's held-out set
+        Policy("pooled", "both", 0.0, 0.0),
+    ),
     read=read,
     games=pair_games,
     mark=_mark,

@@ -112,6 +112,11 @@ def _command(size: str) -> str:
 
 BENCHMARK = Benchmark(
     name="pandalm",
+    policies=(
+        # JudgeLRM, pandalm/calculate_result.py: unreadable is a tie
+        Policy("first_order", "as_given", 0.0, "tie"),
+        Policy("pooled", "both", 0.0, "tie"),
+    ),
     read=read,
     games=pair_games,
     mark=class_mark,

@@ -16,7 +16,7 @@ from jlrm.config import UsageError
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import (
     micro_total,
     pair_games,
@@ -121,8 +121,10 @@ COMMAND = (
     "python -m jlrm.evaluate --benchmark ppe_correctness --model nuojohnchen/JudgeLRM-7B "
     "--prompt judgelrm_eval"
 )
+USUAL = Policy("mean", "random", 0.5, 0.0)  # there is no official rule for judges
 PREFERENCE = Benchmark(
     name="ppe_preference",
+    policies=pair_policies(USUAL),
     read=read_preference,
     games=pair_games,
     mark=pair_mark,
@@ -132,6 +134,7 @@ PREFERENCE = Benchmark(
 )
 CORRECTNESS = Benchmark(
     name="ppe_correctness",
+    policies=pair_policies(USUAL),
     read=read_correctness,
     games=pair_games,
     mark=pair_mark,

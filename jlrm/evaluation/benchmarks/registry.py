@@ -1,40 +1,26 @@
-"""All benchmarks by name."""
+"""All benchmarks by name. Each file beside this one is a benchmark, or several of one family."""
 
 from __future__ import annotations
 
-from jlrm.config import UsageError, nearest
-from jlrm.evaluation.benchmark import Benchmark
-from jlrm.evaluation.benchmarks import (
-    helpsteer3,
-    judgebench,
-    judgelm,
-    llmbar,
-    pairs,
-    pandalm,
-    ppe,
-    rewardbench,
-    rewardbench2,
-    rmb,
-    rmbench,
-)
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        pandalm.BENCHMARK,
-        judgelm.BENCHMARK,
-        rewardbench.BENCHMARK,
-        rewardbench2.BENCHMARK,
-        rmbench.BENCHMARK,
-        judgebench.BENCHMARK,
-        llmbar.BENCHMARK,
-        helpsteer3.BENCHMARK,
-        ppe.PREFERENCE,
-        ppe.CORRECTNESS,
-        rmb.BENCHMARK,
-        pairs.BENCHMARK,
-    )
-}
+from jlrm.config import UsageError, nearest
+from jlrm.evaluation import benchmarks
+from jlrm.evaluation.benchmark import Benchmark
+from jlrm.evaluation.policies import Policy, overridden
+
+
+def _benchmarks() -> Iterator[Benchmark]:
+    """Yield what the files of this folder define, files in the order of their names."""
+    for file in pkgutil.iter_modules(benchmarks.__path__):
+        if f"{benchmarks.__name__}.{file.name}" != __name__:
+            module = importlib.import_module(f"{benchmarks.__name__}.{file.name}")
+            yield from (each for each in vars(module).values() if isinstance(each, Benchmark))
+
+
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _benchmarks()}
 
 
 def benchmark(name: str) -> Benchmark:
@@ -42,3 +28,8 @@ def benchmark(name: str) -> Benchmark:
     if name not in BENCHMARKS:
         raise UsageError(f"--benchmark {name} is unknown. {nearest(name, BENCHMARKS)}")
     return BENCHMARKS[name]
+
+
+def policy_of(name: str, overrides: Sequence[str] = ()) -> Policy:
+    """Return the policy of a benchmark with overrides, as `policies.overridden` reads them."""
+    return overridden(name, BENCHMARKS[name].policies, overrides, BENCHMARKS)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import pair_games, pair_mark, percent, subset_percents, swap_metrics
 
 HOW_TO_GET = (
@@ -120,6 +120,8 @@ def _swap_study() -> list[Published]:
 
 BENCHMARK = Benchmark(
     name="rewardbench",
+    # allenai/reward-bench, scripts/run_generative.py (there the order is drawn without a seed)
+    policies=pair_policies(Policy("mean", "random", 0.5, 0.5)),
     read=read,
     games=pair_games,
     mark=pair_mark,

@@ -192,6 +192,12 @@ COMMAND = (
 )
 BENCHMARK = Benchmark(
     name="rewardbench2",
+    policies=(
+        # allenai/reward-bench, scripts/run_generative_v2.py and rewardbench/utils.py, which are for
+        # judges that score each answer alone
+        Policy("round_robin", "both", "shared", 0.25),
+        Policy("all_wins", "both", 0.0, 0.0),
+    ),
     read=read,
     games=games,
     mark=mark,

@@ -16,7 +16,7 @@ from jlrm.config import UsageError
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Game, Item, ItemVerdicts
-from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import (
     combined,
     game_credit,
@@ -97,6 +97,8 @@ COMMAND = (
 )
 BENCHMARK = Benchmark(
     name="rmb",
+    # no official rule for judges; this is the usual one
+    policies=pair_policies(Policy("mean", "random", 0.5, 0.0)),
     read=read,
     games=games,
     mark=mark,

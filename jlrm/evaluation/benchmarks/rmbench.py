@@ -123,6 +123,10 @@ RM_R1 = {
 }
 BENCHMARK = Benchmark(
     name="rmbench",
+    policies=(
+        # THU-KEG/RM-Bench, scripts/utils.py: a win is a strictly higher score
+        Policy("matrix", "random", 0.0, 0.0),
+    ),
     read=read,
     games=games,
     mark=mark,
