@@ -40,6 +40,15 @@ pytest_plugins = ["tiers"]
 # Whoever starts us in the background may have switched Ctrl-C off, for all that we start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def slowness() -> float:
+    """Return how many times longer than on a quiet machine things may take: runnable per core.
+
+    Bounds on the time of other processes are multiplied by it.
+    """
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 TESTS = pathlib.Path(__file__).parent
 GOLDEN = TESTS / "golden"
 ARCHITECTURES = {

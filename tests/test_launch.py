@@ -19,6 +19,7 @@ import time
 
 import pytest
 import yaml
+from conftest import slowness
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
@@ -113,7 +114,7 @@ class Cloud:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=timeout * slowness(),
             stdin=subprocess.DEVNULL,
         )
 
@@ -535,7 +536,7 @@ def test_a_killed_host_is_lost(cloud):
 
 
 def wait_for(is_true, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds
+    end = time.monotonic() + seconds * slowness()
     while not is_true():
         assert time.monotonic() < end, "it did not come to pass"
         time.sleep(0.05)
@@ -681,13 +682,13 @@ def test_slurm(cloud, code, restarts, requeues):
 
 
 def test_slurm_outlives_sigterm(cloud):
-    (cloud.bin / "srun").write_text("#!/bin/sh\nsleep 0.6\nexit 143\n")
+    (cloud.bin / "srun").write_text(f"#!/bin/sh\ntouch {cloud.home}/begun\nsleep 0.6\nexit 143\n")
     env = cloud.env({"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": "/"})
     (cloud.home / "rules.json").write_text("[]")
     job = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "python"], env=env)
-    time.sleep(0.3)
+    wait_for((cloud.home / "begun").exists)
     job.terminate()
-    assert job.wait(timeout=10) == 143 and len(cloud.calls(tool="scontrol")) == 1
+    assert job.wait(timeout=10 * slowness()) == 143 and len(cloud.calls(tool="scontrol")) == 1
 
 
 # --- this machine -------------------------------------------------------------------------------
@@ -700,7 +701,7 @@ def local(*args: str, env=None, timeout=20) -> subprocess.CompletedProcess:
         env=kept,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=timeout * slowness(),
     )
 
 
@@ -735,7 +736,7 @@ def test_local_first_failure_ends_the_others():
     begun = time.monotonic()
     done = local("3", "--grace", "1", "--", sys.executable, "-c", code)
     assert done.returncode == 7 and "process 1 ended with exit code 7" in done.stderr
-    assert time.monotonic() - begun < 6
+    assert time.monotonic() - begun < 6 * slowness()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -753,7 +754,7 @@ def test_local_signals_reach_all(tmp_path, signum, code):
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     wait_for(lambda: len(list(tmp_path.glob("*.up"))) == 2)
     job.send_signal(signum)
-    assert job.wait(timeout=10) == code
+    assert job.wait(timeout=10 * slowness()) == code
     assert len(list(tmp_path.glob("*.saved"))) == 2
 
 

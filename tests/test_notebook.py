@@ -11,6 +11,8 @@ import shutil
 
 import pytest
 
+pytestmark = pytest.mark.slow  # whole models are compiled
+
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOK = ROOT / "launch" / "colab_quickstart.ipynb"
 SMOKE = (

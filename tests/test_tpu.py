@@ -30,6 +30,8 @@ from jlrm.training import packing, update
 from jlrm.training.packing import Rows
 from jlrm.weights.presets import preset
 
+pytestmark = pytest.mark.slow  # whole models are compiled
+
 ROWS, PROMPT = 16, 512
 SLOTS = 4096
 DISTRIBUTION = Distribution(temperature=1.0, top_p=0.9, num_ids=151665)

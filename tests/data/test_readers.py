@@ -343,6 +343,7 @@ def arrow(rows: list[Comparison]) -> list[dict]:
     return [row.record() | {"meta": json.dumps(row.meta)} for row in rows]
 
 
+@pytest.mark.slow
 def test_parts_of_a_source_are_the_whole(tmp_path):
     """Rows are dealt to three readers in turn; each says where its rows stood, and what it left."""
     import datasets

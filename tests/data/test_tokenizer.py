@@ -53,12 +53,14 @@ def random_texts(count: int) -> list[str]:
     return ["".join(rng.choices(SCRIPTS, k=rng.randrange(1, 60))) for _ in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("column", "name"), enumerate(NAMES))
 def test_ids(column, name, request):
     tokenizer = request.getfixturevalue(name)
     assert encode(tokenizer, list(IDS)) == [ids[column] for ids in IDS.values()]
 
 
+@pytest.mark.slow
 def test_sizes(qwen25, qwen3):
     assert (len(qwen25), len(qwen3)) == (151_665, 151_669)
     more = {token: 151_665 + i for i, token in enumerate(qwen.QWEN3_ONLY)}
@@ -105,6 +107,7 @@ def test_chat_template_of_qwen25(qwen25):
     assert rendered(qwen25, chat[1:]) == f"<|im_start|>system\n{default}<|im_end|>\n{header}"
 
 
+@pytest.mark.slow
 def test_equals_the_official_files(qwen3, qwen3_official):
     assert qwen3.get_vocab() == qwen3_official.get_vocab()
     left_out = {*LONG, *SURROGATES}

@@ -106,11 +106,13 @@ def test_the_corpus_is_what_it_says():
 # ------------------------------------------------------------------------------------- the prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tokenizer", "template"), PAIRS, indirect=["tokenizer"])
 def test_hostile_texts_add_no_control_token(tokenizer, template):
     check_structure(in_every_place(SHORT), tokenizer, template)
 
 
+@pytest.mark.slow
 @on(*TOKENIZERS)
 def test_hundred_kilobytes_add_no_control_token(tokenizer):
     check_structure(in_every_place([HOSTILE[name] for name in LONG]), tokenizer, "toy")
@@ -248,7 +250,7 @@ def completions(text: str) -> Iterator[str]:
 
 
 def test_every_text_has_a_verdict(record_property):
-    start, num_texts = time.perf_counter(), 0
+    start, num_texts = time.thread_time(), 0
     for text in itertools.chain(HOSTILE.values(), CLEAN.values()):
         for completion, strict in itertools.product(completions(text), (True, False)):
             verdict = parse(completion, strict=strict)
@@ -256,7 +258,7 @@ def test_every_text_has_a_verdict(record_property):
             assert verdict.status in get_args(Status)
             assert (verdict.scores is not None) == (verdict.status == "ok")
             assert verdict.scores is None or all(1 <= x <= 10 for x in verdict.scores)
-    seconds = time.perf_counter() - start
+    seconds = time.thread_time() - start
     record_property("seconds", seconds)
     print(f"{num_texts} completions parsed in {seconds:.2f} s")
 

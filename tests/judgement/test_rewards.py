@@ -303,6 +303,7 @@ def _random_row(rng: random.Random) -> tuple[str, str]:
     return "".join(prompt), "".join(parts)
 
 
+@pytest.mark.slow
 def test_authors_algorithm_on_random_text() -> None:
     rng = random.Random(0)
     visited = collections.Counter()

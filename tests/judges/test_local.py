@@ -126,6 +126,7 @@ def wanted(judges):
 # --- the same again ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", DECODINGS)
 def test_a_run_that_was_killed_goes_on_to_the_same_answers(judges, wanted, decoding):
     """What is left is judged in other batches, in another order."""
@@ -143,12 +144,14 @@ def test_a_run_that_was_killed_goes_on_to_the_same_answers(judges, wanted, decod
     assert len(set(wanted(decoding).values())) > len(GAMES) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", ["sampling", "beams"])
 def test_mesh_and_batch_size_do_not_matter(judges, wanted, decoding):
     judge = judges(decoding, mesh=MeshConfig(1, 4, 2), batch_size=3)
     assert texts(judge, GAMES[:9]) == {game.id: wanted(decoding)[game.id] for game in GAMES[:9]}
 
 
+@pytest.mark.slow
 def test_a_run_gives_what_the_directory_gives_that_it_came_from(
     directory, wanted, tmp_path, monkeypatch
 ):
@@ -158,6 +161,7 @@ def test_a_run_gives_what_the_directory_gives_that_it_came_from(
     assert texts(judge, GAMES[:3]) == {game.id: wanted("greedy")[game.id] for game in GAMES[:3]}
 
 
+@pytest.mark.slow
 def test_votes_and_seeds_are_drawn_independently(judges, wanted):
     assert all(len(set(outputs)) == 2 for outputs in wanted("sampling").values())
     first = texts(judges("sampling", votes=1), GAMES[:3])
@@ -209,6 +213,7 @@ def test_without_games_nothing_is_read(tmp_path, directory):
     assert answers(made(tmp_path), []) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [True, False])
 def test_stop_is_the_second_answer(tmp_path, stop):
     """A model that writes one cycle of tokens: each is the one most like the one before it."""

@@ -121,6 +121,7 @@ def layout(mesh):
     return training_layout(mesh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "heads"), [(name, RATIOS[i % 3]) for i, name in enumerate(PACKINGS)]
 )
@@ -142,6 +143,7 @@ def test_packed_equals_dense(layout, name, heads):
         assert not np.asarray(array)[~is_token].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ragged", "rows of padding"])
 def test_padding_changes_nothing(layout, name):
     packing = packed(*PACKINGS[name])
@@ -161,6 +163,7 @@ def test_padding_changes_nothing(layout, name):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(layout):
     rows = [[(20 + i, [10 + i, 5, 3 * i]), (7, [i + 1])] for i in range(8)]
     packing = packed(128, rows)
@@ -177,6 +180,7 @@ def test_eight_devices_equal_one(layout):
     assert_equal(run(training_layout(mesh_of(2, 2, 2))), run(layout), 1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16(layout):
     packing = packed(*PACKINGS["ragged"])
     inputs = random_inputs(packing)
@@ -189,6 +193,7 @@ def test_bfloat16(layout):
         np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_no_array_of_all_pairs(layout):
     num_slots, num_heads = 2048, 4
     packing = packed(num_slots, [[(300, [200, 200]), (100, [300, 400, 200])]])
@@ -200,6 +205,7 @@ def test_no_array_of_all_pairs(layout):
     assert largest <= num_slots * num_heads * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PACKINGS)
 def test_skipped_blocks_hold_nothing_visible(name):
     packing = packed(*PACKINGS[name])
@@ -232,6 +238,7 @@ def test_prefix_align():
         prefix_align(2**15 + 128)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["many groups", "rows of padding", "ragged"])
 def test_splash_equals_dense(name):
     packing = packed(*PACKINGS[name])
@@ -243,6 +250,7 @@ def test_splash_equals_dense(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "groups", [[(1536, [100]), (1536, [924])], [(1000, []), (3096, [])]], ids=["some", "all"]
 )
@@ -254,6 +262,7 @@ def test_splash_reads_long_slots(groups):
     assert_equal((mine,), (dense(q, k, v, packing),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "width", "num_rows"), [((28, 4), 128, 4), ((14, 2), 64, 8)])
 def test_splash_compiles_for_tpus(heads, width, num_rows):
     grid = tpu_mesh("v5e:2x2", 1, 4, 1)

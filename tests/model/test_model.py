@@ -177,6 +177,7 @@ def assert_trees_close(actual: Any, wanted: Any, atol: float) -> None:
 # ------------------------------------------------------------------ as transformers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["", "_left"])
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_those_of_transformers(name, side):
@@ -191,6 +192,7 @@ def test_logits_are_those_of_transformers(name, side):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_decoding_continues_as_transformers_does(name):
     """Fed the reference's tokens one by one, every state predicts the reference's next token."""
@@ -203,6 +205,7 @@ def test_greedy_decoding_continues_as_transformers_does(name):
     np.testing.assert_array_equal(choices, completions[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_equal_a_live_model_on_other_tokens(name, torch):
     from transformers import AutoModelForCausalLM
@@ -225,6 +228,7 @@ def test_logits_equal_a_live_model_on_other_tokens(name, torch):
 # ------------------------------------------------------------------ what a state may depend on
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3"])
 def test_a_state_depends_on_its_row_up_to_its_position_and_on_nothing_else(name):
     """Every token has its own id, so a row of the embedding's gradient belongs to one position."""
@@ -255,6 +259,7 @@ def test_a_state_depends_on_its_row_up_to_its_position_and_on_nothing_else(name)
     assert (reach[may_see] > 1e-4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_changes_nothing_wherever_it_stands_and_whatever_it_holds(name):
     config, layout, params = golden(name)
@@ -281,6 +286,7 @@ def test_padding_changes_nothing_wherever_it_stands_and_whatever_it_holds(name):
         np.testing.assert_allclose(seen[0], wanted, rtol=0, atol=1e-5, err_msg=place)
 
 
+@pytest.mark.slow
 def test_padding_has_no_gradient_and_leaves_the_others_finite():
     """A left-padded query sees no key at all: no NaN, and nothing flows into the pad."""
     config, layout, params = golden("qwen2_untied")
@@ -297,6 +303,7 @@ def test_padding_has_no_gradient_and_leaves_the_others_finite():
     assert embedding[pad] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_rope"])
 def test_positions_matter_by_their_differences_only(name):
     config, layout, params = golden(name)
@@ -314,6 +321,7 @@ def test_positions_matter_by_their_differences_only(name):
 # ------------------------------------------------------------------ ways of running it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_decode_steps_give_the_states_of_a_full_pass(name):
     """Ragged prompts, a prefix that holds keys of padding, and the scan over layers unrolled."""
@@ -346,6 +354,7 @@ def test_prefill_and_decode_steps_give_the_states_of_a_full_pass(name):
         )
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_the_unrolled_ones_in_order():
     """Four layers that all differ, applied one by one to the same tokens, with dense attention."""
     config, layout, params = golden("qwen3")
@@ -377,6 +386,7 @@ def test_scanned_layers_are_the_unrolled_ones_in_order():
     assert np.abs(np.asarray(unrolled(params | {"layers": swapped})) - scanned).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_memory_and_no_gradient():
     tokens = random_tokens("remat", 8, 10)
     mask = right_mask([10, 8, 6, 4, 2, 10, 10, 10], 10)
@@ -408,6 +418,7 @@ def relative_error(narrow: Array, wide: Array, real: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3"])
 def test_bfloat16_runs_near_float32(name):
     """With 8 bits of mantissa: a few per cent after two layers."""
@@ -419,6 +430,7 @@ def test_bfloat16_runs_near_float32(name):
     assert 1e-4 < error < 0.03
 
 
+@pytest.mark.slow
 def test_bfloat16_decodes_near_float32():
     name = "qwen3"
     config, layout, params = golden(name, rollout_layout)
@@ -431,6 +443,7 @@ def test_bfloat16_decodes_near_float32():
 # ------------------------------------------------------------------ sharded as unsharded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [("qwen2_untied", (1, 8, 1)), ("qwen3", (2, 2, 2)), ("qwen2_untied", (1, 1, 2))],
@@ -451,6 +464,7 @@ def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mes
     assert_trees_close(grads, wanted, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"), [("qwen2_untied", (1, 1, 2)), ("qwen3", (2, 2, 2))], ids=str
 )
@@ -466,6 +480,7 @@ def test_a_sharded_rollout_gives_the_states_of_one_device(name, mesh):
     np.testing.assert_allclose(np.asarray(found[1]), np.asarray(wanted[1]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_decoding_parameters_are_single_layers_in_the_compute_dtype_and_the_rollout_layout():
     """From the training layout: a rollout gathers once, before its first token."""
     mesh = (2, 2, 2)
@@ -497,6 +512,7 @@ def test_decoding_parameters_are_single_layers_in_the_compute_dtype_and_the_roll
     compare_trees(0, *({name: tree[name] for name in outer} for tree in trees))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3"])
 def test_weights_cast_beforehand_give_the_states_of_those_cast_at_their_use(name):
     config, layout, params = golden(name)
@@ -523,6 +539,7 @@ def initial(mesh: tuple[int, int, int] = (1, 1, 1), seed: int = 0) -> Params:
     return qwen.init(INITIAL, layout_of(training_layout, *mesh), seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=str)
 def test_parameters_are_born_sharded_and_the_same_on_every_mesh(mesh):
     params = initial(mesh)
@@ -536,6 +553,7 @@ def test_parameters_are_born_sharded_and_the_same_on_every_mesh(mesh):
     assert_trees_close(params, initial(), 0)
 
 
+@pytest.mark.slow
 def test_a_device_holds_its_part_of_every_weight():
     """The layout's table, spelled out for one mesh: the first dimensions are cut, by both axes."""
     wanted = {
@@ -578,6 +596,7 @@ def test_initial_values_have_variance_one_over_fan_in():
         assert (np.asarray(norm["scale"]) == 1).all()
 
 
+@pytest.mark.slow
 def test_seeds_layers_and_matrices_are_drawn_apart():
     params, other = initial(), initial(seed=1)
     kernels = params["layers"]["attn"] | params["layers"]["mlp"]

@@ -185,6 +185,7 @@ def threshold_of(values: jax.Array, weights: jax.Array, wanted: float) -> jax.Ar
     return distributions._largest_threshold(values, weights, wanted, vocabulary)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(
     values=st.lists(
@@ -359,6 +360,7 @@ def assert_near(found: Any, wanted: Any, bound: float = 1e-5) -> None:
     jax.tree.map(compare, found, wanted)
 
 
+@pytest.mark.slow
 @each_small_distribution
 @each_mesh
 @pytest.mark.parametrize("count", [NUM_TOKENS, 3, 0])
@@ -376,6 +378,7 @@ def test_scores_equal_the_plain_head(small_chunks, distribution, mesh_shape, cou
         assert_near(one, np.where(is_real, other, 0.0))
 
 
+@pytest.mark.slow
 @each_small_distribution
 @each_mesh
 @pytest.mark.parametrize("num_ids", [96, 93])
@@ -446,6 +449,7 @@ def test_gradients_equal_differences_of_the_loss_in_float64():
         assert slope == pytest.approx(wanted, rel=0, abs=1e-5 * norm)
 
 
+@pytest.mark.slow
 @each_mesh
 def test_bfloat16_states_make_bfloat16_logits_and_gradients(small_chunks, mesh_shape):
     """A float32 head is rounded to the states' type, as the model's other weights are."""
@@ -515,6 +519,7 @@ def test_sums_carry_no_gradient(mesh):
     assert value > 0 and not np.any(np.asarray(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("mesh_shape", [(1, 2, 1), (2, 2, 1)])
 def test_micro_batches_in_a_scan_add_up(small_chunks, mesh_shape, start):
@@ -553,6 +558,7 @@ def array_sizes(hlo: str) -> list[int]:
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
 def test_never_holds_all_logits(mesh_shape):
     layout = training_layout(mesh_of(*mesh_shape))

@@ -296,6 +296,7 @@ def finite_differences(function: Any, x: np.ndarray, step: float = 1e-6) -> np.n
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize(
     ("ratio", "dual_clip", "kl_weight", "entropy_weight"),
@@ -325,6 +326,7 @@ def test_value_and_gradients_equal_a_float64_oracle(
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
     mask = jnp.ones((2, 1), bool)
     logp, zeros = jnp.full((2, 1), jnp.log(10.0)), jnp.zeros((2, 1))

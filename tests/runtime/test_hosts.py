@@ -16,6 +16,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import slowness
 
 from jlrm.config import UsageError
 from jlrm.data import toy
@@ -85,7 +86,7 @@ class Pod:
 
     def wait(self, seconds: float = 900) -> list[int]:
         """Return the exit codes."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + seconds * slowness()
         try:
             return [p.wait(max(until - time.monotonic(), 0.1)) for p in self.processes]
         except subprocess.TimeoutExpired:
@@ -109,7 +110,7 @@ import argparse, os, sys, time
 import numpy as np
 from jlrm.config import UsageError, RunError
 from jlrm.runtime import cluster, commands, hosts
-hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, 10.0
+hosts.BEAT_SECONDS, hosts.SILENT_SECONDS = 0.5, {10.0 * slowness()}
 me = int(os.environ["JLRM_PROCESS_ID"])
 
 def main():
@@ -118,7 +119,7 @@ def main():
     tree = {{"run": {{"dir": "r"}}, "grpo": {{"steps": 1, "rollouts": 8}}}}
     if "OTHER" in os.environ and me == 2:
         tree["grpo"]["rollouts"] = 16
-    with hosts.joined(parser.parse_args([]), tree, 8.0):
+    with hosts.joined(parser.parse_args([]), tree, {8.0 * slowness()}):
         body()
 
 def body():
@@ -131,6 +132,7 @@ sys.exit(commands.run(main))
     return Pod(tmp_path / "pod", count, str(file), **environment)
 
 
+@pytest.mark.slow
 def test_what_processes_tell_each_other(tmp_path):
     body = """
     assert (hosts.count(), hosts.index(), hosts.is_main()) == (3, me, me == 0)
@@ -158,6 +160,7 @@ def test_what_processes_tell_each_other(tmp_path):
     assert all("all well" in pod.said(number) for number in range(3))
 
 
+@pytest.mark.slow
 def test_each_process_reads_its_share_of_the_rows(tmp_path):
     rows = toy.comparisons(1, 40)
     rows[7] = dataclasses.replace(rows[7], score_1=-1.0, score_2=-1.0)
@@ -202,6 +205,7 @@ def test_each_process_reads_its_share_of_the_rows(tmp_path):
     assert all("all well" in pod.said(number) for number in range(3))
 
 
+@pytest.mark.slow
 def test_a_row_that_one_process_can_not_read_ends_all(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"question": "q"}\n' * 2)
     body = f"""
@@ -254,12 +258,14 @@ def test_an_environment_of_several_hosts_is_known(environment, several, monkeypa
     assert cluster._are_several() is several
 
 
+@pytest.mark.slow
 def test_a_host_with_another_config_is_named(tmp_path):
     pod = script(tmp_path, 3, "raise SystemExit('went on')", OTHER="1")
     assert pod.wait(60) == [2, 2, 2]
     assert "Process 2" in pod.said(0) and "grpo.rollouts is 16, not 8" in pod.said(0)
 
 
+@pytest.mark.slow
 def test_a_host_that_raises_ends_the_others_with_its_message(tmp_path):
     body = """
     if me == 1:
@@ -273,6 +279,7 @@ def test_a_host_that_raises_ends_the_others_with_its_message(tmp_path):
         assert "failed: The reward of row 7 failed" in pod.said(number)
 
 
+@pytest.mark.slow
 def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
     """Process 0 writes the report when the others have done, for longer than silence is borne."""
     body = """
@@ -285,6 +292,7 @@ def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
     assert pod.wait(60) == [0, 0, 0], pod.said(0)
 
 
+@pytest.mark.slow
 def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
     body = """
     hosts.gather("start", b"")
@@ -298,6 +306,7 @@ def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
     assert "Stopped at once" in pod.said(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_vanishes_is_named(tmp_path, victim):
     body = f"""
@@ -309,7 +318,7 @@ def test_a_host_that_vanishes_is_named(tmp_path, victim):
     pod = script(tmp_path, 3, body)
     began = time.monotonic()
     codes = pod.wait(60)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60 * slowness()
     assert codes.pop(victim) == -signal.SIGKILL
     others = [number for number in range(3) if number != victim]
     assert all(code not in (0, 1, 2) for code in codes)  # a scheduler may start it again
@@ -320,6 +329,7 @@ def test_a_host_that_vanishes_is_named(tmp_path, victim):
             assert "Process 0" in pod.said(number) or "leader" in pod.said(number)
 
 
+@pytest.mark.slow
 def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
     body = """
     import jax
@@ -333,6 +343,7 @@ def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
     assert "Process 1" in pod.said(0) and "connection closed by peer" in pod.said(0)
 
 
+@pytest.mark.slow
 def test_a_host_that_hangs_is_named(tmp_path):
     body = """
     hosts.gather("start", b"")
@@ -381,6 +392,7 @@ def completions(run: pathlib.Path) -> list[str]:
     return [row["response"] for file in files for row in pq.read_table(file).to_pylist()]
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_train_alike(settings):
     for count in (1, 2, 4):
         pod = train(settings, f"of_{count}", count)
@@ -398,6 +410,7 @@ def test_one_two_and_four_processes_train_alike(settings):
         assert completions(settings / f"of_{count}") == completions(settings / "of_1")
 
 
+@pytest.mark.slow
 def test_several_hosts_judge_one_benchmark(settings):
     """The judge is the run of the test above."""
     if not (settings / "of_1").exists():
@@ -419,6 +432,7 @@ def test_several_hosts_judge_one_benchmark(settings):
     assert found[1] == found[2] and len(found[1]) == 24
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_nothing_but_time(settings):
     """One of two is killed after a checkpoint; the other ends; restarted, all goes on as before."""
     pod = train(settings, "killed", 2)
@@ -430,7 +444,7 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     pod.processes[1].kill()
     began = time.monotonic()
     codes = pod.wait(90)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 60 * slowness()
     assert codes[0] not in (0, 1, 2)
     assert "Process 1" in pod.said(0) or "task:1" in pod.said(0), pod.said(0)
     again = train(settings, "killed", 2)
@@ -440,6 +454,7 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     assert completions(settings / "killed") == completions(settings / "of_2")
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_on_one_host_ends_all(settings):
     trap = settings / "trap"
     trap.write_text("raise")
@@ -449,6 +464,7 @@ def test_a_reward_that_raises_on_one_host_ends_all(settings):
     assert "the reward model is out" in pod.said(0)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(settings):
     pod = train(settings, "stopped", 2, "grpo.steps=2000", "run.save_every=1000")
     record = settings / "stopped" / "metrics.jsonl"

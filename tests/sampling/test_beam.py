@@ -145,6 +145,7 @@ def find(
 # --- what transformers does ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "num_beams", "penalty"),
     [
@@ -243,6 +244,7 @@ def test_ids_beyond_the_tokenizer_are_never_written(models):
 # --- for the hardware it is meant for ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_compiles_for_a_slice_and_moves_no_log_probabilities():
     num_rows, num_beams, num_prompt, num_new = 16, 4, 512, 512
     config = dataclasses.replace(preset("qwen2.5-7b"), num_hidden_layers=1)

@@ -24,6 +24,8 @@ from jlrm.sampling.decode import Prompts
 from jlrm.sampling.sampler import Rollout, SamplerSettings, generate, rollout_keys, sample
 from jlrm.sampling.stops import StopTables, stop_tables
 
+pytestmark = pytest.mark.slow  # whole models are compiled
+
 NUM_PROMPTS, NUM_ROLLOUTS, NUM_PROMPT, NUM_NEW = 8, 2, 6, 12
 END_IDS = tuple(range(0, 96, 12))  # so many that completions have many lengths
 NO_STOPS = stop_tables({}, [], 96)
@@ -103,6 +105,7 @@ def is_drawn(found: Rollout) -> np.ndarray:
 # --- log-probabilities ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "distribution"),
     [
@@ -119,6 +122,7 @@ def test_sampled_log_probabilities_are_the_teacher_forced_ones(architecture, dis
     check_teacher_forcing(tiny_config(architecture), distribution)
 
 
+@pytest.mark.slow
 def test_top_k_50_of_a_vocabulary_of_several_blocks():
     config = tiny_config(vocab_size=1100, num_hidden_layers=1)
     check_teacher_forcing(config, Distribution(top_k=50))
@@ -183,6 +187,7 @@ def forward(config: qwen.QwenConfig) -> Any:
     return lambda rows: np.asarray(program(random_params(config), rows))
 
 
+@pytest.mark.slow
 def test_temperature_zero_takes_the_most_likely_id_of_the_full_forward_pass():
     config = tiny_config()
     prompts, lengths = random_prompts()

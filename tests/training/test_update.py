@@ -32,6 +32,8 @@ from jlrm.training import packing, update
 from jlrm.training.packing import Group, Packed, Rows
 from jlrm.training.update import TrainState
 
+pytestmark = pytest.mark.slow  # whole models are compiled
+
 NUM_GROUPS, NUM_ROLLOUTS, NUM_PROMPT, NUM_NEW, END = 6, 3, 20, 16, 7
 NUM_ROWS = NUM_GROUPS * NUM_ROLLOUTS
 CONFIG = tiny_config()

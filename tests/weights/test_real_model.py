@@ -24,6 +24,8 @@ from jlrm.sampling.sampler import SamplerSettings, generate, rollout_keys
 from jlrm.sampling.stops import stop_tables
 from jlrm.weights import hf, hf_config
 
+pytestmark = pytest.mark.slow  # whole models are compiled
+
 NUM_NEW = 64
 TOPICS = ["Paris", "tides", "copper", "jazz", "chess", "bread", "bees", "Rome", "silk", "glaciers"]
 QUESTIONS = [f"Tell me one fact about {topic}." for topic in TOPICS] + [
