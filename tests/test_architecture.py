@@ -135,3 +135,19 @@ def test_the_picture_of_the_readme_is_of_this_house():
     assert (folder / "overview.svg").read_text() == overview["picture"]()
     rooms = {room for _, room in (*overview["TRAINING"], *overview["MEASURING"])}
     assert rooms <= RANKS.keys()
+
+
+def _is_slow(node: ast.AST) -> bool:
+    return any("mark.slow" in ast.unparse(each) for each in getattr(node, "decorator_list", ()))
+
+
+@pytest.mark.parametrize("folder", sorted(RANKS.keys() - {"config"}))
+def test_a_folder_has_tests_and_fast_ones_among_them(folder):
+    """`launch/test.sh --fast` looks into every folder."""
+    tests = []
+    for path in (pathlib.Path(__file__).parent / folder.replace(".", "/")).glob("test_*.py"):
+        body = ast.parse(path.read_text()).body
+        if not any(ast.unparse(n).startswith("pytestmark = pytest.mark.slow") for n in body):
+            functions = [node for node in body if isinstance(node, ast.FunctionDef)]
+            tests += [n.name for n in functions if n.name.startswith("test_") and not _is_slow(n)]
+    assert tests, f"tests/{folder} has no test that is not slow"

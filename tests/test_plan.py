@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jlrm import plan
 from jlrm.config import UsageError
 from jlrm.model import qwen
-from jlrm.planning import counting, hlo, page, phases, slices
+from jlrm.planning import counting, page, phases, slices
 from jlrm.planning.slices import GIB, Compiled
 from jlrm.reports import charts
 from jlrm.runtime import commands
@@ -128,45 +128,7 @@ def test_what_goes_between_slices_is_dcn():
     assert found["all-gather"]["dcn_bytes"] == 0
 
 
-@pytest.mark.parametrize(
-    ("text", "groups"),
-    [
-        ("replica_groups={{0,1},{2,3}}", [[0, 1], [2, 3]]),
-        ("replica_groups=[2,2]<=[4]", [[0, 1], [2, 3]]),
-        ("replica_groups=[2,2]<=[2,2]T(1,0)", [[0, 2], [1, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2] {'b'}, x=1", [[0, 1], [2, 3]]),
-        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x=1", [[0, 2], [1, 3]]),
-        ("source_target_pairs={{0,3},{3,0}}", [[0, 3], [3, 0]]),
-    ],
-)
-def test_replica_groups(text, groups):
-    assert list(hlo.replica_groups(text)) == groups
-
-
 # --- Running out of memory ---
-
-
-@pytest.mark.parametrize(
-    ("message", "gib"),
-    [
-        (
-            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
-            "memory required for HLO temporaries (19.50G) exceeds available HBM (15.75G).",
-            19.5,
-        ),
-        (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
-            "space hbm. Used 21.50G of 15.48G hbm. Exceeded hbm capacity by 6.02G.",
-            21.5,
-        ),
-        ("Ran out of memory in memory space hbm. Used 512.00M of 256.00M hbm.", 0.5),
-        ("Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.", 0),
-        ("INVALID_ARGUMENT: Mosaic failed to compile TPU kernel", None),
-    ],
-)
-def test_messages_of_a_full_memory(message, gib):
-    found = slices.overflow(message)
-    assert found is None if gib is None else found == gib * GIB
 
 
 @pytest.mark.parametrize("generation", list(slices.GENERATIONS))
