@@ -58,6 +58,7 @@ from jlrm.data.curation import (
 from jlrm.data.dataset import NAME, write_to
 from jlrm.data.tokenizer import load_tokenizer
 from jlrm.runtime import commands
+from jlrm.runtime.settings import parse_pairs
 from jlrm.runtime.storage import LAST_FILES, Place, open_place
 
 OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
@@ -332,7 +333,12 @@ def _parser() -> argparse.ArgumentParser:
     source = "a file, directory, url, hf:ORG/NAME or tfds:NAME, #SPLIT after it"
     add("--input", required=True, nargs="+", metavar="SRC", help=source)
     add("--out", required=True, metavar="DIR", help="directory to be made, or a url such as gs://")
-    add("--columns", nargs="+", metavar="OURS=THEIRS", help="e.g. answer_1=response_a")
+    add(
+        "--columns",
+        nargs="+",
+        metavar="OURS=THEIRS",
+        help="e.g. answer_1=response_a answer_2=response_b",
+    )
     add("--scores", choices=["score", "score_w_reference"], help="of JudgeLM rows: %(choices)s")
     add("--validation", type=float, metavar="SHARE", help="of questions held out (0.02; 0: none)")
     add("--swap", action="store_true", help="each training row in the other order too")
@@ -347,12 +353,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _columns(pairs: Sequence[str]) -> dict[str, str]:
-    columns = {}
+    """Read `a=b c=d`, `a=b,c=d` or `{a: b, c: d}`, as `data.columns` takes them too."""
+    columns: dict[str, str] = {}
     for pair in pairs:
-        ours, separator, theirs = pair.partition("=")
-        if not (ours and separator and theirs):
+        if "=" not in pair and not pair.startswith("{"):
             raise UsageError(f"--columns {pair}: wanted OURS=THEIRS, e.g. answer_1=response_a.")
-        columns[ours] = theirs
+        columns |= parse_pairs(pair, "--columns")
     return columns
 
 

@@ -5,4 +5,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 cd "$ROOT"
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
-exec python -m jlrm.train --config configs/quickstart.yaml "$@"
+run_then_advise python -m jlrm.train --config configs/quickstart.yaml "$@"

@@ -49,3 +49,20 @@ install_project() {
 install_project "$1" || exit 1
 # shellcheck disable=SC1091
 source "$ROOT/.venv/bin/activate"
+
+# run_then_advise COMMAND...: run it, pass SIGTERM on to it, say how to go on, and exit with its code.
+run_then_advise() {
+  local child code=0 signalled=""
+  env --default-signal=INT "$@" & # Ctrl-C reaches it too: it stays in the terminal's process group
+  child=$!
+  trap 'signalled=1; kill -TERM "$child" 2> /dev/null || true' TERM
+  trap 'signalled=1' INT
+  wait "$child" || code=$?
+  while [ -n "$signalled" ]; do # a signal ends `wait`, not the command
+    signalled=""
+    code=0
+    wait "$child" || code=$?
+  done
+  echo "To run jlrm's commands in this shell: source $(printf '%q' "$ROOT/.venv/bin/activate")" >&2
+  exit "$code"
+}

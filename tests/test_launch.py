@@ -177,6 +177,36 @@ def test_help_and_wrong_use(cloud, script):
     assert not cloud.calls()
 
 
+ADVISED = "eval \"$(sed -n '/^run_then_advise/,/^}/p' launch/setup.sh)\"; ROOT=/r; run_then_advise"
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_quickstart_ends_with_how_to_go_on(code):
+    command = ["bash", "-c", f"{ADVISED} sh -c 'exit {code}'"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert done.returncode == code and not done.stdout
+    assert done.stderr == "To run jlrm's commands in this shell: source /r/.venv/bin/activate\n"
+    assert "run_then_advise python -m jlrm.train" in (LAUNCH / "quickstart.sh").read_text()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_the_quickstart_reaches_its_command(tmp_path, signum, code):
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "def leave(signum, _):\n    time.sleep(0.3)\n    sys.exit(128 + signum)\n"
+        "signal.signal(signal.SIGTERM, leave)\nsignal.signal(signal.SIGINT, leave)\n"
+        f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(30)"
+    )
+    command = ["bash", "-c", f"{ADVISED} {shlex.quote(sys.executable)} -c {shlex.quote(program)}"]
+    job = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+    wait_for((tmp_path / "up").exists)
+    if signum == signal.SIGINT:
+        os.killpg(job.pid, signum)  # as a terminal does
+    else:
+        job.send_signal(signum)
+    assert job.wait(timeout=10) == code
+
+
 # --- Cloud TPU VMs ------------------------------------------------------------------------------
 
 

@@ -573,12 +573,21 @@ ERRORS = {
         "No row is left of 60: 60 with a prompt that is too long.",
     ),
     "columns": (["--columns", "answer_1"], "--columns answer_1: wanted OURS=THEIRS"),
+    "a column without a name": (["--columns", "answer_1="], "--columns='answer_1=' is not pairs"),
     "unknown column": (["--columns", "answer=x"], "--columns: unknown field 'answer'"),
     "no questions": (["--against", "NO_QUESTIONS"], "has no question texts"),
     "no benchmark": (["--against", "nowhere.json"], "Cannot read the data file nowhere.json"),
     "all held out": (["--validation", "0.999"], "holds out every question: there are 20"),
     "unknown store": (["--out", "nosuch://x/y"], "Cannot open nosuch://x/y"),
 }
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [["question=q", "answer_1=a"], ["question=q,answer_1=a"], ["{question: q, answer_1: a}"]],
+)
+def test_columns_are_spelled_as_in_a_config_too(spelling):
+    assert prepare._columns(spelling) == {"question": "q", "answer_1": "a"}
 
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS.values(), ids=ERRORS)

@@ -28,6 +28,9 @@ Messages = list[tuple[str, str]]  # (role, text)
 # Our names, and JudgeLM-100K's.
 TEXTS = {"question": "question_body", "answer_1": "answer1_body", "answer_2": "answer2_body"}
 RENAMABLE = (*TEXTS, "score_1", "score_2", "preference", "id", "source", "score", "text")
+SPELLED = {*TEXTS, "score_1", "score_2", "score", "preference", "winner"} | {
+    *("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+}
 PREFERENCES = {
     **{0: 0, 1: 1, 2: 2, "0": 0, "1": 1, "2": 2, "a": 1, "b": 2},
     **{"model_a": 1, "model_b": 2, "answer_1": 1, "answer_2": 2},
@@ -74,7 +77,7 @@ def _text(row: Row, name: str, where: str) -> str:
         other = f" (or '{TEXTS[name]}')" if name in TEXTS else ""
         raise UsageError(
             f"{where} has no field '{name}'{other}. {there_are(row)}"
-            " If one of these is meant, name it in data.columns."
+            f" If one of these is meant, name it, e.g. data.columns={name}=NAME."
         )
     if row[name] is None:
         raise Unusable("missing_text")
@@ -136,6 +139,36 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
     gone = {*columns, *columns.values()}
     kept = {key: value for key, value in row.items() if key not in gone}
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+
+
+def respelled(row: Row) -> Row:
+    """Return the row with our names for headers such as `Question` and `Answer 1`, and `winner`.
+
+    A name is changed only if the row lacks it in our spelling and one header alone can be meant.
+    """
+    names = _spellings(tuple(row))
+    if names:
+        row = {names.get(key, key): value for key, value in row.items()}
+    labels = ("preference", "score", "score_1", "chosen", "reward_model")
+    if "winner" in row and all(row.get(label) is None for label in labels):
+        return {**row, "preference": row["winner"]}
+    return row
+
+
+@functools.lru_cache(maxsize=1024)
+def _spellings(keys: tuple[str, ...]) -> dict[str, str]:
+    """Return our names by the headers that mean them."""
+    meant: dict[str, list[str]] = {}
+    for key in keys:
+        meant.setdefault(our_spelling(key), []).append(key)
+    only = {theirs[0]: ours for ours, theirs in meant.items() if len(theirs) == 1}
+    return {theirs: ours for theirs, ours in only.items() if ours in SPELLED and theirs != ours}
+
+
+def our_spelling(header: str) -> str:
+    """Return e.g. "answer_1" for `Answer 1`, `answer1` and `ANSWER-1`."""
+    words = re.sub(r"[\s_-]+", "_", str(header).strip().lower())
+    return re.sub(r"^(answer|score)_?([12])$", r"\1_\2", words)
 
 
 def there_are(names: Collection[str]) -> str:

@@ -10,7 +10,6 @@ of TensorFlow, PyTorch or JAX.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import itertools
 import json
@@ -33,9 +32,12 @@ from jlrm.data.forms import (
     comparison,
     in_our_form,
     listed,
+    our_spelling,
     renamed,
+    respelled,
     there_are,
 )
+from jlrm.data.spreadsheets import read_cells
 from jlrm.runtime.storage import local_copy
 
 Rows = Iterator[tuple[Where, Row]]  # the place, its source left out, and what stands there
@@ -105,7 +107,7 @@ def read_part(
         if not isinstance(raw, dict):
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
         lacking -= raw.keys()
-        row = renamed(raw, columns, where)
+        row = respelled(renamed(raw, columns, where))
         ids = (row[key] for key in ("id", "review_id", "question_id") if row.get(key) is not None)
         identity = str(next(ids, place.number))
         try:
@@ -121,7 +123,7 @@ def check_whole(
     """Refuse a source that holds nothing, or lacks a renamed column in all of its rows.
 
     Raises:
-      UsageError: so it is.
+      UsageError: if either holds, or no row is usable.
     """
     if not num_rows and not dropped:
         wanted = "one JSON object a line" if ".json" in source else "one comparison a row"
@@ -130,7 +132,14 @@ def check_whole(
         raise UsageError(f"{source} has no column {listed(lacking)}. {there_are(names)}")
     if not num_rows:
         reasons = describe_dropped(dropped)
-        raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).")
+        hint = ""
+        if {row.reason for row in dropped} == {"no_label"}:
+            hint = (
+                " A row says which answer is better by 'preference' (1, 2, or 0 for a tie), or by "
+                f"'score_1' and 'score_2'. {there_are(names)} If one of these is meant, name it, "
+                "e.g. data.columns=preference=NAME."
+            )
+        raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).{hint}")
 
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
@@ -165,7 +174,11 @@ def checked_rows(source: str, columns: Mapping[str, str], every: slice = ALL) ->
     except UsageError:
         raise
     except UnicodeDecodeError as error:
-        raise UsageError(f"{source} is not UTF-8 text: {error}.") from None
+        old = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "cp1252"
+        raise UsageError(
+            f"{source} is not UTF-8 text: {error}. Save it as UTF-8 (spreadsheets: CSV UTF-8), or "
+            f"convert it, e.g. iconv -f {old} -t utf-8 OLD > NEW."
+        ) from None
     except Exception as error:  # dataset libraries and file systems raise anything
         name = without_split(source)[0]
         is_directory = os.path.isdir(os.path.expanduser(name))
@@ -219,7 +232,7 @@ def _file_rows(path: pathlib.Path, name: str, columns: Mapping[str, str], every:
     if kind in (".jsonl", ".json"):
         return _json_rows(path, name, every, may_be_list=kind == ".json")
     if kind in (".csv", ".tsv"):
-        return _csv_rows(path, name, "," if kind == ".csv" else "\t", columns, every)
+        return _csv_rows(path, name, columns, every)
     if path.name.lower().endswith(".parquet"):
         return _parquet_rows(path, every)
     raise UsageError(f"{name} is in no format that is understood. Wanted {FORMATS}.")
@@ -250,30 +263,15 @@ def _from_json(text: str, where: str) -> Any:
         raise UsageError(f"{where} is not valid JSON: {error}.") from None
 
 
-def _csv_rows(
-    path: pathlib.Path, name: str, delimiter: str, columns: Mapping[str, str], every: slice
-) -> Rows:
+def _csv_rows(path: pathlib.Path, name: str, columns: Mapping[str, str], every: slice) -> Rows:
     numbers = {columns.get(name, name) for name in NUMBERS} | {"score_chosen", "score_rejected"}
-    csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
+
+    def is_number(header: str) -> bool:
+        return header in numbers or our_spelling(header) in NUMBERS
+
     with _open_text(path) as file:
-        lines = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(lines, [])
-        rows = enumerate(lines, 1)
-        for number, cells in itertools.islice(rows, every.start, every.stop, every.step):
-            if cells and len(cells) != len(header):
-                wanted = f"{len(cells)} cells, the header has {len(header)}"
-                raise UsageError(f"{name}, row {number} has {wanted}.")
-            row = zip(header, cells, strict=False)
-            if cells:
-                yield Where(number), {k: _cell(v) if k in numbers else v or None for k, v in row}
-
-
-def _cell(text: str) -> Any:
-    """Read a number or a list of numbers; what is neither stays text, for the checks to refuse."""
-    try:
-        return None if not text else json.loads(text) if text.startswith("[") else float(text)
-    except (ValueError, RecursionError):
-        return text
+        for number, row in read_cells(file, name, is_number, every):
+            yield Where(number), row
 
 
 def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
@@ -315,6 +313,13 @@ def _saved_rows(path: pathlib.Path, split: str) -> Any:
         saved = {str(saved.split or "train"): saved}
         split = split or next(iter(saved))
     lengths = {str(name): len(rows) for name, rows in saved.items()}
+    if not split and "train" not in lengths:
+        if len(lengths) > 1:
+            raise UsageError(
+                f"{path} has no split 'train'. {there_are(lengths)} Name one after the directory, "
+                f"e.g. {path}#{next(iter(lengths))}."
+            )
+        split = next(iter(lengths))
     parts = datasets.ReadInstruction.from_spec(split or "train").to_absolute(lengths)
     return datasets.concatenate_datasets(
         [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]

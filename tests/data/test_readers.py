@@ -529,10 +529,66 @@ def encoded(row: dict, **changes: object) -> bytes:
     return json.dumps({**row, **changes}).encode()
 
 
+HEADERS = "Question{0}Answer 1{0}answer-2{0}Score 1{0}SCORE_2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.csv", HEADERS.format(",") + "Why?,a,b,7.5,2"),
+        ("x.csv", HEADERS.format(";") + 'Why?;a;b;"7,5";2'),
+        ("x.csv", HEADERS.format("\t") + "Why?\ta\tb\t7.5\t2"),
+        ("x.tsv", HEADERS.format("\t") + "Why?\ta\tb\t7.5\t2"),
+        ("x.csv", "question;answer1;answer2;score1;score2\nWhy?;a;b;7.5;2"),
+        (
+            "x.jsonl",
+            json.dumps({"Question": "Why?", "ANSWER 1": "a", "answer2": "b", "Score": [7.5, 2]}),
+        ),
+    ],
+)
+def test_spreadsheets_are_read_as_they_are_written(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read(str(tmp_path / name)).rows == [Comparison("1", "Why?", "a", "b", 7.5, 2.0)]
+
+
+def test_a_header_is_respelled_only_if_one_alone_can_be_meant(tmp_path):
+    texts = {"question": "Why?", "answer_1": "a", "answer_2": "b", "preference": 1}
+    (row,) = read(lines(tmp_path / "x.jsonl", {**texts, "Answer 1": "other"})).rows
+    assert row.answer_1 == "a"
+    del texts["answer_1"]
+    twice = {**texts, "Answer 1": "a", "answer1": "other"}
+    assert "has no field 'answer_1'" in said(lines(tmp_path / "y.jsonl", twice))
+
+
+@pytest.mark.parametrize(("winner", "wanted"), [("model_a", 1), ("B", 2), ("tie (bothbad)", 0)])
+def test_a_winner_is_a_preference(tmp_path, winner, wanted):
+    texts = {"question": "Why?", "answer_1": "a", "answer_2": "b", "winner": winner}
+    assert [row.label for row in read(lines(tmp_path / "x.jsonl", texts)).rows] == [wanted]
+    scored = {**texts, "score_1": 1, "score_2": 1, "winner": "gpt"}  # a label is there already
+    assert [row.label for row in read(lines(tmp_path / "y.jsonl", scored)).rows] == [0]
+    assert "or tie, got 'gpt'" in said(lines(tmp_path / "z.jsonl", {**texts, "winner": "gpt"}))
+
+
+def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([OURS])
+    datasets.DatasetDict({"test": part}).save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"dev": part, "test": part}).save_to_disk(str(tmp_path / "two"))
+    assert len(read(str(tmp_path / "one")).rows) == len(read(f"{tmp_path}/two#dev").rows) == 1
+    message = said(tmp_path / "two")
+    assert "has no split 'train'. There are: 'dev', 'test'." in message and "two#dev" in message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("x.jsonl", b"", "is empty: wanted one JSON object a line"),
+        ("x.csv", "question\n\u00fc".encode("cp1252"), "iconv -f cp1252 -t utf-8"),
+        ("x.csv", "question\n".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("x.csv", b"question,answer_1\na,b,c", "must stand in quotes"),
+        ("x.jsonl", encoded({**OURS, "preference": None}, best=1), "'best'. If one of these is"),
+        ("x.jsonl", b'{"Q": "1"}', "There are: 'Q'. If one of these is meant, name it, e.g. data."),
         ("x.jsonl", b"\n \n", "is empty"),
         ("x.json", b"[]", "is empty"),
         ("x.csv", b"", "is empty: wanted one comparison a row"),
