@@ -197,8 +197,11 @@ def running_mean(y: np.ndarray) -> np.ndarray:
 
 
 def _lay_out(axes: Any, lines: Sequence[Line], layout: Axes) -> None:
+    from matplotlib.ticker import LogLocator
+
     if layout.is_log and any((line.y > 0).any() for line in lines):
         axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             which(lambda value, _: f"{value:.2g}")
     else:

@@ -21,7 +21,6 @@ from jlrm.reports.evaluated import (
     shown_name,
     whole_interval,
 )
-from jlrm.reports.model_card import model_card
 from jlrm.reports.pages import write_page
 from jlrm.reports.results_file import BenchmarkResult, Published, Results
 from jlrm.runtime.storage import write_atomically
@@ -61,17 +60,10 @@ def write(out: pathlib.Path, files: Sequence[Results]) -> None:
     drawn = [*(b.headline for b in benchmarks), *orders, *(b.reliability for b in benchmarks)]
     overview = charts.png([chart for chart in drawn if chart], 3, title)
     write_atomically(out / "report.png", overview)
-    write_page(
-        out / "report.html",
-        "scorecard.html",
-        title=title,
-        lede=_lede([judge.name for judge in judges], benchmarks),
-        judges=judges,
-        benchmarks=benchmarks,
-        orders=orders,
-    )
-    card = model_card(judges)
-    write_atomically(out / "model_card.md", card.encode(errors="replace"))  # lone surrogates
+    lede = _lede([judge.name for judge in judges], benchmarks)
+    shown = {"title": title, "judges": judges, "benchmarks": benchmarks}
+    write_page(out / "report.html", "scorecard.html", lede=lede, orders=orders, **shown)
+    write_page(out / "model_card.md", "model_card.md", **shown)
 
 
 def _compared(name: str, judges: Sequence[EvaluatedJudge]) -> ComparedBenchmark:
