@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -58,7 +59,8 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
-NO_REWARDS = ("reward.plugins={}",)  # all groups are uniform
+NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
+JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
     "learning_rate": Change(0.5),
     "schedule": Change("cosine"),
@@ -119,7 +121,9 @@ CHANGES = {
     "data.eval": Change("{folder}/other.jsonl"),
     "data.eval_rows": Change(3),
     "data.columns": Change("{{answer_1: answer_2, answer_2: answer_1}}"),
-    "data.scores": Change("score_w_reference", ("data.train={folder}/judgelm.jsonl",)),
+    "data.scores": Change(
+        "score_w_reference", ("data.train={folder}/judgelm.jsonl", "sft.steps=0")
+    ),
     "data.prompt": Change("jlrm", ("data.max_prompt_tokens=700", "grpo.steps=0")),
     "data.orders": Change("both"),
     "data.max_prompt_tokens": Change(36),
@@ -129,7 +133,7 @@ CHANGES = {
     "sampling.top_k": Change(3),
     "sampling.top_p": Change(0.5),
     "sampling.weights": Change("int8", ("grpo.loss.importance_cap=2",)),
-    "sampling.slots": Change(2, by_programs=True),
+    "sampling.slots": Change(1, by_programs=True),
     "sampling.stop_strings": Change("{{a: 1, e: 1, o: 1}}"),
     "sampling.eval_temperature": Change(1.0),
     "sampling.eval_batch_size": Change(2, by_programs=True),
@@ -143,7 +147,7 @@ CHANGES = {
     "grpo.rollouts": Change(3),
     "grpo.epochs": Change(1),
     "grpo.minibatches": Change(2),
-    "grpo.pack_tokens": Change(128),
+    "grpo.pack_tokens": Change(128, ("grpo.prompts=8",)),
     "grpo.advantage_scale": Change("none"),
     "grpo.advantage_eps": Change(0.1),
     "grpo.zero_variance": Change("skip"),
@@ -231,11 +235,12 @@ def observe(tmp_path_factory):
         patch.setitem(sys.modules, "wandb", wandb(base))
         write_files(base)
         seen: dict[tuple[str, ...], dict[str, Any]] = {}
+        numbers = itertools.count()
 
         def observe(*overrides: str) -> dict[str, Any]:
             if overrides not in seen:
                 programs.used = set()
-                folder = base / f"run{len(seen)}"
+                folder = base / f"run{next(numbers)}"
                 folder.mkdir()
                 seen[overrides] = observed(folder, base, programs, overrides)
             return seen[overrides]

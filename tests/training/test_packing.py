@@ -109,6 +109,80 @@ def test_row_sizes_are_few_and_hold_the_longest_sequence(longest, pack_tokens):
     pack([Group([1] * prompt, [[2] * completion])], sizes, 1)
 
 
+def test_what_a_batch_costs_is_logged():
+    """Eight groups of a whole row: two passes of three rows hold eight rows, one is empty."""
+    groups = [Group([1] * 28, [[2] * 101]) for _ in range(8)]
+    packed = pack(groups, [128], 3)
+    assert packed.num_tokens == 8 * 128
+    assert packed.metrics == {
+        "perf/passes": 3,
+        "perf/row_tokens": 128,
+        "perf/padding": pytest.approx(1 / 9),
+    }
+    half = pack([Group([1] * 20, [[2] * 45])], [128], 1)
+    assert half.metrics["perf/padding"] == pytest.approx(0.5)
+
+
+def test_a_row_may_be_full_to_the_last_slot():
+    assert pack([Group([1] * 28, [[2] * 101])], [128], 1).rows.num_passes == 1
+    with pytest.raises(ValueError, match="longer than 128 slots"):
+        pack([Group([1] * 29, [[2] * 101])], [128], 1)
+    # One slot, and a target more than there are slots in a row.
+    full, more = ([[2]] * 128, [[2]] * 129)
+    assert pack([Group([1], full)], [128], 1).rows.num_passes == 1
+    assert pack([Group([1], more)], [128], 1).rows.num_passes == 2
+
+
+def test_of_sizes_that_compute_the_same_the_longer_takes_fewer_passes():
+    groups = [Group([1] * 28, [[2] * 101]) for _ in range(4)]
+    packed = pack(groups, [128, 256], 1)
+    assert packed.rows.tokens.shape[2] == 256 and packed.rows.num_passes == 2
+    # 384 slots would hold them in two passes too, but compute more.
+    assert pack(groups, [128, 256, 384], 1).rows.tokens.shape[2] == 256
+
+
+def test_arrays_have_two_shapes_at_most():
+    """One pass, or the most there can be: as many rows as completions."""
+    groups = [Group([1] * 28, [[2] * 101]) for _ in range(7)]
+    assert pack(groups[:2], [128], 2).rows.tokens.shape == (1, 2, 128)
+    assert pack(groups, [128], 2).rows.tokens.shape == (4, 2, 128)
+    several = [Group([1], [[2] * 60, [3] * 60]) for _ in range(5)]
+    assert pack(several, [128], 2).rows.tokens.shape == (5, 2, 128)
+    assert pack(several, [128], 2).rows.num_passes == 3
+
+
+def test_the_fullest_row_of_a_pass_is_counted():
+    groups = [Group([1] * 8, [[2] * 100]), Group([1] * 100, [[2] * 9]), Group([1] * 90, [[2] * 5])]
+    packed = pack(groups, [128], 2)
+    assert packed.rows.count[: packed.rows.num_passes].tolist() == [100, 5]
+
+
+@pytest.mark.parametrize(
+    ("longest", "most_tokens", "pack_tokens", "platform", "largest"),
+    [
+        ((40, 24), 20000, 0, "cpu", 1536),
+        ((40, 24), 20000, 0, "tpu", 6144),
+        ((40, 24), 20000, 0, "gpu", 6144),
+        ((40, 24), 700, 0, "tpu", 768),  # a batch never fills more
+        ((40, 24), 768, 0, "tpu", 768),
+        ((40, 24), 769, 0, "tpu", 896),
+        ((40, 24), 20000, 1000, "tpu", 1024),
+        ((64, 192), 100, 100, "tpu", 256),  # the longest sequence has room
+        ((64, 193), 100, 100, "tpu", 384),
+    ],
+)
+def test_the_longest_row(longest, most_tokens, pack_tokens, platform, largest):
+    assert row_sizes(*longest, most_tokens, pack_tokens, platform)[-1] == largest
+
+
+def test_lengths_grow_by_blocks_then_by_a_share():
+    sizes = row_sizes(40, 24, 20000, 6144)
+    assert sizes[:3] == [128, 256, 384] and sizes[-2:] == [5632, 6144]
+    for smaller, larger in itertools.pairwise(sizes):
+        # The next block below a GROWTH-th: no length is left out, none is too near.
+        assert smaller == max(int(larger / GROWTH) // 128 * 128, 128)
+
+
 @pytest.fixture(scope="module")
 def real_lengths(reference) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of real pairs as judge prompts and of written reviews of them, 4/3 tokens a word."""
