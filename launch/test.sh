@@ -39,4 +39,6 @@ if [ "$TIER" = everything ]; then
   run_tests "$@"
   exit
 fi
-run_tests "$@"
+run_tests "$@" && FAILED=0 || FAILED=$?
+python tests/mutate.py --workers "${JLRM_TEST_WORKERS:-2}" || FAILED=$?
+exit "$FAILED"
