@@ -1,47 +1,43 @@
-"""Let a judge judge benchmarks, and score it by their own rules.
+"""Let a judge judge benchmarks, and measure it by their own rules.
 
     python -m jlrm.evaluate --model M --benchmark B[,B2] [--data PATH] [--backend jlrm|openai]
     python -m jlrm.evaluate --verdicts FILE --benchmark B        what a judge has said already
 
-    1  read     each benchmark's items
-    2  games    pairs of answers in an order, by the benchmark's policy
-    3  judge    those games that OUT/<benchmark>/answers.jsonl does not have yet
-    4  read     verdicts off the answers
-    5  score    by the benchmark's rule; intervals, diagnostics, the worst items
+    1  read     each benchmark's items, and make games of them: pairs of answers in an order
+    2  open     the journal of each benchmark, OUT/<benchmark>/responses.jsonl
+    3  judge    the games that have no response there yet
+    4  credit   read verdicts off the responses, and credit them by the benchmark's rule
+    5  compare  with another evaluation, where --compare names one
     6  write    OUT/results.json, report.html, report.png, model_card.md
 
-Answers are kept as they come, so a command that was stopped goes on where it was, and another
-parser or policy costs no judging. Games that got no answer make the evaluation incomplete: it says
-so, and exits with code 1; the same command asks them again. On several hosts all of them run the
-command, and process 0 keeps the answers.
+Responses are kept as they come, so a command that was stopped goes on where it was, and another
+parser or policy costs no judging. Games that got no response make the evaluation incomplete: it
+says so, and exits with code 1; the same command asks them again. On several hosts all of them run
+the command, and process 0 keeps the responses.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import pathlib
 import re
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation import journal, results
+from jlrm.evaluation import journal, results, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
-from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.evaluation.games import Backend, Game
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
-from jlrm.judges import options
+from jlrm.judges import asking, options
 from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
@@ -54,7 +50,7 @@ class BenchmarkRun(NamedTuple):
     benchmark: Benchmark
     policy: Policy
     games: list[Game]
-    header: dict[str, Any]  # of its answers, with what judges.identity adds
+    header: dict[str, Any]  # of its journal, with what judges.identity adds
     recorded: Backend | None  # of the backend `verdicts`
 
     @property
@@ -64,39 +60,50 @@ class BenchmarkRun(NamedTuple):
 
 
 def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
-    """Judge and score benchmarks; return the content of `results.json`, and the tasks.
+    """Judge benchmarks and credit the judge; return the content of `results.json`, and the runs.
 
     Raises:
       UsageError: anything the user can mend.
       RunError: no item was judged at all.
-      Interrupted: Ctrl-C or SIGTERM; the answers so far are kept.
+      Interrupted: Ctrl-C or SIGTERM; the responses so far are kept.
     """
+    # 1. Read the benchmarks, before a model is downloaded.
     low, high = args.options.get("scale") or (1, 10)
     read = reader(args.parser, (low, high))
-    tasks = [_task(name, args) for name in args.names]  # before a model is downloaded
+    runs = [_read(name, args) for name in args.names]
+
+    # 2. Open the journals. What other processes hear, process 0 hears too.
     identity = options.identity(args.backend, args.model, args.options, args.seed)
-    headers = [{**task.header, **identity} for task in tasks]
+    headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
-    out = args.out if hosts.is_main() else None  # what others hear, process 0 hears too
-    journals = [Journal(_path(out, task), h) for task, h in zip(tasks, headers, strict=True)]
+    out = args.out if hosts.is_main() else None
+    journals = [Journal(_folder(out, run), h) for run, h in zip(runs, headers, strict=True)]
+
     backend: Backend | None = None
     entries: dict[str, BenchmarkResult] = {}
-    for task, kept in zip(tasks, journals, strict=True):
-        name = task.benchmark.name
-        left = _left(task, kept)
-        if left and task.recorded is None and backend is None:
+    for run, kept in zip(runs, journals, strict=True):
+        # 3. Judge what has no response yet; the model is loaded for the first such game.
+        left = _left(run, kept)
+        if left and run.recorded is None and backend is None:
             backend = options.make(args.backend, args.model, args.options, args.seed)
         if left:
-            _judge(task, left, kept, task.recorded or backend)
+            asking.judge(run.recorded or backend, left, kept, run.benchmark.name, len(run.games))
         if not hosts.is_main():
             continue
-        evaluation = results.Evaluation(task.benchmark, task.policy, task.games, kept.answers, read)
+
+        # 4. Credit the verdicts.
+        name, policy = run.benchmark.name, run.policy
+        evaluation = results.Evaluation(run.benchmark, policy, run.games, kept.responses, read)
         if not evaluation.judged()[0]:
-            raise RunError(f"No item of {name} was judged. {_first_error(task, kept)}")
-        entry = results.entry(evaluation, None if task.recorded else high - low)
+            raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
+        entries[name] = results.entry(evaluation, None if run.recorded else high - low)
+
+        # 5. Compare.
         if args.compare:
-            entry = replace(entry, comparison=_comparison(args.compare, task, evaluation))
-        entries[name] = entry
+            comparison = _comparison(args.compare, run, evaluation)
+            entries[name] = replace(entries[name], comparison=comparison)
+
+    # 6. Write.
     earned = Results(_described(args, identity), entries)
     if out:
         earned = _written(out, earned)
@@ -104,7 +111,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         from jlrm.reports import scorecard_page  # brings matplotlib
 
         scorecard_page.write(out, [earned])
-    return earned, tasks
+    return earned, runs
 
 
 # ------------------------------------------------------------------------------------- steps
@@ -117,7 +124,7 @@ def _names(text: str) -> list[str]:
     return [benchmark(name).name for name in dict.fromkeys(names)]
 
 
-def _task(name: str, args: argparse.Namespace) -> BenchmarkRun:
+def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     chosen, policy = BENCHMARKS[name], policy_of(name, args.policy)
     source = _of(args.data, name, args.names, "--data") or chosen.source
     items = chosen.read(source)
@@ -126,17 +133,19 @@ def _task(name: str, args: argparse.Namespace) -> BenchmarkRun:
         logging.getLogger(__name__).warning(text, name, source, len(items), chosen.size)
     seen = results.checksum([(item.id, item.question, item.answers) for item in items])
     header = {"benchmark": name, "data": seen}
-    games = chosen.games(_sample(items, args.limit, args.seed), policy, args.seed)
+    games = chosen.games(sources.sample(items, args.limit, args.seed), policy, args.seed)
     if args.backend != options.VERDICTS:
         return BenchmarkRun(chosen, policy, games, header, None)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
-    header["verdicts"] = results.checksum(recorded.answers)
+    header["verdicts"] = results.checksum(
+        {game: journal.as_row(each) for game, each in recorded.responses.items()}
+    )
     return BenchmarkRun(chosen, policy, recorded.as_played(games), header, recorded.backend(path))
 
 
-def _path(out: pathlib.Path | None, task: BenchmarkRun) -> pathlib.Path | None:
-    return out / task.benchmark.name / "answers.jsonl" if out else None
+def _folder(out: pathlib.Path | None, run: BenchmarkRun) -> pathlib.Path | None:
+    return out / run.benchmark.name if out else None
 
 
 def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> str:
@@ -148,97 +157,35 @@ def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> st
     plain = [value for value in values if value.partition("=")[0] not in BENCHMARKS]
     if plain and len(names) > 1:
         raise UsageError(f"{flag} {plain[0]}: say for which benchmark, e.g. {flag} {name}=PATH.")
-    found = own + plain
-    if len(found) > 1:
-        raise UsageError(f"{flag} names two values for {name}: {', '.join(found)}.")
-    return found[0] if found else ""
+    named = own + plain
+    if len(named) > 1:
+        raise UsageError(f"{flag} names two values for {name}: {', '.join(named)}.")
+    return named[0] if named else ""
 
 
-def _sample(items: list[Item], limit: int, seed: int) -> list[Item]:
-    """Return `limit` items by lot, in their order; 0: all. More keep what fewer had."""
-    if not limit or limit >= len(items):
-        return items
-
-    def lot(item: Item) -> bytes:
-        return hashlib.sha256(f"{seed}:{item.id}".encode(errors="surrogatepass")).digest()
-
-    drawn = {item.id for item in sorted(items, key=lot)[:limit]}
-    return [item for item in items if item.id in drawn]
+def _left(run: BenchmarkRun, kept: Journal) -> list[Game]:
+    """Return the games that have no response yet, by the journal of process 0."""
+    done = hosts.gather("the responses so far", set(kept.done))[0]
+    return [game for game in run.games if game.id not in done]
 
 
-def _left(task: BenchmarkRun, kept: Journal) -> list[Game]:
-    """Return the games that have no answer yet, by the journal of process 0."""
-    done = hosts.gather("the answers so far", set(kept.done))[0]
-    return [game for game in task.games if game.id not in done]
-
-
-def _judge(task: BenchmarkRun, left: list[Game], kept: Journal, backend: Backend | None) -> None:
-    assert backend is not None
-    name, done = task.benchmark.name, len(task.games) - len(left)
-    bar = tqdm(
-        total=len(task.games),
-        initial=done,
-        desc=name,
-        unit=" games",
-        file=sys.stderr,
-        disable=not hosts.is_main(),
-        dynamic_ncols=True,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-    )
-
-    spent = getattr(backend, "spent", None)  # of a backend that costs money
-
-    def record(answer: Response) -> None:
-        kept.record(answer)
-        if spent is not None:
-            bar.set_postfix_str(str(spent), refresh=False)
-        bar.update()
-
-    with _stoppable() as stopped, kept.opened(), bar:
-        try:
-            backend(left, record)
-        except KeyboardInterrupt:
-            so_far = sum(game.id in kept.done for game in task.games)
-            raise commands.Interrupted(
-                stopped[-1] if stopped else signal.SIGINT,
-                f"Stopped: {so_far} of {len(task.games)} games of {name} are judged. "
-                "The same command goes on.",
-            ) from None
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[list[int]]:
-    """Make SIGTERM stop like Ctrl-C; the list gets the number of the signal."""
-    received: list[int] = []
-
-    def stop(signum: int, frame: Any) -> None:
-        received.append(signum)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _first_error(task: BenchmarkRun, kept: Journal) -> str:
-    errors = (kept.answers[game.id].error for game in task.games if game.id in kept.answers)
-    return f"The first game: {next(filter(None, errors), 'it has no answer')}."
+def _first_error(run: BenchmarkRun, kept: Journal) -> str:
+    errors = (kept.responses[game.id].error for game in run.games if game.id in kept.responses)
+    return f"The first game: {next(filter(None, errors), 'it has no response')}."
 
 
 def _comparison(
-    other_dir: pathlib.Path, task: BenchmarkRun, mine: results.Evaluation
+    other_dir: pathlib.Path, run: BenchmarkRun, mine: results.Evaluation
 ) -> PairedComparison:
-    """Compare with the answers of another evaluation, read as that one read them."""
-    name = task.benchmark.name
-    header, answers = journal.read(other_dir / name / "answers.jsonl")
-    if header.get("data") != task.header["data"]:
+    """Compare with the responses of another evaluation, read as that one read them."""
+    name = run.benchmark.name
+    header, responses = journal.read(other_dir / name)
+    if header.get("data") != run.header["data"]:
         raise UsageError(f"--compare {other_dir}: it was evaluated on other data of {name}.")
     judge = results_file.read(other_dir).judge
     low, high = judge.decoding.get("scale") or (1, 10)
     read = Reader(judge.parser, (low, high))
-    other = mine._replace(responses=answers, reader=read)
+    other = mine._replace(responses=responses, reader=read)
     return results.comparison(mine, other, judge.name)
 
 
@@ -276,31 +223,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _checked(_parser().parse_args(argv))
     try:
         with _joined(args):
-            earned, tasks = evaluate(args)
+            earned, runs = evaluate(args)
     except UsageError as error:  # parts used here name settings of a training config
         raise UsageError(str(error).replace("data.prompt", "--prompt")) from error.__cause__
     hosts.gather("the results", None)
     if not hosts.is_main():
         return
-    shown = {task.benchmark.name: earned.benchmarks[task.benchmark.name] for task in tasks}
+    shown = {run.benchmark.name: earned.benchmarks[run.benchmark.name] for run in runs}
     if args.json:
         print(json.dumps({name: results_file.headline(each) for name, each in shown.items()}))
     else:
-        for task in tasks:
-            lines = results.table(
-                task.benchmark.name, shown[task.benchmark.name], task.benchmark.size
-            )
+        for run in runs:
+            lines = results.table(run.benchmark.name, shown[run.benchmark.name], run.benchmark.size)
             print("\n".join([*lines, ""]))
         if args.out:
             print(f"Written: {args.out}")
     lacking = [
-        f"{task.num_items - each.n} of {task.num_items} items of {name}"
-        for task, (name, each) in zip(tasks, shown.items(), strict=True)
+        f"{run.num_items - each.n} of {run.num_items} items of {name}"
+        for run, (name, each) in zip(runs, shown.items(), strict=True)
         if each.incomplete
     ]
     if lacking:
         raise RunError(
-            f"Incomplete: {', '.join(lacking)} have a game without an answer, and do not count. "
+            f"Incomplete: {', '.join(lacking)} have a game without a response, and do not count. "
             "The same command asks those games again."
         )
 
@@ -316,7 +261,7 @@ def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.evaluate",
-        description="Let a judge judge benchmarks, and score it by their own rules.",
+        description="Let a judge judge benchmarks, and measure it by their own rules.",
         epilog=f"Benchmarks: {', '.join(BENCHMARKS)}. Policies: "
         + "; ".join(
             f"{name} {' | '.join(p.aggregation for p in known.policies)}"
@@ -352,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=0, metavar="N", help="items of each, by lot (0: all)")
     add("--seed", type=int, default=0, help="of random orders, the lot and sampling (0)")
     add("--name", default="", help="of the judge in reports (the model's)")
-    add("--out", type=pathlib.Path, metavar="DIR", help="answers and results (evaluations/NAME)")
+    add("--out", type=pathlib.Path, metavar="DIR", help="responses and results (evaluations/NAME)")
     add("--compare", type=pathlib.Path, metavar="DIR", help="--out of another evaluation")
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
@@ -380,7 +325,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path | None:
-    """Return where answers are kept; recorded verdicts are kept nowhere unless it is named."""
+    """Return where responses are kept; recorded verdicts are kept nowhere unless it is named."""
     if args.out is not None:
         return args.out.expanduser()
     name = re.sub(r"[^\w.-]+", "-", args.name or args.model).strip("-.") or "judge"

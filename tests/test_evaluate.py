@@ -66,7 +66,7 @@ class Judge:
             self.asked.append(game.id)
             said = self.say(game)
             error = None if said else "timeout"
-            record(Response(game.id, outputs=(said,) if said else None, error=error, num_tokens=7))
+            record(Response(game.id, texts=(said,) if said else None, error=error, num_tokens=7))
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):
         out = tmp_path / f"{limit}-{seed}"
         found = ran(capsys, *common, "--limit", limit, "--seed", seed, "--no-report", "--out", out)
         assert found["pandalm"]["n"] == limit
-        lines = (out / "pandalm" / "answers.jsonl").read_text().splitlines()[1:]
+        lines = (out / "pandalm" / "responses.jsonl").read_text().splitlines()[1:]
         items[limit, seed] = {json.loads(line)["game"] for line in lines}
     assert items[50, 0] < items[80, 0]
     assert items[50, 0] != items[50, 1]
@@ -224,7 +224,7 @@ def test_answers_are_kept_and_another_policy_or_parser_asks_for_nothing(
 def test_a_torn_file_is_mended_and_only_what_it_lacks_is_asked(pairs, capsys, tmp_path, judged_by):
     first = judged_by(Judge())
     whole = ran(capsys, *model(pairs, tmp_path / "o"))
-    file = tmp_path / "o" / "pairs" / "answers.jsonl"
+    file = tmp_path / "o" / "pairs" / "responses.jsonl"
     content = file.read_bytes()
     lines = content.splitlines(keepends=True)
     for cut in (len(content) - 5, len(b"".join(lines[:9])), len(lines[0]), len(lines[0]) - 3, 0):
@@ -236,7 +236,23 @@ def test_a_torn_file_is_mended_and_only_what_it_lacks_is_asked(pairs, capsys, tm
         assert file.read_bytes() == content
     file.write_bytes(lines[0] + b"{broken\n" + lines[2])
     code, text = failed(capsys, *model(pairs, tmp_path / "o"))
-    assert code == 2 and "line 2 is no answer" in text
+    assert code == 2 and "line 2 is no response" in text
+
+
+def test_a_journal_of_an_older_program_is_read_and_continued(pairs, capsys, tmp_path, judged_by):
+    first = judged_by(Judge())
+    whole = ran(capsys, *model(pairs, tmp_path / "o"))
+    new, old = (tmp_path / "o" / "pairs" / f"{name}.jsonl" for name in ("responses", "answers"))
+    lines = new.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines[1:]]
+    assert {tuple(row) for row in rows} == {("game", "outputs", "num_tokens")}  # the old keys
+    new.unlink()
+    old.write_text("".join(lines[:9]))
+    again = judged_by(Judge())
+    compared = ran(capsys, *model(pairs, tmp_path / "o", "--compare", tmp_path / "o"))["pairs"]
+    assert compared.pop("comparison")["n"] == 12 and compared == whole["pairs"]
+    assert again.asked == first.asked[8:]
+    assert old.read_text() == "".join(lines) and not new.exists()
 
 
 @pytest.mark.parametrize(
@@ -255,7 +271,7 @@ def test_answers_given_under_other_settings_are_refused(
     judged_by(Judge())
     ran(capsys, *model(pairs, tmp_path / "o"))
     code, text = failed(capsys, *model(pairs, tmp_path / "o", *change))
-    assert code == 2 and f"holds answers given under {named}. Name another --out" in text
+    assert code == 2 and f"holds responses given under {named}. Name another --out" in text
 
 
 def test_other_data_is_refused_but_not_another_label_or_concurrency(
@@ -268,7 +284,7 @@ def test_other_data_is_refused_but_not_another_label_or_concurrency(
     assert found["pairs"]["overall"] == 0.0 and len(judge.asked) == 24
     pairs.write_text(pairs.read_text().replace("?3", "?4"))
     code, text = failed(capsys, *model(pairs, tmp_path / "o"))
-    assert code == 2 and "holds answers given under data" in text
+    assert code == 2 and "holds responses given under data" in text
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -409,7 +425,7 @@ def test_a_missing_file_of_verdicts_is_named(pairs, capsys, tmp_path):
 def test_comparisons_that_can_not_be_made_are_refused(pairs, capsys, tmp_path, judged_by):
     judged_by(Judge())
     ran(capsys, *model(pairs, tmp_path / "a"))
-    with pytest.raises(UsageError, match="There are no answers at"):
+    with pytest.raises(UsageError, match="There are no responses at"):
         evaluate.main(model(pairs, tmp_path / "b", "--compare", str(tmp_path / "none")))
     found = ran(capsys, *model(pairs, tmp_path / "b", "--compare", tmp_path / "a"))
     assert found["pairs"]["comparison"]["difference"] == 0.0
@@ -482,12 +498,12 @@ def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
     flags += ["--out", tmp_path / "o", "--no-report"]
     found = ran(capsys, *flags)["pairs"]
     assert (found["n"], found["parse_failures"], found["overall"]) == (3, 6, 0.0)
-    lines = (tmp_path / "o" / "pairs" / "answers.jsonl").read_text().splitlines()
+    lines = (tmp_path / "o" / "pairs" / "responses.jsonl").read_text().splitlines()
     header, answer = (json.loads(line) for line in lines[:2])
     assert header["header"]["prompt"] == "toy" and header["header"]["max_new_tokens"] == 4
     assert answer["num_tokens"] == 4 and answer["prompt_tokens"] > 10
     (tmp_path / "model" / "tokenizer.json").rename(tmp_path / "model" / "moved")
     code, text = failed(capsys, *flags)
-    assert code == 2 and "holds answers given under model" in text
+    assert code == 2 and "holds responses given under model" in text
     (tmp_path / "model" / "moved").rename(tmp_path / "model" / "tokenizer.json")
     assert ran(capsys, *flags)["pairs"] == found

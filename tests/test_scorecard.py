@@ -61,7 +61,7 @@ def evaluation(seed: int, num_items: int = 60, num_missing: int = 0) -> results.
     responses = {
         game.id: Response(
             game.id,
-            outputs=(f"first vote {EVIL}" + _verdict(rng, game), "second vote \ud800"),
+            texts=(f"first vote {EVIL}" + _verdict(rng, game), "second vote \ud800"),
             prompt_tokens=70,
             num_tokens=int(rng.integers(1, 99)),
             seconds=0.5,
@@ -293,8 +293,7 @@ def test_a_judge_without_verdicts_stays_in_the_charts(tmp_path):
     silent = evaluation(0)
     silent = silent._replace(
         responses={
-            name: dataclasses.replace(each, outputs=("?",))
-            for name, each in silent.responses.items()
+            name: dataclasses.replace(each, texts=("?",)) for name, each in silent.responses.items()
         }
     )
     three = [judge("a", b=benchmark(0)), judge("mute", b=results.entry(silent, 9.0)), judge("out")]

@@ -1,7 +1,7 @@
 """What a benchmark is: where its items are, which games it asks for, and how it counts verdicts.
 
-Counting has two steps, so that a bootstrap repeats only the cheap one: `mark` looks at one item's
-games, `total` makes metrics of many marks.
+Counting has two steps, so that a bootstrap repeats only the cheap one: `credit` looks at one item's
+games, `total` makes metrics of many credits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Credit(NamedTuple):
     """What an item's games are worth under a policy."""
 
     item: Item
-    credit: float  # 0 to 1
+    value: float  # 0 to 1
     verdicts: tuple[int | None, ...] = ()  # of the games, as labels of the item
     detail: Any = None  # the benchmark's own
 
@@ -28,7 +28,7 @@ class Benchmark(NamedTuple):
     policies: tuple[Policy, ...]  # the official one first
     read: Callable[[str], list[Item]]  # from a file, a directory or hf:ORG/NAME#SPLIT
     games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
-    mark: Callable[[ItemVerdicts, Policy], Credit]
+    credit: Callable[[ItemVerdicts, Policy], Credit]
     total: Callable[[Sequence[Credit], Policy], dict[str, float]]  # percent
     how_to_get: str  # one sentence for whoever lacks the data
     source: str = ""  # where `read` finds it if nothing else is said; "": nowhere
@@ -40,10 +40,6 @@ class Benchmark(NamedTuple):
         """The official policy."""
         return self.policies[0]
 
-    def score(self, judged: Sequence[ItemVerdicts], policy: Policy) -> dict[str, float]:
+    def metrics(self, judged: Sequence[ItemVerdicts], policy: Policy) -> dict[str, float]:
         """Return the benchmark's metrics, in percent."""
-        return self.total([self.mark(each, policy) for each in judged], policy)
-
-    def credit(self, judged: ItemVerdicts, policy: Policy) -> float:
-        """Return what one item is worth, 0 to 1."""
-        return self.mark(judged, policy).credit
+        return self.total([self.credit(each, policy) for each in judged], policy)

@@ -14,45 +14,46 @@ from jlrm.evaluation import scoring
 from jlrm.evaluation.benchmark import Credit
 from jlrm.evaluation.games import ItemVerdicts
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.scoring import pair_mark, percent
+from jlrm.evaluation.scoring import pair_credit, percent
 from jlrm.judgement.verdict import swap_preference
 
 
-def class_mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return the mark of a pair: the credit is that of the games that count."""
-    outcomes = judged.outcomes[:1] if policy.aggregation == "first_order" else judged.outcomes
-    credit = pair_mark(ItemVerdicts(judged.item, outcomes), policy).credit
-    return pair_mark(judged, policy)._replace(credit=credit)
+def class_credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return the credit of a pair, which is that of the games that count."""
+    verdicts = judged.verdicts[:1] if policy.aggregation == "first_order" else judged.verdicts
+    counted = pair_credit(ItemVerdicts(judged.item, verdicts), policy)
+    return pair_credit(judged, policy)._replace(value=counted.value)
 
 
-def class_total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def class_total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return agreement and macro precision, recall and F1, and the swap metrics, in percent.
 
     With a tie_credit other than 0, agreement is the mean credit; the others stay what they are.
     """
-    found = classification(cases(marks, policy))
-    del found["accuracy"]
-    return {"agreement": percent(mark.credit for mark in marks)} | found | swap_metrics(marks)
+    of_classes = classification(cases(credits, policy))
+    del of_classes["accuracy"]
+    agreement = {"agreement": percent(credit.value for credit in credits)}
+    return agreement | of_classes | swap_metrics(credits)
 
 
-def cases(marks: Sequence[Credit], policy: Policy) -> Counter[tuple[int, int | None]]:
+def cases(credits: Sequence[Credit], policy: Policy) -> Counter[tuple[int, int | None]]:
     """Count (label, verdict) over the games that count."""
     num_games = 1 if policy.aggregation == "first_order" else None
     return Counter(
-        (mark.item.label or 0, said) for mark in marks for said in mark.verdicts[:num_games]
+        (credit.item.label or 0, said) for credit in credits for said in credit.verdicts[:num_games]
     )
 
 
-def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
+def swap_metrics(credits: Sequence[Credit]) -> dict[str, float]:
     """Return what the order of the answers does; nothing where no pair was judged in both.
 
     consistency: both orders agree; prefer_before_rate, prefer_after_rate: together they name the
     place shown first, or second; delta_bias: the distance of these two; total_bias: their sum.
     """
-    consistency = scoring.swap_metrics(marks)
+    consistency = scoring.swap_metrics(credits)
     if not consistency:
         return {}
-    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
+    twice = [credit.verdicts for credit in credits if len(credit.verdicts) == 2]
     before = percent(_lean(*said) > 0 for said in twice)
     after = percent(_lean(*said) < 0 for said in twice)
     return {

@@ -40,12 +40,12 @@ class Play(NamedTuple):
     """One game with its item: what the diagnostics count."""
 
     item: Item
-    outcome: GameVerdict
+    verdict: GameVerdict
 
     @property
     def label(self) -> int | None:
         """The better answer as shown (1, 2, 0 for a tie); None where the item does not say."""
-        item, first, second = self.item, self.outcome.first, self.outcome.second
+        item, first, second = self.item, self.verdict.first, self.verdict.second
         if item.label is not None:
             return swap_preference(item.label) if first > second else item.label
         if len(item.answers) == 2 or (first < item.num_correct) == (second < item.num_correct):
@@ -55,7 +55,7 @@ class Play(NamedTuple):
     @property
     def length_ratio(self) -> float:
         """The log of how many times longer the first shown is, in characters."""
-        first, second = (len(self.item.answers[i]) for i in self.outcome[:2])
+        first, second = (len(self.item.answers[i]) for i in self.verdict[:2])
         return math.log((1 + first) / (1 + second))
 
 
@@ -70,15 +70,15 @@ def summary(
     if span is not None and not span > 0:
         raise ValueError(f"span={span} must be positive: the distance of the scale's ends")
     plays = list(_plays(judged))
-    verdicts = [play for play in plays if play.outcome.preference is not None]
+    verdicts = [play for play in plays if play.verdict.preference is not None]
     labels = [play.label for play in plays if play.label in (1, 2)]
     consistency, lean_to_first = _swaps(judged)
     return Diagnostics(
         items=len(judged),
         games=len(plays),
-        statuses=dict(Counter(play.outcome.status for play in plays).most_common()),
+        statuses=dict(Counter(play.verdict.status for play in plays).most_common()),
         parse_failures=_rate(len(plays) - len(verdicts), len(plays)),
-        ties=_rate(sum(p.outcome.preference == 0 for p in verdicts), len(verdicts)),
+        ties=_rate(sum(p.verdict.preference == 0 for p in verdicts), len(verdicts)),
         first=_share_naming(judged, 1),
         second=_share_naming(judged, 2),
         labels_first=_rate(labels.count(1), len(labels)),
@@ -92,7 +92,7 @@ def summary(
 
 
 def _plays(judged: Sequence[ItemVerdicts]) -> Iterator[Play]:
-    return (Play(each.item, outcome) for each in judged for outcome in each.outcomes)
+    return (Play(each.item, verdict) for each in judged for verdict in each.verdicts)
 
 
 def _rate(count: int, n: int) -> Rate:
@@ -113,7 +113,7 @@ def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> ItemRate:
 
 def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> ItemRate:
     """Return how many of all verdicts, ties among them, name the answer shown at a place."""
-    said = [[o.preference for o in each.outcomes if o.preference is not None] for each in judged]
+    said = [[o.preference for o in each.verdicts if o.preference is not None] for each in judged]
     return _item_rate([row.count(place) for row in said], [len(row) for row in said])
 
 
@@ -126,7 +126,7 @@ def _swaps(judged: Sequence[ItemVerdicts]) -> tuple[ItemRate | None, Lean | None
     """
     consistent, sizes, leans = [], [], []
     for each in judged:
-        said = {(o.first, o.second): o.preference for o in each.outcomes}
+        said = {(o.first, o.second): o.preference for o in each.verdicts}
         pairs = [
             (said[a, b], swap_preference(said[b, a]))  # both in the order of the first game
             for a, b in said
@@ -154,18 +154,18 @@ def _length(plays: Sequence[Play]) -> LengthBias | None:
     at equal labels, which is a taste for length rather than the longer answers being better.
     """
     uneven = [play for play in plays if play.length_ratio]
-    named = [play for play in uneven if play.outcome.preference in (1, 2)]
+    named = [play for play in uneven if play.verdict.preference in (1, 2)]
     if not named:
         return None
-    longer = sum((p.outcome.preference == 1) == (p.length_ratio > 0) for p in named)
+    longer = sum((p.verdict.preference == 1) == (p.length_ratio > 0) for p in named)
     labels = {  # by item and pair
-        (play.item.id, *sorted(play.outcome[:2])): (play.label == 1) == (play.length_ratio > 0)
+        (play.item.id, *sorted(play.verdict[:2])): (play.label == 1) == (play.length_ratio > 0)
         for play in uneven
         if play.label in (1, 2)
     }
-    both = [p for p in plays if p.outcome.preference in (1, 2) and p.label in (1, 2)]
+    both = [p for p in plays if p.verdict.preference in (1, 2) and p.label in (1, 2)]
     ratio = np.array([play.length_ratio for play in both])
-    verdict = np.array([play.outcome.preference == 1 for play in both], dtype=float)
+    verdict = np.array([play.verdict.preference == 1 for play in both], dtype=float)
     label = np.array([play.label == 1 for play in both], dtype=float)
     of_verdicts, of_labels = _correlation(verdict, ratio), _correlation(label, ratio)
     return LengthBias(
@@ -202,9 +202,9 @@ def _calibration(plays: Sequence[Play], span: float | None) -> Calibration | Non
     distance of accuracy and confidence over bins, by their games, in points. brier: the mean square
     of confidence less correctness, between 0 and 1.
     """
-    scores = [score for play in plays for score in play.outcome.scores or ()]
+    scores = [score for play in plays for score in play.verdict.scores or ()]
     span = span or (max(scores) - min(scores) if scores else 0.0)
-    known = [(p.outcome.scores, p.label) for p in plays if p.outcome.scores and p.label in (1, 2)]
+    known = [(p.verdict.scores, p.label) for p in plays if p.verdict.scores and p.label in (1, 2)]
     told = [(pair, label) for pair, label in known if preferred(*pair)]
     if not told or not span:
         return None
@@ -243,7 +243,7 @@ def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> CalibrationB
 def _confusion(plays: Sequence[Play]) -> Confusion | None:
     """Count the games of items with two answers and a label: label by verdict, in item order."""
     labelled = [p for p in plays if len(p.item.answers) == 2 and p.item.label is not None]
-    counts = Counter((play.item.label, play.outcome.in_order) for play in labelled)
+    counts = Counter((play.item.label, play.verdict.in_order) for play in labelled)
     rows, columns = (0, 1, 2), (0, 1, 2, None)
     if not labelled:
         return None
@@ -257,7 +257,7 @@ def _confusion(plays: Sequence[Play]) -> Confusion | None:
 
 def _cost(plays: Sequence[Play], responses: Mapping[str, Response]) -> JudgingCost | None:
     """Add up what the games took; each mean is over the `n` games that recorded it."""
-    ids = (Game(item, outcome.first, outcome.second).id for item, outcome in plays)
+    ids = (Game(item, verdict.first, verdict.second).id for item, verdict in plays)
     own = [responses[game] for game in ids if game in responses]
     timed = [each for each in own if each.num_tokens is not None and each.seconds]
     seconds = sum(each.seconds or 0.0 for each in timed)

@@ -1,9 +1,9 @@
-"""What a benchmark asks of a judge and what comes back: items, games, answers, outcomes.
+"""What a benchmark asks of a judge and what comes back: items, games, responses, verdicts.
 
 A benchmark reads *items*. An item has two or more answers; the judge sees two of them at a time, in
-an order: a *game*. What a backend records of a game is an *answer*, a plain JSON row that outlives
-the process. Its verdict, with scores in the order of the item again, is an *outcome*. Benchmarks
-score items by their outcomes; they do not know who judged, and backends do not know what is scored.
+an order: a *game*. What a backend records of a game is a *response*: a plain JSON row that outlives
+the process. What is read from it is a *verdict*. Benchmarks give items credit for their verdicts.
+They do not know who judged, and backends do not know what earns credit.
 """
 
 from __future__ import annotations
@@ -44,17 +44,18 @@ class Game:
 
 @dataclass(frozen=True)
 class Response:
-    """What a judge said in one game; exactly one of `outputs`, `scores`, `decision`, `error`.
+    """What a judge said in one game; exactly one of `texts`, `scores`, `preference`, `error`.
 
-    scores: of the first and the second answer as shown. decision: 1 the first as shown, 2 the
-    second, 0 a tie. error: why there is none; the game counts as unjudged and is asked again by the
-    next run. num_tokens: generated. seconds: of wall time, of a batch divided by its games.
+    scores: of the first and the second answer as shown. preference: 1 the first as shown, 2 the
+    second, 0 a tie; recorded judges may give nothing else. error: why there is no response; the
+    game counts as unjudged and is asked again by the next run. num_tokens: generated. seconds: of
+    wall time, of a batch divided by its games.
     """
 
     game: str
-    outputs: tuple[str, ...] | None = None  # raw text, one per vote
+    texts: tuple[str, ...] | None = None  # as the judge wrote them, one per vote
     scores: tuple[float, float] | None = None
-    decision: int | None = None
+    preference: int | None = None
     error: str | None = None
     prompt_tokens: int | None = None
     num_tokens: int | None = None
@@ -72,7 +73,7 @@ class GameVerdict(NamedTuple):
     second: int
     preference: int | None  # 1: `first`, 2: `second`, 0: a tie, None: no verdict
     scores: tuple[float, float] | None
-    status: str  # of judgement/verdict.py; "ok" for recorded scores and decisions
+    status: str  # of judgement/verdict.py; "ok" for recorded scores and preferences
 
     @property
     def in_order(self) -> int | None:
@@ -81,10 +82,10 @@ class GameVerdict(NamedTuple):
 
 
 class ItemVerdicts(NamedTuple):
-    """An item and the outcomes of its games, in the order of the games."""
+    """An item and the verdicts of its games, in the order of the games."""
 
     item: Item
-    outcomes: tuple[GameVerdict, ...]
+    verdicts: tuple[GameVerdict, ...]
 
 
 # metrics in percent; a benchmark's own names
@@ -96,6 +97,6 @@ def both_orders(items: Iterable[Item]) -> list[Game]:
     return [Game(item, *order) for item in items for order in ((0, 1), (1, 0))]
 
 
-def outcome(game: Game, scores: tuple[float, float]) -> GameVerdict:
-    """Return the outcome of a game that gave two scores."""
+def game_verdict(game: Game, scores: tuple[float, float]) -> GameVerdict:
+    """Return the verdict of a game that gave two scores."""
     return GameVerdict(game.first, game.second, preferred(*scores), scores, "ok")

@@ -44,9 +44,9 @@ def bootstrap(
     draws: dict[str, list[float]] = {name: [] for name in score(judged)}
     for _ in range(num):
         chosen = rng.integers(len(judged), size=len(judged)).tolist()
-        found = score([judged[i] for i in chosen])
+        resampled = score([judged[i] for i in chosen])
         for name, values in draws.items():
-            values.append(found.get(name, math.nan))
+            values.append(resampled.get(name, math.nan))
     return {name: percentiles(np.array(values, dtype=float)) for name, values in draws.items()}
 
 

@@ -1,8 +1,11 @@
-"""`answers.jsonl`: every answer as it comes, so that no game is asked twice.
+"""`responses.jsonl`: every response as it comes, so that no game is asked twice.
 
-The first line is a header of all that shapes the answers; a file with another header is refused.
-Each answer is one line, written whole and flushed at once. A last line that a kill has torn is cut
-off by the next run. Errors are recorded too, but their games are asked again.
+The first line is a header of all that shapes the responses; a file with another header is refused.
+Each response is one line, written whole and flushed at once. A last line that was truncated by a
+kill is cut off by the next run. Errors are recorded too, but their games are asked again.
+
+Evaluations of older programs hold the same file as `answers.jsonl`. It is read and continued under
+that name.
 """
 
 from __future__ import annotations
@@ -18,30 +21,35 @@ from typing import Any, TextIO
 from jlrm.config import UsageError
 from jlrm.evaluation.games import Response
 
+NAME, OLD_NAME = "responses.jsonl", "answers.jsonl"
+KEYS = {"texts": "outputs", "preference": "decision"}  # of a row, where a field's name differs
+FIELDS = {key: name for name, key in KEYS.items()}
+
 
 class Journal:
-    """The answers of one judge on one benchmark; without a path they stay in memory."""
+    """The responses of one judge on one benchmark; without a directory they stay in memory."""
 
-    def __init__(self, path: pathlib.Path | None, header: Mapping[str, Any]) -> None:
-        """Read what is there, and cut off a torn last line.
+    def __init__(self, directory: pathlib.Path | None, header: Mapping[str, Any]) -> None:
+        """Read what is there, and cut off a truncated last line.
 
         Raises:
           UsageError: the file was begun with another header, or is no such file.
         """
-        self.answers: dict[str, Response] = {}
-        self._path, self._file = path, None
+        self.responses: dict[str, Response] = {}
+        self._path = path = None if directory is None else path_in(directory)
+        self._file = None
         self._header = json.loads(json.dumps(header))
         if path is not None and path.exists():
-            found, self.answers, whole = _read(path)
-            if found is not None and found != self._header:
-                raise UsageError(_differences(path, found, self._header))
+            written, self.responses, whole = _read(path)
+            if written is not None and written != self._header:
+                raise UsageError(_differences(path, written, self._header))
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
 
     @property
     def done(self) -> set[str]:
-        """The games that have an answer."""
-        return {name for name, answer in self.answers.items() if answer.error is None}
+        """The games that have a response."""
+        return {name for name, response in self.responses.items() if response.error is None}
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Journal]:
@@ -59,24 +67,38 @@ class Journal:
             finally:
                 self._file = None
 
-    def record(self, answer: Response) -> None:
-        """Append an answer; it is in the file when this returns."""
+    def record(self, response: Response) -> None:
+        """Append a response; it is in the file when this returns."""
         if self._file is not None:
-            row = {k: v for k, v in dataclasses.asdict(answer).items() if v is not None}
-            _append(self._file, row)
-        self.answers[answer.game] = answer
+            row = as_row(response)
+            _append(self._file, {key: value for key, value in row.items() if value is not None})
+        self.responses[response.game] = response
 
 
-def read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Response]]:
-    """Return the header and the answers of a file, the last one of each game.
+def path_in(directory: pathlib.Path) -> pathlib.Path:
+    """Return the journal of a directory, under its old name where an older program began it."""
+    old = directory / OLD_NAME
+    return old if old.exists() else directory / NAME
+
+
+def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Response]]:
+    """Return the header and the responses of a directory's journal, the last one of each game.
 
     Raises:
       UsageError: there is none, or it is no such file.
     """
+    path = path_in(directory)
     if not path.exists():
-        raise UsageError(f"There are no answers at {path}. Name what --out of an evaluation named.")
-    header, answers, _ = _read(path)
-    return header or {}, answers
+        raise UsageError(
+            f"There are no responses at {path}. Name what --out of an evaluation named."
+        )
+    header, responses, _ = _read(path)
+    return header or {}, responses
+
+
+def as_row(response: Response) -> dict[str, Any]:
+    """Return a response under the keys of the file, with None for what it does not hold."""
+    return {KEYS.get(name, name): each for name, each in dataclasses.asdict(response).items()}
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:
@@ -86,34 +108,35 @@ def _append(file: TextIO, row: Mapping[str, Any]) -> None:
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, dict[str, Response], int]:
-    """Return the header, the answers, and the length in bytes of the whole lines."""
+    """Return the header, the responses, and the length in bytes of the whole lines."""
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    header, answers = None, {}
+    header, responses = None, {}
     for number, line in enumerate(content[:whole].splitlines(), 1):
         try:
             row = json.loads(line)
             if number == 1:
                 header = row["header"]
             else:
-                answer = _answer(row)
-                answers[answer.game] = answer
+                response = _response(row)
+                responses[response.game] = response
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{path}, line {number} is no answer ({error}). Remove the line, or the file to "
+                f"{path}, line {number} is no response ({error}). Remove the line, or the file to "
                 "start again."
             ) from None
-    return header, answers, whole
+    return header, responses, whole
 
 
-def _answer(row: dict[str, Any]) -> Response:
-    for key in ("outputs", "scores"):
-        if row.get(key) is not None:
-            row[key] = tuple(row[key])
-    return Response(**row)
+def _response(row: dict[str, Any]) -> Response:
+    fields = {FIELDS.get(key, key): value for key, value in row.items()}
+    for name in ("texts", "scores"):
+        if fields.get(name) is not None:
+            fields[name] = tuple(fields[name])
+    return Response(**fields)
 
 
-def _differences(path: pathlib.Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    changes = ", ".join(f"{key} {found.get(key)!r} (now {wanted.get(key)!r})" for key in names)
-    return f"{path} holds answers given under {changes}. Name another --out, or delete the file."
+def _differences(path: pathlib.Path, written: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = [key for key in {**written, **wanted} if written.get(key) != wanted.get(key)]
+    changes = ", ".join(f"{key} {written.get(key)!r} (now {wanted.get(key)!r})" for key in names)
+    return f"{path} holds responses given under {changes}. Name another --out, or delete the file."

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from jlrm.config import UsageError, nearest
-from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, Response, outcome
+from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, Response, game_verdict
 from jlrm.judgement import verdict
 
 PARSERS = ("strict", "lenient", "judgelrm", "judgelm")
@@ -34,8 +34,8 @@ class Reader(NamedTuple):
     def scores(self, text: str) -> tuple[Scores | None, str]:
         """Return both scores as shown, or None, and a status."""
         if self.parser == "judgelm":
-            found = judgelm_scores(text)
-            return found, "ok" if found else "no_answer"
+            scores = judgelm_scores(text)
+            return scores, "ok" if scores else "no_answer"
         low, high = (-math.inf, math.inf) if self.parser == "judgelrm" else self.scale
         is_strict = self.parser == "strict"
         read = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
@@ -64,48 +64,47 @@ def judgelm_scores(text: str) -> Scores | None:
     return None if math.isnan(first) or math.isnan(second) else (first, second)
 
 
-def read_answer(game: Game, answer: Response, read: Reader) -> GameVerdict:
-    """Return the outcome of a game; a failed reading has a status and no preference.
+def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
+    """Return the verdict of a game; a failed reading has a status and no preference.
 
     With several texts, none of which can be read, the status is the most frequent one.
     """
-    if answer.scores is not None:
-        return outcome(game, answer.scores)
-    if answer.decision is not None:
-        return GameVerdict(game.first, game.second, answer.decision, None, "ok")
-    if not answer.outputs:
-        raise ValueError(f"game {game.id} is unjudged: {answer.error}")
-    votes = [read.scores(text) for text in answer.outputs]
+    if response.scores is not None:
+        return game_verdict(game, response.scores)
+    if response.preference is not None:
+        return GameVerdict(game.first, game.second, response.preference, None, "ok")
+    if not response.texts:
+        raise ValueError(f"game {game.id} is unjudged: {response.error}")
+    votes = [read.scores(text) for text in response.texts]
     pairs = [scores for scores, _ in votes if scores is not None]
     if not pairs:
         (status, _), *_ = Counter(status for _, status in votes).most_common(1)
         return GameVerdict(game.first, game.second, None, None, status)
     first, second = (statistics.fmean(column) for column in zip(*pairs, strict=True))
-    return outcome(game, (first, second))
+    return game_verdict(game, (first, second))
 
 
 def judged_items(
-    games: Iterable[Game], answers: Mapping[str, Response], read: Reader
+    games: Iterable[Game], responses: Mapping[str, Response], read: Reader
 ) -> tuple[list[ItemVerdicts], int]:
-    """Return the items whose games all have an answer, in order, and the number of the others."""
+    """Return the items whose games all have a response, in order, and the number of the others."""
     by_item: dict[str, list[Game]] = {}
     for game in games:
         by_item.setdefault(game.item.id, []).append(game)
     judged = []
     for own in by_item.values():
-        said = [answers.get(game.id) for game in own]
-        found = [answer for answer in said if answer is not None and answer.error is None]
-        if len(found) == len(own):
-            outcomes = (read_answer(*each, read) for each in zip(own, found, strict=True))
-            judged.append(ItemVerdicts(own[0].item, tuple(outcomes)))
+        given = [response for game in own if (response := responses.get(game.id))]
+        if len(given) == len(own) and all(response.error is None for response in given):
+            verdicts = (read_response(*each, read) for each in zip(own, given, strict=True))
+            judged.append(ItemVerdicts(own[0].item, tuple(verdicts)))
     return judged, len(by_item) - len(judged)
 
 
 def statuses(judged: Sequence[ItemVerdicts]) -> dict[str, int]:
     """Count games by the status of their verdict, the frequent ones first."""
-    return dict(Counter(o.status for each in judged for o in each.outcomes).most_common())
+    return dict(Counter(o.status for each in judged for o in each.verdicts).most_common())
 
 
 def count(judged: Sequence[ItemVerdicts], preference: int | None) -> int:
     """Count games with a preference: 0 for ties, None for games without a verdict."""
-    return sum(o.preference == preference for each in judged for o in each.outcomes)
+    return sum(o.preference == preference for each in judged for o in each.verdicts)

@@ -1,6 +1,6 @@
 """What one evaluation says: the entry of a benchmark in `results.json`, the table, a comparison.
 
-An item counts once all of its games have an answer; an evaluation that lacks some is incomplete.
+An item counts once all of its games have a response; an evaluation that lacks some is incomplete.
 Nothing here judges, reads data or writes files.
 """
 
@@ -54,10 +54,10 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
     """
     benchmark, policy = evaluation.benchmark, evaluation.policy
     judged, num_missing = evaluation.judged()
-    marks = {each.item.id: benchmark.mark(each, policy) for each in judged}
+    credits = {each.item.id: benchmark.credit(each, policy) for each in judged}
 
     def score(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
-        return benchmark.total([marks[each.item.id] for each in sample], policy)
+        return benchmark.total([credits[each.item.id] for each in sample], policy)
 
     return BenchmarkResult(
         metrics={name: _finite(value) for name, value in score(judged).items()},
@@ -69,11 +69,11 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
         ties=count(judged, 0),
         statuses=statuses(judged),
         policy=dataclasses.asdict(policy),
-        subsets=_subsets(judged, marks),
+        subsets=_subsets(judged, credits),
         diagnostics=diagnostics.summary(judged, evaluation.responses, span=span),
         published=benchmark.published,
         incomplete=num_missing > 0,
-        worst=_worst(judged, marks, evaluation.responses),
+        worst=_worst(judged, credits, evaluation.responses),
     )
 
 
@@ -86,14 +86,14 @@ def _finite_ends(interval: tuple[float, float]) -> Interval:
 
 
 def _subsets(
-    judged: Sequence[ItemVerdicts], marks: Mapping[str, Credit]
+    judged: Sequence[ItemVerdicts], credits: Mapping[str, Credit]
 ) -> dict[str, SubsetResult]:
     groups: dict[str, list[ItemVerdicts]] = {}
     for each in judged:
         groups.setdefault(each.item.subset, []).append(each)
 
     def score(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
-        return {"accuracy": percent(marks[each.item.id].credit for each in sample)}
+        return {"accuracy": percent(credits[each.item.id].value for each in sample)}
 
     return {
         name: SubsetResult(
@@ -107,12 +107,12 @@ def _subsets(
 
 
 def _worst(
-    judged: Sequence[ItemVerdicts], marks: Mapping[str, Credit], responses: Mapping[str, Response]
+    judged: Sequence[ItemVerdicts], credits: Mapping[str, Credit], responses: Mapping[str, Response]
 ) -> tuple[WorstItem, ...]:
     """Return the items with the least credit; of equal ones a choice that ids alone decide."""
-    wrong = [each for each in judged if marks[each.item.id].credit < 1.0]
-    wrong.sort(key=lambda each: (marks[each.item.id].credit, _shuffled(each.item.id)))
-    return tuple(_shown(each, marks[each.item.id].credit, responses) for each in wrong[:NUM_WORST])
+    wrong = [each for each in judged if credits[each.item.id].value < 1.0]
+    wrong.sort(key=lambda each: (credits[each.item.id].value, _shuffled(each.item.id)))
+    return tuple(_shown(each, credits[each.item.id].value, responses) for each in wrong[:NUM_WORST])
 
 
 def _shuffled(name: str) -> bytes:
@@ -121,15 +121,15 @@ def _shuffled(name: str) -> bytes:
 
 def _shown(judged: ItemVerdicts, credit: float, responses: Mapping[str, Response]) -> WorstItem:
     item = judged.item
-    own = [responses[Game(item, *outcome[:2]).id] for outcome in judged.outcomes]
+    own = [responses[Game(item, *verdict[:2]).id] for verdict in judged.verdicts]
     return WorstItem(
         item=item.id,
         subset=item.subset,
         question=_cut(item.question),
         answers=tuple(map(_cut, item.answers)),
         label=item.label,
-        responses=tuple(_cut(text) for response in own for text in response.outputs or ()),
-        scores=tuple(outcome.scores for outcome in judged.outcomes),
+        responses=tuple(_cut(text) for response in own for text in response.texts or ()),
+        scores=tuple(verdict.scores for verdict in judged.verdicts),
         credit=credit,
     )
 
@@ -145,7 +145,7 @@ def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparis
       UsageError: there is no such item.
     """
     credits = [
-        {each.item.id: e.benchmark.credit(each, e.policy) for each in e.judged()[0]}
+        {each.item.id: e.benchmark.credit(each, e.policy).value for each in e.judged()[0]}
         for e in (mine, other)
     ]
     common = [item for item in credits[0] if item in credits[1]]

@@ -35,17 +35,17 @@ def _coin(text: str) -> bool:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2 == 1
 
 
-def verdict(outcome: GameVerdict, policy: Policy) -> int | None:
+def label_of(verdict: GameVerdict, policy: Policy) -> int | None:
     """Return a game's verdict under a policy, as a label of the item.
 
     1: the answer that stands earlier in the item, 2: the other, 0: a tie, None: no verdict.
     """
-    shown = outcome.preference
+    shown = verdict.preference
     if shown is None and policy.error_credit == "tie":
         shown = 0
     if shown == 0 and policy.tie_credit == "second":
         shown = 2
-    return swap_preference(shown) if outcome.first > outcome.second else shown
+    return swap_preference(shown) if verdict.first > verdict.second else shown
 
 
 def game_credit(said: int | None, label: int, policy: Policy) -> float:
@@ -65,9 +65,9 @@ def combined(credits: Sequence[float], aggregation: str) -> float:
     return float(mean > 0.5) if aggregation == "majority" else mean
 
 
-def pair_mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return the mark of an item of two answers."""
-    said = tuple(verdict(outcome, policy) for outcome in judged.outcomes)
+def pair_credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return the credit of an item of two answers."""
+    said = tuple(label_of(verdict, policy) for verdict in judged.verdicts)
     label = judged.item.label
     assert label is not None, f"{judged.item.id} has no label"
     credits = [game_credit(each, label, policy) for each in said]
@@ -80,28 +80,28 @@ def percent(values: Iterable[float]) -> float:
     return 100 * math.fsum(listed) / len(listed)  # in this order 203 of 350 are 58, not 57.99999
 
 
-def grouped(marks: Iterable[Credit]) -> dict[str, list[float]]:
+def grouped(credits: Iterable[Credit]) -> dict[str, list[float]]:
     """Return the credits of each subset, subsets in the order of their names."""
     groups: dict[str, list[float]] = {}
-    for mark in marks:
-        groups.setdefault(mark.item.subset, []).append(mark.credit)
+    for credit in credits:
+        groups.setdefault(credit.item.subset, []).append(credit.value)
     return {name: groups[name] for name in sorted(groups)}
 
 
-def subset_percents(marks: Iterable[Credit]) -> dict[str, float]:
+def subset_percents(credits: Iterable[Credit]) -> dict[str, float]:
     """Return the mean credit of each named subset."""
-    return {name: percent(credits) for name, credits in grouped(marks).items() if name}
+    return {name: percent(values) for name, values in grouped(credits).items() if name}
 
 
-def micro_total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def micro_total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return the mean credit over all items and of each subset; in both orders, their agreement."""
-    overall = {"overall": percent(mark.credit for mark in marks)}
-    return overall | swap_metrics(marks) | subset_percents(marks)
+    overall = {"overall": percent(credit.value for credit in credits)}
+    return overall | swap_metrics(credits) | subset_percents(credits)
 
 
-def swap_metrics(marks: Sequence[Credit]) -> dict[str, float]:
+def swap_metrics(credits: Sequence[Credit]) -> dict[str, float]:
     """Return how often both orders of a pair agree; nothing where no pair was judged in both."""
-    twice = [mark.verdicts for mark in marks if len(mark.verdicts) == 2]
+    twice = [credit.verdicts for credit in credits if len(credit.verdicts) == 2]
     if not twice:
         return {}
     return {"consistency": percent(is_consistent(*said) for said in twice)}

@@ -7,6 +7,7 @@ another type stops the reading.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import pathlib
 from collections import Counter
@@ -31,8 +32,8 @@ def files(source: str, pattern: str = "*") -> list[pathlib.Path]:
     known = ("state.json", "dataset_dict.json", "features.json")
     if not source or not directory.is_dir() or any((directory / name).exists() for name in known):
         return []
-    found = sorted(directory.rglob(pattern))
-    return [file for file in found if file.is_file() and file.name.endswith(SUFFIXES)]
+    paths = sorted(directory.rglob(pattern))
+    return [file for file in paths if file.is_file() and file.name.endswith(SUFFIXES)]
 
 
 def rows(source: str, how_to_get: str, pattern: str = "*") -> Iterator[tuple[str, Row]]:
@@ -45,10 +46,10 @@ def rows(source: str, how_to_get: str, pattern: str = "*") -> Iterator[tuple[str
     """
     if not source:
         raise UsageError(f"There is no data to read. {how_to_get}")
-    found = files(source, pattern)
-    if pathlib.Path(source).expanduser().is_dir() and not found and pattern != "*":
+    inside = files(source, pattern)
+    if pathlib.Path(source).expanduser().is_dir() and not inside and pattern != "*":
         raise UsageError(f"{source} holds no file {pattern}. {how_to_get}")
-    for name in [str(file) for file in found] or [source]:
+    for name in [str(file) for file in inside] or [source]:
         yield from _rows(name, how_to_get)
 
 
@@ -144,3 +145,15 @@ def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 
         name = f"{name}#{seen[name]}" if seen[name] > 1 else name
         unique.append(item if name == item.id else dataclasses.replace(item, id=name))
     return unique
+
+
+def sample(items: list[Item], limit: int, seed: int) -> list[Item]:
+    """Return `limit` items by lot, in their order; 0: all. More keep what fewer had."""
+    if not limit or limit >= len(items):
+        return items
+
+    def lot(item: Item) -> bytes:
+        return hashlib.sha256(f"{seed}:{item.id}".encode(errors="surrogatepass")).digest()
+
+    drawn = {item.id for item in sorted(items, key=lot)[:limit]}
+    return [item for item in items if item.id in drawn]

@@ -109,7 +109,7 @@ def answer(tokenizer: Tokenizer, written: Written) -> Response:
     """Return what was written as the answer of the game that the example's id names."""
     return Response(
         game=written.example.comparison.id,
-        outputs=tuple(decode(tokenizer, written.completions)),
+        texts=tuple(decode(tokenizer, written.completions)),
         prompt_tokens=len(written.example.prompt_ids),
         num_tokens=sum(map(len, written.completions)),
         seconds=written.seconds,

@@ -1,7 +1,7 @@
 """Judges behind an OpenAI-compatible endpoint: vLLM servers and hosted models.
 
 A game is one request per vote (`n` is not served everywhere), each with a seed of its own made of
-(seed, game, vote). What a game is answered depends on nothing else, and an answer that was paid for
+(seed, game, vote). A response depends on nothing else, and one that was paid for
 is kept on disk before it counts. Every game is recorded once: with all its votes, or with the
 reason why one is missing. What went wrong for good (the key, the model, a setting that the server
 refuses) stops the run; what may pass is asked again, later and later.
@@ -67,7 +67,7 @@ def make(
 ) -> Endpoint:
     """Make a backend that asks a server; nothing is sent yet.
 
-    timeout: seconds for a whole answer. prices: USD per million prompt and generated tokens.
+    timeout: seconds for a whole reply. prices: USD per million prompt and generated tokens.
     budget: USD in the life of this process, never exceeded; games without room are unjudged.
 
     Raises:
@@ -167,9 +167,9 @@ class Endpoint:
           KeyboardInterrupt: requests under way are dropped; what was recorded is complete.
         """
         # Signals raise in the main thread, wherever it is, and would tear an event loop there.
-        answers: queue.SimpleQueue[Response | None] = queue.SimpleQueue()
+        responses: queue.SimpleQueue[Response | None] = queue.SimpleQueue()
         loop = asyncio.new_event_loop()
-        task = loop.create_task(self._judge(games, answers.put))
+        task = loop.create_task(self._judge(games, responses.put))
 
         def drive() -> None:
             try:
@@ -177,19 +177,19 @@ class Endpoint:
                 loop.run_until_complete(loop.shutdown_asyncgens())
             finally:
                 loop.close()
-                answers.put(None)
+                responses.put(None)
 
         thread = threading.Thread(target=drive, name="requests", daemon=True)
         thread.start()
         try:
-            _record(answers, record)
+            _record(responses, record)
         except BaseException as error:
             with contextlib.suppress(RuntimeError):  # the loop is closed: it was done just now
                 loop.call_soon_threadsafe(task.cancel)
             thread.join()
             if isinstance(error, KeyboardInterrupt):
-                answers.put(None)  # the first one may have been taken out
-                _record(answers, record)
+                responses.put(None)  # the first one may have been taken out
+                _record(responses, record)
             raise
         thread.join()
         task.result()
@@ -201,12 +201,12 @@ class Endpoint:
 
         async def work(client: httpx2.AsyncClient) -> None:
             for (place, game), vote in ballots:
-                await asyncio.sleep(0)  # answers from the cache never wait, but a stop must come in
+                await asyncio.sleep(0)  # the cache never waits, but a stop must come in
                 result = await self._vote(client, game, vote)
                 results = counted.setdefault(place, [None] * self.votes)
                 results[vote] = result
                 if None not in results:
-                    record(protocol.answer(game, counted.pop(place)))
+                    record(protocol.response(game, counted.pop(place)))
 
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
@@ -242,7 +242,7 @@ class Endpoint:
         return reply
 
     async def _ask(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> Reply:
-        """Ask until there is an answer."""
+        """Ask until there is a reply."""
         text = body.get("prompt") or "".join(each["content"] for each in body["messages"])
         # No byte-level tokenizer makes more tokens than there are bytes.
         most = self._purse.price(len(text.encode()) + OVERHEAD, body["max_tokens"])
@@ -279,7 +279,7 @@ class Endpoint:
             async with asyncio.timeout(self.timeout):
                 response = await client.post(self.url, json=named)
         except TimeoutError:
-            raise _Passing(f"no whole answer in {self.timeout:g} s") from None
+            raise _Passing(f"no whole reply in {self.timeout:g} s") from None
         except httpx2.ConnectError as error:
             receipt.usd = 0.0
             raise _Passing(f"no connection: {error}", is_unreachable=True) from None
@@ -317,7 +317,7 @@ class Endpoint:
             if wait is not None and wait > LONGEST_PAUSE:
                 return RunError(
                     f"{self.url} answered {text}. It asks to wait for {wait / 60:.0f} minutes: run"
-                    " this again then, answers so far are kept."
+                    " this again then, responses so far are kept."
                 )
             return _Passing(text, wait=wait)
         if status in _OF_ONE_GAME and code not in _OF_THE_SETTINGS:
@@ -332,10 +332,10 @@ class Endpoint:
 
 
 def _record(
-    answers: queue.SimpleQueue[Response | None], record: Callable[[Response], None]
+    responses: queue.SimpleQueue[Response | None], record: Callable[[Response], None]
 ) -> None:
-    while (answer := answers.get()) is not None:
-        record(answer)
+    while (response := responses.get()) is not None:
+        record(response)
 
 
 def _checked_url(base_url: str) -> str:

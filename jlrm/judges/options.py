@@ -1,4 +1,4 @@
-"""Who judges: the options of each backend, what of them shapes the answers, and how one is made.
+"""Who judges: the options of each backend, what of them shapes the responses, and how one is made.
 
 Backends are imported when they are made, so that recorded verdicts need no accelerator.
 """
@@ -21,7 +21,7 @@ JLRM, OPENAI, VERDICTS = BACKENDS = ("jlrm", "openai", "verdicts")
 
 
 class Option(NamedTuple):
-    """A flag of some backends; `is_shaping`: another value may give another answer."""
+    """A flag of some backends; `is_shaping`: another value may give another response."""
 
     backends: tuple[str, ...]
     default: Any
@@ -51,9 +51,9 @@ OPTIONS: dict[str, Option] = {
     "neutral": Option((OPENAI,), True, "break control tokens inside the texts to be judged"),
     "api_key_env": Option((OPENAI,), "OPENAI_API_KEY", "variable that holds the key", False),
     "concurrency": Option((OPENAI,), 8, "requests at a time", False),
-    "timeout": Option((OPENAI,), 300.0, "seconds for one answer", False),
+    "timeout": Option((OPENAI,), 300.0, "seconds for one reply", False),
     "max_retries": Option((OPENAI,), 6, "of a request that failed", False),
-    "cache": Option((OPENAI,), "", "directory of answers shared by evaluations", False),
+    "cache": Option((OPENAI,), "", "directory of replies shared by evaluations", False),
     "prices": Option(
         (OPENAI,), [], "dollars per million tokens", False, {"nargs": 2, "metavar": ("IN", "OUT")}
     ),
@@ -124,7 +124,7 @@ def _trained_with(model: str) -> tuple[str, list[int]]:
 
 
 def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Return everything that shapes the answers of a judge, apart from what it is asked."""
+    """Return everything that shapes the responses of a judge, apart from what it is asked."""
     if backend == VERDICTS:
         return {"backend": backend}
     shaping = {name: value for name, value in chosen.items() if OPTIONS[name].is_shaping}

@@ -29,7 +29,7 @@ class Spending:
 
     num_requests: int = 0  # sent, failed ones included
     num_retries: int = 0
-    num_cached: int = 0  # answers that were paid for by an earlier run
+    num_cached: int = 0  # replies that were paid for by an earlier run
     prompt_tokens: int = 0
     num_tokens: int = 0
     usd: float = 0.0  # at most; a request that broke off counts with the most it can have cost
@@ -98,30 +98,30 @@ class Purse:
 
 
 class Cache:
-    """One JSON file per request, under the hash of everything that shapes its answer."""
+    """One JSON file per request, under the hash of everything that shapes its reply."""
 
     def __init__(self, directory: pathlib.Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
 
     def path(self, request: Mapping[str, Any]) -> pathlib.Path:
-        """Return where the answer to a request is or will be."""
+        """Return where the reply to a request is or will be."""
         text = json.dumps(request, sort_keys=True)
         return self.directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
     def get(self, request: Mapping[str, Any]) -> Reply | None:
-        """Return a stored answer; a file that holds none is reported, and asked for again."""
+        """Return a stored reply; a file that holds none is reported, and asked for again."""
         path = self.path(request)
         try:
             return _reply(json.loads(path.read_bytes()))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, RecursionError) as error:
-            log.warning("%s holds no answer (%s); it is asked for again.", path, error)
+            log.warning("%s holds no reply (%s); it is asked for again.", path, error)
             return None
 
     def put(self, request: Mapping[str, Any], reply: Reply) -> None:
-        """Store an answer: all of it or nothing."""
+        """Store a reply: all of it or nothing."""
         path = self.path(request)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         unfinished.write_text(json.dumps(reply._asdict()))

@@ -6,7 +6,7 @@ tokens in it, for servers of the judges that were trained on them, and any other
 the tokens as text. The server turns control tokens into ids wherever they stand, in the answers to
 be judged too; `neutral` breaks those of Qwen's tokenizers there, and the think tags.
 
-Outputs are what follows the prompt's `<think>`, which a chat prompt cannot open for the model: a
+Responses are what follows the prompt's `<think>`, which a chat prompt cannot open for the model: a
 `<think>` that the model begins with is taken off, and where the server has cut the reasoning out of
 the content (`reasoning_content`, `reasoning`) it is put before it, with `</think>` between.
 
@@ -74,7 +74,7 @@ class Template(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What is kept of a server's answer."""
+    """What is kept of a server's reply."""
 
     text: str  # what follows the prompt's `<think>`
     finish_reason: str | None  # the server's word for it
@@ -95,24 +95,24 @@ class Complaint(NamedTuple):
 
 
 def read(body: bytes, seconds: float) -> Reply:
-    """Read the answer of /completions or /chat/completions.
+    """Read the body of /completions or /chat/completions.
 
     Raises:
       Unreadable: no JSON, no choice, or no text in it.
     """
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         raise Unreadable(f"no JSON: {body.decode(errors='replace')}") from None
     try:
-        choice = found["choices"][0]
+        choice = content["choices"][0]
         text = _chat_text(choice) if "message" in choice else choice["text"]
         finish_reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
         text, finish_reason = None, None
     if not isinstance(text, str):
-        raise Unreadable(f"no judgement in the answer: {complaint(body).message}")
-    usage = found.get("usage")
+        raise Unreadable(f"no judgement in it: {complaint(body).message}")
+    usage = content.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
         _SURROGATE.sub("\ufffd", text),
@@ -127,10 +127,10 @@ def complaint(body: bytes) -> Complaint:
     """Read an error in whatever form it has."""
     text = body.decode(errors="replace")
     try:
-        found = json.loads(body)
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return Complaint(text, "")
-    error = found.get("error", found) if isinstance(found, dict) else found
+    error = content.get("error", content) if isinstance(content, dict) else content
     if not isinstance(error, dict):
         return Complaint(error if isinstance(error, str) else text, "")
     message = error.get("message") or error.get("detail")
@@ -141,14 +141,14 @@ def complaint(body: bytes) -> Complaint:
     )
 
 
-def answer(game: Game, results: Sequence[Reply | str | None]) -> Response:
-    """Return a game's answer; tokens and seconds are sums over its votes."""
+def response(game: Game, results: Sequence[Reply | str | None]) -> Response:
+    """Return a game's response; tokens and seconds are sums over its votes."""
     given = [result for result in results if isinstance(result, Reply)]
     if len(given) < len(results):
         return Response(game.id, error=next(each for each in results if isinstance(each, str)))
     return Response(
         game.id,
-        outputs=tuple(reply.text for reply in given),
+        texts=tuple(reply.text for reply in given),
         prompt_tokens=_total([reply.prompt_tokens for reply in given]),
         num_tokens=_total([reply.num_tokens for reply in given]),
         seconds=sum(reply.seconds for reply in given),
@@ -173,8 +173,8 @@ def retry_after(header: str | None, now: datetime.datetime) -> float | None:
 def _chat_text(choice: Any) -> Any:
     """Return a message as a continuation of `<think>`.
 
-    A refusal is an answer, which has no verdict. Reasoning that was cut short is left open, so that
-    its status is that of a cut judgement.
+    A refusal is a response, which has no verdict. Reasoning that was cut short is left open, so
+    that its status is that of a cut judgement.
     """
     message = choice["message"]
     content, reasoning = message.get("content"), _reasoning(message)
@@ -190,8 +190,8 @@ def _chat_text(choice: Any) -> Any:
 
 
 def _reasoning(message: Any) -> str:
-    found = message.get("reasoning_content") or message.get("reasoning")
-    return found if isinstance(found, str) else ""
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    return reasoning if isinstance(reasoning, str) else ""
 
 
 def _total(counts: Sequence[int | None]) -> int | None:

@@ -10,11 +10,12 @@ of the game in the item's own order, or with `swapped: true` of the other (1 is 
 shown first, which is the item's second). `game` names a game outright: "ID:0-1", the indices of
 the answers as shown. Forms of the benchmarks' own repositories are read too: PandaLM's
 `gpt_result` and `result`, JudgeBench's `judgments` of two games, LLMBar's `results` (rows without
-an id are found by their texts), RM-Bench's `score_chosen` and `score_rejected`.
+an id are known by their texts), RM-Bench's `score_chosen` and `score_rejected`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,7 +36,7 @@ Said = dict[tuple[int, int], Response]  # by the indices of the answers in the o
 
 
 class Recorded:
-    """The answers of a file of verdicts, by game."""
+    """The responses in a file of verdicts, by game."""
 
     def __init__(self, path: str, items: Sequence[Item]) -> None:
         """Read a file for the items of a benchmark.
@@ -45,18 +46,18 @@ class Recorded:
             told apart from another, or one with the wrong number of scores.
         """
         find = _finder(items)
-        self.answers: dict[str, Response] = {}
+        self.responses: dict[str, Response] = {}
         self.num_extra = 0
         for where, row in sources.rows(path, HOW_TO_GET):
             item, order = find(row, where)
             if item is None:
                 self.num_extra += 1
                 continue
-            for (first, second), answer in _said(row, item, order, where).items():
+            for (first, second), response in _said(row, item, order, where).items():
                 game = Game(item, first, second)
-                if game.id in self.answers:
+                if game.id in self.responses:
                     raise UsageError(f"{where}: a second verdict on {game.id}.")
-                self.answers[game.id] = _named(answer, game)
+                self.responses[game.id] = _named(response, game)
 
     def as_played(self, games: Sequence[Game]) -> list[Game]:
         """Return games in the order in which they were recorded.
@@ -68,32 +69,32 @@ class Recorded:
 
     def _as_played(self, game: Game, asked: set[str]) -> Game:
         mirrored = Game(game.item, game.second, game.first)
-        is_other = game.id not in self.answers and mirrored.id in self.answers
+        is_other = game.id not in self.responses and mirrored.id in self.responses
         return mirrored if is_other and mirrored.id not in asked else game
 
     def backend(self, path: str) -> Backend:
-        """Return the backend that answers from the file."""
+        """Return the backend that responds from the file."""
 
         def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
-            missing = [game for game in games if game.id not in self.answers]
+            missing = [game for game in games if game.id not in self.responses]
             if missing or self.num_extra:
                 logging.getLogger(__name__).warning("%s", self._counts(path, missing))
             for game in games:
                 none = Response(game.id, error=f"{path} has no verdict on it")
-                record(self.answers.get(game.id, none))
+                record(self.responses.get(game.id, none))
 
         return judge
 
     def _counts(self, path: str, missing: Sequence[Game]) -> str:
         text = f"{path}: {self.num_extra} rows name no item of the benchmark"
         text += f"; {len(missing)} games have no row"
-        if any(Game(g.item, g.second, g.first).id in self.answers for g in missing):
+        if any(Game(g.item, g.second, g.first).id in self.responses for g in missing):
             text += " (their other order has one: --policy order=as_given asks for one order)"
         return text + (f", e.g. {missing[0].id}." if missing else ".")
 
 
-def _named(answer: Response, game: Game) -> Response:
-    return Response(game.id, answer.outputs, answer.scores, answer.decision)
+def _named(response: Response, game: Game) -> Response:
+    return dataclasses.replace(response, game=game.id)
 
 
 def _finder(
@@ -151,12 +152,12 @@ def _said(row: sources.Row, item: Item, order: tuple[int, int] | None, where: st
             f"{where}: {item.id} has {len(item.answers)} answers. Say which two were shown with "
             f'"game": "{item.id}:0-1", or give one score for each.'
         )
-    return {order or ((1, 0) if row.get("swapped") else (0, 1)): _answer(row, where)}
+    return {order or ((1, 0) if row.get("swapped") else (0, 1)): _response(row, where)}
 
 
-def _answer(row: sources.Row, where: str) -> Response:
+def _response(row: sources.Row, where: str) -> Response:
     if row.get("output") is not None:
-        return Response("", outputs=sources.texts(row, "output", where))
+        return Response("", texts=sources.texts(row, "output", where))
     if row.get("scores") is not None:
         pair = _numbers(row, "scores", where)
         if len(pair) != 2:
@@ -181,10 +182,10 @@ def _decision(value: Any, where: str, key: str) -> Response:
     text = "" if value is None else str(value)
     word = text.strip().partition("\n")[0].strip().lower()
     if word in DECISIONS:
-        return Response("", decision=DECISIONS[word])
+        return Response("", preference=DECISIONS[word])
     if is_label:
         raise UsageError(f"{where}: '{key}' must be 1, 2 or 0 (a tie), got {value!r}.")
-    return Response("", outputs=(text,))
+    return Response("", texts=(text,))
 
 
 def _judgments(value: Any, where: str) -> Said:
@@ -208,10 +209,10 @@ def _results(value: Any, where: str) -> Said:
     said: Said = {}
     for key, order in (("swap = False", (0, 1)), ("swap = True", (1, 0))):
         if key in value[-1]:
-            answer = _decision((value[-1][key] or {}).get("winner"), where, "winner")
-            if order == (1, 0) and answer.decision is not None:
-                answer = Response("", decision=swap_preference(answer.decision))
-            said[order] = answer
+            response = _decision((value[-1][key] or {}).get("winner"), where, "winner")
+            if order == (1, 0) and response.preference is not None:
+                response = Response("", preference=swap_preference(response.preference))
+            said[order] = response
     if not said:
         raise UsageError(f"{where}: the last of 'results' has neither 'swap = False' nor True.")
     return said

@@ -26,7 +26,7 @@ import numpy as np
 from jlrm.data.batches import Example
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.benchmarks.registry import policy_of
-from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, outcome
+from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, game_verdict
 from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
 from jlrm.sampling import writer
@@ -86,7 +86,7 @@ def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str,
     ]
     both = zip(games[:half], verdicts[:half], verdicts[half:], strict=True)
     judged = [ItemVerdicts(game.item, (given, swapped)) for game, given, swapped in both]
-    benchmark = pairs.BENCHMARK.score(judged, POLICY)
+    benchmark = pairs.BENCHMARK.metrics(judged, POLICY)
     return {
         **{ours: benchmark[theirs] for theirs, ours in METRICS.items()},
         "pairs": float(half),  # what the shares are of: an interval needs it
@@ -98,7 +98,7 @@ def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str,
 def _game_verdict(game: Game, verdict: Verdict) -> GameVerdict:
     if verdict.scores is None:
         return GameVerdict(game.first, game.second, None, None, verdict.status)
-    return outcome(game, verdict.scores)
+    return game_verdict(game, verdict.scores)
 
 
 def _writer(run: Run) -> writer.Writer:

@@ -36,9 +36,9 @@ def swapped(one: int | None, two: int | None) -> tuple[GameVerdict, GameVerdict]
     return game(one), game(two, order=(1, 0))
 
 
-def summary(judged, answers=None, **options):
+def summary(judged, responses=None, **options):
     """Return the diagnostics as `results.json` has them."""
-    made = diagnostics.summary(judged, answers or {}, **options)
+    made = diagnostics.summary(judged, responses or {}, **options)
     written = json.loads(json.dumps(contracts.encode(made), allow_nan=False))
     assert contracts.decode(Diagnostics, written, "") == made  # read back alike
     return written
@@ -243,8 +243,8 @@ def test_labels_first_follows_the_order_shown():
     ],
 )
 def test_two_orders_of_one_pair(one, two, is_consistent, lean):
-    for outcomes in (swapped(one, two), swapped(one, two)[::-1]):
-        found = summary([ItemVerdicts(item(label=1), outcomes)])
+    for verdicts in (swapped(one, two), swapped(one, two)[::-1]):
+        found = summary([ItemVerdicts(item(label=1), verdicts)])
         assert found["consistency"]["percent"] == 100 * is_consistent
         assert found["consistency"]["n"] == 1
         expected = {
@@ -397,8 +397,8 @@ def test_swapped_games_are_right_in_the_order_shown():
 
 def test_items_with_more_answers_are_labelled_by_what_is_correct():
     many = item(lengths=(1, 2, 3), num_correct=1)
-    outcomes = (scored(9, 1), scored(9, 1, (1, 0)), scored(9, 1, (1, 2)))
-    found = summary([ItemVerdicts(many, outcomes)])
+    verdicts = (scored(9, 1), scored(9, 1, (1, 0)), scored(9, 1, (1, 2)))
+    found = summary([ItemVerdicts(many, verdicts)])
     assert found["calibration"]["n"] == 2 and found["calibration"]["accuracy"] == 50.0
     assert found["labels_first"] == {"percent": 50.0, "n": 2}
     assert found["length"]["labels"] == {"percent": 0.0, "n": 1} and found["confusion"] is None
@@ -423,20 +423,20 @@ def test_confusion_by_hand():
 def test_cost_by_hand():
     judged = [ItemVerdicts(item(), swapped(1, 2)), ItemVerdicts(item("b"), (game(1),))]
     judged.append(ItemVerdicts(item("c"), (game(1),)))
-    answers = {
-        "a:0-1": Response("a:0-1", outputs=("",), prompt_tokens=10, num_tokens=100, seconds=2.0),
-        "a:1-0": Response("a:1-0", outputs=("",), prompt_tokens=30, num_tokens=50),
-        "b:0-1": Response("b:0-1", outputs=("",), num_tokens=60, seconds=3.0),
-        "c:0-1": Response("c:0-1", outputs=("",), seconds=4.0),
-        "b:1-0": Response("b:1-0", outputs=("",), num_tokens=9999, seconds=99.0),  # was not judged
+    responses = {
+        "a:0-1": Response("a:0-1", texts=("",), prompt_tokens=10, num_tokens=100, seconds=2.0),
+        "a:1-0": Response("a:1-0", texts=("",), prompt_tokens=30, num_tokens=50),
+        "b:0-1": Response("b:0-1", texts=("",), num_tokens=60, seconds=3.0),
+        "c:0-1": Response("c:0-1", texts=("",), seconds=4.0),
+        "b:1-0": Response("b:1-0", texts=("",), num_tokens=9999, seconds=99.0),  # was not judged
     }
-    assert summary(judged, answers)["cost"] == {
+    assert summary(judged, responses)["cost"] == {
         "num_tokens": {"total": 210, "mean": 70.0, "n": 3},
         "prompt_tokens": {"total": 40, "mean": 20.0, "n": 2},
         "seconds": {"total": 9.0, "mean": 3.0, "n": 3},
         "tokens_per_second": 32.0,
     }
-    assert summary(judged, {"a:0-1": Response("a:0-1", decision=1)})["cost"] is None
+    assert summary(judged, {"a:0-1": Response("a:0-1", preference=1)})["cost"] is None
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_without_verdicts_no_share_is_made_up(judged):
     assert found["first"] == found["second"] == {"percent": None, "n": 0, "interval": None}
     assert found["ties"] == {"percent": None, "n": 0}
     assert found["length"] is None and found["calibration"] is None
-    num_games = sum(len(each.outcomes) for each in judged)
+    num_games = sum(len(each.verdicts) for each in judged)
     assert found["parse_failures"] == {"percent": 100.0 if num_games else None, "n": num_games}
 
 

@@ -115,7 +115,7 @@ def answers(judge: Any, games: Sequence[Game]) -> dict[str, Response]:
 
 
 def texts(judge: Any, games: Sequence[Game]) -> dict[str, tuple[str, ...] | None]:
-    return {name: answer.outputs for name, answer in answers(judge, games).items()}
+    return {name: answer.texts for name, answer in answers(judge, games).items()}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_answers(judges, wanted, decod
     def record(answer: Response) -> None:
         if len(before) == 5:
             raise KeyboardInterrupt
-        before[answer.game] = answer.outputs
+        before[answer.game] = answer.texts
 
     with pytest.raises(KeyboardInterrupt):
         judges(decoding)(GAMES, record)
@@ -202,7 +202,7 @@ def test_an_answer_cannot_speak_with_control_tokens(directory):
 def test_an_overlong_prompt_is_answered_with_its_length(judges):
     long = Item("long", "Name birds.", ("robin " * 300, "wren"))
     found = answers(judges("greedy"), [GAMES[0], Game(long, 0, 1)])
-    assert found["long:0-1"].outputs is None
+    assert found["long:0-1"].texts is None
     length = found["long:0-1"].prompt_tokens
     assert found["long:0-1"].error == (f"The prompt has {length} tokens, max_prompt_tokens is 256.")
     assert found[GAMES[0].id].error is None

@@ -47,7 +47,7 @@ items = [Item(str(i), f"question {i}", ("one", "two")) for i in range(num_items)
 kwargs["cache"] = kwargs["cache"] and pathlib.Path(kwargs["cache"])
 with open(path, "a") as file:
     def record(answer):
-        file.write(json.dumps([answer.game, answer.outputs, answer.error]) + "\\n")
+        file.write(json.dumps([answer.game, answer.texts, answer.error]) + "\\n")
         file.flush()
     try:
         openai.make("judge", **kwargs)(both_orders(items), record)
@@ -144,13 +144,13 @@ def judged(backend: openai.Endpoint, asked: list[Game]) -> dict[str, Response]:
     backend(asked, answers.append)
     assert sorted(answer.game for answer in answers) == sorted(each.id for each in asked)
     for answer in answers:
-        assert (answer.outputs is None) == (answer.error is not None)
-        assert answer.scores is None and answer.decision is None
+        assert (answer.texts is None) == (answer.error is not None)
+        assert answer.scores is None and answer.preference is None
     return {answer.game: answer for answer in answers}
 
 
 def outputs(answers: dict[str, Response]) -> list[str]:
-    return sorted(text for answer in answers.values() for text in answer.outputs or ())
+    return sorted(text for answer in answers.values() for text in answer.texts or ())
 
 
 # -------------------------------------------------------------------------------- what is asked
@@ -166,10 +166,10 @@ def test_every_vote_is_asked_once_and_concurrency_is_reached(serve):
     assert len({row["body"]["seed"] for row in server.requests}) == 36
     assert outputs(answers) == sorted(server.served)
     for answer in answers.values():
-        assert len(answer.outputs or ()) == 3
+        assert len(answer.texts or ()) == 3
         assert answer.num_tokens == 3 * chat_server.COMPLETION_TOKENS
         assert answer.prompt_tokens and answer.seconds
-        assert all(parse(text).scores == (7, 3) for text in answer.outputs or ())
+        assert all(parse(text).scores == (7, 3) for text in answer.texts or ())
     assert backend.spent.num_tokens == 36 * chat_server.COMPLETION_TOKENS
 
 
@@ -179,7 +179,7 @@ def test_answers_do_not_depend_on_order_concurrency_or_what_else_is_asked(serve)
     few = judged(make(server, votes=2, concurrency=1), games(8)[::-2])
     assert len(few) == 4
     for name, answer in few.items():
-        assert answer.outputs == everything[name].outputs
+        assert answer.texts == everything[name].texts
 
 
 @pytest.mark.parametrize("name", ["judgelrm_train", "judgelrm_eval"])
@@ -281,7 +281,7 @@ def test_a_slow_answer_ends_at_the_timeout(serve, fault):
         make(server, timeout=0.5, max_retries=1), [game(f"FAULT:{fault}"), game("fine", 1)]
     )
     assert time.monotonic() - began < 2.5 * slowness()
-    assert "no whole answer in 0.5 s" in (answers["0:0-1"].error or "")
+    assert "no whole reply in 0.5 s" in (answers["0:0-1"].error or "")
     assert answers["1:0-1"].error is None
 
 
@@ -378,7 +378,7 @@ def test_a_missing_vote_leaves_the_game_unjudged_and_the_others_kept(serve, tmp_
     (answer,) = judged(backend, [game("fine")]).values()
     assert (answer.error or "").startswith("HTTP 400") and len(server.requests) == 3
     (answer,) = judged(backend, [game("fine")]).values()
-    assert len(answer.outputs or ()) == 3
+    assert len(answer.texts or ()) == 3
     assert len(server.requests) == 4 and backend.spent.num_cached == 2
 
 
@@ -440,7 +440,7 @@ def test_a_run_that_is_stopped_goes_on_and_pays_nothing_twice(serve, tmp_path, s
     backend = make(server, cache=cache, concurrency=4, votes=2)
     answers = judged(backend, games(40))
     assert all(answer.error is None for answer in answers.values())
-    assert all(list(answers[name].outputs or ()) == texts for name, texts, _ in recorded)
+    assert all(list(answers[name].texts or ()) == texts for name, texts, _ in recorded)
     assert backend.spent.num_cached == num_paid
     # Only what was under way when the signal came can have been answered twice.
     assert len(server.served) - len(set(server.served)) <= 4

@@ -424,7 +424,7 @@ def test_several_hosts_judge_one_benchmark(settings):
         pod = Pod(settings / f"{out}.pod", count, *flags, "--out", str(out), "--no-report")
         assert pod.wait() == [0] * count, pod.said(count - 1)
         assert ["Written" in pod.said(number) for number in range(count)] == [True, False][:count]
-        lines = (out / "pairs" / "answers.jsonl").read_text().splitlines()[1:]
+        lines = (out / "pairs" / "responses.jsonl").read_text().splitlines()[1:]
         rows = map(json.loads, lines)
         found[count] = {row["game"]: row["outputs"] for row in rows}
         results = json.loads((out / "results.json").read_text())

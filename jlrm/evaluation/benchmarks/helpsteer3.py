@@ -11,7 +11,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Published
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
-from jlrm.evaluation.scoring import micro_total, pair_games, pair_mark
+from jlrm.evaluation.scoring import micro_total, pair_credit, pair_games
 
 HOW_TO_GET = (
     "Download preference/validation.jsonl.gz of the dataset nvidia/HelpSteer3 and name it: "
@@ -49,7 +49,7 @@ BENCHMARK = Benchmark(
     policies=pair_policies(Policy("mean", "random", 0.5, 0.0)),
     read=read,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=micro_total,
     how_to_get=HOW_TO_GET,
     source="hf:nvidia/HelpSteer3:preference#validation",

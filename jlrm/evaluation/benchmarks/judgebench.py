@@ -14,7 +14,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
-from jlrm.evaluation.scoring import pair_games, pair_mark, percent, subset_percents, swap_metrics
+from jlrm.evaluation.scoring import pair_credit, pair_games, percent, subset_percents, swap_metrics
 
 HOW_TO_GET = (
     "Download data/ of github.com/ScalerLab/JudgeBench (or the split gpt or claude of the dataset "
@@ -52,20 +52,20 @@ def category(source: str) -> str:
     return next((name for key, name in CATEGORIES.items() if source.startswith(key)), source)
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall` and the categories.
 
     For pairs judged in both orders also both_right, order_1 and order_2 (as given and swapped
     alone), and consistency.
     """
-    overall = {"overall": percent(mark.credit for mark in marks)}
-    twice = [mark for mark in marks if len(mark.verdicts) == 2]
+    overall = {"overall": percent(credit.value for credit in credits)}
+    twice = [credit for credit in credits if len(credit.verdicts) == 2]
     if twice:
-        right = [[said == mark.item.label for said in mark.verdicts] for mark in twice]
+        right = [[said == credit.item.label for said in credit.verdicts] for credit in twice]
         overall["both_right"] = percent(all(each) for each in right)
         overall["order_1"] = percent(each[0] for each in right)
         overall["order_2"] = percent(each[1] for each in right)
-    return overall | swap_metrics(marks) | subset_percents(marks)
+    return overall | swap_metrics(credits) | subset_percents(credits)
 
 
 BENCHMARK = Benchmark(
@@ -74,7 +74,7 @@ BENCHMARK = Benchmark(
     policies=pair_policies(Policy("majority", "both", 0.5, 0.5)),
     read=read,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:ScalerLab/JudgeBench#gpt",
@@ -84,7 +84,7 @@ BENCHMARK = Benchmark(
             "JudgeLRM-7B",
             "overall",
             54.6,
-            "wizwand.com, origin not found",
+            "wizwand.com, origin not known",
             "python -m jlrm.evaluate --benchmark judgebench --model nuojohnchen/JudgeLRM-7B "
             "--prompt judgelrm_eval",
         ),

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from jlrm.config import UsageError
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Published
-from jlrm.evaluation.classes import class_mark, class_total
+from jlrm.evaluation.classes import class_credit, class_total
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import judgelm_scores
@@ -138,7 +138,7 @@ BENCHMARK = Benchmark(
     ),
     read=read,
     games=pair_games,
-    mark=class_mark,
+    credit=class_credit,
     total=class_total,
     how_to_get=HOW_TO_GET,
     source="hf:BAAI/JudgeLM-100K",

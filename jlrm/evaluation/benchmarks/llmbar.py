@@ -16,7 +16,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
-from jlrm.evaluation.scoring import kappa, pair_games, pair_mark, percent, subset_percents
+from jlrm.evaluation.scoring import kappa, pair_credit, pair_games, percent, subset_percents
 
 HOW_TO_GET = (
     "Clone github.com/princeton-nlp/LLMBar and name the directory: "
@@ -48,21 +48,21 @@ def read(source: str) -> list[Item]:
     return sources.finished(items, source)
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall` (which is correct_average), the metrics of two orders, and the subsets."""
-    average = percent(mark.credit for mark in marks)
+    average = percent(credit.value for credit in credits)
     metrics = {"overall": average}
-    twice = [mark for mark in marks if len(mark.verdicts) == 2]
+    twice = [credit for credit in credits if len(credit.verdicts) == 2]
     if twice:
-        one, two = zip(*(mark.verdicts for mark in twice), strict=True)
+        one, two = zip(*(credit.verdicts for credit in twice), strict=True)
         pairs = list(zip(twice, one, two, strict=True))
         metrics |= {
             "correct_average": average,
-            "correct_both": percent(mark.item.label == a == b for mark, a, b in pairs),
+            "correct_both": percent(credit.item.label == a == b for credit, a, b in pairs),
             "equal": percent(a is not None and a == b for _, a, b in pairs),
             "kappa_agreement": kappa(one, two),
         }
-    return metrics | subset_percents(marks)
+    return metrics | subset_percents(credits)
 
 
 BENCHMARK = Benchmark(
@@ -71,7 +71,7 @@ BENCHMARK = Benchmark(
     policies=pair_policies(Policy("mean", "both", "second", 0.0)),
     read=read,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=total,
     how_to_get=HOW_TO_GET,
     size=419,

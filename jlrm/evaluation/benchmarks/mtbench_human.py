@@ -17,7 +17,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item, ItemVerdicts
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.scoring import game_credit, pair_games, percent, swap_metrics, verdict
+from jlrm.evaluation.scoring import game_credit, label_of, pair_games, percent, swap_metrics
 from jlrm.judgement.verdict import swap_preference
 
 HOW_TO_GET = (
@@ -71,25 +71,25 @@ def _votes(item: Item) -> tuple[int, ...]:
 
 def _said(judged: ItemVerdicts, policy: Policy) -> int | None:
     """Return the verdict of all games: a tie where they differ, none where one gave none."""
-    verdicts = {verdict(each, policy) for each in judged.outcomes}
+    verdicts = {label_of(each, policy) for each in judged.verdicts}
     if None in verdicts:
         return None
     return verdicts.pop() if len(verdicts) == 1 else 0
 
 
-def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return an item's mark: the share of votes that the verdict agrees with."""
+def credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return an item's credit: the share of votes that the verdict agrees with."""
     said, votes = _said(judged, policy), _votes(judged.item)
     credits = [game_credit(said, vote, policy) for vote in votes]
-    verdicts = tuple(verdict(each, policy) for each in judged.outcomes)
+    verdicts = tuple(label_of(each, policy) for each in judged.verdicts)
     return Credit(judged.item, sum(credits) / len(credits), verdicts, (said, credits))
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `agreement` of all votes and without ties, of both turns and of each."""
-    turns = sorted({each.item.subset for each in marks})
-    parts = {"agreement": marks} | {
-        turn: [each for each in marks if each.item.subset == turn] for turn in turns if turn
+    turns = sorted({each.item.subset for each in credits})
+    parts = {"agreement": credits} | {
+        turn: [each for each in credits if each.item.subset == turn] for turn in turns if turn
     }
     metrics = {}
     for name, part in parts.items():
@@ -102,7 +102,7 @@ def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
                 if vote != 0 and each.detail[0] != 0
             ]
         )
-    return metrics | swap_metrics(marks)
+    return metrics | swap_metrics(credits)
 
 
 def _percent(credits: Sequence[float]) -> float:
@@ -117,7 +117,7 @@ BENCHMARK = Benchmark(
     policies=(Policy("consistent", "both", 0.0, "tie"),),
     read=read,
     games=pair_games,
-    mark=mark,
+    credit=credit,
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:lmsys/mt_bench_human_judgments#human",

@@ -16,10 +16,10 @@ from jlrm.data import readers
 from jlrm.data.comparisons import Comparison, describe_dropped
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
-from jlrm.evaluation.classes import class_mark, class_total
+from jlrm.evaluation.classes import class_credit, class_total
 from jlrm.evaluation.games import Item, ItemVerdicts
 from jlrm.evaluation.policies import Policy, pair_policies
-from jlrm.evaluation.scoring import micro_total, pair_games, pair_mark
+from jlrm.evaluation.scoring import micro_total, pair_credit, pair_games
 
 CLASSES = ("first_order", "pooled")
 
@@ -33,29 +33,29 @@ def read(source: str) -> list[Item]:
     """Read comparisons; rows that the reader can't use are left out, and said to be."""
     if not source:
         raise UsageError(f"There is no data to read. {HOW_TO_GET}")
-    found = readers.read(source)
-    if found.dropped:
+    comparisons = readers.read(source)
+    if comparisons.dropped:
         logging.getLogger(__name__).warning(
-            "%s: left out %s", source, describe_dropped(found.dropped)
+            "%s: left out %s", source, describe_dropped(comparisons.dropped)
         )
-    return items(found.rows, source)
+    return items(comparisons.rows, source)
 
 
 def items(rows: Sequence[Comparison], source: str) -> list[Item]:
     """Return comparisons as items; an id that occurs again gets a number behind it."""
-    found = [
+    labelled = [
         Item(row.id, row.question, (row.answer_1, row.answer_2), row.label, subset=row.source)
         for row in rows
     ]
-    return sources.finished(found, source)
+    return sources.finished(labelled, source)
 
 
-def _mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    return (class_mark if policy.aggregation in CLASSES else pair_mark)(judged, policy)
+def _credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    return (class_credit if policy.aggregation in CLASSES else pair_credit)(judged, policy)
 
 
-def _total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
-    return (class_total if policy.aggregation in CLASSES else micro_total)(marks, policy)
+def _total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
+    return (class_total if policy.aggregation in CLASSES else micro_total)(credits, policy)
 
 
 BENCHMARK = Benchmark(
@@ -67,7 +67,7 @@ BENCHMARK = Benchmark(
     ),
     read=read,
     games=pair_games,
-    mark=_mark,
+    credit=_credit,
     total=_total,
     how_to_get=HOW_TO_GET,
 )

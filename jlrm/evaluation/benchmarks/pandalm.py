@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
-from jlrm.evaluation.classes import cases, class_mark, class_total, classification
+from jlrm.evaluation.classes import cases, class_credit, class_total, classification
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.scoring import pair_games
@@ -56,17 +56,17 @@ def _label(row: sources.Row, where: str) -> int:
     return statistics.mode(sources.choice(row, key, where, LABELS) for key in ANNOTATORS)
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return the three-class metrics, and those of the view without ties as NAME_no_ties."""
     without = Counter[tuple[int, int | None]]()
-    for (label, said), count in cases(marks, policy).items():
+    for (label, said), count in cases(credits, policy).items():
         if label:
             without[label, 1 if said == 0 else said] += count
-    metrics = class_total(marks, policy)
+    metrics = class_total(credits, policy)
     if without:
-        found = classification(without)
-        metrics["agreement_no_ties"] = found.pop("accuracy")
-        metrics |= {f"{name}_no_ties": value for name, value in found.items()}
+        without_ties = classification(without)
+        metrics["agreement_no_ties"] = without_ties.pop("accuracy")
+        metrics |= {f"{name}_no_ties": value for name, value in without_ties.items()}
     return metrics
 
 
@@ -119,7 +119,7 @@ BENCHMARK = Benchmark(
     ),
     read=read,
     games=pair_games,
-    mark=class_mark,
+    credit=class_credit,
     total=total,
     how_to_get=HOW_TO_GET,
     size=999,

@@ -19,8 +19,8 @@ from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import (
     micro_total,
+    pair_credit,
     pair_games,
-    pair_mark,
     subset_percents,
     swap_metrics,
 )
@@ -73,15 +73,15 @@ def _parts(source: str) -> list[tuple[str, str]]:
     """Return the name and the source of each dataset."""
     if source == HUB:
         return [(name, f"hf:lmarena-ai/PPE-{name}-Best-of-K#train") for name in NAMES]
-    found = [(name, str(path)) for path in sources.files(source) if (name := _name(str(path)))]
-    if not found and (name := _name(source)):
-        found = [(name, source)]
-    if not found:
+    parts = [(name, str(path)) for path in sources.files(source) if (name := _name(str(path)))]
+    if not parts and (name := _name(source)):
+        parts = [(name, source)]
+    if not parts:
         raise UsageError(
             f"{source}: no file or directory is named after one of {', '.join(NAMES)}. "
             f"{HOW_TO_GET_CORRECTNESS}"
         )
-    return found
+    return parts
 
 
 def _name(path: str) -> str | None:
@@ -111,10 +111,10 @@ def _pairs(row: sources.Row, where: str, name: str) -> Iterator[Item]:
         )
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the mean of the datasets, and each of them."""
-    subsets = subset_percents(marks)
-    return {"overall": statistics.fmean(subsets.values())} | swap_metrics(marks) | subsets
+    subsets = subset_percents(credits)
+    return {"overall": statistics.fmean(subsets.values())} | swap_metrics(credits) | subsets
 
 
 COMMAND = (
@@ -127,7 +127,7 @@ PREFERENCE = Benchmark(
     policies=pair_policies(USUAL),
     read=read_preference,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=micro_total,
     how_to_get=HOW_TO_GET_PREFERENCE,
     source="hf:lmarena-ai/PPE-Human-Preference-V1#test",
@@ -137,13 +137,13 @@ CORRECTNESS = Benchmark(
     policies=pair_policies(USUAL),
     read=read_correctness,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=total,
     how_to_get=HOW_TO_GET_CORRECTNESS,
     source=HUB,
     published=(
         Published("JudgeLRM-7B", "IFEval", 46.0, "OpenRubrics", COMMAND),
         Published("JudgeLRM-7B", "overall", 57.9, "Mix-GRM (PPE, part not said)", COMMAND),
-        Published("JudgeLRM-7B", "overall", 42.6, "wizwand.com, origin not found", COMMAND),
+        Published("JudgeLRM-7B", "overall", 42.6, "wizwand.com, origin not known", COMMAND),
     ),
 )

@@ -14,7 +14,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
-from jlrm.evaluation.scoring import pair_games, pair_mark, percent, subset_percents, swap_metrics
+from jlrm.evaluation.scoring import pair_credit, pair_games, percent, subset_percents, swap_metrics
 
 HOW_TO_GET = (
     "Download the split `filtered` of the dataset allenai/reward-bench and name the file or "
@@ -69,13 +69,13 @@ def _answer(row: sources.Row, key: str, where: str) -> str:
     return sources.conversation(sources.need(row, key, where), where)
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the sections, `micro`, and every subset."""
-    subsets = subset_percents(marks)
-    found = sections(subsets)
-    overall = {"overall": percent(found.values()) / 100} if found else {}
-    micro = {"micro": percent(mark.credit for mark in marks)}
-    return overall | found | micro | swap_metrics(marks) | subsets
+    subsets = subset_percents(credits)
+    by_section = sections(subsets)
+    overall = {"overall": percent(by_section.values()) / 100} if by_section else {}
+    micro = {"micro": percent(credit.value for credit in credits)}
+    return overall | by_section | micro | swap_metrics(credits) | subsets
 
 
 def sections(subsets: Mapping[str, float]) -> dict[str, float]:
@@ -124,7 +124,7 @@ BENCHMARK = Benchmark(
     policies=pair_policies(Policy("mean", "random", 0.5, 0.5)),
     read=read,
     games=pair_games,
-    mark=pair_mark,
+    credit=pair_credit,
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:allenai/reward-bench#filtered",

@@ -23,7 +23,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.scoring import game_credit, grouped, ordered, percent, round_robin, verdict
+from jlrm.evaluation.scoring import game_credit, grouped, label_of, ordered, percent, round_robin
 
 HOW_TO_GET = (
     "Download the split `test` of the dataset allenai/reward-bench-2 and name the file or "
@@ -78,16 +78,16 @@ def _pairs(item: Item, policy: Policy) -> Iterable[tuple[int, int]]:
     return [(i, j) for i, j in everything if i < item.num_correct <= j]
 
 
-def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return an item's mark; the credit of a Ties prompt says whether it is ranked right."""
+def credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return an item's credit; the credit of a Ties prompt says whether it is ranked right."""
     item = judged.item
     if item.subset == TIES:
         row = TiesRow(item.id, answer_scores(judged), item.num_correct)
         return Credit(item, float(_margins(row).is_accurate), detail=row)
     if policy.aggregation == "all_wins":
-        said = [verdict(outcome, policy) for outcome in judged.outcomes]
+        said = [label_of(verdict, policy) for verdict in judged.verdicts]
         return Credit(item, min(game_credit(each, 1, policy) for each in said), tuple(said))
-    if all(outcome.preference is None for outcome in judged.outcomes):
+    if all(verdict.preference is None for verdict in judged.verdicts):
         return Credit(item, float(policy.error_credit))
     return Credit(item, best_credit(answer_scores(judged), item.num_correct, policy))
 
@@ -105,25 +105,25 @@ def best_credit(scores: Sequence[float], num_correct: int, policy: Policy) -> fl
 
 def answer_scores(judged: ItemVerdicts) -> list[float]:
     """Return the mean score of each answer over its games that have a verdict."""
-    valid = [outcome for outcome in judged.outcomes if outcome.preference is not None]
-    has_scores = all(outcome.scores is not None for outcome in valid)
+    valid = [verdict for verdict in judged.verdicts if verdict.preference is not None]
+    has_scores = all(verdict.scores is not None for verdict in valid)
     got: list[list[float]] = [[] for _ in judged.item.answers]
-    for outcome in valid:
-        pair = outcome.scores if has_scores and outcome.scores else _points(outcome)
-        got[outcome.first].append(pair[0])
-        got[outcome.second].append(pair[1])
+    for verdict in valid:
+        pair = verdict.scores if has_scores and verdict.scores else _points(verdict)
+        got[verdict.first].append(pair[0])
+        got[verdict.second].append(pair[1])
     # Rounded, so that equal scores in another order of adding stay equal.
     return [round(statistics.fmean(each), 12) if each else FAILED for each in got]
 
 
-def _points(outcome: GameVerdict) -> tuple[float, float]:
-    return {0: (0.5, 0.5), 1: (1.0, 0.0), 2: (0.0, 1.0)}[outcome.preference or 0]
+def _points(verdict: GameVerdict) -> tuple[float, float]:
+    return {0: (0.5, 0.5), 1: (1.0, 0.0), 2: (0.0, 1.0)}[verdict.preference or 0]
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the mean of the subsets, and each subset; Ties by its own formula."""
-    subsets = {name: percent(credits) for name, credits in grouped(marks).items() if name != TIES}
-    rows = [mark.detail for mark in marks if mark.item.subset == TIES]
+    subsets = {name: percent(values) for name, values in grouped(credits).items() if name != TIES}
+    rows = [credit.detail for credit in credits if credit.item.subset == TIES]
     if rows:
         subsets[TIES] = 100 * ties_score(rows)
     return {"overall": statistics.fmean(subsets.values())} | subsets
@@ -145,11 +145,11 @@ def ties_score(rows: Sequence[TiesRow]) -> float:
     prompts whose right answers lie closer together than to the wrong ones; 0.2 if the single right
     answer keeps such a distance too; 0.01 to how much larger it is.
     """
-    found: dict[str, dict[str, _Margins]] = {kind: {} for kind in KINDS}
+    margins: dict[str, dict[str, _Margins]] = {kind: {} for kind in KINDS}
     for row in rows:
         kind, _, number = row.id.partition("#")[0].partition(":")
-        found[kind][number] = _margins(row)
-    ref, tied = found["ref"], found["tied"]
+        margins[kind][number] = _margins(row)
+    ref, tied = margins["ref"], margins["tied"]
     both = [
         (tied[n].to_incorrect, min(ref[n].to_incorrect, tied[n].to_incorrect), spread)
         for n in tied
@@ -200,7 +200,7 @@ BENCHMARK = Benchmark(
     ),
     read=read,
     games=games,
-    mark=mark,
+    credit=credit,
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:allenai/reward-bench-2#test",

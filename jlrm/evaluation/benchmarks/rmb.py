@@ -20,10 +20,10 @@ from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import (
     combined,
     game_credit,
+    label_of,
     ordered,
-    pair_mark,
+    pair_credit,
     subset_percents,
-    verdict,
 )
 
 HOW_TO_GET = (
@@ -73,11 +73,11 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
     ]
 
 
-def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return an item's mark: of a list, the least credit of its pairs of answers."""
+def credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return an item's credit: of a list, the least credit of its pairs of answers."""
     if judged.item.label is not None:
-        return pair_mark(judged, policy)
-    said = [(max(outcome[:2]), verdict(outcome, policy)) for outcome in judged.outcomes]
+        return pair_credit(judged, policy)
+    said = [(max(verdict[:2]), label_of(verdict, policy)) for verdict in judged.verdicts]
     said.sort(key=lambda each: each[0])  # stable: the order of games stays
     credits = [
         combined([game_credit(each, 1, policy) for _, each in group], policy.aggregation)
@@ -86,9 +86,9 @@ def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
     return Credit(judged.item, float(min(credits) == 1.0), tuple(each for _, each in said))
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall` and the four parts."""
-    subsets = subset_percents(marks)
+    subsets = subset_percents(credits)
     return {"overall": statistics.fmean(subsets.values())} | subsets
 
 
@@ -101,7 +101,7 @@ BENCHMARK = Benchmark(
     policies=pair_policies(Policy("mean", "random", 0.5, 0.0)),
     read=read,
     games=games,
-    mark=mark,
+    credit=credit,
     total=total,
     how_to_get=HOW_TO_GET,
     published=(

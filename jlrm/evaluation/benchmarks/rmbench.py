@@ -18,7 +18,7 @@ from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Game, Item, ItemVerdicts
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.scoring import game_credit, ordered, percent, verdict
+from jlrm.evaluation.scoring import game_credit, label_of, ordered, percent
 
 HOW_TO_GET = (
     "Download data/ of github.com/THU-KEG/RM-Bench (or the dataset THU-KEG/RM-Bench) and name the "
@@ -77,16 +77,16 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
     ]
 
 
-def mark(judged: ItemVerdicts, policy: Policy) -> Credit:
-    """Return an item's mark: the mean of its nine cells, and its three difficulties."""
+def credit(judged: ItemVerdicts, policy: Policy) -> Credit:
+    """Return an item's credit: the mean of its nine cells, and its three difficulties."""
     cells: dict[tuple[int, int], list[float]] = {cell: [] for cell in CELLS}
     verdicts = []
-    for outcome in judged.outcomes:
-        said = verdict(outcome, policy)
-        chosen, rejected = sorted(outcome[:2])
+    for verdict in judged.verdicts:
+        said = label_of(verdict, policy)
+        chosen, rejected = sorted(verdict[:2])
         cells[chosen, rejected - NUM_STYLES].append(game_credit(said, 1, policy))
         verdicts.append(said)
-    means = {cell: statistics.fmean(credits) for cell, credits in cells.items()}
+    means = {cell: statistics.fmean(values) for cell, values in cells.items()}
     parts = tuple(
         statistics.fmean(value for (i, j), value in means.items() if _difficulty(i, j) == name)
         for name in DIFFICULTIES
@@ -98,11 +98,11 @@ def _difficulty(chosen: int, rejected: int) -> str:
     return "hard" if chosen < rejected else "easy" if chosen > rejected else "normal"
 
 
-def total(marks: Sequence[Credit], policy: Policy) -> dict[str, float]:
+def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the difficulties, and the domains that there are."""
     by_domain: dict[str, list[tuple[float, ...]]] = {}
-    for mark in marks:
-        by_domain.setdefault(mark.item.subset.partition("-")[0], []).append(mark.detail)
+    for credit in credits:
+        by_domain.setdefault(credit.item.subset.partition("-")[0], []).append(credit.detail)
     table = {  # hard, normal, easy of each domain
         domain: [percent(column) for column in zip(*parts, strict=True)]
         for domain, parts in by_domain.items()
@@ -129,7 +129,7 @@ BENCHMARK = Benchmark(
     ),
     read=read,
     games=games,
-    mark=mark,
+    credit=credit,
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:THU-KEG/RM-Bench#train",
@@ -141,6 +141,6 @@ BENCHMARK = Benchmark(
         ),
         Published("JudgeLRM-7B", "chat", 55.4, "OpenRubrics", COMMAND),
         Published("JudgeLRM-7B", "overall", 78.5, "Mix-GRM", COMMAND),
-        Published("JudgeLRM-7B", "overall", 58.7, "wizwand.com, origin not found", COMMAND),
+        Published("JudgeLRM-7B", "overall", 58.7, "wizwand.com, origin not known", COMMAND),
     ),
 )

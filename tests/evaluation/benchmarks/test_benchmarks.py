@@ -27,9 +27,9 @@ from jlrm.evaluation.benchmarks.judgelm import GOLD, PAIRS
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
 from jlrm.evaluation.classes import classification
-from jlrm.evaluation.games import Game, Item, ItemVerdicts, Response, outcome
+from jlrm.evaluation.games import Game, Item, ItemVerdicts, Response, game_verdict
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.reading import Reader, count, judged_items, read_answer, reader
+from jlrm.evaluation.reading import Reader, count, judged_items, read_response, reader
 from jlrm.evaluation.scoring import kappa
 from jlrm.judges.recorded import Recorded
 
@@ -46,21 +46,21 @@ def golden(reference: pathlib.Path, name: str):
 def score(name, games, said, policy=None, read=None):
     """Score answers given as a function of the game."""
     policy = policy or BENCHMARKS[name].policy
-    answers = {game.id: said(game) for game in games}
-    judged, missing = judged_items(games, answers, read or Reader())
+    responses = {game.id: said(game) for game in games}
+    judged, missing = judged_items(games, responses, read or Reader())
     assert not missing
-    return BENCHMARKS[name].score(judged, policy)
+    return BENCHMARKS[name].metrics(judged, policy)
 
 
 def replay(name, data, verdicts, *overrides, parser="lenient"):
     """Score a file of verdicts; return the judged items too."""
     items, policy = BENCHMARKS[name].read(str(data)), policy_of(name, overrides)
-    recorded, answers = Recorded(str(verdicts), items), {}
+    recorded, responses = Recorded(str(verdicts), items), {}
     games = recorded.as_played(BENCHMARKS[name].games(items, policy, 0))
-    recorded.backend("file")(games, lambda answer: answers.update({answer.game: answer}))
-    judged, missing = judged_items(games, answers, reader(parser))
+    recorded.backend("file")(games, lambda each: responses.update({each.game: each}))
+    judged, missing = judged_items(games, responses, reader(parser))
     assert not missing
-    return BENCHMARKS[name].score(judged, policy), judged
+    return BENCHMARKS[name].metrics(judged, policy), judged
 
 
 # ------------------------------------------------------------------------------ recorded judges
@@ -77,8 +77,8 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, parser):
         **{"agreement_no_ties": 82.66, "precision_no_ties": 82.97},
         **{"recall_no_ties": 82.94, "f1_no_ties": 82.66},
     }
-    marks = [BENCHMARKS["pandalm"].mark(each, policy_of("pandalm")) for each in judged]
-    confusion = collections.Counter((mark.item.label, mark.verdicts[0]) for mark in marks)
+    credits = [BENCHMARKS["pandalm"].credit(each, policy_of("pandalm")) for each in judged]
+    confusion = collections.Counter((credit.item.label, credit.verdicts[0]) for credit in credits)
     rows = [[confusion[gold, said] for said in (0, 1, 2)] for gold in (0, 1, 2)]
     assert rows == [[53, 33, 19], [16, 355, 51], [13, 91, 368]]
     assert count(judged, None) == (9 if parser == "lenient" else 0)  # 0, 0 is off the scale
@@ -241,7 +241,7 @@ def _right_where(right):
 
     def said(game: Game) -> Response:
         label = game.item.label if game.item.id in right else 3 - game.item.label
-        return Response(game.id, decision=label if game.first == 0 else 3 - label)
+        return Response(game.id, preference=label if game.first == 0 else 3 - label)
 
     return said
 
@@ -301,7 +301,7 @@ def test_judgebench_vectors(reference):
                 decision = decisions.get((each or {}).get("decision"))
                 game = Game(item, *order)
                 text = ("",) if decision is None else None
-                said[game.id] = Response(game.id, outputs=text, decision=decision)
+                said[game.id] = Response(game.id, texts=text, preference=decision)
         games = BENCHMARKS["judgebench"].games(items, policy_of("judgebench"), 0)
         metrics = score("judgebench", games, lambda game, said=said: said[game.id])
         for key, value in case["expected"].items():
@@ -428,14 +428,14 @@ def headline(metrics: dict[str, float]) -> float:
 @pytest.mark.parametrize(("name", "policy"), every_policy())
 def test_perfect_inverse_and_silent_judges(name, policy):
     games = BENCHMARKS[name].games(items_of(name), policy, 0)
-    perfect = score(name, games, lambda game: Response(game.id, decision=truth(game)), policy)
+    perfect = score(name, games, lambda game: Response(game.id, preference=truth(game)), policy)
     assert headline(perfect) == 100.0
     if name == "llmbar" and policy.order == "both":
         assert perfect["kappa_agreement"] == 1.0
     wrong = {0: 1, 1: 2, 2: 1}
-    inverse = score(name, games, lambda g: Response(g.id, decision=wrong[truth(g)]), policy)
+    inverse = score(name, games, lambda g: Response(g.id, preference=wrong[truth(g)]), policy)
     assert headline(inverse) == 0.0
-    silent = score(name, games, lambda game: Response(game.id, outputs=("Well",)), policy)
+    silent = score(name, games, lambda game: Response(game.id, texts=("Well",)), policy)
     if policy.aggregation == "majority":
         credit = float(policy.error_credit > 0.5)
     elif policy.error_credit == "tie":
@@ -453,7 +453,7 @@ def test_a_judge_of_ties_gets_the_credit_of_ties(name):
     for scores in (None, (5.0, 5.0)):
 
         def said(game, scores=scores):
-            return Response(game.id, scores=scores, decision=None if scores else 0)
+            return Response(game.id, scores=scores, preference=None if scores else 0)
 
         found = headline(score(name, games, said, policy))
         if name in CLASSES:
@@ -489,7 +489,7 @@ def test_with_both_orders_the_stored_order_of_answers_does_not_matter(name):
             shown = game.item.answers[game.first]
             decision = lean[game.item.id, int(shown == "answer 1")]
             text = ("",) if decision is None else None
-            return Response(game.id, outputs=text, decision=decision)
+            return Response(game.id, texts=text, preference=decision)
 
         one, two = (
             score(name, BENCHMARKS[name].games(each, policy, 0), said, policy)
@@ -532,11 +532,11 @@ def test_credit_adds_up_to_the_headline_where_that_is_a_mean():
     for name in [*CLASSES, "pairs", "helpsteer3", "llmbar", "judgebench", "ppe_preference"]:
         policy, rng = policy_of(name, ["order=both"]), random.Random(2)
         games = BENCHMARKS[name].games(items_of(name), policy, 0)
-        answers = {g.id: Response(g.id, decision=rng.choice([0, 1, 2])) for g in games}
-        judged, _ = judged_items(games, answers, Reader())
-        credits = [BENCHMARKS[name].credit(each, policy) for each in judged]
+        responses = {g.id: Response(g.id, preference=rng.choice([0, 1, 2])) for g in games}
+        judged, _ = judged_items(games, responses, Reader())
+        credits = [BENCHMARKS[name].credit(each, policy).value for each in judged]
         mean = 100 * sum(credits) / len(credits)
-        assert headline(BENCHMARKS[name].score(judged, policy)) == pytest.approx(mean)
+        assert headline(BENCHMARKS[name].metrics(judged, policy)) == pytest.approx(mean)
 
 
 def test_rewardbench2_counts_shared_maxima_and_failures():
@@ -545,13 +545,14 @@ def test_rewardbench2_counts_shared_maxima_and_failures():
 
     def credit(scores, policy=policy):
         games = BENCHMARKS["rewardbench2"].games([item], policy, 0)
-        outcomes = [
-            outcome(game, (scores[game.first], scores[game.second]))
+        verdicts = [
+            game_verdict(game, (scores[game.first], scores[game.second]))
             if None not in (scores[game.first], scores[game.second])
-            else read_answer(game, Response(game.id, outputs=("",)), Reader())
+            else read_response(game, Response(game.id, texts=("",)), Reader())
             for game in games
         ]
-        return BENCHMARKS["rewardbench2"].credit(ItemVerdicts(item, tuple(outcomes)), policy)
+        games = ItemVerdicts(item, tuple(verdicts))
+        return BENCHMARKS["rewardbench2"].credit(games, policy).value
 
     assert len(BENCHMARKS["rewardbench2"].games([item], policy, 0)) == 12
     assert credit([9, 3, 2, 1]) == 1.0
@@ -628,7 +629,7 @@ def test_agreement_with_people_counts_votes_as_fastchat_does(tmp_path, caplog):
 
 
 def said_or_not(game: str, decision: int | None) -> Response:
-    return Response(game, outputs=("",) if decision is None else None, decision=decision)
+    return Response(game, texts=("",) if decision is None else None, preference=decision)
 
 
 def test_votes_that_are_split_make_no_label():
@@ -658,7 +659,7 @@ def test_every_field_of_a_policy_has_an_effect():
 
             def said(game):
                 pick = picks[game.id]
-                return Response(game.id, outputs=None if pick is not None else ("",), decision=pick)
+                return Response(game.id, texts=None if pick is not None else ("",), preference=pick)
 
             return score(name, games, said, policy)
 
@@ -692,7 +693,7 @@ def test_votes_are_averaged_and_failures_keep_a_status():
     game = Game(Item("1", "?", ("a", "b"), 1), 0, 1)
 
     def read(*texts, parser="lenient"):
-        return read_answer(game, Response(game.id, outputs=texts), reader(parser))
+        return read_response(game, Response(game.id, texts=texts), reader(parser))
 
     one = "<answer>8</answer><answer>7</answer>"
     other = "r</think><answer>2</answer><answer>9</answer>"
@@ -706,7 +707,7 @@ def test_votes_are_averaged_and_failures_keep_a_status():
     assert read(zeros).status == "out_of_range"
     assert read(zeros, parser="judgelrm").preference == 0
     wide = Reader("lenient", (0, 100))
-    assert read_answer(game, Response(game.id, outputs=(zeros,)), wide).preference == 0
+    assert read_response(game, Response(game.id, texts=(zeros,)), wide).preference == 0
     for text, scores in (
         ("8 9\nwhy", (8.0, 9.0)),
         ("8,9", (8.0, 9.0)),
@@ -724,9 +725,9 @@ def test_votes_are_averaged_and_failures_keep_a_status():
 
 def test_an_item_with_an_unjudged_game_does_not_count():
     games = BENCHMARKS["judgebench"].games(items_of("judgebench", 3), policy_of("judgebench"), 0)
-    answers = {game.id: Response(game.id, decision=1) for game in games[:-2]}
-    answers[games[-2].id] = Response(games[-2].id, error="timeout")
-    judged, missing = judged_items(games, answers, Reader())
+    responses = {game.id: Response(game.id, preference=1) for game in games[:-2]}
+    responses[games[-2].id] = Response(games[-2].id, error="timeout")
+    judged, missing = judged_items(games, responses, Reader())
     assert (len(judged), missing) == (2, 1)
 
 
@@ -794,7 +795,7 @@ def test_rewardbench_reads_the_part_that_there_is(reference):
     items = BENCHMARKS["rewardbench"].read(str(file))
     assert len({item.id for item in items}) == 1403
     games = BENCHMARKS["rewardbench"].games(items, policy_of("rewardbench"), 0)
-    metrics = score("rewardbench", games, lambda game: Response(game.id, decision=truth(game)))
+    metrics = score("rewardbench", games, lambda game: Response(game.id, preference=truth(game)))
     assert {"overall", "Chat Hard", "Reasoning", "micro", "hep-go"} <= metrics.keys()
     assert "Chat" not in metrics
 
@@ -879,7 +880,7 @@ def test_rmb_reads_pairs_and_lists(tmp_path):
     assert len(games) == 6
     # one loser beats the best in one order
     said = {game.id: truth(game) for game in games} | {"BoN:1:0-2": 2}
-    found = score("rmb", games, lambda game: Response(game.id, decision=said[game.id]), policy)
+    found = score("rmb", games, lambda game: Response(game.id, preference=said[game.id]), policy)
     assert found == {"overall": 50.0, "Harmlessness Pairwise": 100.0, "Helpfulness BoN": 0.0}
 
 
@@ -892,7 +893,7 @@ def test_pairs_reads_whatever_training_reads(tmp_path):
     items = BENCHMARKS["pairs"].read(str(tmp_path / "pairs.jsonl"))
     assert [(item.id, item.label, item.subset) for item in items] == [("x", 1, "s"), ("y", 0, "t")]
     games = BENCHMARKS["pairs"].games(items, policy_of("pairs"), 0)
-    found = score("pairs", games, lambda game: Response(game.id, decision=0))
+    found = score("pairs", games, lambda game: Response(game.id, preference=0))
     assert found == {"overall": 75.0, "consistency": 100.0, "s": 50.0, "t": 100.0}
 
 
@@ -955,19 +956,19 @@ def recorded(tmp_path, rows, items=None):
 
 def test_recorded_verdicts_in_every_form(tmp_path):
     for row, wanted in (
-        ({"id": 7, "output": "text"}, Response("7:0-1", outputs=("text",))),
-        ({"idx": 7, "output": ["a", "b"]}, Response("7:0-1", outputs=("a", "b"))),
+        ({"id": 7, "output": "text"}, Response("7:0-1", texts=("text",))),
+        ({"idx": 7, "output": ["a", "b"]}, Response("7:0-1", texts=("a", "b"))),
         ({"pair_id": "7", "scores": [1, 2.5]}, Response("7:0-1", scores=(1.0, 2.5))),
-        ({"id": "7", "decision": 2}, Response("7:0-1", decision=2)),
-        ({"id": "7", "decision": "A>B", "swapped": True}, Response("7:1-0", decision=1)),
-        ({"id": "7:1-0", "decision": "tie"}, Response("7:1-0", decision=0)),
-        ({"game": "7:1-0", "decision": "B"}, Response("7:1-0", decision=2)),
-        ({"id": "7", "decision": None}, Response("7:0-1", outputs=("",))),
-        ({"id": "7", "gpt_result": "Tie\nas"}, Response("7:0-1", decision=0)),
-        ({"id": "7", "gpt_result": "garbage"}, Response("7:0-1", outputs=("garbage",))),
-        ({"id": "7", "result": 1}, Response("7:0-1", decision=1)),
+        ({"id": "7", "decision": 2}, Response("7:0-1", preference=2)),
+        ({"id": "7", "decision": "A>B", "swapped": True}, Response("7:1-0", preference=1)),
+        ({"id": "7:1-0", "decision": "tie"}, Response("7:1-0", preference=0)),
+        ({"game": "7:1-0", "decision": "B"}, Response("7:1-0", preference=2)),
+        ({"id": "7", "decision": None}, Response("7:0-1", texts=("",))),
+        ({"id": "7", "gpt_result": "Tie\nas"}, Response("7:0-1", preference=0)),
+        ({"id": "7", "gpt_result": "garbage"}, Response("7:0-1", texts=("garbage",))),
+        ({"id": "7", "result": 1}, Response("7:0-1", preference=1)),
     ):
-        assert list(recorded(tmp_path, [row]).answers.values()) == [wanted], row
+        assert list(recorded(tmp_path, [row]).responses.values()) == [wanted], row
 
 
 @pytest.mark.parametrize(
@@ -999,10 +1000,10 @@ def test_unknown_forms_of_verdicts_are_refused(tmp_path, row, message):
 def test_missing_and_extra_verdicts_are_counted(tmp_path, caplog):
     found = recorded(tmp_path, [{"id": 7, "decision": 1}, {"id": "unknown", "decision": 1}])
     items = [Item("7", "?", ("a", "b"), 1), Item("8", "!", ("a", "b"), 2)]
-    games, answers = BENCHMARKS["judgebench"].games(items, policy_of("judgebench"), 0), []
+    games, responses = BENCHMARKS["judgebench"].games(items, policy_of("judgebench"), 0), []
     with caplog.at_level(logging.WARNING):
-        found.backend("FILE")(games, answers.append)
-    assert [answer.error is None for answer in answers] == [True, False, False, False]
+        found.backend("FILE")(games, responses.append)
+    assert [each.error is None for each in responses] == [True, False, False, False]
     assert "1 rows name no item" in caplog.text and "3 games have no row" in caplog.text
     assert "--policy order=as_given" in caplog.text
 
@@ -1028,7 +1029,7 @@ def test_published_rows_name_metrics_that_the_benchmark_has(reference):
         metrics = score(
             name,
             known.games(items_of(name), policy, 0),
-            lambda game: Response(game.id, decision=truth(game)),
+            lambda game: Response(game.id, preference=truth(game)),
             policy,
         )
         known_elsewhere = {"Chat", "IFEval", "Precise IF", "chat", "safety"}
@@ -1050,6 +1051,7 @@ def test_marks_of_ties_carry_their_row():
     item = Item("tied:1", "?", ("a", "b", "c"), num_correct=2, subset="Ties")
     games = BENCHMARKS["rewardbench2"].games([item], policy_of("rewardbench2"), 0)
     said = {0: 9.0, 1: 8.0, 2: 1.0}
-    judged = ItemVerdicts(item, tuple(outcome(g, (said[g.first], said[g.second])) for g in games))
-    mark = rewardbench2.mark(judged, policy_of("rewardbench2"))
-    assert mark == Credit(item, 1.0, (), TiesRow("tied:1", [9.0, 8.0, 1.0], 2))
+    scores = [(said[game.first], said[game.second]) for game in games]
+    judged = ItemVerdicts(item, tuple(map(game_verdict, games, scores)))
+    credit = rewardbench2.credit(judged, policy_of("rewardbench2"))
+    assert credit == Credit(item, 1.0, (), TiesRow("tied:1", [9.0, 8.0, 1.0], 2))
