@@ -210,21 +210,37 @@ def module_of(path: str) -> str:
     return path.removesuffix(".py").replace("/", ".")
 
 
-def importers(module: str) -> list[str]:
-    """Return the test files that import a module, those of its own room first."""
+class Stage(NamedTuple):
+    """Tests that are run together: files, and pytest's options."""
+
+    files: tuple[str, ...]
+    options: tuple[str, ...]
+
+
+def stages(module: str) -> list[Stage]:
+    """Return the tests of the files that import a module: those that are quickest to kill first.
+
+    The fast ones of its own room, the fast ones of others, then the slow ones of its room.
+    """
     package, _, name = module.rpartition(".")
-    files = []
-    for path in sorted(TESTS.rglob("test_*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (
-                node.module == module
-                or (node.module == package and any(alias.name == name for alias in node.names))
-            ):
-                files.append(path)
-                break
     room = TESTS.joinpath(*package.split(".")[1:])
-    files.sort(key=lambda path: (room not in path.parents, path))
-    return [str(path.relative_to(ROOT)) for path in files]
+    mine, others = [], []
+    for path in sorted(TESTS.rglob("test_*.py")):
+        if _imports(ast.parse(path.read_text()), package, name):
+            files = mine if room in path.parents else others
+            files.append(str(path.relative_to(ROOT)))
+    fast, slow = ("--tier=fast",), ("--tier=everything", "-m", "slow")
+    every = Stage(tuple(mine), fast), Stage(tuple(others), fast), Stage(tuple(mine), slow)
+    return [stage for stage in every if stage.files]
+
+
+def _imports(tree: ast.Module, package: str, name: str) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            names = {alias.name for alias in node.names}
+            if node.module == f"{package}.{name}" or (node.module == package and name in names):
+                return True
+    return False
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -245,8 +261,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(mutated(self._mutant), self._mutant.path, "exec"), module.__dict__)
 
 
-def run_tests(mutant: Mutant | None, files: Sequence[str], tier: str, seconds: float) -> int:
-    """Fork; return the child's process id. It ends with pytest's exit code."""
+def run_tests(mutant: Mutant | None, stage: Stage, seconds: float) -> int:
+    """Fork; return the child's process id. It ends with 0 if all tests pass, or there are none."""
+    sys.stdout.flush()
     child = os.fork()
     if child:
         return child
@@ -263,53 +280,69 @@ def run_tests(mutant: Mutant | None, files: Sequence[str], tier: str, seconds: f
         hypothesis.settings.load_profile("mutants")
         if mutant is not None:
             sys.meta_path.insert(0, Finder(mutant))
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-header"]
         slack = ["--fast-seconds=1e9", "--fast-compile=1e9", "--fast-in-all=1e9"]
+        options = ["-x", "-q", "-p", "no:cacheprovider", *slack, *stage.options]
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            code = int(pytest.main([*options, *slack, f"--tier={tier}", *files]))
+            code = int(pytest.main([*options, *stage.files]))
+        if code == pytest.ExitCode.NO_TESTS_COLLECTED:
+            code = 0
         if code and mutant is None:
             os.write(2, said.getvalue().encode())
     finally:
         os._exit(code)
 
 
-def _ended(child: int) -> tuple[bool, float]:
-    """Wait; return whether all tests passed, and the processor seconds they took."""
-    _, status, used = os.wait4(child, 0)
-    return status == 0, used.ru_utime + used.ru_stime
-
-
 class Report(NamedTuple):
     mutant: Mutant
     is_killed: bool
-    seconds: float
 
 
-def examine(chosen: Sequence[Mutant], num_workers: int) -> list[Report]:
-    """Run the tests of every mutant, some at a time."""
-    tests = {path: importers(module_of(path)) for path in {mutant.path for mutant in chosen}}
-    limits: dict[str, float] = {}
-    for path, files in sorted(tests.items()):
-        if not files:
-            sys.exit(f"No test imports {module_of(path)}.")
-        passed, seconds = _ended(run_tests(None, files, "fast", 3600))
-        if not passed:
-            sys.exit(f"The tests of {path} fail without any change: {' '.join(files)}")
-        limits[path] = 20 + 10 * seconds
-        print(f"{path}: {seconds:.0f} s of tests in {' '.join(files)}", flush=True)
-    waiting, running, reports = list(reversed(chosen)), {}, []
+class Limits:
+    """How long the tests of a stage may take with a mutant: ten times what they take without."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[Stage, float] = {}
+
+    def of(self, stage: Stage) -> float:
+        if stage not in self._seconds:
+            _, status, used = os.wait4(run_tests(None, stage, 3600), 0)
+            if status:
+                sys.exit(f"These tests fail without any change: {stage}")
+            seconds = used.ru_utime + used.ru_stime
+            print(f"{seconds:.0f} s: {' '.join((*stage.options, *stage.files))}", flush=True)
+            self._seconds[stage] = 20 + 10 * seconds
+        return self._seconds[stage]
+
+
+def examine(chosen: Sequence[Mutant], num_workers: int, num_stages: int) -> list[Report]:
+    """Run the tests of every mutant, some mutants at a time."""
+    paths = {mutant.path for mutant in chosen}
+    tests = {path: stages(module_of(path))[:num_stages] for path in sorted(paths)}
+    untested = [path for path, every in tests.items() if not every]
+    if untested:
+        sys.exit(f"No test imports {', '.join(untested)}.")
+    limits = Limits()
+    for every in tests.values():
+        for stage in every:
+            limits.of(stage)
+    waiting = [(mutant, 0) for mutant in reversed(chosen)]
+    running: dict[int, tuple[Mutant, int]] = {}
+    reports: list[Report] = []
     while waiting or running:
         while waiting and len(running) < num_workers:
-            mutant = waiting.pop()
-            child = run_tests(mutant, tests[mutant.path], "fast", limits[mutant.path])
-            running[child] = mutant
-        child, status, used = os.wait4(-1, 0)
-        mutant = running.pop(child)
-        reports.append(Report(mutant, status != 0, used.ru_utime + used.ru_stime))
+            mutant, number = waiting.pop()
+            stage = tests[mutant.path][number]
+            running[run_tests(mutant, stage, limits.of(stage))] = mutant, number
+        child, status, _ = os.wait4(-1, 0)
+        mutant, number = running.pop(child)
+        if not status and number + 1 < len(tests[mutant.path]):
+            waiting.append((mutant, number + 1))
+            continue
+        reports.append(Report(mutant, status != 0))
         word = "killed" if status else "SURVIVED"
-        print(f"{len(reports)}/{len(chosen)} {word} {mutant.path}:{mutant.line} {mutant.change}",
-              flush=True)  # fmt: skip
+        at = f"{mutant.path}:{mutant.line}"
+        print(f"{len(reports)}/{len(chosen)} {word} {at} {mutant.change}", flush=True)
     return reports
 
 
@@ -328,6 +361,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="*", default=["*"], help="patterns of paths")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--stages", type=int, default=3, help="1: fast tests of the room alone")
     parser.add_argument("--json", help="write what became of every mutant to this file")
     args = parser.parse_args(argv)
     files = [path for pattern in TARGETS for path in sorted(ROOT.glob(pattern))]
@@ -340,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = sample(files, args.sample or 10**9, args.seed)
     preload()
     began = time.monotonic()
-    reports = examine(chosen, args.workers)
+    reports = examine(chosen, args.workers, args.stages)
     survivors = [report for report in reports if not report.is_killed]
     share = 100 * (1 - len(survivors) / len(reports))
     seconds = time.monotonic() - began
