@@ -206,6 +206,7 @@ def numbers(part):
             yield value
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_compares(config_file, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     changed = {

@@ -191,6 +191,7 @@ def outcome(path: pathlib.Path, overrides: tuple[str, ...] = ()) -> None:
         assert "\n" not in str(error) and len(str(error)) < 2000
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(key=st.sampled_from(keys_of(Config)), value=TREES)
 def test_any_tree_is_a_config_or_a_sentence(tmp_path_factory, key, value):

@@ -88,6 +88,7 @@ def model(pairs, out, *more) -> list[str]:
 # ------------------------------------------------------------------------------ recorded judges
 
 
+@pytest.mark.slow
 def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
     folder = reference / "pandalm"
     found = ran(
@@ -125,6 +126,7 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
         assert (tmp_path / "o" / name).stat().st_size
 
 
+@pytest.mark.slow
 def test_several_benchmarks_name_their_files_and_paths_may_hold_equal_signs(reference, capsys):
     folder, bench = reference / "pandalm", reference / "judgebench"
     judge = f"{GPT},judge_name=arena_hard,judge_model=o1-mini-2024-09-12.jsonl"
@@ -144,6 +146,7 @@ def test_several_benchmarks_name_their_files_and_paths_may_hold_equal_signs(refe
     assert round(ran(capsys, *flags)["judgebench"]["overall"], 2) == 65.71
 
 
+@pytest.mark.slow
 def test_two_recorded_judges_are_compared(reference, capsys, tmp_path):
     folder = reference / "pandalm"
     common = ("--benchmark", "pandalm", "--data", folder / "testset-v1.json", "--verdicts")
@@ -157,6 +160,7 @@ def test_two_recorded_judges_are_compared(reference, capsys, tmp_path):
     assert "against results_judgelrm3b: -6.61 points" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_reaches_the_page(reference, capsys, tmp_path):
     folder = reference / "pandalm"
     common = ("--benchmark", "pandalm", "--data", folder / "testset-v1.json", "--limit", 200)
@@ -488,6 +492,7 @@ def test_help_tells_all_benchmarks_and_policies():
         assert f"--{option.replace('_', '-')}" in text
 
 
+@pytest.mark.slow
 def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
     """Random weights: they write no verdict, and the same command does not load them again."""
     write_model(tmp_path / "model")

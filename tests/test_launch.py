@@ -308,6 +308,7 @@ def test_dry_run_prints_every_command_and_runs_none(cloud):
     assert "# on stdin: HF_TOKEN" in done.stdout and TOKEN not in done.stdout
 
 
+@pytest.mark.slow
 def test_gcloud_knows_these_flags(cloud, tmp_path):
     gcloud = shutil.which("gcloud")
     if gcloud is None:
@@ -351,6 +352,7 @@ def test_a_request_that_fails_later_is_explained(cloud):
     assert len(cloud.calls("create")) == 1
 
 
+@pytest.mark.slow
 def test_up_survives_preemption(cloud):
     cloud.states(
         *["ABSENT", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE", "SUSPENDING"],
@@ -392,6 +394,7 @@ def test_wrong_input_of_the_command_is_not_retried(cloud):
     assert len(cloud.calls("host.sh start")) == 2 and len(cloud.calls("delete")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", ["exited 143 | saved", "exited 137 | ", "lost | "])
 def test_restarts_are_bounded(cloud, status):
     cloud.states("ACTIVE")
@@ -401,6 +404,7 @@ def test_restarts_are_bounded(cloud, status):
     assert len(cloud.calls("host.sh start")) == 3
 
 
+@pytest.mark.slow
 def test_one_failed_host_stops_the_others(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh status", out="none\n", times=4)
@@ -412,6 +416,7 @@ def test_one_failed_host_stops_the_others(cloud):
     assert len(cloud.calls("host.sh stop")) == 4 and len(cloud.calls("host.sh start")) == 4
 
 
+@pytest.mark.slow
 def test_a_lost_host_explains_its_peers_failure(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh status", out="none\n", times=2)
@@ -422,6 +427,7 @@ def test_a_lost_host_explains_its_peers_failure(cloud):
     assert done.returncode == 0 and "restart 1 of 20" in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 def test_a_host_out_of_reach_is_replaced(cloud):
     cloud.reply("describe", out="ACTIVE\n", times=5)
     cloud.reply("describe", err="NOT_FOUND\n", code=1, times=1)
@@ -436,6 +442,7 @@ def test_a_host_out_of_reach_is_replaced(cloud):
     assert len(cloud.calls("delete")) == 2 and len(cloud.calls("create")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "code"), [("setup", 1), ("start", 1), ("start", 255)])
 def test_a_host_that_does_not_start_is_named(cloud, step, code):
     cloud.states("ACTIVE")
@@ -509,6 +516,7 @@ def on_hosts(cloud, action: str, *args: str, env=None):
     return cloud.run("tpu_vm.sh", action, *TPU, "--type", "v5e-4", "--slices", "2", *args, env=env)
 
 
+@pytest.mark.slow
 def test_a_job_on_two_hosts_from_start_to_stop(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh setup")

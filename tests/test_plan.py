@@ -175,6 +175,7 @@ def test_what_is_held_beside_each_program(mesh, tmp_path):
     assert resumed[1] == {phases.WEIGHTS: weights, phases.MOMENTS: moments}
 
 
+@pytest.mark.slow
 def test_the_reference_counts_only_with_a_kl_weight(mesh, tmp_path):
     planned, _ = make_phases(mesh, tmp_path, loss={"kl_weight": 0.0})
     assert not {"freeze", "score_reference"} & planned.tasks.keys()
@@ -185,6 +186,7 @@ def test_the_reference_counts_only_with_a_kl_weight(mesh, tmp_path):
     assert difference == beside(with_it, "update", "update")[phases.REFERENCE] > 0
 
 
+@pytest.mark.slow
 def test_what_is_sent_off_ahead_is_held_too(mesh, tmp_path):
     by_ahead = {}
     for ahead, more in (("none", {}), ("next", {}), ("stale", {"loss": {"importance_cap": 2.0}})):
@@ -223,6 +225,7 @@ def planned(tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_the_command(planned, capsys):
     arguments = ["--config", str(planned / "plan.yaml"), "--topology", "v5e:2x2", "--json"]
     code = commands.run(lambda: plan.main([*arguments, "--out", str(planned / "out")]))
@@ -268,6 +271,7 @@ def run(capsys, *arguments):
     return code, printed.out, printed.err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_ends_with_1(mesh, tmp_path, capsys):
     file = tmp_path / "plan.yaml"
     file.write_text(json.dumps(settings(tmp_path, model={"preset": "qwen2.5-7b"})))

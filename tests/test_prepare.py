@@ -443,6 +443,7 @@ def test_statistics_count_what_is_written(tmp_path):
 # --------------------------------------------------------------------------- whole, or not there
 
 
+@pytest.mark.slow
 def test_killed_while_writing_it_leaves_no_dataset_and_starts_anew(tmp_path):
     rows = [
         dataclasses.replace(row, answer_2=str(i))

@@ -158,6 +158,7 @@ def test_keep_adds_its_id_to_those_kept(distribution):
     )
 
 
+@pytest.mark.slow
 @each_distribution
 def test_gradients_are_those_of_a_softmax_over_the_kept_ids(distribution):
     logits, keep = random_logits((8, 1000)), np.arange(8)
@@ -656,6 +657,7 @@ def test_entropy_is_that_of_the_kept_ids(mesh):
             assert found[index] == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.slow
 @each_mesh
 def test_a_token_that_left_the_kept_ids_has_a_finite_log_probability_and_gradient(mesh_shape):
     states, head, _, weights = example_of()

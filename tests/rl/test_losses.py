@@ -409,6 +409,7 @@ def test_parts_of_any_partition_add_up_to_the_whole(aggregation, order, cuts):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("aggregation", "factor"),
     [
