@@ -238,11 +238,16 @@ class Config:
         _check(self)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Return a phrase that helps after a mistyped name: the nearest known one, or all of them."""
+def nearest(
+    name: str, known: typing.Iterable[str], listed: typing.Iterable[str] | None = None
+) -> str:
+    """Return a phrase that helps after a mistyped name: the nearest known one, or all of them.
+
+    listed: what is listed instead of all known names, where these are many.
+    """
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(listed or known)}."
 
 
 def dotted(section: str, key: object) -> str:

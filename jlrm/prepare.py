@@ -122,19 +122,14 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
     rows = sift(rows, duplicates(rows), dropped)
     statistics["pairs_with_differing_labels"] = count_differing_labels(rows)
-    found = benchmarks.find([row.question for row in rows], recipe.overlap)
-    rows = sift(rows, [reason for reason, _ in found], dropped)
+    contaminated = benchmarks.find([row.question for row in rows], recipe.overlap)
+    rows = sift(rows, [reason for reason, _ in contaminated], dropped)
     if tokenizer:
-        counts = prompt_tokens(rows, tokenizer, recipe.prompt, both_orders=recipe.swap)
-        is_overlong = [count > recipe.max_prompt_tokens for count in counts]
-        rows = sift(rows, ["overlong" if over else "" for over in is_overlong], dropped)
-        statistics["prompt_tokens"] = percentiles(
-            count for count, over in zip(counts, is_overlong, strict=True) if not over
-        )
+        rows, statistics["prompt_tokens"] = _without_overlong(rows, recipe, tokenizer, dropped)
     if not rows:
         raise UsageError(
             f"No row is left of {statistics['rows_read']}: {describe_dropped(dropped)}. "
-            "Name other inputs, or loosen what drops them."
+            "Name other inputs, or relax the settings that leave them out."
         )
     splits = split(rows, recipe.validation)
     if recipe.swap:
@@ -142,11 +137,22 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     statistics |= {
         "rows_kept": len(rows),
         "dropped": count_reasons(dropped),
-        "contaminated_by": counted(source for _, source in found if source),
+        "contaminated_by": counted(source for _, source in contaminated if source),
         "splits": {name: describe(part) for name, part in splits.items()},
     }
     write(place, splits, dropped, statistics, preparation)
     return statistics, False
+
+
+def _without_overlong(
+    rows: list[Comparison], recipe: Recipe, tokenizer: Any, dropped: list[Dropped]
+) -> tuple[list[Comparison], dict[str, Any]]:
+    """Return the rows whose prompts fit, and percentiles of their lengths in tokens."""
+    counts = prompt_tokens(rows, tokenizer, recipe.prompt, both_orders=recipe.swap)
+    is_overlong = [count > recipe.max_prompt_tokens for count in counts]
+    kept = sift(rows, ["overlong" if over else "" for over in is_overlong], dropped)
+    lengths = (count for count, over in zip(counts, is_overlong, strict=True) if not over)
+    return kept, percentiles(lengths)
 
 
 # ---------------------------------------------------------------------------------- 1 read
@@ -161,12 +167,12 @@ def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
     rows: list[Comparison] = []
     dropped: list[Dropped] = []
     for source in recipe.input:
-        found = readers.read(source, columns=recipe.columns, scores=recipe.scores)
-        dropped += found.dropped
-        stored = [_as_stored(row) for row in found.rows]
+        given = readers.read(source, columns=recipe.columns, scores=recipe.scores)
+        dropped += given.dropped
+        stored = [_as_stored(row) for row in given.rows]
         reasons = [
             "" if _order(after) == _order(before) else "unstorable_scores"
-            for after, before in zip(stored, found.rows, strict=True)
+            for after, before in zip(stored, given.rows, strict=True)
         ]
         rows += sift(stored, reasons, dropped)
     return rows, dropped
@@ -175,7 +181,7 @@ def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
 def _as_stored(row: Comparison) -> Comparison:
     if row.scores is None:
         return row
-    with np.errstate(over="ignore"):  # found by `_order`
+    with np.errstate(over="ignore"):  # `_order` sees the infinity
         first, second = (float(str(np.float32(score))) for score in row.scores)
     return dataclasses.replace(row, score_1=first, score_2=second)
 
@@ -201,9 +207,9 @@ def statistics_of(preparation: dict[str, Any], place: Place) -> dict[str, Any] |
     if not files or _is_torn(place, files):
         return None
     if not place.holds_dataset(files) or not files >= {"preparation.json", "statistics.json"}:
-        found = ", ".join(sorted(files)[:3])
+        some = ", ".join(sorted(files)[:3])
         raise UsageError(
-            f"{place.name} is not empty, and no prepared dataset (it holds {found}). "
+            f"{place.name} is not empty, and is no prepared dataset (it holds {some}). "
             "Name another --out, or delete it."
         )
     before = place.read_json("preparation.json")

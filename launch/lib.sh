@@ -61,19 +61,19 @@ value() {
 # setting KEY "$@": the value of KEY=VALUE among a command's words (the last one counts), or of
 # run.dir in its --config file.
 setting() {
-  local key="$1" word found="" config="" previous=""
+  local key="$1" word value_given="" config="" previous=""
   shift
   for word in "$@"; do
     case "$word" in
-      "$key="*) found="${word#*=}" ;;
+      "$key="*) value_given="${word#*=}" ;;
       --config=*) config="${word#*=}" ;;
     esac
     if [ "$previous" = --config ]; then config="$word"; fi
     previous="$word"
   done
-  if [ -z "$found" ] && [ -f "$config" ]; then
-    found="$(awk -v section="${key%%.*}:" -v name="${key##*.}:" '
+  if [ -z "$value_given" ] && [ -f "$config" ]; then
+    value_given="$(awk -v section="${key%%.*}:" -v name="${key##*.}:" '
       /^[^ #]/ { inside = ($1 == section) } inside && $1 == name { print $2; exit }' "$config")"
   fi
-  printf '%s' "$found"
+  printf '%s' "$value_given"
 }

@@ -15,7 +15,7 @@ find_python() {
       return
     fi
   done
-  echo "error: no Python 3.11, 3.12 or 3.13 found. Install one, or set PYTHON to its path." >&2
+  echo "error: there is no Python 3.11, 3.12 or 3.13 here. Install one, or set PYTHON to its path." >&2
   return 1
 }
 

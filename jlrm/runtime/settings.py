@@ -237,9 +237,8 @@ def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> A
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise UsageError(
-                f"Unknown key {_short(dotted(where, key))}. {nearest(str(key), _names(hints))}"
-            )
+            way_out = nearest(str(key), _names(hints), hints)
+            raise UsageError(f"Unknown key {_short(dotted(where, key))}. {way_out}")
     built = {}
     for spec in dataclasses.fields(kind):
         hint, name = hints[spec.name], dotted(where, spec.name)

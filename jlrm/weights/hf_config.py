@@ -26,20 +26,26 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
     Raises:
       UsageError: there is no such file, or this code would compute the model differently.
     """
-    file = directory / "config.json"
-    try:
-        source = json.loads(file.read_text())
-    except OSError as error:
-        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}.") from None
-    return config_from_hf(source, str(file), **numerics)
+    return config_from_hf(_read_json(directory), str(directory / "config.json"), **numerics)
 
 
 def stored_dtype(directory: pathlib.Path) -> str:
     """Return the dtype that a directory's config.json gives its weights; float32 by default."""
-    described = json.loads((directory / "config.json").read_text())
+    described = _read_json(directory)
     return described.get("dtype") or described.get("torch_dtype") or "float32"
+
+
+def _read_json(directory: pathlib.Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        raise UsageError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(described, dict):
+        raise UsageError(f"{file} must hold a JSON object, got {type(described).__name__}.")
+    return described
 
 
 def config_from_hf(

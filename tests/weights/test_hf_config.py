@@ -374,3 +374,20 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     assert shared >= {"hidden_size", "head_dim", "num_key_value_heads", "tie_word_embeddings"}
     for field in shared:
         assert getattr(theirs, field) == getattr(config, field), field
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "Cannot read .*config.json: No such file"),
+        (b"[1]", "must hold a JSON object, got list"),
+        (b"{", "is not valid JSON"),
+        (b"\xff", "is not valid JSON"),
+    ],
+)
+@pytest.mark.parametrize("read", [hf_config.read_config, hf_config.stored_dtype])
+def test_a_config_that_cannot_be_read_is_said(tmp_path, read, content, said):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        read(tmp_path)
