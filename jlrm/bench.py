@@ -21,6 +21,7 @@ memory side by side, and their repetitions alternate: what disturbs one disturbs
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
@@ -32,27 +33,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from jlrm.config import Config, UsageError
 from jlrm.model import qwen
-from jlrm.model.qwen import QwenConfig
 from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
 from jlrm.reports import tables
-from jlrm.rl.distribution import Distribution
 from jlrm.runtime import cluster, commands, hosts
-from jlrm.runtime.mesh import create_mesh, rollout_layout, training_layout
+from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
 from jlrm.sampling import stops
 from jlrm.sampling.generate import Generate, fetch, make_generator
-from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.policy import Network, bare_network
 from jlrm.training import update
 from jlrm.training.packing import Group
-from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch
-from jlrm.weights.source import check_mesh, read_model
+from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch, rollout_settings
+from jlrm.weights.source import read_model
 
 PHASES = ("rollout", "logprobs", "update")
 PREFILL = "prefill"  # the beginning of a rollout, measured beside it
@@ -76,11 +74,9 @@ COLUMNS = {  # of the table: key of a phase's figures, unit of the column
 # --- The programs of a run, and a batch for them ---
 
 
-def open_model(config: Config) -> tuple[Mesh, QwenConfig]:
-    """Return the mesh of all devices, and a model that it divides."""
-    mesh, model = create_mesh(config.mesh), read_model(config)
-    check_mesh(mesh, model)
-    return mesh, model
+def open_network(config: Config) -> Network:
+    """Return the model of a config on a mesh of all devices."""
+    return bare_network(read_model(config), create_mesh(config.mesh))
 
 
 def draw_batch(config: Config) -> BatchSizes:
@@ -98,23 +94,19 @@ class Workload:
     `rollout`, `prefill`, `logprobs` and `update` each do their work once and wait for it.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, model: QwenConfig) -> None:
-        self.config, self.mesh, self.model = config, mesh, model
-        self.training, decoding = training_layout(mesh), rollout_layout(mesh)
+    def __init__(self, config: Config, network: Network) -> None:
+        self.config, self.mesh, self.model = config, network.mesh, network.model
+        self.training, model = network.training, network.model
         self.batch = draw_batch(config)
         sampling, longest = config.sampling, config.data.max_prompt_tokens
-        # As with a tokenizer that has one id less than the head; that id never ends a completion.
-        unused = model.vocab_size - 1
-        distribution = Distribution(sampling.temperature, sampling.top_k, sampling.top_p, unused)
-        fixed = config, model, self.training, decoding
-        self.programs = grpo_programs(*fixed, distribution, longest)
+        self.programs = grpo_programs(config, network, longest)
+        settings = rollout_settings(config, network)
         # Without a tokenizer no id spells anything, and no stop string is ever found.
         stop_tables = stops.stop_tables(sampling.stop_strings, [], model.vocab_size)
         self.generate, self.generate_first = (
             make_generator(
-                model,
-                decoding,
-                SamplerSettings(distribution, num_new, (unused,), sampling.slots),
+                network,
+                dataclasses.replace(settings, max_new_tokens=num_new),
                 stop_tables,
                 config.run.seed,
                 config.grpo.rollouts,
@@ -305,10 +297,11 @@ def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, dict[str, fl
 
 def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
     """Measure one config, or two against each other; return what `--json` prints."""
-    meshes, models = zip(*map(open_model, configs), strict=True)
-    dtypes = dict.fromkeys(model.compute_dtype for model in models)
-    machines = {dtype: machine.limits(meshes[0], dtype) for dtype in dtypes}  # before memory fills
-    workloads = list(map(Workload, configs, meshes, models))
+    networks = [open_network(config) for config in configs]
+    dtypes = dict.fromkeys(network.model.compute_dtype for network in networks)
+    mesh = networks[0].mesh  # measured before memory fills
+    machines = {dtype: machine.limits(mesh, dtype) for dtype in dtypes}
+    workloads = list(map(Workload, configs, networks))
     times = measure(workloads, repeats)
     results = []
     for workload, of_one in zip(workloads, times, strict=True):

@@ -165,6 +165,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SFTConfig:
+    title = "SFT"  # what makes a section a stage
     steps: Count = 0  # optimiser steps; 0: no SFT before GRPO
     batch_size: Positive = 64  # sequences per optimiser step
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
@@ -199,6 +200,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GRPOConfig:
+    title = "GRPO"
     steps: Count = 0  # rollout batches; 0: no GRPO
     prompts: Positive = 16  # per step
     rollouts: Annotated[int, 2] = 8  # completions of each prompt
@@ -236,6 +238,20 @@ class Config:
     def __post_init__(self) -> None:
         _check_range(self)
         _check(self)
+
+
+def stage_titles() -> dict[str, str]:
+    """Return name: title of all stages, in the order in which a run has them.
+
+    A stage is a section that has a title, named as the section; training/stages.py has its recipe.
+    """
+    sections = typing.get_type_hints(Config)
+    return {name: kind.title for name, kind in sections.items() if hasattr(kind, "title")}
+
+
+def stages_of(config: Config) -> list[str]:
+    """Return the names of the stages that a run has, in order."""
+    return [name for name in stage_titles() if getattr(config, name).steps]
 
 
 def nearest(

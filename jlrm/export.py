@@ -91,7 +91,10 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     params = hf.load_params(directory, config, layout)
     hf.copy_side_files(directory, partial / "model")
     checkpoint.save_params(
-        partial, "import", params, {"stage": "import", "step": 0, "source": source}
+        partial,
+        checkpoint.IMPORTED,
+        params,
+        {"stage": checkpoint.IMPORTED, "step": 0, "source": source},
     )
     os.replace(partial, out)
 

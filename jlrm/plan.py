@@ -37,8 +37,9 @@ from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load
 from jlrm.runtime.settings_help import add_settings
+from jlrm.sampling.policy import check_mesh
 from jlrm.weights import hf, hf_config
-from jlrm.weights.source import check_mesh, read_model
+from jlrm.weights.source import read_model
 
 FIRST = ("update", "sft")  # compiled first in a search: what most often does not fit
 NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program

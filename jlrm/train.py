@@ -27,17 +27,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jlrm.config import Config
+from jlrm.config import Config, stages_of
 from jlrm.reports import run_page, run_summary, tables
 from jlrm.reports.run_summary import RunSummary
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
-from jlrm.training.grpo import grpo
 from jlrm.training.heldout import make_evaluation
-from jlrm.training.setup import open_run
-from jlrm.training.sft import sft
-from jlrm.training.stage import StageResult
+from jlrm.training.setup import Run, open_run
+from jlrm.training.stages import STAGES
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +46,13 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
     Returns:
       The content of `summary.json`: held-out metrics per stage, and what the run cost.
     """
-    run = open_run(config, devices)
-    evaluate = make_evaluation(run)
-    outcomes: dict[str, StageResult] = {}
-    if config.sft.steps:
-        outcomes["sft"] = sft(run, evaluate)
-    if config.grpo.steps:
-        outcomes["grpo"] = grpo(run, evaluate)
+    with open_run(config, devices) as run:
+        return _train(run)
+
+
+def _train(run: Run) -> dict[str, Any]:
+    config, evaluate = run.config, make_evaluation(run)
+    outcomes = {name: STAGES[name](run, evaluate) for name in stages_of(config)}
     first = next(iter(outcomes.values()))
     stages = {"start": first.start} if first.start else {}
     summary = RunSummary(
@@ -64,9 +62,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         tokens=sum(outcome.num_tokens for outcome in outcomes.values()),
     )
     if hosts.is_main():
-        run_summary.write(run.dir, summary)
-        run_page.write_report(run.dir)
-        run.mirror.push()
+        run_summary.write(run.directory.path, summary)
+        run_page.write_report(run.directory.path)
+        run.directory.mirror.push()
     return summary.as_json()
 
 
@@ -94,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(summary))
         return
     columns = ["stage", "agreement", "parse_rate", "swap_consistency", "reward", "mean_length"]
-    rows = [{"stage": name, **summary[name]} for name in ("sft", "grpo") if name in summary]
+    rows = [{"stage": name, **summary[name]} for name in stages_of(config)]
     print(tables.table(rows, columns))
     print(f"{time.monotonic() - began:.0f} s. Report: {config.run.dir}/report.html")
 

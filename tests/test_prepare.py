@@ -368,7 +368,7 @@ def test_overlong_rows_are_dropped_when_either_order_is(tmp_path):
     rows = [dataclasses.replace(row, id=str(i)) for i, row in enumerate(rows)]
     source = jsonl(tmp_path / "x.jsonl", rows)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encode = batches.prompt_encoder(tokenizer, DataConfig(train="", prompt="toy"))
+    encode = batches.prompt_encoder(tokenizer, "toy")
     orders = (rows, [row.swapped() for row in rows])
     counts = [[len(example.prompt_ids) for example in encode(order)] for order in orders]
     limit = max(a for a, b in zip(*counts, strict=True) if a < b)  # fits one way only

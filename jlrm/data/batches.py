@@ -68,17 +68,17 @@ class Examples:
         return dataclasses.replace(self, rows=self.rows.select(rows), lengths=lengths)
 
 
-def prompt_encoder(
-    tokenizer: Tokenizer, config: DataConfig, scale: tuple[int, int] = (1, 10)
-) -> Encode:
+def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (1, 10)) -> Encode:
     """Return what fills and tokenises the prompts of rows, however long.
 
-    `scale` is written into a prompt that states one.
+    Args:
+      prompt: the template's name.
+      scale: written into a prompt that states one.
 
     Raises:
       UsageError: no such template.
     """
-    template = prompt_template(tokenizer, config.prompt, min_score=scale[0], max_score=scale[1])
+    template = prompt_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
     # Think tags too where they are ordinary text: a judge that quotes an answer and is then cut off
     # would otherwise end with that answer's idea of a verdict.
     control = control_tokens(tokenizer) | set(prompts.THINK_TAGS)
@@ -130,7 +130,7 @@ def encode_prompts(
     Raises:
       UsageError: an overlong row under `overlong: refuse`, no row left, or no such template.
     """
-    encode_rows = prompt_encoder(tokenizer, config, scale)
+    encode_rows = prompt_encoder(tokenizer, config.prompt, scale)
     counts = count_tokens(rows.mine, encode_rows, progress=progress)
     lengths = rows.table("lengths of prompts", counts)
     limit = config.max_prompt_tokens

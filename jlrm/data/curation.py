@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jlrm.config import DataConfig, UsageError
+from jlrm.config import UsageError
 from jlrm.data.batches import count_tokens, prompt_encoder
 from jlrm.data.comparisons import Comparison, Dropped, question_key, tidy
 from jlrm.data.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ def prompt_tokens(
     rows: Sequence[Comparison], tokenizer: Tokenizer, prompt: str, *, both_orders: bool
 ) -> list[int]:
     """Count the tokens of each row's prompt, as training makes it; of both orders the longer."""
-    encode_rows = prompt_encoder(tokenizer, DataConfig(train="", prompt=prompt))
+    encode_rows = prompt_encoder(tokenizer, prompt)
     both = rows if not both_orders else [way for row in rows for way in (row, row.swapped())]
     lengths = count_tokens(both, encode_rows, progress="tokenise")[:, 0]
     return lengths.reshape(len(rows), -1).max(axis=1, initial=0).tolist()

@@ -1,7 +1,7 @@
 """A model of ours as a judge: Hugging Face weights or a run's, decoded on the devices of a mesh.
 
-Three ways to decode. Sampling and greedy decoding are those of training (rollout.py); with beams or
-a repetition penalty it is the search of the paper's own evaluation (beam.py).
+Three ways to decode. Sampling and greedy decoding are those of training (sampler.py); beams or a
+repetition penalty are the search of the paper's own evaluation (beam.py).
 
 What is written in a game depends on the game alone, not on when it is asked, nor on what else is
 left to ask: its prompt's width is a function of its length, batches are filled up to one size so
@@ -17,31 +17,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import jax
-
-from jlrm.config import DataConfig, MeshConfig, UsageError
+from jlrm.config import MeshConfig
 from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.comparisons import Comparison
-from jlrm.data.tokenizer import (
-    Tokenizer,
-    check_vocabulary,
-    decode,
-    end_ids,
-    load_tokenizer,
-)
+from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.model.qwen import Params
-from jlrm.runtime.mesh import (
-    create_mesh,
-    rollout_layout,
-    training_layout,
-)
-from jlrm.sampling.decode import decode_params
+from jlrm.runtime.mesh import create_mesh
+from jlrm.sampling.generate import lay_out_program
+from jlrm.sampling.policy import check_positions, open_policy
 from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
 from jlrm.weights import checkpoint, hf_config
-from jlrm.weights.source import check_mesh, model_files, read_params
+from jlrm.weights.source import model_files, read_params
 
 STOP = {"</answer>": 2}
 
@@ -73,24 +61,17 @@ def make(
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
     if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
         config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
-    longest = max_prompt_tokens + decoding.max_new_tokens
-    if longest > config.max_position_embeddings:
-        raise UsageError(
-            f"Prompt and completion together can have {longest} tokens, {model} has positions for "
-            f"{config.max_position_embeddings}. Lower max_prompt_tokens or max_new_tokens."
-        )
-    tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, config.vocab_size)
-    grid = create_mesh(mesh)
-    check_mesh(grid, config)
-    layout, ends = rollout_layout(grid), end_ids(tokenizer, directory)
-    write = make_writer(config, layout, tokenizer, ends, decoding, widths(max_prompt_tokens))
-    encode = prompt_encoder(tokenizer, DataConfig(train="", prompt=prompt), scale)
+    check_positions(
+        config, max_prompt_tokens + decoding.max_new_tokens, "max_prompt_tokens or max_new_tokens"
+    )
+    policy = open_policy(config, create_mesh(mesh), directory)
+    write = make_writer(policy, decoding, widths(max_prompt_tokens))
+    encode = prompt_encoder(policy.tokenizer, prompt, scale)
 
     @functools.cache
     def weights() -> Params:
-        params = read_params(model, config, training_layout(grid))
-        return jax.jit(partial(decode_params, config, layout))(params)
+        params = read_params(model, config, policy.training)
+        return lay_out_program(config, policy.decoding)(params)
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         fitting = []
@@ -100,7 +81,7 @@ def make(
             else:
                 fitting.append(example)
         for written in write(weights(), fitting) if fitting else ():
-            record(answer(tokenizer, written))
+            record(answer(policy.tokenizer, written))
 
     return judge
 

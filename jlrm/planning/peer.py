@@ -21,15 +21,15 @@ import spec as spec_lib  # pyright: ignore[reportMissingImports]  (the harness')
 
 from jlrm import config as configs
 from jlrm.rl.advantages import group_advantages
-from jlrm.rl.distribution import Distribution
-from jlrm.runtime.mesh import create_mesh, host_array, rollout_layout, training_layout
+from jlrm.runtime.mesh import create_mesh, host_array
 from jlrm.runtime.settings import from_dict
 from jlrm.sampling.generate import fetch, make_generator
-from jlrm.sampling.sampler import Rollout, SamplerSettings
+from jlrm.sampling.policy import Network
+from jlrm.sampling.sampler import Rollout
 from jlrm.sampling.stops import stop_tables
 from jlrm.training import update
 from jlrm.training.packing import Group
-from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch
+from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch, rollout_settings
 from jlrm.weights import hf, hf_config
 
 
@@ -70,15 +70,12 @@ class Peer:
         model = hf_config.read_config(
             spec.dir, param_dtype="float32", compute_dtype="float32", remat=remat
         )
-        mesh = create_mesh(config.mesh, jax.devices()[:1])
-        self.training, decoding = training_layout(mesh), rollout_layout(mesh)
-        distribution = Distribution(spec.temperature)
-        fixed = config, model, self.training, decoding
-        self.programs = grpo_programs(*fixed, distribution, spec.prompt_len)
+        network = Network(model, create_mesh(config.mesh, jax.devices()[:1]), 0, ())
+        self.training = network.training
+        self.programs = grpo_programs(config, network, spec.prompt_len)
         self.generate = make_generator(
-            model,
-            decoding,
-            SamplerSettings(distribution, spec.new_tokens, ()),
+            network,
+            rollout_settings(config, network),
             stop_tables({}, [], spec.vocab),
             spec.seed,
             spec.group,

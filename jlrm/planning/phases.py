@@ -35,6 +35,7 @@ from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime.mesh import Layout, compiler_options, rollout_layout, training_layout
 from jlrm.sampling import decode, sampler, stops
+from jlrm.sampling.policy import bare_network
 from jlrm.sampling.sampler import SamplerSettings
 from jlrm.training import packing, update
 from jlrm.training.packing import Group, Rows
@@ -144,7 +145,7 @@ def _grpo(
         sampling.temperature, sampling.top_k, sampling.top_p, model.vocab_size - 1
     )
     longest = config.data.max_prompt_tokens
-    programs = grpo_programs(config, model, training, decoding, distribution, longest)
+    programs = grpo_programs(config, bare_network(model, training.mesh), longest)
     state = update.abstract_state(model, training, programs.optimizer)
     held, only = _state_kinds(state), {WEIGHTS: slices.shard_bytes(state.params)}
     moments = {MOMENTS: held[MOMENTS]}

@@ -1,29 +1,66 @@
-"""A sampler bound to a model: prompts in, token ids, log-probabilities and lengths out."""
+"""The sampler bound to a network: prompts in, token ids, log-probabilities and lengths out.
+
+The two programs of a rollout are built here and nowhere else: `lay_out_program` turns weights into
+those that decoding reads, `rollout_program` samples with them.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlrm.data import batches
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout, global_array, host_array, replicate
 from jlrm.sampling import sampler
-from jlrm.sampling.decode import Prompts
+from jlrm.sampling.decode import Prompts, decode_params
+from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import Rollout, SamplerSettings
 from jlrm.sampling.stops import StopTables
 
-# generate(weights from `lay_out`, prompts, their numbers in the data, step) begins on the devices
-# and returns at once; `fetch` waits.
+# generate(weights laid out for decoding, prompts, their numbers in the data, step) begins on the
+# devices and returns at once; `fetch` waits.
 Generate = Callable[[Params, Sequence[Sequence[int]], np.ndarray, int], Rollout]
 
 
+@functools.cache  # rollouts and held-out judgements of a run share one, compiled once
+def lay_out_program(model: QwenConfig, decoding: Layout, quantise: bool = False) -> Any:
+    """Return the jitted program parameters -> weights laid out for decoding."""
+    return jax.jit(partial(decode_params, model, decoding, quantise=quantise))
+
+
+def rollout_program(network: Network, settings: SamplerSettings) -> Any:
+    """Return the jitted sampler; `rollout_arguments` lists what it takes after the weights."""
+    return jax.jit(partial(sampler.generate, network.model, network.decoding, settings))
+
+
+def rollout_arguments(
+    network: Network, tables: StopTables, num_prompts: int, num_rollouts: int, width: int
+) -> tuple[Prompts, Any, StopTables]:
+    """Return what a rollout takes after its weights, as abstract arrays: prompts, keys, stops."""
+    layout = network.decoding
+    num_prompts += -num_prompts % layout.num_shards("P")
+
+    def array(letters: str, *shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.activation(letters))
+
+    key = jax.eval_shape(lambda: jax.random.key(0)).dtype
+    whole = layout.replicated()
+    return (
+        Prompts(array("P T", num_prompts, width), array("P", num_prompts)),
+        array("P R", num_prompts, num_rollouts, dtype=key),
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tables),
+    )
+
+
 def make_generator(
-    model: QwenConfig,
-    layout: Layout,
+    network: Network,
     settings: SamplerSettings,
     tables: StopTables,
     seed: int,
@@ -34,8 +71,9 @@ def make_generator(
 
     `width` is the fixed prompt width in tokens. Prompts are filled up to what the mesh divides.
     """
+    layout = network.decoding
     stops = StopTables._make(global_array(array, layout.replicated()) for array in tables)
-    program = jax.jit(partial(sampler.generate, model, layout, settings))
+    program = rollout_program(network, settings)
     keys = jax.jit(
         partial(sampler.rollout_keys, seed, num_rollouts=num_rollouts),
         out_shardings=layout.activation("P R"),

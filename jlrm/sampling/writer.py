@@ -16,21 +16,14 @@ from jaxtyping import Int
 
 from jlrm.config import UsageError
 from jlrm.data.batches import Example, pad
-from jlrm.data.tokenizer import (
-    Tokenizer,
-    token_bytes,
-)
-from jlrm.model.qwen import Params, QwenConfig
+from jlrm.data.tokenizer import token_bytes
+from jlrm.model.qwen import Params
 from jlrm.rl.distribution import Distribution
-from jlrm.runtime.mesh import (
-    Layout,
-    global_array,
-    host_array,
-    replicate,
-)
+from jlrm.runtime.mesh import global_array, host_array, replicate
 from jlrm.sampling import beam
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.generate import fetch, make_generator
+from jlrm.sampling.policy import Network, TextPolicy
 from jlrm.sampling.sampler import SamplerSettings
 from jlrm.sampling.stops import StopTables, stop_tables
 
@@ -66,37 +59,33 @@ Writer = Callable[[Params, Sequence[Example]], Iterator[Written]]
 WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[list[int]]]]
 
 
-def make_writer(
-    config: QwenConfig,
-    layout: Layout,
-    tokenizer: Tokenizer,
-    ends: tuple[int, ...],
-    decoding: DecodingSettings,
-    sizes: Sequence[int],
-) -> Writer:
+def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[int]) -> Writer:
     """Return what writes judgements to prompts, which are padded to one of `sizes`, in tokens."""
-    stops, num_shards = decoding.stop_strings, layout.num_shards("P")
-    spelled = token_bytes(tokenizer) if stops else []
-    tables = stop_tables(stops, spelled, config.vocab_size)
+    num_shards = policy.decoding.num_shards("P")
     num_rows = -(-decoding.batch_size // num_shards) * num_shards
-
+    spelled = token_bytes(policy.tokenizer) if decoding.stop_strings else []
+    tables = stop_tables(decoding.stop_strings, spelled, policy.model.vocab_size)
     is_search = decoding.num_beams > 1 or decoding.repetition_penalty != 1.0
     batch_writer = _searching if is_search else _sampling
-    program = functools.cache(
-        partial(batch_writer, config, layout, decoding, ends, len(tokenizer), tables)
-    )
+    program = functools.cache(partial(batch_writer, policy, decoding, tables))
 
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
         for width, batch in _batches(examples, sizes, num_rows):
             start = time.monotonic()
             filled = [*batch, *[batch[-1]] * (num_rows - len(batch))]
             numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
-            found = program(width)(weights, [each.prompt_ids for each in filled], numbers)
+            written = program(width)(weights, [each.prompt_ids for each in filled], numbers)
             seconds = (time.monotonic() - start) / len(batch)
-            for example, completions in zip(batch, found[: len(batch)], strict=True):
+            for example, completions in zip(batch, written[: len(batch)], strict=True):
                 yield Written(example, completions, seconds)
 
     return write
+
+
+def sampler_settings(network: Network, decoding: DecodingSettings) -> SamplerSettings:
+    """Return how the sampler writes, where it is no search."""
+    distribution = Distribution(decoding.temperature, top_p=decoding.top_p, num_ids=network.num_ids)
+    return SamplerSettings(distribution, decoding.max_new_tokens, network.end_ids)
 
 
 def widths(max_prompt_tokens: int) -> list[int]:
@@ -118,6 +107,11 @@ def address(game_id: str) -> int:
 
 
 def check_decoding(decoding: DecodingSettings) -> None:
+    """Refuse settings that don't go together, or that would write one text several times.
+
+    Raises:
+      UsageError: if they do.
+    """
     num_beams, temperature = decoding.num_beams, decoding.temperature
     votes, repetition_penalty = decoding.votes, decoding.repetition_penalty
     if num_beams < 1 or repetition_penalty <= 0:
@@ -139,48 +133,40 @@ def check_decoding(decoding: DecodingSettings) -> None:
 
 
 def _sampling(
-    config: QwenConfig,
-    layout: Layout,
-    decoding: DecodingSettings,
-    ends: tuple[int, ...],
-    num_ids: int,
-    tables: StopTables,
-    width: int,
+    policy: TextPolicy, decoding: DecodingSettings, tables: StopTables, width: int
 ) -> WriteBatch:
-    distribution = Distribution(decoding.temperature, top_p=decoding.top_p, num_ids=num_ids)
-    sampler, votes = SamplerSettings(distribution, decoding.max_new_tokens, ends), decoding.votes
-    generate = make_generator(config, layout, sampler, tables, decoding.seed, votes, width)
+    settings, votes = sampler_settings(policy, decoding), decoding.votes
+    generate = make_generator(policy, settings, tables, decoding.seed, votes, width)
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
     ) -> list[list[list[int]]]:
-        found = fetch(generate(weights, prompts, numbers, 0), len(prompts))
-        ids = _cut(np.asarray(found.tokens), np.asarray(found.lengths))
+        drawn = fetch(generate(weights, prompts, numbers, 0), len(prompts))
+        ids = _cut(np.asarray(drawn.tokens), np.asarray(drawn.lengths))
         return [ids[i : i + votes] for i in range(0, len(ids), votes)]
 
     return write
 
 
 def _searching(
-    config: QwenConfig,
-    layout: Layout,
-    decoding: DecodingSettings,
-    ends: tuple[int, ...],
-    num_ids: int,
-    tables: StopTables,
-    width: int,
+    policy: TextPolicy, decoding: DecodingSettings, tables: StopTables, width: int
 ) -> WriteBatch:
+    layout = policy.decoding
     search = beam.SearchSettings(
-        decoding.num_beams, decoding.max_new_tokens, ends, decoding.repetition_penalty, num_ids
+        decoding.num_beams,
+        decoding.max_new_tokens,
+        policy.end_ids,
+        decoding.repetition_penalty,
+        policy.num_ids,
     )
-    program = jax.jit(partial(beam.search, config, layout, search))
+    program = jax.jit(partial(beam.search, policy.model, layout, search))
     stops = StopTables._make(global_array(array, layout.replicated()) for array in tables)
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
     ) -> list[list[list[int]]]:
         tokens, lengths = pad(prompts, width)
-        found = program(
+        best = program(
             weights,
             Prompts(
                 global_array(tokens, layout.activation("P T")),
@@ -188,8 +174,8 @@ def _searching(
             ),
             stops,
         )
-        found = replicate(layout, found)
-        return [[ids] for ids in _cut(host_array(found.tokens), host_array(found.lengths))]
+        best = replicate(layout, best)
+        return [[ids] for ids in _cut(host_array(best.tokens), host_array(best.lengths))]
 
     return write
 

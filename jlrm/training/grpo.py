@@ -18,7 +18,7 @@ from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
 from jlrm.training.programs import GRPOPrograms, Minibatch, grpo_programs, pack_minibatch
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
-from jlrm.training.setup import Run, grpo_params
+from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats, means
 from jlrm.training.update import TrainState
 
@@ -28,12 +28,10 @@ log = logging.getLogger(__name__)
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config = run.config.grpo
-    width, _ = run.train.longest
-    sample = make_sampler(run, run.distribution, width, config.rollouts)
-    programs = grpo_programs(
-        run.config, run.model, run.training, run.rollout, run.distribution, width
-    )
-    initial = partial(grpo_params, run)
+    width, _ = run.data.train.longest
+    sample = make_sampler(run.config, run.policy, width)
+    programs = grpo_programs(run.config, run.policy, width)
+    initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
         reference = None
         if config.loss.kl_weight:
@@ -90,7 +88,9 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
             for i in range(0, len(chosen), num_rollouts)
         ]
         about = sampled.logps, batch.advantages[chosen], is_kept[chosen]
-        parts.append(pack_minibatch(run.training, sizes, whole, *about, config.loss.aggregation))
+        parts.append(
+            pack_minibatch(run.policy.training, sizes, whole, *about, config.loss.aggregation)
+        )
     return parts
 
 

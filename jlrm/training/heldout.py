@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 
-import jax
 import numpy as np
 
 from jlrm.data.batches import Example
@@ -30,7 +28,8 @@ from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, game_verdict
 from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
 from jlrm.sampling import writer
-from jlrm.sampling.decode import decode_params
+from jlrm.sampling.generate import lay_out_program
+from jlrm.training.programs import heldout_decoding
 from jlrm.training.scoring import Judgement, compare_orders, judge, parse_rate, rewards_of
 from jlrm.training.setup import Run
 
@@ -53,13 +52,14 @@ def make_evaluation(run: Run) -> EvaluateFn:
     delta_bias, parse_rate; `pairs` counts the pairs. reward and mean_length (tokens) are means over
     both orders.
     """
-    half = len(run.heldout) // 2
-    examples = run.heldout.take(range(2 * half))
+    half = len(run.data.heldout) // 2
+    examples = run.data.heldout.take(range(2 * half))
     items = pairs.items([each.comparison for each in examples[:half]], "the held-out set")
     games = [Game(item, *order) for order in ((0, 1), (1, 0)) for item in items]
     asked = [_named(*each) for each in zip(examples, games, strict=True)]
-    write = _writer(run)
-    lay_out = jax.jit(partial(decode_params, run.model, run.rollout))
+    longest, _ = run.data.heldout.longest
+    write = writer.make_writer(run.policy, heldout_decoding(run.config), [longest])
+    lay_out = lay_out_program(run.policy.model, run.policy.decoding)
 
     def evaluate(params: Params) -> dict[str, float]:
         completions = {
@@ -99,19 +99,6 @@ def _game_verdict(game: Game, verdict: Verdict) -> GameVerdict:
     if verdict.scores is None:
         return GameVerdict(game.first, game.second, None, None, verdict.status)
     return game_verdict(game, verdict.scores)
-
-
-def _writer(run: Run) -> writer.Writer:
-    settings, (longest, _) = run.config.sampling, run.heldout.longest
-    decoding = writer.DecodingSettings(
-        settings.max_new_tokens,
-        settings.eval_batch_size,
-        run.config.run.seed,
-        settings.eval_temperature,
-        stop_strings=settings.stop_strings,
-    )
-    of_model = run.model, run.rollout, run.tokenizer, run.end_ids
-    return writer.make_writer(*of_model, decoding, [longest])
 
 
 def _named(example: Example, game: Game) -> Example:

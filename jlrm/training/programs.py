@@ -18,10 +18,12 @@ from jaxtyping import Bool, Float
 from jlrm.config import Config
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
 from jlrm.runtime.mesh import Layout, compiler_options
-from jlrm.sampling.decode import decode_params
+from jlrm.sampling.generate import lay_out_program
+from jlrm.sampling.policy import Network
+from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.writer import DecodingSettings
 from jlrm.training import packing, update
 from jlrm.training.packing import Group, Rows
 
@@ -46,26 +48,39 @@ class Minibatch(NamedTuple):
     packing: dict[str, float]
 
 
-def grpo_programs(
-    config: Config,
-    model: QwenConfig,
-    training: Layout,
-    decoding: Layout,
-    distribution: Distribution,
-    longest_prompt: int,
-) -> GRPOPrograms:
+def rollout_settings(config: Config, network: Network) -> SamplerSettings:
+    """Return how the completions of a GRPO step are drawn."""
+    sampling = config.sampling
+    return SamplerSettings(
+        network.distribution(sampling), sampling.max_new_tokens, network.end_ids, sampling.slots
+    )
+
+
+def heldout_decoding(config: Config) -> DecodingSettings:
+    """Return how the held-out set is judged."""
+    settings = config.sampling
+    return DecodingSettings(
+        settings.max_new_tokens,
+        settings.eval_batch_size,
+        config.run.seed,
+        settings.eval_temperature,
+        stop_strings=settings.stop_strings,
+    )
+
+
+def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPOPrograms:
     """Return the programs of a GRPO run, each compiled when first called."""
     grpo, sampling = config.grpo, config.sampling
+    model, training = network.model, network.training
     num_updates = grpo.steps * grpo.epochs * grpo.minibatches
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-    fixed, options = (model, training, distribution), compiler_options(training.mesh)
+    options = compiler_options(training.mesh)
+    fixed = model, training, network.distribution(sampling)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
     return GRPOPrograms(
-        lay_out=jax.jit(
-            partial(decode_params, model, decoding, quantise=sampling.weights == "int8")
-        ),
+        lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
         freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
         score=jax.jit(partial(update.score, *fixed), compiler_options=options),
         update=jax.jit(

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from jlrm.config import Config
 from jlrm.data import batches
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import token_bytes
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
-from jlrm.rl.distribution import Distribution
 from jlrm.sampling import stops
 from jlrm.sampling.generate import fetch, make_generator
-from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.policy import TextPolicy
+from jlrm.training.programs import rollout_settings
 from jlrm.training.scoring import (
     Judgement,
     compare_orders,
@@ -64,17 +65,16 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
 SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]
 
 
-def make_sampler(run: Run, distribution: Distribution, width: int, num_rollouts: int) -> SampleFn:
-    """Return a sampler of `num_rollouts` completions of each prompt, of at most `width` tokens."""
-    sampling = run.config.sampling
-    spelled = token_bytes(run.tokenizer) if sampling.stop_strings else []
+def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
+    """Return the sampler of a step's groups; prompts have at most `width` tokens."""
+    sampling = config.sampling
+    spelled = token_bytes(policy.tokenizer) if sampling.stop_strings else []
     generate = make_generator(
-        run.model,
-        run.rollout,
-        SamplerSettings(distribution, sampling.max_new_tokens, run.end_ids, sampling.slots),
-        stops.stop_tables(sampling.stop_strings, spelled, run.model.vocab_size),
-        run.config.run.seed,
-        num_rollouts,
+        policy,
+        rollout_settings(config, policy),
+        stops.stop_tables(sampling.stop_strings, spelled, policy.model.vocab_size),
+        config.run.seed,
+        config.grpo.rollouts,
         width,
     )
 
@@ -148,8 +148,8 @@ def start(run: Run, sample: SampleFn, weights: Params, position: int) -> Started
     """Begin the rollout of the batch at a position in the data."""
     config, data = run.config.grpo, run.config.data
     pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
-    rows = pick(run.config.run.seed, position, config.prompts, len(run.train))
-    prompts = run.train.take(rows)
+    rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train))
+    prompts = run.data.train.take(rows)
     return Started(position, prompts, sample(weights, prompts, rows, position))
 
 

@@ -76,9 +76,9 @@ def judge(
     mine = slice(groups.start * group_size, groups.stop * group_size)
     judgements = judge_responses(
         run.config.reward,
-        run.plugins,
+        run.data.plugins,
         examples[mine],
-        decode(run.tokenizer, ids[mine]),
+        decode(run.policy.tokenizer, ids[mine]),
         ids[mine],
         run.config.sampling.max_new_tokens,
     )

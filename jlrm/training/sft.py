@@ -23,25 +23,29 @@ log = logging.getLogger(__name__)
 
 def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Imitate written judgements; the loss is on the judgement alone."""
-    config = run.config.sft
+    config, policy = run.config.sft, run.policy
     examples = batches.encode_targets(
-        run.train, run.tokenizer, config.max_target_tokens, run.end_ids[0], run.config.reward.scale
+        run.data.train,
+        policy.tokenizer,
+        config.max_target_tokens,
+        policy.end_ids[0],
+        run.config.reward.scale,
     )
     if examples.dropped:
         log.warning("sft: left out %s", describe_dropped(examples.dropped))
     if hosts.is_main():
-        write_dropped(examples.dropped, run.dir / "dropped_sft.jsonl")
-    longest, num_devices = examples.longest, run.mesh.size
+        write_dropped(examples.dropped, run.directory.path / "dropped_sft.jsonl")
+    longest, num_devices = examples.longest, policy.mesh.size
     batch_tokens = sum(longest) * -(-config.batch_size // num_devices)
-    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens, run.training.platform)
+    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens, policy.training.platform)
     optimizer = update.make_optimizer(config.optimizer, config.steps)
     rate = update.learning_rate(config.optimizer, config.steps)
     step_fn = jax.jit(
-        partial(update.sft_update, run.model, run.training, optimizer),
+        partial(update.sft_update, policy.model, policy.training, optimizer),
         donate_argnums=0,
-        compiler_options=compiler_options(run.mesh),
+        compiler_options=compiler_options(policy.mesh),
     )
-    initial = partial(initial_params, run)
+    initial = partial(initial_params, run, "sft")
     with Stage(run, "sft", config.steps, optimizer, initial, evaluate) as stage:
         if run.config.model.path:
             stage.evaluate_start()
@@ -56,7 +60,7 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
                 weights = token_weights(packed.is_target.reshape(1, -1))
                 weights = weights.reshape(packed.is_target.shape)
                 stage.state, values = step_fn(
-                    stage.state, *packing.to_devices(run.training, (packed.rows, weights))
+                    stage.state, *packing.to_devices(policy.training, (packed.rows, weights))
                 )
                 values = floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)

@@ -83,7 +83,7 @@ class Stage:
         initial: Callable[[], Params],
         evaluate: EvaluateFn,
     ) -> None:
-        settings = run.config.run
+        settings, policy = run.config.run, run.policy
         self._run, self._name, self._num_steps = run, name, num_steps
         self._checkpoints = Checkpoints(
             settings.dir,
@@ -99,15 +99,15 @@ class Stage:
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:
-            abstract = update.abstract_state(run.model, run.training, optimizer)
+            abstract = update.abstract_state(policy.model, policy.training, optimizer)
             self.state, meta = self._checkpoints.restore(self._done, abstract)
             self.start, self.evaluation = meta["start"], meta["evaluation"]
             self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
             self.position = meta["position"]
         else:
-            self.state = update.init_state(run.model, run.training, optimizer, initial())
+            self.state = update.init_state(policy.model, policy.training, optimizer, initial())
         self.tracker = Tracker(
-            run.dir,
+            run.directory.path,
             stage=name,
             num_steps=num_steps,
             first_step=self._done,
@@ -230,7 +230,7 @@ class Stage:
         }
         self._checkpoints.save(step, self.state, meta, ranked_by)
         if hosts.is_main():
-            self._run.mirror.push()
+            self._run.directory.mirror.push()
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         self._signum = signum

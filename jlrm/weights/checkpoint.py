@@ -22,11 +22,11 @@ import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import RunError, UsageError
+from jlrm.config import RunError, UsageError, stage_titles
 from jlrm.runtime.settings import from_dict
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
-STAGES = ("grpo", "sft", "import")  # in the order in which a run's newest weights are looked for
+IMPORTED = "import"  # the series of weights that came from elsewhere
 
 
 class Checkpoints:
@@ -129,7 +129,7 @@ def find(source: str) -> epath.Path:
             f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it)."
         )
     stage, _, step = wanted.rpartition("/")
-    stage = stage or next(name for name in STAGES if name in saved)
+    stage = stage or next(iter(saved))
     if step == "best" and stage in saved:
         step = str(_best_step(run, stage, saved[stage]))
     chosen = step or str(saved.get(stage, [""])[-1])
@@ -178,8 +178,8 @@ def read_tensor(step_dir: epath.Path, path: str, layer: int | None) -> np.ndarra
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
-    found = epath.Path(path)
-    return found if "://" in str(path) else found.expanduser().absolute()
+    wanted = epath.Path(path)
+    return wanted if "://" in str(path) else wanted.expanduser().absolute()
 
 
 def _url(path: epath.Path) -> str:
@@ -212,14 +212,15 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 
 
 def saved_steps(run: epath.Path) -> dict[str, list[int]]:
-    found = {}
-    for stage in STAGES:
+    """Return the saved steps of every series, that of the newest weights first."""
+    saved = {}
+    for stage in (*reversed(stage_titles()), IMPORTED):
         directory = run / "checkpoints" / stage
         # A save under way carries a temporary suffix, so its name is no number.
         steps = sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
         if steps:
-            found[stage] = steps
-    return found
+            saved[stage] = steps
+    return saved
 
 
 def _best_step(run: epath.Path, stage: str, steps: list[int]) -> int:

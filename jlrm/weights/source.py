@@ -6,8 +6,6 @@ import dataclasses
 import logging
 import pathlib
 
-from jax.sharding import Mesh
-
 from jlrm.config import Config, UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
@@ -70,23 +68,3 @@ def side_files(source: str) -> pathlib.Path:
     mirror = storage.mirror(source.partition("@")[0])
     mirror.pull()
     return mirror.local
-
-
-def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
-    """Refuse models that the mesh can't divide, naming what would fit."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    needs = {
-        "num_attention_heads": ("mesh.tensor", tensor),
-        "num_key_value_heads": ("mesh.tensor", tensor),
-        "head_dim": ("mesh.fsdp", fsdp),
-        "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
-        "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
-        "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
-    }
-    for name, (axes, shards) in needs.items():
-        size = getattr(model, name)
-        if size % shards:
-            fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
-            raise UsageError(
-                f"{axes}={shards} does not divide the model's {name}={size}. Use {axes} in {fits}."
-            )

@@ -56,8 +56,7 @@ def in_every_place(texts: list[str]) -> list[Comparison]:
 
 
 def encoded(rows: list[Comparison], tokenizer, template: str) -> list[batches.Example]:
-    config = DataConfig(train="toy", prompt=template, max_prompt_tokens=10**7)
-    return batches.prompt_encoder(tokenizer, config)(rows)
+    return batches.prompt_encoder(tokenizer, template)(rows)
 
 
 def structure(tokenizer, ids) -> list[int]:

@@ -16,7 +16,7 @@ import pytest
 from conftest import tiny_config
 
 from jlrm import export
-from jlrm.config import DataConfig, MeshConfig, UsageError
+from jlrm.config import MeshConfig, UsageError
 from jlrm.data import toy
 from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.tokenizer import encode, load_tokenizer
@@ -99,8 +99,7 @@ def made(directory: pathlib.Path, **changes: Any):
 
 
 def encoded(games: Sequence[Game], tokenizer: Any) -> list[Example]:
-    config = DataConfig(train="", prompt="toy")
-    return prompt_encoder(tokenizer, config)([local._comparison(game) for game in games])
+    return prompt_encoder(tokenizer, "toy")([local._comparison(game) for game in games])
 
 
 def answers(judge: Any, games: Sequence[Game]) -> dict[str, Response]:

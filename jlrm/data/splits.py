@@ -1,0 +1,114 @@
+"""Which rows a run learns from, and which it holds out: by whole questions, never by rows."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt64
+
+from jlrm.config import DataConfig, UsageError
+from jlrm.data import sharded, toy
+from jlrm.data.batches import Examples, encode_prompts
+from jlrm.data.comparisons import Dropped, describe_dropped
+from jlrm.data.curation import SWAPPED
+from jlrm.data.sharded import ShardedRows
+from jlrm.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class Splits(NamedTuple):
+    """Training rows, held-out rows, and what was left out of both."""
+
+    train: ShardedRows
+    heldout: ShardedRows
+    dropped: list[Dropped]
+
+
+def read_splits(data: DataConfig, needs_scores: bool) -> Splits:
+    """Read the sources of a run; `needs_scores` leaves out rows that have a preference alone.
+
+    Raises:
+      UsageError: a source that can't be read, or that leaves nothing to train on.
+    """
+    if data.train == "toy":
+        train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
+        return Splits(train, sharded.deal(toy.comparisons(2, data.eval_rows)), [])
+    train, dropped = _read(data, data.train, needs_scores)
+    questions = train.questions()
+    if data.eval:
+        rows, dropped_too = _read(data, data.eval, needs_scores)
+        theirs = rows.questions()
+        heldout, _ = _hold_out(theirs, data.eval_rows)
+        num_shared = len(np.intersect1d(questions, theirs[heldout]))
+        if num_shared:
+            log.warning("%d held-out questions are in %s too", num_shared, data.train)
+        return Splits(train, rows.select(heldout), [*dropped, *dropped_too])
+    heldout, rest = _hold_out(questions, data.eval_rows)
+    if not len(rest):
+        raise UsageError(
+            f"{data.train} has {len(train)} usable rows, data.eval_rows={data.eval_rows} would "
+            "hold all of them out. Lower it, or name a data.eval file."
+        )
+    return Splits(train.select(rest), train.select(heldout), dropped)
+
+
+def encode_splits(
+    splits: Splits, tokenizer: Tokenizer, data: DataConfig, scale: tuple[int, int]
+) -> tuple[Examples, Examples]:
+    """Return the training and held-out rows that fit, the latter in both orders.
+
+    With `data.orders: both` training row 2i+1 is row 2i in the other order. The held-out rows come
+    all as given, then all swapped.
+
+    Raises:
+      UsageError: no row fits, or rows that are swapped already would be swapped back.
+    """
+    rows, together = splits.train, 1
+    if data.orders == "both":
+        if rows.flags("swapped rows", lambda row: row.id.endswith(SWAPPED)).any():
+            raise UsageError(
+                f"{data.train} holds swapped rows already (prepared with --swap), and "
+                "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
+            )
+        rows, together = rows.in_both_orders(), 2
+    train = encode_prompts(rows, tokenizer, data, scale, together=together, progress="tokenise")
+    if train.dropped:
+        log.warning(
+            "%d of %d training rows left out: prompts over data.max_prompt_tokens=%d",
+            len(train.dropped),
+            len(splits.train),
+            data.max_prompt_tokens,
+        )
+    # A pair stands together while it is encoded: both of its orders fit, or neither is asked.
+    pairs = encode_prompts(splits.heldout.in_both_orders(), tokenizer, data, scale, together=2)
+    if pairs.dropped:
+        log.warning("%d of %d held-out rows left out", len(pairs.dropped), len(splits.heldout))
+    places = range(len(pairs))
+    return train, pairs.select([*places[::2], *places[1::2]])
+
+
+def _read(data: DataConfig, source: str, needs_scores: bool) -> tuple[ShardedRows, list[Dropped]]:
+    rows, dropped = sharded.read(source, columns=data.columns, scores=data.scores)
+    if needs_scores:
+        is_scored = rows.flags("rows with scores", lambda row: row.scores is not None)
+        if not is_scored.any():
+            raise UsageError(
+                f"{source} has no scores, only preferences. Set reward.mode=judgelrm_symmetric, "
+                "which is paid by preferences too."
+            )
+        dropped = [*dropped, *rows.left_out(np.flatnonzero(~is_scored), "no_scores")]
+        rows = rows.select(np.flatnonzero(is_scored))
+    if dropped:
+        log.warning("%s: left out %s", source, describe_dropped(dropped))
+    return rows, dropped
+
+
+def _hold_out(
+    questions: UInt64[np.ndarray, " N"], num_rows: int
+) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " M"]]:
+    """Return which rows are held out, and those whose questions are not among theirs."""
+    in_order = np.argsort(questions, kind="stable")[:num_rows]
+    return in_order, np.flatnonzero(questions > questions[in_order[-1]])

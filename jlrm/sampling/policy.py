@@ -1,0 +1,109 @@
+"""A model on a mesh and what it writes with: opened once, taken by every program and every writer.
+
+A `Network` is all that programs are compiled from, so a plan and a benchmark need no tokenizer. A
+`TextPolicy` adds the tokenizer: training and judging write text with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from dataclasses import dataclass
+
+from jax.sharding import Mesh
+
+from jlrm.config import SamplingConfig, UsageError
+from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
+from jlrm.model.qwen import QwenConfig
+from jlrm.rl.distribution import Distribution
+from jlrm.runtime.mesh import Layout, rollout_layout, training_layout
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A model on a mesh, and the ids that it may write."""
+
+    model: QwenConfig
+    mesh: Mesh
+    num_ids: int  # of the tokenizer: the head may have more; 0: as many as the head
+    end_ids: tuple[int, ...]
+
+    @functools.cached_property  # a layout is hashed by identity: one each
+    def training(self) -> Layout:
+        """Where arrays lie in updates and log-probabilities."""
+        return training_layout(self.mesh)
+
+    @functools.cached_property
+    def decoding(self) -> Layout:
+        """Where arrays lie in rollouts."""
+        return rollout_layout(self.mesh)
+
+    def distribution(self, sampling: SamplingConfig) -> Distribution:
+        """Return what rollouts are drawn from and log-probabilities are taken under."""
+        return Distribution(sampling.temperature, sampling.top_k, sampling.top_p, self.num_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class TextPolicy(Network):
+    """A network that reads and writes text."""
+
+    tokenizer: Tokenizer
+
+
+def bare_network(model: QwenConfig, mesh: Mesh) -> Network:
+    """Return a network as with a tokenizer that has one id less than the head, none of them ending.
+
+    Raises:
+      UsageError: the mesh can't divide the model.
+    """
+    check_mesh(mesh, model)
+    return Network(model, mesh, model.vocab_size - 1, (model.vocab_size - 1,))
+
+
+def open_policy(model: QwenConfig, mesh: Mesh, directory: pathlib.Path) -> TextPolicy:
+    """Return a policy with the tokenizer of a model's directory.
+
+    Raises:
+      UsageError: no tokenizer, more ids than the model has, or a mesh that can't divide the model.
+    """
+    tokenizer = load_tokenizer(directory)
+    check_vocabulary(tokenizer, model.vocab_size)
+    check_mesh(mesh, model)
+    return TextPolicy(model, mesh, len(tokenizer), end_ids(tokenizer, directory), tokenizer)
+
+
+def check_positions(model: QwenConfig, longest: int, settings: str) -> None:
+    """Refuse `longest` tokens in a row where the model has fewer positions, naming the settings.
+
+    Raises:
+      UsageError: if so.
+    """
+    if longest > model.max_position_embeddings:
+        raise UsageError(
+            f"Prompt and completion together can have {longest} tokens, the model has positions "
+            f"for {model.max_position_embeddings}. Lower {settings}."
+        )
+
+
+def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
+    """Refuse models that the mesh can't divide, naming what would fit.
+
+    Raises:
+      UsageError: if so.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    needs = {
+        "num_attention_heads": ("mesh.tensor", tensor),
+        "num_key_value_heads": ("mesh.tensor", tensor),
+        "head_dim": ("mesh.fsdp", fsdp),
+        "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+    }
+    for name, (axes, shards) in needs.items():
+        size = getattr(model, name)
+        if size % shards:
+            fits = [n for n in range(1, mesh.size + 1) if mesh.size % n == 0 and size % n == 0]
+            raise UsageError(
+                f"{axes}={shards} does not divide the model's {name}={size}. Use {axes} in {fits}."
+            )

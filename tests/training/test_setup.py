@@ -1,0 +1,110 @@
+"""Opening a run: a directory has one writer, and one config once it holds a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jlrm.config import Config, UsageError
+from jlrm.data import toy
+from jlrm.data.comparisons import write_comparisons
+from jlrm.runtime.settings import from_dict
+from jlrm.training import setup
+
+
+def settings(directory, **sections) -> Config:
+    data = directory.parent / "pairs.jsonl"
+    if not data.exists():
+        write_comparisons(toy.comparisons(seed=3, num_rows=32), data)
+    tree = {
+        "run": {"dir": str(directory)},
+        "model": {"preset": "toy", "tokenizer": "toy"},
+        "data": {"train": str(data), "prompt": "toy", "max_prompt_tokens": 64, "eval_rows": 8},
+        "sampling": {"max_new_tokens": 8},
+        "grpo": {"steps": 4, "prompts": 4, "rollouts": 4},
+    }
+    return from_dict({name: {**tree.get(name, {}), **sections.get(name, {})} for name in tree})
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return tmp_path / "r"
+
+
+def opened(config: Config) -> setup.Run:
+    with setup.open_run(config, jax.devices()[:1]) as run:
+        return run
+
+
+def test_a_start_that_left_no_checkpoint_binds_nothing(run_dir):
+    opened(settings(run_dir))
+    (run_dir / "model" / "generation_config.json").write_text("{}")  # of another model
+    run = opened(settings(run_dir, grpo={"rollouts": 8}))
+    assert run.config.grpo.rollouts == 8 and not run.directory.is_trained
+    assert not (run_dir / "model" / "generation_config.json").exists()
+    assert "rollouts: 8" in (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text("no: config\n")
+    opened(settings(run_dir))
+
+
+def test_a_checkpoint_binds_the_directory_to_its_config(run_dir):
+    opened(settings(run_dir))
+    (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"another config \(grpo.rollouts 4 -> 8\)"):
+        opened(settings(run_dir, grpo={"rollouts": 8}))
+    assert opened(settings(run_dir, grpo={"steps": 6})).directory.is_trained
+    with pytest.raises(UsageError, match=r"grpo\.steps 6 -> 8"):  # whose schedule looks at its end
+        opened(settings(run_dir, grpo={"steps": 8, "optimizer": {"schedule": "linear"}}))
+
+
+def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_they_are_gone(run_dir):
+    opened(settings(run_dir))
+    (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
+    file = run_dir / "model" / "config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({**before, "max_position_embeddings": 512}))
+    assert opened(settings(run_dir)).policy.model.max_position_embeddings == 512
+    for path in (run_dir / "model").iterdir():
+        path.unlink()
+    (run_dir / "model").rmdir()
+    opened(settings(run_dir))
+    assert json.loads(file.read_text()) == before
+
+
+def test_a_directory_has_one_writer(run_dir):
+    config = settings(run_dir / "run")
+    with setup.open_run(config, jax.devices()[:1]):
+        owner = f"process {os.getpid()} on {socket.gethostname()}"
+        with (
+            pytest.raises(UsageError, match=f"is written by {owner}"),
+            setup.open_directory(config),
+        ):
+            pass
+    opened(config)
+
+
+def test_a_writer_that_was_killed_holds_nothing(run_dir):
+    code = (
+        "import os, pathlib, sys\nfrom jlrm.runtime.lock import sole_writer\n"
+        "with sole_writer(pathlib.Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(run_dir / "run")]).returncode == -9
+    opened(settings(run_dir / "run"))
+
+
+def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
+    run = opened(settings(run_dir))
+    monkeypatch.setattr(setup.checkpoint, "find", lambda source: source)
+    monkeypatch.setattr(setup.checkpoint, "restore_params", lambda source, _: source)
+    assert set(setup.initial_params(run, "grpo")) >= {"embed", "layers"}
+    both = settings(run_dir, grpo={"steps": 4})
+    both = from_dict({**setup.to_dict(both), "sft": {"steps": 7}})
+    run = setup.Run(both, run.directory, run.policy, run.data)
+    assert setup.initial_params(run, "grpo") == f"{run_dir}@sft/7"
+    assert set(setup.initial_params(run, "sft")) >= {"embed", "layers"}
