@@ -133,7 +133,7 @@ class Workload:
         """Score the batch once."""
         params = self.state.params if self.reference is None else self.reference
         for part in self.parts:
-            jax.block_until_ready(self.programs.score(params, part.rows))
+            jax.block_until_ready(self.programs.logprobs(params, part.rows))
 
     def update(self) -> None:
         """Pack and send the batch, and take the optimiser steps of one GRPO step."""
@@ -150,7 +150,7 @@ class Workload:
         steps = [cost for part in parts for cost in costs.update_costs(model, part, moment_bytes)]
         return {
             "rollout": costs.rollout_costs(model, self.batch, self.config.sampling.slots),
-            "logprobs": [cost for part in parts for cost in costs.score_costs(model, part)],
+            "logprobs": [cost for part in parts for cost in costs.logprobs_costs(model, part)],
             "update": steps * grpo.epochs,
         }
 

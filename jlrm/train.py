@@ -52,7 +52,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
 
 def _train(run: Run) -> dict[str, Any]:
     config, evaluate = run.config, make_evaluation(run)
-    outcomes = {name: STAGES[name](run, evaluate) for name in stages_of(config)}
+    outcomes = {name: STAGES[name].recipe(run, evaluate) for name in stages_of(config)}
     first = next(iter(outcomes.values()))
     stages = {"start": first.start} if first.start else {}
     summary = RunSummary(

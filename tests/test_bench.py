@@ -117,7 +117,7 @@ def test_bytes_of_an_update_by_hand():
     assert gradient == Cost(3 * costs.batch_flops(MODEL, BATCH), 3 * 4 * weights)
     assert optimizer == Cost(0, (4 + 2 * (4 + 8)) * weights)
     untied = dataclasses.replace(MODEL, tie_word_embeddings=False)
-    assert costs.score_costs(untied, BATCH)[0].bytes == 4 * (weights + HEAD)
+    assert costs.logprobs_costs(untied, BATCH)[0].bytes == 4 * (weights + HEAD)
 
 
 def test_each_piece_takes_the_longer_of_its_two_times():

@@ -127,7 +127,7 @@ def rollout_costs(config: QwenConfig, batch: BatchSizes, num_slots: int = 0) -> 
     return costs
 
 
-def score_costs(config: QwenConfig, batch: BatchSizes) -> list[Cost]:
+def logprobs_costs(config: QwenConfig, batch: BatchSizes) -> list[Cost]:
     """Return the cost of scoring: a forward pass, which reads the weights once."""
     size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
     return [Cost(batch_flops(config, batch), size * _num_weights(config))]

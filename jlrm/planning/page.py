@@ -7,14 +7,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jlrm.planning.phases import KINDS
+from jlrm.planning.memory import KINDS
 from jlrm.planning.slices import GIB
 from jlrm.reports import charts, tables
 from jlrm.reports.pages import write_page
 from jlrm.reports.theme import colour
 
 NOTE = "Per device. bound s: lower bound from data-sheet rates, no speed. TFLOP: matrix products, "
-NOTE += "without Pallas kernels (attention of score and update)."
+NOTE += "without Pallas kernels (attention of log-probabilities and update)."
 
 
 class PlanTable(NamedTuple):

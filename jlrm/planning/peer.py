@@ -107,14 +107,14 @@ class Peer:
             rewards = spec_lib.reward(None, tokenizer.batch_decode(sampled.tokens))
             advantages = group_advantages(np.reshape(rewards, (-1, self.spec.group)), eps=1e-4)
             part = self._pack(sampled.tokens, sampled.logps, np.asarray(advantages).reshape(-1))
-            ref_logp, _ = self.programs.score(reference, part.rows)
+            ref_logp, _ = self.programs.logprobs(reference, part.rows)
             targets = part.targets._replace(ref_logp=ref_logp)
             self.state, metrics = self.programs.update(self.state, part.rows, targets)
             jax.device_get(metrics)
 
     def check(self) -> dict[str, float]:
         part = self._fixed_batch()
-        logps = host_array(self.programs.score(self.state.params, part.rows)[0])
+        logps = host_array(self.programs.logprobs(self.state.params, part.rows)[0])
         logps = logps[host_array(part.targets.mask)].astype(np.float64)
         _, metrics = self.programs.update(self.state, part.rows, part.targets)
         return {"logp": float(logps.mean()), "loss": float(metrics["loss"])}

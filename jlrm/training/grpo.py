@@ -16,7 +16,13 @@ from jlrm.runtime import hosts
 from jlrm.training import rollouts
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
-from jlrm.training.programs import GRPOPrograms, Minibatch, grpo_programs, pack_minibatch
+from jlrm.training.programs import (
+    GRPOPrograms,
+    Minibatch,
+    grpo_programs,
+    needs_old_logprobs,
+    pack_minibatch,
+)
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats, means
@@ -108,13 +114,13 @@ def _logprobs(
     """
     config, gap, cap = run.config.grpo, None, run.config.grpo.loss.importance_cap
     if config.epochs * config.minibatches > 1 or cap:
-        scored = [_with(part, old_logp=programs.score(params, part.rows)[0]) for part in parts]
+        scored = [_with(part, old_logp=programs.logprobs(params, part.rows)[0]) for part in parts]
         gap = _mean_gap(parts, scored)
         if cap:
             scored = [_weighed(*pair, cap) for pair in zip(parts, scored, strict=True)]
         parts = scored
     if reference is not None:
-        parts = [_with(part, ref_logp=programs.score(reference, part.rows)[0]) for part in parts]
+        parts = [_with(part, ref_logp=programs.logprobs(reference, part.rows)[0]) for part in parts]
     return jax.block_until_ready(parts), gap
 
 

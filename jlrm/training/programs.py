@@ -1,6 +1,7 @@
-"""What a run compiles, and batches in the form that the programs take.
+"""Every program that a run compiles, with its abstract arguments, and batches as programs take them.
 
-Training, evaluation and the benchmark run these very programs. Nothing here knows text.
+Training calls these programs with arrays; a plan compiles the same ones for abstract arrays, from
+`first_calls`, each stage's own calls and `heldout_calls`. Nothing here knows text.
 """
 
 from __future__ import annotations
@@ -20,12 +21,40 @@ from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
 from jlrm.runtime.mesh import Layout, compiler_options
-from jlrm.sampling.generate import lay_out_program
+from jlrm.sampling.generate import lay_out_program, rollout_arguments, rollout_program
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.sampling.writer import DecodingSettings
+from jlrm.sampling.stops import StopTables, stop_tables
+from jlrm.sampling.writer import DecodingSettings, sampler_settings
 from jlrm.training import packing, update
 from jlrm.training.packing import Group, Rows
+from jlrm.training.update import TrainState
+
+
+class Call(NamedTuple):
+    """A program of a run, and what it is called with at most, as abstract arrays."""
+
+    program: Any
+    arguments: tuple[Any, ...]
+    weights: str = ""  # the program whose result comes before the arguments
+    longest: LongestRows | None = None  # what the arguments hold of packed rows
+
+
+class LongestRows(NamedTuple):
+    """The rows of the longest batch, as abstract arrays, and how often their loops run."""
+
+    rows: Rows
+    num_passes: int
+    num_targets: int  # of the fullest row
+
+
+class SFTPrograms(NamedTuple):
+    """The program of SFT, and the row lengths it is compiled for."""
+
+    update: Any  # state, rows, weights of tokens -> state, metrics
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    sizes: list[int]
 
 
 class GRPOPrograms(NamedTuple):
@@ -33,7 +62,7 @@ class GRPOPrograms(NamedTuple):
 
     lay_out: Any  # params -> params laid out for decoding
     freeze: Any  # params -> a copy in compute precision: the originals are given up to the update
-    score: Any  # params, rows -> log-probabilities, entropy
+    logprobs: Any  # params, rows -> log-probabilities, entropy
     update: Any  # state, rows, targets -> state, metrics
     optimizer: optax.GradientTransformation
     rate: optax.Schedule
@@ -68,6 +97,39 @@ def heldout_decoding(config: Config) -> DecodingSettings:
     )
 
 
+def sft_programs(config: Config, network: Network, longest: tuple[int, int]) -> SFTPrograms:
+    """Return the programs of SFT on prompts and targets of at most so many tokens."""
+    sft, layout = config.sft, network.training
+    optimizer = update.make_optimizer(sft.optimizer, sft.steps)
+    per_device = -(-sft.batch_size // layout.mesh.size)
+    return SFTPrograms(
+        update=jax.jit(
+            partial(update.sft_update, network.model, layout, optimizer),
+            donate_argnums=0,
+            compiler_options=compiler_options(layout.mesh),
+        ),
+        optimizer=optimizer,
+        rate=update.learning_rate(sft.optimizer, sft.steps),
+        sizes=packing.row_sizes(
+            *longest, sum(longest) * per_device, sft.pack_tokens, layout.platform
+        ),
+    )
+
+
+def sft_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
+    """Return every program that SFT runs beside those of the held-out set, by name."""
+    longest = longest_prompt, config.sft.max_target_tokens
+    programs = sft_programs(config, network, longest)
+    state = update.abstract_state(network.model, network.training, programs.optimizer)
+    group = Group(range(longest[0]), [range(longest[1])])
+    rows = longest_rows(network.training, programs.sizes, [group] * config.sft.batch_size)
+    weights = _like(rows.rows.tokens, jnp.float32)
+    return {
+        "init_sft_optimizer": _init_optimizer(network, programs.optimizer, state),
+        "sft": Call(programs.update, (state, rows.rows, weights), longest=rows),
+    }
+
+
 def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPOPrograms:
     """Return the programs of a GRPO run, each compiled when first called."""
     grpo, sampling = config.grpo, config.sampling
@@ -82,7 +144,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
         freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
-        score=jax.jit(partial(update.score, *fixed), compiler_options=options),
+        logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(
             partial(update.grpo_update, *fixed, grpo.loss, optimizer),
             donate_argnums=0,
@@ -97,6 +159,114 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
             grpo.pack_tokens,
             training.platform,
         ),
+    )
+
+
+def grpo_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
+    """Return every program that GRPO runs beside those of the held-out set, by name."""
+    grpo, sampling, layout = config.grpo, config.sampling, network.training
+    programs = grpo_programs(config, network, longest_prompt)
+    state = update.abstract_state(network.model, layout, programs.optimizer)
+    group = Group(range(longest_prompt), [range(sampling.max_new_tokens)] * grpo.rollouts)
+    groups = [group] * (grpo.prompts // grpo.minibatches)
+    rows = longest_rows(layout, programs.sizes, groups)
+    has_reference = bool(grpo.loss.kl_weight)
+    targets = abstract_targets(rows.rows, has_reference)
+    calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
+    if has_reference:
+        calls["freeze"] = Call(programs.freeze, (state.params,))
+    calls["lay_out"] = Call(programs.lay_out, (state.params,))
+    calls["rollout"] = Call(
+        rollout_program(network, rollout_settings(config, network)),
+        rollout_arguments(
+            network, _stop_tables(config, network), grpo.prompts, grpo.rollouts, longest_prompt
+        ),
+        weights="lay_out",
+    )
+    if has_reference:
+        frozen = abstract_reference(network)
+        calls["logprobs_reference"] = Call(programs.logprobs, (frozen, rows.rows), longest=rows)
+    if needs_old_logprobs(config):
+        arguments = state.params, rows.rows
+        calls["logprobs_policy"] = Call(programs.logprobs, arguments, longest=rows)
+    calls["update"] = Call(programs.update, (state, rows.rows, targets), longest=rows)
+    return calls
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Return whether a step computes old log-probabilities: the sampler's own can't always serve.
+
+    They serve for one optimiser step a rollout, and that step measures the gap between the two.
+    """
+    grpo = config.grpo
+    return grpo.epochs * grpo.minibatches > 1 or grpo.loss.importance_cap > 0
+
+
+def first_calls(config: Config, network: Network) -> dict[str, Call]:
+    """Return the programs that run before the first stage: weights are born, unless they are read."""
+    if config.model.path:
+        return {}
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return {"init": Call(qwen.init_program(network.model, network.training), (key,))}
+
+
+def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
+    """Return the programs that judge the held-out set, never with quantised weights.
+
+    `lay_out` is that of rollouts, where rollouts have the same one.
+    """
+    is_shared = config.grpo.steps > 0 and config.sampling.weights == "full"
+    weights = "lay_out" if is_shared else "lay_out_evaluation"
+    program = lay_out_program(network.model, network.decoding)
+    params = qwen.abstract_params(network.model, network.training)
+    settings = sampler_settings(network, heldout_decoding(config))
+    tables, size = _stop_tables(config, network), config.sampling.eval_batch_size
+    return {
+        weights: Call(program, (params,)),
+        "evaluation": Call(
+            rollout_program(network, settings),
+            rollout_arguments(network, tables, size, 1, longest_prompt),
+            weights=weights,
+        ),
+    }
+
+
+def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) -> LongestRows:
+    """Return the rows of these groups in the longest of the row lengths.
+
+    If any packing of them has several passes, theirs is the program that is returned.
+    """
+    num_rows = layout.mesh.size
+    usual, longest = (packing.pack(groups, lengths, num_rows) for lengths in (sizes, sizes[-1:]))
+    most = max(packed.rows.tokens.shape[0] for packed in (usual, longest))
+
+    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        shape = (most, *x.shape[1:]) if x.ndim else ()
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=packing.spread(layout, x.ndim))
+
+    rows = jax.tree.map(abstract, longest.rows)
+    return LongestRows(rows, int(longest.rows.num_passes), int(np.max(longest.rows.count)))
+
+
+def abstract_targets(rows: Rows, has_reference: bool) -> PolicyTargets:
+    """Return what the policy loss takes beside its rows, as abstract arrays."""
+    numbers = _like(rows.tokens, jnp.float32)
+    return PolicyTargets(
+        old_logp=numbers,
+        ref_logp=numbers if has_reference else None,
+        advantages=numbers,
+        mask=_like(rows.tokens, jnp.bool),
+        weights=numbers,
+    )
+
+
+def abstract_reference(network: Network) -> Params:
+    """Return what `freeze` makes of the parameters, as abstract arrays."""
+    params = qwen.abstract_params(network.model, network.training)
+    return jax.tree.map(
+        lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
+        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
+        params,
     )
 
 
@@ -131,3 +301,19 @@ def pack_minibatch(
 def _freeze(model: QwenConfig, params: Params) -> Params:
     # Without a copy, a cast that changes nothing would give back the very same buffers.
     return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))
+
+
+def _init_optimizer(
+    network: Network, optimizer: optax.GradientTransformation, state: TrainState
+) -> Call:
+    program = update.init_optimizer_program(network.model, network.training, optimizer)
+    return Call(program, (state.params,))
+
+
+def _stop_tables(config: Config, network: Network) -> StopTables:
+    # Which ids spell a stop string only a tokenizer knows; the tables' shape depends on no ids.
+    return stop_tables(config.sampling.stop_strings, [], network.model.vocab_size)
+
+
+def _like(leaf: Any, dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-import jax
-
 from jlrm.data import batches
 from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.rl.losses import token_weights
 from jlrm.runtime import hosts
-from jlrm.runtime.mesh import compiler_options
-from jlrm.training import packing, update
+from jlrm.training import packing
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
+from jlrm.training.programs import sft_programs
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats
 
@@ -35,18 +33,9 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
         log.warning("sft: left out %s", describe_dropped(examples.dropped))
     if hosts.is_main():
         write_dropped(examples.dropped, run.directory.path / "dropped_sft.jsonl")
-    longest, num_devices = examples.longest, policy.mesh.size
-    batch_tokens = sum(longest) * -(-config.batch_size // num_devices)
-    sizes = packing.row_sizes(*longest, batch_tokens, config.pack_tokens, policy.training.platform)
-    optimizer = update.make_optimizer(config.optimizer, config.steps)
-    rate = update.learning_rate(config.optimizer, config.steps)
-    step_fn = jax.jit(
-        partial(update.sft_update, policy.model, policy.training, optimizer),
-        donate_argnums=0,
-        compiler_options=compiler_options(policy.mesh),
-    )
+    programs, num_devices = sft_programs(run.config, policy, examples.longest), policy.mesh.size
     initial = partial(initial_params, run, "sft")
-    with Stage(run, "sft", config.steps, optimizer, initial, evaluate) as stage:
+    with Stage(run, "sft", config.steps, programs.optimizer, initial, evaluate) as stage:
         if run.config.model.path:
             stage.evaluate_start()
         for step in stage:
@@ -54,16 +43,18 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
             rows = batches.batch_rows(seed, position, config.batch_size, len(examples))
             chosen = examples.take(rows)
             packed = packing.pack(
-                [Group(e.prompt_ids, [e.target_ids]) for e in chosen], sizes, num_devices
+                [Group(e.prompt_ids, [e.target_ids]) for e in chosen],
+                programs.sizes,
+                num_devices,
             )
             with stage.timed("update"):
                 weights = token_weights(packed.is_target.reshape(1, -1))
                 weights = weights.reshape(packed.is_target.shape)
-                stage.state, values = step_fn(
+                stage.state, values = programs.update(
                     stage.state, *packing.to_devices(policy.training, (packed.rows, weights))
                 )
                 values = floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
             values |= packed.metrics
-            stage.finish({**values, **floats({"learning_rate": rate(step)})}, num_tokens)
+            stage.finish({**values, **floats({"learning_rate": programs.rate(step)})}, num_tokens)
     return stage.outcome()

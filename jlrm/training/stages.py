@@ -1,19 +1,33 @@
-"""The stages of a run: one row each, in the order in which a run has them.
+"""The stages of a run: one row each.
 
-A stage's settings, and its title, are the section of the config that has its name. What a new one
-takes: that section, a file with its recipe, and a row here.
+A stage's settings and its title are the section of the config that has its name, and the sections
+stand in the order of the stages. What a new stage takes: that section, a file with its recipe, its
+programs in programs.py, and a row here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
+from jlrm.config import Config
+from jlrm.sampling.policy import Network
 from jlrm.training.grpo import grpo
 from jlrm.training.heldout import EvaluateFn
+from jlrm.training.programs import Call, grpo_calls, sft_calls
 from jlrm.training.setup import Run
 from jlrm.training.sft import sft
 from jlrm.training.stage import StageResult
 
-Recipe = Callable[[Run, EvaluateFn], StageResult]
-STAGES: Mapping[str, Recipe] = MappingProxyType({"sft": sft, "grpo": grpo})
+
+class StageRow(NamedTuple):
+    """What runs a stage, and the programs that it runs, by name."""
+
+    recipe: Callable[[Run, EvaluateFn], StageResult]
+    calls: Callable[[Config, Network, int], dict[str, Call]]  # int: the longest prompt, in tokens
+
+
+STAGES: Mapping[str, StageRow] = MappingProxyType(
+    {"sft": StageRow(sft, sft_calls), "grpo": StageRow(grpo, grpo_calls)}
+)

@@ -1,4 +1,4 @@
-"""Optimiser steps and scoring passes: where the model, the losses and optax meet.
+"""Optimiser steps and log-probabilities: where the model, the losses and optax meet.
 
 Each function here is one jitted program of the run. It takes packed rows (packing.py), and walks
 over their passes; how many there are is known at run time only. Passes are summed, not averaged:
@@ -104,13 +104,21 @@ def abstract_state(
 def init_state(
     config: QwenConfig, layout: Layout, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
-    """Return the state before the first step, the optimiser's part born sharded."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, layout, optimizer))
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), shardings.step))
+    """Return the state before the first step."""
+    opt_state = init_optimizer_program(config, layout, optimizer)(params)
+    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), layout.replicated()))
 
 
-def score(
+def init_optimizer_program(
+    config: QwenConfig, layout: Layout, optimizer: optax.GradientTransformation
+) -> Any:
+    """Return the jitted program parameters -> the optimiser's state, born sharded."""
+    state = abstract_state(config, layout, optimizer).opt_state
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(optimizer.init, out_shardings=shardings)
+
+
+def logprobs(
     config: QwenConfig,
     layout: Layout,
     distribution: Distribution,
@@ -128,8 +136,8 @@ def score(
     if rows.tokens.shape[0] == 1:
         return jax.tree.map(lambda x: x[None], one(_pass(rows, 0)))
 
-    def write(i: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.tree.map(lambda all_, x: all_.at[i].set(x), found, one(_pass(rows, i)))
+    def write(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
+        return jax.tree.map(lambda all_, x: all_.at[i].set(x), so_far, one(_pass(rows, i)))
 
     empty = layout.shard(jnp.zeros(rows.targets.shape, jnp.float32), "- B -")
     return jax.lax.fori_loop(0, rows.num_passes, write, (empty, empty))
@@ -195,7 +203,8 @@ def _states(
 ) -> Float[Array, "B C D"]:
     """Run one pass and return the states that predict its targets."""
     hidden = qwen.hidden_states(config, layout, params, rows.tokens, rows.positions, rows.packing)
-    take = jax.shard_map(  # of its own rows each device, which the compiler would not find out
+    # Each device takes from its own rows. The compiler would not see that, and gather them all.
+    take = jax.shard_map(
         lambda hidden, sources: jnp.take_along_axis(hidden, sources[..., None], axis=1),
         mesh=layout.mesh,
         in_specs=(layout.activation("B - -").spec, layout.activation("B -").spec),
@@ -220,8 +229,8 @@ def _step(
     shardings = jax.tree.map(lambda x: x.sharding, qwen.abstract_params(config, layout))
 
     def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
-        found, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return found, jax.lax.with_sharding_constraint(grads, shardings)
+        value_and_sums, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)
 
     params = qwen.to_compute_dtype(config, state.params)
     params = jax.lax.with_sharding_constraint(params, shardings)

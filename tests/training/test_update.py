@@ -159,7 +159,7 @@ def targets_of(packed: Packed, batch: Batch, aggregation: str = "token_mean") ->
 
 @functools.cache
 def score(config: qwen.QwenConfig = CONFIG, distribution: Distribution = DISTRIBUTION) -> Any:
-    program = functools.partial(update.score, config, layout_of(ONE), distribution)
+    program = functools.partial(update.logprobs, config, layout_of(ONE), distribution)
     return jax.jit(program, compiler_options=FAST)
 
 
@@ -558,7 +558,7 @@ def wide_rows() -> Rows:
 
 def test_scoring_never_holds_all_logits():
     params = qwen.abstract_params(WIDE, layout_of(ONE))
-    program = functools.partial(update.score, WIDE, layout_of(ONE), DISTRIBUTION)
+    program = functools.partial(update.logprobs, WIDE, layout_of(ONE), DISTRIBUTION)
     assert largest_array(program, params, wide_rows()) < WIDE_LOGITS
 
 
