@@ -7,7 +7,7 @@ enforces it. FLOPs, bytes and collectives are counted in the compiled programs (
 
     load        weights born or read, the optimiser's state; a run that goes on after a stop
     rollout     weights laid out for decoding, prefill and decoding
-    score       log-probabilities of the reference, and of the policy where it needs them
+    logprobs    log-probabilities of the reference, and of the policy where they are needed
     update      the optimiser step
     evaluation  held-out rollouts
     checkpoint  a save, and a rollout that is under way then
@@ -24,24 +24,26 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from jlrm.config import Config, RunError, UsageError
+from tqdm import tqdm
+
+from jlrm.config import Config, RunError, UsageError, stages_of
 from jlrm.model.qwen import QwenConfig
-from jlrm.planning import phases, slices
+from jlrm.planning import memory, phases, slices
 from jlrm.planning.counting import Counts
+from jlrm.planning.memory import KINDS, Point
 from jlrm.planning.page import describe, verdict, write
-from jlrm.planning.phases import KINDS, Plan, PlannedProgram, Point
+from jlrm.planning.phases import Plan, PlannedProgram
 from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load
 from jlrm.runtime.settings_help import add_settings
-from jlrm.sampling.policy import check_mesh
 from jlrm.weights import hf, hf_config
 from jlrm.weights.source import read_model
 
-FIRST = ("update", "sft")  # compiled first in a search: what most often does not fit
 NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program
 
 
@@ -64,23 +66,17 @@ def make_plan(
     generation = slices.find(topology)
     mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
     model, source = open_model(config)
-    check_mesh(mesh, model)
     plan = phases.plan(config, model, mesh)
-    slice_devices = mesh.size // num_slices if num_slices > 1 else 0
     compiled = {} if known is None else known
-    is_hopeless = plan.resident > generation.hbm_gib * GIB  # and nothing need be compiled to know
-    for name, task in plan.tasks.items():
-        if is_hopeless or name in compiled or (only and name not in only):
-            continue
-        if name in ("rollout", "evaluation") and not _is_laid_out(name, compiled):
-            continue
-        compiled[name] = _compile(name, task, compiled, slice_devices)
-    found = {
-        name: _phase(plan.phases[name], plan, compiled)
-        for name in phases.PHASES
-        if any(not p.program or p.program in compiled for p in plan.phases.get(name, ()))
+    if plan.resident <= generation.hbm_gib * GIB:  # else nothing need be compiled to know
+        wanted = [name for name in plan.programs if not only or name in only]
+        _compile_all(plan, wanted, compiled, mesh.size // num_slices if num_slices > 1 else 0)
+    by_phase = {
+        name: _phase(points, plan, compiled)
+        for name, points in plan.phases.items()
+        if any(not point.program or point.program in compiled for point in points)
     }
-    peaks = [phase["peak_gib"] for phase in found.values()]
+    peaks = [phase["peak_gib"] for phase in by_phase.values()]
     peak = max(*peaks, *(program.peak / GIB for program in compiled.values()))
     is_refused = any(program.needed for program in compiled.values())
     return {
@@ -93,12 +89,12 @@ def make_plan(
         "mesh": dict(mesh.shape),
         "model": source,
         "programs": {
-            name: _program(task, compiled[name], generation)
-            for name, task in plan.tasks.items()
+            name: _program(planned, compiled[name], generation)
+            for name, planned in plan.programs.items()
             if name in compiled
         },
-        "phases": found,
-        "not_compiled": [name for name in plan.tasks if name not in compiled],
+        "phases": by_phase,
+        "not_compiled": [name for name in plan.programs if name not in compiled],
     }
 
 
@@ -121,22 +117,29 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
 # --- Compiling and adding up ---
 
 
-def _is_laid_out(name: str, compiled: dict[str, Compiled]) -> bool:
-    own = {"rollout": "lay_out", "evaluation": "lay_out_evaluation"}[name]
-    found = compiled.get(own) or compiled.get("lay_out")
-    return found is not None and not found.needed
+def _compile_all(
+    plan: Plan, wanted: Sequence[str], compiled: dict[str, Compiled], slice_devices: int
+) -> None:
+    """Compile what is wanted and not yet compiled; a bar shows which program it is at."""
+    names = [name for name in wanted if name not in compiled]
+    form = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
+    with tqdm(total=len(names), file=sys.stderr, bar_format=form, dynamic_ncols=True) as bar:
+        for name in names:
+            weights = plan.programs[name].call.weights
+            if not weights or (weights in compiled and not compiled[weights].needed):
+                bar.set_description_str(f"{name}: compiling")
+                compiled[name] = commands.abandonable(
+                    partial(_compile, plan, name, compiled, slice_devices), bar.refresh
+                )
+                is_refused, seconds = compiled[name].needed, compiled[name].seconds
+                size = "does not fit" if is_refused else f"{compiled[name].peak / GIB:.2f} GiB"
+                bar.write(f"{name}: {size}, compiled in {seconds:.0f} s", file=sys.stderr)
+            bar.update()
 
 
-def _compile(
-    name: str, task: PlannedProgram, compiled: dict[str, Compiled], slice_devices: int
-) -> Compiled:
-    print(f"{name}: compiling", end="", file=sys.stderr, flush=True)
-    found = slices.compile_program(
-        task.program, task.arguments(compiled), task.assumed, slice_devices
-    )
-    verdict = "does not fit" if found.needed else f"{found.peak / GIB:.2f} GiB"
-    print(f" .. {verdict}, {found.seconds:.0f} s", file=sys.stderr, flush=True)
-    return found
+def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
+    planned, arguments = plan.programs[name], plan.arguments(name, compiled)
+    return slices.compile_program(planned.call.program, arguments, planned.assumed, slice_devices)
 
 
 def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> dict[str, Any]:
@@ -162,43 +165,39 @@ def _moment(
     """Return a program, all that is held while it runs, and how much of that is its own."""
     if not point.program:
         return "", dict(point.beside), 0
-    task, found = plan.tasks[point.program], compiled[point.program]
-    own = max(found.peak - sum(task.kinds.values()), 0)
-    caches = min(task.caches, own)
-    extra = {phases.CACHES: caches, phases.TEMPORARY: own - caches}
-    kinds = dict(point.beside)
-    for part in (task.kinds, extra):
-        for kind, number in part.items():
-            kinds[kind] = kinds.get(kind, 0) + number
-    return point.program, kinds, own
+    planned, program = plan.programs[point.program], compiled[point.program]
+    own = max(program.peak - sum(planned.kinds.values()), 0)
+    caches = min(planned.caches, own)
+    extra = {memory.CACHES: caches, memory.TEMPORARY: own - caches}
+    return point.program, memory.total(point.beside, planned.kinds, extra), own
 
 
-def _program(task: PlannedProgram, found: Compiled, generation: Generation) -> dict[str, Any]:
+def _program(planned: PlannedProgram, program: Compiled, generation: Generation) -> dict[str, Any]:
     figures: dict[str, Any] = {
-        "argument_gib": found.argument / GIB,
-        "temp_gib": None if found.needed else found.temp / GIB,
-        "output_gib": None if found.needed else (found.output - found.alias) / GIB,
-        "peak_gib": found.peak / GIB,
+        "argument_gib": program.argument / GIB,
+        "temp_gib": None if program.needed else program.temp / GIB,
+        "output_gib": None if program.needed else (program.output - program.alias) / GIB,
+        "peak_gib": program.peak / GIB,
         "flops": None,
         "bytes": None,
         "collectives": None,
-        "compile_s": round(found.seconds, 1),
-        "assumed": task.note,
-        "note": found.note,
+        "compile_s": round(program.seconds, 1),
+        "assumed": planned.note,
+        "note": program.note,
     }
-    if found.counts is None:
+    if program.counts is None:
         return figures
-    total = found.counts.total
+    total = program.counts.total
     figures |= _counts(total, generation)
     figures |= {"pallas_kernels": total.kernels, "unknown_loops": total.unknown_loops}
-    if found.counts.loops and task.caches:
+    if program.counts.loops and planned.caches:
         prefill, steps = Counts(), 0
         prefill.add(total)
-        for turns, one in found.counts.loops:
+        for turns, one in program.counts.loops:
             prefill.add(one, -turns)
             steps += turns
         figures["prefill"] = _counts(prefill, generation)
-        last = found.counts.loops[-1][1]
+        last = program.counts.loops[-1][1]
         figures["decode_step"] = {"steps": steps, **_counts(last, generation)}
     return figures
 
@@ -236,12 +235,12 @@ def search(
             programs = tuple(setting for setting in added if setting != NOT_AHEAD)
             known = compiled.setdefault(programs, {})
             try:
-                found = _attempt(changed, topology, num_slices, label, known)
+                plan = _attempt(changed, topology, num_slices, label, known)
             except UsageError as error:
                 print(f"{label}: {error}", file=sys.stderr)
                 continue
-            if found is not None:
-                return {**found, "overrides": added}
+            if plan is not None:
+                return {**plan, "overrides": added}
     raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
 
 
@@ -251,28 +250,28 @@ def _attempt(
     """Check what needs no compiling, then what most often does not fit, then the rest."""
     mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
     model, _ = open_model(config)
-    check_mesh(mesh, model)
-    limit = slices.find(topology).hbm_gib
-    held = _held(phases.plan(config, model, mesh)) / GIB
+    limit, plan = slices.find(topology).hbm_gib, phases.plan(config, model, mesh)
+    held = _held(plan) / GIB
     if held > limit:
         print(f"{label}: no, {held:.2f} GiB are held without what programs need", file=sys.stderr)
         return None
-    found: dict[str, Any] = {}
-    for only in (FIRST, ()):
-        found = make_plan(config, topology, num_slices, only, known)
-        verdict = "fits" if found["fits"] else "no"
+    # Updates first: they are what most often does not fit.
+    result: dict[str, Any] = {}
+    for only in (plan.updates(), ()):
+        result = make_plan(config, topology, num_slices, only, known)
+        outcome = "fits" if result["fits"] else "no"
         part = "/".join(only) or "all"
-        print(f"{label}: {verdict} ({part}: {found['peak_gib']:.2f} GiB)", file=sys.stderr)
-        if not found["fits"]:
+        print(f"{label}: {outcome} ({part}: {result['peak_gib']:.2f} GiB)", file=sys.stderr)
+        if not result["fits"]:
             return None
-    return found
+    return result
 
 
 def _held(plan: Plan) -> int:
     """Return the most that is held at any moment, apart from programs' temporaries."""
     return max(
         sum(point.beside.values())
-        + (sum(plan.tasks[point.program].kinds.values()) if point.program else 0)
+        + (sum(plan.programs[point.program].kinds.values()) if point.program else 0)
         for points in plan.phases.values()
         for point in points
     )
@@ -292,7 +291,7 @@ def _settings(config: Config, topology: str, num_slices: int) -> Iterator[list[s
     savings: list[list[str]] = [[]]
     if config.model.remat != "full":
         savings.append(["model.remat=full"])
-    stages = [name for name in ("sft", "grpo") if getattr(config, name).steps]
+    stages = stages_of(config)
     longest = config.data.max_prompt_tokens + config.sampling.max_new_tokens
     shorter = savings[-1] + [f"{stage}.pack_tokens={longest}" for stage in stages]
     savings.append(shorter)

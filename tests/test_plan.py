@@ -16,11 +16,14 @@ from jax.sharding import PartitionSpec as P
 from jlrm import plan
 from jlrm.config import UsageError
 from jlrm.model import qwen
-from jlrm.planning import counting, page, phases, slices
+from jlrm.planning import counting, memory, page, phases, slices
 from jlrm.planning.slices import GIB, Compiled
 from jlrm.reports import charts
+from jlrm.rl.distribution import Distribution
 from jlrm.runtime import commands
+from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import from_dict
+from jlrm.sampling.sampler import SamplerSettings
 from jlrm.weights import hf_config
 
 SETTINGS = {
@@ -153,7 +156,7 @@ def make_phases(mesh, tmp_path, **grpo):
     config = from_dict(settings(tmp_path, grpo=grpo))
     model = tiny_config(compute_dtype="bfloat16", vocab_size=128, head_dim=8)
     return phases.plan(config, model, mesh), slices.shard_bytes(
-        qwen.abstract_params(model, phases.training_layout(mesh))
+        qwen.abstract_params(model, training_layout(mesh))
     )
 
 
@@ -163,27 +166,27 @@ def beside(planned, phase, program):
 
 def test_what_is_held_beside_each_program(mesh, tmp_path):
     planned, weights = make_phases(mesh, tmp_path, ahead="none")
-    assert planned.tasks["update"].kinds[phases.WEIGHTS] == weights
-    moments = planned.tasks["update"].kinds[phases.MOMENTS]
+    assert planned.programs["update"].kinds[memory.WEIGHTS] == weights
+    moments = planned.programs["update"].kinds[memory.MOMENTS]
     assert 2 * weights <= moments < 2 * weights + 64  # and a count of steps
     during = beside(planned, "rollout", "rollout")
-    assert during[phases.WEIGHTS] == weights and during[phases.MOMENTS] == moments
+    assert during[memory.WEIGHTS] == weights and during[memory.MOMENTS] == moments
     # Weights in half the precision, norm scales as they are.
-    assert 0.5 * weights <= during[phases.REFERENCE] < 0.6 * weights
-    assert beside(planned, "update", "update").keys() == {phases.REFERENCE, phases.BATCH}
+    assert 0.5 * weights <= during[memory.REFERENCE] < 0.6 * weights
+    assert beside(planned, "update", "update").keys() == {memory.REFERENCE, memory.BATCH}
     resumed = [p.beside for p in planned.phases["load"] if p.program == "freeze"]
-    assert resumed[1] == {phases.WEIGHTS: weights, phases.MOMENTS: moments}
+    assert resumed[1] == {memory.WEIGHTS: weights, memory.MOMENTS: moments}
 
 
 @pytest.mark.slow
 def test_the_reference_counts_only_with_a_kl_weight(mesh, tmp_path):
     planned, _ = make_phases(mesh, tmp_path, loss={"kl_weight": 0.0})
-    assert not {"freeze", "score_reference"} & planned.tasks.keys()
+    assert not {"freeze", "logprobs_reference"} & planned.programs.keys()
     for points in planned.phases.values():
-        assert all(phases.REFERENCE not in point.beside for point in points)
+        assert all(memory.REFERENCE not in point.beside for point in points)
     with_it, _ = make_phases(mesh, tmp_path)
     difference = with_it.resident - planned.resident
-    assert difference == beside(with_it, "update", "update")[phases.REFERENCE] > 0
+    assert difference == beside(with_it, "update", "update")[memory.REFERENCE] > 0
 
 
 @pytest.mark.slow
@@ -193,18 +196,18 @@ def test_what_is_sent_off_ahead_is_held_too(mesh, tmp_path):
         planned, _ = make_phases(mesh, tmp_path, ahead=ahead, **more)
         by_ahead[ahead] = planned
         held = beside(planned, "rollout", "rollout")
-        assert (phases.LAID_OUT in held) == (ahead != "none")
-        assert (phases.BATCH in held) == (ahead == "stale")
-        assert (phases.LAID_OUT in beside(planned, "update", "update")) == (ahead == "next")
-    assert "score_policy" in by_ahead["stale"].tasks
-    assert "score_policy" not in by_ahead["next"].tasks
+        assert (memory.LAID_OUT in held) == (ahead != "none")
+        assert (memory.BATCH in held) == (ahead == "stale")
+        assert (memory.LAID_OUT in beside(planned, "update", "update")) == (ahead == "next")
+    assert "logprobs_policy" in by_ahead["stale"].programs
+    assert "logprobs_policy" not in by_ahead["next"].programs
 
 
 def test_turns_of_decoding():
-    settings = phases.SamplerSettings(phases.Distribution(), 2048, (), 0)
-    assert phases.decode_turns(settings, 8) == [512, 512, 1023]
+    settings = SamplerSettings(Distribution(), 2048, (), 0)
+    assert memory.decode_turns(settings, 8) == [512, 512, 1023]
     waves = dataclasses.replace(settings, max_new_tokens=100, num_slots=2)
-    assert phases.decode_turns(waves, 8) == [399]
+    assert memory.decode_turns(waves, 8) == [399]
 
 
 # --- The command ---
@@ -235,7 +238,7 @@ def test_the_command(planned, capsys):
     assert found["fits"] is True and found["topology"] == "v5e:2x2"
     assert found["limit_gib"] == 15.75
     assert found["peak_gib"] == max(phase["peak_gib"] for phase in found["phases"].values())
-    names = ["init_optimizer", "freeze", "lay_out", "rollout", "score_reference", "update"]
+    names = ["init_optimizer", "freeze", "lay_out", "rollout", "logprobs_reference", "update"]
     assert [*found["programs"]] == [*names, "evaluation"] and not found["not_compiled"]
     keys = {"argument_gib", "temp_gib", "peak_gib", "flops", "bytes", "collectives", "compile_s"}
     for name, program in found["programs"].items():

@@ -44,9 +44,7 @@ def grpo_points(
         "rollout": [Point("lay_out", {**moments, **reference}), Point("rollout", during)],
         "logprobs": [*_logprobs(kinds, held, reference, batch), Point("", total(always, batch))],
         "update": [
-            Point(
-                "update", total(reference, laid_out if grpo.ahead == "next" else {}, others)
-            )
+            Point("update", total(reference, laid_out if grpo.ahead == "next" else {}, others))
         ],
         "evaluation": [Point("evaluation", always)],
         "checkpoint": [Point("", always) if grpo.ahead == "none" else Point("rollout", during)],
@@ -64,9 +62,7 @@ def _during_rollout(
     return total(during, batch) if config.grpo.ahead == "stale" else during
 
 
-def _logprobs(
-    kinds: Mapping[str, Held], held: Held, reference: Held, batch: Held
-) -> list[Point]:
+def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Held) -> list[Point]:
     """Return the moments at which log-probabilities are computed, one minibatch at a time."""
     beside = {
         "logprobs_reference": held,

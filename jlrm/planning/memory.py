@@ -67,9 +67,7 @@ def laid_out_bytes(network: Network, is_int8: bool) -> int:
     return held
 
 
-def cache_bytes(
-    model: QwenConfig, layout: Layout, prompts: Any, slots: int, num_new: int
-) -> int:
+def cache_bytes(model: QwenConfig, layout: Layout, prompts: Any, slots: int, num_new: int) -> int:
     """Return a device's keys and values of all layers: of prompts, and the last loop's caches.
 
     Args:

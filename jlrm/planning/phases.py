@@ -72,6 +72,10 @@ class Plan(NamedTuple):
     phases: dict[str, list[Point]]
     resident: int  # bytes that are there for all of a stage: a bound that needs no compiling
 
+    def updates(self) -> list[str]:
+        """Return the programs that take optimiser steps."""
+        return [name for name, each in self.programs.items() if MOMENTS in each.kinds]
+
     def arguments(self, name: str, compiled: Mapping[str, Compiled]) -> tuple[Any, ...]:
         """Return a program's abstract arguments.
 

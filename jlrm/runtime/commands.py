@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from jlrm.config import RunError, UsageError
+
+T = TypeVar("T")
 
 
 class Interrupted(Exception):
@@ -22,6 +28,38 @@ class Interrupted(Exception):
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+class Abandoned(KeyboardInterrupt):
+    """Ctrl-C came while a thread was in native code, which no signal ends."""
+
+
+def abandonable(work: Callable[[], T], tick: Callable[[], object] = lambda: None) -> T:
+    """Return what `work` returns, and leave at once if Ctrl-C comes meanwhile.
+
+    For native code that takes minutes, as a compiler does: Python runs a signal's handler between
+    two of its own instructions, so the work goes to a thread and this one waits. `tick` is called
+    about every second.
+
+    Raises:
+      Abandoned: Ctrl-C; the work still runs, and the process has to end by `run`.
+    """
+    outcome: Future[T] = Future()
+
+    def fill() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return outcome.result(timeout=1.0)
+            tick()
+    except KeyboardInterrupt:
+        raise Abandoned from None
 
 
 def run(main: Callable[[], None]) -> int:
@@ -65,6 +103,10 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         return 1, f"error: {error}"
     except Interrupted as stop:
         return 128 + stop.signum, str(stop)
+    except Abandoned:  # the interpreter would wait for the thread, or end in the middle of its call
+        sys.stdout.flush()
+        print("Stopped at once.", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT, "Stopped at once; checkpoints that were finished are whole."
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does

@@ -20,7 +20,6 @@ from jlrm.training.programs import (
     GRPOPrograms,
     Minibatch,
     grpo_programs,
-    needs_old_logprobs,
     pack_minibatch,
 )
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows

@@ -1,4 +1,4 @@
-"""Every program that a run compiles, with its abstract arguments, and batches as programs take them.
+"""Every program that a run compiles, with its abstract arguments, and batches for programs.
 
 Training calls these programs with arrays; a plan compiles the same ones for abstract arrays, from
 `first_calls`, each stage's own calls and `heldout_calls`. Nothing here knows text.
@@ -203,7 +203,7 @@ def needs_old_logprobs(config: Config) -> bool:
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
-    """Return the programs that run before the first stage: weights are born, unless they are read."""
+    """Return the programs before the first stage: weights are born, unless they are read."""
     if config.model.path:
         return {}
     key = jax.eval_shape(lambda: jax.random.key(0))
