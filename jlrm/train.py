@@ -1,14 +1,16 @@
 """Train a judge: `python -m jlrm.train --config FILE [section.key=value ...]`.
 
-SFT, where asked for, imitates written judgements. Then each GRPO step does this:
+SFT, where asked for, imitates written judgements (training/sft.py). Then each step of GRPO
+(training/grpo.py) does this:
 
- 1. Take P comparisons; which ones is a function of the seed and of the batches drawn before.
+ 1. Take P comparisons: a function of the seed and of the number of batches drawn before.
  2. Lay the weights out for decoding and sample R judgements of each, with their log-probabilities.
  3. Read the verdicts and pay the rewards, term by term.
- 4. Advantage: a judgement's reward against the others of its group. (1 to 4: training/rollouts.py)
- 5. Log-probabilities: of the frozen reference, and of the policy where the sampler's will not do.
+ 4. Advantage: a judgement's reward against the others of its group (1 to 4: training/rollouts.py).
+ 5. Log-probabilities: of the frozen reference, and of the policy when the sampler's own can't serve
+    as the old ones.
  6. One or more optimiser steps on the clipped policy loss with KL and entropy terms.
- 7. Log; now and then judge the held-out set, and save.
+ 7. Log the step. At intervals, judge the held-out set and save.
 
 Where this differs from JudgeLRM as published (each is a setting): rewards treat both answers alike
 and read the completion alone; token means are global instead of per device; the loss is not divided
@@ -23,7 +25,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
 from jlrm.training.heldout import make_evaluation
-from jlrm.training.setup import Run, open_run
+from jlrm.training.setup import open_run
 from jlrm.training.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -47,24 +48,20 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
       The content of `summary.json`: held-out metrics per stage, and what the run cost.
     """
     with open_run(config, devices) as run:
-        return _train(run)
-
-
-def _train(run: Run) -> dict[str, Any]:
-    config, evaluate = run.config, make_evaluation(run)
-    outcomes = {name: STAGES[name].recipe(run, evaluate) for name in stages_of(config)}
-    first = next(iter(outcomes.values()))
-    stages = {"start": first.start} if first.start else {}
-    summary = RunSummary(
-        stages=stages | {stage: outcome.evaluation for stage, outcome in outcomes.items()},
-        steps=config.sft.steps + config.grpo.steps,
-        seconds=round(sum(outcome.seconds for outcome in outcomes.values()), 1),
-        tokens=sum(outcome.num_tokens for outcome in outcomes.values()),
-    )
-    if hosts.is_main():
-        run_summary.write(run.directory.path, summary)
-        run_page.write_report(run.directory.path)
-        run.directory.mirror.push()
+        evaluate, names = make_evaluation(run), stages_of(config)
+        results = {name: STAGES[name].recipe(run, evaluate) for name in names}
+        start = results[names[0]].start
+        stages = {name: result.evaluation for name, result in results.items()}
+        summary = RunSummary(
+            stages={"start": start, **stages} if start else stages,
+            steps=sum(getattr(config, name).steps for name in names),
+            seconds=round(sum(result.seconds for result in results.values()), 1),
+            tokens=sum(result.num_tokens for result in results.values()),
+        )
+        if hosts.is_main():
+            run_summary.write(run.directory.path, summary)
+            run_page.write_report(run.directory.path)
+            run.directory.mirror.push()
     return summary.as_json()
 
 
@@ -82,7 +79,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     cluster.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)
-    began = time.monotonic()
     config = load(args.config, args.overrides)
     with hosts.joined(args, to_dict(config), config.run.host_timeout):
         summary = train(config)
@@ -94,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = ["stage", "agreement", "parse_rate", "swap_consistency", "reward", "mean_length"]
     rows = [{"stage": name, **summary[name]} for name in stages_of(config)]
     print(tables.table(rows, columns))
-    print(f"{time.monotonic() - began:.0f} s. Report: {config.run.dir}/report.html")
+    # The same seconds as in summary.json and on the page: the stages' own, over all starts.
+    took = tables.duration(summary["seconds"])
+    print(f"Trained in {took}. Report: {config.run.dir}/report.html")
 
 
 if __name__ == "__main__":

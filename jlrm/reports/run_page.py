@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jlrm.config import UsageError
+from jlrm.config import UsageError, stage_titles
 from jlrm.judgement.verdict import preferred
 from jlrm.reports import charts, run_summary
 from jlrm.reports.charts import Axes, Chart, Line
 from jlrm.reports.pages import write_page
 from jlrm.reports.run_summary import RunSummary
+from jlrm.reports.tables import duration
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.storage import write_atomically
 
 Row = dict[str, Any]
-STAGES = {"start": "Start", "sft": "SFT", "grpo": "GRPO"}
+STAGES = {"start": "Start", **stage_titles()}
 
 
 class Panel(NamedTuple):
@@ -149,7 +150,7 @@ def _line(rows: list[Row], panel: Panel, metric: str) -> Line:
 
 
 def heldout_chart(rows: list[Row], summary: RunSummary) -> Chart | None:
-    """Put all evaluations on one axis of steps, SFT's and then GRPO's; 0 is before training."""
+    """Put all evaluations on one axis, a stage's steps after those before; 0 is before training."""
     num_steps, lines = _num_steps(rows), []
     for name in ("agreement", "parse_rate"):
         points = _heldout_points(rows, summary, name)
@@ -160,23 +161,25 @@ def heldout_chart(rows: list[Row], summary: RunSummary) -> Chart | None:
     if not lines:
         return None
     has_both = len(num_steps) > 1
-    label = "SFT steps, then GRPO steps" if has_both else STAGES.get("".join(num_steps), "")
-    boundary = num_steps.get("sft", 0) if has_both else 0
+    titles = [STAGES[stage] for stage in num_steps if stage in STAGES]
+    label = ", then ".join(f"{title} steps" for title in titles)
+    boundary = next(iter(num_steps.values())) if has_both else 0
     note = "On comparisons that training never sees"
     note += ". Band: 95 % interval" if lines[0].low is not None else ""
-    layout = Axes(label if has_both else f"{label} steps".strip(), top=100, boundary=boundary)
+    layout = Axes(label, top=100, boundary=boundary)
     return charts.curves(HELDOUT_TITLE, lines, layout._replace(is_from_zero=True), note=note)
 
 
 def _heldout_points(rows: list[Row], summary: RunSummary, name: str) -> dict[float, float]:
-    num_steps = _num_steps(rows)
+    num_steps, offset = _num_steps(rows), 0
     points: dict[float, float] = {}
-    for stage, offset in {"start": 0, "sft": 0, "grpo": num_steps.get("sft", 0)}.items():
+    for stage in STAGES:
         value = summary.stages.get(stage, {}).get(name)
         if value is not None and np.isfinite(float(value)):
             points[offset + num_steps.get(stage, 0)] = float(value)
         steps, values = _series(rows, stage, f"eval/{name}")
         points |= zip(steps + offset, values, strict=True)
+        offset += num_steps.get(stage, 0)
     return points
 
 
@@ -204,10 +207,7 @@ def _about(rows: list[Row], summary: RunSummary) -> list[str]:
     steps = [f"{STAGES[stage]} {n:,} steps" for stage, n in _num_steps(rows).items() if n]
     if not summary.tokens:
         return [*steps, "Under way."]
-    minutes = round(summary.seconds / 60)
-    time = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-    time = f"{summary.seconds:.0f} s" if summary.seconds < 90 else time
-    return [*steps, f"{time}, {summary.tokens / 1e6:,.1f} million tokens"]
+    return [*steps, f"{duration(summary.seconds)}, {summary.tokens / 1e6:,.1f} million tokens"]
 
 
 def _results(rows: list[Row], summary: RunSummary) -> dict[str, Row]:
@@ -232,7 +232,9 @@ def _judgements(run_dir: pathlib.Path) -> tuple[str, list[str], list[tuple[str, 
     Each comes with its outcome. Outcomes take turns; within one, every prompt comes before any
     prompt's second response. Terms that are 0 in all rows are left out.
     """
-    paths = sorted(run_dir.glob("completions/*.parquet"), key=lambda p: ("grpo" in p.stem, p.stem))
+    order = [*STAGES]
+    files = run_dir.glob("completions/*.parquet")
+    paths = sorted(files, key=lambda p: (order.index(p.stem.rpartition("_")[0]), p.stem))
     if not paths:
         return "", [], []
     import pyarrow.parquet as pq

@@ -30,7 +30,7 @@ class RunSummary:
 
     stages: Mapping[str, Mapping[str, float | None]]
     steps: int = 0
-    seconds: float = 0.0  # of wall time
+    seconds: float = 0.0  # of wall time in stages, over all starts of the run
     tokens: int = 0
     version: int = VERSION
 

@@ -6,6 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
+def duration(seconds: float) -> str:
+    """Return a time as people say it: "52 s", "7 min 15 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Lay out rows as text: first column left, the others right, "-" for an absent value."""
     lines = [list(columns), *([_cell(row.get(name)) for name in columns] for row in rows)]

@@ -28,6 +28,7 @@ from jlrm.runtime.storage import explain_full_disk, write_atomically
 CONSOLE_METRICS = {  # shown beside the step; label: metric
     "reward": "reward",
     "agreement": "judge/agreement",
+    "parsed": "judge/parse_rate",
     "loss": "loss",
     "tok/s": "perf/tokens_per_second",
 }
@@ -69,7 +70,7 @@ class Tracker:
             if tensorboard:
                 log_dir = run_dir / "tensorboard" / stage
                 self._tensorboard = _TensorBoard(log_dir, self._last_step + 1)
-        self._bar = _progress_bar(stage, num_steps, first_step)
+        self._bar = progress_bar(stage, num_steps, "step", initial=first_step, stays=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record all metrics of one step, once; steps go up. A full disk raises OSError."""
@@ -166,13 +167,27 @@ def _forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
         write_atomically(run_dir / "metrics.jsonl", text.encode())
 
 
-def _progress_bar(stage: str, num_steps: int, first_step: int) -> tqdm:
+def progress_bar(
+    label: str,
+    total: int,
+    unit: str,
+    *,
+    initial: int = 0,
+    stays: bool = False,
+    is_shown: bool = True,
+) -> tqdm:
+    """Return a bar on stderr, which is a line now and then where stderr is no terminal.
+
+    It is wiped when it is closed, unless it `stays`.
+    """
     is_terminal = sys.stderr.isatty()
     return tqdm(
-        desc=stage,
-        total=num_steps,
-        initial=first_step,
-        unit="step",
+        desc=label,
+        total=total,
+        initial=initial,
+        unit=unit,
+        leave=stays or not is_terminal,
+        disable=not is_shown,
         dynamic_ncols=True,
         miniters=1,
         mininterval=0.1 if is_terminal else PLAIN_SECONDS,

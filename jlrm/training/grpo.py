@@ -1,4 +1,4 @@
-"""GRPO, as `train.py` describes it: roll out, score, advantages, log-probabilities, update."""
+"""GRPO, step by step as `train.py` numbers it."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
-    config = run.config.grpo
-    width, _ = run.data.train.longest
+    config, (width, _) = run.config.grpo, run.data.train.longest
     sample = make_sampler(run.config, run.policy, width)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
-    with Stage(run, "grpo", config.steps, programs.optimizer, initial, evaluate) as stage:
+    has_logprobs = config.loss.kl_weight or needs_old_logprobs(run.config)
+    names = ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
+    with Stage(run, "grpo", programs.optimizer, initial, evaluate, names) as stage:
         reference = None
         if config.loss.kl_weight:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
-        if run.config.model.path and not run.config.sft.steps:
-            stage.evaluate_start()
+        stage.evaluate_start()
 
         def begin(position: int) -> rollouts.Started:
             return rollouts.start(run, sample, programs.lay_out(stage.state.params), position)
@@ -50,33 +50,49 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
         started = None
         for step in stage:
             is_last = step + 1 == config.steps
+
+            # 1, 2. Take prompts, and sample a group of judgements for each.
             with stage.timed("rollout"):
                 started = started or begin(stage.position)
                 ahead = None
                 if config.ahead == "stale" and not is_last:
                     ahead = begin(stage.position + 1)
+
+            # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
             drawn = rollouts.draw(run, begin, started, stage.timed)
-            batch = drawn.batch
-            parts = _minibatches(run, programs.sizes, drawn)
+            minibatches = _minibatches(run, programs.sizes, drawn)
+
+            # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
-                parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
+                minibatches, gap = _logprobs(
+                    run, programs, stage.state.params, reference, minibatches
+                )
+
+            # 6. Optimise. The next rollout is dispatched before anything here waits for the update.
             with stage.timed("update"):
-                stage.state, reports = _optimise(programs, stage.state, parts, config.epochs)
+                stage.state, reports = _optimise(programs, stage.state, minibatches, config.epochs)
             if config.ahead == "next" and not is_last:
                 ahead = begin(stage.position + drawn.num_draws)
             started = ahead
             with stage.timed("update"):
                 values = means(reports)  # waits for the devices
+
+            # 7. Log; where it is time, judge the held-out set and save.
             update_gap = values.pop("old_logp_gap")
             values |= drawn.metrics
             values["rollout/logprob_gap"] = update_gap if gap is None else gap
             values |= floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
-            values |= means([part.packing for part in parts])
-            every = run.config.run.completions_every
-            if every and hosts.is_main() and (step % every == 0 or is_last):
-                stage.tracker.log_completions(step + 1, table_rows(batch))
+            values |= means([minibatch.packing for minibatch in minibatches])
+            _log_completions(run, stage, step, drawn)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
+
+
+def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> None:
+    """Write the judgements of this step for people to read, if its turn has come."""
+    every, is_last = run.config.run.completions_every, step + 1 == run.config.grpo.steps
+    if every and hosts.is_main() and (step % every == 0 or is_last):
+        stage.tracker.log_completions(step + 1, table_rows(drawn.batch))
 
 
 def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch]:

@@ -27,13 +27,16 @@ from jlrm.evaluation.benchmarks.registry import policy_of
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, game_verdict
 from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
+from jlrm.reports.tracking import progress_bar
+from jlrm.runtime import hosts
 from jlrm.sampling import writer
 from jlrm.sampling.generate import lay_out_program
 from jlrm.training.programs import heldout_decoding
 from jlrm.training.scoring import Judgement, compare_orders, judge, parse_rate, rewards_of
 from jlrm.training.setup import Run
 
-EvaluateFn = Callable[[Params], dict[str, float]]
+# evaluate(weights, when): `when` is said on the progress bar, e.g. "after sft step 60"
+EvaluateFn = Callable[[Params, str], dict[str, float]]
 
 POLICY = policy_of("pairs", ["aggregation=first_order"])
 # Metrics of the benchmark that are kept: our names.
@@ -46,7 +49,7 @@ METRICS = {
 
 
 def make_evaluation(run: Run) -> EvaluateFn:
-    """Return weights -> held-out metrics; programs are compiled at first use.
+    """Return weights, when -> held-out metrics; programs are compiled at first use.
 
     Shares are in percent: agreement and macro F1 (of the given order), swap_consistency,
     delta_bias, parse_rate; `pairs` counts the pairs. reward and mean_length (tokens) are means over
@@ -61,11 +64,13 @@ def make_evaluation(run: Run) -> EvaluateFn:
     write = writer.make_writer(run.policy, heldout_decoding(run.config), [longest])
     lay_out = lay_out_program(run.policy.model, run.policy.decoding)
 
-    def evaluate(params: Params) -> dict[str, float]:
-        completions = {
-            each.example.comparison.id: each.completions[0]
-            for each in write(lay_out(params), asked)
-        }
+    def evaluate(params: Params, when: str) -> dict[str, float]:
+        completions = {}
+        label = f"judging {half} held-out pairs {when}"
+        with progress_bar(label, len(asked), "game", is_shown=hosts.is_main()) as bar:
+            for each in write(lay_out(params), asked):
+                completions[each.example.comparison.id] = each.completions[0]
+                bar.update()
         ids = [completions[game.id] for game in games]
         judgements = judge(run, examples, ids)
         if run.config.reward.swap_consistency:

@@ -35,9 +35,8 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
         write_dropped(examples.dropped, run.directory.path / "dropped_sft.jsonl")
     programs, num_devices = sft_programs(run.config, policy, examples.longest), policy.mesh.size
     initial = partial(initial_params, run, "sft")
-    with Stage(run, "sft", config.steps, programs.optimizer, initial, evaluate) as stage:
-        if run.config.model.path:
-            stage.evaluate_start()
+    with Stage(run, "sft", programs.optimizer, initial, evaluate, ["update"]) as stage:
+        stage.evaluate_start()
         for step in stage:
             seed, position = run.config.run.seed, stage.position
             rows = batches.batch_rows(seed, position, config.batch_size, len(examples))

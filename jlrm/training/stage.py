@@ -1,6 +1,6 @@
 """What surrounds the steps of a stage: resume, time, log, evaluate, save, and stop cleanly.
 
-    with Stage(run, "grpo", num_steps, optimizer, initial_params) as stage:
+    with Stage(run, "grpo", optimizer, initial_params, evaluate, names) as stage:
         for step in stage:
             with stage.timed("update"):
                 stage.state, values = update(stage.state, ...)
@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.config import RunError
+from jlrm.config import RunConfig, RunError, stages_of
 from jlrm.model.qwen import Params
 from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
@@ -51,6 +51,8 @@ def floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
+SILENT_STEPS = 5  # without a verdict, before it is said
+
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _num_compiles = 0
 
@@ -68,8 +70,9 @@ class Stage:
     """One stage of a run: iterate over its remaining steps, `finish` each of them.
 
     Begins from the stage's newest checkpoint, or from `initial` weights. `start` and `evaluation`
-    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time,
-    evaluation and saving included) what the stage has cost over all its starts.
+    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time, from
+    reading weights to saving them, evaluation included) what the stage has cost over all its
+    starts.
     """
 
     state: TrainState
@@ -78,20 +81,16 @@ class Stage:
         self,
         run: Run,
         name: str,
-        num_steps: int,
         optimizer: optax.GradientTransformation,
         initial: Callable[[], Params],
         evaluate: EvaluateFn,
+        programs: Sequence[str],
     ) -> None:
-        settings, policy = run.config.run, run.policy
-        self._run, self._name, self._num_steps = run, name, num_steps
-        self._checkpoints = Checkpoints(
-            settings.dir,
-            name,
-            keep_last=settings.keep_last,
-            keep_best=settings.keep_best,
-            metric=settings.best_metric,
-        )
+        self._marked = self._step_began = time.monotonic()
+        self._run, self._name, self._evaluate = run, name, evaluate
+        self._programs = programs  # that a step runs, for people to read
+        self._num_steps: int = getattr(run.config, name).steps
+        self._checkpoints = _open_checkpoints(run.config.run, name)
         self.start: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
@@ -99,27 +98,23 @@ class Stage:
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:
-            abstract = update.abstract_state(policy.model, policy.training, optimizer)
-            self.state, meta = self._checkpoints.restore(self._done, abstract)
-            self.start, self.evaluation = meta["start"], meta["evaluation"]
-            self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
-            self.position = meta["position"]
+            self._restore(optimizer)
         else:
-            self.state = update.init_state(policy.model, policy.training, optimizer, initial())
-        self.tracker = Tracker(
-            run.directory.path,
-            stage=name,
-            num_steps=num_steps,
-            first_step=self._done,
-            tensorboard=settings.tensorboard,
-            wandb_project=settings.wandb_project,
-            config=to_dict(run.config),
-            is_writer=hosts.is_main(),
-        )
-        self._evaluate = evaluate
+            network = run.policy
+            self.state = update.init_state(network.model, network.training, optimizer, initial())
+        self.tracker = _open_tracker(run, name, self._num_steps, self._done)
         self._seconds = collections.defaultdict[str, float](float)
+        self._num_silent = 0  # steps in a row in which no completion held a verdict
         self._signum = 0
-        self._marked = self._step_began = time.monotonic()
+
+    def _restore(self, optimizer: optax.GradientTransformation) -> None:
+        """Go on from the newest checkpoint."""
+        network = self._run.policy
+        abstract = update.abstract_state(network.model, network.training, optimizer)
+        self.state, meta = self._checkpoints.restore(self._done, abstract)
+        self.start, self.evaluation = meta["start"], meta["evaluation"]
+        self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
+        self.position = meta["position"]
 
     def __enter__(self) -> Stage:
         self.tracker.__enter__()
@@ -142,6 +137,8 @@ class Stage:
     def __iter__(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 0; `finish` belongs to each."""
         _count_compiles()
+        if self._done < self._num_steps:
+            self.tracker.note(f"{self._name}: the first step compiles {', '.join(self._programs)}")
         for step in range(self._done, self._num_steps):
             self._step_began = time.monotonic()
             self._seconds.clear()
@@ -156,9 +153,14 @@ class Stage:
         self._seconds[phase] += time.monotonic() - began
 
     def evaluate_start(self) -> None:
-        """Judge the held-out set before the first step, to have something to compare with."""
-        if not self.is_resumed:
-            self.start = self._evaluate(self.state.params)
+        """Judge the held-out set before the run's first step, to have something to compare with.
+
+        Weights that are random have nothing to say, and a later stage compares with the one before.
+        """
+        config = self._run.config
+        is_first = stages_of(config)[0] == self._name
+        if config.model.path and is_first and not self.is_resumed:
+            self.start = self._evaluate(self.state.params, "before training")
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
     def finish(self, values: dict[str, float], num_tokens: int, num_draws: int = 1) -> None:
@@ -187,8 +189,9 @@ class Stage:
         self.num_tokens += num_tokens
         is_last = step == self._num_steps
         is_evaluated = is_last or _is_due(step, settings.eval_every)
+        self._warn_of_silence(values)
         if is_evaluated:
-            self.evaluation = self._evaluate(self.state.params)
+            self.evaluation = self._evaluate(self.state.params, f"after {self._name} step {step}")
             values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
         self.tracker.log(step, values)
         if is_evaluated or self._signum or _is_due(step, settings.save_every):
@@ -205,6 +208,22 @@ class Stage:
     def outcome(self) -> StageResult:
         """Return what the stage came to."""
         return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
+
+    def _warn_of_silence(self, values: dict[str, float]) -> None:
+        """Say once that nothing which the model writes can be read, and what helps."""
+        if values.get("judge/parse_rate", 100.0) > 0:
+            self._num_silent = 0
+            return
+        self._num_silent += 1
+        if self._num_silent == SILENT_STEPS:
+            cut = 100 * values["completions/clipped_ratio"]
+            max_new_tokens = self._run.config.sampling.max_new_tokens
+            self.tracker.note(
+                f"{self._name}: no completion of the last {SILENT_STEPS} steps holds a verdict, "
+                "and so none is paid for one. What helps: SFT first (sft.steps), "
+                f"longer completions ({cut:.0f} % were cut at sampling.max_new_tokens="
+                f"{max_new_tokens}), or a larger model."
+            )
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         for name in ("loss", "grad_norm"):
@@ -236,6 +255,30 @@ class Stage:
         self._signum = signum
         signal.signal(signum, self._old_handlers[signum])
         self.tracker.note("Stopping after this step and saving; the same again stops at once.")
+
+
+def _open_checkpoints(settings: RunConfig, name: str) -> Checkpoints:
+    return Checkpoints(
+        settings.dir,
+        name,
+        keep_last=settings.keep_last,
+        keep_best=settings.keep_best,
+        metric=settings.best_metric,
+    )
+
+
+def _open_tracker(run: Run, name: str, num_steps: int, first_step: int) -> Tracker:
+    settings = run.config.run
+    return Tracker(
+        run.directory.path,
+        stage=name,
+        num_steps=num_steps,
+        first_step=first_step,
+        tensorboard=settings.tensorboard,
+        wandb_project=settings.wandb_project,
+        config=to_dict(run.config),
+        is_writer=hosts.is_main(),
+    )
 
 
 def _is_due(step: int, every: int) -> bool:
