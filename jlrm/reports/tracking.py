@@ -188,6 +188,7 @@ def progress_bar(
         unit=unit,
         leave=stays or not is_terminal,
         disable=not is_shown,
+        position=None if is_terminal else 0,  # else a bar beside another moves the cursor
         dynamic_ncols=True,
         miniters=1,
         mininterval=0.1 if is_terminal else PLAIN_SECONDS,
