@@ -49,7 +49,7 @@ from jlrm.sampling.generate import Generate, fetch, make_generator
 from jlrm.sampling.policy import Network, bare_network
 from jlrm.training import update
 from jlrm.training.packing import Group
-from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch, rollout_settings
+from jlrm.training.programs import Known, Minibatch, grpo_programs, pack_minibatch, rollout_settings
 from jlrm.weights.source import read_model
 
 PHASES = ("rollout", "logprobs", "update")
@@ -198,11 +198,13 @@ class Workload:
                     self.training,
                     self.programs.sizes,
                     groups,
-                    logps,
-                    advantages,
-                    np.ones(len(logps), bool),
+                    Known(
+                        logps,
+                        advantages,
+                        np.ones(len(logps), bool),
+                        logps if grpo.loss.kl_weight else None,
+                    ),
                     grpo.loss.aggregation,
-                    logps if grpo.loss.kl_weight else None,
                 )
             )
         return parts
@@ -222,7 +224,7 @@ class Times:
 
 def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times]]:
     """Run every phase once and then `repeats` times, those of the workloads alternately."""
-    found: list[dict[str, Times]] = [{} for _ in workloads]
+    measured: list[dict[str, Times]] = [{} for _ in workloads]
     phases = ("rollout", PREFILL, "logprobs", "update")
     total = len(phases) * len(workloads) * (1 + repeats)
     with tqdm(total=total, file=sys.stderr, disable=not hosts.is_main()) as bar:
@@ -236,15 +238,15 @@ def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times
             return seconds
 
         for phase in phases:
-            for workload, times in zip(workloads, found, strict=True):
+            for workload, times in zip(workloads, measured, strict=True):
                 times[phase] = Times(timed(workload, phase))
             for repeat in range(repeats):
-                pairs = list(zip(workloads, found, strict=True))
+                pairs = list(zip(workloads, measured, strict=True))
                 for workload, times in pairs if repeat % 2 == 0 else reversed(pairs):
                     times[phase].seconds.append(timed(workload, phase))
-            for workload, times in zip(workloads, found, strict=True):
+            for workload, times in zip(workloads, measured, strict=True):
                 times[phase].peak_bytes = machine.peak_bytes(workload.mesh)
-    return found
+    return measured
 
 
 def figures(
@@ -257,14 +259,14 @@ def figures(
 
     `spread` is the longest less the shortest time, over the median, which is `seconds`.
     """
-    found: dict[str, dict[str, float]] = {}
+    by_phase: dict[str, dict[str, float]] = {}
     rates = limits["matmul_flops_per_second"], limits["read_bytes_per_second"]
     for phase in PHASES:
         seconds = statistics.median(times[phase].seconds)
         flops = sum(cost.flops for cost in phase_costs[phase])
         least, most = min(times[phase].seconds), max(times[phase].seconds)
         count = counts[phase]
-        found[phase] = {
+        by_phase[phase] = {
             "seconds": seconds,
             "min_seconds": least,
             "spread": (most - least) / seconds,
@@ -277,19 +279,19 @@ def figures(
             "compile_s": max(times[phase].first - seconds, 0.0),
         }
         if "plain_tokens" in count:
-            found[phase]["plain_tokens_per_second"] = count["plain_tokens"] / seconds
+            by_phase[phase]["plain_tokens_per_second"] = count["plain_tokens"] / seconds
     first_token = statistics.median(times[PREFILL].seconds)
-    found["rollout"]["prefill_share"] = first_token / found["rollout"]["seconds"]
-    return found
+    by_phase["rollout"]["prefill_share"] = first_token / by_phase["rollout"]["seconds"]
+    return by_phase
 
 
 def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, dict[str, float]]:
     """Return how many times as long each phase of `of` took as that of `to`, pair by pair."""
-    found = {}
+    by_phase = {}
     for phase in PHASES:
         pairs = [a / b for a, b in zip(of[phase].seconds, to[phase].seconds, strict=True)]
-        found[phase] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
-    return found
+        by_phase[phase] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+    return by_phase
 
 
 # --- The command ---
@@ -306,8 +308,8 @@ def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
     results = []
     for workload, of_one in zip(workloads, times, strict=True):
         limits = machines[workload.model.compute_dtype]
-        found = figures(of_one, workload.costs(), workload.counts(), limits)
-        results.append({**found, "machine": limits})
+        measured = figures(of_one, workload.costs(), workload.counts(), limits)
+        results.append({**measured, "machine": limits})
     if len(results) == 1:
         return results[0]
     return {**results[0], "compare": {**results[1], "ratio": ratios(times[1], times[0])}}
@@ -332,11 +334,11 @@ def describe(result: dict[str, Any], names: Sequence[str]) -> str:
 
 def _row(phase: dict[str, float]) -> dict[str, Any]:
     """Return a phase's figures in the units of the table."""
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for column, (name, unit) in COLUMNS.items():
         value = phase.get(name)
-        found[column] = value if value is None or name == "tokens" else float(value / unit)
-    return found
+        cells[column] = value if value is None or name == "tokens" else float(value / unit)
+    return cells
 
 
 def _machine_line(limits: dict[str, Any]) -> str:

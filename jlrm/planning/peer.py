@@ -29,7 +29,7 @@ from jlrm.sampling.sampler import Rollout
 from jlrm.sampling.stops import stop_tables
 from jlrm.training import update
 from jlrm.training.packing import Group
-from jlrm.training.programs import Minibatch, grpo_programs, pack_minibatch, rollout_settings
+from jlrm.training.programs import Known, Minibatch, grpo_programs, pack_minibatch, rollout_settings
 from jlrm.weights import hf, hf_config
 
 
@@ -138,13 +138,5 @@ class Peer:
             Group(prompt, tokens[i * size : (i + 1) * size].tolist())
             for i, prompt in enumerate(self.prompts)
         ]
-        return pack_minibatch(
-            self.training,
-            self.programs.sizes,
-            groups,
-            logps,
-            advantages,
-            np.ones(len(tokens), bool),
-            "sequence_mean",
-            ref_logps,
-        )
+        known = Known(logps, advantages, np.ones(len(tokens), bool), ref_logps)
+        return pack_minibatch(self.training, self.programs.sizes, groups, known, "sequence_mean")

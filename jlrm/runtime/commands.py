@@ -52,8 +52,8 @@ def abandonable(work: Callable[[], T], tick: Callable[[], object] = lambda: None
         except BaseException as error:
             outcome.set_exception(error)
 
-    threading.Thread(target=fill, daemon=True).start()
     try:
+        threading.Thread(target=fill, daemon=True).start()
         while True:
             with contextlib.suppress(TimeoutError):
                 return outcome.result(timeout=1.0)

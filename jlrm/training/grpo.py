@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlrm.config import Config
 from jlrm.model.qwen import Params
 from jlrm.rl.losses import importance_weights
 from jlrm.runtime import hosts
@@ -18,6 +19,7 @@ from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
 from jlrm.training.programs import (
     GRPOPrograms,
+    Known,
     Minibatch,
     grpo_programs,
     pack_minibatch,
@@ -36,9 +38,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     sample = make_sampler(run.config, run.policy, width)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
-    has_logprobs = config.loss.kl_weight or needs_old_logprobs(run.config)
-    names = ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
-    with Stage(run, "grpo", programs.optimizer, initial, evaluate, names) as stage:
+    with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
         reference = None
         if config.loss.kl_weight:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
@@ -88,6 +88,12 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     return stage.outcome()
 
 
+def _names(config: Config) -> list[str]:
+    """Return the programs of a step, for people to read."""
+    has_logprobs = config.grpo.loss.kl_weight or needs_old_logprobs(config)
+    return ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
+
+
 def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> None:
     """Write the judgements of this step for people to read, if its turn has come."""
     every, is_last = run.config.run.completions_every, step + 1 == run.config.grpo.steps
@@ -108,9 +114,9 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
             Group(batch.examples[chosen[i]].prompt_ids, sampled.ids[i : i + num_rollouts])
             for i in range(0, len(chosen), num_rollouts)
         ]
-        about = sampled.logps, batch.advantages[chosen], is_kept[chosen]
+        known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
         parts.append(
-            pack_minibatch(run.policy.training, sizes, whole, *about, config.loss.aggregation)
+            pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
         )
     return parts
 

@@ -69,6 +69,15 @@ class GRPOPrograms(NamedTuple):
     sizes: list[int]
 
 
+class Known(NamedTuple):
+    """What is known of the B completions of a minibatch, besides their tokens."""
+
+    logps: Float[np.ndarray, "B T"]  # the old ones
+    advantages: Float[np.ndarray, " B"]
+    is_kept: Bool[np.ndarray, " B"]  # False: no part in the loss
+    ref_logps: Float[np.ndarray, "B T"] | None = None
+
+
 class Minibatch(NamedTuple):
     """What one optimiser step learns from, on the devices, and metrics of its packing."""
 
@@ -274,24 +283,18 @@ def pack_minibatch(
     layout: Layout,
     sizes: Sequence[int],
     groups: Sequence[Group],
-    logps: Float[np.ndarray, "B T"],
-    advantages: Float[np.ndarray, " B"],
-    is_kept: Bool[np.ndarray, " B"],
+    known: Known,
     aggregation: str,
-    ref_logps: Float[np.ndarray, "B T"] | None = None,
 ) -> Minibatch:
-    """Pack groups and what is known of their B completions, and send it to the devices.
-
-    `logps` are the old log-probabilities; a completion that is not kept has no part in the loss.
-    """
+    """Pack groups and what is known of their completions, and send it to the devices."""
     packed = packing.pack(groups, sizes, layout.mesh.size)
     lengths = np.array([len(ids) for group in groups for ids in group.completions])
-    mask = completion_mask(lengths, logps.shape[1]) & is_kept[:, None]
+    mask = completion_mask(lengths, known.logps.shape[1]) & known.is_kept[:, None]
     targets = PolicyTargets(
-        old_logp=packed.take(logps),
-        ref_logp=None if ref_logps is None else packed.take(ref_logps),
-        advantages=packed.take(advantages),
-        mask=packed.take(is_kept),
+        old_logp=packed.take(known.logps),
+        ref_logp=None if known.ref_logps is None else packed.take(known.ref_logps),
+        advantages=packed.take(known.advantages),
+        mask=packed.take(known.is_kept),
         weights=packed.take(token_weights(mask, aggregation)),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))

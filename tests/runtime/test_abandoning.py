@@ -15,9 +15,12 @@ SLEEPER = """
 import sys, time
 from jlrm.runtime import commands
 
-def main():
+def work():
     print("begun", flush=True)
-    commands.abandonable(lambda: time.sleep(60))
+    time.sleep(60)
+
+def main():
+    commands.abandonable(work)
 
 sys.exit(commands.run(main))
 """

@@ -31,9 +31,7 @@ def is_small(name: str) -> bool:
 
 def signature(tree):
     """Return what stays the same between the longest batch and any other."""
-    return jax.tree.map(
-        lambda leaf: (jnp.ndim(leaf) if hasattr(leaf, "ndim") else 0, leaf.dtype), tree
-    )
+    return jax.tree.map(lambda leaf: (leaf.ndim, leaf.dtype), tree)
 
 
 class Recorder:
