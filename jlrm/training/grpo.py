@@ -60,17 +60,15 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
             drawn = rollouts.draw(run, begin, started, stage.timed)
-            minibatches = _minibatches(run, programs.sizes, drawn)
+            parts = _minibatches(run, programs.sizes, drawn)
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
-                minibatches, gap = _logprobs(
-                    run, programs, stage.state.params, reference, minibatches
-                )
+                parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
 
             # 6. Optimise. The next rollout is dispatched before anything here waits for the update.
             with stage.timed("update"):
-                stage.state, reports = _optimise(programs, stage.state, minibatches, config.epochs)
+                stage.state, reports = _optimise(programs, stage.state, parts, config.epochs)
             if config.ahead == "next" and not is_last:
                 ahead = begin(stage.position + drawn.num_draws)
             started = ahead
@@ -82,7 +80,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             values |= drawn.metrics
             values["rollout/logprob_gap"] = update_gap if gap is None else gap
             values |= floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
-            values |= means([minibatch.packing for minibatch in minibatches])
+            values |= means([part.packing for part in parts])
             _log_completions(run, stage, step, drawn)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
