@@ -22,6 +22,7 @@ from jlrm.training.programs import (
     Known,
     Minibatch,
     grpo_programs,
+    needs_old_logprobs,
     pack_minibatch,
 )
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
@@ -131,8 +132,8 @@ def _logprobs(
     With a single optimiser step the sampler's own are the old ones, and that step measures the gap
     itself.
     """
-    config, gap, cap = run.config.grpo, None, run.config.grpo.loss.importance_cap
-    if config.epochs * config.minibatches > 1 or cap:
+    gap, cap = None, run.config.grpo.loss.importance_cap
+    if needs_old_logprobs(run.config):
         scored = [_with(part, old_logp=programs.logprobs(params, part.rows)[0]) for part in parts]
         gap = _mean_gap(parts, scored)
         if cap:
