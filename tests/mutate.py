@@ -20,6 +20,7 @@ import argparse
 import ast
 import copy
 import fnmatch
+import functools
 import importlib.abc
 import importlib.util
 import io
@@ -226,7 +227,7 @@ def stages(module: str) -> list[Stage]:
     room = TESTS.joinpath(*package.split(".")[1:])
     mine, others = [], []
     for path in sorted(TESTS.rglob("test_*.py")):
-        if _imports(ast.parse(path.read_text()), package, name):
+        if {f"{package}.{name}", f"{package}:{name}"} & _imported(path):
             files = mine if room in path.parents else others
             files.append(str(path.relative_to(ROOT)))
     fast, slow = ("--tier=fast",), ("--tier=everything", "-m", "slow")
@@ -234,13 +235,14 @@ def stages(module: str) -> list[Stage]:
     return [stage for stage in every if stage.files]
 
 
-def _imports(tree: ast.Module, package: str, name: str) -> bool:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            names = {alias.name for alias in node.names}
-            if node.module == f"{package}.{name}" or (node.module == package and name in names):
-                return True
-    return False
+@functools.cache
+def _imported(path: pathlib.Path) -> set[str]:
+    """Return the modules a file imports, and `module:name` for each name from one."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}:{alias.name}" for alias in node.names)}
+    return names
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
