@@ -229,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     hosts.gather("the results", None)
     if not hosts.is_main():
         return
+    for run in runs:
+        if text := results.warning(run.benchmark.name, earned.benchmarks[run.benchmark.name]):
+            logging.getLogger(__name__).warning("%s", text)
     shown = {run.benchmark.name: earned.benchmarks[run.benchmark.name] for run in runs}
     if args.json:
         print(json.dumps({name: results_file.headline(each) for name, each in shown.items()}))

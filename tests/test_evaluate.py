@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Response
 from jlrm.judges import options
 from jlrm.judges.paid import Spending
+from jlrm.reports import results_file
+from jlrm.reports.results_file import SubsetResult
 from jlrm.runtime import commands
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -358,6 +361,44 @@ def test_votes_cost_and_statuses_are_reported(pairs, capsys, tmp_path, judged_by
     assert entry["subsets"]["odd"]["n"] == 6
 
 
+def test_a_judge_without_any_verdict_has_no_metrics_and_is_told(pairs, capsys, tmp_path, judged_by):
+    """By the official rule such games are ties, so `precision` and others would be numbers."""
+    judged_by(Judge(lambda game: "no verdict"))
+    out = tmp_path / "o"
+    flags = [*model(pairs, out, "--policy", "aggregation=first_order", "error_credit=tie")]
+    evaluate.main([flag for flag in flags if flag != "--no-report"])
+    told = capsys.readouterr()
+    assert "pairs: 24 of 24 games have NO VERDICT (mostly: no answer)" in told.err
+    result = results_file.read(out).benchmarks["pairs"]
+    assert set(result.metrics) >= {"agreement", "f1"} and set(result.metrics.values()) == {None}
+    assert result.intervals == {} and result.subsets["odd"] == SubsetResult(6, None)
+    card = (out / "model_card.md").read_text()
+    assert re.search(r"\| agreement \| – \| – \| 12 \|", card)
+    for metric in ("precision", "f1", "consistency"):
+        assert re.search(rf"{metric}\s+-", told.out), told.out
+
+
+def test_a_warning_is_given_where_half_of_the_verdicts_are_missing(
+    pairs, capsys, tmp_path, judged_by
+):
+    for num_failed, is_told in ((5, False), (6, True)):
+        failing = {f"p{i}" for i in range(num_failed)}
+        judged_by(Judge(lambda game, failing=failing: "?" if game.item.id in failing else GOOD))
+        evaluate.main(model(pairs, tmp_path / str(num_failed)))
+        told = capsys.readouterr().err
+        assert (f"pairs: {2 * num_failed} of 24 games have NO VERDICT" in told) == is_told
+
+
+def test_none_of_twelve_right_does_not_mean_never(pairs, capsys, tmp_path, judged_by):
+    judged_by(Judge(lambda game: BAD if game.first == 0 else GOOD))
+    assert ran(capsys, *model(pairs, tmp_path / "o"))["pairs"]["overall"] == 0.0
+    result = results_file.read(tmp_path / "o").benchmarks["pairs"]
+    assert result.intervals["overall"] == (0.0, pytest.approx(26.46, abs=0.01))
+    assert result.intervals["odd"] == (0.0, pytest.approx(45.93, abs=0.01))
+    assert result.subsets["odd"].interval == result.intervals["odd"]
+    assert result.diagnostics.consistency.interval == (pytest.approx(73.54, abs=0.01), 100.0)
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
@@ -502,7 +543,7 @@ def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
     flags += ["--compute-dtype", "float32", "--batch-size", 8, "--mesh", "data=8", "fsdp=1"]
     flags += ["--out", tmp_path / "o", "--no-report"]
     found = ran(capsys, *flags)["pairs"]
-    assert (found["n"], found["parse_failures"], found["overall"]) == (3, 6, 0.0)
+    assert (found["n"], found["parse_failures"], found["overall"]) == (3, 6, None)
     lines = (tmp_path / "o" / "pairs" / "responses.jsonl").read_text().splitlines()
     header, answer = (json.loads(line) for line in lines[:2])
     assert header["header"]["prompt"] == "toy" and header["header"]["max_new_tokens"] == 4

@@ -2,7 +2,7 @@
 
 Intervals resample *items*: the games of one item hang together, so they are drawn together. All are
 95 % percentile intervals of a bootstrap, from a seed of their own and hence the same in every run.
-A rate that is 0 or 100 % in the sample has an interval without width; its `n` says what that means.
+At 0 and 100 %, where resamples do not differ, they are exact binomial ones.
 
 Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
-from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles
+from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles, with_width
 from jlrm.judgement.verdict import implied_probability, is_consistent, preferred, swap_preference
 from jlrm.reports.results_file import (
     Amount,
@@ -108,7 +108,9 @@ def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> ItemRate:
     rng = np.random.default_rng(0)
     drawn = rng.multinomial(len(counts), weights / len(counts), NUM_RESAMPLES) @ pairs
     kept = drawn[drawn[:, 1] > 0]
-    return ItemRate(rate.percent, rate.n, percentiles(100 * kept[:, 0] / kept[:, 1]))
+    interval = percentiles(100 * kept[:, 0] / kept[:, 1])
+    num_items = sum(size > 0 for size in sizes)
+    return ItemRate(rate.percent, rate.n, with_width(interval, num_items))
 
 
 def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> ItemRate:

@@ -12,6 +12,7 @@ from jlrm.evaluation.games import ItemVerdicts
 
 PERCENTILES = (2.5, 97.5)
 NUM_RESAMPLES = 1000
+TAIL = 0.025  # on either side of a 95 % interval
 BLOCK = 1 << 22  # numbers drawn at a time: 32 MiB
 
 
@@ -78,6 +79,18 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = np.percentile(defined, PERCENTILES)
     return float(low), float(high)
+
+
+def with_width(interval: tuple[float, float], n: int) -> tuple[float, float]:
+    """Return the interval of a percentage over `n` items; at 0 and 100 % the exact binomial one.
+
+    Resamples of items that are all wrong are all wrong: a bootstrap would be certain of it after
+    three items. Clopper and Pearson's interval (1934) of 0 of 12 is 0 to 26.5 %.
+    """
+    share = 100 * TAIL ** (1 / n) if n else 0.0
+    if interval == (0.0, 0.0):
+        return 0.0, 100.0 - share
+    return (share, 100.0) if interval == (100.0, 100.0) else interval
 
 
 def _resampled_means(values: np.ndarray, num: int, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from jlrm.reports.results_file import (
     WorstItem,
 )
 
+OVER_ALL_ITEMS = ("overall", "agreement")  # metrics that are a share of all items
 NUM_WORST = 20
 SHOWN_CHARACTERS = 4000  # of a text among the worst items
 
@@ -55,15 +57,10 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
     benchmark, policy = evaluation.benchmark, evaluation.policy
     judged, num_missing = evaluation.judged()
     credits = {each.item.id: benchmark.credit(each, policy) for each in judged}
-
-    def score(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
-        return benchmark.total([credits[each.item.id] for each in sample], policy)
-
+    metrics, ranges = _metrics(evaluation, judged, credits)
     return BenchmarkResult(
-        metrics={name: _finite(value) for name, value in score(judged).items()},
-        intervals={
-            name: _finite_ends(ends) for name, ends in intervals.bootstrap(judged, score).items()
-        },
+        metrics=metrics,
+        intervals=ranges,
         n=len(judged),
         parse_failures=count(judged, None),
         ties=count(judged, 0),
@@ -77,12 +74,44 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
     )
 
 
+def _metrics(
+    evaluation: Evaluation, judged: Sequence[ItemVerdicts], credits: Mapping[str, Credit]
+) -> tuple[dict[str, float | None], dict[str, Interval]]:
+    """Return the metrics with their intervals; None for all where no game has a verdict.
+
+    What a policy gives to games without a verdict would be all that they say.
+    """
+
+    def total(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
+        return evaluation.benchmark.total(
+            [credits[each.item.id] for each in sample], evaluation.policy
+        )
+
+    metrics = total(judged)
+    if not _has_verdicts(judged):
+        return dict.fromkeys(metrics), {}
+    sizes = dict.fromkeys(OVER_ALL_ITEMS, len(judged)) | Counter(e.item.subset for e in judged)
+    return (
+        {name: _finite(value) for name, value in metrics.items()},
+        {
+            name: _finite_ends(ends, sizes.get(name, 0))
+            for name, ends in intervals.bootstrap(judged, total).items()
+        },
+    )
+
+
+def _has_verdicts(judged: Sequence[ItemVerdicts]) -> bool:
+    return any(each.preference is not None for item in judged for each in item.verdicts)
+
+
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _finite_ends(interval: tuple[float, float]) -> Interval:
-    return _finite(interval[0]), _finite(interval[1])
+def _finite_ends(interval: tuple[float, float], num_items: int) -> Interval:
+    """Return an interval; num_items: that a percentage is of, 0 for what is no share of items."""
+    low, high = intervals.with_width(interval, num_items) if num_items else interval
+    return _finite(low), _finite(high)
 
 
 def _subsets(
@@ -92,18 +121,18 @@ def _subsets(
     for each in judged:
         groups.setdefault(each.item.subset, []).append(each)
 
-    def score(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
+    def accuracy(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
         return {"accuracy": percent(credits[each.item.id].value for each in sample)}
 
-    return {
-        name: SubsetResult(
-            n=len(group),
-            accuracy=score(group)["accuracy"],
-            interval=_finite_ends(intervals.bootstrap(group, score)["accuracy"]),
+    def result(group: Sequence[ItemVerdicts]) -> SubsetResult:
+        if not _has_verdicts(group):
+            return SubsetResult(len(group), None)
+        interval = intervals.bootstrap(group, accuracy)["accuracy"]
+        return SubsetResult(
+            len(group), accuracy(group)["accuracy"], _finite_ends(interval, len(group))
         )
-        for name, group in sorted(groups.items())
-        if name
-    }
+
+    return {name: result(group) for name, group in sorted(groups.items()) if name}
 
 
 def _worst(
@@ -156,6 +185,23 @@ def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparis
         )
     paired = intervals.paired(*([one[item] for item in common] for one in credits))
     return PairedComparison(name, len(common), *paired)
+
+
+def warning(name: str, result: BenchmarkResult) -> str:
+    """Return what must be said of a benchmark most of whose games have no verdict; "" of others."""
+    num_games, num_failed = result.diagnostics.games, result.parse_failures
+    if 2 * num_failed < num_games or not num_games:
+        return ""
+    status = next(status for status in result.statuses if status != "ok").replace("_", " ")
+    meaning = (
+        "Its metrics would describe the policy alone and are left out"
+        if num_failed == num_games
+        else "Its metrics describe the policy more than the judge"
+    )
+    return (
+        f"{name}: {num_failed} of {num_games} games have NO VERDICT (mostly: {status}). {meaning}. "
+        "Look at the responses; another --prompt, --parser or a larger --max-new-tokens may help."
+    )
 
 
 def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:
