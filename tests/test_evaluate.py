@@ -406,7 +406,7 @@ def test_none_of_twelve_right_does_not_mean_never(pairs, capsys, tmp_path, judge
     ("flags", "message"),
     [
         (("--benchmark", "padalm", "--model", "m"), "Did you mean 'pandalm'"),
-        (("--benchmark", " ,", "--model", "m"), "--benchmark is empty. Known: pandalm"),
+        (("--benchmark", " ,", "--model", "m"), "--benchmark is empty. Known: helpsteer3"),
         (("--benchmark", "pandalm"), "--backend jlrm needs --model"),
         (("--benchmark", "pandalm", "--backend", "verdicts"), "needs --verdicts FILE"),
         (
