@@ -304,8 +304,8 @@ def _check(config: Config) -> None:
     for name, optimizer in (("sft", sft.optimizer), ("grpo", grpo.optimizer)):
         if optimizer.nu_dtype == "bfloat16" and optimizer.b2 > 1 - 2**-8:
             raise UsageError(
-                f"{name}.optimizer.nu_dtype=bfloat16 has 8 bits, and with b2={optimizer.b2} a step "
-                "moves the moment by less than they resolve. Lower b2 to 0.99, or keep float32."
+                f"{name}.optimizer.nu_dtype=bfloat16 keeps 8 bits. With b2={optimizer.b2} a step "
+                "changes the moment by less than that. Lower b2 to 0.99, or keep float32."
             )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
@@ -319,12 +319,13 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
         raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
     if grpo.steps and sampling.temperature == 0.0:
         raise UsageError(
-            "sampling.temperature=0 gives equal rollouts, from which GRPO learns nothing."
+            "sampling.temperature=0 makes all rollouts of a prompt equal, and GRPO learns nothing "
+            "from equal rollouts. Set it above 0."
         )
     if grpo.steps and sampling.weights == "int8" and not grpo.loss.importance_cap:
         raise UsageError(
-            "sampling.weights=int8 samples from another policy, which the loss must correct for: "
-            "set grpo.loss.importance_cap, e.g. 2.0."
+            "sampling.weights=int8 samples from another policy than the trained one. The loss must "
+            "correct for it: set grpo.loss.importance_cap, e.g. 2.0."
         )
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
@@ -345,15 +346,16 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
     if loss.dual_clip and loss.surrogate == "cispo":
-        raise UsageError("grpo.loss.dual_clip has no place in surrogate=cispo. Set it to 0.")
+        raise UsageError("grpo.loss.dual_clip does not apply to surrogate=cispo. Set it to 0.")
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
-            "grpo.ahead=stale samples from older weights, which the loss must correct for: set "
-            "grpo.loss.importance_cap, e.g. 2.0."
+            "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
+            "correct for it: set grpo.loss.importance_cap, e.g. 2.0."
         )
     if grpo.ahead == "stale" and grpo.zero_variance == "resample":
         raise UsageError(
-            "grpo.ahead=stale can't know where zero_variance=resample ends. Use skip or keep."
+            "grpo.ahead=stale samples the next prompts before zero_variance=resample knows how "
+            "many it still needs. Set grpo.zero_variance to skip or keep."
         )
     if data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
         raise UsageError(
@@ -366,12 +368,15 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
     if reward.swap_consistency and data.orders != "both":
         raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
     if reward.swap_consistency and reward.mode == "none":
-        raise UsageError("reward.swap_consistency takes back what reward.mode=none does not pay.")
+        raise UsageError(
+            "reward.swap_consistency withholds a reward, and reward.mode=none pays none. Set "
+            "another reward.mode, or switch it off."
+        )
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
     if reward.mode == "judgelrm" and reward.brier:
         raise UsageError(
-            "reward.brier has no place in reward.mode=judgelrm. Use judgelrm_symmetric."
+            "reward.brier does not apply to reward.mode=judgelrm. Use judgelrm_symmetric."
         )
     if reward.min_score >= reward.max_score:
         raise UsageError(

@@ -85,7 +85,7 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["reward.swap_consistency=1"], "set data.orders=both"),
         (
             ["reward.swap_consistency=1", "data.orders=both", "reward.mode=none"],
-            "takes back what reward.mode=none does not pay",
+            "withholds a reward, and reward.mode=none pays none",
         ),
         (["reward.mode=none"], "name a reward in reward.plugins"),
         (["reward.mode=judgelrm", "reward.brier=1"], "Use judgelrm_symmetric"),

@@ -52,7 +52,7 @@ FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a part of a source, and what else is needed to say how the whole is."""
+    """Rows of a part of a source, and what is needed to validate the source as a whole."""
 
     rows: list[Comparison]
     dropped: list[Dropped]
@@ -120,10 +120,10 @@ def read_part(
 def check_whole(
     source: str, num_rows: int, dropped: Sequence[Dropped], lacking: set[str], names: list[str]
 ) -> None:
-    """Refuse a source that holds nothing, or lacks a renamed column in all of its rows.
+    """Raise if a source holds no usable row, or lacks a renamed column in all of its rows.
 
     Raises:
-      UsageError: if either holds, or no row is usable.
+      UsageError: if either holds.
     """
     if not num_rows and not dropped:
         wanted = "one JSON object a line" if ".json" in source else "one comparison a row"

@@ -1,8 +1,8 @@
 """How far the numbers of an evaluation can be trusted, and what kind of judge they describe.
 
-Intervals resample *items*: the games of one item hang together, so they are drawn together. All are
-95 % percentile intervals of a bootstrap, from a seed of their own and hence the same in every run.
-At 0 and 100 %, where resamples do not differ, they are exact binomial ones.
+Intervals resample *items*: the games of one item are correlated, so they are drawn together. All
+are 95 % percentile intervals of a bootstrap. It has a seed of its own, so they are the same in
+every run. At 0 and 100 %, where resamples do not differ, they are exact binomial ones.
 
 Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
 """

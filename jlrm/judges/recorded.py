@@ -112,7 +112,7 @@ def _finder(
             return same[0], None
         name = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
         if name is None:
-            raise UsageError(f"{where} has none of {', '.join(IDS)} to say what it is about.")
+            raise UsageError(f"{where} names no item: wanted one of {', '.join(IDS)}.")
         with_prefix = [f"{row[key]}:{name}" for key in ("subset", "domain") if key in row]
         for known in (name, *with_prefix):
             if known in by_id:
@@ -239,5 +239,5 @@ def _numbers(row: sources.Row, key: str, where: str) -> list[float]:
     if not is_list or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in value):
         raise UsageError(f"{where}: '{key}' must be a list of numbers, got {value!r}.")
     if any(x != x for x in value):
-        raise UsageError(f"{where}: '{key}' holds a number that is none, {value!r}.")
+        raise UsageError(f"{where}: '{key}' holds a value that is not a number, got {value!r}.")
     return [float(x) for x in value]

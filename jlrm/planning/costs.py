@@ -50,7 +50,7 @@ class BatchSizes:
 
 
 class Cost(NamedTuple):
-    """What a piece of work computes and moves; pieces follow one another."""
+    """What a piece of work computes and moves; pieces run one after the other, so times add."""
 
     flops: float
     bytes: float
