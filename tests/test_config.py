@@ -103,7 +103,10 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
             "Set grpo.zero_variance to skip or keep.",
         ),
         (["grpo.loss.dual_clip=1.19"], "grpo.loss.dual_clip=1.19 must be 0 (off) or at least"),
-        (["grpo.loss.surrogate=cispo", "grpo.loss.dual_clip=3"], "dual_clip does not apply to surrogate=cispo"),
+        (
+            ["grpo.loss.surrogate=cispo", "grpo.loss.dual_clip=3"],
+            "does not apply to surrogate=cispo",
+        ),
         (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
         (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
