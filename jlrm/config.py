@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -80,11 +81,15 @@ class DataConfig:
     # "toy": generated.
     train: str
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
-    eval_rows: Positive = 200  # number of held-out comparisons
+    # Number of held-out comparisons; 0: 200, but of `train` at most a fifth.
+    eval_rows: Count = 0
     # Our name of a field: the name of that column in the file, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
     # Which scores of a JudgeLM row are gold: made without or with a reference answer.
     scores: Literal["score", "score_w_reference"] = "score"
+    # Two scores of the file and what they become, where its scale is not the reward's: {0: 1, 100:
+    # 10} makes 90 a 9.1. Empty: gold scores are used as they are.
+    rescale: dict[str, float] = field(default_factory=dict)
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
@@ -312,6 +317,24 @@ def _check(config: Config) -> None:
     _check_sampling(config.sampling, grpo)
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
+    _check_rescale(config.data.rescale)
+
+
+def _check_rescale(points: Mapping[str, float]) -> None:
+    wrong = UsageError(
+        f"data.rescale={dict(points)} is no rising line through two scores. Wanted {{theirs: ours, "
+        "theirs: ours}, e.g. {0: 1, 100: 10}."
+    )
+    try:
+        line = sorted((float(theirs), ours) for theirs, ours in points.items())
+    except ValueError:
+        raise wrong from None
+    if not line:
+        return
+    if not all(math.isfinite(score) for point in line for score in point):
+        raise wrong
+    if len(line) != 2 or not (line[0][0] < line[1][0] and line[0][1] < line[1][1]):
+        raise wrong
 
 
 def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:

@@ -391,6 +391,44 @@ def test_a_run_on_preferences_alone(tmp_path, warm):
         run(tmp_path / "s", tmp_path / "preferences.jsonl", *warm, "reward.mode=judgelrm")
 
 
+PREFERENCES = [
+    {"question": row.question + f" ({i})", "preference": row.label, "id": row.id}
+    | {"answer_1": row.answer_1, "answer_2": row.answer_2}
+    for i, row in enumerate(toy.comparisons(seed=4, num_rows=60))
+]
+
+
+def test_the_config_for_pairs_trains_on_a_few_preferences(tmp_path):
+    """The first command of a newcomer, on 60 rows of the simplest form, but for the model."""
+    lines = "".join(json.dumps(row) + "\n" for row in PREFERENCES)
+    (tmp_path / "pairs.jsonl").write_text(lines)
+    small = ["model.path=", "model.preset=toy", "model.tokenizer=toy", "data.prompt=toy"]
+    small += ["grpo.steps=1", "sampling.max_new_tokens=8", "sampling.eval_batch_size=8"]
+    small += [f"run.dir={tmp_path}/r", f"data.train={tmp_path}/pairs.jsonl", "mesh.fsdp=1"]
+    small += ["run.eval_every=0", "run.tensorboard=false", "grpo.rollouts=2"]
+    small += ["data.max_prompt_tokens=64"]
+    path = pathlib.Path(__file__).parents[1] / "configs/judge_pairs_0.5b.yaml"
+    summary = train.train(load(path, small), jax.devices()[:1])
+    assert summary["steps"] == 1 and 0 <= summary["grpo"]["agreement"] <= 100
+    with pytest.raises(UsageError, match=r"nothing to imitate: none of 48 rows.*Set sft\.steps=0"):
+        again = [*small, f"run.dir={tmp_path}/s", "sft.steps=1"]
+        train.train(load(path, again), jax.devices()[:1])
+
+
+def test_a_run_keeps_its_held_out_rows_where_their_number_is_left_open(tmp_path, data):
+    """As a run that was begun when 200 rows were held out, however few there were."""
+    options = ["grpo.steps=2", "data.eval_rows=40"]
+    whole = run(tmp_path / "whole", data, *options)
+    run(tmp_path / "r", data, "grpo.steps=1", "data.eval_rows=40")
+    goes_on = run(tmp_path / "r", data, "grpo.steps=2", "data.eval_rows=0")
+    assert goes_on["grpo"] == whole["grpo"]
+    assert comparable(read_metrics(tmp_path / "r")) == comparable(read_metrics(tmp_path / "whole"))
+    saved = load(tmp_path / "r/config.yaml")
+    assert saved.data.eval_rows == 40
+    with pytest.raises(UsageError, match=r"data\.eval_rows 40 -> 9"):
+        run(tmp_path / "r", data, "grpo.steps=2", "data.eval_rows=9")
+
+
 @pytest.fixture
 def parity(tmp_path, monkeypatch):
     """A plug-in that pays rollouts of every second row alike, and the others differently."""

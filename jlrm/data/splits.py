@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import sharded, toy
+from jlrm.data import scales, sharded, toy
 from jlrm.data.batches import Examples, encode_prompts
 from jlrm.data.comparisons import Dropped, describe_dropped
 from jlrm.data.curation import SWAPPED
@@ -17,6 +17,9 @@ from jlrm.data.sharded import ShardedRows
 from jlrm.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+USUAL_HELDOUT = 200  # comparisons: enough to see a few points of agreement
+LARGEST_SHARE = 5  # of small data no more than one row in five is held out
 
 
 class Splits(NamedTuple):
@@ -27,30 +30,42 @@ class Splits(NamedTuple):
     dropped: list[Dropped]
 
 
-def read_splits(data: DataConfig, needs_scores: bool) -> Splits:
+def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
     """Read the sources of a run; `needs_scores` leaves out rows that have a preference alone.
+
+    Gold scores outside `scale`, the judge's, are counted and said.
 
     Raises:
       UsageError: a source that can't be read, or that leaves nothing to train on.
     """
     if data.train == "toy":
         train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
-        return Splits(train, sharded.deal(toy.comparisons(2, data.eval_rows)), [])
-    train, dropped = _read(data, data.train, needs_scores)
+        num_heldout = data.eval_rows or USUAL_HELDOUT
+        return Splits(train, sharded.deal(toy.comparisons(2, num_heldout)), [])
+    train, dropped = _read(data, data.train, scale, needs_scores)
     questions = train.questions()
     if data.eval:
-        rows, dropped_too = _read(data, data.eval, needs_scores)
+        rows, dropped_too = _read(data, data.eval, scale, needs_scores)
         theirs = rows.questions()
-        heldout, _ = _hold_out(theirs, data.eval_rows)
+        heldout, _ = _hold_out(theirs, data.eval_rows or USUAL_HELDOUT)
         num_shared = len(np.intersect1d(questions, theirs[heldout]))
         if num_shared:
             log.warning("%d held-out questions are in %s too", num_shared, data.train)
         return Splits(train, rows.select(heldout), [*dropped, *dropped_too])
-    heldout, rest = _hold_out(questions, data.eval_rows)
+    num_heldout = data.eval_rows or min(USUAL_HELDOUT, max(1, len(train) // LARGEST_SHARE))
+    heldout, rest = _hold_out(questions, num_heldout)
     if not len(rest):
+        num_questions = len(np.unique(questions))
         raise UsageError(
-            f"{data.train} has {len(train)} usable rows, data.eval_rows={data.eval_rows} would "
-            "hold all of them out. Lower it, or name a data.eval file."
+            f"{data.train} has {len(train)} usable rows with {num_questions} different questions. "
+            f"A question is trained on or held out, and data.eval_rows={num_heldout} would hold "
+            "all of them out. Lower it, or name a data.eval file."
+        )
+    if num_heldout < USUAL_HELDOUT and not data.eval_rows:
+        log.warning(
+            "%s is small: %d of its %d rows are held out, %d are trained on (data.eval_rows or "
+            "data.eval set what is held out)",
+            *(data.train, len(heldout), len(train), len(rest)),
         )
     return Splits(train.select(rest), train.select(heldout), dropped)
 
@@ -90,7 +105,9 @@ def encode_splits(
     return train, pairs.select([*places[::2], *places[1::2]])
 
 
-def _read(data: DataConfig, source: str, needs_scores: bool) -> tuple[ShardedRows, list[Dropped]]:
+def _read(
+    data: DataConfig, source: str, scale: tuple[int, int], needs_scores: bool
+) -> tuple[ShardedRows, list[Dropped]]:
     rows, dropped = sharded.read(source, columns=data.columns, scores=data.scores)
     if needs_scores:
         is_scored = rows.flags("rows with scores", lambda row: row.scores is not None)
@@ -103,6 +120,9 @@ def _read(data: DataConfig, source: str, needs_scores: bool) -> tuple[ShardedRow
         rows = rows.select(np.flatnonzero(is_scored))
     if dropped:
         log.warning("%s: left out %s", source, describe_dropped(dropped))
+    rows = scales.rescaled(rows, data.rescale)
+    if said := scales.describe_off_scale(rows, scale, source):
+        log.warning(said)
     return rows, dropped
 
 

@@ -9,6 +9,7 @@ without the checkpoint it began from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -84,6 +85,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
       UsageError: anything the user can mend.
     """
     with open_directory(config) as directory:
+        config = _with_its_heldout_rows(config, directory)
         # Both fail in a moment where they fail, so they come before anything is downloaded.
         mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
         policy = open_policy_of(config, directory, mesh)
@@ -145,8 +147,9 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
 def open_data(config: Config, policy: TextPolicy, loaded: list[Plugin]) -> RunData:
     """Read and encode the training and the held-out rows."""
     # The released code's reward can't use rows that have a preference alone.
-    splits = read_splits(config.data, needs_scores=config.reward.mode == "judgelrm")
-    train, heldout = encode_splits(splits, policy.tokenizer, config.data, config.reward.scale)
+    needs_scores, scale = config.reward.mode == "judgelrm", config.reward.scale
+    splits = read_splits(config.data, scale, needs_scores)
+    train, heldout = encode_splits(splits, policy.tokenizer, config.data, scale)
     dropped = [*splits.dropped, *train.dropped, *heldout.dropped]
     return RunData(train, heldout, loaded, dropped)
 
@@ -204,7 +207,22 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
         )
 
 
+def _with_its_heldout_rows(config: Config, directory: RunDir) -> Config:
+    """Keep the number of held-out rows that a run began with, where the config leaves it open.
+
+    Older runs held out 200 rows however few there were, and wrote that number down. With another
+    number they would go on with other rows.
+    """
+    saved = directory.path / "config.yaml"
+    if config.data.eval_rows or not directory.is_trained or not saved.is_file():
+        return config
+    data = dataclasses.replace(config.data, eval_rows=load(saved).data.eval_rows)
+    return dataclasses.replace(config, data=data)
+
+
 def _is_free(key: str, config: Config) -> bool:
+    if key == "data.eval_rows" and not config.data.eval_rows:
+        return True
     last = stages_of(config)[-1]
     if key == f"{last}.steps":  # a longer run is the same run, unless its schedule looks at its end
         return getattr(config, last).optimizer.schedule == "constant"

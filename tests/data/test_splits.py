@@ -1,0 +1,100 @@
+"""Rows are held out by whole questions, of small data a fifth; gold scores are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+
+from jlrm.config import DataConfig, UsageError
+from jlrm.data import toy
+from jlrm.data.comparisons import write_comparisons
+from jlrm.data.splits import read_splits
+
+SCALE = (1, 10)
+
+
+def rows(num: int, num_questions: int = 0):
+    made = toy.comparisons(seed=2, num_rows=num)
+    return [
+        dataclasses.replace(row, question=f"Question {i % (num_questions or num)}")
+        for i, row in enumerate(made)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path):
+    def write(made) -> str:
+        write_comparisons(made, tmp_path / "x.jsonl")
+        return str(tmp_path / "x.jsonl")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("num", "eval_rows", "held_out"),
+    [(60, 0, 12), (3, 0, 1), (2, 0, 1), (999, 0, 199), (1200, 0, 200), (60, 30, 30), (60, 59, 59)],
+)
+def test_of_small_data_a_fifth_is_held_out_and_it_is_said(source, caplog, num, eval_rows, held_out):
+    config = DataConfig(train=source(rows(num)), eval_rows=eval_rows)
+    splits = read_splits(config, SCALE, needs_scores=False)
+    assert (len(splits.heldout), len(splits.train)) == (held_out, num - held_out)
+    is_said = f"{held_out} of its {num} rows are held out, {num - held_out}" in caplog.text
+    assert is_said == (not eval_rows and num < 1000)
+
+
+def test_a_number_that_is_asked_for_is_kept_or_refused(source):
+    config = DataConfig(train=source(rows(60)), eval_rows=200)
+    with pytest.raises(UsageError, match=r"60 usable rows .* data\.eval_rows=200 would hold all"):
+        read_splits(config, SCALE, needs_scores=False)
+
+
+def test_one_question_can_not_be_divided(source):
+    config = DataConfig(train=source(rows(60, num_questions=1)))
+    with pytest.raises(UsageError, match=r"60 usable rows with 1 different questions"):
+        read_splits(config, SCALE, needs_scores=False)
+
+
+def test_a_question_is_on_one_side(source):
+    splits = read_splits(DataConfig(train=source(rows(60, 6))), SCALE, needs_scores=False)
+    sides = [{row.question for row in side.mine} for side in (splits.train, splits.heldout)]
+    assert all(sides) and not sides[0] & sides[1]
+
+
+def test_a_held_out_file_of_its_own_and_the_toy_world_give_200(source, tmp_path):
+    write_comparisons(rows(300), tmp_path / "eval.jsonl")
+    config = DataConfig(train=source(rows(20)), eval=str(tmp_path / "eval.jsonl"))
+    splits = read_splits(config, SCALE, needs_scores=False)
+    assert (len(splits.train), len(splits.heldout)) == (20, 200)
+    assert len(read_splits(DataConfig(train="toy"), SCALE, needs_scores=False).heldout) == 200
+
+
+def test_scores_of_another_scale_are_said_at_reading_and_mapped_by_a_setting(tmp_path, caplog):
+    texts = {"answer_1": "a", "answer_2": "b"}
+    lines = [{"question": f"q{i}", **texts, "score_1": 90, "score_2": 30} for i in range(10)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(train=str(tmp_path / "x.jsonl"))
+    with caplog.at_level(logging.WARNING):
+        read_splits(config, SCALE, needs_scores=True)
+    assert "10 of 10 rows with scores have one outside the scale of 1 to 10" in caplog.text
+    assert "data.rescale={0: 1, 100: 10}" in caplog.text
+    caplog.clear()
+    config = dataclasses.replace(config, rescale={"0": 1.0, "100": 10.0})
+    splits = read_splits(config, SCALE, needs_scores=True)
+    assert splits.train.mine[0].scores == splits.heldout.mine[0].scores == (9.1, 3.7)
+    assert "outside the scale" not in caplog.text
+    caplog.clear()
+    read_splits(dataclasses.replace(config, rescale={}), (0, 100), needs_scores=True)
+    assert "outside the scale" not in caplog.text
+
+
+def test_an_unlabelled_row_is_said_in_words_and_listed_by_its_key(source, tmp_path, caplog):
+    made = rows(10)
+    path = source(made)
+    with open(path, "a") as file:
+        file.write(json.dumps({"question": "q", "answer_1": "a", "answer_2": "b"}) + "\n")
+    splits = read_splits(DataConfig(train=path), SCALE, needs_scores=False)
+    assert "left out 1 without a label (neither scores nor a preference)" in caplog.text
+    assert [row.reason for row in splits.dropped] == ["no_label"]
