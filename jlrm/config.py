@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -317,24 +316,6 @@ def _check(config: Config) -> None:
     _check_sampling(config.sampling, grpo)
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
-    _check_rescale(config.data.rescale)
-
-
-def _check_rescale(points: Mapping[str, float]) -> None:
-    wrong = UsageError(
-        f"data.rescale={dict(points)} is no rising line through two scores. Wanted {{theirs: ours, "
-        "theirs: ours}, e.g. {0: 1, 100: 10}."
-    )
-    try:
-        line = sorted((float(theirs), ours) for theirs, ours in points.items())
-    except ValueError:
-        raise wrong from None
-    if not line:
-        return
-    if not all(math.isfinite(score) for point in line for score in point):
-        raise wrong
-    if len(line) != 2 or not (line[0][0] < line[1][0] and line[0][1] < line[1][1]):
-        raise wrong
 
 
 def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:

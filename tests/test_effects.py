@@ -124,6 +124,7 @@ CHANGES = {
     "data.scores": Change(
         "score_w_reference", ("data.train={folder}/judgelm.jsonl", "sft.steps=0")
     ),
+    "data.rescale": Change("{{0: 1, 5: 10}}"),
     "data.prompt": Change("jlrm", ("data.max_prompt_tokens=700", "grpo.steps=0")),
     "data.orders": Change("both"),
     "data.max_prompt_tokens": Change(36),

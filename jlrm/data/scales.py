@@ -7,10 +7,12 @@ is right all the same, but their distances are not, and a written judgement woul
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
+from jlrm.config import UsageError
 from jlrm.data.comparisons import Comparison
 from jlrm.data.sharded import ShardedRows
 
@@ -20,12 +22,14 @@ USUAL_HIGHEST = (1.0, 5.0, 10.0, 100.0)
 def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
     """Map gold scores by the straight line through two points, {theirs: ours}; {} leaves them.
 
-    {"0": 1, "100": 10} makes 90 a 9.1. The order of two scores never changes (`config` refuses a
-    falling line).
+    {"0": 1, "100": 10} makes 90 a 9.1. The line rises, so the better answer stays the better one.
+
+    Raises:
+      UsageError: the points are no rising line.
     """
     if not points:
         return rows
-    (left, low), (right, high) = sorted((float(theirs), ours) for theirs, ours in points.items())
+    (left, low), (right, high) = _line(points)
 
     def ours(score: float) -> float:
         return round(low + (score - left) * (high - low) / (right - left), 6)
@@ -39,6 +43,20 @@ def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
         return dataclasses.replace(row, score_1=first, score_2=second, meta={**row.meta, **judged})
 
     return ShardedRows([mapped(row) for row in rows.mine], rows.owners)
+
+
+def _line(points: Mapping[str, float]) -> list[tuple[float, float]]:
+    try:
+        line = sorted((float(theirs), ours) for theirs, ours in points.items())
+    except ValueError:
+        line = []
+    is_finite = all(math.isfinite(score) for point in line for score in point)
+    if len(line) != 2 or not is_finite or line[0][0] == line[1][0] or line[0][1] >= line[1][1]:
+        raise UsageError(
+            f"data.rescale={dict(points)} is no rising line through two points. Wanted {{theirs: "
+            "ours, theirs: ours}, e.g. {0: 1, 100: 10}."
+        )
+    return line
 
 
 def describe_off_scale(rows: ShardedRows, scale: tuple[int, int], source: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jlrm.config import UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import Comparison
 from jlrm.data.scales import describe_off_scale, rescaled
@@ -46,6 +47,18 @@ def test_scores_on_the_scale_are_left_alone_and_nothing_is_said():
         deal([*rows.mine[:20], *scored((0, 5))]), SCALE, "x"
     )
     assert describe_off_scale(deal([]), SCALE, "x") == ""
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        *({"0": 1}, {"0": 1, "x": 2}, {"0": 1, "1": 1}, {"0": 2, "1": 1}, {"0": 1, "0.0": 2}),
+        *({"0": 1, "inf": 2}, {"0": 1, "1": float("nan")}, {"0": 1, "1": 2, "2": 3}),
+    ],
+)
+def test_what_is_no_rising_line_is_refused(points):
+    with pytest.raises(UsageError, match=r"data\.rescale=.* is no rising line"):
+        rescaled(deal(scored((1, 2))), points)
 
 
 def test_scores_of_a_written_judgement_go_along():
