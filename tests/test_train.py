@@ -137,6 +137,19 @@ def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(tmp_
     assert summary["steps"] == 8 and summary["tokens"] > 0
 
 
+def test_a_run_says_what_it_compiles_and_judges_and_when_nothing_can_be_read(
+    tmp_path, data, capsys
+):
+    small = ["grpo.prompts=2", "grpo.rollouts=2", "sampling.max_new_tokens=4"]
+    run(tmp_path / "r", data, *small, "grpo.steps=6", "run.save_every=10")
+    said = capsys.readouterr().err
+    assert "grpo: the first step compiles rollout, log-probabilities, update" in said
+    assert "judging 8 held-out pairs after grpo step 6: 16/16" in said
+    assert said.count("no completion of the last 5 steps holds a verdict") == 1
+    assert "(100 % were cut at sampling.max_new_tokens=4)" in said
+    assert "parsed=0" in said
+
+
 def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, data, warm):
     options = [*warm, "sft.steps=2"]
     run(tmp_path / "whole", data, *options)

@@ -78,10 +78,9 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 7. Log; where it is time, judge the held-out set and save.
             update_gap = values.pop("old_logp_gap")
-            values |= drawn.metrics
             values["rollout/logprob_gap"] = update_gap if gap is None else gap
+            values |= drawn.metrics | means([part.packing for part in parts])
             values |= floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
-            values |= means([part.packing for part in parts])
             _log_completions(run, stage, step, drawn)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
