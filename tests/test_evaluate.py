@@ -504,7 +504,7 @@ def test_the_model_of_a_backend_is_known_by_its_files(tmp_path):
 
 
 def test_options_reach_the_backends_under_the_names_they_have():
-    """What `make` passes on is what the backends take."""
+    """What `options.make` passes on is what the backends take."""
     import inspect
 
     from jlrm.judges import local, openai
@@ -512,11 +512,11 @@ def test_options_reach_the_backends_under_the_names_they_have():
 
     passed = {"api_key_env": "api_key", "stop": "stop_strings"}
     decoding = {field.name for field in dataclasses.fields(writer.DecodingSettings)}
-    for backend, name in ((local, "jlrm"), (openai, "openai")):
+    for taken, name in ((local.make, "jlrm"), (openai.EndpointSettings, "openai")):
         ours = {
             passed.get(k, k) for k, option in options.OPTIONS.items() if name in option.backends
         }
-        wanted = set(inspect.signature(backend.make).parameters)
+        wanted = set(inspect.signature(taken).parameters)
         wanted |= decoding if "decoding" in wanted else set()
         assert ours == wanted - {"model", "seed", "decoding"}
 

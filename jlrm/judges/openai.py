@@ -23,6 +23,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -45,66 +46,76 @@ _MAY_PASS = (408, 409, 429)  # and all from 500 on
 _OF_THE_SETTINGS = ("unsupported_parameter", "unsupported_value", "model_not_found")
 
 
-def make(
-    model: str,
-    *,
-    base_url: str,
-    api_key: str | None,
-    prompt: str,
-    scale: tuple[int, int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    votes: int,
-    concurrency: int,
-    timeout: float,
-    max_retries: int,
-    cache: pathlib.Path | None,
-    prices: tuple[float, float] | None,
-    budget: float | None,
-    seed: int,
-    neutral: bool,
-) -> Endpoint:
-    """Make a backend that asks a server; nothing is sent yet.
-
-    timeout: seconds for a whole reply. prices: USD per million prompt and generated tokens.
-    budget: USD in the life of this process, never exceeded; games without room are unjudged.
+@dataclass(frozen=True, kw_only=True)
+class EndpointSettings:
+    """What is asked of a server, and how.
 
     Raises:
       UsageError: a bad address, key, prompt or number.
     """
-    key = (api_key or "").strip()
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UsageError("The API key holds characters that no HTTP header can carry.")
-    least = {"votes": votes, "concurrency": concurrency, "max_new_tokens": max_new_tokens}
-    for name, number in least.items():
-        if number < 1:
-            raise UsageError(f"{name}={number} is too small: at least 1.")
-    if not (timeout > 0 and max_retries >= 0):
-        raise UsageError(
-            f"timeout={timeout}, max_retries={max_retries}: wanted a time and a count."
+
+    model: str
+    base_url: str
+    api_key: str | None
+    prompt: str
+    scale: tuple[int, int]
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    votes: int
+    concurrency: int
+    timeout: float  # seconds for a whole reply
+    max_retries: int
+    cache: pathlib.Path | None
+    prices: tuple[float, float] | None  # USD per million prompt and generated tokens
+    # USD in the life of this process, never exceeded; games without room are unjudged.
+    budget: float | None
+    seed: int
+    neutral: bool  # control tokens inside the texts to be judged are broken
+
+    def __post_init__(self) -> None:
+        if not (self.key.isascii() and self.key.isprintable()) or " " in self.key:
+            raise UsageError("The API key holds characters that no HTTP header can carry.")
+        for name in ("votes", "concurrency", "max_new_tokens"):
+            if (number := getattr(self, name)) < 1:
+                raise UsageError(f"{name}={number} is too small: at least 1.")
+        if not (self.timeout > 0 and self.max_retries >= 0):
+            raise UsageError(
+                f"timeout={self.timeout}, max_retries={self.max_retries}: wanted a time and a"
+                " count."
+            )
+        if self.budget is not None and self.prices is None:
+            raise UsageError("A budget needs prices: USD per million prompt and generated tokens.")
+
+    @property
+    def key(self) -> str:
+        """The API key without white space around it; empty: none."""
+        return (self.api_key or "").strip()
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the prompt is one text, without a chat template."""
+        return self.prompt in prompts.PAIR_TEMPLATES
+
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return _checked_url(self.base_url) + (
+            "/completions" if self.is_raw else "/chat/completions"
         )
-    if budget is not None and prices is None:
-        raise UsageError("A budget needs prices: USD per million prompt and generated tokens.")
-    is_raw = prompt in prompts.PAIR_TEMPLATES
-    decoding: dict[str, Any] = {"temperature": temperature, "max_tokens": max_new_tokens}
-    if top_p != 1.0:  # some models refuse it beside a temperature
-        decoding["top_p"] = top_p
-    if is_raw:
-        decoding["stop"] = ["<|im_end|>"]  # a base model's own end token is another
-    return Endpoint(
-        _checked_url(base_url) + ("/completions" if is_raw else "/chat/completions"),
-        Template.of(prompt, scale, neutral),
-        {"model": model, **decoding},
-        key=key,
-        seed=seed,
-        votes=votes,
-        concurrency=concurrency,
-        timeout=timeout,
-        max_retries=max_retries,
-        cache=None if cache is None else Cache(cache),
-        purse=Purse(prices, budget),
-    )
+
+    def request(self) -> dict[str, Any]:
+        """Return the fields that all requests share."""
+        fields: dict[str, Any] = {
+            "model": self.model,
+            "temperature": self.temperature,
+            "max_tokens": self.max_new_tokens,
+        }
+        if self.top_p != 1.0:  # some models refuse it beside a temperature
+            fields["top_p"] = self.top_p
+        if self.is_raw:
+            fields["stop"] = ["<|im_end|>"]  # a base model's own end token is another
+        return fields
 
 
 class _Passing(Exception):
@@ -127,25 +138,11 @@ class Endpoint:
     `spent` tells what was used so far.
     """
 
-    def __init__(
-        self,
-        url: str,
-        template: Template,
-        settings: Mapping[str, Any],
-        *,
-        key: str,
-        seed: int,
-        votes: int,
-        concurrency: int,
-        timeout: float,
-        max_retries: int,
-        cache: Cache | None,
-        purse: Purse,
-    ) -> None:
-        self.url, self.template, self.settings = url, template, settings
-        self.seed, self.votes, self.concurrency = seed, votes, concurrency
-        self.timeout, self.max_retries = timeout, max_retries
-        self._key, self._cache, self._purse = key, cache, purse
+    def __init__(self, settings: EndpointSettings) -> None:
+        self.settings, self.url, self._shared = settings, settings.url, settings.request()
+        self.template = Template.of(settings.prompt, settings.scale, settings.neutral)
+        self._key, self._purse = settings.key, Purse(settings.prices, settings.budget)
+        self._cache = None if settings.cache is None else Cache(settings.cache)
         self._limit = "max_tokens"  # hosted reasoning models want another name for it
         self._resume = 0.0  # monotonic time before which the server wants no request
         self._is_reached = False
@@ -156,7 +153,7 @@ class Endpoint:
         return self._purse.spent
 
     def __repr__(self) -> str:
-        return f"Endpoint({self.settings['model']!r} at {self.url})"
+        return f"Endpoint({self.settings.model!r} at {self.url})"
 
     def __call__(self, games: Sequence[Game], record: Callable[[Response], None]) -> None:
         """Judge games; each is recorded when the last of its votes is in.
@@ -196,22 +193,23 @@ class Endpoint:
 
     async def _judge(self, games: Sequence[Game], record: Callable[[Response], None]) -> None:
         self._purse.open()
-        ballots = itertools.product(enumerate(games), range(self.votes))
+        ballots = itertools.product(enumerate(games), range(self.settings.votes))
         counted: dict[int, list[Reply | str | None]] = {}
 
         async def work(client: httpx2.AsyncClient) -> None:
             for (place, game), vote in ballots:
                 await asyncio.sleep(0)  # the cache never waits, but a stop must come in
                 result = await self._vote(client, game, vote)
-                results = counted.setdefault(place, [None] * self.votes)
+                results = counted.setdefault(place, [None] * self.settings.votes)
                 results[vote] = result
                 if None not in results:
                     record(protocol.response(game, counted.pop(place)))
 
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self.concurrency)
+        num_workers = self.settings.concurrency
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=num_workers)
         async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
-            workers = [asyncio.create_task(work(client)) for _ in range(self.concurrency)]
+            workers = [asyncio.create_task(work(client)) for _ in range(num_workers)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -221,9 +219,11 @@ class Endpoint:
 
     async def _vote(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply | str:
         """Return a reply, or why there is none."""
-        lot = hashlib.sha256(f"{self.seed}:{game.id}:{vote}".encode(errors="surrogatepass"))
+        lot = hashlib.sha256(
+            f"{self.settings.seed}:{game.id}:{vote}".encode(errors="surrogatepass")
+        )
         seed = int.from_bytes(lot.digest()[:4]) >> 1
-        body = {**self.settings, **self.template.fill(game), "seed": seed}
+        body = {**self._shared, **self.template.fill(game), "seed": seed}
         request = {"url": self.url, "body": body, "vote": vote}
         if self._cache is not None and (kept := self._cache.get(request)):
             self.spent.num_cached += 1
@@ -253,7 +253,7 @@ class Endpoint:
                 async with self._purse.hold(most) as receipt:
                     return await self._send(client, body, receipt)
             except _Passing as error:
-                if attempt >= self.max_retries:
+                if attempt >= self.settings.max_retries:
                     if error.is_unreachable and not self._is_reached:
                         raise RunError(
                             f"No server at {self.url}: {error}. Is it running, and is base_url"
@@ -276,10 +276,10 @@ class Endpoint:
         named = {limit if name == "max_tokens" else name: value for name, value in body.items()}
         try:
             # httpx2's own limits are for one read; this one a server cannot stretch by trickling.
-            async with asyncio.timeout(self.timeout):
+            async with asyncio.timeout(self.settings.timeout):
                 response = await client.post(self.url, json=named)
         except TimeoutError:
-            raise _Passing(f"no whole reply in {self.timeout:g} s") from None
+            raise _Passing(f"no whole reply in {self.settings.timeout:g} s") from None
         except httpx2.ConnectError as error:
             receipt.usd = 0.0
             raise _Passing(f"no connection: {error}", is_unreachable=True) from None

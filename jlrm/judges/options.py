@@ -179,8 +179,8 @@ def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Back
 
     variable, cache = given.pop("api_key_env"), given.pop("cache")
     prices, budget = given.pop("prices"), given.pop("budget")
-    return openai.make(
-        model,
+    settings = openai.EndpointSettings(
+        model=model,
         api_key=os.environ.get(variable),
         cache=pathlib.Path(cache).expanduser() if cache else None,
         prices=tuple(prices) if prices else None,
@@ -189,6 +189,7 @@ def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Back
         scale=scale,
         seed=seed,
     )
+    return openai.Endpoint(settings)
 
 
 def _mesh(pairs: Sequence[str]) -> MeshConfig:

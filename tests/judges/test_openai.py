@@ -49,8 +49,9 @@ with open(path, "a") as file:
     def record(answer):
         file.write(json.dumps([answer.game, answer.texts, answer.error]) + "\\n")
         file.flush()
+    judge = openai.Endpoint(openai.EndpointSettings(model="judge", **kwargs))
     try:
-        openai.make("judge", **kwargs)(both_orders(items), record)
+        judge(both_orders(items), record)
     except KeyboardInterrupt:
         sys.exit(130)
 """
@@ -127,7 +128,8 @@ def options(url: str, **changes: Any) -> dict[str, Any]:
 
 
 def make(server: Running, **changes: Any) -> openai.Endpoint:
-    return openai.make("judge", **{**options(server.url), **changes})
+    settings = {**options(server.url), **changes}
+    return openai.Endpoint(openai.EndpointSettings(model="judge", **settings))
 
 
 def game(question: str, number: int = 0) -> Game:
@@ -665,5 +667,6 @@ def test_retry_after(header, seconds):
 )
 def test_mistakes_are_refused_without_a_secret(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
-        openai.make("judge", **{**options("http://host/v1"), **changes})
+        settings = {**options("http://host/v1"), **changes}
+        openai.Endpoint(openai.EndpointSettings(model="judge", **settings))
     assert "secr" not in str(caught.value)
