@@ -50,6 +50,11 @@ install_project "$1" || exit 1
 # shellcheck disable=SC1091
 source "$ROOT/.venv/bin/activate"
 
+# Say how to go on: the scripts activate .venv in a shell of their own.
+advise() {
+  echo "To run jlrm's commands in this shell: source $(printf '%q' "$ROOT/.venv/bin/activate")" >&2
+}
+
 # run_then_advise COMMAND...: run it, pass SIGTERM on to it, say how to go on, and exit with its code.
 run_then_advise() {
   local child code=0 signalled=""
@@ -63,6 +68,6 @@ run_then_advise() {
     code=0
     wait "$child" || code=$?
   done
-  echo "To run jlrm's commands in this shell: source $(printf '%q' "$ROOT/.venv/bin/activate")" >&2
+  advise
   exit "$code"
 }

@@ -37,6 +37,7 @@ export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="${JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS:-1}"
 if [ "$TIER" = everything ]; then
   run_tests "$@"
+  advise
   exit
 fi
 run_tests "$@" && FAILED=0 || FAILED=$?
