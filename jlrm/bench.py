@@ -39,7 +39,8 @@ from jlrm.config import Config, UsageError
 from jlrm.model import qwen
 from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
-from jlrm.reports import tables
+from jlrm.planning.figures import BenchResult, Measured, MeasuredAgainst, PhaseFigures, Ratio
+from jlrm.reports import contracts, tables
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load, to_dict
@@ -254,51 +255,48 @@ def figures(
     phase_costs: dict[str, list[Cost]],
     counts: dict[str, dict[str, float]],
     limits: dict[str, Any],
-) -> dict[str, dict[str, float]]:
-    """Return the figures of each phase; `mfu`, `padding` and other shares are of 1.
-
-    `spread` is the longest less the shortest time, over the median, which is `seconds`.
-    """
-    by_phase: dict[str, dict[str, float]] = {}
+) -> dict[str, PhaseFigures]:
+    """Return the figures of each phase."""
+    by_phase: dict[str, PhaseFigures] = {}
+    first_token = statistics.median(times[PREFILL].seconds)
     rates = limits["matmul_flops_per_second"], limits["read_bytes_per_second"]
     for phase in PHASES:
         seconds = statistics.median(times[phase].seconds)
         flops = sum(cost.flops for cost in phase_costs[phase])
         least, most = min(times[phase].seconds), max(times[phase].seconds)
         count = counts[phase]
-        by_phase[phase] = {
-            "seconds": seconds,
-            "min_seconds": least,
-            "spread": (most - least) / seconds,
+        plain_tokens = count.get("plain_tokens")
+        by_phase[phase] = PhaseFigures(
+            seconds=seconds,
+            min_seconds=least,
+            spread=(most - least) / seconds,
             **count,
-            "tokens_per_second": count["tokens"] / seconds,
-            "flops": flops,
-            "mfu": flops / seconds / rates[0],
-            "roofline_share": costs.least_seconds(phase_costs[phase], *rates) / seconds,
-            "peak_bytes": times[phase].peak_bytes,
-            "compile_s": max(times[phase].first - seconds, 0.0),
-        }
-        if "plain_tokens" in count:
-            by_phase[phase]["plain_tokens_per_second"] = count["plain_tokens"] / seconds
-    first_token = statistics.median(times[PREFILL].seconds)
-    by_phase["rollout"]["prefill_share"] = first_token / by_phase["rollout"]["seconds"]
+            tokens_per_second=count["tokens"] / seconds,
+            flops=flops,
+            mfu=flops / seconds / rates[0],
+            roofline_share=costs.least_seconds(phase_costs[phase], *rates) / seconds,
+            peak_bytes=times[phase].peak_bytes,
+            compile_s=max(times[phase].first - seconds, 0.0),
+            plain_tokens_per_second=None if plain_tokens is None else plain_tokens / seconds,
+            prefill_share=first_token / seconds if phase == "rollout" else None,
+        )
     return by_phase
 
 
-def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, dict[str, float]]:
+def ratios(of: dict[str, Times], to: dict[str, Times]) -> dict[str, Ratio]:
     """Return how many times as long each phase of `of` took as that of `to`, pair by pair."""
     by_phase = {}
     for phase in PHASES:
         pairs = [a / b for a, b in zip(of[phase].seconds, to[phase].seconds, strict=True)]
-        by_phase[phase] = {"median": statistics.median(pairs), "min": min(pairs), "max": max(pairs)}
+        by_phase[phase] = Ratio(statistics.median(pairs), min(pairs), max(pairs))
     return by_phase
 
 
 # --- The command ---
 
 
-def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
-    """Measure one config, or two against each other; return what `--json` prints."""
+def bench(configs: Sequence[Config], repeats: int) -> BenchResult:
+    """Measure one config, or two against each other."""
     networks = [open_network(config) for config in configs]
     dtypes = dict.fromkeys(network.model.compute_dtype for network in networks)
     mesh = networks[0].mesh  # measured before memory fills
@@ -310,20 +308,22 @@ def bench(configs: Sequence[Config], repeats: int) -> dict[str, Any]:
         limits = machines[workload.model.compute_dtype]
         measured = figures(of_one, workload.costs(), workload.counts(), limits)
         results.append({**measured, "machine": limits})
-    if len(results) == 1:
-        return results[0]
-    return {**results[0], "compare": {**results[1], "ratio": ratios(times[1], times[0])}}
+    first, *others = results
+    if not others:
+        return BenchResult(**first)
+    against = MeasuredAgainst(**others[0], ratio=ratios(times[1], times[0]))
+    return BenchResult(**first, compare=against)
 
 
-def describe(result: dict[str, Any], names: Sequence[str]) -> str:
+def describe(result: BenchResult, names: Sequence[str]) -> str:
     """Return the result as text: a table for each config, and one of the ratios."""
     lines = []
-    parts = [result, result["compare"]] if "compare" in result else [result]
+    parts: list[Measured] = [result, result.compare] if result.compare else [result]
     for name, part in zip(names, parts, strict=True):
-        rows = [{"phase": phase, **_row(part[phase])} for phase in PHASES]
-        lines += [name, tables.table(rows, ["phase", *COLUMNS]), _machine_line(part["machine"])]
-    if "compare" in result:
-        rows = [{"phase": p, **result["compare"]["ratio"][p]} for p in PHASES]
+        rows = [{"phase": phase, **_row(part.phase(phase))} for phase in PHASES]
+        lines += [name, tables.table(rows, ["phase", *COLUMNS]), _machine_line(part.machine)]
+    if result.compare:
+        rows = [{"phase": p, **contracts.encode(result.compare.ratio[p])} for p in PHASES]
         lines += [
             "",
             f"Time of {names[1]} over that of {names[0]}, of runs that followed each other:",
@@ -332,11 +332,11 @@ def describe(result: dict[str, Any], names: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _row(phase: dict[str, float]) -> dict[str, Any]:
+def _row(phase: PhaseFigures) -> dict[str, Any]:
     """Return a phase's figures in the units of the table."""
     cells: dict[str, Any] = {}
     for column, (name, unit) in COLUMNS.items():
-        value = phase.get(name)
+        value = getattr(phase, name)
         cells[column] = value if value is None or name == "tokens" else float(value / unit)
     return cells
 
@@ -383,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with hosts.joined(args, to_dict(configs[0]), configs[0].run.host_timeout):
         result = bench(configs, args.repeats)
     if hosts.is_main():
-        print(json.dumps(result) if args.json else describe(result, names))
+        print(json.dumps(contracts.encode(result)) if args.json else describe(result, names))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,10 +34,12 @@ from jlrm.config import Config, RunError, UsageError, stages_of
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning import memory, phases, slices
 from jlrm.planning.counting import Counts
+from jlrm.planning.figures import DecodeStep, Moved, PhasePlan, ProgramPlan, SlicePlan, Work
 from jlrm.planning.memory import KINDS, Point
 from jlrm.planning.page import describe, verdict, write
 from jlrm.planning.phases import Plan, PlannedProgram
 from jlrm.planning.slices import GIB, Compiled, Generation
+from jlrm.reports import contracts
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load
@@ -53,8 +56,8 @@ def make_plan(
     num_slices: int = 1,
     only: Sequence[str] = (),
     known: dict[str, Compiled] | None = None,
-) -> dict[str, Any]:
-    """Compile a run's programs for a slice; return what `--json` prints.
+) -> SlicePlan:
+    """Compile a run's programs for a slice, and add up what they hold.
 
     Args:
       only: names of the programs to compile; empty: all.
@@ -76,26 +79,26 @@ def make_plan(
         for name, points in plan.phases.items()
         if any(not point.program or point.program in compiled for point in points)
     }
-    peaks = [phase["peak_gib"] for phase in by_phase.values()]
+    peaks = [phase.peak_gib for phase in by_phase.values()]
     peak = max(*peaks, *(program.peak / GIB for program in compiled.values()))
     is_refused = any(program.needed for program in compiled.values())
-    return {
-        "fits": peak <= generation.hbm_gib and not is_refused,
-        "peak_gib": peak,
-        "limit_gib": generation.hbm_gib,
-        "topology": topology,
-        "slices": num_slices,
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "model": source,
-        "programs": {
+    return SlicePlan(
+        fits=peak <= generation.hbm_gib and not is_refused,
+        peak_gib=peak,
+        limit_gib=generation.hbm_gib,
+        topology=topology,
+        slices=num_slices,
+        devices=mesh.size,
+        mesh=dict(mesh.shape),
+        model=source,
+        programs={
             name: _program(planned, compiled[name], generation)
             for name, planned in plan.programs.items()
             if name in compiled
         },
-        "phases": by_phase,
-        "not_compiled": [name for name in plan.programs if name not in compiled],
-    }
+        phases=by_phase,
+        not_compiled=tuple(name for name in plan.programs if name not in compiled),
+    )
 
 
 def open_model(config: Config) -> tuple[QwenConfig, str]:
@@ -142,7 +145,7 @@ def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices
     return slices.compile_program(planned.call.program, arguments, planned.assumed, slice_devices)
 
 
-def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> dict[str, Any]:
+def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> PhasePlan:
     """Return the moment of a phase at which most memory is held, by kind, in GiB of a device."""
     moments = [
         _moment(point, plan, compiled)
@@ -151,12 +154,12 @@ def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> di
     ]
     program, kinds, own = max(moments, key=lambda moment: sum(moment[1].values()))
     total = sum(kinds.values())
-    return {
-        "program": program or None,
-        "resident_gib": (total - own) / GIB,
-        "peak_gib": total / GIB,
-        "kinds_gib": {kind: kinds[kind] / GIB for kind in KINDS if kinds.get(kind)},
-    }
+    return PhasePlan(
+        program=program or None,
+        resident_gib=(total - own) / GIB,
+        peak_gib=total / GIB,
+        kinds_gib={kind: kinds[kind] / GIB for kind in KINDS if kinds.get(kind)},
+    )
 
 
 def _moment(
@@ -172,45 +175,55 @@ def _moment(
     return point.program, memory.total(point.beside, planned.kinds, extra), own
 
 
-def _program(planned: PlannedProgram, program: Compiled, generation: Generation) -> dict[str, Any]:
-    figures: dict[str, Any] = {
-        "argument_gib": program.argument / GIB,
-        "temp_gib": None if program.needed else program.temp / GIB,
-        "output_gib": None if program.needed else (program.output - program.alias) / GIB,
-        "peak_gib": program.peak / GIB,
-        "flops": None,
-        "bytes": None,
-        "collectives": None,
-        "compile_s": round(program.seconds, 1),
-        "assumed": planned.note,
-        "note": program.note,
+def _program(planned: PlannedProgram, program: Compiled, generation: Generation) -> ProgramPlan:
+    counts, is_refused = program.counts, bool(program.needed)
+    plan = ProgramPlan(
+        argument_gib=program.argument / GIB,
+        temp_gib=None if is_refused else program.temp / GIB,
+        output_gib=None if is_refused else (program.output - program.alias) / GIB,
+        peak_gib=program.peak / GIB,
+        flops=None,
+        bytes=None,
+        collectives=None,
+        compile_s=round(program.seconds, 1),
+        assumed=planned.note,
+        note=program.note,
+    )
+    if counts is None:
+        return plan
+    plan = replace(
+        plan,
+        **_work(counts.total, generation),
+        pallas_kernels=counts.total.kernels,
+        unknown_loops=counts.total.unknown_loops,
+    )
+    if not counts.loops or not planned.caches:
+        return plan
+    # A program that decodes: what is not in its loops is prefill, and a step is a turn of the last.
+    prefill, steps = Counts(), 0
+    prefill.add(counts.total)
+    for turns, one in counts.loops:
+        prefill.add(one, -turns)
+        steps += turns
+    last = counts.loops[-1][1]
+    return replace(
+        plan,
+        prefill=Work(**_work(prefill, generation)),
+        decode_step=DecodeStep(**_work(last, generation), steps=steps),
+    )
+
+
+def _work(counts: Counts, generation: Generation) -> dict[str, Any]:
+    """Return the fields of `Work`."""
+    bounds = {
+        "flops": counts.flops / generation.flops,
+        "bytes": counts.bytes / generation.bandwidth,
     }
-    if program.counts is None:
-        return figures
-    total = program.counts.total
-    figures |= _counts(total, generation)
-    figures |= {"pallas_kernels": total.kernels, "unknown_loops": total.unknown_loops}
-    if program.counts.loops and planned.caches:
-        prefill, steps = Counts(), 0
-        prefill.add(total)
-        for turns, one in program.counts.loops:
-            prefill.add(one, -turns)
-            steps += turns
-        figures["prefill"] = _counts(prefill, generation)
-        last = program.counts.loops[-1][1]
-        figures["decode_step"] = {"steps": steps, **_counts(last, generation)}
-    return figures
-
-
-def _counts(counts: Counts, generation: Generation) -> dict[str, Any]:
     return {
         "flops": counts.flops,
         "bytes": counts.bytes,
-        "collectives": counts.collectives,
-        "lower_bound_s": {
-            "flops": counts.flops / generation.flops,
-            "bytes": counts.bytes / generation.bandwidth,
-        },
+        "collectives": {kind: Moved(**moved) for kind, moved in counts.collectives.items()},
+        "lower_bound_s": bounds,
         "compiler_estimate_cycles": counts.cycles,
     }
 
@@ -220,7 +233,7 @@ def _counts(counts: Counts, generation: Generation) -> dict[str, Any]:
 
 def search(
     config: Config, path: str, overrides: Sequence[str], kind: str, num_slices: int
-) -> dict[str, Any]:
+) -> SlicePlan:
     """Return the plan of the smallest slice that fits, with the settings to add to the config.
 
     Raises:
@@ -240,13 +253,13 @@ def search(
                 print(f"{label}: {error}", file=sys.stderr)
                 continue
             if plan is not None:
-                return {**plan, "overrides": added}
+                return replace(plan, overrides=tuple(added))
     raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
 
 
 def _attempt(
     config: Config, topology: str, num_slices: int, label: str, known: dict[str, Compiled]
-) -> dict[str, Any] | None:
+) -> SlicePlan | None:
     """Check what needs no compiling, then what most often does not fit, then the rest."""
     mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
     model, _ = open_model(config)
@@ -256,13 +269,13 @@ def _attempt(
         print(f"{label}: no, {held:.2f} GiB are held without what programs need", file=sys.stderr)
         return None
     # Updates first: they are what most often does not fit.
-    result: dict[str, Any] = {}
+    result: SlicePlan | None = None
     for only in (plan.updates(), ()):
         result = make_plan(config, topology, num_slices, only, known)
-        outcome = "fits" if result["fits"] else "no"
+        outcome = "fits" if result.fits else "no"
         part = "/".join(only) or "all"
-        print(f"{label}: {outcome} ({part}: {result['peak_gib']:.2f} GiB)", file=sys.stderr)
-        if not result["fits"]:
+        print(f"{label}: {outcome} ({part}: {result.peak_gib:.2f} GiB)", file=sys.stderr)
+        if not result.fits:
             return None
     return result
 
@@ -340,10 +353,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = make_plan(config, args.topology, args.slices)
     else:
         result = search(config, args.config, args.overrides, kind, args.slices)
-    print(json.dumps(result) if args.json else describe(result), flush=True)
+    text = json.dumps(contracts.encode(result)) if args.json else describe(result)
+    print(text, flush=True)
     if args.out:
         write(result, pathlib.Path(args.out))
-    if not result["fits"]:
+    if not result.fits:
         raise RunError(verdict(result))
 
 

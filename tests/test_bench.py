@@ -19,6 +19,8 @@ from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.planning import costs
 from jlrm.planning.costs import BatchSizes, Cost
+from jlrm.planning.figures import BenchResult
+from jlrm.reports import contracts
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import rollout_layout
 from jlrm.runtime.settings import load
@@ -165,7 +167,8 @@ def test_figures_are_of_the_median():
     phase_costs = {phase: [Cost(100, 10), Cost(0, 50)] for phase in bench.PHASES}
     counts = {phase: {"tokens": 6} for phase in bench.PHASES}
     limits = {"matmul_flops_per_second": 200.0, "read_bytes_per_second": 50.0}
-    assert bench.figures(times, phase_costs, counts, limits)["rollout"] == {
+    made = bench.figures(times, phase_costs, counts, limits)["rollout"]
+    assert contracts.encode(made) == {
         "seconds": 2.0,
         "min_seconds": 1.0,
         "spread": 1.5,
@@ -187,7 +190,7 @@ def test_ratios_are_of_runs_that_followed_each_other():
         for seconds in ([1.0, 10.0, 2.0], [1.0, 10.0, 1.0])
     )
     wanted = {"median": 1.0, "min": 1.0, "max": 2.0}
-    assert bench.ratios(one, other) == dict.fromkeys(bench.PHASES, wanted)
+    assert contracts.encode(bench.ratios(one, other)) == dict.fromkeys(bench.PHASES, wanted)
 
 
 def test_prompts_fill_half_to_all_of_the_width(config_file):
@@ -219,7 +222,7 @@ def test_the_command_measures_and_compares(config_file, tmp_path, capsys):
     small = ["model.preset=", f"model.path={tmp_path}/model", "sampling.max_new_tokens=5"]
     bench.main(["--config", config_file, "--compare", str(other), "--repeats=2", "--json", *small])
     result = json.loads(capsys.readouterr().out)
-    assert list(result) == ["rollout", "logprobs", "update", "machine", "compare"]
+    assert list(result) == ["rollout", "logprobs", "update", "machine", "compare", "version"]
     assert list(result["compare"]) == ["rollout", "logprobs", "update", "machine", "ratio"]
     assert all(0 <= x < math.inf for x in numbers(result))
     for part, phase in itertools.product((result, result["compare"]), bench.PHASES):
@@ -237,7 +240,9 @@ def test_the_command_measures_and_compares(config_file, tmp_path, capsys):
     assert result["machine"]["num_devices"] == 8 and result["machine"]["platform"] == "cpu"
     for ratio in result["compare"]["ratio"].values():
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
-    text = bench.describe(result, [config_file, str(other)])
+    read = contracts.decode(BenchResult, result, "bench.json")
+    assert contracts.encode(read) == result
+    text = bench.describe(read, [config_file, str(other)])
     assert f"Time of {other} over that of {config_file}" in text
     assert text.count("rollout") == 3 and "no data-sheet values" in text
     assert not (tmp_path / "run").exists()  # nothing is written

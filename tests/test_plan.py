@@ -16,9 +16,9 @@ from jax.sharding import PartitionSpec as P
 from jlrm import plan
 from jlrm.config import UsageError
 from jlrm.model import qwen
-from jlrm.planning import counting, memory, page, phases, slices
+from jlrm.planning import counting, figures, memory, page, phases, slices
 from jlrm.planning.slices import GIB, Compiled
-from jlrm.reports import charts
+from jlrm.reports import charts, contracts
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
@@ -260,9 +260,11 @@ def test_the_command(planned, capsys):
     }
     assert json.loads((planned / "out" / "plan.json").read_text()) == found
     assert "| update |" in (planned / "out" / "plan.md").read_text()
-    assert "Fits: " in page.describe(found)
+    read = figures.read_plan(planned / "out" / "plan.json")
+    assert contracts.encode(read) == found and found["version"] == 1
+    assert "Fits: " in page.describe(read)
     text = (planned / "out" / "plan.html").read_text()
-    assert page.verdict(found) in text and "https://" not in text
+    assert page.verdict(read) in text and "https://" not in text
     assert f"update: {phase['peak_gib']:.2f}" in text  # told to those who can't see the chart
     cells = "".join(f"<td>{charts.short(phase[n])}</td>" for n in ("resident_gib", "peak_gib"))
     assert f'<th scope="row">update</th>{cells}' in text

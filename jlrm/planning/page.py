@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jlrm.planning.figures import ProgramPlan, SlicePlan, write_plan
 from jlrm.planning.memory import KINDS
 from jlrm.planning.slices import GIB
 from jlrm.reports import charts, tables
@@ -22,37 +22,37 @@ class PlanTable(NamedTuple):
     rows: list[dict[str, Any]]
 
 
-def describe(result: dict[str, Any], table: Any = tables.table) -> str:
+def describe(plan: SlicePlan, table: Any = tables.table) -> str:
     """Return a plan as text; `table` lays out rows under columns."""
-    lines = [_subject(result), ""]
-    for each in _tables(result):
+    lines = [_subject(plan), ""]
+    for each in _tables(plan):
         lines += [table(each.rows, each.columns), ""]
-    lines += _notes(result)
-    if "overrides" in result:
-        lines.append(f"Smallest that fits: {result['topology']} {' '.join(result['overrides'])}")
-    return "\n".join([*lines, verdict(result)])
+    lines += _notes(plan)
+    if plan.overrides:
+        lines.append(f"Smallest that fits: {plan.topology} {' '.join(plan.overrides)}")
+    return "\n".join([*lines, verdict(plan)])
 
 
-def _subject(result: dict[str, Any]) -> str:
-    sizes = " x ".join(f"{name} {size}" for name, size in result["mesh"].items())
+def _subject(plan: SlicePlan) -> str:
+    sizes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     return (
-        f"{result['topology']} x {result['slices']}: {result['devices']} devices ({sizes}), "
-        f"{result['limit_gib']:.2f} GiB each. Model: {result['model']}."
+        f"{plan.topology} x {plan.slices}: {plan.devices} devices ({sizes}), "
+        f"{plan.limit_gib:.2f} GiB each. Model: {plan.model}."
     )
 
 
-def _tables(result: dict[str, Any]) -> list[PlanTable]:
+def _tables(plan: SlicePlan) -> list[PlanTable]:
     """Return memory by phase, the programs, and what they move between devices."""
-    programs = result["programs"]
+    programs = plan.programs
     phases = [
         {
             "phase": name,
-            "resident GiB": phase["resident_gib"],
-            "peak GiB": phase["peak_gib"],
-            "of limit %": 100 * phase["peak_gib"] / result["limit_gib"],
-            "during": phase["program"],
+            "resident GiB": phase.resident_gib,
+            "peak GiB": phase.peak_gib,
+            "of limit %": 100 * phase.peak_gib / plan.limit_gib,
+            "during": phase.program,
         }
-        for name, phase in result["phases"].items()
+        for name, phase in plan.phases.items()
     ]
     columns = ["program", "argument GiB", "temp GiB", "peak GiB", "TFLOP", "HBM GiB", "bound s"]
     moves = [row for name, program in programs.items() for row in _moves(name, program)]
@@ -63,60 +63,60 @@ def _tables(result: dict[str, Any]) -> list[PlanTable]:
     ]
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
+def _notes(plan: SlicePlan) -> list[str]:
     notes = [
-        f"{name}: {', '.join(note for note in (program['assumed'], program['note']) if note)}"
-        for name, program in result["programs"].items()
-        if program["assumed"] or program["note"]
+        f"{name}: {', '.join(note for note in (program.assumed, program.note) if note)}"
+        for name, program in plan.programs.items()
+        if program.assumed or program.note
     ]
     notes.append(NOTE)
-    if result["not_compiled"]:
-        notes.append(f"Not compiled: {', '.join(result['not_compiled'])}.")
+    if plan.not_compiled:
+        notes.append(f"Not compiled: {', '.join(plan.not_compiled)}.")
     return notes
 
 
-def verdict(result: dict[str, Any]) -> str:
+def verdict(plan: SlicePlan) -> str:
     """Return whether the run fits, as a sentence."""
-    over = result["peak_gib"] - result["limit_gib"]
-    if result["fits"]:
-        return f"Fits: {result['peak_gib']:.2f} of {result['limit_gib']:.2f} GiB."
-    worst = max(result["phases"], key=lambda name: result["phases"][name]["peak_gib"])
-    refused = [name for name, each in result["programs"].items() if each["temp_gib"] is None]
+    over = plan.peak_gib - plan.limit_gib
+    if plan.fits:
+        return f"Fits: {plan.peak_gib:.2f} of {plan.limit_gib:.2f} GiB."
+    worst = max(plan.phases, key=lambda name: plan.phases[name].peak_gib)
+    refused = [name for name, each in plan.programs.items() if each.temp_gib is None]
     where = f"the compiler refuses {', '.join(refused)}" if refused else f"phase {worst}"
     amount = f"by {over:.2f} GiB" if over > 0 else "and the compiler names no HBM size"
     return (
-        f"Does not fit, {amount}: {where} needs {result['peak_gib']:.2f} of "
-        f"{result['limit_gib']:.2f} GiB on {result['topology']}."
+        f"Does not fit, {amount}: {where} needs {plan.peak_gib:.2f} of "
+        f"{plan.limit_gib:.2f} GiB on {plan.topology}."
     )
 
 
-def _row(name: str, program: dict[str, Any]) -> dict[str, Any]:
+def _row(name: str, program: ProgramPlan) -> dict[str, Any]:
     row = {
         "program": name,
-        "argument GiB": program["argument_gib"],
-        "temp GiB": program["temp_gib"],
-        "peak GiB": program["peak_gib"],
-        "compile s": program["compile_s"],
+        "argument GiB": program.argument_gib,
+        "temp GiB": program.temp_gib,
+        "peak GiB": program.peak_gib,
+        "compile s": program.compile_s,
     }
-    if program["flops"] is not None:
+    if program.flops is not None and program.bytes is not None and program.lower_bound_s:
         row |= {
-            "TFLOP": program["flops"] / 1e12,
-            "HBM GiB": program["bytes"] / GIB,
-            "bound s": max(program["lower_bound_s"].values()),
+            "TFLOP": program.flops / 1e12,
+            "HBM GiB": program.bytes / GIB,
+            "bound s": max(program.lower_bound_s.values()),
         }
     return row
 
 
-def _moves(name: str, program: dict[str, Any]) -> list[dict[str, Any]]:
+def _moves(name: str, program: ProgramPlan) -> list[dict[str, Any]]:
     return [
         {
             "program": name,
             "collective": kind,
-            "count": int(moved["count"]),
-            "ICI GiB": moved["ici_bytes"] / GIB,
-            "DCN GiB": moved["dcn_bytes"] / GIB,
+            "count": int(moved.count),
+            "ICI GiB": moved.ici_bytes / GIB,
+            "DCN GiB": moved.dcn_bytes / GIB,
         }
-        for kind, moved in sorted((program["collectives"] or {}).items())
+        for kind, moved in sorted((program.collectives or {}).items())
     ]
 
 
@@ -130,29 +130,29 @@ def _markdown(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(result: dict[str, Any], directory: pathlib.Path) -> None:
+def write(plan: SlicePlan, directory: pathlib.Path) -> None:
     """Write plan.json, plan.md, plan.html and plan.png."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.json").write_text(json.dumps(result, indent=2) + "\n")
-    (directory / "plan.md").write_text(describe(result, _markdown) + "\n")
-    chart, wide = (_memory_chart(result, width) for width in (charts.WIDTH, 8.0))
+    write_plan(directory, plan)
+    (directory / "plan.md").write_text(describe(plan, _markdown) + "\n")
+    chart, wide = (_memory_chart(plan, width) for width in (charts.WIDTH, 8.0))
     (directory / "plan.png").write_bytes(charts.png([wide], 1))
     write_page(
         directory / "plan.html",
         "plan.html",
-        title=_title(result),
-        verdict=verdict(result),
-        fits=result["fits"],
-        subject=_subject(result),
+        title=_title(plan),
+        verdict=verdict(plan),
+        fits=plan.fits,
+        subject=_subject(plan),
         chart=chart._replace(title="Memory by phase"),
         wide=wide,
         tables=[
             (each.columns, [[_shown(row.get(name)) for name in each.columns] for row in each.rows])
-            for each in _tables(result)
+            for each in _tables(plan)
             if each.rows
         ],
-        overrides=result.get("overrides", []),
-        notes=_notes(result),
+        overrides=plan.overrides or (),
+        notes=_notes(plan),
     )
 
 
@@ -160,24 +160,24 @@ def _shown(value: Any) -> str:
     return charts.short(value) if isinstance(value, float) else _cell(value)
 
 
-def _title(result: dict[str, Any]) -> str:
-    times = f" x {result['slices']}" if result["slices"] > 1 else ""
-    return f"Memory of {result['model'].partition(',')[0]} on {result['topology']}{times}"
+def _title(plan: SlicePlan) -> str:
+    times = f" x {plan.slices}" if plan.slices > 1 else ""
+    return f"Memory of {plan.model.partition(',')[0]} on {plan.topology}{times}"
 
 
-def _memory_chart(result: dict[str, Any], width: float) -> charts.Chart:
+def _memory_chart(plan: SlicePlan, width: float) -> charts.Chart:
     """Chart memory by phase: a bar of what is held, and the limit as a line."""
-    phases = result["phases"]
-    sizes = {n: [phases[n]["kinds_gib"].get(kind, 0.0) for kind in KINDS] for n in phases}
+    phases = plan.phases
+    sizes = {n: [phases[n].kinds_gib.get(kind, 0.0) for kind in KINDS] for n in phases}
     kept = [i for i in range(len(KINDS)) if any(row[i] for row in sizes.values())]
     bars = [
         charts.Bar(name, [row[i] for i in kept], f"{sum(row):.2f}") for name, row in sizes.items()
     ]
     return charts.stacks(
-        _title(result),
+        _title(plan),
         bars,
         [(KINDS[i], colour(i)) for i in kept],
-        limit=result["limit_gib"],
+        limit=plan.limit_gib,
         x_label="GiB of HBM per device, at each phase's peak",
         width=width,
     )
