@@ -226,7 +226,8 @@ def stages(module: str) -> list[Stage]:
     package, _, name = module.rpartition(".")
     room = TESTS.joinpath(*package.split(".")[1:])
     mine, others = [], []
-    for path in sorted(TESTS.rglob("test_*.py")):
+    # A file named for the module first.
+    for path in sorted(TESTS.rglob("test_*.py"), key=lambda p: (p.stem != f"test_{name}", p)):
         if {f"{package}.{name}", f"{package}:{name}"} & _imported(path):
             files = mine if room in path.parents else others
             files.append(str(path.relative_to(ROOT)))
