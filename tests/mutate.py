@@ -351,7 +351,10 @@ def examine(chosen: Sequence[Mutant], num_workers: int, num_stages: int) -> list
 
 def preload() -> None:
     """Import what every fork needs, and nothing that starts threads or devices."""
+    # conftest.py sets these too late for libraries that are imported here.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     sys.path.insert(0, str(TESTS))
     os.chdir(ROOT)
     for name in ("hypothesis", "pytest", "numpy", "jax", "flax.linen", "optax", "transformers"):
