@@ -177,7 +177,8 @@ def test_help_and_wrong_use(cloud, script):
     assert not cloud.calls()
 
 
-ADVISED = "eval \"$(sed -n '/^run_then_advise/,/^}/p' launch/setup.sh)\"; ROOT=/r; run_then_advise"
+FUNCTIONS = "eval \"$(sed -n '/^advise/,/^}/p; /^run_then_advise/,/^}/p' launch/setup.sh)\""
+ADVISED = f"{FUNCTIONS}; ROOT=/r; run_then_advise"
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -187,6 +188,7 @@ def test_the_quickstart_ends_with_how_to_go_on(code):
     assert done.returncode == code and not done.stdout
     assert done.stderr == "To run jlrm's commands in this shell: source /r/.venv/bin/activate\n"
     assert "run_then_advise python -m jlrm.train" in (LAUNCH / "quickstart.sh").read_text()
+    assert "\n  advise\n" in (LAUNCH / "test.sh").read_text()
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
