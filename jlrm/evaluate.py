@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -79,21 +80,22 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     out = args.out if hosts.is_main() else None
     journals = [Journal(_folder(out, run), h) for run, h in zip(runs, headers, strict=True)]
 
-    backend: Backend | None = None
+    @functools.cache  # the model is loaded for the first game that has no response yet
+    def backend() -> Backend:
+        return options.make(args.backend, args.model, args.options, args.seed)
+
     entries: dict[str, BenchmarkResult] = {}
     for run, kept in zip(runs, journals, strict=True):
-        # 3. Judge what has no response yet; the model is loaded for the first such game.
-        left = _left(run, kept)
-        if left and run.recorded is None and backend is None:
-            backend = options.make(args.backend, args.model, args.options, args.seed)
-        if left:
-            asking.judge(run.recorded or backend, left, kept, run.benchmark.name, len(run.games))
+        # 3. Judge.
+        name = run.benchmark.name
+        if left := _left(run, kept):
+            asking.judge(run.recorded or backend(), left, kept, name, len(run.games))
         if not hosts.is_main():
             continue
 
         # 4. Credit the verdicts.
-        name, policy = run.benchmark.name, run.policy
-        evaluation = results.Evaluation(run.benchmark, policy, run.games, kept.responses, read)
+        games, responses = run.games, kept.responses
+        evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
         entries[name] = results.entry(evaluation, None if run.recorded else high - low)

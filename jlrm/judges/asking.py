@@ -15,15 +15,12 @@ from jlrm.evaluation.journal import Journal
 from jlrm.runtime import commands, hosts
 
 
-def judge(
-    backend: Backend | None, left: Sequence[Game], kept: Journal, name: str, num_games: int
-) -> None:
+def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_games: int) -> None:
     """Ask for the games that are left of a benchmark's `num_games`, and keep the responses.
 
     Raises:
       Interrupted: Ctrl-C or SIGTERM; the responses so far are kept.
     """
-    assert backend is not None
     bar = tqdm(
         total=num_games,
         initial=num_games - len(left),
