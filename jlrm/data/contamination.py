@@ -110,7 +110,7 @@ def _question(row: Any, where: str) -> str:
         if text := _text(row.get(name)):
             return text
     parts = (_text(row.get(name)) for name in ("instruction", "input"))
-    return "\n".join(part for part in parts if part)
+    return "\n".join(parts)  # folded later: no part leaves a trace of itself
 
 
 def _text(value: Any) -> str:

@@ -137,9 +137,8 @@ def structure(tags: list[str]) -> Status:
     num_blocks = len(tags) // 2
     if tags[1:] != BLOCK * num_blocks:
         return "broken_answer"
-    if num_blocks == 2:
-        return "ok"
-    return "too_many_answers" if num_blocks > 2 else "one_answer" if num_blocks else "no_answer"
+    few: tuple[Status, ...] = ("no_answer", "one_answer", "ok")
+    return few[num_blocks] if num_blocks < len(few) else "too_many_answers"
 
 
 def _lenient(completion: str) -> tuple[str, list[float], Status]:

@@ -468,3 +468,40 @@ def test_one_item_alone():
 
 def test_scores_that_are_all_equal_state_no_confidence():
     assert summary([ItemVerdicts(item(label=1), (scored(5, 5),))])["calibration"] is None
+
+
+# Bounds
+
+
+def test_a_span_below_one_is_a_span_and_zero_is_none():
+    judged = [ItemVerdicts(item(label=1), (scored(0.75, 0.5),))]
+    assert summary(judged, span=0.5)["calibration"]["confidence"] == pytest.approx(75.0)
+    for span in (0.0, -1.0):
+        with pytest.raises(ValueError, match="must be positive"):
+            diagnostics.summary(judged, {}, span=span)
+
+
+def test_scores_without_a_preference_to_check_are_not_calibrated():
+    """A tie names no answer, and a margin without a label is neither right nor wrong."""
+    judged = [
+        ItemVerdicts(item("a", label=1), (scored(5, 5),)),
+        ItemVerdicts(item("b"), (scored(7, 3),)),
+    ]
+    assert summary(judged)["calibration"] is None
+
+
+def test_two_games_correlate_and_one_does_not():
+    """Lengths 8:2 and 2:8, and the longer is named: as correlated as can be."""
+    judged = [
+        ItemVerdicts(item("a", (8, 2)), (game(1),)),
+        ItemVerdicts(item("b", (2, 8)), (game(2),)),
+    ]
+    assert diagnostics._correlation(np.array([1.0, 2.0]), np.array([5.0, 3.0])) == pytest.approx(-1)
+    assert diagnostics._correlation(np.array([1.0]), np.array([5.0])) is None
+    assert summary(judged)["length"] is not None
+
+
+def test_a_response_of_no_tokens_has_a_speed_of_none_a_second():
+    judged = [ItemVerdicts(item(), (game(None),))]
+    responses = {"a:0-1": Response("a:0-1", num_tokens=0, seconds=2.0)}
+    assert summary(judged, responses)["cost"]["tokens_per_second"] == 0.0

@@ -205,3 +205,8 @@ def test_every_recorded_review_becomes_a_target(reference) -> None:
         verdict = parse(prompts.target(explanation, *row["score"]))
         first, second = row["score"]
         assert verdict.preference == (0 if first == second else 1 if first > second else 2)
+
+
+@pytest.mark.parametrize("gold", [(0, 5), (5, 0), (0, 0), (0.0, 0.0)])
+def test_a_score_of_zero_is_a_score(gold) -> None:
+    assert parse(prompts.target("r", *gold, min_score=0), min_score=0).scores == gold

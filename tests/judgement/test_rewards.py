@@ -586,3 +586,11 @@ def test_length_tokens() -> None:
     config = dataclasses.replace(SYMMETRIC, length=0.2, length_tokens=50)
     assert _reward(config, _judgement(8, 4), (8, 4), num_tokens=50) == pytest.approx(4.2)
     assert _reward(config, _judgement(8, 4), (8, 4), num_tokens=51) == pytest.approx(4.4)
+
+
+@pytest.mark.parametrize("gold", [(0, 5), (5, 0), (0, 0)])
+def test_a_gold_score_of_zero_is_a_label(gold) -> None:
+    config = RewardConfig(min_score=0)
+    verdict = read(config, "", f"r</think><answer>{gold[0]}</answer><answer>{gold[1]}</answer>")
+    terms = pay(config, verdict, gold=gold, num_tokens=5, max_tokens=9)
+    assert terms["relation"] == config.relation and terms["absolute"] == config.absolute_exact

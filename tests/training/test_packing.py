@@ -99,7 +99,9 @@ def test_a_sequence_longer_than_any_row_is_refused():
         pack([Group([1] * 200, [[2] * 100])], [128, 256], 1)
 
 
-@pytest.mark.parametrize("longest", [(1024, 2048), (1024, 512), (40, 24), (1, 1), (300, 9000)])
+@pytest.mark.parametrize(
+    "longest", [(1024, 2048), (1024, 512), (40, 24), (1, 1), (300, 9000), (4500, 4500)]
+)
 @pytest.mark.parametrize("pack_tokens", [0, 128, 5000])
 def test_row_sizes_are_few_and_hold_the_longest_sequence(longest, pack_tokens):
     sizes = row_sizes(*longest, most_tokens=20000, pack_tokens=pack_tokens)
