@@ -628,6 +628,7 @@ def test_help_names_every_setting(capsys):
 # ---------------------------------------------------------------------------------- the real data
 
 
+@pytest.mark.slow
 def test_the_real_training_files_against_every_benchmark(reference, tmp_path):
     files = ["pandalm/testset-v1.json", "llmbar/Natural/dataset.json"]
     benchmarks = [

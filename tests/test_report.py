@@ -192,6 +192,7 @@ def test_the_page_stands_alone_and_user_text_stays_text(tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_sampled_judgements_mix_outcomes_and_show_gold_beside_the_verdict(tmp_path):
     write_grpo(tmp_path)
     text, page = render(tmp_path)

@@ -92,6 +92,7 @@ def test_fast_fails_what_takes_long_and_is_not_marked(pytester):
     assert "Make it quicker, or mark it: @pytest.mark.slow." in output
 
 
+@pytest.mark.slow
 def test_fast_fails_when_all_of_it_takes_long(pytester):
     spins = f"{SPIN}\n@pytest.mark.parametrize('i', range(4))\ndef test_a(i):\n    spin(0.2)\n"
     assert run(pytester, "fast", tests=spins)[3] == 0
@@ -100,6 +101,7 @@ def test_fast_fails_when_all_of_it_takes_long(pytester):
     assert run(pytester, "everything", "--fast-in-all=0.5", tests=spins)[3] == 0
 
 
+@pytest.mark.slow
 def test_everything_names_what_needs_no_mark(pytester):
     passed, failed, output, _ = run(pytester, "everything")
     assert (passed, failed) == (QUICK | DEAR | MARKED, set())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jlrm.evaluation.classes import classification
+from jlrm.evaluation.benchmark import Credit
+from jlrm.evaluation.classes import classification, swap_metrics
+from jlrm.evaluation.games import Item
 
 
 def test_a_class_that_is_never_said_rightly_has_no_precision_recall_or_f1():
@@ -25,3 +27,13 @@ def test_a_missing_verdict_is_wrong_and_no_class_of_its_own():
     assert metrics == pytest.approx(
         {"accuracy": 50.0, "precision": 100.0, "recall": 50.0, "f1": 100 * 2 / 3}
     )
+
+
+def test_a_pair_with_a_missing_verdict_leans_to_no_place():
+    """Of four pairs one names the place shown first twice, one the second; two lack a verdict."""
+    item = Item("a", "?", ("x", "y"), label=1)
+    verdicts = [(1, 2), (2, 1), (None, 1), (1, None)]  # of the answers, as given and swapped
+    metrics = swap_metrics([Credit(item, 0.0, said) for said in verdicts])
+    assert metrics["prefer_before_rate"] == metrics["prefer_after_rate"] == 25.0
+    assert metrics["delta_bias"] == 0.0 and metrics["total_bias"] == 50.0
+    assert metrics["consistency"] == 0.0

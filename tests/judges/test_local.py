@@ -172,6 +172,7 @@ def test_votes_and_seeds_are_drawn_independently(judges, wanted):
 # --- what is asked and recorded ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_answers_state_their_tokens_and_time(judges, directory):
     tokenizer = load_tokenizer(directory)
     found = answers(judges("sampling"), GAMES[:3])
@@ -198,6 +199,7 @@ def test_an_answer_cannot_speak_with_control_tokens(directory):
     assert plain and "</think>" not in example.prompt
 
 
+@pytest.mark.slow
 def test_an_overlong_prompt_is_answered_with_its_length(judges):
     long = Item("long", "Name birds.", ("robin " * 300, "wren"))
     found = answers(judges("greedy"), [GAMES[0], Game(long, 0, 1)])

@@ -580,6 +580,7 @@ def test_a_device_holds_its_part_of_every_weight():
     assert found == {name: {shape} for name, shape in wanted.items()}
 
 
+@pytest.mark.slow
 def test_initial_values_have_variance_one_over_fan_in():
     params = initial()
     attention, mlp = params["layers"]["attn"], params["layers"]["mlp"]

@@ -178,6 +178,7 @@ def test_ids_are_those_of_transformers(torch, models, kind, num_beams, penalty):
     assert 3 <= num_finished <= 21
 
 
+@pytest.mark.slow
 def test_the_penalty_changes_what_is_written(models):
     _, config, params = models("qwen2", 0)
     texts = [
@@ -187,6 +188,7 @@ def test_the_penalty_changes_what_is_written(models):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_a_hypothesis_as_a_stopping_criterion_does(torch, models):
     """Every fourth id is a letter x, and the second of them is the end."""
     theirs, config, params = models("qwen2", 0)
@@ -208,6 +210,7 @@ def test_a_stop_string_ends_a_hypothesis_as_a_stopping_criterion_does(torch, mod
 # --- what it must not depend on ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_other_prompts_of_the_batch_do_not_matter(models, num_beams):
     _, config, params = models("qwen2", 0)
@@ -217,6 +220,7 @@ def test_other_prompts_of_the_batch_do_not_matter(models, num_beams):
     assert find(config, params, others, settings)[0][5:] == wanted[2::-1]
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter(models):
     _, config, params = models("qwen2", 0)
     prompts, settings = random_prompts(0), SearchSettings(4, NUM_NEW, END_IDS, 1.2)
@@ -224,6 +228,7 @@ def test_devices_do_not_matter(models):
     assert find(config, params, prompts, settings, mesh_shape=(2, 2, 2))[0] == wanted
 
 
+@pytest.mark.slow
 def test_caches_that_grow_hold_what_they_held(models, monkeypatch):
     _, config, params = models("qwen2", 0)
     prompts, settings = random_prompts(0), SearchSettings(4, NUM_NEW, END_IDS, 1.2)
@@ -235,6 +240,7 @@ def test_caches_that_grow_hold_what_they_held(models, monkeypatch):
     assert found == wanted
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizer_are_never_written(models):
     _, config, params = models("qwen2", 0)
     texts, _ = find(config, params, random_prompts(0), SearchSettings(4, 4, (5,), 1.2, 20))

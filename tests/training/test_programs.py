@@ -67,6 +67,7 @@ def is_jitted(value) -> bool:
     return hasattr(value, "lower")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss", [{"kl_weight": 0.01}, {"kl_weight": 0.0, "importance_cap": 2.0}], ids=["kl", "cap"]
 )

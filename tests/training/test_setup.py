@@ -98,6 +98,7 @@ def test_a_writer_that_was_killed_holds_nothing(run_dir):
     opened(settings(run_dir / "run"))
 
 
+@pytest.mark.slow
 def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
     run = opened(settings(run_dir))
     monkeypatch.setattr(setup.checkpoint, "find", lambda source: source)

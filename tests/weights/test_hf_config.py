@@ -295,6 +295,7 @@ def test_a_changed_field_changes_logits_as_in_transformers(name, changes, tmp_pa
     np.testing.assert_allclose(our_logits(tmp_path), wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_tying_makes_the_embedding_the_head_as_in_transformers(tmp_path, torch):
     with_config("qwen2_untied", tmp_path, {"tie_word_embeddings": True})
     tensors = load_file(GOLDEN / "qwen2_untied" / "model.safetensors")
