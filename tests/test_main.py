@@ -77,6 +77,7 @@ def test_without_its_packages_a_command_says_what_to_do(module):
     )
 
 
+@pytest.mark.slow
 def test_libraries_say_nothing_of_themselves():
     """Neither transformers without PyTorch nor libtpu without a TPU says anything."""
     code = (

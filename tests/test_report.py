@@ -108,6 +108,7 @@ def cells(text: str, title: str) -> list[str]:
     return re.findall("<td>(.*?)</td>", row)
 
 
+@pytest.mark.slow
 def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
     write_sft(tmp_path)
     write_grpo(tmp_path, 30)
@@ -210,6 +211,7 @@ def test_sampled_judgements_mix_outcomes_and_show_gold_beside_the_verdict(tmp_pa
     assert cells(text, "advantage") == ["+0.25"]
 
 
+@pytest.mark.slow
 def test_question_and_answers_stand_beside_what_the_judge_wrote(tmp_path):
     write_grpo(tmp_path)
     _, page = render(tmp_path)
@@ -220,6 +222,7 @@ def test_question_and_answers_stand_beside_what_the_judge_wrote(tmp_path):
     assert card.index("Prompt as the model reads it") > places[-1]
 
 
+@pytest.mark.slow
 def test_records_without_question_and_answers_show_the_prompt(tmp_path):
     write_grpo(tmp_path, 2)
     kept = ("id", "prompt", "gold", "label", "verdict", "status", "reward", "advantage")
@@ -232,6 +235,7 @@ def test_records_without_question_and_answers_show_the_prompt(tmp_path):
     assert "Question" not in card and "Because" not in card
 
 
+@pytest.mark.slow
 def test_judgements_of_different_prompts_come_first_and_of_the_last_step(tmp_path):
     write_sft(tmp_path)
     write_grpo(tmp_path, 2)
@@ -304,6 +308,7 @@ def test_smoothing_keeps_level_and_length():
     assert smooth.shape == noisy.shape and smooth.std() < 0.5 * noisy.std()
 
 
+@pytest.mark.slow
 def test_the_command_renders_again_and_refuses_other_directories(tmp_path):
     write_sft(tmp_path)
     command = [sys.executable, "-m", "jlrm.report"]

@@ -180,6 +180,7 @@ def page(full) -> Page:
     return Page((full / "report.html").read_text())
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(full, page):
     text = (full / "report.html").read_text()
     assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
@@ -377,6 +378,7 @@ def test_comparisons_and_sources_are_told(page):
     assert "https://example.org/paper" in page.text and "jlrm.evaluate --benchmark" in page.text
 
 
+@pytest.mark.slow
 def test_a_p_value_is_never_nought(tmp_path):
     pair = dataclasses.replace(PAIRED, p_value=0.00004, mcnemar_p=None)
     entry = dataclasses.replace(benchmark(2), comparison=pair)

@@ -63,6 +63,7 @@ def test_a_question_is_on_one_side(source):
     assert all(sides) and not sides[0] & sides[1]
 
 
+@pytest.mark.slow
 def test_a_held_out_file_of_its_own_and_the_toy_world_give_200(source, tmp_path):
     write_comparisons(rows(300), tmp_path / "eval.jsonl")
     config = DataConfig(train=source(rows(20)), eval=str(tmp_path / "eval.jsonl"))

@@ -227,6 +227,7 @@ NESTED = st.recursive(
 TEXTS = st.lists(NESTED, max_size=12).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(TEMPLATES), st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=4))
 def test_any_concatenation_of_pieces_adds_no_control_token(qwen3, template, texts):

@@ -266,6 +266,7 @@ def their_logits(directory: pathlib.Path, torch: Any) -> np.ndarray:
         return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
