@@ -180,6 +180,7 @@ def test_a_comparison_reaches_the_page(reference, capsys, tmp_path):
     assert f"results_judgelrm3b leads by {-compared['difference']:.1f} points" in page
 
 
+@pytest.mark.slow
 def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):
     folder = reference / "pandalm"
     files = folder / "testset-v1.json", folder / "results_judgelrm3b.json"
@@ -195,6 +196,7 @@ def test_a_sample_is_drawn_by_seed_and_grows(reference, capsys, tmp_path):
     assert items[50, 0] != items[50, 1]
 
 
+@pytest.mark.slow
 def test_missing_verdicts_make_an_evaluation_incomplete(pairs, capsys, tmp_path):
     said = [{"id": f"p{i}", "decision": 1, "swapped": s} for i in range(10) for s in (False, True)]
     file = tmp_path / "said.json"
@@ -334,6 +336,7 @@ def test_text_that_no_file_can_hold_is_kept(pairs, capsys, tmp_path, judged_by):
     assert not again.asked
 
 
+@pytest.mark.slow
 def test_benchmarks_of_one_judge_gather_in_one_result(pairs, capsys, tmp_path, judged_by):
     rows = [
         {"context": "?", "response1": "a", "response2": "b", "overall_preference": -1}

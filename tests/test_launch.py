@@ -384,6 +384,7 @@ def test_up_goes_on_with_a_job_that_runs_already(cloud):
     assert not any(cloud.calls(word) for word in ("create", "delete", "setup", "stop"))
 
 
+@pytest.mark.slow
 def test_wrong_input_of_the_command_is_not_retried(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh status", out="none\n", times=2)

@@ -164,6 +164,7 @@ def beside(planned, phase, program):
     return next(p.beside for p in planned.phases[phase] if p.program == program)
 
 
+@pytest.mark.slow
 def test_what_is_held_beside_each_program(mesh, tmp_path):
     planned, weights = make_phases(mesh, tmp_path, ahead="none")
     assert planned.programs["update"].kinds[memory.WEIGHTS] == weights
@@ -288,6 +289,7 @@ def test_what_does_not_fit_ends_with_1(mesh, tmp_path, capsys):
     assert f"Does not fit, by {by:.2f} GiB" in error
 
 
+@pytest.mark.slow
 def test_a_refused_program_does_not_fit(mesh, tmp_path):
     made, _ = make_phases(mesh, tmp_path, ahead="none")
     refused = Compiled(0, 0, 0, 0, 20 * GIB, None, 1.0, None)

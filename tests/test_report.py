@@ -140,6 +140,7 @@ def test_a_run_with_sft_alone(tmp_path):
     assert cells(text, "Agreement (%)") == ["60.0"]
 
 
+@pytest.mark.slow
 def test_a_run_under_way_shows_its_latest_evaluation(tmp_path):
     write_grpo(tmp_path, 1)
     text, page = render(tmp_path)
@@ -177,6 +178,7 @@ def test_values_that_are_not_finite_do_not_stop_it(tmp_path):
     assert "nan" not in re.sub('base64,[^"]*', "", text)
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_user_text_stays_text(tmp_path):
     write_grpo(tmp_path)
     (tmp_path / "config.yaml").write_text(f"run:\n  dir: {EVIL}\n")

@@ -195,6 +195,7 @@ def test_the_page_stands_alone(full, page):
     assert "url(" not in styles and "@import" not in styles
 
 
+@pytest.mark.slow
 def test_what_a_judge_wrote_stays_text(full, page):
     text = (full / "report.html").read_text()
     assert EVIL not in text and "<script" not in text and "evil.example/x onerror" in text
@@ -276,6 +277,7 @@ def test_a_lead_is_settled_where_intervals_are_apart(values, expected):
     assert expected == (lead and f"{lead.judge} +{lead.margin:.1f}, {lead.note}")
 
 
+@pytest.mark.slow
 def test_items_that_judges_differ_in_are_counted_apart(tmp_path):
     page = render(tmp_path, [judge("a", b=benchmark(0)), judge("c", b=benchmark(0, num_items=12))])
     row = page.tables[0][1]
@@ -290,6 +292,7 @@ def test_folders_of_a_machine_are_not_shown(full, page):
     assert "/home/someone/ours" not in (full / "model_card.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_judge_without_verdicts_stays_in_the_charts(tmp_path):
     silent = evaluation(0)
     silent = silent._replace(
@@ -386,6 +389,7 @@ def test_a_p_value_is_never_nought(tmp_path):
     assert table["mine less ours"][1:] == ["< 0.0001", "–", "60"]
 
 
+@pytest.mark.slow
 def test_incomplete_runs_are_marked_in_the_page_and_the_card(full, page, tmp_path):
     assert "INCOMPLETE. These runs have not judged all games" in page.text
     assert page.text.count("ours: rewardbench") == 2  # above all, and in its section
@@ -501,6 +505,7 @@ def test_judges_of_one_name_are_told_apart(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_the_command_renders_compares_and_refuses(tmp_path):
     for name, value in {"a": 41.0, "b": 43.0}.items():
         (tmp_path / name).mkdir()

@@ -116,3 +116,11 @@ def test_the_unit_of_rewards_does_not_matter(scale):
     np.testing.assert_allclose(
         in_other_units, advantages(rewards, scale, eps=0.0), rtol=1e-3, atol=1e-5
     )
+
+
+def test_without_an_eps_it_is_verls():
+    """1e-6 is added to the deviation: too little to see where rewards differ as ours do."""
+    rewards = np.array([[0.0, 2e-6]], np.float32)
+    deviation = np.std(rewards, ddof=1)
+    wanted = (rewards - rewards.mean()) / (deviation + 1e-6)
+    np.testing.assert_allclose(group_advantages(rewards), wanted, rtol=1e-5)

@@ -196,6 +196,7 @@ def real_lengths(reference) -> tuple[np.ndarray, np.ndarray]:
     return np.array(prompts) * 4 // 3, np.array(judgements) * 4 // 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_prompts", "num_rows"), [(16, 1), (16, 4), (64, 16)])
 @pytest.mark.parametrize("limit", [512, 2048])
 def test_padding_is_below_a_tenth_on_real_lengths(real_lengths, num_prompts, num_rows, limit):

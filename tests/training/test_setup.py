@@ -42,6 +42,7 @@ def opened(config: Config) -> setup.Run:
         return run
 
 
+@pytest.mark.slow
 def test_a_start_that_left_no_checkpoint_binds_nothing(run_dir):
     opened(settings(run_dir))
     (run_dir / "model" / "generation_config.json").write_text("{}")  # of another model

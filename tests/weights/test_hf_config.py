@@ -307,6 +307,7 @@ def test_tying_makes_the_embedding_the_head_as_in_transformers(tmp_path, torch):
     np.testing.assert_allclose(ours, their_logits(tmp_path, torch), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
