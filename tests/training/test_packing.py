@@ -135,6 +135,12 @@ def test_a_row_may_be_full_to_the_last_slot():
     assert pack([Group([1], more)], [128], 1).rows.num_passes == 2
 
 
+def test_what_is_cut_off_a_group_fills_a_row_as_well():
+    """Both completions fill a row with their prompt; a group of one slot needs a third."""
+    groups = [Group([1] * 28, [[2] * 101] * 2), Group([1], [[2]])]
+    assert pack(groups, [128], 1).rows.num_passes == 3
+
+
 def test_of_sizes_that_compute_the_same_the_longer_takes_fewer_passes():
     groups = [Group([1] * 28, [[2] * 101]) for _ in range(4)]
     packed = pack(groups, [128, 256], 1)
