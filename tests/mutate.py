@@ -134,7 +134,8 @@ def _edits(node: ast.AST) -> Iterator[tuple[str, str, Any]]:
         for other in () if _is_a_type(node) else SWAPS.get(type(node.op), ()):
             yield f"{type(node.op).__name__} -> {other.__name__}", "op", other()
     elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        other = not node.value if isinstance(node.value, bool) else node.value + 1
+        number = node.value + 1 if node.value + 1 != node.value else node.value * 2
+        other = not node.value if isinstance(node.value, bool) else number
         yield f"{node.value} -> {other}", "value", other
     elif isinstance(node, (ast.If, ast.IfExp, ast.While)):
         yield "condition negated", "test", ast.UnaryOp(ast.Not(), node.test)
