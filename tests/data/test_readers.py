@@ -623,7 +623,11 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         ("x.csv", b'question,answer_1\n"a', "Cannot read the data file"),
         ("x.csv", b"question,answer_1\na", "row 1 has 1 cells, the header has 2"),
         ("x.csv", b"question,answer_1,answer_2,score_1,score_2\na,b,c,x,1", "two numbers"),
-        ("x.jsonl", encoded(JUDGELM, score=[-1, -1]), "no usable row: all were left out (1 failed"),
+        (
+            "x.jsonl",
+            encoded(JUDGELM, score=[-1, -1]),
+            "no usable row: all were left out (1 with a failed review",
+        ),
         (
             "x.jsonl.gz",
             gzip.compress(encoded(JUDGELM) * 9, mtime=0)[:60],
