@@ -198,7 +198,7 @@ def test_without_kl_no_reference_is_scored(tmp_path, data, monkeypatch):
     def score(*_: object) -> None:
         raise AssertionError("something was scored")
 
-    monkeypatch.setattr(update, "score", score)
+    monkeypatch.setattr(update, "logprobs", score)
     run(tmp_path / "r", data, "grpo.loss.kl_weight=0", "grpo.steps=1")
     (row,) = read_metrics(tmp_path / "r")
     assert "kl" not in row
