@@ -273,7 +273,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, data, command, c
     fields = json.loads((tmp_path / "small/model/config.json").read_text())
     (tmp_path / "small/model/config.json").write_text(json.dumps({**fields, "vocab_size": 96}))
     error = command(capsys, f"model.path={tmp_path}/small", "model.preset=", "model.tokenizer=")
-    assert "ids, the model's vocabulary only 96" in error
+    assert "ids, but the model's vocabulary 96" in error
 
 
 def test_a_run_directory_belongs_to_one_config(tmp_path, data, command, capsys):
