@@ -187,7 +187,7 @@ def keys_of(section: type, where: str = "") -> list[str]:
     return keys
 
 
-def outcome(path: pathlib.Path, overrides: tuple[str, ...] = ()) -> None:
+def check_config_or_sentence(path: pathlib.Path, overrides: tuple[str, ...] = ()) -> None:
     """Load; anything but a config or one short sentence is an error of the test."""
     try:
         assert isinstance(settings.load(path, overrides), Config)
@@ -207,7 +207,7 @@ def test_any_tree_is_a_config_or_a_sentence(tmp_path_factory, key, value):
         inner = inner.setdefault(section, {})
     inner[name] = value
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
-    outcome(path)
+    check_config_or_sentence(path)
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
@@ -215,7 +215,7 @@ def test_any_tree_is_a_config_or_a_sentence(tmp_path_factory, key, value):
 def test_any_file_is_a_config_or_a_sentence(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
-    outcome(path)
+    check_config_or_sentence(path)
 
 
 @hypothesis.settings(max_examples=300, deadline=None)
@@ -226,7 +226,7 @@ def test_any_file_is_a_config_or_a_sentence(tmp_path_factory, content):
 def test_any_override_is_a_config_or_a_sentence(tmp_path_factory, key, value):
     path = tmp_path_factory.getbasetemp() / "smallest.yaml"
     path.write_text(yaml.safe_dump(SMALLEST))
-    outcome(path, (f"{key}={value}",))
+    check_config_or_sentence(path, (f"{key}={value}",))
 
 
 def test_a_config_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

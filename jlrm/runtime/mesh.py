@@ -84,10 +84,6 @@ class Layout:
         """The platform of the devices, which need not be this host's: "tpu", "cpu", "gpu"."""
         return self.mesh.devices.flat[0].platform
 
-    def num_batch_shards(self) -> int:
-        """Return the number of devices that the sequences of a batch are spread over."""
-        return self.num_shards("B")
-
     def num_shards(self, letter: str) -> int:
         """Return the number of devices that this letter of an activation is spread over."""
         return math.prod(self.mesh.shape[axis] for axis in self.activations.get(letter, ()))

@@ -90,7 +90,7 @@ def test_training_cuts_parameters_along_their_first_letters_and_the_batch_over_e
     assert layout.param_axes(("L", "F", "D")) == [(), ("fsdp", "tensor"), ()]
     assert shard_shape(layout.activation("B T D"), 8, 5, 32) == (1, 5, 32)
     assert shard_shape(layout.activation("B T V"), 8, 5, 96) == (1, 5, 96)
-    assert layout.num_batch_shards() == 8
+    assert layout.num_shards("B") == 8
 
 
 def test_a_rollout_spreads_heads_mlp_and_vocabulary_and_moves_no_weight():
@@ -103,7 +103,7 @@ def test_a_rollout_spreads_heads_mlp_and_vocabulary_and_moves_no_weight():
     assert shard_shape(layout.activation("M T F"), 8, 5, 64) == (4, 5, 16)
     assert shard_shape(layout.activation("B T D"), 8, 5, 32) == (2, 5, 32)
     assert layout.num_shards("V") == 4 and layout.num_shards("T") == 1
-    assert layout.num_batch_shards() == 4
+    assert layout.num_shards("B") == 4
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
