@@ -37,6 +37,7 @@ import jlrm
 from jlrm.config import UsageError
 from jlrm.data import readers
 from jlrm.data.comparisons import (
+    REASONS,
     Comparison,
     Dropped,
     count_reasons,
@@ -378,7 +379,8 @@ def _table(statistics: dict[str, Any]) -> Iterator[str]:
     """Return lines that add up: rows read, less each reason, are the rows kept."""
     yield f"{'read':26}{statistics['rows_read']:>10}"
     for reason, count in statistics["dropped"].items():
-        yield f"  {reason:24}{-count:>10}"
+        # The word stands in dropped.jsonl; what it means stands beside it.
+        yield f"  {reason:24}{-count:>10}   rows {REASONS.get(reason, reason)}"
     yield f"{'kept':26}{statistics['rows_kept']:>10}"
     for name, part in statistics["splits"].items():
         labels = ", ".join(f"{label}: {count}" for label, count in part["labels"].items())
