@@ -16,8 +16,12 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
-# By file, so that what a file sets up is set up once.
-run_tests() { python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --tier "$TIER" "$@"; }
+# By file, so that what a file sets up is set up once. A worker that crashes ends the run: xdist
+# would wait for ever for the rest of the worker's file.
+run_tests() {
+  python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --max-worker-restart 0 \
+    --tier "$TIER" "$@"
+}
 
 ruff check .
 ruff format --check .

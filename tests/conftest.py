@@ -76,6 +76,26 @@ def reference() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def cases(reference) -> pathlib.Path:
+    """The folder of faults that users reported of such tools, with rows and a server."""
+    path = reference.parent / "cases"
+    if not path.is_dir():
+        required("JLRM_REQUIRE_REFERENCE", f"there are no cases at {path}")
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Give back what a file compiled.
+
+    Each program holds some dozen memory maps, of which Linux grants a process 65,530 by default.
+    Beyond that XLA crashes where it allocates next.
+    """
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
 def torch():
     """PyTorch, for live comparison with `transformers`."""
     try:

@@ -48,8 +48,9 @@ class Response:
 
     scores: of the first and the second answer as shown. preference: 1 the first as shown, 2 the
     second, 0 a tie; recorded judges may give nothing else. error: why there is no response; the
-    game counts as unjudged and is asked again by the next run. num_tokens: generated. seconds: of
-    wall time, of a batch divided by its games.
+    game counts as unjudged and is asked again by the next run. endings: how each text ended,
+    "stop" or "length" (the limit of tokens); None where nobody said. num_tokens: generated.
+    seconds: of wall time, of a batch divided by its games.
     """
 
     game: str
@@ -57,6 +58,7 @@ class Response:
     scores: tuple[float, float] | None = None
     preference: int | None = None
     error: str | None = None
+    endings: tuple[str, ...] | None = None
     prompt_tokens: int | None = None
     num_tokens: int | None = None
     seconds: float | None = None

@@ -130,7 +130,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, dict[str, Response
 
 def _response(row: dict[str, Any]) -> Response:
     fields = {FIELDS.get(key, key): value for key, value in row.items()}
-    for name in ("texts", "scores"):
+    for name in ("texts", "scores", "endings"):
         if fields.get(name) is not None:
             fields[name] = tuple(fields[name])
     return Response(**fields)
