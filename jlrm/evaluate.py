@@ -135,7 +135,8 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
         logging.getLogger(__name__).warning(text, name, source, len(items), chosen.size)
     seen = results.checksum([(item.id, item.question, item.answers) for item in items])
     header = {"benchmark": name, "data": seen}
-    games = chosen.games(sources.sample(items, args.limit, args.seed), policy, args.seed)
+    asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
+    games = chosen.games(sources.sample(asked, args.limit, args.seed), policy, args.seed)
     if args.backend != options.VERDICTS:
         return BenchmarkRun(chosen, policy, games, header, None)
     path = _of(args.verdicts, name, args.names, "--verdicts")
@@ -158,7 +159,8 @@ def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> st
     own = [value.removeprefix(f"{name}=") for value in values if value.startswith(f"{name}=")]
     plain = [value for value in values if value.partition("=")[0] not in BENCHMARKS]
     if plain and len(names) > 1:
-        raise UsageError(f"{flag} {plain[0]}: say for which benchmark, e.g. {flag} {name}=PATH.")
+        value = "NAME" if flag == "--subset" else "PATH"
+        raise UsageError(f"{flag} {plain[0]}: say for which benchmark, e.g. {flag} {name}={value}.")
     named = own + plain
     if len(named) > 1:
         raise UsageError(f"{flag} names two values for {name}: {', '.join(named)}.")
@@ -259,7 +261,7 @@ def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     """Several hosts judge together where it is their devices that judge."""
     if args.backend != options.JLRM:
         return contextlib.nullcontext()
-    names = ("model", "names", "options", "policy", "limit", "seed")
+    names = ("model", "names", "options", "policy", "subset", "limit", "seed")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
 
 
@@ -298,6 +300,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="K=V",
         help="e.g. order=both judgebench.order=as_given",
+    )
+    add(
+        "--subset",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="judge this subset alone; rows that name none belong to it; or B=NAME",
     )
     add("--limit", type=int, default=0, metavar="N", help="items of each, by lot (0: all)")
     add("--seed", type=int, default=0, help="of random orders, the lot and sampling (0)")

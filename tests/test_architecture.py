@@ -22,6 +22,7 @@ RANKS = {
     "weights": 4,
     "evaluation": 5,
     "evaluation.benchmarks": 6,
+    "evaluation.benchmarks.raters": 6,
     "judges": 7,
     "training": 8,
     "planning": 9,

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from jlrm.config import UsageError
+from jlrm.config import UsageError, nearest
 from jlrm.data import forms, readers
 from jlrm.evaluation.games import Item
 
@@ -145,6 +145,25 @@ def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 
         name = f"{name}#{seen[name]}" if seen[name] > 1 else name
         unique.append(item if name == item.id else dataclasses.replace(item, id=name))
     return unique
+
+
+def of_subset(items: list[Item], subset: str) -> list[Item]:
+    """Return the items of one subset, to which those without a subset belong; "": all, as they are.
+
+    Raises:
+      UsageError: no item belongs to it, with the nearest subset that there is.
+    """
+    if not subset:
+        return items
+    inside = [
+        item if item.subset else dataclasses.replace(item, subset=subset)
+        for item in items
+        if item.subset in ("", subset)
+    ]
+    if not inside:
+        there = {item.subset for item in items}
+        raise UsageError(f"--subset {subset} has no item. {nearest(subset, there)}")
+    return inside
 
 
 def sample(items: list[Item], limit: int, seed: int) -> list[Item]:

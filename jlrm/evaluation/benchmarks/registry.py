@@ -1,4 +1,7 @@
-"""All benchmarks by name. Each file beside this one is a benchmark, or several of one family."""
+"""All benchmarks by name.
+
+Each file beside this one, or in a folder beside it, is a benchmark or several of one family.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from jlrm.evaluation.policies import Policy, overridden
 
 
 def _benchmarks() -> Iterator[Benchmark]:
-    """Yield what the files of this folder define, files in the order of their names."""
-    for file in pkgutil.iter_modules(benchmarks.__path__):
-        if f"{benchmarks.__name__}.{file.name}" != __name__:
-            module = importlib.import_module(f"{benchmarks.__name__}.{file.name}")
+    """Yield what the files here and below define, files in the order of their names."""
+    for file in pkgutil.walk_packages(benchmarks.__path__, f"{benchmarks.__name__}."):
+        if file.name != __name__:
+            module = importlib.import_module(file.name)
             yield from (each for each in vars(module).values() if isinstance(each, Benchmark))
 
 

@@ -4,12 +4,19 @@ Rule: allenai/reward-bench, rewardbench/constants.py (sections, weights) and uti
 the mean of its subsets by weight, `overall` the plain mean of the sections. `micro` is the mean
 over items, which some papers report. Conversations of more than two turns, which the official
 script gives half a point unjudged, are judged like others here. Data: ODC-BY.
+
+Rows are read in all forms that such data is published in: `prompt` as text, as messages or as a
+list of turns; answers as text, as their message, or as the whole conversation; with or without id.
+Rows without a section (allenai/preference-test-sets, your own) have the plain mean as `overall`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jlrm.config import UsageError
+from jlrm.data import forms
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item
@@ -50,32 +57,63 @@ SECTIONS: dict[str, dict[str, int]] = {  # subsets with their weights
 
 
 def read(source: str) -> list[Item]:
-    """Read items; answer 1 is the chosen one."""
-    rows = sources.rows(source, HOW_TO_GET)
-    items = [
-        Item(
-            id=str(sources.need(row, "id", where)),
-            question=sources.conversation(sources.need(row, "prompt", where), where),
-            answers=(_answer(row, "chosen", where), _answer(row, "rejected", where)),
-            label=1,
-            subset=sources.text(row, "subset", where),
-        )
-        for where, row in rows
-    ]
-    return sources.finished(items, source)
+    """Read items; answer 1 is the chosen one. A row without an id has its number as one."""
+    items, num_left_out = [], 0
+    for number, (where, row) in enumerate(sources.rows(source, HOW_TO_GET)):
+        try:
+            question, answers = _texts(row, where)
+        except forms.Unusable:
+            num_left_out += 1
+            continue
+        name = str(number if row.get("id") is None else row["id"])
+        subset = "" if row.get("subset") is None else sources.text(row, "subset", where)
+        items.append(Item(name, question, answers, 1, subset=subset))
+    reason = "their conversations have no question in common, or the same answer"
+    return sources.finished(items, source, reason, num_left_out)
 
 
-def _answer(row: sources.Row, key: str, where: str) -> str:
-    return sources.conversation(sources.need(row, key, where), where)
+def _texts(row: sources.Row, where: str) -> tuple[str, tuple[str, str]]:
+    """Return the question of a row, and its chosen and rejected answer.
+
+    Where the answers are whole conversations, the turns that they share are the question.
+
+    Raises:
+      Unusable: conversations that differ in nothing, or share nothing and come without a prompt.
+    """
+    chosen, rejected = (_turns(sources.need(row, key, where)) for key in ("chosen", "rejected"))
+    name = next((key for key in ("prompt", "question", "input") if row.get(key) is not None), "")
+    prompt = _turns(row.get(name), is_prompt=True)
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if not name:
+            raise UsageError(f"{where} has no field 'prompt'. {forms.there_are(row)}")
+        return sources.conversation(prompt, where), (chosen, rejected)
+    talks = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    ours = forms.in_our_form(talks, "score", where)
+    better = ours["preference"]
+    answers = ours[f"answer_{better}"], ours[f"answer_{3 - better}"]
+    return ours["question"], answers
+
+
+def _turns(value: Any, is_prompt: bool = False) -> Any:
+    """Return a message alone as a list, and turns without roles, the last the user's, with them."""
+    if isinstance(value, Mapping):
+        return [value]
+    if is_prompt and isinstance(value, list) and all(isinstance(each, str) for each in value):
+        roles = ("user", "assistant")
+        return [
+            {"role": roles[(len(value) - 1 - n) % 2], "content": each}
+            for n, each in enumerate(value)
+        ]
+    return value
 
 
 def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the sections, `micro`, and every subset."""
     subsets = subset_percents(credits)
     by_section = sections(subsets)
-    overall = {"overall": percent(by_section.values()) / 100} if by_section else {}
-    micro = {"micro": percent(credit.value for credit in credits)}
-    return overall | by_section | micro | swap_metrics(credits) | subsets
+    micro = percent(credit.value for credit in credits)
+    overall = percent(by_section.values()) / 100 if by_section else micro
+    return {"overall": overall} | by_section | {"micro": micro} | swap_metrics(credits) | subsets
 
 
 def sections(subsets: Mapping[str, float]) -> dict[str, float]:

@@ -43,22 +43,31 @@ class TiesRow(NamedTuple):
 
 
 def read(source: str) -> list[Item]:
-    """Read items; the right answers stand first."""
-    items = [_item(row, where) for where, row in sources.rows(source, HOW_TO_GET)]
+    """Read items; the right answers stand first. A row without an id has its number as one."""
+    rows = sources.rows(source, HOW_TO_GET)
+    items = [_item(row, where, number) for number, (where, row) in enumerate(rows)]
     return sources.finished(items, source)
 
 
-def _item(row: sources.Row, where: str) -> Item:
-    chosen, rejected = (sources.texts(row, key, where) for key in ("chosen", "rejected"))
-    subset = sources.text(row, "subset", where)
-    name = str(sources.need(row, "id", where))
-    kind, _, number = name.partition(":")
-    if subset == TIES and not (kind in KINDS and number.isdigit()):
+def _item(row: sources.Row, where: str, number: int) -> Item:
+    chosen, rejected = (_answers(row, key, where) for key in ("chosen", "rejected"))
+    subset = "" if row.get("subset") is None else sources.text(row, "subset", where)
+    name = str(number if row.get("id") is None else row["id"])
+    kind, _, pair = name.partition(":")
+    if subset == TIES and not (kind in KINDS and pair.isdigit()):
         raise UsageError(f"{where}: a Ties id is ref:NUMBER or tied:NUMBER, got {name!r}.")
     if not chosen or not rejected:
         raise UsageError(f"{where}: wanted at least one chosen and one rejected answer.")
-    question = sources.text(row, "prompt", where)
+    question = sources.conversation(sources.need(row, "prompt", where), where)
     return Item(name, question, chosen + rejected, None, len(chosen), subset)
+
+
+def _answers(row: sources.Row, key: str, where: str) -> tuple[str, ...]:
+    """Return a list of answers, each as text or as the messages that it consists of."""
+    value = sources.need(row, key, where)
+    if isinstance(value, list) and any(isinstance(each, list) for each in value):
+        return tuple(sources.conversation(each, where) for each in value)
+    return sources.texts(row, key, where)
 
 
 def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
@@ -126,7 +135,8 @@ def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     rows = [credit.detail for credit in credits if credit.item.subset == TIES]
     if rows:
         subsets[TIES] = 100 * ties_score(rows)
-    return {"overall": statistics.fmean(subsets.values())} | subsets
+    overall = statistics.fmean(subsets.values())
+    return {"overall": overall} | {name: value for name, value in subsets.items() if name}
 
 
 # Ties

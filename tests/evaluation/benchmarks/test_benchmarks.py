@@ -22,8 +22,9 @@ from jlrm.config import UsageError
 from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Credit
-from jlrm.evaluation.benchmarks import judgebench, mtbench_human, rewardbench, rewardbench2
+from jlrm.evaluation.benchmarks import judgebench, rewardbench, rewardbench2
 from jlrm.evaluation.benchmarks.judgelm import GOLD, PAIRS
+from jlrm.evaluation.benchmarks.raters import mtbench_human
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
 from jlrm.evaluation.classes import classification

@@ -3,8 +3,10 @@
 Rule: lm-sys/FastChat, fastchat/llm_judge/compute_agreement.py. Several experts vote on a pair; each
 vote counts once, and votes of the dataset's authors do not count. A pair is judged in both orders;
 verdicts that differ are a tie. `agreement` counts all votes, `agreement_no_ties` leaves out tied
-votes and tied verdicts (setups S1 and S2 of arXiv 2306.05685, Table 5).
-Data: lmsys/mt_bench_human_judgments on the Hugging Face hub, CC-BY-4.0; a row is a vote.
+votes and tied verdicts (setups S1 and S2 of arXiv 2306.05685, Table 5, which gives both for each
+turn). Of turn 2 the judge sees both turns of both models.
+Data: lmsys/mt_bench_human_judgments on the Hugging Face hub, split human, CC-BY-4.0; a row is a
+vote.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+from jlrm.config import UsageError
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
 from jlrm.evaluation.games import Item, ItemVerdicts
@@ -33,7 +37,7 @@ def read(source: str) -> list[Item]:
     votes: dict[str, list[int | None]] = {}
     num_left_out = 0
     for where, row in sources.rows(source, HOW_TO_GET):
-        if not sources.text(row, "judge", where).startswith("expert"):
+        if not str(sources.need(row, "judge", where)).startswith("expert"):
             num_left_out += 1
             continue
         vote = sources.choice(row, "winner", where, WINNERS)
@@ -48,14 +52,22 @@ def read(source: str) -> list[Item]:
 
 def _item(row: sources.Row, where: str, sides: list[str]) -> Item:
     turn = sources.choice(row, "turn", where, {1: 1, 2: 2})
-    talks = [sources.need(row, f"conversation_{side}", where) for side in sides]
+    talks = [_talk(row, f"conversation_{side}", 2 * turn, where) for side in sides]
     models = "-".join(sources.text(row, f"model_{side}", where) for side in sides)
     return Item(
         id=f"{sources.need(row, 'question_id', where)}:{models}:{turn}",
         question=sources.conversation(talks[0][:1], where),
-        answers=tuple(sources.conversation(talk[1 : 2 * turn], where) for talk in talks),
+        answers=tuple(sources.conversation(talk[1:], where) for talk in talks),
         subset=f"turn {turn}",
     )
+
+
+def _talk(row: sources.Row, key: str, length: int, where: str) -> list[dict[str, Any]]:
+    """Return the messages of a conversation up to the answer that is voted on."""
+    talk = sources.need(row, key, where)
+    if not isinstance(talk, list) or len(talk) < length:
+        raise UsageError(f"{where}: '{key}' must be a list of {length} messages, got {talk!r}.")
+    return talk[:length]
 
 
 def with_votes(item: Item, votes: Sequence[int | None]) -> Item:
@@ -121,8 +133,9 @@ BENCHMARK = Benchmark(
     total=total,
     how_to_get=HOW_TO_GET,
     source="hf:lmsys/mt_bench_human_judgments#human",
-    published=(
-        Published("GPT-4 (pairs)", "turn 1", 66.0, SOURCE, COMMAND),
-        Published("GPT-4 (pairs)", "turn 1_no_ties", 85.0, SOURCE, COMMAND),
+    published=tuple(
+        Published("GPT-4 (pairs)", f"{turn}{view}", value, SOURCE, COMMAND)
+        for turn in ("turn 1", "turn 2")  # the same figures for both
+        for view, value in (("", 66.0), ("_no_ties", 85.0))
     ),
 )
