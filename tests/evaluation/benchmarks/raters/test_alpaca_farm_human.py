@@ -19,7 +19,7 @@ KNOWN = BENCHMARKS["alpaca_farm_human"]
 KEYS = ["instruction", "output_1", "output_2"]
 
 
-def annotations(rng: random.Random, preferences=(1, 2), num_pairs=40) -> list[dict]:
+def published_rows(rng: random.Random, preferences=(1, 2), num_pairs=40) -> list[dict]:
     """Return rows such as the public file has, annotators of a pair apart from each other."""
     rows = [
         {
@@ -66,7 +66,7 @@ def official_people(rows: list[dict]) -> float:
 @pytest.mark.parametrize("preferences", [(1, 2), (0, 1, 2), (1, 1.5, 2)])
 def test_agreement_is_that_of_alpaca_eval(tmp_path, preferences):
     rng = random.Random(str(preferences))
-    rows = annotations(rng, preferences)
+    rows = published_rows(rng, preferences)
     file = tmp_path / "crossannotations.json"
     file.write_text(json.dumps(rows))
     items = KNOWN.read(str(file))
@@ -111,7 +111,7 @@ def test_a_split_vote_is_the_draw_of_the_package():
 
 
 def test_one_annotation_a_pair_is_its_label_and_says_nothing_about_people(tmp_path):
-    rows = [row for row in annotations(random.Random(2)) if row["annotator_index"] == 0]
+    rows = [row for row in published_rows(random.Random(2)) if row["annotator_index"] == 0]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     items = KNOWN.read(str(tmp_path / "x.json"))
     assert [item.label for item in items] == [row["preference"] for row in rows]
