@@ -14,11 +14,12 @@ from jaxtyping import Array, Float
 def group_advantages(
     rewards: Float[Array | np.ndarray, "P R"], scale: str = "group", eps: float = 1e-6
 ) -> Float[Array, "P R"]:
-    """Return `(reward - group mean) / (standard deviation + eps)` (GRPO, arXiv 2402.03300, Eq. 3).
+    """Return `(reward - group mean) / (standard deviation + eps)`.
 
-    The deviation is the sample's (ddof 1), as in TRL (eps 1e-4) and verl (eps 1e-6). `scale` names
-    the rewards that it is taken over: the own "group" or the whole "batch"; "none" divides by
-    nothing (Dr. GRPO, arXiv 2503.20783, Section 3.1). A group of equal rewards gets zeros.
+    This is GRPO's (arXiv 2402.03300, Section 4.1.2). The deviation is the sample's (ddof 1), as in
+    TRL (eps 1e-4) and verl (eps 1e-6). `scale` names the rewards that it is taken over: the own
+    "group" or the whole "batch"; "none" divides by nothing (Dr. GRPO, arXiv 2503.20783,
+    Section 3.2). A group of equal rewards gets zeros.
     """
     rewards = jnp.asarray(rewards, jnp.float32)
     centred = rewards - jnp.mean(rewards, axis=1, keepdims=True)

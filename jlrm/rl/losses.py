@@ -114,7 +114,7 @@ def policy_loss(
     """Return the GRPO loss of these tokens and sums of its parts; both add up over any split.
 
     Loss of a token: `surrogate + kl_weight k3 - entropy_weight H`, with
-    `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, arXiv 2402.03300, Eq. 3-4; JudgeLRM, Eq. 6).
+    `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, arXiv 2402.03300, Eq. 3-4).
 
     Metrics are token sums under `mask`; `num_tokens` is their denominator. `clip_ratio/*` count
     tokens whose gradient PPO's clip removes.
