@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jlrm.config import UsageError
 from jlrm.data import forms
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit, Published
@@ -82,16 +81,15 @@ def _texts(row: sources.Row, where: str) -> tuple[str, tuple[str, str]]:
     """
     chosen, rejected = (_turns(sources.need(row, key, where)) for key in ("chosen", "rejected"))
     name = next((key for key in ("prompt", "question", "input") if row.get(key) is not None), "")
-    prompt = _turns(row.get(name), is_prompt=True)
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if not name:
-            raise UsageError(f"{where} has no field 'prompt'. {forms.there_are(row)}")
-        return sources.conversation(prompt, where), (chosen, rejected)
-    talks = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    ours = forms.in_our_form(talks, "score", where)
-    better = ours["preference"]
-    answers = ours[f"answer_{better}"], ours[f"answer_{3 - better}"]
-    return ours["question"], answers
+    prompt = {"prompt": _turns(row[name], is_prompt=True)} if name else {}
+    if prompt and isinstance(chosen, str) and isinstance(rejected, str):
+        return sources.conversation(prompt["prompt"], where), (chosen, rejected)
+    ours = forms.in_our_form(
+        {**row, **prompt, "chosen": chosen, "rejected": rejected}, "score", where
+    )
+    answers = ours["answer_1"], ours["answer_2"]
+    is_first = ours["preference"] in (1, "answer_1")
+    return ours["question"], answers if is_first else answers[::-1]
 
 
 def _turns(value: Any, is_prompt: bool = False) -> Any:
