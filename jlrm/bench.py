@@ -1,21 +1,22 @@
 """Measure a run's programs here: `python -m jlrm.bench --config FILE [section.key=value ...]`.
 
-Weights, prompts and completions are random, so neither data nor a tokenizer is needed. Prompts have
-half of `data.max_prompt_tokens` up to all of it, one of them all; every completion runs to
-`sampling.max_new_tokens`. The phases of a GRPO step, each run once to compile and then repeated:
+Weights, prompts and completions are random, so neither data nor a tokenizer is needed. Prompts are
+between half of `data.max_prompt_tokens` and all of it long, and one has the full length; every
+completion runs to `sampling.max_new_tokens`. Each phase of a GRPO step runs once to compile, and is
+then repeated:
 
     rollout    lay the weights out for decoding, generate, fetch the tokens
     logprobs   score the batch once, as for old or reference log-probabilities
     update     pack the batch, send it, take all optimiser steps
 
-Model FLOPs are those that any implementation needs (costs.py); `mfu` is them a second over the best
+Model FLOPs are those that any implementation needs (costs.py); `mfu` is their rate over the best
 rate of a matrix product. `roofline_share` is the least possible time over the measured one, where
 each piece of work takes the longer of FLOPs / rate and bytes / bandwidth, as if both were spread
-evenly over all devices. Both limits are measured in the same process: no data
-sheet enters. Small models live in caches, for which the bandwidth of memory is no limit.
+evenly over all devices. Both limits are measured in the same process, none is taken from a data
+sheet. Small models fit into caches, so the bandwidth of memory does not limit them.
 
-Left out: rewards, data and checkpoints, which are the host's. With `--compare` two configs live in
-memory side by side, and their repetitions alternate: what disturbs one disturbs the other.
+Left out: rewards, data and checkpoints, which are the host's work. With `--compare` two configs are
+in memory side by side, and their repetitions alternate: what disturbs one disturbs the other.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ class Workload:
         }
 
     def counts(self) -> dict[str, dict[str, float]]:
-        """Return how many tokens each phase is for, and what packing adds to them."""
+        """Return how many tokens each phase works on, and what share packing adds to them."""
         tokens, plain = self.batch.num_tokens, self.batch.num_plain_tokens
         padding = statistics.mean(part.packing["perf/padding"] for part in self.parts)
         epochs = self.config.grpo.epochs
@@ -216,7 +217,7 @@ class Workload:
 
 @dataclass
 class Times:
-    """How long the calls of one phase took, and the memory in use at most until then."""
+    """How long the calls of one phase took, and the peak of memory use up to its end."""
 
     first: float  # compiles
     seconds: list[float] = field(default_factory=list)
@@ -224,7 +225,7 @@ class Times:
 
 
 def measure(workloads: Sequence[Workload], repeats: int) -> list[dict[str, Times]]:
-    """Run every phase once and then `repeats` times, those of the workloads alternately."""
+    """Run every phase once, and then `repeats` times, in which the workloads take turns."""
     measured: list[dict[str, Times]] = [{} for _ in workloads]
     phases = ("rollout", PREFILL, "logprobs", "update")
     total = len(phases) * len(workloads) * (1 + repeats)
@@ -359,8 +360,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "with random weights and tokens: throughput, MFU, and share of the roofline.",
         epilog="MFU: needed FLOPs over the best rate of a matrix product. Roofline: least possible "
         "time, by FLOPs and bytes, over the time taken. Both limits are measured in the same run. "
-        "Prefill: the share of a rollout up to its first tokens. plain/s: tokens a second, were "
-        "each rollout's prompt counted.",
+        "Prefill: the share of a rollout up to its first tokens. plain/s: tokens a second, if "
+        "each rollout's prompt were counted.",
     )
     add_settings(parser)
     parser.add_argument("--compare", metavar="CONFIG", help="measure this one in turn with it")

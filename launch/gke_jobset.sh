@@ -15,7 +15,7 @@
 #   --chips-per-host N     4; all of a v5e or v6e topology of up to 8 chips
 #   --slices N             1
 #   --spot                 on spot nodes
-#   --secret NAME          a Kubernetes secret with the keys HF_TOKEN and WANDB_API_KEY, either may lack
+#   --secret NAME          a Kubernetes secret with the keys HF_TOKEN and WANDB_API_KEY, or one of them
 #                          (jlrm-secrets). Make it from files, which keeps values out of process lists:
 #                          kubectl create secret generic jlrm-secrets --from-file=HF_TOKEN=FILE
 #   --queue NAME           a Kueue local queue
@@ -116,7 +116,7 @@ fill IMAGE "$image"
 fill SECRET "$secret"
 fill CHIPS_PER_HOST "$chips_per_host"
 manifest="$(grep -vE '^ *(#|$)' <<< "$manifest")"
-fill COMMAND "$words" # the last, lest its words be taken for placeholders
+fill COMMAND "$words" # last, so that its words are not taken for placeholders
 
 if [ -n "$DRY_RUN" ]; then printf '%s\n---\n# on stdin of:\n# ' "$manifest"; fi
 execute kubectl apply --filename=- <<< "$manifest"

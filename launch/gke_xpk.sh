@@ -15,9 +15,9 @@
 #   --grace SECONDS    from SIGTERM to SIGKILL (300)
 #   --priority LEVEL   very-low, low, medium, high or very-high
 #   --secret NAME      a Kubernetes secret of the cluster whose keys become variables (how to make it:
-#                      gke_jobset.sh --help). XPK has no flag for that, and what
-#                      its --env gets stands in the JobSet in clear text. So XPK writes its manifest
-#                      without applying it, a reference to the secret goes in, and kubectl applies it.
+#                      gke_jobset.sh --help). XPK has no flag for that, and writes what its --env
+#                      gets into the JobSet in clear text. So XPK writes its manifest without
+#                      applying it, a reference to the secret is put in, and kubectl applies it.
 #   --dry-run          print the commands, run none
 set -euo pipefail
 # shellcheck disable=SC1091
@@ -65,7 +65,8 @@ done
 run_dir="$(setting run.dir "$@")"
 [[ "$run_dir" == gs://* ]] || say "warning: run.dir=${run_dir:-(not given)} is lost with its pod. Use run.dir=gs://BUCKET/NAME."
 
-# One simple command: XPK passes SIGTERM to it alone, and a compound one would never hear of it.
+# A simple command: XPK passes SIGTERM to the process that it starts, and to no other. With a compound
+# command that is a shell, and the program would never receive it.
 create=(xpk workload create --cluster="$cluster" --workload="$workload" --project="$project" --zone="$zone"
   --tpu-type="$type" --num-slices="$slices" --docker-image="$image" --max-restarts="$max_restarts"
   --termination-grace-period-seconds="$grace" "${capacity[@]}" "${priority[@]}" --command="$(quote "$@")")
@@ -90,7 +91,7 @@ if [ -n "$DRY_RUN" ]; then
   echo "# ./with_secret.yaml is ./jobset.yaml with a reference to the secret $secret in it"
 else
   [ -s "$scratch/jobset.yaml" ] || fail "xpk wrote no manifest."
-  # After the image of each container that runs ours: XPK's own `env` is left as it is.
+  # The reference follows the image of each container that runs ours; XPK's own `env` stays as it is.
   awk -v image="$image" -v secret="$secret" '
     { print }
     $1 == "image:" && $2 == image {

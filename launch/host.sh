@@ -39,7 +39,7 @@ setup() {
   fail "jlrm could not be installed on this host."
 }
 
-# The command and what it started hold the lock (file 9), so a process id used again can't mislead.
+# The command and what it started hold the lock (file 9), so a process id that is reused can't mislead.
 is_running() { [ -e "$STATE/lock" ] && ! flock --nonblock "$STATE/lock" true; }
 
 start() {

@@ -9,7 +9,7 @@ fi
 
 DRY_RUN="${DRY_RUN:-}"
 
-# say WORD...: what happens, with the time; under --dry-run nothing does.
+# say WORD...: print what happens, with the time; under --dry-run print warnings only.
 say() { [[ -n "$DRY_RUN" && "$1" != warning* ]] || printf '%(%H:%M:%S)T %s\n' -1 "$*" >&2; }
 fail() {
   printf 'error: %s\n' "$*" >&2
@@ -52,7 +52,8 @@ check_positive() { check "$1" "$2" '^[1-9][0-9]{0,5}$' "a whole number of at lea
 check_zone() { check "$1" "$2" '^[a-z]+-[a-z]+[0-9]+-[a-z][a-z0-9]*$' "a zone such as us-east5-b"; }
 check_project() { check "$1" "$2" '^[a-z][a-z0-9.:-]*$' "a project id such as my-project-123"; }
 
-# value FLAG "$@": what follows the flag. Not before `&&`, where its failure would end nothing.
+# value FLAG "$@": what follows the flag. Don't call it before `&&`: there its failure would not end
+# the script.
 value() {
   [ $# -ge 3 ] || wrong "$1 needs a value. See --help."
   printf '%s' "$3"

@@ -9,7 +9,7 @@
 # When one fails the others are ended, and the exit code is that of the first to fail. Ctrl-C and
 # SIGTERM go to all of them; a second Ctrl-C kills.
 #
-#   --port PORT      of the coordinator; a free one is looked for otherwise
+#   --port PORT      of the coordinator (any that is free)
 #   --grace SECONDS  from SIGTERM to SIGKILL once one has failed (3); after Ctrl-C or SIGTERM 20 times as long
 #   --dry-run        print the commands and run none
 set -euo pipefail
@@ -66,7 +66,7 @@ signal_all() {
     if pid="$(cat "$file" 2> /dev/null)" && [ -n "$pid" ]; then kill "-$1" -- "-$pid" 2> /dev/null || true; fi
   done
 }
-# end_all SIGNAL SECONDS: send it now, and SIGKILL to whatever is left then.
+# end_all SIGNAL SECONDS: send it now, and SIGKILL after SECONDS to whatever is left.
 end_all() {
   signal_all "$1"
   if [ -n "$killer" ]; then return; fi
@@ -119,7 +119,7 @@ if [ -n "$DRY_RUN" ]; then exit; fi
 
 running="$count"
 while ((running)); do
-  # The time limit lets a trap act while nothing ends.
+  # The time limit lets a trap run while no process ends.
   read -r -t 0.5 index status <&3 || continue
   ((--running)) || true
   if ((status && code == 0)); then

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes .venv once, installs the project into it, and activates it.
-# Usage: source launch/setup.sh EXTRAS      comma-separated; "" for none (left out, bash would pass on
+# Usage: source launch/setup.sh EXTRAS      comma-separated; "" for none (without it, bash would pass on
 # the caller's own arguments). Example: `source launch/setup.sh test,wandb`
-# PYTHON names the interpreter (3.11 to 3.13); JLRM_PACKAGES are installed besides, e.g. torch==2.13.0;
-# JLRM_PACKAGES_ALONE too, without what they depend on.
+# PYTHON names the interpreter (3.11 to 3.13). JLRM_PACKAGES lists more packages to install, such as
+# torch==2.13.0; those in JLRM_PACKAGES_ALONE are installed without their dependencies.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 

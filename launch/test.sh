@@ -16,8 +16,8 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 cd "$ROOT"
 export JAX_PLATFORMS=cpu
-# By file, so that what a file sets up is set up once. A worker that crashes ends the run: xdist
-# would wait for ever for the rest of the worker's file.
+# By file, so that what a file sets up is set up once. A worker that crashes ends the run: otherwise
+# xdist would wait for ever for the rest of that worker's file.
 run_tests() {
   python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --max-worker-restart 0 \
     --tier "$TIER" "$@"
@@ -26,8 +26,8 @@ run_tests() {
 ruff check .
 ruff format --check .
 if [ "$TIER" = fast ]; then
-  # Beside the tests, whose workers don't always keep both cores busy. Nothing here compiles for
-  # long, and a program that does must not hide in the cache.
+  # Types are checked beside the tests, whose workers don't always keep both cores busy. No test of
+  # this tier may compile for long; without the cache, one that does is noticed.
   mkdir -p "$ROOT/.cache"
   pyright --pythonpath "$ROOT/.venv/bin/python" > "$ROOT/.cache/pyright.log" 2>&1 &
   TYPES=$!

@@ -9,13 +9,14 @@
 #   create   ask for the slice as a queued resource, and return
 #   setup    copy this checkout to ~/jlrm on all hosts and install it there; may be repeated
 #   run      start COMMAND on all hosts, detached; the same command again changes nothing
-#   attach   wait until it ends, and end with its exit code
+#   attach   wait until it ends, and exit with its exit code
 #   logs     the end of the log (--host SLICE/WORKER, --follow)
 #   status   the slice's state and, for each host, the job's
 #   stop     SIGTERM on all hosts (jlrm saves and exits 143), then SIGKILL
 #   delete   stop paying
-#   up       create, wait, setup, run, attach, keep the logs (runs/launch/NAME), delete. A preempted or lost slice is made again and the
-#            command run again: jlrm goes on by itself from run.dir, which must be at gs:// then.
+#   up       create, wait, setup, run, attach, save the logs (runs/launch/NAME), delete. A preempted or
+#            lost slice is made again, and the command is run again: jlrm goes on by itself from
+#            run.dir, which must be on gs:// for that.
 #
 # TYPE           chips                      hosts               runtime version
 #   v5litepod-N  N: 1 4 8 16 32 64 128 256  1 up to 8, then N/4  v2-alpha-tpuv5-lite  (or v5e-N)
@@ -214,7 +215,7 @@ everywhere() {
   for index in "${!NODES[@]}"; do CODES[index]="$(cat "$SCRATCH/$index.code")"; done
 }
 
-# reach: wait for ssh; also, sixteen gclouds at once can't all be the one that makes the ssh key.
+# reach: wait for ssh. One gcloud alone makes the ssh key here: sixteen at once would all try to.
 reach() {
   if [ -z "$DRY_RUN" ]; then attempt 0 true /dev/null 3; fi
 }
@@ -298,7 +299,8 @@ settle() {
   done
 }
 
-# acquire: have an active slice; preempted ones are made again. Ends the script if it is refused.
+# acquire: see to it that there is an active slice; a preempted one is made again. Ends the script if
+# it is refused.
 acquire() {
   if [ -n "$DRY_RUN" ]; then
     create
@@ -478,7 +480,7 @@ watch() {
   done
 }
 
-# once: one life of the slice, from whatever there is to the job's end.
+# once: one life of the slice, from the state it is in to the job's end.
 once() {
   acquire || return
   if [ -n "$DRY_RUN" ]; then

@@ -1,4 +1,4 @@
-"""The backend `verdicts`: what some judge has said already, from a file.
+"""The backend `verdicts`: what a judge has said already, read from a file.
 
 Rows are JSON or JSONL. A row names its item by `id`, `idx` or `pair_id` and holds one of
 

@@ -1,9 +1,10 @@
 """LLMBar: 419 pairs of which one answer follows the instruction, most of them adversarial.
 
-Rule: princeton-nlp/LLMBar, as its evaluators record it: both orders; correct_average is the mean of
-the two, correct_both needs both, `equal` says that both name the same answer, and kappa_agreement
-is Cohen's kappa between them (-1 to 1, no percentage). For judges that score, a tie names the
-answer shown second, in either order: that is half a point on average, and no agreement.
+Rule: princeton-nlp/LLMBar, as its evaluators record it. Both orders are judged: correct_average is
+the mean of the two, correct_both the share right in both, `equal` the share that name the same
+answer in both, and kappa_agreement is Cohen's kappa between them (-1 to 1, no percentage). If a
+judge gives equal scores, its verdict is the answer shown second. In both orders that is a different
+answer: half a point on average, and no agreement.
 Data: Dataset/LLMBar, MIT.
 """
 
@@ -67,7 +68,7 @@ def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
 
 BENCHMARK = Benchmark(
     name="llmbar",
-    # the rule of the authors' rating evaluators, which has none for errors
+    # the rule of the authors' rating evaluators; they have none for errors
     policies=pair_policies(Policy("mean", "both", "second", 0.0)),
     read=read,
     games=pair_games,

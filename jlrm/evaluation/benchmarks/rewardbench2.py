@@ -4,10 +4,11 @@ Rule: allenai/reward-bench, scripts/run_v2.py and rewardbench/utils.py, made for
 answers. A judge of pairs has no official protocol; two are here, named in the policy.
 `round_robin`: every pair of answers is a game, an answer's score is the mean of what its games gave
 it, and the official rules go on from there: a right answer with the highest score earns 1 / (number
-of answers that share it), none if a wrong one is higher. A score is the judge's own, or 1, 1/2, 0
-for a win, a tie, a loss where some game has a decision alone. A game without a verdict is left
-out; an answer without any scores -1, like an official rating that failed.
-`all_wins`: the right answer must win each of its games; Ties prompts as in `round_robin`.
+of answers that share it), and nothing if a wrong one is higher. Scores are the judge's own; if some
+game of an item gave a decision without scores, they are 1, 1/2 and 0 for a win, a tie and a loss. A
+game without a verdict is left out; an answer that has none left gets -1, like an official rating
+that failed.
+`all_wins`: the right answer must win each of its games; Ties prompts are as in `round_robin`.
 Data: ODC-BY.
 """
 
@@ -151,9 +152,10 @@ class _Margins(NamedTuple):
 def ties_score(rows: Sequence[TiesRow]) -> float:
     """Return the score of the Ties subset, as a share (which can exceed 1 by a hundredth).
 
-    Accuracy on prompts with many right answers and on those with one counts 0.3 each; 0.2 goes to
-    prompts whose right answers lie closer together than to the wrong ones; 0.2 if the single right
-    answer keeps such a distance too; 0.01 to how much larger it is.
+    The accuracies on prompts with many right answers and on those with one weigh 0.3 each. The
+    share of prompts whose right answers lie closer together than to the wrong ones weighs 0.2, and
+    so does the share for which the single right answer keeps such a distance too. How much larger
+    that distance is, on average, weighs 0.01.
     """
     margins: dict[str, dict[str, _Margins]] = {kind: {} for kind in KINDS}
     for row in rows:
@@ -176,9 +178,9 @@ def ties_score(rows: Sequence[TiesRow]) -> float:
 
 
 def _distance(margin: float, spread: float) -> float:
-    """Return -1 to 1: how much larger a margin is than a spread, 0 where they are equal.
+    """Return how much larger a margin is than a spread: -1 to 1, and 0 where they are equal.
 
-    Without a spread the sign of the margin, as the quotient's limit is.
+    Where the spread is 0, this is the sign of the margin, the limit of the formula.
     """
     if spread == 0:
         return float((margin > 0) - (margin < 0))
@@ -216,7 +218,7 @@ BENCHMARK = Benchmark(
     source="hf:allenai/reward-bench-2#test",
     size=1865,
     published=(
-        # below the 25 % of guessing, so ties must lose there
+        # less than guessing gives (25 %), so ties must count as losses there
         Published(
             "JudgeLRM-7B",
             "Precise IF",
