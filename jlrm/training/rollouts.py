@@ -4,8 +4,8 @@ A group is the R rollouts of a prompt, or with `data.orders: both` the 2R rollou
 orders. A group of equal rewards teaches nothing. `grpo.zero_variance` keeps it (no advantage, but
 KL and entropy count), takes it out of the loss, or draws the next prompts until there are enough
 others (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2), at most `grpo.max_draws` batches a
-step. What was drawn and not learned from is counted. The position in the data, one integer, moves
-by the batches drawn.
+step. What was drawn and not learned from is counted. The position in the data, one integer,
+advances by the number of batches drawn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from jlrm.training.setup import Run
 
 
 class Sampled(NamedTuple):
-    """Completions on the host, those of one prompt after those of the one before."""
+    """Completions on the host, prompt by prompt."""
 
     ids: list[list[int]]
     logps: Float[np.ndarray, "B T"]  # of the sampling distribution, nats
@@ -60,8 +60,8 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
     )
 
 
-# sample(weights from `decode_params`, prompts, their numbers in the data, position) begins
-# on the devices and returns at once; what it returns waits for the completions.
+# sample(weights from `decode_params`, prompts, their numbers in the data, position) starts the
+# devices and returns at once; the function that it returns waits for the completions.
 SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]
 
 
@@ -118,7 +118,7 @@ Timed = Callable[[str], AbstractContextManager[None]]
 
 
 class RolloutBatch(NamedTuple):
-    """A rollout batch, its rows in whole groups one after the other."""
+    """A rollout batch, group by group."""
 
     examples: list[Example]
     sampled: Sampled
@@ -191,7 +191,7 @@ def _finish(run: Run, started: Started, timed: Timed) -> RolloutBatch:
 
 
 def _partner(run: Run) -> list[int]:
-    """The same rollout of the same pair in the other order, by row."""
+    """Return for each row that of the same rollout of the same pair in the other order."""
     num_rollouts = run.config.grpo.rollouts
     rows = np.arange(run.config.grpo.prompts * num_rollouts)
     is_first = (rows // num_rollouts) % 2 == 0
@@ -207,7 +207,7 @@ def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"
 
 
 def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
-    """Take the first groups with something to learn from; others fill up if there are too few."""
+    """Return the first groups that teach something, filled up by others if there are too few."""
     is_informative = np.concatenate([_is_informative(run, batch) for batch in drawn])
     # A stable sort: informative groups first, each kind in the order it was drawn.
     groups = np.sort(np.argsort(~is_informative, kind="stable")[: _num_groups(run)])
@@ -229,7 +229,7 @@ def _num_tokens(drawn: list[RolloutBatch]) -> int:
 
 
 def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dict[str, float]:
-    """Metrics of everything that was drawn: of the policy, not of the choice from it."""
+    """Return metrics of all that was drawn: they describe the policy, not what was chosen."""
     judgements = [judgement for each in drawn for judgement in each.judgements]
     lengths = np.concatenate([each.sampled.lengths for each in drawn])
     is_finished = np.concatenate([each.sampled.is_finished for each in drawn])
