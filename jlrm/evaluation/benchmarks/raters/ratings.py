@@ -7,7 +7,7 @@ has their mean. Prometheus 2 makes its Preference Bench from Feedback Bench in t
 figure for such data, the correlation of scores given to single answers, is another protocol: this
 one needs no common scale. Subsets say how far apart the ratings of a pair are.
 
-`ratings`: your own rows (question, answer, score), or rows of any form below.
+`ratings`: your own rows (question, answer, score), or rows of another name below.
 `feedback_bench`: prometheus-eval/Feedback-Bench, 1,000 answers rated by GPT-4, five a question.
 `biggen_bench`: prometheus-eval/BiGGen-Bench-Results, human_eval: answers rated by people.
 """
@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.data import forms
@@ -28,23 +28,12 @@ from jlrm.evaluation.games import Item
 from jlrm.evaluation.policies import Policy, pair_policies
 from jlrm.evaluation.scoring import micro_total, pair_credit, pair_games
 
-
-class Columns(NamedTuple):
-    """The names of what a row holds; the last two need not be there."""
-
-    question: str
-    answer: str
-    rating: str
-    criterion: str = ""
-    system: str = ""
-
-
-FORMS = (
-    Columns("orig_instruction", "orig_response", "orig_score", "orig_criteria"),  # Prometheus
-    Columns("input", "response", "human_score", "score_rubric", "system_prompt"),  # BiGGen Bench
-    Columns("prompt", "response", "helpfulness"),  # HelpSteer, HelpSteer2
-    Columns("question", "answer", "score", "criterion"),
-)
+# The names that such data has for these, the first that a row has: Prometheus' Feedback Bench and
+# BiGGen Bench, HelpSteer, and plain words.
+QUESTIONS = ("orig_instruction", "question", "prompt", "instruction", "input")
+ANSWERS = ("orig_response", "answer", "response", "output")
+SCORES = ("orig_score", "human_score", "score", "rating", "helpfulness")
+CRITERIA = ("orig_criteria", "score_rubric", "criterion", "criteria", "rubric")
 
 
 def reader(how_to_get: str) -> Callable[[str], list[Item]]:
@@ -58,36 +47,45 @@ def reader(how_to_get: str) -> Callable[[str], list[Item]]:
                 rated.setdefault(question, {}).setdefault(answer, []).append(rating)
         items, num_equal = [], 0
         for number, (question, ratings) in enumerate(rated.items()):
-            means = {answer: statistics.fmean(each) for answer, each in ratings.items()}
+            # Rounded, so that the order of adding makes no two equal means differ.
+            means = {answer: round(statistics.fmean(each), 9) for answer, each in ratings.items()}
             pairs = _pairs(str(number), question, means)
             items += [pair for pair in pairs if pair.label]
             num_equal += sum(not pair.label for pair in pairs)
-        return sources.finished(items, source, "no two ratings of a question differ", num_equal)
+        reason = "a pair is two answers to one question with different ratings"
+        return sources.finished(items, source, reason, num_equal)
 
     return read
 
 
 def _rated(row: sources.Row, where: str) -> tuple[str, str, float | None]:
     """Return question, answer and rating of a row; the rating is None where it has none."""
-    names = next((form for form in FORMS if row.keys() >= {*form[:3]}), None)
-    if names is None:
-        known = "; ".join(", ".join(form[:3]) for form in FORMS)
-        raise UsageError(
-            f"{where} holds no rated answer: wanted one of these sets of fields: {known}. "
-            f"{forms.there_are(row)}"
-        )
-    question = sources.conversation(row[names.question], where)
-    if row.get(names.system):
-        question = forms.conversation(
-            [("system", sources.text(row, names.system, where)), ("user", question)]
-        )
-    criterion = row.get(names.criterion)
+    answer = sources.conversation(row[_column(row, ANSWERS, "answer", where)], where)
+    name = _column(row, SCORES, "rating", where)
+    return _question(row, where), answer, _rating(row[name], f"{where}: '{name}'")
+
+
+def _question(row: sources.Row, where: str) -> str:
+    """Return the question, below its system prompt and above its criterion if a row has them."""
+    name = _column(row, QUESTIONS, "question", where)
+    question = sources.conversation(row[name], where)
+    if name == "instruction" and row.get("input"):  # Alpaca's form
+        question = f"{question}\n{sources.text(row, 'input', where)}"
+    if row.get("system_prompt"):
+        system = sources.text(row, "system_prompt", where)
+        question = forms.conversation([("system", system), ("user", question)])
+    criterion = next((row[key] for key in CRITERIA if row.get(key)), None)
     if isinstance(criterion, Mapping):  # BiGGen Bench: with a description of each score
         criterion = criterion.get("criteria")
-    if criterion:
-        question = f"{question}\n\nCriterion: {criterion}"
-    answer = sources.conversation(row[names.answer], where)
-    return question, answer, _rating(row[names.rating], f"{where}: '{names.rating}'")
+    return f"{question}\n\nCriterion: {criterion}" if criterion else question
+
+
+def _column(row: sources.Row, names: Sequence[str], what: str, where: str) -> str:
+    for name in names:
+        if name in row:
+            return name
+    wanted = f"wanted one of the fields {', '.join(names)}"
+    raise UsageError(f"{where} has no {what}: {wanted}. {forms.there_are(row)}")
 
 
 def _rating(value: Any, what: str) -> float | None:

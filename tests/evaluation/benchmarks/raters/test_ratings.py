@@ -8,7 +8,6 @@ import random
 import pytest
 
 from jlrm.config import UsageError
-from jlrm.evaluation.benchmarks.raters import ratings
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Response
 from jlrm.evaluation.reading import Reader, judged_items
@@ -49,6 +48,14 @@ def test_several_ratings_of_an_answer_have_their_mean(tmp_path):
     assert (item.answers, item.label, item.subset) == (("a", "b"), 2, "less than 1 apart")
 
 
+def test_means_that_are_equal_but_for_rounding_are_equal(tmp_path):
+    rows = [
+        {"question": "?", "answer": answer, "score": score}
+        for answer, score in (("a", 0.1), ("a", 0.2), ("b", 0.15), ("c", 1))
+    ]
+    assert [item.answers for item in read(tmp_path, rows)] == [("a", "c"), ("b", "c")]
+
+
 PROMETHEUS = [
     {
         **{"orig_instruction": "Q", "orig_criteria": "Is it kind?", "orig_score": score},
@@ -69,12 +76,19 @@ HELPSTEER = [
 ]
 
 
+ALPACA = [
+    {"instruction": "Q", "input": "about this", "output": text, "rating": score}
+    for score, text in (("2", "a"), ("5", "b"))
+]
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "question"),
     [
         ("feedback_bench", PROMETHEUS, "Q\n\nCriterion: Is it kind?"),
         ("biggen_bench", BIGGEN, "System: Be a planner.\n\nUser: Q\n\nCriterion: Is it kind?"),
         ("ratings", HELPSTEER, "Q"),
+        ("ratings", ALPACA, "Q\nabout this"),
     ],
 )
 def test_published_forms(tmp_path, name, rows, question):
@@ -84,14 +98,16 @@ def test_published_forms(tmp_path, name, rows, question):
 
 def test_answers_judged_by_different_criteria_are_no_pair(tmp_path):
     rows = [{**PROMETHEUS[0], "orig_criteria": "Is it short?"}, PROMETHEUS[1]]
-    with pytest.raises(UsageError, match="no two ratings of a question differ"):
+    with pytest.raises(UsageError, match="a pair is two answers to one question"):
         read(tmp_path, rows)
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "?", "reply": "a"}, "holds no rated answer: wanted .* question, answer"),
+        ({"question": "?", "reply": "a"}, "has no answer: wanted one of the fields .*'reply'"),
+        ({"question": "?", "answer": "a"}, "has no rating: wanted one of the fields .*score"),
+        ({"answer": "a", "score": 3}, "has no question: wanted one of the fields .*prompt"),
         ({"question": "?", "answer": "a", "score": "good"}, "'score' must be a rating"),
         ({"question": "?", "answer": "a", "score": True}, "'score' must be a rating"),
         ({"question": "?", "answer": "a", "score": []}, "'score' must be a rating"),
@@ -121,4 +137,3 @@ def test_a_judge_that_rates_as_the_raters_did_is_right_everywhere(tmp_path):
     }
     judged, _ = judged_items(games, said, Reader())
     assert set(known.metrics(judged, known.policy).values()) == {100.0}
-    assert ratings.FORMS[-1].question == "question"  # the form that the help names
