@@ -93,7 +93,7 @@ def _texts(row: sources.Row, where: str) -> tuple[str, tuple[str, str]]:
 
 
 def _turns(value: Any, is_prompt: bool = False) -> Any:
-    """Return a message alone as a list, and turns without roles, the last the user's, with them."""
+    """Put a lone message into a list, and give a prompt's bare turns roles, the last the user's."""
     if isinstance(value, Mapping):
         return [value]
     if is_prompt and isinstance(value, list) and all(isinstance(each, str) for each in value):
