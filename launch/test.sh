@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up .venv if needed, then run the linters and the tests.
 #   bash launch/test.sh            everything: under 25 minutes on two cores
-#   bash launch/test.sh --fast     what to run on every save: under 90 seconds, no test marked `slow`
+#   bash launch/test.sh --fast     what to run on every save: under 90 seconds; no types, and no
+#                                  test marked `slow`
 #   bash launch/test.sh campaign   hours: thousands of examples of each property, tests marked
 #                                  `campaign`, and mutants of the code that decides what a judge is
 #                                  worth (tests/mutate.py: at least 95 % must fail a test)
@@ -26,15 +27,11 @@ run_tests() {
 ruff check .
 ruff format --check .
 if [ "$TIER" = fast ]; then
-  # Types are checked beside the tests, whose workers don't always keep both cores busy. No test of
-  # this tier may compile for long; without the cache, one that does is noticed.
-  mkdir -p "$ROOT/.cache"
-  pyright --pythonpath "$ROOT/.venv/bin/python" > "$ROOT/.cache/pyright.log" 2>&1 &
-  TYPES=$!
-  JAX_ENABLE_COMPILATION_CACHE=false run_tests "$@" || FAILED=$?
-  wait "$TYPES" || FAILED=$?
-  cat "$ROOT/.cache/pyright.log"
-  exit "${FAILED:-0}"
+  # Types wait for the whole run: they take as long as these tests. Nothing here compiles for long,
+  # and a program that does must not hide in the cache.
+  export JAX_ENABLE_COMPILATION_CACHE=false
+  run_tests "$@"
+  exit
 fi
 pyright --pythonpath "$ROOT/.venv/bin/python"
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$ROOT/.cache/jax}"
