@@ -3,6 +3,7 @@
 The first line is a header of all that shapes the responses; a file with another header is refused.
 Each response is one line, written whole and flushed at once. A last line that was truncated by a
 kill is cut off by the next run. Errors are recorded too, but their games are asked again.
+So are refused ones, as long as no policy counts them.
 
 Evaluations of older programs hold the same file as `answers.jsonl`. It is read and continued under
 that name.
@@ -48,8 +49,13 @@ class Journal:
 
     @property
     def done(self) -> set[str]:
-        """The games that have a response."""
+        """The games that have a response, or were refused one."""
         return {name for name, response in self.responses.items() if response.error is None}
+
+    @property
+    def refused(self) -> set[str]:
+        """The games that were refused for what is in them."""
+        return {name for name, response in self.responses.items() if response.refused is not None}
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Journal]:
