@@ -31,10 +31,10 @@ class Journal:
     """The responses of one judge on one benchmark; without a directory they stay in memory."""
 
     def __init__(self, directory: pathlib.Path | None, header: Mapping[str, Any]) -> None:
-        """Read what is there, and cut off a truncated last line.
+        """Read what is there, and cut off a truncated last line, or all if nothing is judged.
 
         Raises:
-          UsageError: the file was begun with another header, or is no such file.
+          UsageError: there are responses under another header, or it is no such file.
         """
         self.responses: dict[str, Response] = {}
         self._path = path = None if directory is None else path_in(directory)
@@ -43,7 +43,9 @@ class Journal:
         if path is not None and path.exists():
             written, self.responses, whole = _read(path)
             if written is not None and written != self._header:
-                raise UsageError(_differences(path, written, self._header))
+                if self.done:
+                    raise UsageError(_differences(path, written, self._header))
+                self.responses, whole = {}, 0  # nothing was judged that another setting could mix
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
 

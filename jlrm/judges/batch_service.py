@@ -190,12 +190,8 @@ class BatchService:
             except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
                 return name, NoReply(f"no judgement in it: {quote(json.dumps(body))}")
         if isinstance(status, int) and body:
-            content = json.dumps(body).encode()
-            fields = {"messages": [{"role": "system"}], **self._settings.fields()}
-            sent = {**fields, "seed": 0, **self._settings.request}
-            failure = complaints.failure(
-                Received(status, {}, content), sent, quote, self._address, False
-            )
+            received = Received(status, {}, json.dumps(body).encode())
+            failure = complaints.failure(received, self._sent, quote, self._address, False)
             return name, NoReply(str(failure), getattr(failure, "is_content", False))
         return name, NoReply(quote(complaints.of_object({"error": error}, "no reply").message))
 

@@ -116,7 +116,7 @@ async def _inflated(response: httpx2.Response) -> AsyncIterator[bytes]:
     """Yield a body in pieces of at most PIECE bytes, or as they came where nothing inflates them.
 
     Raises:
-      zlib.error: no gzip, less than the whole of it, or more.
+      zlib.error: no gzip, or less than the whole of it.
     """
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
@@ -128,8 +128,8 @@ async def _inflated(response: httpx2.Response) -> AsyncIterator[bytes]:
         num_bytes += len(raw)
         if not is_packed:
             yield raw
-        if inflater.eof:  # which would keep all that follows
-            raise zlib.error("something follows its end")
+        if inflater.eof:  # it would keep all that follows
+            return
         while is_packed and raw:
             yield inflater.decompress(raw, PIECE)
             raw = inflater.unconsumed_tail
