@@ -223,9 +223,7 @@ def test_a_service_that_misbehaves_is_told_in_one_sentence(service, make, fault,
 
 def test_a_server_without_batches_is_told(service, make):
     server = service()
-    with pytest.raises(
-        UsageError, match=r"/batches answered HTTP 404: Not Found\. Check the model"
-    ):
+    with pytest.raises(UsageError, match=r"/batches answered HTTP 404: Not Found\. Check"):
         make(server, base_url=f"{server.url}/x")(games(2), lambda answer: None)
 
 
