@@ -1,8 +1,8 @@
 """When requests go to a server, and how often the same one goes again.
 
 What may pass is asked again, later and later, `max_retries` times. A server that has had too many
-requests (HTTP 429) says nothing about this one: it goes again as long as `PATIENCE` lasts, when the
-server said, or at growing distances.
+requests (HTTP 429) says nothing about this one: it goes again when the server said, or at growing
+distances, until patience ends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from jlrm.judges.paid import Spending
 
 FIRST_WAIT = 0.5  # seconds before the first retry; every further one waits twice as long
 LONGEST_WAIT = 60.0
-PATIENCE = 1800.0  # seconds for which one request may be told that there are too many
+PATIENCE = 1800.0  # seconds for which nothing but "too many requests" may come
+LONGEST_PATIENCE = 4 * PATIENCE  # for which one request may be told so, while others get through
 
 T = TypeVar("T")
 
@@ -76,12 +77,17 @@ class Pace:
             await asyncio.sleep(wait)
 
     async def _turn(self) -> None:
-        while (pause := self._resume - time.monotonic()) > 0:
-            await asyncio.sleep(pause + min(0.1 * pause, 1.0) * random.random())
-        if self._distance:
+        """Wait for a turn; a pause that others are told meanwhile holds this request back too."""
+        while True:
+            while (pause := self._resume - time.monotonic()) > 0:
+                await asyncio.sleep(pause + min(0.1 * pause, 1.0) * random.random())
+            if not self._distance:
+                return
             turn = max(self._next, time.monotonic())
             self._next = turn + self._distance
             await asyncio.sleep(turn - time.monotonic())
+            if self._resume <= time.monotonic():
+                return
 
     def _wait(self, error: Passing, num_times: int) -> float:
         """Return the seconds to wait; all others wait too where the server says how long."""
@@ -104,13 +110,12 @@ class Pace:
         raise Declined(f"{error} (asked {times})")
 
     def _check_patience(self, error: Passing, since: float, wait: float) -> None:
-        waited = time.monotonic() + wait - since
-        if waited <= PATIENCE:
-            return
-        text = f"{error} (for {waited / 60:.0f} minutes)"
-        if self._answered > since:  # others get through
+        ends = time.monotonic() + wait
+        text = f"{error} (for {(ends - since) / 60:.0f} minutes)"
+        if ends - max(since, self._answered) > PATIENCE:
+            raise RunError(
+                f"{self._url} wants no requests: {text}. Run this again later, or with fewer"
+                " --requests-per-minute; responses so far are kept."
+            )
+        if ends - since > LONGEST_PATIENCE:
             raise Declined(text)
-        raise RunError(
-            f"{self._url} wants no requests: {text}. Run this again later, or with fewer"
-            " --requests-per-minute; responses so far are kept."
-        )

@@ -285,13 +285,14 @@ def test_a_storm_of_limits_loses_no_game(serve, shape):
 
 
 def test_a_limit_that_never_ends_stops_the_run_and_one_of_a_game_costs_the_game(serve, monkeypatch):
-    monkeypatch.setattr(pace, "PATIENCE", 0.5)
+    monkeypatch.setattr(pace, "LONGEST_PATIENCE", 0.5)
     server = serve()
     asked = [game("FAULT:s429", 0), *(game(f"fine {i}", i) for i in range(1, 120))]
     slow = make(server, concurrency=2, requests_per_minute=6000)
     answers = judged(slow, asked)
     assert "HTTP 429" in (answers["0:0-1"].error or "")
     assert sum(answer.error is not None for answer in answers.values()) == 1
+    monkeypatch.setattr(pace, "PATIENCE", 0.5)
     with pytest.raises(RunError, match=r"wants no requests: HTTP 429.*--requests-per-minute"):
         make(server)([game("FAULT:s429", 0)], lambda answer: None)
 

@@ -148,6 +148,8 @@ def test_another_request_is_another_journal_and_the_usual_one_is_that_of_old(eva
         (("--request", "seed"), "wanted KEY=JSON"),
         (("--request", "a=low"), "text in double quotes"),
         (("--request", "a=NaN"), "wanted KEY=JSON"),
+        (("--request", "a=[1e999]"), "wanted KEY=JSON"),
+        (("--request", 'a="\\ud800"'), "wanted KEY=JSON"),
         (("--request", "a=1", "a=2"), "names 'a' twice"),
         (("--request", "messages=[]"), "'messages' is not for this flag"),
         (("--request", "n=2"), "'n' is not for this flag"),
