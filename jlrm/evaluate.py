@@ -82,7 +82,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
     @functools.cache  # the model is loaded for the first game that has no response yet
     def backend() -> Backend:
-        return options.make(args.backend, args.model, args.options, args.seed)
+        return options.make(args.backend, args.model, args.options, args.seed, args.out)
 
     entries: dict[str, BenchmarkResult] = {}
     for run, kept in zip(runs, journals, strict=True):
@@ -95,6 +95,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
         # 4. Credit the verdicts.
         games, responses = run.games, kept.responses
+        for text in asking.remarks(name, games, responses, run.policy.counts_refused):
+            logging.getLogger(__name__).warning("%s", text)
         evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
@@ -169,13 +171,15 @@ def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> st
 
 def _left(run: BenchmarkRun, kept: Journal) -> list[Game]:
     """Return the games that have no response yet, by the journal of process 0."""
-    done = hosts.gather("the responses so far", set(kept.done))[0]
+    here = kept.done if run.policy.counts_refused else kept.done - kept.refused
+    done = hosts.gather("the responses so far", here)[0]
     return [game for game in run.games if game.id not in done]
 
 
 def _first_error(run: BenchmarkRun, kept: Journal) -> str:
-    errors = (kept.responses[game.id].error for game in run.games if game.id in kept.responses)
-    return f"The first game: {next(filter(None, errors), 'it has no response')}."
+    own = (kept.responses[game.id] for game in run.games if game.id in kept.responses)
+    reasons = (response.error or response.refused for response in own)
+    return f"The first game: {next(filter(None, reasons), 'it has no response').rstrip('.')}."
 
 
 def _comparison(

@@ -25,6 +25,8 @@ from qwen import qwen3, qwen3_official, qwen25  # noqa: F401 (fixtures)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from endpoints import serve  # noqa: F401 (a fixture)
+
 from jlrm.config import MeshConfig
 from jlrm.model.qwen import QwenConfig, hidden_states
 from jlrm.model.visibility import BLOCK, Packing

@@ -106,7 +106,7 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
     assert (row["n"], row["parse_failures"], row["ties"]) == (999, 9, 73)
     assert row["policy"] == {
         **{"aggregation": "first_order", "order": "as_given"},
-        **{"tie_credit": 0.0, "error_credit": "tie"},
+        **{"tie_credit": 0.0, "error_credit": "tie", "refused": "unjudged"},
     }
     kept = json.loads((tmp_path / "o" / "results.json").read_text())
     assert kept["judge"] == {
@@ -556,3 +556,46 @@ def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
     assert code == 2 and "holds responses given under model" in text
     (tmp_path / "model" / "moved").rename(tmp_path / "model" / "tokenizer.json")
     assert ran(capsys, *flags)["pairs"] == found
+
+
+def test_a_journal_without_a_response_binds_nobody(pairs, tmp_path, judged_by, capsys):
+    """A judge that never answered: the flag that helps is no other judge's."""
+    out = tmp_path / "o"
+    judged_by(Judge(say=lambda game: None))
+    code, text = failed(capsys, *model(pairs, out))
+    assert code == 1 and "No item of pairs was judged. The first game: timeout." in text
+    judged_by(Judge())
+    found = ran(capsys, *model(pairs, out, "--temperature", "0.5"))["pairs"]
+    assert found["parse_failures"] == 0
+    lines = (out / "pairs" / "responses.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["header"]["temperature"] == 0.5
+    assert not any("error" in json.loads(line) for line in lines[1:])
+    code, text = failed(capsys, *model(pairs, out))
+    assert code == 2 and "holds responses given under temperature 0.5" in text
+
+
+def test_refused_games_are_asked_again_until_a_policy_counts_them(
+    pairs, tmp_path, judged_by, capsys
+):
+    class Wary(Judge):
+        def __call__(self, games, record):
+            self.asked += [game.id for game in games]
+            for game in games:
+                refused = "content_filter" if game.item.id == "p0" else None
+                record(Response(game.id, texts=None if refused else (GOOD,), refused=refused))
+
+    out, flags = tmp_path / "o", ("--policy", "order=as_given", "error_credit=0.25")
+    judge = judged_by(Wary())
+    code, text = failed(capsys, *model(pairs, out, *flags))
+    assert code == 1 and "Incomplete: 1 of" in text
+    num_asked = len(judge.asked)
+    failed(capsys, *model(pairs, out, *flags))
+    assert len(judge.asked) == num_asked + 1
+    found = ran(capsys, *model(pairs, out, *flags, "refused=error_credit"))["pairs"]
+    assert len(judge.asked) == num_asked + 1
+    assert found["n"] == num_asked and found["parse_failures"] == 1
+    assert found["policy"]["refused"] == "error_credit"
+    kept = json.loads((out / "results.json").read_text())["benchmarks"]["pairs"]
+    assert kept["statuses"]["refused"] == 1
+    worst = [row for row in kept["worst"] if row["item"] == "p0"]
+    assert worst and worst[0]["credit"] == 0.25

@@ -430,6 +430,7 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     header = ["judge", "benchmark", "metric", "value (%)", "95 % interval", "n", "policy"]
     assert rows[0] == [*header, "prompt", "parser"] and set(rows[1]) == {"---"}
     policy = "aggregation: first\\_order · order: both · tie credit: 0.0 · error credit: 0.0"
+    policy += " · refused: unjudged"
     entry = result("pandalm", 0)
     value, (low, high) = entry.metrics["agreement"], entry.intervals["agreement"]
     expected = ["ours", "pandalm", "agreement", f"{value:.2f}", f"{low:.1f} to {high:.1f}", "60"]

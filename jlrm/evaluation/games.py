@@ -44,12 +44,15 @@ class Game:
 
 @dataclass(frozen=True)
 class Response:
-    """What a judge said in one game; exactly one of `texts`, `scores`, `preference`, `error`.
+    """What a judge said in one game.
+
+    Exactly one of `texts`, `scores`, `preference`, `error`, `refused` is there.
 
     scores: of the first and the second answer as shown. preference: 1 the first as shown, 2 the
     second, 0 a tie; recorded judges may give nothing else. error: why there is no response; the
-    game counts as unjudged and is asked again by the next run. endings: how each text ended,
-    "stop" or "length" (the limit of tokens); None where nobody said. num_tokens: generated.
+    game counts as unjudged and is asked again by the next run. refused: why a content filter, or
+    the judge itself, does not judge these texts; a policy may count it. endings: how each text
+    ended, "stop" or "length" (the limit of tokens); None where nobody said. num_tokens: generated.
     seconds: of wall time, of a batch divided by its games.
     """
 
@@ -58,6 +61,7 @@ class Response:
     scores: tuple[float, float] | None = None
     preference: int | None = None
     error: str | None = None
+    refused: str | None = None
     endings: tuple[str, ...] | None = None
     prompt_tokens: int | None = None
     num_tokens: int | None = None

@@ -3,6 +3,7 @@
 The first line is a header of all that shapes the responses; a file with another header is refused.
 Each response is one line, written whole and flushed at once. A last line that was truncated by a
 kill is cut off by the next run. Errors are recorded too, but their games are asked again.
+So are refused ones, as long as no policy counts them.
 
 Evaluations of older programs hold the same file as `answers.jsonl`. It is read and continued under
 that name.
@@ -30,10 +31,10 @@ class Journal:
     """The responses of one judge on one benchmark; without a directory they stay in memory."""
 
     def __init__(self, directory: pathlib.Path | None, header: Mapping[str, Any]) -> None:
-        """Read what is there, and cut off a truncated last line.
+        """Read what is there, and cut off a truncated last line, or all if nothing is judged.
 
         Raises:
-          UsageError: the file was begun with another header, or is no such file.
+          UsageError: there are responses under another header, or it is no such file.
         """
         self.responses: dict[str, Response] = {}
         self._path = path = None if directory is None else path_in(directory)
@@ -42,14 +43,21 @@ class Journal:
         if path is not None and path.exists():
             written, self.responses, whole = _read(path)
             if written is not None and written != self._header:
-                raise UsageError(_differences(path, written, self._header))
+                if self.done:
+                    raise UsageError(_differences(path, written, self._header))
+                self.responses, whole = {}, 0  # nothing was judged that another setting could mix
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
 
     @property
     def done(self) -> set[str]:
-        """The games that have a response."""
+        """The games that have a response, or were refused one."""
         return {name for name, response in self.responses.items() if response.error is None}
+
+    @property
+    def refused(self) -> set[str]:
+        """The games that were refused for what is in them."""
+        return {name for name, response in self.responses.items() if response.refused is not None}
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Journal]:

@@ -32,6 +32,14 @@ class Policy:
     tie_credit: float | Literal["second", "shared"]
     # Of a game without a verdict. "tie": as if the verdict were a tie.
     error_credit: float | Literal["tie"]
+    # Of a game that the judge, or a filter before it, refuses for what is in it. unjudged: its item
+    # does not count; error_credit: as a game without a verdict.
+    refused: Literal["unjudged", "error_credit"] = "unjudged"
+
+    @property
+    def counts_refused(self) -> bool:
+        """Whether refused games count."""
+        return self.refused == "error_credit"
 
 
 def pair_policies(official: Policy) -> tuple[Policy, ...]:
@@ -44,7 +52,8 @@ def pair_policies(official: Policy) -> tuple[Policy, ...]:
     return official, *(each for each in usual if each.aggregation != official.aggregation)
 
 
-ORDERS = ("as_given", "random", "both")
+WORDS = {"order": ("as_given", "random", "both"), "refused": ("unjudged", "error_credit")}
+ORDERS = WORDS["order"]
 FIELDS = tuple(field.name for field in dataclasses.fields(Policy))
 
 
@@ -88,9 +97,9 @@ def _parsed(text: str, benchmark: str, benchmarks: Collection[str]) -> tuple[str
 
 
 def _value(benchmark: str, is_ranked: bool, key: str, text: str) -> Any:
-    if key == "order":
-        if text not in ORDERS:
-            raise UsageError(f"--policy order={text}: wanted one of {', '.join(ORDERS)}.")
+    if key in WORDS:
+        if text not in WORDS[key]:
+            raise UsageError(f"--policy {key}={text}: wanted one of {', '.join(WORDS[key])}.")
         return text
     words = {"tie_credit": ["shared" if is_ranked else "second"], "error_credit": ["tie"]}[key]
     if is_ranked and key == "error_credit":

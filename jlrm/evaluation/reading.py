@@ -73,6 +73,8 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
         return game_verdict(game, response.scores)
     if response.preference is not None:
         return GameVerdict(game.first, game.second, response.preference, None, "ok")
+    if response.refused is not None:
+        return GameVerdict(game.first, game.second, None, None, "refused")
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     votes = [read.scores(text) for text in response.texts]

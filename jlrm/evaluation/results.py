@@ -20,7 +20,7 @@ from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import Game, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, statuses
-from jlrm.evaluation.scoring import percent
+from jlrm.evaluation.scoring import counted, percent
 from jlrm.reports import tables
 from jlrm.reports.results_file import (
     BenchmarkResult,
@@ -46,7 +46,7 @@ class Evaluation(NamedTuple):
 
     def judged(self) -> tuple[list[ItemVerdicts], int]:
         """Return the items whose games are all answered, and the number of the others."""
-        return judged_items(self.games, self.responses, self.reader)
+        return judged_items(self.games, counted(self.responses, self.policy), self.reader)
 
 
 def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:

@@ -6,10 +6,10 @@ import hashlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from jlrm.evaluation.benchmark import Credit
-from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
 from jlrm.judgement.verdict import is_consistent, swap_preference
 
@@ -33,6 +33,13 @@ def pair_games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
 
 def _coin(text: str) -> bool:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2 == 1
+
+
+def counted(responses: Mapping[str, Response], policy: Policy) -> Mapping[str, Response]:
+    """Return the responses that a policy counts: those refused only where it says so."""
+    if policy.counts_refused:
+        return responses
+    return {name: each for name, each in responses.items() if each.refused is None}
 
 
 def label_of(verdict: GameVerdict, policy: Policy) -> int | None:

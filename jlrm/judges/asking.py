@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import queue
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +17,8 @@ from tqdm import tqdm
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.evaluation.journal import Journal
 from jlrm.runtime import commands, hosts
+
+SHOWN = 3  # reasons why games have no response
 
 
 def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_games: int) -> None:
@@ -49,6 +55,83 @@ def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_
                 f"Stopped: {num_done} of {num_games} games of {name} are judged. "
                 "The same command goes on.",
             ) from None
+
+
+def drive(
+    work: Callable[[Callable[[Response], None]], Coroutine[Any, Any, None]],
+    record: Callable[[Response], None],
+) -> None:
+    """Run asynchronous work in a thread; what it records is recorded in this one.
+
+    Signals raise in the main thread, wherever it is, and would tear an event loop there.
+
+    Raises:
+      KeyboardInterrupt: what was under way is dropped; what was recorded is complete.
+    """
+    responses: queue.SimpleQueue[Response | None] = queue.SimpleQueue()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work(responses.put))
+
+    def run() -> None:
+        try:
+            loop.run_until_complete(asyncio.wait([task]))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.close()
+            responses.put(None)
+
+    thread = threading.Thread(target=run, name="requests", daemon=True)
+    thread.start()
+    try:
+        _record(responses, record)
+    except BaseException as error:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was done just now
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        if isinstance(error, KeyboardInterrupt):
+            responses.put(None)  # the first one may have been taken out
+            _record(responses, record)
+        raise
+    thread.join()
+    task.result()
+
+
+def _record(
+    responses: queue.SimpleQueue[Response | None], record: Callable[[Response], None]
+) -> None:
+    while (response := responses.get()) is not None:
+        record(response)
+
+
+def remarks(
+    name: str, games: Sequence[Game], responses: Mapping[str, Response], are_refused_counted: bool
+) -> Iterator[str]:
+    """Yield what must be said of a benchmark's responses: those refused, missing, and cut off."""
+    own = [response for game in games if (response := responses.get(game.id))]
+    if refused := [each.refused for each in own if each.refused is not None]:
+        meaning = (
+            "They count as games without a verdict, by error_credit."
+            if are_refused_counted
+            else "They do not count; --policy refused=error_credit counts them by error_credit."
+        )
+        yield f"{name}: {_times(len(refused), games)} REFUSED: {_frequent(refused)}. {meaning}"
+    if errors := [each.error for each in own if each.error is not None]:
+        yield f"{name}: {_times(len(errors), games)} not judged: {_frequent(errors)}."
+    if num_cut := sum("length" in (each.endings or ()) for each in own):
+        yield (
+            f"{name}: {_times(num_cut, games)} cut off at the limit of tokens. A larger "
+            "--max-new-tokens, with another --out, lets them end."
+        )
+
+
+def _times(number: int, games: Sequence[Game]) -> str:
+    return f"{number} of {len(games)} games {'was' if number == 1 else 'were'}"
+
+
+def _frequent(reasons: Sequence[str]) -> str:
+    counts = Counter(reason.rstrip(".") for reason in reasons).most_common()
+    shown = "; ".join(f"{number} x {reason}" for reason, number in counts[:SHOWN])
+    return shown + (f"; and {len(counts) - SHOWN} other reasons" if len(counts) > SHOWN else "")
 
 
 @contextlib.contextmanager

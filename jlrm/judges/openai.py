@@ -6,130 +6,34 @@ is kept on disk before it counts. Every game is recorded once: with all its vote
 reason why one is missing. What went wrong for good (the key, the model, a setting that the server
 refuses) stops the run; what may pass is asked again, later and later.
 
-Left out: streaming, batch APIs, discounts for cached prompts (the cost is an upper bound).
+The transport is our own, not the `openai` package: that one reads a body whole whatever its size,
+waits for no longer than a minute, counts a rate limit as a failed try, and cannot tell what a
+request that broke off may have cost.
+
+Left out: streaming, discounts for cached prompts (the cost is an upper bound).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import datetime
-import hashlib
 import itertools
-import pathlib
-import queue
-import random
-import threading
+import logging
 import time
-import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
-from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game, Response
-from jlrm.judgement import prompts
-from jlrm.judges import protocol
+from jlrm.judges import asking, complaints, protocol
+from jlrm.judges.complaints import Declined, Passing, Received
+from jlrm.judges.pace import Adapted, Pace
 from jlrm.judges.paid import Cache, OverBudget, Purse, Receipt, Spending
-from jlrm.judges.protocol import Reply, Template
+from jlrm.judges.protocol import NoReply, Reply
+from jlrm.judges.requests import LIMITS, EndpointSettings, Template
+from jlrm.judges.transport import Server
 
-FIRST_WAIT = 0.5  # seconds before the first retry; every further one waits twice as long
-LONGEST_WAIT = 60.0
-LONGEST_PAUSE = 600.0  # seconds; a server that asks for more has a limit per day
-QUOTED = 400  # characters of a server's message
-OVERHEAD = 256  # tokens that a chat template may add to a prompt
-
-_OF_ONE_GAME = (400, 413, 422)  # most often a prompt that is too long
-_MAY_PASS = (408, 409, 429)  # and all from 500 on
-_OF_THE_SETTINGS = ("unsupported_parameter", "unsupported_value", "model_not_found")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EndpointSettings:
-    """What is asked of a server, and how.
-
-    Raises:
-      UsageError: a bad address, key, prompt or number.
-    """
-
-    model: str
-    base_url: str
-    api_key: str | None
-    prompt: str
-    scale: tuple[int, int]
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    votes: int
-    concurrency: int
-    timeout: float  # seconds for a whole reply
-    max_retries: int
-    cache: pathlib.Path | None
-    prices: tuple[float, float] | None  # USD per million prompt and generated tokens
-    # USD in the life of this process, never exceeded; games without room are unjudged.
-    budget: float | None
-    seed: int
-    neutral: bool  # control tokens inside the texts to be judged are broken
-
-    def __post_init__(self) -> None:
-        if not (self.key.isascii() and self.key.isprintable()) or " " in self.key:
-            raise UsageError("The API key holds characters that no HTTP header can carry.")
-        for name in ("votes", "concurrency", "max_new_tokens"):
-            if (number := getattr(self, name)) < 1:
-                raise UsageError(f"{name}={number} is too small: at least 1.")
-        if not (self.timeout > 0 and self.max_retries >= 0):
-            raise UsageError(
-                f"timeout={self.timeout}, max_retries={self.max_retries}: wanted a time and a"
-                " count."
-            )
-        if self.budget is not None and self.prices is None:
-            raise UsageError("A budget needs prices: USD per million prompt and generated tokens.")
-
-    @property
-    def key(self) -> str:
-        """The API key without white space around it; empty: none."""
-        return (self.api_key or "").strip()
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether the prompt is one text, without a chat template."""
-        return self.prompt in prompts.PAIR_TEMPLATES
-
-    @property
-    def url(self) -> str:
-        """Where requests go."""
-        return _checked_url(self.base_url) + (
-            "/completions" if self.is_raw else "/chat/completions"
-        )
-
-    def request(self) -> dict[str, Any]:
-        """Return the fields that all requests share."""
-        fields: dict[str, Any] = {
-            "model": self.model,
-            "temperature": self.temperature,
-            "max_tokens": self.max_new_tokens,
-        }
-        if self.top_p != 1.0:  # some models refuse it beside a temperature
-            fields["top_p"] = self.top_p
-        if self.is_raw:
-            fields["stop"] = ["<|im_end|>"]  # a base model's own end token is another
-        return fields
-
-
-class _Passing(Exception):
-    """A failure that may pass. `wait`: seconds that the server asked for."""
-
-    def __init__(
-        self, reason: str, *, wait: float | None = None, is_unreachable: bool = False
-    ) -> None:
-        super().__init__(reason)
-        self.wait, self.is_unreachable = wait, is_unreachable
-
-
-class _Refused(Exception):
-    """The server does not answer this game; others it may."""
+log = logging.getLogger(__name__)
 
 
 class Endpoint:
@@ -139,13 +43,15 @@ class Endpoint:
     """
 
     def __init__(self, settings: EndpointSettings) -> None:
-        self.settings, self.url, self._shared = settings, settings.url, settings.request()
+        self.settings, self.url = settings, settings.url
         self.template = Template.of(settings.prompt, settings.scale, settings.neutral)
-        self._key, self._purse = settings.key, Purse(settings.prices, settings.budget)
+        self._server, self._purse = Server(settings), Purse(settings.prices, settings.budget)
         self._cache = None if settings.cache is None else Cache(settings.cache)
-        self._limit = "max_tokens"  # hosted reasoning models want another name for it
-        self._resume = 0.0  # monotonic time before which the server wants no request
-        self._is_reached = False
+        self._pace = Pace(
+            self.url, settings.max_retries, settings.requests_per_minute, self._purse.spent
+        )
+        self._limit = LIMITS[0]  # hosted reasoning models want another name for it
+        self._is_apart = settings.system != "user"  # the system text has a message of its own
         self._is_over_budget = ""
 
     @property
@@ -163,38 +69,12 @@ class Endpoint:
           RunError: there is no server, or it asks to come back much later.
           KeyboardInterrupt: requests under way are dropped; what was recorded is complete.
         """
-        # Signals raise in the main thread, wherever it is, and would tear an event loop there.
-        responses: queue.SimpleQueue[Response | None] = queue.SimpleQueue()
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(self._judge(games, responses.put))
-
-        def drive() -> None:
-            try:
-                loop.run_until_complete(asyncio.wait([task]))
-                loop.run_until_complete(loop.shutdown_asyncgens())
-            finally:
-                loop.close()
-                responses.put(None)
-
-        thread = threading.Thread(target=drive, name="requests", daemon=True)
-        thread.start()
-        try:
-            _record(responses, record)
-        except BaseException as error:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it was done just now
-                loop.call_soon_threadsafe(task.cancel)
-            thread.join()
-            if isinstance(error, KeyboardInterrupt):
-                responses.put(None)  # the first one may have been taken out
-                _record(responses, record)
-            raise
-        thread.join()
-        task.result()
+        asking.drive(lambda put: self._judge(games, put), record)
 
     async def _judge(self, games: Sequence[Game], record: Callable[[Response], None]) -> None:
         self._purse.open()
         ballots = itertools.product(enumerate(games), range(self.settings.votes))
-        counted: dict[int, list[Reply | str | None]] = {}
+        counted: dict[int, list[Reply | NoReply | None]] = {}
 
         async def work(client: httpx2.AsyncClient) -> None:
             for (place, game), vote in ballots:
@@ -205,11 +85,8 @@ class Endpoint:
                 if None not in results:
                     record(protocol.response(game, counted.pop(place)))
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        num_workers = self.settings.concurrency
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=num_workers)
-        async with httpx2.AsyncClient(headers=headers, limits=limits, timeout=None) as client:
-            workers = [asyncio.create_task(work(client)) for _ in range(num_workers)]
+        async with self._server.client() as client:
+            workers = [asyncio.create_task(work(client)) for _ in range(self.settings.concurrency)]
             try:
                 await asyncio.gather(*workers)
             finally:
@@ -217,136 +94,107 @@ class Endpoint:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _vote(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply | str:
+    async def _vote(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply | NoReply:
         """Return a reply, or why there is none."""
-        lot = hashlib.sha256(
-            f"{self.settings.seed}:{game.id}:{vote}".encode(errors="surrogatepass")
-        )
-        seed = int.from_bytes(lot.digest()[:4]) >> 1
-        body = {**self._shared, **self.template.fill(game), "seed": seed}
-        request = {"url": self.url, "body": body, "vote": vote}
-        if self._cache is not None and (kept := self._cache.get(request)):
+        if kept := self._kept(game, vote):
             self.spent.num_cached += 1
             return kept
         if self._is_over_budget:
-            return self._is_over_budget
+            return NoReply(self._is_over_budget)
         try:
-            reply = await self._ask(client, body)
-        except _Refused as error:
-            return str(error)
+            return await self._pace.asked(lambda: self._ask(client, game, vote))
+        except Declined as error:
+            return NoReply(str(error), error.is_content)
         except OverBudget as error:
             self._is_over_budget = f"not asked: {error}"
-            return self._is_over_budget
-        if self._cache is not None:
-            self._cache.put(request, reply)
-        return reply
+            return NoReply(self._is_over_budget)
 
-    async def _ask(self, client: httpx2.AsyncClient, body: Mapping[str, Any]) -> Reply:
-        """Ask until there is a reply."""
-        text = body.get("prompt") or "".join(each["content"] for each in body["messages"])
-        # No byte-level tokenizer makes more tokens than there are bytes.
-        most = self._purse.price(len(text.encode()) + OVERHEAD, body["max_tokens"])
-        for attempt in itertools.count():
-            while (pause := self._resume - time.monotonic()) > 0:
-                await asyncio.sleep(pause * random.uniform(1.0, 1.1))
-            try:
-                async with self._purse.hold(most) as receipt:
-                    return await self._send(client, body, receipt)
-            except _Passing as error:
-                if attempt >= self.settings.max_retries:
-                    if error.is_unreachable and not self._is_reached:
-                        raise RunError(
-                            f"No server at {self.url}: {error}. Is it running, and is base_url"
-                            " right?"
-                        ) from None
-                    raise _Refused(f"{error} (asked {attempt + 1} times)") from None
-                self.spent.num_retries += 1
-                wait = min(FIRST_WAIT * 2.0**attempt, LONGEST_WAIT) * random.uniform(0.5, 1.0)
-                if error.wait is not None:
-                    self._resume = max(self._resume, time.monotonic() + error.wait)
-                    wait = max(wait, error.wait)
-            await asyncio.sleep(wait)
-        raise AssertionError("unreachable")
+    def _kept(self, game: Game, vote: int) -> Reply | None:
+        """Return what was paid for already, in whichever form it may have been asked."""
+        if self._cache is None:
+            return None
+        forms = (True, False) if self.settings.system == "auto" else (self._is_apart,)
+        bodies = (self.settings.body(self.template, game, vote, is_apart) for is_apart in forms)
+        keys = ({"url": self.url, "body": body, "vote": vote} for body in bodies)
+        return next(filter(None, map(self._cache.get, keys)), None)
+
+    async def _ask(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply:
+        """Send a vote once; a reply is in the cache when this returns."""
+        body = self.settings.body(self.template, game, vote, self._is_apart)
+        async with self._purse.hold(self._purse.price(*self.settings.most_tokens(body))) as receipt:
+            reply = await self._send(client, body, receipt)
+        if self._cache is not None:
+            self._cache.put({"url": self.url, "body": body, "vote": vote}, reply)
+        return reply
 
     async def _send(
         self, client: httpx2.AsyncClient, body: Mapping[str, Any], receipt: Receipt
     ) -> Reply:
         """Send one request; what it cost goes on the receipt."""
         limit, began = self._limit, time.perf_counter()
-        named = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+        named = {limit if name == LIMITS[0] else name: value for name, value in body.items()}
         try:
-            # httpx2's own limits are for one read; this one a server cannot stretch by trickling.
-            async with asyncio.timeout(self.settings.timeout):
-                response = await client.post(self.url, json=named)
-        except TimeoutError:
-            raise _Passing(f"no whole reply in {self.settings.timeout:g} s") from None
-        except httpx2.ConnectError as error:
-            receipt.usd = 0.0
-            raise _Passing(f"no connection: {error}", is_unreachable=True) from None
-        except httpx2.HTTPError as error:
-            raise _Passing(f"the connection broke: {self._quotable(str(error))}") from None
-        self._is_reached = True
-        if response.status_code == 200:
-            return self._read(response.content, time.perf_counter() - began, receipt)
-        is_unnamed = response.status_code == 400 and limit == "max_tokens"
-        if is_unnamed and "max_completion_tokens" in protocol.complaint(response.content).message:
-            self._limit = "max_completion_tokens"
-            return await self._send(client, body, receipt)
+            received = await self._server.exchange(client, "POST", self.url, json=named)
+        except Passing as error:
+            receipt.usd = 0.0 if error.is_unreachable else receipt.usd
+            raise
+        if received.status == 200:
+            return self._read(received.content, time.perf_counter() - began, receipt)
         receipt.usd = 0.0
-        raise self._failure(response)
+        self._adapt(received, named)
+        quote, is_first = self._server.quotable, not self._pace.is_answered
+        raise complaints.failure(received, body, quote, self.url, is_first)
+
+    def _adapt(self, received: Received, sent: Mapping[str, Any]) -> None:
+        """Turn to another form of request where the server knows none such.
+
+        Raises:
+          Adapted: there is another form now; the request goes again.
+        """
+        complaint = complaints.read(received.content)
+        if received.status == 400 and LIMITS[0] in sent and LIMITS[1] in complaint.message:
+            self._limit = LIMITS[1]
+            raise Adapted
+        is_apart = any(each["role"] == "system" for each in sent.get("messages", ()))
+        if not is_apart or self.settings.system != "auto":
+            return
+        # A server that has answered requests of this form means something else.
+        if self._is_apart and self._pace.is_answered:
+            return
+        if complaints.is_about_system(received.status, complaint):
+            if self._is_apart:
+                text = "%s knows no system role: the system text is put before the user's."
+                log.warning(text, self.url)
+            self._is_apart = False
+            raise Adapted
 
     def _read(self, body: bytes, seconds: float, receipt: Receipt) -> Reply:
+        quote = self._server.quotable
         try:
             reply = protocol.read(body, seconds)
         except protocol.Unreadable as error:
-            raise _Passing(self._quotable(str(error))) from None
+            raise Passing(quote(str(error))) from None
         self.spent.prompt_tokens += reply.prompt_tokens or 0
         self.spent.num_tokens += reply.num_tokens or 0
         if reply.prompt_tokens is not None and reply.num_tokens is not None:
             receipt.usd = self._purse.price(reply.prompt_tokens, reply.num_tokens)
-        return reply
-
-    def _failure(self, response: httpx2.Response) -> Exception:
-        """Return what a status other than 200 means."""
-        status = response.status_code
-        message, code = protocol.complaint(response.content)
-        text = f"HTTP {status}: {self._quotable(message)}"
-        if status >= 500 or (status in _MAY_PASS and code != "insufficient_quota"):
-            now = datetime.datetime.now(datetime.UTC)
-            wait = protocol.retry_after(response.headers.get("Retry-After"), now)
-            if wait is not None and wait > LONGEST_PAUSE:
-                return RunError(
-                    f"{self.url} answered {text}. It asks to wait for {wait / 60:.0f} minutes: run"
-                    " this again then, responses so far are kept."
-                )
-            return _Passing(text, wait=wait)
-        if status in _OF_ONE_GAME and code not in _OF_THE_SETTINGS:
-            return _Refused(text)
-        suspects = "the API key" if status in (401, 403) else "the model, base_url and settings"
-        return UsageError(f"{self.url} answered {text.rstrip('.')}. Check {suspects}.")
-
-    def _quotable(self, text: str) -> str:
-        """Return a server's text without the key, which it may echo, on one short line."""
-        text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
-        return text if len(text) <= QUOTED else text[:QUOTED] + "..."
+        if reply.is_finished:
+            return reply
+        if reply.ending == "refused":
+            raise Declined(refusal(reply, quote), is_content=True)
+        raise Passing(unfinished(reply, quote))
 
 
-def _record(
-    responses: queue.SimpleQueue[Response | None], record: Callable[[Response], None]
-) -> None:
-    while (response := responses.get()) is not None:
-        record(response)
+def refusal(reply: Reply, quote: Callable[[str], str]) -> str:
+    """Return why content was refused: the server's word, and the judge's where it gave any."""
+    is_told = reply.finish_reason == "refusal" and reply.text.strip()
+    return f"{reply.finish_reason}: {quote(reply.text)}" if is_told else f"{reply.finish_reason}"
 
 
-def _checked_url(base_url: str) -> str:
-    try:
-        parts = urllib.parse.urlsplit(base_url.strip())
-        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number
-        is_address = False
-    if not is_address:
-        raise UsageError("base_url is no address such as http://localhost:8000/v1.")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        # Not quoted: it may be a secret, and would be written to every log.
-        raise UsageError("base_url must hold no user, password or query. Give the key as a key.")
-    return parts.geturl().rstrip("/")
+def unfinished(reply: Reply, quote: Callable[[str], str]) -> str:
+    """Return what became of a reply that is no judgement."""
+    if reply.finish_reason == "error" and reply.text.strip():
+        return f"the reply ended with an error: {quote(reply.text)}"
+    if not reply.text.strip():
+        return f"an empty reply, finish_reason '{reply.finish_reason}'"
+    return f"the reply was not finished, finish_reason '{reply.finish_reason}'"

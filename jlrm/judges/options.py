@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -15,8 +16,10 @@ from typing import Any, NamedTuple
 
 from jlrm.config import MeshConfig, UsageError
 from jlrm.evaluation.games import Backend
+from jlrm.judges import requests
 from jlrm.runtime.settings import load
 
+BATCHES = "batches.json"
 JLRM, OPENAI, VERDICTS = BACKENDS = ("jlrm", "openai", "verdicts")
 
 
@@ -48,9 +51,22 @@ OPTIONS: dict[str, Option] = {
     "batch_size": Option((JLRM,), 32, "games decoded together", False),
     "mesh": Option((JLRM,), [], "e.g. fsdp=4 tensor=2", False, {"nargs": "+", "metavar": "AXIS=N"}),
     "base_url": Option((OPENAI,), "https://api.openai.com/v1", "of the endpoint"),
+    "system": Option(
+        (OPENAI,),
+        "auto",
+        "the system text: its own message, or before the user's; auto: own where it is known",
+        settings={"choices": requests.SYSTEM},
+    ),
+    "request": Option(
+        (OPENAI,),
+        {},
+        "more fields of a request, e.g. top_k=5; seed=null leaves one out",
+        settings={"nargs": "+", "action": "extend", "type": str, "metavar": "KEY=JSON"},
+    ),
     "neutral": Option((OPENAI,), True, "break control tokens inside the texts to be judged"),
     "api_key_env": Option((OPENAI,), "OPENAI_API_KEY", "variable that holds the key", False),
     "concurrency": Option((OPENAI,), 8, "requests at a time", False),
+    "requests_per_minute": Option((OPENAI,), 0.0, "at most (0: no limit)", False),
     "timeout": Option((OPENAI,), 300.0, "seconds for one reply", False),
     "max_retries": Option((OPENAI,), 6, "of a request that failed", False),
     "cache": Option((OPENAI,), "", "directory of replies shared by evaluations", False),
@@ -58,8 +74,10 @@ OPTIONS: dict[str, Option] = {
         (OPENAI,), [], "dollars per million tokens", False, {"nargs": 2, "metavar": ("IN", "OUT")}
     ),
     "budget": Option((OPENAI,), 0.0, "dollars at which to stop (0: none)", False),
+    "batch": Option((OPENAI,), False, "ask by batch files: half the price, within a day", False),
 }
-
+# Older journals do not name these; with their defaults they shape nothing.
+ADDED = ("system", "request")
 AT_LEAST_ONE = (
     "max_prompt_tokens",
     "max_new_tokens",
@@ -102,6 +120,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{flag} has no effect with --backend {args.backend}.")
         if name in AT_LEAST_ONE and value is not None and value < 1:
             raise UsageError(f"{flag}={value} is too small: at least 1.")
+        _check_finite(flag, value)
+    if chosen.get("request"):
+        chosen["request"] = requests.parsed_fields(chosen["request"])
     if args.backend != VERDICTS:
         prompt, scale = _trained_with(args.model) if args.backend == JLRM else ("jlrm", [1, 10])
         chosen["prompt"] = chosen["prompt"] or prompt
@@ -109,6 +130,12 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         if chosen["scale"][0] >= chosen["scale"][1]:
             raise UsageError(f"--scale {chosen['scale']}: the first must be below the second.")
     return chosen
+
+
+def _check_finite(flag: str, value: Any) -> None:
+    numbers = value if isinstance(value, list) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        raise UsageError(f"{flag}: wanted a finite number, got {value}.")
 
 
 def _trained_with(model: str) -> tuple[str, list[int]]:
@@ -127,7 +154,11 @@ def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> 
     """Return everything that shapes the responses of a judge, apart from what it is asked."""
     if backend == VERDICTS:
         return {"backend": backend}
-    shaping = {name: value for name, value in chosen.items() if OPTIONS[name].is_shaping}
+    shaping = {
+        name: value
+        for name, value in chosen.items()
+        if OPTIONS[name].is_shaping and not (name in ADDED and value == OPTIONS[name].default)
+    }
     who = model if backend == OPENAI else _fingerprint(model)
     return {"backend": backend, "model": who, **shaping, "seed": seed}
 
@@ -163,8 +194,10 @@ def _files(directory: Any) -> Iterator[Any]:
             yield path
 
 
-def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Backend:
-    """Load the model, or prepare to call it."""
+def make(
+    backend: str, model: str, chosen: Mapping[str, Any], seed: int, out: pathlib.Path | None
+) -> Backend:
+    """Load the model, or prepare to call it. out: where batches under way are kept."""
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:
@@ -175,7 +208,7 @@ def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Back
         apart = {name: given.pop(name) for name in ("prompt", "max_prompt_tokens", "compute_dtype")}
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
         return local.make(model, scale=scale, decoding=decoding, mesh=grid, **apart)
-    from jlrm.judges import openai
+    from jlrm.judges import batch, openai
 
     variable, cache = given.pop("api_key_env"), given.pop("cache")
     prices, budget = given.pop("prices"), given.pop("budget")
@@ -185,11 +218,12 @@ def make(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> Back
         cache=pathlib.Path(cache).expanduser() if cache else None,
         prices=tuple(prices) if prices else None,
         budget=budget or None,
+        batch=out / BATCHES if given.pop("batch") and out else None,
         **given,
         scale=scale,
         seed=seed,
     )
-    return openai.Endpoint(settings)
+    return openai.Endpoint(settings) if settings.batch is None else batch.BatchEndpoint(settings)
 
 
 def _mesh(pairs: Sequence[str]) -> MeshConfig:

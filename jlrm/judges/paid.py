@@ -18,7 +18,11 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jlrm.config import RunError, UsageError
+from jlrm.judges import protocol
 from jlrm.judges.protocol import Reply
+
+MOST_BYTES = 128 * 2**20  # of a stored reply; escaping makes up to six of one
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +102,17 @@ class Purse:
 
 
 class Cache:
-    """One JSON file per request, under the hash of everything that shapes its reply."""
+    """One JSON file per request, under the hash of everything that shapes its reply.
+
+    Raises:
+      UsageError: there can be no such directory.
+    """
 
     def __init__(self, directory: pathlib.Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"The cache {directory} can't be made: {error.strerror}.") from None
         self.directory = directory
 
     def path(self, request: Mapping[str, Any]) -> pathlib.Path:
@@ -110,26 +121,39 @@ class Cache:
         return self.directory / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
     def get(self, request: Mapping[str, Any]) -> Reply | None:
-        """Return a stored reply; a file that holds none is reported, and asked for again."""
+        """Return a stored reply that was finished; None where there is none.
+
+        A file that holds no reply is reported. So is what older programs kept of replies that were
+        not finished. Both are asked for again.
+        """
         path = self.path(request)
         try:
-            return _reply(json.loads(path.read_bytes()))
+            with path.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+            if len(content) > MOST_BYTES:
+                raise ValueError("it is too large")
+            reply = protocol.stored(json.loads(content))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             log.warning("%s holds no reply (%s); it is asked for again.", path, error)
             return None
+        if not reply.is_finished:
+            text = "%s holds a reply that ended with '%s'; it is asked for again."
+            log.warning(text, path, reply.finish_reason)
+            return None
+        return reply
 
     def put(self, request: Mapping[str, Any], reply: Reply) -> None:
-        """Store a reply: all of it or nothing."""
+        """Store a reply: all of it or nothing.
+
+        Raises:
+          RunError: it can't be written, so that it would be paid for again.
+        """
         path = self.path(request)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(reply._asdict()))
-        unfinished.replace(path)
-
-
-def _reply(stored: Any) -> Reply:
-    reply = Reply(**stored)
-    if not isinstance(reply.text, str) or not isinstance(reply.seconds, (int, float)):
-        raise ValueError("no text")
-    return reply
+        try:
+            unfinished.write_text(json.dumps(reply._asdict()))
+            unfinished.replace(path)
+        except OSError as error:
+            raise RunError(f"The cache can't keep {path}: {error.strerror}.") from None

@@ -1,14 +1,13 @@
-"""What is sent to OpenAI-compatible servers and what they send: prompts, judgements, errors.
+"""What OpenAI-compatible servers reply: judgements, how they ended, and what they used.
 
-Prompts. `jlrm` goes to /chat/completions as a system and a user message. The raw templates
-(`prompts.PAIR_TEMPLATES`) go to /completions byte for byte: they are text with ChatML's control
-tokens in it, for servers of the judges that were trained on them, and any other model would read
-the tokens as text. The server turns control tokens into ids wherever they stand, in the answers to
-be judged too; `neutral` breaks those of Qwen's tokenizers there, and the think tags.
-
-Responses are what follows the prompt's `<think>`, which a chat prompt cannot open for the model: a
+A text is what follows the prompt's `<think>`, which a chat prompt cannot open for the model: a
 `<think>` that the model begins with is taken off, and where the server has cut the reasoning out of
-the content (`reasoning_content`, `reasoning`) it is put before it, with `</think>` between.
+the content (`reasoning_content`, `reasoning`, parts of thinking) it is put before it, with
+`</think>` between. Where there is no content, what was filed as reasoning is all that was written.
+
+`finish_reason` decides what a reply is worth. A judgement that came to its end, or to the limit of
+tokens, is a response; content that was refused is recorded as such; everything else was not
+finished, says nothing about the judge, and is asked again.
 
 Nothing here trusts a server to send what it should: what is not of the right form raises
 `Unreadable`, and everything else comes out as text that can be written to a file.
@@ -16,86 +15,77 @@ Nothing here trusts a server to send what it should: what is not of the right fo
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import json
-import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jlrm.evaluation.games import Game, Response
-from jlrm.judgement import prompts
+from jlrm.judges import complaints
 
-# The added tokens of Qwen2.5 and Qwen3, and the tags that our parser reads.
-CONTROL_TOKENS = frozenset(
-    f"<|{name}|>"
-    for name in (
-        *("endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start"),
-        *("box_end", "quad_start", "quad_end", "vision_start", "vision_end", "vision_pad"),
-        *("image_pad", "video_pad", "fim_prefix", "fim_middle", "fim_suffix", "fim_pad"),
-        *("repo_name", "file_sep"),
-    )
-) | {
-    *("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-    *prompts.THINK_TAGS,
+Ending = Literal["stop", "length", "refused", "unfinished"]
+
+# The words of servers, in lower case. A call of a tool ends a text as well: none was offered.
+STOP = {
+    *("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "end", "done"),
+    *("complete", "completed", "finished", "tool_calls", "tool_call", "tool_use", "function_call"),
 }
+LENGTH = {
+    *("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "max_length"),
+    *("model_length", "model_context_window_exceeded", "token_limit"),
+}
+REFUSED = {
+    *("content_filter", "content_filtered", "content_filter_error", "refusal", "safety"),
+    *("recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
+    *("guardrail_intervened", "error_toxic"),
+}
+MOST_TOKENS = 10**9  # that a reply can have used; what says more has counted wrongly
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-class Template(NamedTuple):
-    """A prompt's text: raw, or a user message with a system message before it."""
-
-    system: str | None
-    text: str
-    control_tokens: frozenset[str]  # broken in the texts to be judged
-
-    @classmethod
-    def of(cls, name: str, scale: tuple[int, int], neutral: bool) -> Template:
-        control = CONTROL_TOKENS if neutral else frozenset()
-        if name in prompts.PAIR_TEMPLATES:
-            return cls(None, prompts.PAIR_TEMPLATES[name], control)
-        return cls(*prompts.messages(name, *scale), control)
-
-    def fill(self, game: Game) -> dict[str, Any]:
-        """Return the part of a request's body that holds the prompt."""
-        item, control = game.item, self.control_tokens
-        text = prompts.fill(
-            self.text,
-            question=prompts.neutralise(item.question, control),
-            answer_1=prompts.neutralise(item.answers[game.first], control),
-            answer_2=prompts.neutralise(item.answers[game.second], control),
-        )
-        if self.system is None:
-            return {"prompt": text}
-        roles = {"system": self.system, "user": text}
-        return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
 
 
 class Reply(NamedTuple):
     """What is kept of a server's reply."""
 
-    text: str  # what follows the prompt's `<think>`
+    text: str  # what follows the prompt's `<think>`; of a reply that failed, what is said of it
     finish_reason: str | None  # the server's word for it
     prompt_tokens: int | None  # None: the server did not say
     num_tokens: int | None
     seconds: float  # that the request took
+
+    @property
+    def ending(self) -> Ending:
+        """What became of the text."""
+        reason = (self.finish_reason or "").lower()
+        if reason in REFUSED:
+            return "refused"
+        if reason in LENGTH:
+            return "length"
+        is_regular = reason in STOP or self.finish_reason is None
+        return "stop" if is_regular and self.text.strip() else "unfinished"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the text is a response."""
+        return self.ending in ("stop", "length")
+
+
+class NoReply(NamedTuple):
+    """Why a vote has no text. `is_refused`: for what is in the texts to be judged."""
+
+    reason: str
+    is_refused: bool = False
 
 
 class Unreadable(Exception):
     """A body that holds no judgement."""
 
 
-class Complaint(NamedTuple):
-    """A server's error."""
-
-    message: str
-    code: str  # or its type; "" where it has none
-
-
 def read(body: bytes, seconds: float) -> Reply:
     """Read the body of /completions or /chat/completions.
+
+    An error beside a choice, as gateways send it, ends the text as "error"; a refusal that stands
+    in the place of the content ends it as "refusal".
 
     Raises:
       Unreadable: no JSON, no choice, or no text in it.
@@ -103,102 +93,159 @@ def read(body: bytes, seconds: float) -> Reply:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        raise Unreadable(f"no JSON: {body.decode(errors='replace')}") from None
+        raise Unreadable(f"no JSON: {body[:1000].decode(errors='replace')}") from None
     try:
-        choice = content["choices"][0]
-        text = _chat_text(choice) if "message" in choice else choice["text"]
-        finish_reason = choice.get("finish_reason")
-    except (KeyError, IndexError, TypeError, AttributeError):
-        text, finish_reason = None, None
-    if not isinstance(text, str):
-        raise Unreadable(f"no judgement in it: {complaint(body).message}")
+        return read_object(content, seconds)
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
+        text = body[:1000].decode(errors="replace")
+        message = complaints.of_object(content, text).message
+        raise Unreadable(f"no judgement in it: {message}") from None
+
+
+def read_object(content: Any, seconds: float) -> Reply:
+    """Read a body that is parsed.
+
+    Raises:
+      KeyError, IndexError, TypeError, AttributeError, RecursionError: it is no reply.
+    """
+    choice = content["choices"][0]
+    text, reason = _text(choice), choice.get("finish_reason")
+    if error := choice.get("error") or content.get("error"):
+        text, reason = complaints.of_object({"error": error}, str(error)).message, "error"
     usage = content.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     return Reply(
         _SURROGATE.sub("\ufffd", text),
-        finish_reason if isinstance(finish_reason, str) else None,
-        _count(usage.get("prompt_tokens")),
-        _count(usage.get("completion_tokens")),
+        "refusal" if _is_refusal(choice) else None if reason is None else str(reason),
+        count(usage.get("prompt_tokens")),
+        count(usage.get("completion_tokens")),
         seconds,
     )
 
 
-def complaint(body: bytes) -> Complaint:
-    """Read an error in whatever form it has."""
-    text = body.decode(errors="replace")
-    try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        return Complaint(text, "")
-    error = content.get("error", content) if isinstance(content, dict) else content
-    if not isinstance(error, dict):
-        return Complaint(error if isinstance(error, str) else text, "")
-    message = error.get("message") or error.get("detail")
-    codes = [error.get(name) for name in ("code", "type")]
-    return Complaint(
-        message if isinstance(message, str) else text,
-        next((code for code in codes if code and isinstance(code, str)), ""),
-    )
+def stored(row: Any) -> Reply:
+    """Return a reply from its row in a file.
+
+    Raises:
+      TypeError, ValueError: it is none.
+    """
+    reply = Reply(**row)
+    is_text = isinstance(reply.text, str) and isinstance(reply.finish_reason, str | None)
+    counts = (reply.prompt_tokens, reply.num_tokens)
+    are_counts = all(number is None or count(number) is not None for number in counts)
+    is_time = isinstance(reply.seconds, int | float) and 0 <= reply.seconds < 1e9
+    if not (is_text and are_counts and is_time):
+        raise ValueError("a field of it has not its type")
+    return reply
 
 
-def response(game: Game, results: Sequence[Reply | str | None]) -> Response:
+def count(value: Any) -> int | None:
+    """Return a number of tokens; None of what can be none."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return value if is_count and 0 <= value <= MOST_TOKENS else None
+
+
+def response(game: Game, results: Sequence[Reply | NoReply | None]) -> Response:
     """Return a game's response; tokens and seconds are sums over its votes."""
+    lacking = [result for result in results if isinstance(result, NoReply)]
     given = [result for result in results if isinstance(result, Reply)]
-    if len(given) < len(results):
-        return Response(game.id, error=next(each for each in results if isinstance(each, str)))
+    if errors := [each.reason for each in lacking if not each.is_refused]:
+        return Response(game.id, error=errors[0])
+    if lacking:
+        return Response(game.id, refused=lacking[0].reason)
     return Response(
         game.id,
         texts=tuple(reply.text for reply in given),
+        endings=_endings(given),
         prompt_tokens=_total([reply.prompt_tokens for reply in given]),
         num_tokens=_total([reply.num_tokens for reply in given]),
         seconds=sum(reply.seconds for reply in given),
     )
 
 
-def retry_after(header: str | None, now: datetime.datetime) -> float | None:
-    """Return the seconds that a Retry-After header asks for, which is a number or a date."""
-    if not header:
+def _endings(replies: Sequence[Reply]) -> tuple[str, ...] | None:
+    if all(reply.finish_reason is None for reply in replies):
         return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(header)
-        except ValueError:
-            return None
-        seconds = (date.replace(tzinfo=date.tzinfo or datetime.UTC) - now).total_seconds()
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return tuple(reply.ending for reply in replies)
 
 
-def _chat_text(choice: Any) -> Any:
-    """Return a message as a continuation of `<think>`.
+def _text(choice: Any) -> str:
+    """Return a choice's text as a continuation of `<think>`.
 
-    A refusal is a response, which has no verdict. Reasoning that was cut short is left open, so
-    that its status is that of a cut judgement.
+    Reasoning that was cut short is left open, so that it is read as a judgement that was cut.
     """
+    if "message" not in choice:
+        return _text_itself(choice["text"])
     message = choice["message"]
-    content, reasoning = message.get("content"), _reasoning(message)
-    if isinstance(content, str) and content.lstrip().startswith("<think>"):
+    content, reasoning = _content(message), _reasoning(message)
+    if content.lstrip().startswith("<think>"):
         content = content.lstrip().removeprefix("<think>")
+    if not content.strip():
+        return reasoning or _refusal(message) or content
     if not reasoning:
-        return message.get("refusal") if content is None else content
-    if not content and choice.get("finish_reason") == "length":
-        return reasoning
-    content = content or ""
+        return content
     # A model that was told to write `</think>` may do so besides what its server took out.
     return reasoning + ("" if "</think>" in content else "</think>") + content
 
 
+def _content(message: Any) -> str:
+    """Return what was written as content: text, or the texts among its parts.
+
+    Raises:
+      KeyError, TypeError: there is none, and nothing in its place.
+    """
+    content = message.get("content")
+    if content is None and (_reasoning(message) or _refusal(message)):
+        return ""
+    if isinstance(content, list):
+        return "".join(_said(part) for part in content if not _is_thinking(part))
+    return _text_itself(content)
+
+
+def _text_itself(value: Any) -> str:
+    """Return a value that must be text. Raises TypeError for others."""
+    if not isinstance(value, str):
+        raise TypeError("no text")
+    return value
+
+
 def _reasoning(message: Any) -> str:
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    return reasoning if isinstance(reasoning, str) else ""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(value := message.get(name), str | list) and (text := _said(value)):
+            return text
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return "".join(_said(part) for part in parts if _is_thinking(part))
+
+
+def _is_thinking(part: Any) -> bool:
+    kind = part.get("type") if isinstance(part, dict) else ""
+    return isinstance(kind, str) and ("thinking" in kind or "reasoning" in kind)
+
+
+def _said(part: Any) -> str:
+    """Return the text of a part, which may be made of parts itself."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, list):
+        return "".join(_said(each) for each in part)
+    names = ("text", "thinking", "reasoning", "content", "summary")
+    values = (part.get(name) for name in names) if isinstance(part, dict) else ()
+    return next((_said(value) for value in values if value), "")
+
+
+def _is_refusal(choice: Any) -> bool:
+    message = choice.get("message")
+    return message is not None and bool(_refusal(message)) and not _content(message).strip()
+
+
+def _refusal(message: Any) -> str:
+    parts = message.get("content")
+    refusals = [message, *(parts if isinstance(parts, list) else [])]
+    texts = (each.get("refusal") for each in refusals if isinstance(each, dict))
+    return next((text for text in texts if text and isinstance(text, str)), "")
 
 
 def _total(counts: Sequence[int | None]) -> int | None:
-    known = [count for count in counts if count is not None]
+    known = [number for number in counts if number is not None]
     return sum(known) if len(known) == len(counts) else None
-
-
-def _count(value: Any) -> int | None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    return value if is_count else None

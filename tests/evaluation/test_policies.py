@@ -47,6 +47,15 @@ def test_every_order_can_be_asked_for(order):
     assert changed(f"order={order}").order == order
 
 
+def test_refused_games_count_only_where_it_is_asked_for():
+    assert not any(policy.counts_refused for policy in pair_policies(OFFICIAL))
+    counting = changed("refused=error_credit", "aggregation=majority")
+    assert counting.counts_refused and counting.error_credit == 0.5
+    assert not changed("theirs.refused=error_credit").counts_refused
+    assert not changed("refused=unjudged").counts_refused
+    assert changed("refused=error_credit", known=RANKED).counts_refused
+
+
 @pytest.mark.parametrize("key", ["tie_credit", "error_credit"])
 @pytest.mark.parametrize("credit", [0.0, 0.3, 1.0])
 def test_a_credit_is_from_0_to_1_and_both_are_allowed(key, credit):
@@ -93,6 +102,7 @@ def test_a_key_may_name_its_benchmark_and_others_skip_it():
         ("mine.ordre=both", "unknown key 'ordre'"),
         ("theirs.ordre=both", "unknown key 'ordre'"),
         ("order=sideways", "wanted one of as_given, random, both"),
+        ("refused=yes", "--policy refused=yes: wanted one of unjudged, error_credit"),
         ("aggregation=men", "mine has own, mean, majority, all. Did you mean 'mean'?"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import datetime
 import json
 import logging
 import os
@@ -18,26 +17,32 @@ from typing import Any
 import chat_server
 import pytest
 from conftest import slowness
+from endpoints import (
+    KEY,
+    PRICES,
+    TESTS,
+    Running,
+    game,
+    games,
+    judged,
+    make,
+    options,
+    outputs,
+)
 from hostile import HOSTILE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from qwen import CONTROL_TOKENS
 
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation.games import Game, Item, Response, both_orders
+from jlrm.evaluation.games import Game, Item, Response
 from jlrm.judgement import prompts
 from jlrm.judgement.verdict import parse
-from jlrm.judges import openai, protocol
-
-TESTS = pathlib.Path(__file__).parent.parent
-KEY = "sk-this-must-not-be-seen-anywhere"
-PRICES = (2.0, 10.0)
+from jlrm.judges import openai, pace, requests
 
 # Judges as `jlrm.evaluate` does: each answer is on disk when `record` returns.
 CLIENT = """
 import json, pathlib, signal, sys
 from jlrm.evaluation.games import Item, both_orders
-from jlrm.judges import openai
+from jlrm.judges import openai, requests
 
 def stop(signum, frame):
     raise KeyboardInterrupt
@@ -49,110 +54,12 @@ with open(path, "a") as file:
     def record(answer):
         file.write(json.dumps([answer.game, answer.texts, answer.error]) + "\\n")
         file.flush()
-    judge = openai.Endpoint(openai.EndpointSettings(model="judge", **kwargs))
+    judge = openai.Endpoint(requests.EndpointSettings(model="judge", **kwargs))
     try:
         judge(both_orders(items), record)
     except KeyboardInterrupt:
         sys.exit(130)
 """
-
-
-class Running:
-    """The server of chat_server.py as a process."""
-
-    def __init__(self, log: pathlib.Path, *options: str) -> None:
-        self.path = log
-        command = [sys.executable, str(TESTS / "chat_server.py"), str(log), *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdout
-        self.port = int(self.process.stdout.readline())
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-
-    def stop(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if "body" in row]
-
-    @property
-    def served(self) -> list[str]:
-        return [row["served"] for row in self.rows if "served" in row]
-
-    def counts(self) -> dict[str, int]:
-        """Return how often each request came, by the start of its question."""
-        bodies = collections.Counter(json.dumps(row["body"]) for row in self.requests)
-        return {chat_server.text_of(json.loads(body)): n for body, n in bodies.items()}
-
-
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(openai, "FIRST_WAIT", 0.02)
-    servers = []
-
-    def start(*options: str) -> Running:
-        servers.append(Running(tmp_path / "server.jsonl", *options))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.stop()
-
-
-def options(url: str, **changes: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = {
-        "base_url": url,
-        "api_key": KEY,
-        "prompt": "jlrm",
-        "scale": (1, 10),
-        "max_new_tokens": 100,
-        "temperature": 0.5,
-        "top_p": 1.0,
-        "votes": 1,
-        "concurrency": 8,
-        "timeout": 20.0,
-        "max_retries": 3,
-        "cache": None,
-        "prices": None,
-        "budget": None,
-        "seed": 0,
-        "neutral": True,
-    }
-    return {**defaults, **changes}
-
-
-def make(server: Running, **changes: Any) -> openai.Endpoint:
-    settings = {**options(server.url), **changes}
-    return openai.Endpoint(openai.EndpointSettings(model="judge", **settings))
-
-
-def game(question: str, number: int = 0) -> Game:
-    return Game(Item(f"{number}", question, ("one", "two")), 0, 1)
-
-
-def games(number: int, question: str = "question") -> list[Game]:
-    return both_orders(Item(str(i), f"{question} {i}", ("one", "two")) for i in range(number // 2))
-
-
-def judged(backend: openai.Endpoint, asked: list[Game]) -> dict[str, Response]:
-    """Judge games, and check that each is recorded once, and is an answer or an error."""
-    answers: list[Response] = []
-    backend(asked, answers.append)
-    assert sorted(answer.game for answer in answers) == sorted(each.id for each in asked)
-    for answer in answers:
-        assert (answer.texts is None) == (answer.error is not None)
-        assert answer.scores is None and answer.preference is None
-    return {answer.game: answer for answer in answers}
-
-
-def outputs(answers: dict[str, Response]) -> list[str]:
-    return sorted(text for answer in answers.values() for text in answer.texts or ())
 
 
 # -------------------------------------------------------------------------------- what is asked
@@ -228,9 +135,9 @@ def test_chat_prompts_and_settings_go_out(serve):
 
 @pytest.mark.parametrize("name", ["judgelrm_train", "jlrm"])
 def test_hostile_text_has_no_control_tokens_and_only_where_asked(name):
-    clean = openai.Template.of(name, (1, 10), True)
-    raw = openai.Template.of(name, (1, 10), False)
-    assert set(CONTROL_TOKENS) == protocol.CONTROL_TOKENS
+    clean = requests.Template.of(name, (1, 10), True)
+    raw = requests.Template.of(name, (1, 10), False)
+    assert set(CONTROL_TOKENS) == requests.CONTROL_TOKENS
     empty = chat_server.text_of(clean.fill(Game(Item("", "", ("", "")), 0, 1)))
     honest = game("Is a < b, or `x |> f`?")
     assert clean.fill(honest) == raw.fill(honest)
@@ -248,19 +155,21 @@ def test_hostile_text_has_no_control_tokens_and_only_where_asked(name):
 
 PASSING = (
     *("not_json", "not_utf8", "no_choices", "schema", "null", "error", "empty", "reset", "half"),
-    *("s408", "s409", "s429", "s500", "s503"),
+    *("s408", "s409", "s500", "s503", "upstream", "beside", "blank", "no_tokens", "aborted"),
+    *("packed_half", "brotli"),
 )
 
 
 def test_what_passes_is_asked_again(serve):
+    """Neither are limits of a rate tries: more of them come than there are retries."""
     server = serve()
-    asked = [game(f"FAULT:{fault}*2", number) for number, fault in enumerate(PASSING)]
-    backend = make(server, concurrency=4)
+    asked = [game(f"FAULT:{fault}*2", number) for number, fault in enumerate((*PASSING, "s429"))]
+    backend = make(server, concurrency=4, max_retries=2)
     answers = judged(backend, asked)
-    assert [answer.error for answer in answers.values()] == [None] * len(PASSING)
+    assert [answer.error for answer in answers.values()] == [None] * len(asked)
     assert outputs(answers) == sorted(server.served)
     assert set(server.counts().values()) == {3}
-    assert backend.spent.num_retries == 2 * len(PASSING)
+    assert backend.spent.num_retries == 2 * len(asked)
 
 
 def test_what_does_not_pass_is_unjudged_after_the_last_retry(serve):
@@ -273,6 +182,211 @@ def test_what_does_not_pass_is_unjudged_after_the_last_retry(serve):
         error = answers[asked[number].id].error
         assert error and "asked 2 times" in error
         assert not fault.startswith("s4") or f"HTTP {fault[1:]}" in error
+
+
+# The words for what a server did not finish.
+TOLD = {
+    "upstream": "the reply ended with an error: upstream died",
+    "beside": "the reply ended with an error: cut off by the gateway",
+    "blank": "an empty reply, finish_reason 'stop'",
+    "no_tokens": "an empty reply, finish_reason 'None'",
+    "aborted": "the reply was not finished, finish_reason 'abort'",
+}
+
+
+def test_what_was_not_finished_is_named_paid_and_asked_again_by_the_next_run(serve, tmp_path):
+    """Each costs what its usage says, and nothing of it is kept."""
+    server = serve()
+    asked = [game(f"FAULT:{fault}*2", number) for number, fault in enumerate(TOLD)]
+    cache = tmp_path / "cache"
+    backend = make(server, max_retries=1, cache=cache, prices=(0.0, 1e6))
+    answers = judged(backend, asked)
+    assert [answers[each.id].error for each in asked] == [
+        f"{text} (asked 2 times)" for text in TOLD.values()
+    ]
+    assert not list(cache.iterdir())
+    assert backend.spent.usd == 2 * chat_server.COMPLETION_TOKENS * (len(TOLD) - 1)  # no_tokens: 0
+    again = judged(make(server, cache=cache), asked)
+    assert all(answer.endings == ("stop",) for answer in again.values())
+
+
+def test_refused_content_is_recorded_as_such_and_asked_once(serve, tmp_path):
+    server = serve()
+    faults = ("filter", "azure_filter", "filter_code", "moderated", "flagged", "wont", "wont_part")
+    asked = [game(f"FAULT:{fault}", number) for number, fault in enumerate(faults)]
+    cache = tmp_path / "cache"
+    answers = judged(make(server, cache=cache), [*asked, game("fine", 99)])
+    reasons = [answers[each.id].refused or "" for each in asked]
+    assert reasons[0] == "content_filter" and reasons[5:] == ["refusal: I won't judge this."] * 2
+    assert all(reason.startswith("HTTP 4") for reason in reasons[1:5])
+    assert answers["99:0-1"].endings == ("stop",)
+    assert len(server.requests) == len(asked) + 1 and len(list(cache.iterdir())) == 1
+
+
+def test_a_text_cut_at_the_limit_says_so_and_is_kept(serve, tmp_path):
+    server = serve()
+    for _ in range(2):
+        (answer,) = judged(make(server, votes=2, cache=tmp_path), [game("FAULT:cut")]).values()
+        assert answer.endings == ("length", "length") and answer.error is None
+    assert len(server.requests) == 2
+
+
+def test_a_refused_vote_refuses_its_game_and_a_missing_one_counts_more(serve):
+    server = serve("--fault", "2=filter", "--fault", "5=filter", "--fault", "6=s400")
+    backend = make(server, votes=3, concurrency=1)
+    first, second = judged(backend, [game("a", 1), game("b", 2)]).values()
+    assert first.refused == "content_filter" and first.error is None
+    assert second.refused is None and (second.error or "").startswith("HTTP 400")
+
+
+@pytest.mark.parametrize("fault", ["endless", "bomb", "five_gigabytes", "endless_error"])
+def test_a_body_without_end_costs_one_game_and_no_memory(serve, fault):
+    """A process of its own: what it held at most is known only when it has ended."""
+    server = serve()
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURED, json.dumps([server.url, f"FAULT:{fault}"])],
+        env={**os.environ, "PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+        **{"capture_output": True, "text": True, "timeout": 60.0 * slowness()},
+    )
+    assert run.stderr == ""
+    before, after, error, other = json.loads(run.stdout)
+    assert error == "the reply is larger than 16 MiB, which no judgement is"
+    assert other is None
+    assert after - before < 100 * 1024  # KiB
+    assert len(server.requests) == 2
+
+
+# The first game's reply has no end; prints the memory before and after, and both errors.
+MEASURED = """
+import json, resource, sys
+import endpoints
+from jlrm.judges import openai, requests
+url, question = json.loads(sys.argv[1])
+settings = requests.EndpointSettings(model="judge", **endpoints.options(url))
+backend, responses = openai.Endpoint(settings), []
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = used()
+for number, text in enumerate((question, "fine")):
+    backend([endpoints.game(text, number)], responses.append)
+print(json.dumps([before, used(), *(each.error for each in responses)]))
+"""
+
+
+@pytest.mark.parametrize("shape", range(5))
+def test_a_storm_of_limits_loses_no_game(serve, shape):
+    """40 games at 8 a window, the wait told in every way; far more refusals than retries."""
+    server = serve("--rate", "8/0.8", "--rate-shape", str(shape))
+    answers = judged(make(server, concurrency=20, max_retries=0), games(40))
+    assert all(answer.texts for answer in answers.values())
+    assert outputs(answers) == sorted(server.served)
+    assert len(server.requests) < 160
+    times = sorted(row["time"] for row in server.requests)
+    assert times[-1] - times[0] >= 4 * 0.8 - 0.1
+
+
+def test_a_limit_that_never_ends_stops_the_run_and_one_of_a_game_costs_the_game(serve, monkeypatch):
+    monkeypatch.setattr(pace, "LONGEST_PATIENCE", 0.5)
+    server = serve()
+    asked = [game("FAULT:s429", 0), *(game(f"fine {i}", i) for i in range(1, 120))]
+    slow = make(server, concurrency=2, requests_per_minute=6000)
+    answers = judged(slow, asked)
+    assert "HTTP 429" in (answers["0:0-1"].error or "")
+    assert sum(answer.error is not None for answer in answers.values()) == 1
+    monkeypatch.setattr(pace, "PATIENCE", 0.5)
+    with pytest.raises(RunError, match=r"wants no requests: HTTP 429.*--requests-per-minute"):
+        make(server)([game("FAULT:s429", 0)], lambda answer: None)
+
+
+def test_a_request_larger_than_the_limit_is_not_waited_for(serve):
+    server = serve()
+    (answer,) = judged(make(server), [game("FAULT:oversized")]).values()
+    assert "Request too large" in (answer.error or "") and len(server.requests) == 1
+
+
+def test_requests_per_minute_are_kept_by_all_together(serve):
+    server = serve()
+    judged(make(server, concurrency=8, requests_per_minute=1200), games(20))
+    times = sorted(row["time"] for row in server.requests)
+    assert times[-1] - times[0] >= 19 * 0.05 - 0.04
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+def test_without_a_system_role_the_system_text_goes_before_the_users(serve, status, caplog):
+    server = serve("--no-system", str(status))
+    answers = judged(make(server, concurrency=3), games(12))
+    assert all(answer.texts for answer in answers.values())
+    assert 12 < len(server.requests) <= 15
+    assert caplog.text.count("no system role") == 1
+    system, user = prompts.messages("jlrm", 1, 10)
+    filled = prompts.fill(user, question="question 0", answer_1="one", answer_2="two")
+    assert f"{system}\n\n{filled}" in server.counts()
+    assert all(row["body"]["messages"][0]["role"] == "user" for row in server.requests[-9:])
+    with pytest.raises(UsageError, match="--system user puts"):
+        make(server, system="own")(games(2), lambda answer: None)
+    before = len(server.requests)
+    judged(make(server, system="user"), games(2))
+    assert len(server.requests) == before + 2
+
+
+def test_what_was_paid_for_in_another_form_is_found_again(serve, tmp_path):
+    server = serve("--no-system", "400")
+    judged(make(server, cache=tmp_path), games(4))
+    backend = make(server, cache=tmp_path)
+    judged(backend, games(4))
+    assert backend.spent.num_cached == 4 and backend.spent.num_requests == 0
+    backend = make(server, cache=tmp_path, system="user")
+    judged(backend, games(4))
+    assert backend.spent.num_cached == 4
+
+
+def test_a_server_that_answers_keeps_its_form(serve):
+    """One complaint of a system role, after answers, costs its game."""
+    server = serve("--fault", "3=no_system")
+    answers = judged(make(server, concurrency=1), games(6))
+    errors = [answer.error for answer in answers.values() if answer.error]
+    assert len(errors) == 1 and "--system user" in errors[0]
+    assert all(row["body"]["messages"][0]["role"] == "system" for row in server.requests)
+
+
+def test_fields_are_added_changed_and_left_out(serve):
+    server = serve()
+    added = {"seed": None, "temperature": None, "top_k": 5, "stop": ["a", None], "max_tokens": 7}
+    judged(make(server, request=added), [game("Why?")])
+    body = server.requests[0]["body"]
+    assert set(body) == {"model", "messages", "max_tokens", "top_k", "stop"}
+    assert (body["top_k"], body["stop"], body["max_tokens"]) == (5, ["a", None], 7)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("seed", 0), ("temperature", 1), ("seed", 2)])
+def test_a_field_that_a_server_refuses_is_named_with_the_flag_that_helps(serve, name, shape):
+    server = serve("--refuse", name, "--refuse-shape", str(shape))
+    with pytest.raises(UsageError, match=f"'{name}': --request {name}=null leaves it out"):
+        make(server, concurrency=2)(games(8), lambda answer: None)
+    assert len(server.requests) <= 2
+    assert all(a.texts for a in judged(make(server, request={name: None}), games(8)).values())
+
+
+def test_azures_version_stays_behind_the_path_and_its_key_has_a_header_of_its_own(serve):
+    server = serve()
+    url = f"{server.url}/deployments/x?api-version=2024-10-21"
+    judged(make(server, base_url=url), [game("Why?")])
+    row = server.requests[0]
+    assert row["path"] == "/v1/deployments/x/chat/completions?api-version=2024-10-21"
+    assert row["api_key"] == KEY
+    judged(make(server), [game("Why?")])
+    assert server.requests[1]["api_key"] is None
+
+
+@pytest.mark.parametrize("field", ["prompt_tokens", "completion_tokens"])
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "-5", "NaN", "true", '"7"', "1e999", "2.5"])
+def test_a_usage_that_can_be_none_counts_as_the_most(serve, tmp_path, field, value):
+    server = serve("--usage", f'{{"prompt_tokens": 1, "completion_tokens": 1, "{field}": {value}}}')
+    backend = make(server, prices=(0.0, 1e6), budget=1000.0, cache=tmp_path)
+    (answer,) = judged(backend, [game("Why?")]).values()
+    assert answer.texts and backend.spent.usd == 100.0
+    again = make(server, cache=tmp_path)
+    judged(again, [game("Why?")])
+    assert again.spent.num_cached == 1
 
 
 @pytest.mark.parametrize("fault", ["late", "trickle", "trickled_head"])
@@ -459,6 +573,20 @@ def test_a_cache_file_that_is_broken_is_asked_for_again(serve, tmp_path, caplog)
     files = sorted(cache.iterdir())
     assert len(files) == 10
     assert all(KEY not in file.read_text() for file in files)
+    row = json.loads(files[6].read_bytes())
+    wrong = (
+        *({"num_tokens": -1}, {"prompt_tokens": 10**400}, {"num_tokens": True}),
+        *({"seconds": float("nan")}, {"seconds": None}, {"text": None}, {"finish_reason": 5}),
+        *({"finish_reason": "error"}, {"text": " "}, {"finish_reason": "content_filter"}),
+    )
+    for change in wrong:
+        files[6].write_text(json.dumps({**row, **change}))
+        backend = make(server, cache=cache)
+        judged(backend, games(10))
+        assert (backend.spent.num_requests, backend.spent.num_cached) == (1, 9), change
+        assert json.loads(files[6].read_bytes())["text"] == row["text"]
+    assert len([r for r in caplog.records if "asked for again" in r.message]) == len(wrong)
+    caplog.clear()
     broken = [b"", files[1].read_bytes()[:-5], b"{}", b'{"text": 1}', b"[]", b"\xff"]
     for file, content in zip(files, broken, strict=False):
         file.write_bytes(content)
@@ -489,6 +617,9 @@ def test_what_shapes_an_answer_shapes_its_place_in_the_cache(serve, tmp_path):
         {"temperature": 0.6},
         {"top_p": 0.9},
         {"seed": 1},
+        {"request": {"top_k": 5}},
+        {"request": {"temperature": None}},
+        {"system": "user"},
         {"votes": 2},  # the first vote of each is there
         {"base_url": server.url.replace("127.0.0.1", "localhost")},
     ):
@@ -500,6 +631,7 @@ def test_what_shapes_an_answer_shapes_its_place_in_the_cache(serve, tmp_path):
         {"api_key": "another"},
         {"prices": PRICES, "budget": 0.0},
         {"neutral": False},  # nothing was broken in these texts
+        {"requests_per_minute": 1e6},
     ):
         assert num_asked(**change) == 0, change
 
@@ -522,7 +654,7 @@ def test_a_budget_is_used_and_not_exceeded(serve, tmp_path):
     answers = judged(backend, games(100))
     assert max(row["in_flight"] for row in server.requests) > 1
     assert cost(server) == pytest.approx(backend.spent.usd)
-    most = (1500 + openai.OVERHEAD) * PRICES[0] / 1e6 + 100 * PRICES[1] / 1e6  # of one request
+    most = (1500 + requests.OVERHEAD) * PRICES[0] / 1e6 + 100 * PRICES[1] / 1e6  # of one request
     assert budget - 2 * most < backend.spent.usd <= budget
     assert 0 < len(server.served) < 100
     errors = [answer.error for answer in answers.values() if answer.error]
@@ -555,97 +687,6 @@ def test_an_error_status_and_a_missing_server_cost_nothing(serve):
     assert backend.spent.usd == 0.0
 
 
-# ----------------------------------------------------------------------------- what is understood
-
-
-@pytest.mark.parametrize(
-    ("choice", "text", "status"),
-    [
-        ({"text": "a\n</think>x"}, "a\n</think>x", "no_answer"),
-        ({"text": "<think>a"}, "<think>a", "no_think_end"),
-        ({"message": {"content": "a</think>SCORES"}}, "a</think>SCORES", "ok"),
-        ({"message": {"content": "\n<think>a</think>SCORES"}}, "a</think>SCORES", "ok"),
-        (
-            {"message": {"content": "SCORES", "reasoning_content": "why"}},
-            "why</think>SCORES",
-            "ok",
-        ),
-        ({"message": {"content": "SCORES", "reasoning": "why"}}, "why</think>SCORES", "ok"),
-        (
-            {"message": {"content": " a</think>SCORES", "reasoning": "why"}},
-            "why a</think>SCORES",
-            "ok",
-        ),
-        ({"message": {"content": "a</think>SCORES", "reasoning": ""}}, "a</think>SCORES", "ok"),
-        (
-            {"message": {"content": None, "reasoning": "why"}, "finish_reason": "length"},
-            "why",
-            "no_think_end",
-        ),
-        ({"message": {"content": "", "reasoning": "why"}}, "why</think>", "no_answer"),
-        ({"message": {"content": None, "refusal": "I won't."}}, "I won't.", "no_think_end"),
-        ({"message": {"content": ""}}, "", "no_think_end"),
-        ({"message": {"content": "\ud800</think>SCORES"}}, "\ufffd</think>SCORES", "ok"),
-    ],
-)
-def test_forms_of_an_answer(choice, text, status):
-    scores = "<answer>7</answer><answer>3</answer>"
-    body = json.dumps({"choices": [choice]}).replace("SCORES", scores)
-    reply = protocol.read(body.encode(), 1.5)
-    assert reply.text == text.replace("SCORES", scores)
-    assert parse(reply.text).status == status
-    assert reply[1:] == (choice.get("finish_reason"), None, None, 1.5)
-
-
-NAMES = ["choices", "message", "content", "text", "usage", "reasoning", "error", "code", "detail"]
-JSON = st.recursive(
-    st.sampled_from([None, True, 0, -1, 1.5, "", "a", "<think>", "\ud800", [], {}]),
-    lambda part: (
-        st.lists(part, max_size=2) | st.dictionaries(st.sampled_from(NAMES), part, max_size=2)
-    ),
-    max_leaves=6,
-)
-
-
-@settings(max_examples=100, deadline=None)
-@given(JSON | st.builds(lambda part: {"choices": [part], "usage": part}, JSON))
-def test_no_body_breaks_the_reader(value):
-    body = json.dumps(value).encode()
-    assert isinstance(protocol.complaint(body).message, str)
-    try:
-        reply = protocol.read(body, 0.0)
-    except protocol.Unreadable:
-        return
-    reply.text.encode()
-
-
-def test_deep_json_is_unreadable():
-    with pytest.raises(protocol.Unreadable):
-        protocol.read(b"[" * 100_000, 0.0)
-    protocol.complaint(b"[" * 100_000)
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [
-        ("2", 2.0),
-        ("0.5", 0.5),
-        ("-3", 0.0),
-        ("nan", None),
-        ("inf", None),
-        ("soon", None),
-        ("", None),
-        (None, None),
-        ("Tue, 24 Nov 2026 12:00:30 GMT", 30.0),
-        ("Tue, 24 Nov 2026 12:00:30 -0000", 30.0),
-        ("Tue, 24 Nov 2026 11:00:00 GMT", 0.0),
-    ],
-)
-def test_retry_after(header, seconds):
-    now = datetime.datetime(2026, 11, 24, 12, tzinfo=datetime.UTC)
-    assert protocol.retry_after(header, now) == seconds
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -662,11 +703,24 @@ def test_retry_after(header, seconds):
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"timeout": float("nan")}, "timeout=nan"),
         ({"max_retries": -1}, "max_retries=-1"),
+        ({"base_url": "https://host/v1?api-version=1&sig=secret"}, "must hold no user"),
         ({"budget": 1.0}, "needs prices"),
+        ({"budget": float("nan"), "prices": PRICES}, "budget=nan"),
+        ({"budget": float("inf"), "prices": PRICES}, "budget=inf"),
+        ({"budget": -1.0, "prices": PRICES}, "budget=-1"),
+        ({"prices": (float("nan"), 1.0)}, "prices=nan"),
+        ({"prices": (1.0, -1.0)}, "prices=-1"),
+        ({"prices": PRICES, "request": {"max_tokens": None}}, "need a limit of tokens"),
+        ({"prices": PRICES, "request": {"max_tokens": "many"}}, "need a limit of tokens"),
+        ({"timeout": float("inf")}, "timeout=inf"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"requests_per_minute": -1.0}, "requests_per_minute=-1"),
+        ({"system": "none"}, "wanted one of auto, own, user"),
+        ({"system": "user", "prompt": "judgelrm_eval"}, "is one text"),
     ],
 )
 def test_mistakes_are_refused_without_a_secret(changes, message):
     with pytest.raises(UsageError, match=message) as caught:
         settings = {**options("http://host/v1"), **changes}
-        openai.Endpoint(openai.EndpointSettings(model="judge", **settings))
+        openai.Endpoint(requests.EndpointSettings(model="judge", **settings))
     assert "secr" not in str(caught.value)
