@@ -4,7 +4,7 @@ Prompts. `jlrm` goes to /chat/completions as a system and a user message. The ra
 (`prompts.PAIR_TEMPLATES`) go to /completions byte for byte: they are text with ChatML's control
 tokens in it, for servers of the judges that were trained on them, and any other model would read
 the tokens as text. The server turns control tokens into ids wherever they stand, in the answers to
-be judged too; `neutral` breaks those of Qwen's tokenizers there, and the think tags.
+be judged too; `neutral` breaks those of Qwen's tokenizers there, and the tags of judgements.
 
 Responses are what follows the prompt's `<think>`, which a chat prompt cannot open for the model: a
 `<think>` that the model begins with is taken off, and where the server has cut the reasoning out of
@@ -21,7 +21,8 @@ import email.utils
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from jlrm.evaluation.games import Game, Response
@@ -49,23 +50,25 @@ class Template(NamedTuple):
 
     system: str | None
     text: str
-    control_tokens: frozenset[str]  # broken in the texts to be judged
+    quote: Callable[[str], str]  # how the texts to be judged are written into it
 
     @classmethod
     def of(cls, name: str, scale: tuple[int, int], neutral: bool) -> Template:
-        control = CONTROL_TOKENS if neutral else frozenset()
+        quote = partial(prompts.quote, name=name, control_tokens=CONTROL_TOKENS)
+        if not neutral:
+            quote = partial(prompts.neutralise, control_tokens=())
         if name in prompts.PAIR_TEMPLATES:
-            return cls(None, prompts.PAIR_TEMPLATES[name], control)
-        return cls(*prompts.messages(name, *scale), control)
+            return cls(None, prompts.PAIR_TEMPLATES[name], quote)
+        return cls(*prompts.messages(name, *scale), quote)
 
     def fill(self, game: Game) -> dict[str, Any]:
         """Return the part of a request's body that holds the prompt."""
-        item, control = game.item, self.control_tokens
+        item = game.item
         text = prompts.fill(
             self.text,
-            question=prompts.neutralise(item.question, control),
-            answer_1=prompts.neutralise(item.answers[game.first], control),
-            answer_2=prompts.neutralise(item.answers[game.second], control),
+            question=self.quote(item.question),
+            answer_1=self.quote(item.answers[game.first]),
+            answer_2=self.quote(item.answers[game.second]),
         )
         if self.system is None:
             return {"prompt": text}
