@@ -126,6 +126,18 @@ def is_open_to_planting(name: str) -> bool:
     return name in PAIR_TEMPLATES or name in SINGLE_TEMPLATES
 
 
+def planting_note(name: str) -> str:
+    """Return what a model card must say of a prompt in which answer tags pass; "" of others."""
+    if not is_open_to_planting(name):
+        return ""
+    return (
+        f"The prompt {name} is kept byte for byte as its judges saw it in training. It leaves "
+        "answer tags in the judged texts as they are, so an answer can plant a verdict that the "
+        "judge may quote. Do not use it on texts of people who gain by the verdict; the prompt "
+        "jlrm breaks such tags."
+    )
+
+
 def fill(template: str, *, question: str, answer_1: str, answer_2: str) -> str:
     """Write one comparison into a template's text."""
     return _fill(template, {"question": question, "answer_1": answer_1, "answer_2": answer_2})
