@@ -60,7 +60,7 @@ _MARKS = re.compile(
 _MENTIONED = re.compile(r"[\"'`*_\s]*(?:if|when|for\s+a\s+tie|means)\b", re.IGNORECASE)
 _SIDE_BY_SIDE = re.compile(r"[\s\"'`,/|*_]*(?:or|and|vs\.?)?[\s\"'`,/|*_]*", re.IGNORECASE)
 _REASON = re.compile(r"\s*(?:because|since|as|given|due|it|its|which|with|for|in)\b")
-_LOOKS = " \t\r\n{},*_`\"'\u201c\u201d\u2018\u2019.!#>"
+_LOOKS = " \t\r\n{},*_`\"'\u201c\u201d\u2018\u2019.!#"
 
 
 class NamedAnswer(NamedTuple):
@@ -83,7 +83,7 @@ def preference(text: str) -> int | Failure:
         return last.preference
     lines = [line for line in text.splitlines() if line.strip(_LOOKS)]
     for line in (lines[-1], lines[0]) if lines and not marks else ():
-        found = named(line.strip(_LOOKS).rpartition(". ")[2])
+        found = named(line.lstrip("> ").strip(_LOOKS).rpartition(". ")[2])
         if found is not None:
             return found
     return "ambiguous" if marks else "no_answer"

@@ -59,7 +59,6 @@ NONE = {
             "It depends.",
             "[[8]]",
             "[[D]]",
-            "[[A]]-ish? No",
             "A good answer",
             "C",
             "Answer 1 is wrong.",
