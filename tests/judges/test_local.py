@@ -222,13 +222,14 @@ def test_without_games_nothing_is_read(tmp_path, directory):
 @pytest.mark.parametrize(
     ("stop", "opening", "num_beams", "num_answers"),
     [
-        *((True, "", 1, 2), (True, "", 2, 2), (False, "", 1, 10)),
+        *((True, ">", 1, 2), (True, ">", 2, 2), (False, ">", 1, 10)),
         # While it reasons, what a judge drafts or quotes ends nothing.
-        *((True, "<think>", 1, 10), (True, "<think>\n", 2, 10)),
+        *((True, "<think>", 1, 10), (True, "<think>", 2, 10)),
     ],
 )
 def test_stop_is_the_second_answer(tmp_path, monkeypatch, stop, opening, num_beams, num_answers):
     """A model that writes one cycle of tokens: each is the one most like the one before it."""
+    # Both openings end with a token of the cycle.
     template = prompts.PAIR_TEMPLATES["toy"].removesuffix("<think>") + opening
     monkeypatch.setattr(prompts, "PAIR_TEMPLATES", {"toy": template})
     toy.save_tokenizer(tmp_path)
