@@ -559,7 +559,8 @@ def test_options_reach_the_backends_under_the_names_they_have():
         }
         wanted = set(inspect.signature(taken).parameters)
         wanted |= decoding if "decoding" in wanted else set()
-        assert ours == wanted - {"model", "seed", "decoding"}
+        # What ends the reasoning follows from the prompt.
+        assert ours == wanted - {"model", "seed", "decoding", "stop_after"}
 
 
 def test_help_tells_all_benchmarks_and_policies():

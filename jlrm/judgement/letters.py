@@ -93,7 +93,7 @@ def named(text: str) -> int | None:
     """Return the preference that a short text states and nothing else, else None."""
     if len(text) > LONGEST_LINE:
         return None
-    text = " ".join(text.strip(_LOOKS).strip("[]").strip(_LOOKS).lower().split())
+    text = " ".join(text.strip(_LOOKS).lower().split())
     if found := _COMPARED.fullmatch(text):
         better = _SIGN[found["sign"][0]]
         left, right = _number(found["left"]), _number(found["right"])
@@ -127,6 +127,9 @@ def _marks(text: str) -> Iterator[NamedAnswer]:
 
 
 def _said(text: str, group: str) -> int | None:
+    text = text.strip(_LOOKS).strip("[]")
+    if group != "label" and text.strip(_LOOKS + "()").isdecimal():
+        return None  # a score: `[RESULT] 2` is Prometheus' grade of a single answer
     whole = 0 if text.strip(_LOOKS) in ("C", "c") else named(text)
     if whole is not None or group not in ("label", "bracket"):
         return whole

@@ -71,7 +71,13 @@ NONE = {
             "[[A>A]]",
         ),
         'Say "[[A]]" if assistant A is better, "[[B]]" if assistant B is, and "[[C]]" for a tie.',
-        *("Answer 1 is better in style but worse in facts", "<answer>8</answer><answer>7</answer>"),
+        *(
+            "Answer 1 is better in style but worse in facts",
+            "<answer>8</answer><answer>2</answer>",
+            "[RESULT] 2",
+            "[[1]]",
+            "\\boxed{2}",
+        ),
     ),
     "ambiguous": ("[[A]] or [[B]]", "[[A]]\n\n[[B]]", '"[[A]]", "[[B]]" or "[[C]]"', "[[A]]/[[B]]"),
 }
