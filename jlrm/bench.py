@@ -109,12 +109,12 @@ class Workload:
         self.programs = grpo_programs(config, network, longest)
         settings = rollout_settings(config, network)
         # Without a tokenizer no id spells anything, and no stop string is ever found.
-        tables_of_stops = training_stops(config, network)
+        stops = training_stops(config, network)
         self.generate, self.generate_first = (
             make_generator(
                 network,
                 dataclasses.replace(settings, max_new_tokens=num_new),
-                tables_of_stops,
+                stops,
                 config.run.seed,
                 config.grpo.rollouts,
                 longest,
