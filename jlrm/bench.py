@@ -46,12 +46,18 @@ from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
-from jlrm.sampling import stops
 from jlrm.sampling.generate import Generate, fetch, make_generator
 from jlrm.sampling.policy import Network, bare_network
 from jlrm.training import update
 from jlrm.training.packing import Group
-from jlrm.training.programs import Known, Minibatch, grpo_programs, pack_minibatch, rollout_settings
+from jlrm.training.programs import (
+    Known,
+    Minibatch,
+    grpo_programs,
+    pack_minibatch,
+    rollout_settings,
+    training_stops,
+)
 from jlrm.weights.source import read_model
 
 PHASES = ("rollout", "logprobs", "update")
@@ -104,12 +110,12 @@ class Workload:
         self.programs = grpo_programs(config, network, longest)
         settings = rollout_settings(config, network)
         # Without a tokenizer no id spells anything, and no stop string is ever found.
-        stop_tables = stops.stop_tables(sampling.stop_strings, [], model.vocab_size)
+        stops = training_stops(config, network)
         self.generate, self.generate_first = (
             make_generator(
                 network,
                 dataclasses.replace(settings, max_new_tokens=num_new),
-                stop_tables,
+                stops,
                 config.run.seed,
                 config.grpo.rollouts,
                 longest,

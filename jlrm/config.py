@@ -108,7 +108,8 @@ class SamplingConfig:
     weights: Literal["full", "int8"] = "full"
     # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
-    # Text: the number of the occurrence that ends a completion.
+    # Text: the number of the occurrence that ends a completion. They count from the end of the
+    # reasoning, `</think>`: what is drafted or quoted before it ends nothing.
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
     eval_temperature: NonNegative = 0.0  # for the held-out set; 0: greedy
     eval_batch_size: Positive = 32  # held-out prompts that are sampled together

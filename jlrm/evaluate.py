@@ -31,7 +31,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation import journal, results, sources
+from jlrm.evaluation import journal, results, sources, unread
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.games import Backend, Game
@@ -238,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not hosts.is_main():
         return
     for run in runs:
-        if text := results.warning(run.benchmark.name, earned.benchmarks[run.benchmark.name]):
+        lines = unread.lines(run.benchmark.name, earned.benchmarks[run.benchmark.name])
+        if text := "\n".join(lines):
             logging.getLogger(__name__).warning("%s", text)
     shown = {run.benchmark.name: earned.benchmarks[run.benchmark.name] for run in runs}
     if args.json:
@@ -297,7 +298,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="recorded verdicts; or B=FILE",
     )
-    add("--parser", default="lenient", help=f"how texts are read: {', '.join(PARSERS)} (lenient)")
+    parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
+    add("--parser", default="lenient", help=f"how texts are read (lenient). {parsers}")
     add(
         "--policy",
         nargs="+",

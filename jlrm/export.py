@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jlrm.config import UsageError
+from jlrm.judgement.prompts import planting_note
 from jlrm.runtime import commands
 from jlrm.weights import checkpoint, hf, hf_config
 from jlrm.weights.source import side_files
@@ -39,7 +40,7 @@ Trained with jlrm ({stage}, step {step}); prompt template `{prompt}`, reward mod
 Held-out metrics at that step: {evaluation}.
 
 The prompt ends in `<think>`: fill the template and generate from there, without a chat template.
-"""
+{planting}"""
 
 
 def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> None:
@@ -136,12 +137,15 @@ def _write_configs(directory: pathlib.Path, dtype: str) -> None:
 
 def _card(name: str, meta: dict[str, Any]) -> str:
     config = meta.get("config", {})
+    prompt = config.get("data", {}).get("prompt", "unknown")
+    planting = planting_note(prompt)
     scores = {key: round(value, 2) for key, value in meta.get("evaluation", {}).items()}
     return CARD.format(
         name=name,
         stage=meta["stage"],
         step=meta["step"],
-        prompt=config.get("data", {}).get("prompt", "unknown"),
+        prompt=prompt,
+        planting=f"\n{planting}\n" if planting else "",
         reward=config.get("reward", {}).get("mode", "unknown"),
         evaluation=", ".join(f"{key} {value}" for key, value in scores.items()) or "none",
     )

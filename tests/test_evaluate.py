@@ -371,7 +371,8 @@ def test_a_judge_without_any_verdict_has_no_metrics_and_is_told(pairs, capsys, t
     flags = [*model(pairs, out, "--policy", "aggregation=first_order", "error_credit=tie")]
     evaluate.main([flag for flag in flags if flag != "--no-report"])
     told = capsys.readouterr()
-    assert "pairs: 24 of 24 games have NO VERDICT (mostly: no answer)" in told.err
+    assert "pairs: 24 of 24 games have NO VERDICT (100.0 %): no answer 24." in told.err
+    assert "Its metrics would describe the policy alone and are left out." in told.err
     result = results_file.read(out).benchmarks["pairs"]
     assert set(result.metrics) >= {"agreement", "f1"} and set(result.metrics.values()) == {None}
     assert result.intervals == {} and result.subsets["odd"] == SubsetResult(6, None)
@@ -381,15 +382,52 @@ def test_a_judge_without_any_verdict_has_no_metrics_and_is_told(pairs, capsys, t
         assert re.search(rf"{metric}\s+-", told.out), told.out
 
 
-def test_a_warning_is_given_where_half_of_the_verdicts_are_missing(
+def test_a_judge_with_half_of_its_verdicts_is_told_that_the_policy_speaks(
     pairs, capsys, tmp_path, judged_by
 ):
-    for num_failed, is_told in ((5, False), (6, True)):
+    for num_failed, is_half in ((0, False), (5, False), (6, True)):
         failing = {f"p{i}" for i in range(num_failed)}
         judged_by(Judge(lambda game, failing=failing: "?" if game.item.id in failing else GOOD))
         evaluate.main(model(pairs, tmp_path / str(num_failed)))
         told = capsys.readouterr().err
-        assert (f"pairs: {2 * num_failed} of 24 games have NO VERDICT" in told) == is_told
+        assert ("NO VERDICT" in told) == (num_failed > 0)
+        assert ("describe the policy more than the judge" in told) == is_half
+
+
+def test_games_without_a_verdict_are_shown_with_their_texts(pairs, caplog, tmp_path, judged_by):
+    said = {"p1": "[[A]]", "p3": "why</think>7 to 8 and 9", "p5": "x" * 500 + " [[B]]"}
+    judged_by(Judge(lambda game: said.get(game.item.id, GOOD) if game.first == 0 else GOOD))
+    evaluate.main(model(pairs, tmp_path / "o"))
+    told = caplog.text
+    assert "pairs: 3 of 24 games have NO VERDICT (12.5 %): no answer 3." in told
+    for game in ("p1:0-1, no answer: '[[A]]'", "p3:0-1, no answer: 'why</think>7 to 8 and 9'"):
+        assert f"  {game}\n" in told
+    assert "p5:0-1, no answer: '… xxx" in told and "x" * 200 not in told
+    assert "What may help: --parser letters" in told
+    unread = results_file.read(tmp_path / "o").benchmarks["pairs"].unread
+    assert [each.game for each in unread] == ["p1:0-1", "p3:0-1", "p5:0-1"]
+    evaluate.main(model(pairs, tmp_path / "o", "--parser", "letters"))
+    # Now the scores are what can't be read.
+    assert "22 of 24 games have NO VERDICT" in caplog.text
+
+
+def test_a_text_that_was_cut_off_has_no_verdict(pairs, capsys, tmp_path, monkeypatch):
+    """A draft before `</think>` is none, whoever cut it; a finished text without it is read."""
+    draft = "Maybe <answer>3</answer><answer>5</answer>"
+    endings = {0: "length", 1: "stop"}
+
+    def judge(games, record):
+        for game in games:
+            record(Response(game.id, texts=(draft,), endings=(endings[game.first],)))
+
+    monkeypatch.setattr(options, "make", lambda *args: judge)
+    evaluate.main(model(pairs, tmp_path / "o"))
+    told = capsys.readouterr().err
+    assert "12 of 24 games have NO VERDICT (50.0 %): cut 12." in told
+    assert "What may help: a larger --max-new-tokens." in told
+    for parser, num_failed in (("strict", 24), ("lenient", 12), ("judgelrm", 0)):
+        found = ran(capsys, *model(pairs, tmp_path / "o", "--parser", parser))
+        assert found["pairs"]["parse_failures"] == num_failed, parser
 
 
 def test_none_of_twelve_right_does_not_mean_never(pairs, capsys, tmp_path, judged_by):
@@ -521,7 +559,8 @@ def test_options_reach_the_backends_under_the_names_they_have():
         }
         wanted = set(inspect.signature(taken).parameters)
         wanted |= decoding if "decoding" in wanted else set()
-        assert ours == wanted - {"model", "seed", "decoding"}
+        # What ends the reasoning follows from the prompt.
+        assert ours == wanted - {"model", "seed", "decoding", "stop_after"}
 
 
 def test_help_tells_all_benchmarks_and_policies():

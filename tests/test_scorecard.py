@@ -451,6 +451,15 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     assert "temperature 0.0" in text and "bootstrap over items" in text
 
 
+def test_the_model_card_says_which_prompts_are_open_to_planting(tmp_path):
+    for prompt, is_open in (("judgelrm_eval", True), ("jlrm", False), ("", False)):
+        entry = judge("ours", pandalm=benchmark(0))
+        about = dataclasses.replace(entry.judge, prompt=prompt)
+        render(tmp_path, [dataclasses.replace(entry, judge=about)])
+        text = (tmp_path / "model_card.md").read_text()
+        assert ("an answer can plant a verdict" in text) == is_open
+
+
 def test_one_judge_has_no_judge_column(tmp_path):
     entry = dataclasses.replace(benchmark(0), published=())
     page = render(tmp_path, [judge("ours", pandalm=entry)])

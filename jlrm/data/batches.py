@@ -79,17 +79,15 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
       UsageError: no such template.
     """
     template = prompt_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
-    # Think tags too where they are ordinary text: a judge that quotes an answer and is then cut off
-    # would otherwise end with that answer's idea of a verdict.
-    control = control_tokens(tokenizer) | set(prompts.THINK_TAGS)
+    control = control_tokens(tokenizer)
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
         texts = [
             prompts.fill(
                 template,
-                question=prompts.neutralise(row.question, control),
-                answer_1=prompts.neutralise(row.answer_1, control),
-                answer_2=prompts.neutralise(row.answer_2, control),
+                question=prompts.quote(row.question, prompt, control),
+                answer_1=prompts.quote(row.answer_1, prompt, control),
+                answer_2=prompts.quote(row.answer_2, prompt, control),
             )
             for row in rows
         ]

@@ -1,12 +1,17 @@
 """From what a judge said in a game to its verdict.
 
-Text is read by one of four parsers. `strict` and `lenient` are those of judgement/verdict.py within
-the judge's scale; `judgelrm` is `lenient` for scores of any size, as the authors' evaluation reads
-them (pandalm/utils/judgelrm_inference.py, which then turns failures into ties: here that is a
-policy); `judgelm` takes JudgeLM's two scores from the first line (judgelm/llm_judge/common.py).
+Text is read by one of five parsers. `strict` and `lenient` are those of judgement/verdict.py within
+the judge's scale; `letters` reads which answer is named (judgement/letters.py). Two are the rules
+of others, for their judges: `judgelrm` takes the first two blocks with numbers of any size
+(pandalm/utils/judgelrm_inference.py, which then turns failures into ties: here that is a policy),
+`judgelm` the two scores of the first line (judgelm/llm_judge/common.py).
 
-Several texts for one game are votes: their scores are averaged, those without scores left out, so
-that three votes of 8 against 7 and one of 2 against 9 are a verdict of 6.5 against 7.5.
+A text that was cut off before its verdict has none, though it may hold a draft of one: its status
+is `cut`. The rules of others do not ask how a text ended.
+
+Several texts for one game are votes. Scores are averaged, those without scores left out, so that
+three votes of 8 against 7 and one of 2 against 9 are a verdict of 6.5 against 7.5. Letters are
+counted: the most frequent preference, a tie where two are equally frequent.
 """
 
 from __future__ import annotations
@@ -19,10 +24,26 @@ from typing import NamedTuple
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, Response, game_verdict
-from jlrm.judgement import verdict
+from jlrm.judgement import letters, verdict
 
-PARSERS = ("strict", "lenient", "judgelrm", "judgelm")
+PARSERS = {  # name: what it reads
+    "strict": "the grammar that training pays",
+    "lenient": "the last pair of scores after the reasoning",
+    "letters": "which answer is named: [[A]], [RESULT] B, Answer 1, a tie",
+    "judgelrm": "JudgeLRM's own rule",
+    "judgelm": "JudgeLM's own rule",
+}
+RULES_OF_OTHERS = ("judgelrm", "judgelm")
+MENDED_BY_MORE_TOKENS = ("no_think_end", "no_answer", "one_answer", "broken_answer")
 Scores = tuple[float, float]
+
+
+class Reading(NamedTuple):
+    """What is read from one text: scores, or a preference alone, or neither; as shown."""
+
+    scores: Scores | None
+    preference: int | None
+    status: str
 
 
 class Reader(NamedTuple):
@@ -31,21 +52,45 @@ class Reader(NamedTuple):
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
 
-    def scores(self, text: str) -> tuple[Scores | None, str]:
-        """Return both scores as shown, or None, and a status."""
+    def read(self, text: str, ending: str | None = None) -> Reading:
+        """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
+        found = self._read(text)
+        if self.parser in RULES_OF_OTHERS:
+            return found
+        is_reasoning = "</think>" not in text
+        is_cut = ending == "length" and (is_reasoning or found.status in MENDED_BY_MORE_TOKENS)
+        # Nobody said how it ended, but what was read stands before an unfinished sentence.
+        is_draft = ending is None and found.scores is not None and verdict.breaks_off(text)
+        return Reading(None, None, "cut") if is_cut or is_draft else found
+
+    def _read(self, text: str) -> Reading:
+        if self.parser == "letters":
+            named = letters.preference(text)
+            is_read = isinstance(named, int)
+            return Reading(None, named if is_read else None, "ok" if is_read else named)
         if self.parser == "judgelm":
             scores = judgelm_scores(text)
-            return scores, "ok" if scores else "no_answer"
-        low, high = (-math.inf, math.inf) if self.parser == "judgelrm" else self.scale
+            return _of_scores(scores, "ok" if scores else "no_answer")
+        if self.parser == "judgelrm":
+            found = verdict.parse_authors(text)
+            return _of_scores(found.scores, found.status)
+        low, high = self.scale
         is_strict = self.parser == "strict"
-        read = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
-        return read.scores, read.status
+        found = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
+        return _of_scores(found.scores, found.status)
+
+
+def _of_scores(scores: Scores | None, status: str) -> Reading:
+    return Reading(scores, verdict.preferred(*scores) if scores else None, status)
 
 
 def reader(parser: str, scale: tuple[float, float] = (1, 10)) -> Reader:
     """Return a reader. Raises UsageError for an unknown parser."""
     if parser not in PARSERS:
-        raise UsageError(f"--parser {parser} is unknown. {nearest(parser, PARSERS)}")
+        known = "; ".join(f"{name} ({what})" for name, what in PARSERS.items())
+        raise UsageError(
+            f"--parser {parser} is unknown. {nearest(parser, PARSERS)} They read: {known}."
+        )
     return Reader(parser, scale)
 
 
@@ -77,13 +122,23 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
         return GameVerdict(game.first, game.second, None, None, "refused")
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
-    votes = [read.scores(text) for text in response.texts]
-    pairs = [scores for scores, _ in votes if scores is not None]
-    if not pairs:
-        (status, _), *_ = Counter(status for _, status in votes).most_common(1)
-        return GameVerdict(game.first, game.second, None, None, status)
-    first, second = (statistics.fmean(column) for column in zip(*pairs, strict=True))
-    return game_verdict(game, (first, second))
+    endings = response.endings or (None,) * len(response.texts)
+    votes = [read.read(*each) for each in zip(response.texts, endings, strict=True)]
+    pairs = [vote.scores for vote in votes if vote.scores is not None]
+    if pairs:
+        first, second = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+        return game_verdict(game, (first, second))
+    named = [vote.preference for vote in votes if vote.preference is not None]
+    if named:
+        return GameVerdict(game.first, game.second, _majority(named), None, "ok")
+    (status, _), *_ = Counter(vote.status for vote in votes).most_common(1)
+    return GameVerdict(game.first, game.second, None, None, status)
+
+
+def _majority(preferences: Sequence[int]) -> int:
+    """Return the most frequent preference, 0 (a tie) where two are."""
+    (most, times), *others = Counter(preferences).most_common()
+    return 0 if others and others[0][1] == times else most
 
 
 def judged_items(

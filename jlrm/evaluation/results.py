@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
-from jlrm.evaluation import diagnostics, intervals
+from jlrm.evaluation import diagnostics, intervals, unread
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import Game, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
@@ -71,6 +71,7 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
         published=benchmark.published,
         incomplete=num_missing > 0,
         worst=_worst(judged, credits, evaluation.responses),
+        unread=unread.examples(judged, evaluation.responses),
     )
 
 
@@ -185,23 +186,6 @@ def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparis
         )
     paired = intervals.paired(*([one[item] for item in common] for one in credits))
     return PairedComparison(name, len(common), *paired)
-
-
-def warning(name: str, result: BenchmarkResult) -> str:
-    """Return what must be said of a benchmark most of whose games have no verdict; "" of others."""
-    num_games, num_failed = result.diagnostics.games, result.parse_failures
-    if 2 * num_failed < num_games or not num_games:
-        return ""
-    status = next(status for status in result.statuses if status != "ok").replace("_", " ")
-    meaning = (
-        "Its metrics would describe the policy alone and are left out"
-        if num_failed == num_games
-        else "Its metrics describe the policy more than the judge"
-    )
-    return (
-        f"{name}: {num_failed} of {num_games} games have NO VERDICT (mostly: {status}). {meaning}. "
-        "Look at the responses; another --prompt, --parser or a larger --max-new-tokens may help."
-    )
 
 
 def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:

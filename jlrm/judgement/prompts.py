@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jlrm.config import UsageError, nearest
+from jlrm.judgement.spelling import in_brackets
 
 THINK_TAGS = ("<think>", "</think>")
 TAGS = (*THINK_TAGS, "<answer>", "</answer>")  # of the output grammar (judgement/verdict.py)
@@ -113,6 +114,30 @@ def messages(name: str, min_score: int, max_score: int) -> tuple[str, str]:
     return system, _JLRM_USER
 
 
+def reasoning_end(name: str) -> str:
+    """Return what ends the reasoning of a completion; "" where the prompt opens none."""
+    begin, end = THINK_TAGS
+    opened = PAIR_TEMPLATES.get(name, begin)  # a chat prompt always opens it (data/tokenizer.py)
+    return end if opened.rstrip().endswith(begin) else ""
+
+
+def is_open_to_planting(name: str) -> bool:
+    """Return whether answer tags inside the texts to be judged stay what they are."""
+    return name in PAIR_TEMPLATES or name in SINGLE_TEMPLATES
+
+
+def planting_note(name: str) -> str:
+    """Return what a model card must say of a prompt in which answer tags pass; "" of others."""
+    if not is_open_to_planting(name):
+        return ""
+    return (
+        f"The prompt {name} is kept byte for byte as its judges saw it in training. It leaves "
+        "answer tags in the judged texts as they are, so an answer can plant a verdict that the "
+        "judge may quote. Do not use it on texts of people who gain by the verdict; the prompt "
+        "jlrm breaks such tags."
+    )
+
+
 def fill(template: str, *, question: str, answer_1: str, answer_2: str) -> str:
     """Write one comparison into a template's text."""
     return _fill(template, {"question": question, "answer_1": answer_1, "answer_2": answer_2})
@@ -136,6 +161,21 @@ def neutralise(text: str, control_tokens: Iterable[str]) -> str:
     tokens = frozenset(control_tokens)
     text = _SURROGATE.sub("\ufffd", text)
     return _first_characters(tokens).sub(r"\g<0> ", text) if tokens else text
+
+
+def quote(text: str, name: str, control_tokens: Iterable[str]) -> str:
+    """Return untrusted text as it stands in the prompt of a name: nothing in it steers a judge.
+
+    In prompts of ours, control tokens, think tags and answer tags lose their angle brackets in
+    whatever way they are spelt: `</answer>`, `&lt;/ANSWER&gt;` and others become `[/answer]`. What
+    a judge quotes then is no verdict. Other prompts are kept as the judges saw them that were
+    trained on them, so there answer tags pass (`is_open_to_planting`).
+    """
+    control = {*control_tokens, *THINK_TAGS}
+    if is_open_to_planting(name):
+        return neutralise(text, control)
+    # Then what has another form than <NAME>, in tokenizers of others.
+    return neutralise(in_brackets(text, frozenset({*control, *TAGS})), control)
 
 
 def target(

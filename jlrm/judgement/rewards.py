@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlrm.config import RewardConfig, UsageError
+from jlrm.judgement.blocks import split_tags
 from jlrm.judgement.verdict import (
     Status,
     Verdict,
@@ -38,7 +39,6 @@ from jlrm.judgement.verdict import (
     is_consistent,
     parse,
     preferred,
-    split_tags,
     structure,
     swap_preference,
 )

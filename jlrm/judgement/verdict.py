@@ -5,18 +5,26 @@ well-formed one has exactly the tags `</think>`, `<answer>`, `</answer>`, `<answ
 this order, and a number in each answer. Any text may stand between and after them. Text that does
 not parse is data: `parse` never raises, and takes time linear in the text.
 
+Models that were not trained here write other forms; judgement/blocks.py and numbers.py read those.
+
 Left out: what a failure costs in training (judgement/rewards.py) or in a benchmark (benchmarks/).
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from jlrm.judgement.blocks import BLOCK, answer_blocks, last_pair, split_tags, without_pair
+from jlrm.judgement.numbers import PLAIN_NUMBER
 
 Status = Literal[
     "ok",
     "no_think_end",  # cut short, or never stopped reasoning
+    "cut",  # the limit of tokens came before the verdict; where it is known how the text ended
     "repeated_think",  # a second </think>, or a <think> besides the prompt's
     "answer_in_reasoning",  # an answer tag before </think>
     "no_answer",
@@ -25,6 +33,7 @@ Status = Literal[
     "broken_answer",  # tags nested, crossed or not closed
     "not_a_number",
     "out_of_range",
+    "ambiguous",  # of letters: names both answers at once
     # Of reward mode judgelrm alone, which looks for the completion's begin in the text:
     "no_think_begin",  # no <think> behind the header where the authors' code cuts the text
     "no_header",  # nothing that begins an assistant's turn; the rest is well-formed
@@ -34,11 +43,9 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 Preference = Literal[0, 1, 2]  # the better answer; 0: a tie
 
-BLOCK = ["<answer>", "</answer>"]
-
-# Neither pattern can backtrack over more than one run of characters: both are linear.
-_TAG = re.compile(r"(</?(?:think|answer)>)")
-_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
+MOST_END_TOKENS = 16  # that are looked past
+_END_TOKEN = re.compile(r"<\|[a-z_]{1,20}\|>\Z")
+_FINISHED = ".!?:;)]}>\"'`*_\u201d\u2019\u3002\uff01\uff1f\u2026"  # last characters of sentences
 
 
 @dataclass(frozen=True)
@@ -95,35 +102,35 @@ def parse(
 
     strict: the grammar that the reward pays (the structure check of the authors'
     `reward_score/judgelrm.py`, for the text after `<think>`), with decimals allowed.
-    lenient, for models that were not trained here: the first two answer blocks that hold numbers
-    after the last `</think>`, or in the whole text where there is none (the rule of the authors'
-    `judgelrm_inference.py`, which also turns failures into ties; here they keep their status).
+    lenient, for models that were not trained here: the last complete pair of answer blocks after
+    the last `</think>`, or in the whole text where there is none (judgement/blocks.py).
     """
-    if strict:
-        reasoning, scores, status = _strict(completion)
-    else:
-        reasoning, scores, status = _lenient(completion)
-    if status == "ok" and not all(min_score <= score <= max_score for score in scores):
-        status = "out_of_range"
-    if status != "ok":
-        return Verdict(None, None, status, reasoning)
-    return Verdict(scores[0], scores[1], status, reasoning)
+    reasoning, scores, failure = _strict(completion) if strict else _lenient(completion, max_score)
+    return _verdict(scores, failure, reasoning, min_score, max_score)
 
 
-def split_tags(text: str) -> tuple[list[str], list[str]]:
-    """Cut at think and answer tags: the n tags in order, and the n + 1 texts around them."""
-    parts = _TAG.split(text)
-    return parts[1::2], parts[::2]
+def parse_authors(completion: str) -> Verdict:
+    """Read scores of any size by the rule of the authors' `judgelrm_inference.py`.
+
+    The first two answer blocks that hold numbers after the last `</think>`, or in the whole text
+    where there is none. The authors turn failures into ties; here they keep their status.
+    """
+    reasoning, tail = _parts(completion)
+    blocks = [block.text for block in answer_blocks(tail)]
+    failure = without_pair(len(blocks))
+    return _verdict(_numbers(blocks)[:2], failure, reasoning, -math.inf, math.inf)
 
 
-def _strict(completion: str) -> tuple[str, list[float], Status]:
-    tags, texts = split_tags(completion)
-    status = structure(tags)
-    reasoning = completion.partition("</think>")[0].strip()
-    if status != "ok":
-        return reasoning, [], status
-    scores = _numbers([texts[2], texts[4]])
-    return reasoning, scores, "ok" if len(scores) == 2 else "not_a_number"
+def breaks_off(completion: str) -> bool:
+    """Return whether a text without `</think>` goes on after its last answer block and stops short.
+
+    Then the block was a draft. It is a guess, for texts of which nobody recorded how they ended: a
+    finished text ends with a verdict or with a sentence.
+    """
+    if "</think>" in completion:
+        return False
+    rest = _without_end_tokens(completion.rpartition("</answer>")[2])
+    return any(map(str.isalpha, rest)) and rest[-1] not in _FINISHED
 
 
 def structure(tags: list[str]) -> Status:
@@ -141,20 +148,46 @@ def structure(tags: list[str]) -> Status:
     return few[num_blocks] if num_blocks < len(few) else "too_many_answers"
 
 
-def _lenient(completion: str) -> tuple[str, list[float], Status]:
+def _strict(completion: str) -> tuple[str, Sequence[float], Status]:
+    tags, texts = split_tags(completion)
+    status = structure(tags)
+    reasoning = completion.partition("</think>")[0].strip()
+    scores = _numbers([texts[2], texts[4]]) if status == "ok" else []
+    return reasoning, scores, "not_a_number" if status == "ok" else status
+
+
+def _lenient(completion: str, max_score: float) -> tuple[str, Sequence[float], Status]:
+    reasoning, tail = _parts(completion)
+    found = last_pair(_without_end_tokens(tail), max_score)
+    return (reasoning, [], found) if isinstance(found, str) else (reasoning, found, "ok")
+
+
+def _without_end_tokens(text: str) -> str:
+    text = text.rstrip()
+    for _ in range(MOST_END_TOKENS):
+        if not (found := _END_TOKEN.search(text[-24:])):
+            break
+        text = text[: -len(found[0])].rstrip()
+    return text
+
+
+def _parts(completion: str) -> tuple[str, str]:
+    """Return the reasoning, and what follows the last `</think>` or all where there is none."""
     before, end, tail = completion.rpartition("</think>")
-    reasoning = (before if end else completion).strip().removeprefix("<think>").strip()
-    tags, texts = split_tags(tail)
-    blocks = [texts[i + 1] for i in range(len(tags) - 1) if tags[i : i + 2] == BLOCK]
-    scores = _numbers(blocks)[:2]
-    if len(scores) == 2:
-        return reasoning, scores, "ok"
-    if len(blocks) > 1:
-        return reasoning, scores, "not_a_number"
-    return reasoning, scores, "one_answer" if blocks else "no_answer"
+    return (before if end else completion).strip().removeprefix("<think>").strip(), tail
 
 
-def _numbers(texts: list[str]) -> list[float]:
+def _verdict(
+    scores: Sequence[float], failure: Status, reasoning: str, low: float, high: float
+) -> Verdict:
+    if len(scores) != 2:
+        return Verdict(None, None, failure, reasoning)
+    if not all(low <= score <= high for score in scores):
+        return Verdict(None, None, "out_of_range", reasoning)
+    return Verdict(scores[0], scores[1], "ok", reasoning)
+
+
+def _numbers(texts: Iterable[str]) -> list[float]:
     """The texts that are integers or decimals; others (nan and 1e3 among them) are left out."""
     stripped = (text.strip() for text in texts)
-    return [float(text) for text in stripped if _NUMBER.fullmatch(text)]
+    return [float(text) for text in stripped if PLAIN_NUMBER.fullmatch(text)]

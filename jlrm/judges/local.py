@@ -23,6 +23,7 @@ from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
+from jlrm.judgement import prompts
 from jlrm.model.qwen import Params
 from jlrm.runtime.mesh import create_mesh
 from jlrm.sampling.generate import lay_out_program
@@ -57,6 +58,7 @@ def make(
       UsageError: anything the user can mend.
     """
     check_decoding(decoding)
+    decoding = dataclasses.replace(decoding, stop_after=prompts.reasoning_end(prompt))
     directory = model_files(model)
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
     if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
@@ -90,9 +92,10 @@ def answer(tokenizer: Tokenizer, written: Written) -> Response:
     """Return what was written as the answer of the game that the example's id names."""
     return Response(
         game=written.example.comparison.id,
-        texts=tuple(decode(tokenizer, written.completions)),
+        texts=tuple(decode(tokenizer, [each.ids for each in written.completions])),
+        endings=tuple("stop" if each.is_finished else "length" for each in written.completions),
         prompt_tokens=len(written.example.prompt_ids),
-        num_tokens=sum(map(len, written.completions)),
+        num_tokens=sum(len(each.ids) for each in written.completions),
         seconds=written.seconds,
     )
 

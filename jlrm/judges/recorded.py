@@ -4,7 +4,8 @@ Rows are JSON or JSONL. A row names its item by `id`, `idx` or `pair_id` and hol
 
     output      raw text of the judge, or a list of votes
     scores      [s1, s2] of the two answers; of an item with more answers, one score for each
-    decision    1, 2, 0; A, B, tie; A>B, B>A, A=B; null where the judge gave none
+    decision    1, 2, 0; A, B, tie; A>B, B>A, A=B; [[A]], Answer 1 and other forms that
+                judgement/letters.py reads; null where the judge gave none
 
 of the game in the item's own order, or with `swapped: true` of the other (1 is then the answer
 shown first, which is the item's second). `game` names a game outright: "ID:0-1", the indices of
@@ -23,6 +24,7 @@ from typing import Any
 from jlrm.config import UsageError
 from jlrm.evaluation import sources
 from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.judgement import letters
 from jlrm.judgement.verdict import swap_preference
 
 IDS = ("game", "id", "idx", "pair_id")
@@ -32,6 +34,7 @@ DECISIONS = {
 }
 FORMS = "output, scores, decision, gpt_result, result, judgments, results, score_chosen"
 HOW_TO_GET = "Name a JSON or JSONL file of recorded verdicts: --verdicts FILE."
+SHOWN_CHARACTERS = 80  # of a decision that nobody knows
 Said = dict[tuple[int, int], Response]  # by the indices of the answers in the order shown
 
 
@@ -173,7 +176,11 @@ def _response(row: sources.Row, where: str) -> Response:
 
 
 def _decision(value: Any, where: str, key: str) -> Response:
-    """Read a decision; null, and text that is none, is a judgement without a verdict."""
+    """Read a decision; null is a judgement without a verdict.
+
+    So is other text in the files of the benchmarks' own repositories, whose rules say what it
+    counts as. In a `decision` it is a mistake that would cost every game its verdict.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     is_label = isinstance(value, int) and not isinstance(value, bool)
@@ -185,7 +192,20 @@ def _decision(value: Any, where: str, key: str) -> Response:
         return Response("", preference=DECISIONS[word])
     if is_label:
         raise UsageError(f"{where}: '{key}' must be 1, 2 or 0 (a tie), got {value!r}.")
+    if word and key == "decision":
+        named = letters.preference(text) if word != "c" else "ambiguous"
+        if not isinstance(named, int):
+            raise UsageError(
+                f"{where}: 'decision' is {_shown(text)}, which names no answer. Wanted 1, 2, 0; A, "
+                "B, tie; A>B, B>A, A=B; or null where the judge gave none. The raw text of a judge "
+                "goes into 'output'."
+            )
+        return Response("", preference=named)
     return Response("", texts=(text,))
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …")
 
 
 def _judgments(value: Any, where: str) -> Said:

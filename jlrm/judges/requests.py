@@ -5,7 +5,7 @@ where a model has no system role. The raw templates (`prompts.PAIR_TEMPLATES`) g
 byte for byte: they are text with ChatML's control tokens in it, for servers of the judges that were
 trained on them, and any other model would read the tokens as text. The server turns control tokens
 into ids wherever they stand, in the answers to be judged too; `neutral` breaks those of Qwen's
-tokenizers there, and the think tags.
+tokenizers there, and the tags of judgements.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import json
 import math
 import pathlib
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
@@ -50,26 +51,28 @@ class Template(NamedTuple):
 
     system: str | None
     text: str
-    control_tokens: frozenset[str]  # broken in the texts to be judged
+    quote: Callable[[str], str]  # how the texts to be judged are written into it
 
     @classmethod
     def of(cls, name: str, scale: tuple[int, int], neutral: bool) -> Template:
-        control = CONTROL_TOKENS if neutral else frozenset()
+        quote = partial(prompts.quote, name=name, control_tokens=CONTROL_TOKENS)
+        if not neutral:
+            quote = partial(prompts.neutralise, control_tokens=())
         if name in prompts.PAIR_TEMPLATES:
-            return cls(None, prompts.PAIR_TEMPLATES[name], control)
-        return cls(*prompts.messages(name, *scale), control)
+            return cls(None, prompts.PAIR_TEMPLATES[name], quote)
+        return cls(*prompts.messages(name, *scale), quote)
 
     def fill(self, game: Game, is_apart: bool = True) -> dict[str, Any]:
         """Return the part of a request's body that holds the prompt.
 
         is_apart: the system text is a message of its own; else it begins the user's.
         """
-        item, control = game.item, self.control_tokens
+        item = game.item
         text = prompts.fill(
             self.text,
-            question=prompts.neutralise(item.question, control),
-            answer_1=prompts.neutralise(item.answers[game.first], control),
-            answer_2=prompts.neutralise(item.answers[game.second], control),
+            question=self.quote(item.question),
+            answer_1=self.quote(item.answers[game.first]),
+            answer_2=self.quote(item.answers[game.second]),
         )
         if self.system is None:
             return {"prompt": text}

@@ -13,6 +13,7 @@ import pathlib
 import re
 from typing import Any
 
+from jlrm.judgement.prompts import planting_note
 from jlrm.reports import evaluated
 from jlrm.reports.charts import picture
 from jlrm.reports.theme import DARK, LIGHT
@@ -52,6 +53,7 @@ def _environment(is_markdown: bool) -> Any:
         "name": evaluated.shown_name,
         "number": evaluated.number_text,
         "picture": picture,
+        "planting_note": planting_note,
         "policy": evaluated.policy_text,
         "range": evaluated.range_text,
     }

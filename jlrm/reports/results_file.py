@@ -184,6 +184,15 @@ class WorstItem:
 
 
 @dataclass(frozen=True)
+class UnreadGame:
+    """One of the games without a verdict, as an example. The text may be cut at its front."""
+
+    game: str = ""
+    status: str = ""
+    text: str = ""  # the end of what was said, where a verdict should stand
+
+
+@dataclass(frozen=True)
 class PairedComparison:
     """This judge less another one, by their credits on the items that both have judged."""
 
@@ -211,6 +220,7 @@ class BenchmarkResult:
     published: tuple[Published, ...] = ()
     incomplete: bool = False  # some games have no response yet
     worst: tuple[WorstItem, ...] = ()
+    unread: tuple[UnreadGame, ...] = ()  # examples, where many games have no verdict
     comparison: PairedComparison | None = field(default=None, metadata=LEFT_OUT)
 
 

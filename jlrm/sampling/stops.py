@@ -4,6 +4,10 @@ A judge is done after its second `</answer>`. A tokenizer splits that text in ma
 parts of it with the text around it. So the strings are recognised in bytes. A Knuth-Morris-Pratt
 automaton counts occurrences. The host runs the bytes of every token through it from every state,
 once per run. The result is a table `[states, V]`, which a decoding loop indexes.
+
+What a judge drafts or quotes while it reasons ends nothing: occurrences count from the end of its
+reasoning, `</think>`. Another `</think>` starts the count again, because a reader takes the verdict
+after the last one (judgement/verdict.py): where a text stops, its reader finds what stopped it.
 """
 
 from __future__ import annotations
@@ -27,13 +31,20 @@ class StopTables(NamedTuple):
 
 
 def stop_tables(
-    strings: Mapping[str, int], token_bytes: Sequence[bytes], vocab_size: int
+    strings: Mapping[str, int],
+    token_bytes: Sequence[bytes],
+    vocab_size: int,
+    after: str = "",
 ) -> StopTables:
     """Build the tables of `{text: number of the occurrence that ends the sequence}`.
 
     Occurrences do not overlap. An id without bytes (beyond the tokenizer's) keeps the state.
+
+    after: occurrences count only behind the last one of this text; "": from the start.
     """
-    automata = [_byte_automaton(text.encode(), count) for text, count in strings.items()]
+    automata = [
+        _byte_automaton(text.encode(), count, after.encode()) for text, count in strings.items()
+    ]
     num_states = max((len(automaton) for automaton in automata), default=1)
     tables = np.zeros((len(automata), num_states, vocab_size), np.int16)
     for table, automaton in zip(tables, automata, strict=True):
@@ -54,8 +65,58 @@ def has_ended(
     return is_end
 
 
-def _byte_automaton(pattern: bytes, count: int) -> Int[np.ndarray, "states 256"]:
-    """Return transitions that count occurrences of `pattern`: state = count · len + matched."""
+class ByteState(NamedTuple):
+    """How far a text has come: `seen` occurrences, and matched bytes of the next."""
+
+    is_counting: bool  # `after` has been found, or there is none to wait for
+    of_after: int  # matched bytes of `after`
+    seen: int
+    of_text: int  # matched bytes of the stop string
+
+
+def _byte_automaton(pattern: bytes, count: int, after: bytes) -> Int[np.ndarray, "states 256"]:
+    """Return transitions that count occurrences of `pattern` behind the last one of `after`.
+
+    Only states that can be reached are numbered, from 0 where a sequence begins. The last one ends
+    it, and keeps itself: a sequence that has ended stays ended.
+    """
+    in_text, in_after = _matcher(pattern), _matcher(after)
+    begin = ByteState(not after, 0, 0, 0)
+
+    def follow(state: ByteState, byte: int) -> ByteState:
+        of_after = int(in_after[state.of_after, byte]) if after else 0
+        if after and of_after == len(after):
+            return ByteState(True, 0, 0, 0)
+        if not state.is_counting:
+            return ByteState(False, of_after, 0, 0)
+        of_text = int(in_text[state.of_text, byte])
+        if of_text == len(pattern):  # occurrences do not overlap: the next one begins behind it
+            return ByteState(True, of_after, state.seen + 1, 0)
+        return ByteState(True, of_after, state.seen, of_text)
+
+    # Bytes of neither text act alike; one of them stands for all.
+    spelled = {*pattern, *after}
+    other = next(byte for byte in range(256) if byte not in spelled)
+    numbers, waiting, rows = {begin: 0}, [begin], []
+    while waiting:
+        state = waiting.pop(0)
+        row = {byte: follow(state, byte) for byte in (other, *spelled)}
+        for each in row.values():
+            if each.seen < count and each not in numbers:
+                numbers[each] = len(numbers)
+                waiting.append(each)
+        rows.append(row)
+    table = np.full((len(numbers) + 1, 256), len(numbers), np.int16)
+    for number, row in enumerate(rows):
+        targets = {byte: numbers.get(each, len(numbers)) for byte, each in row.items()}
+        table[number] = targets[other]
+        for byte, target in targets.items():
+            table[number, byte] = target
+    return table
+
+
+def _matcher(pattern: bytes) -> Int[np.ndarray, "matched 256"]:
+    """Return how many bytes of a pattern are matched after a byte, for every number before it."""
     size = len(pattern)
     within = np.zeros((size, 256), np.int16)
     fallback = 0  # the state of the longest proper suffix that is also a prefix
@@ -64,10 +125,7 @@ def _byte_automaton(pattern: bytes, count: int) -> Int[np.ndarray, "states 256"]
         within[matched, byte] = matched + 1
         if matched:
             fallback = within[fallback, byte]
-    # A full match is state `size` of its block, which is state 0 of the next: no overlaps.
-    blocks = [np.minimum(within + seen * size, size * count) for seen in range(count)]
-    # The last state keeps itself: a sequence that has ended stays ended.
-    return np.concatenate([*blocks, np.full((1, 256), size * count, np.int16)])
+    return within
 
 
 def _lift(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from jlrm.config import UsageError
 from jlrm.data.batches import Example, pad
@@ -43,20 +43,28 @@ class DecodingSettings:
     num_beams: int = 1  # other than 1, as in beam.py; at temperature 0 only
     repetition_penalty: float = 1.0  # the same
     stop_strings: Mapping[str, int] = field(default_factory=dict)
+    stop_after: str = ""  # stop strings count behind the last one of this text; "": anywhere
+
+
+class Completion(NamedTuple):
+    """What was written to a prompt."""
+
+    ids: list[int]
+    is_finished: bool  # False: the limit of tokens came first
 
 
 class Written(NamedTuple):
-    """The ids of a prompt's completions, and its part of the seconds they took."""
+    """A prompt's completions, and its part of the seconds they took."""
 
     example: Example
-    completions: list[list[int]]
+    completions: list[Completion]
     seconds: float
 
 
 # write(weights laid out for decoding, prompts): yields each prompt once, the longest first
 Writer = Callable[[Params, Sequence[Example]], Iterator[Written]]
 # the same of one batch of prompts; the numbers address their random numbers
-WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[list[int]]]]
+WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[Completion]]]
 
 
 def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[int]) -> Writer:
@@ -64,7 +72,9 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
     num_shards = policy.decoding.num_shards("P")
     num_rows = -(-decoding.batch_size // num_shards) * num_shards
     spelled = token_bytes(policy.tokenizer) if decoding.stop_strings else []
-    tables = stop_tables(decoding.stop_strings, spelled, policy.model.vocab_size)
+    tables = stop_tables(
+        decoding.stop_strings, spelled, policy.model.vocab_size, decoding.stop_after
+    )
     is_search = decoding.num_beams > 1 or decoding.repetition_penalty != 1.0
     batch_writer = _searching if is_search else _sampling
     program = functools.cache(partial(batch_writer, policy, decoding, tables))
@@ -140,10 +150,10 @@ def _sampling(
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
-    ) -> list[list[list[int]]]:
+    ) -> list[list[Completion]]:
         drawn = fetch(generate(weights, prompts, numbers, 0), len(prompts))
-        ids = _cut(np.asarray(drawn.tokens), np.asarray(drawn.lengths))
-        return [ids[i : i + votes] for i in range(0, len(ids), votes)]
+        rows = _cut(*map(np.asarray, (drawn.tokens, drawn.lengths, drawn.is_finished)))
+        return [rows[i : i + votes] for i in range(0, len(rows), votes)]
 
     return write
 
@@ -164,7 +174,7 @@ def _searching(
 
     def write(
         weights: Params, prompts: Sequence[Sequence[int]], numbers: np.ndarray
-    ) -> list[list[list[int]]]:
+    ) -> list[list[Completion]]:
         tokens, lengths = pad(prompts, width)
         best = program(
             weights,
@@ -175,13 +185,19 @@ def _searching(
             stops,
         )
         best = replicate(layout, best)
-        return [[ids] for ids in _cut(host_array(best.tokens), host_array(best.lengths))]
+        rows = _cut(*map(host_array, (best.tokens, best.lengths, best.is_finished)))
+        return [[row] for row in rows]
 
     return write
 
 
-def _cut(tokens: Int[np.ndarray, "B T"], lengths: Int[np.ndarray, " B"]) -> list[list[int]]:
-    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+def _cut(
+    tokens: Int[np.ndarray, "B T"],
+    lengths: Int[np.ndarray, " B"],
+    is_finished: Bool[np.ndarray, " B"],
+) -> list[Completion]:
+    rows = zip(tokens, lengths, is_finished, strict=True)
+    return [Completion(row[:length].tolist(), bool(finished)) for row, length, finished in rows]
 
 
 def _batches(

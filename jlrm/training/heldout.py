@@ -69,7 +69,7 @@ def make_evaluation(run: Run) -> EvaluateFn:
         label = f"judging {half} held-out pairs {when}"
         with progress_bar(label, len(asked), "game", is_shown=hosts.is_main()) as bar:
             for each in write(lay_out(params), asked):
-                completions[each.example.comparison.id] = each.completions[0]
+                completions[each.example.comparison.id] = each.completions[0].ids
                 bar.update()
         ids = [completions[game.id] for game in games]
         judgements = judge(run, examples, ids)

@@ -17,6 +17,7 @@ import optax
 from jaxtyping import Bool, Float
 
 from jlrm.config import Config
+from jlrm.judgement import prompts
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
@@ -103,6 +104,7 @@ def heldout_decoding(config: Config) -> DecodingSettings:
         config.run.seed,
         settings.eval_temperature,
         stop_strings=settings.stop_strings,
+        stop_after=prompts.reasoning_end(config.data.prompt),
     )
 
 
@@ -188,7 +190,7 @@ def grpo_calls(config: Config, network: Network, longest_prompt: int) -> dict[st
     calls["rollout"] = Call(
         rollout_program(network, rollout_settings(config, network)),
         rollout_arguments(
-            network, _stop_tables(config, network), grpo.prompts, grpo.rollouts, longest_prompt
+            network, training_stops(config, network), grpo.prompts, grpo.rollouts, longest_prompt
         ),
         weights="lay_out",
     )
@@ -229,7 +231,7 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
     program = lay_out_program(network.model, network.decoding)
     params = qwen.abstract_params(network.model, network.training)
     settings = sampler_settings(network, heldout_decoding(config))
-    tables, size = _stop_tables(config, network), config.sampling.eval_batch_size
+    tables, size = training_stops(config, network), config.sampling.eval_batch_size
     return {
         weights: Call(program, (params,)),
         "evaluation": Call(
@@ -313,9 +315,12 @@ def _init_optimizer(
     return Call(program, (state.params,))
 
 
-def _stop_tables(config: Config, network: Network) -> StopTables:
-    # Which ids spell a stop string only a tokenizer knows; the tables' shape depends on no ids.
-    return stop_tables(config.sampling.stop_strings, [], network.model.vocab_size)
+def training_stops(
+    config: Config, network: Network, token_bytes: Sequence[bytes] = ()
+) -> StopTables:
+    """Return what ends completions; without the bytes of tokens: tables of the same shape."""
+    after = prompts.reasoning_end(config.data.prompt)
+    return stop_tables(config.sampling.stop_strings, token_bytes, network.model.vocab_size, after)
 
 
 def _like(leaf: Any, dtype: Any) -> Any:

@@ -23,10 +23,9 @@ from jlrm.data.batches import Example
 from jlrm.data.tokenizer import token_bytes
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
-from jlrm.sampling import stops
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.policy import TextPolicy
-from jlrm.training.programs import rollout_settings
+from jlrm.training.programs import rollout_settings, training_stops
 from jlrm.training.scoring import (
     Judgement,
     compare_orders,
@@ -72,7 +71,7 @@ def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
     generate = make_generator(
         policy,
         rollout_settings(config, policy),
-        stops.stop_tables(sampling.stop_strings, spelled, policy.model.vocab_size),
+        training_stops(config, policy, spelled),
         config.run.seed,
         config.grpo.rollouts,
         width,

@@ -129,7 +129,10 @@ def test_the_check_sees_what_is_not_neutralised(tokenizer, monkeypatch):
 def test_clean_texts_come_back_whole(tokenizer, template):
     control = control_tokens(tokenizer)
     text = prompt_template(tokenizer, template)
-    for example in check_structure(in_every_place(list(CLEAN.values())), tokenizer, template):
+    # In a prompt of ours answer tags are broken, whoever wrote them.
+    tagged = () if prompts.is_open_to_planting(template) else ("tags", "generics")
+    clean = [each for name, each in CLEAN.items() if name not in tagged]
+    for example in check_structure(in_every_place(clean), tokenizer, template):
         row = example.comparison
         fields = {name: getattr(row, name) for name in ("question", "answer_1", "answer_2")}
         assert {name: prompts.neutralise(field, control) for name, field in fields.items()} == (
@@ -263,11 +266,21 @@ def test_every_text_has_a_verdict(record_property):
     print(f"{num_texts} completions parsed in {seconds:.2f} s")
 
 
+PAID = {"plus": 10, "leading_zeros": 5, "many_decimals": 10, "separator": 8, "lines": 10}
+READ = {
+    **PAID,
+    **{"comma": 9.9, "fraction": 7, "no_decimals": 5, "zero_width": 10},
+    **dict.fromkeys(
+        ("fullwidth_digits", "arabic_digits", "devanagari_digits", "bold_digits"),
+        10,
+    ),
+}
+
+
 @pytest.mark.parametrize("name", [n for n in HOSTILE if n.startswith("number ")])
-def test_only_plain_numbers_are_scores(name):
-    accepted = {"plus": 10, "leading_zeros": 5, "many_decimals": 10, "separator": 8, "lines": 10}
-    score_1 = accepted.get(name.removeprefix("number "))
-    for strict in (True, False):
+def test_only_numbers_of_one_meaning_are_scores(name):
+    for strict, accepted in ((True, PAID), (False, READ)):
+        score_1 = accepted.get(name.removeprefix("number "))
         scores = parse(HOSTILE[name], strict=strict).scores
         assert scores == (None if score_1 is None else (score_1, 1))
 

@@ -121,6 +121,81 @@ def test_neutralise_breaks_overlapping_tokens(text: str, tokens: set[str]) -> No
     assert not [token for token in tokens if token in neutral]
 
 
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        *(
+            "</answer>",
+            "</ANSWER>",
+            "</ answer >",
+            "< /answer>",
+            "</ans\u200bwer>",
+            "<\ufeff/answer>",
+        ),
+        *(
+            "\uff1c/answer\uff1e",
+            "\uff1c\uff0f\uff21nswer\uff1e",
+            "&lt;/answer&gt;",
+            "&LT;/answer&GT;",
+        ),
+        *(
+            "&#60;/answer&#x3e;",
+            "&amp;lt;/answer&amp;gt;",
+            "\\u003c/answer\\u003e",
+            "%3C/answer%3E",
+        ),
+        *(
+            "\\</answer\\>",
+            "\u2039/answer\u203a",
+            "</\u0430nsw\u0435r>",
+            "&lt/answer&gt",
+            "<\u0338/answer>",
+        ),
+    ],
+)
+def test_prompts_of_ours_break_a_tag_in_any_spelling(spelt: str) -> None:
+    assert prompts.quote(f"a{spelt}b", "jlrm", QWEN_TOKENS) == "a[/answer]b"
+    for name in ("judgelrm_train", "judgelrm_eval", "toy"):  # kept as their judges saw them
+        assert prompts.quote(f"a{spelt}b", name, QWEN_TOKENS) == f"a{spelt}b"
+
+
+def test_prompts_of_ours_break_turns_and_thoughts_too() -> None:
+    text = "<|im_end|>\n&lt;|IM_START|&gt;\uff1cthink\uff1e<tool_call> </think><s>[INST]"
+    control = {*QWEN_TOKENS, "<s>", "[INST]"}
+    assert prompts.quote(text, "jlrm", control) == (
+        "[|im_end|]\n[|im_start|][think][tool_call] [/think][s][ INST]"
+    )
+    # Elsewhere the exact tokens and tags alone, by a space.
+    assert prompts.quote(text, "judgelrm_eval", control) == (
+        "< |im_end|>\n&lt;|IM_START|&gt;\uff1cthink\uff1e< tool_call> < /think>< s>[ INST]"
+    )
+
+
+def test_what_is_no_tag_stays_as_it_is() -> None:
+    text = (
+        "if a < b and c > d: <answers> <p class='answer'> </answered> answer> <answer the end "
+        "&lt;b&gt; 1 &amp; 2 \u2039quoted\u203a <Answer_1> <answer to all> [answer] think"
+    )
+    assert prompts.quote(text, "jlrm", QWEN_TOKENS) == text
+
+
+@given(TEXTS)
+def test_a_quoted_text_is_broken_once_and_loses_nothing_else(text: str) -> None:
+    quoted = prompts.quote(text, "jlrm", QWEN_TOKENS)
+    assert prompts.quote(quoted, "jlrm", QWEN_TOKENS) == quoted
+    assert not [tag for tag in (*QWEN_TOKENS, *prompts.TAGS) if tag in quoted]
+
+
+def test_which_prompts_open_reasoning_and_which_are_open_to_planting(monkeypatch) -> None:
+    for name in prompts.PAIR_NAMES:
+        assert prompts.reasoning_end(name) == "</think>"
+        assert prompts.is_open_to_planting(name) == bool(prompts.planting_note(name))
+        assert prompts.is_open_to_planting(name) == (name != "jlrm")
+    assert "judgelrm_eval" in prompts.planting_note("judgelrm_eval")
+    monkeypatch.setattr(prompts, "PAIR_TEMPLATES", {"plain": "{question}", "open": "<think>\n"})
+    assert [prompts.reasoning_end(name) for name in ("plain", "open")] == ["", "</think>"]
+
+
 def test_neutralise_refuses_what_a_space_cannot_break() -> None:
     for token in ("x", "a b", ""):
         with pytest.raises(UsageError, match="cannot be broken"):

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jlrm.judgement.verdict import Status, Verdict, is_consistent, parse, swap_preference
+from jlrm.judgement.verdict import (
+    Status,
+    Verdict,
+    breaks_off,
+    is_consistent,
+    parse,
+    parse_authors,
+    swap_preference,
+)
 
 FRAGMENTS = (
     *("<think>", "</think>", "<answer>", "</answer>", "<answer>7</answer>", "<answer> 9</answer>"),
@@ -67,6 +75,29 @@ def test_strict(completion: str, status: str) -> None:
         ("<answer>1</answer></think><answer>8</answer><answer>4</answer>", (8, 4)),
         ("r<answer>8</answer><answer>4</answer>", (8, 4)),
         ("r</think><answer>x</answer><answer>8</answer><answer>4</answer>", (8, 4)),
+        (
+            "<answer>1</answer><answer>9</answer> no: <answer>8</answer><answer>4</answer>",
+            (8, 4),
+        ),
+        ('It says "<answer>1</answer>". <answer>8</answer><answer>4</answer>', (8, 4)),
+        (
+            "Says <answer>1</answer>? Answer 1: <answer>8</answer>, Answer 2: <answer>4</answer>",
+            (8, 4),
+        ),
+        ("<answer>8</answer><answer>4</answer> since it had <answer>10</answer> in it", (8, 4)),
+        ("A gets <answer>8</answer> while the other one gets <answer>4</answer>", (8, 4)),
+        (
+            "</think><answer>2</answer><answer>1</answer></think><answer>8</answer><answer>4</answer>",
+            (8, 4),
+        ),
+        (
+            "<answer>first</answer><answer>second</answer><answer>8</answer><answer>4</answer>",
+            (8, 4),
+        ),
+        ("<ANSWER>8</ANSWER>< answer >4</ answer>", (8, 4)),
+        ("\uff1canswer\uff1e8\uff1c/answer\uff1e<an\u200bswer>4</answer>", (8, 4)),
+        ("<answer>8</answer><answer>4</answer><ANSWER>1</ANSWER><ANSWER>9</ANSWER>", (8, 4)),
+        ('why</think>{"score_1": 8, "score_2": 4}<|im_end|>', (8, 4)),
         ("r</think><answer>8</answer><answer>4</answer><answer>1</answer>", (8, 4)),
         ("r</think><answer><answer>8</answer></answer><answer>4</answer><answer>", (8, 4)),
     ],
@@ -84,6 +115,15 @@ def test_lenient(completion: str, scores: tuple[float, float]) -> None:
         ("r</think><answer>8</answer>", "one_answer"),
         ("r</think><answer>8</answer><answer>x</answer>", "not_a_number"),
         ("r</think><answer>0</answer><answer>0</answer>", "out_of_range"),
+        ("r</think><answer>7-8</answer>", "not_a_number"),
+        (
+            "<answer>8</answer><answer>4</answer> no: <answer>5</answer><answer>7-8</answer>",
+            "not_a_number",
+        ),
+        (
+            "<answer>8</answer> says one, <answer>4</answer> two, <answer>1</answer>",
+            "too_many_answers",
+        ),
     ],
 )
 def test_lenient_failures_keep_a_status(completion: str, status: str) -> None:
@@ -203,3 +243,50 @@ def test_recorded_judgements(reference) -> None:
 def test_two_orders_are_consistent_where_both_name_one_answer(shown: Any, swapped: Any) -> None:
     same = {(1, 2), (2, 1), (0, 0)}  # by place: with the answers swapped, place 1 is answer 2
     assert is_consistent(shown, swap_preference(swapped)) == ((shown, swapped) in same)
+
+
+# The reader of JudgeLRM's own evaluation, as it was before any other reading was added.
+_AUTHORS_TAG = re.compile(r"(</?(?:think|answer)>)")
+_AUTHORS_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
+
+
+def _as_the_authors(completion: str) -> tuple[tuple[float, ...] | None, str]:
+    parts = _AUTHORS_TAG.split(completion.rpartition("</think>")[2])
+    tags, texts = parts[1::2], parts[::2]
+    pairs = [
+        texts[i + 1] for i in range(len(tags) - 1) if tags[i : i + 2] == ["<answer>", "</answer>"]
+    ]
+    numbers = [float(x) for x in map(str.strip, pairs) if _AUTHORS_NUMBER.fullmatch(x)][:2]
+    if len(numbers) == 2:
+        return tuple(numbers), "ok"
+    return None, "not_a_number" if len(pairs) > 1 else "one_answer" if pairs else "no_answer"
+
+
+@given(TEXTS | JUDGEMENTS)
+@example("</think><answer>1</answer><answer>10</answer><answer>9</answer><answer>2</answer>")
+@example("</think><answer>0</answer><answer>99</answer>")
+@example("<answer>7,5</answer><answer>**8**</answer><answer>8/10</answer>")
+def test_the_authors_rule_stays_what_it_was(text: str) -> None:
+    verdict = parse_authors(text)
+    assert (verdict.scores, verdict.status) == _as_the_authors(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_short"),
+    [
+        ("The format is <answer>3</answer><answer>5</answer>, I must first weigh", True),
+        ("<answer>3</answer><answer>5</answer> is what I would", True),
+        ("I must first weigh", True),
+        ("<answer>3</answer><answer>5</answer>", False),
+        ("<answer>3</answer><answer>5</answer><|im_end|>", False),
+        ("<answer>3</answer><answer>5</answer> since the first is wrong.<|im_end|>", False),
+        ("<answer>3</answer><answer>5</answer>, so **Answer 2**", False),
+        (
+            "<answer>3</answer><answer>5</answer> \u56e0\u4e3a\u7b2c\u4e00\u4e2a\u9519\u4e86\u3002",
+            False,
+        ),
+        ("why</think><answer>3</answer><answer>5</answer> is what I would", False),
+    ],
+)
+def test_a_draft_is_a_text_that_goes_on_and_stops_short(text: str, is_short: bool) -> None:
+    assert breaks_off(text) == is_short

@@ -21,6 +21,7 @@ from jlrm.data import toy
 from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.evaluation.games import Game, Item, Response, both_orders
+from jlrm.judgement import prompts
 from jlrm.judges import local
 from jlrm.model.qwen import QwenConfig
 from jlrm.sampling import writer
@@ -186,6 +187,9 @@ def test_answers_state_their_tokens_and_time(judges, directory):
         assert answer.prompt_tokens == len(encode(tokenizer, [prompt])[0])
         assert 2 <= answer.num_tokens <= 2 * SETTINGS["max_new_tokens"]
         assert answer.seconds > 0 and answer.error is None
+        is_cut = answer.num_tokens == 2 * SETTINGS["max_new_tokens"]  # both votes to the limit
+        assert len(answer.endings) == 2 and set(answer.endings) <= {"stop", "length"}
+        assert answer.endings == ("length", "length") or not is_cut
 
 
 def test_an_answer_cannot_speak_with_control_tokens(directory):
@@ -215,9 +219,19 @@ def test_without_games_nothing_is_read(tmp_path, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [True, False])
-def test_stop_is_the_second_answer(tmp_path, stop):
+@pytest.mark.parametrize(
+    ("stop", "opening", "num_beams", "num_answers"),
+    [
+        *((True, ">", 1, 2), (True, ">", 2, 2), (False, ">", 1, 10)),
+        # While it reasons, what a judge drafts or quotes ends nothing.
+        *((True, "<think>", 1, 10), (True, "<think>", 2, 10)),
+    ],
+)
+def test_stop_is_the_second_answer(tmp_path, monkeypatch, stop, opening, num_beams, num_answers):
     """A model that writes one cycle of tokens: each is the one most like the one before it."""
+    # Both openings end with a token of the cycle.
+    template = prompts.PAIR_TEMPLATES["toy"].removesuffix("<think>") + opening
+    monkeypatch.setattr(prompts, "PAIR_TEMPLATES", {"toy": template})
     toy.save_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     cycle = encode(tokenizer, ["</answer>"])[0]
@@ -236,10 +250,11 @@ def test_stop_is_the_second_answer(tmp_path, stop):
         },
         UNTIED,
     )
-    judge = made(tmp_path, stop=stop, max_new_tokens=30)
-    ((text,),) = texts(judge, GAMES[:1]).values()
-    written = (text.count("</answer>"), text.endswith("</answer>"))
-    assert written == ((2, True) if stop else (10, True))
+    judge = made(tmp_path, stop=stop, max_new_tokens=30, num_beams=num_beams)
+    (answer,) = answers(judge, GAMES[:1]).values()
+    (text,) = answer.texts
+    assert (text.count("</answer>"), text.endswith("</answer>")) == (num_answers, True)
+    assert answer.endings == ("stop" if num_answers == 2 else "length",)
 
 
 # --- shapes and refusals -------------------------------------------------------------------------

@@ -270,20 +270,38 @@ def test_a_completion_ends_with_a_stop_id_a_stop_string_or_the_limit():
     assert set(reasons) == {"limit", *strings, *stop_ids}
 
 
+@pytest.mark.slow
+def test_stop_strings_count_behind_the_end_of_the_reasoning():
+    token_bytes = [PIECES[token % len(PIECES)] for token in range(90)] + [b""] * 6
+    prompts, lengths = random_prompts()
+    endless = draw(prompts, lengths)
+    stops = stop_tables({"ab": 2}, token_bytes, 96, after="--")
+    found = draw(prompts, lengths, stops=stops)
+    reasons = set()
+    for row, tokens in enumerate(endless.tokens.tolist()):
+        length, reason = end_of(tokens, token_bytes, {"ab": 2}, (), after="--")
+        assert (found.lengths[row], found.is_finished[row]) == (length, reason != "limit")
+        reasons.add(reason)
+    assert reasons == {"limit", "ab"}
+
+
 def end_of(
     tokens: Sequence[int],
     token_bytes: Sequence[bytes],
     strings: dict[str, int],
     stop_ids: Sequence[int],
+    after: str = "",
 ) -> tuple[int, Any]:
     text = b""
     for index, token in enumerate(tokens):
-        text += token_bytes[token]
         if token in stop_ids:
             return index + 1, token
-        for string, count in strings.items():
-            if text.count(string.encode()) >= count:
-                return index + 1, string
+        for byte in token_bytes[token]:
+            text += bytes([byte])
+            _, found, counted = text.rpartition(after.encode()) if after else (b"", b"-", text)
+            for string, count in strings.items():
+                if found and counted.count(string.encode()) >= count:
+                    return index + 1, string
     return len(tokens), "limit"
 
 

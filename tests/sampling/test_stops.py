@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+import numpy as np
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jlrm.judgement.verdict import parse
 from jlrm.sampling.stops import StopTables, stop_tables
 
 ANSWER = "</answer>"
@@ -35,19 +38,26 @@ def end_by_table(tables: StopTables, automaton: int, tokens: Sequence[int]) -> i
     return is_accepted.index(True) if True in is_accepted else None
 
 
-def end_by_text(text: str, count: int, pieces: Sequence[bytes]) -> int | None:
-    """Return after how many tokens the text holds `count` occurrences that do not overlap."""
-    for length in range(len(pieces) + 1):
-        if b"".join(pieces[:length]).count(text.encode()) >= count:
-            return length
+def end_by_text(text: str, count: int, pieces: Sequence[bytes], after: str = "") -> int | None:
+    """Return after how many tokens the text holds `count` occurrences that do not overlap.
+
+    Behind the last `after` that the text holds at that byte; a text without one has none.
+    """
+    whole, ends = b"".join(pieces), np.cumsum([0, *map(len, pieces)])
+    for length in range(len(whole) + 1):
+        _, found, counted = whole[:length].rpartition(after.encode() or b"\0never")
+        if (found or not after) and counted.count(text.encode()) >= count:
+            return int(np.searchsorted(ends, length))
     return None
 
 
-def check(strings: dict[str, int], tokens: Sequence[int], token_bytes: Sequence[bytes]) -> None:
-    tables = stop_tables(strings, token_bytes, len(token_bytes) + 3)
+def check(
+    strings: dict[str, int], tokens: Sequence[int], token_bytes: Sequence[bytes], after: str = ""
+) -> None:
+    tables = stop_tables(strings, token_bytes, len(token_bytes) + 3, after)
     pieces = [token_bytes[token] for token in tokens]
     for automaton, (text, count) in enumerate(strings.items()):
-        wanted = end_by_text(text, count, pieces)
+        wanted = end_by_text(text, count, pieces, after)
         assert end_by_table(tables, automaton, tokens) == wanted, (text, count)
 
 
@@ -114,3 +124,81 @@ def test_without_strings_there_is_no_automaton():
     tables = stop_tables({}, [b"a"], vocab_size=2)
     assert tables.tables.shape[0] == 0
     assert tables.accept.shape == (0,)
+
+
+# ----------------------------------------------------------------------- behind the reasoning
+
+END = "</think>"
+REASONING = [*FRAGMENTS, END, "</think", "</th", "ink>", "</", "think>", "<think>", "</</think>"]
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    text=st.lists(st.sampled_from(REASONING), max_size=14).map("".join),
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=5),
+    counts=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 2)),
+)
+@example(text=ANSWER * 2 + END + ANSWER * 2, sizes=[1], counts=(2, 1, 1))
+@example(text=ANSWER * 2 + END + ANSWER * 2, sizes=[60], counts=(2, 1, 1))
+@example(text=END + ANSWER + END + ANSWER * 2, sizes=[2, 5], counts=(2, 9, 9))
+@example(text=f"<{END}<{ANSWER}</{END}{ANSWER * 2}", sizes=[3, 7], counts=(2, 9, 1))
+def test_stop_strings_count_behind_the_last_end_of_reasoning(text, sizes, counts):
+    tokens, token_bytes = tokenize(text.encode(), sizes)
+    strings = dict(zip((ANSWER, "</", "think>"), counts, strict=True))
+    check(strings, tokens, token_bytes, END)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    pattern=st.text("ab", min_size=1, max_size=4),
+    after=st.text("ab", min_size=1, max_size=4),
+    text=st.text("ab", max_size=30),
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    count=st.integers(1, 3),
+)
+def test_texts_that_overlap_each_other(pattern, after, text, sizes, count):
+    """Where both end with one byte, the end of the reasoning counts, and nothing before it."""
+    tokens, token_bytes = tokenize(text.encode(), sizes)
+    tables = stop_tables({pattern: count}, token_bytes, len(token_bytes), after)
+    whole, ends = text.encode(), np.cumsum([0, *(len(token_bytes[token]) for token in tokens)])
+    wanted, start, at = None, None, 0
+    for length in range(1, len(whole) + 1):  # `after` is found from left to right
+        if whole[at:length].endswith(after.encode()):
+            start = at = length
+        elif start is not None and whole[start:length].count(pattern.encode()) >= count:
+            wanted = int(np.searchsorted(ends, length))
+            break
+    assert end_by_table(tables, 0, tokens) == wanted
+
+
+def test_a_draft_ends_nothing_and_one_token_may_hold_the_end_and_the_verdict():
+    draft, verdict = f"<answer>3{ANSWER}<answer>5{ANSWER}", f"<answer>8{ANSWER}<answer>4{ANSWER}"
+    pieces = [draft.encode(), (END + verdict).encode()]
+    tables = stop_tables({ANSWER: 2}, pieces, 2, END)
+    assert end_by_table(tables, 0, [0, 0, 0]) is None
+    assert end_by_table(tables, 0, [0, 1]) == 2
+    assert end_by_table(stop_tables({ANSWER: 2}, pieces, 2), 0, [0, 1]) == 1
+
+
+def test_the_size_of_a_table_depends_on_no_tokens():
+    planned = stop_tables({ANSWER: 2}, [], 7, END)
+    assert planned.tables.shape == stop_tables({ANSWER: 2}, [b"x", b"</"], 7, END).tables.shape
+    assert planned.tables.shape[1] < 50  # of 151,936 ids: 12 MB
+
+
+def test_what_stops_a_text_is_what_its_reader_reads():
+    """Texts of tags in any order: where the table ends one, `lenient` finds the pair."""
+    pieces = ["<answer>1</answer>", "<answer>9</answer>", END, " so ", "<answer>", ANSWER]
+    token_bytes = [piece.encode() for piece in pieces]
+    tables = stop_tables({ANSWER: 2}, token_bytes, len(pieces), END)
+    num_read = 0
+    for tokens in itertools.product(range(4), repeat=6):
+        end = end_by_table(tables, 0, tokens)
+        if end is None:
+            continue
+        text = "".join(pieces[token] for token in tokens[:end])
+        behind = text.rpartition(END)[2]
+        numbers = [float(digit) for digit in behind if digit.isdigit()]
+        assert parse(text, strict=False).scores == tuple(numbers) and len(numbers) == 2
+        num_read += 1
+    assert num_read > 100

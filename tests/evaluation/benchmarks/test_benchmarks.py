@@ -724,6 +724,57 @@ def test_votes_are_averaged_and_failures_keep_a_status():
         reader("lenint")
 
 
+def test_votes_of_letters_are_counted():
+    game = Game(Item("1", "?", ("a", "b"), 1), 1, 0)
+
+    def read(*texts, endings=None):
+        response = Response(game.id, texts=texts, endings=endings)
+        return read_response(game, response, reader("letters"))
+
+    assert read("[[A]]") == (1, 0, 1, None, "ok") and read("[[B]]").in_order == 1
+    assert read("[[A]]", "[[B]]", "[[A]]").preference == 1
+    assert read("[[A]]", "[[B]]").preference == 0 == read("[[C]]", "[[A]]", "[[C]]").preference
+    assert read("[[B]]", "nothing", "?").preference == 2
+    assert read("?", "?", "[[A]] or [[B]]").status == "no_answer"
+    assert read("so far [[A]]", endings=("length",)).status == "cut"
+    assert read("why</think>[[A]]", endings=("length",)).preference == 1
+    assert read("so far [[A]]", "</think>[[B]]", endings=("length", "stop")).preference == 2
+
+
+@pytest.mark.parametrize("parser", ["lenient", "strict", "letters"])
+def test_a_text_without_a_verdict_that_was_cut_off_is_called_so(parser):
+    game = Game(Item("1", "?", ("a", "b"), 1), 0, 1)
+
+    def status(text, *endings):
+        return read_response(
+            game, Response(game.id, texts=(text,), endings=endings or None), reader(parser)
+        ).status
+
+    draft = "The format is <answer>3</answer><answer>5</answer>. I first weigh both"
+    assert status(draft, "length") == "cut"
+    assert status("so</think>The", "length") == "cut" != status("so</think>The", "stop")
+    assert status("why</think><answer>8</answer><ans", "length") == "cut"
+    if parser != "letters":  # which more tokens would not mend
+        assert status("why</think><answer>8</answer><answer>99</answer>", "length") != "cut"
+    if parser == "lenient":  # nobody said how it ended
+        assert status(draft) == "cut" and status(draft, "stop") == "ok"
+        assert status(draft + ".") == "ok"
+
+
+def test_given_texts_are_read_as_wanted(cases):
+    """Each in the way that the file names for it."""
+    game = Game(Item("1", "?", ("a", "b"), 1), 0, 1)
+    for line in (cases / "texts.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        parser = "letters" if "letters" in row["how"] else "lenient"
+        verdict = read_response(game, Response(game.id, texts=(row["output"],)), reader(parser))
+        if isinstance(row["wanted"], str):
+            assert verdict.preference == {"first": 1, "second": 2, "tie": 0}[row["wanted"]], row
+        else:
+            assert verdict.scores == (row["wanted"] and tuple(row["wanted"])), row
+        assert (verdict.status == "cut") == (row["wanted"] is None)
+
+
 def test_an_item_with_an_unjudged_game_does_not_count():
     games = BENCHMARKS["judgebench"].games(items_of("judgebench", 3), policy_of("judgebench"), 0)
     responses = {game.id: Response(game.id, preference=1) for game in games[:-2]}
@@ -966,6 +1017,10 @@ def test_recorded_verdicts_in_every_form(tmp_path):
         ({"game": "7:1-0", "decision": "B"}, Response("7:1-0", preference=2)),
         ({"id": "7", "decision": None}, Response("7:0-1", texts=("",))),
         ({"id": "7", "gpt_result": "Tie\nas"}, Response("7:0-1", preference=0)),
+        ({"id": "7", "decision": " "}, Response("7:0-1", texts=(" ",))),
+        ({"id": "7", "decision": "[[A]]"}, Response("7:0-1", preference=1)),
+        ({"id": "7", "decision": "Response 2"}, Response("7:0-1", preference=2)),
+        ({"id": "7", "decision": "A=B"}, Response("7:0-1", preference=0)),
         ({"id": "7", "gpt_result": "garbage"}, Response("7:0-1", texts=("garbage",))),
         ({"id": "7", "result": 1}, Response("7:0-1", preference=1)),
     ):
@@ -978,6 +1033,10 @@ def test_recorded_verdicts_in_every_form(tmp_path):
         ({"id": "7", "verdict": 1}, "row 1 holds no verdict in a known form"),
         ({"decision": 1}, "row 1 names no item: wanted one of game, id, idx, pair_id"),
         ({"id": "7", "decision": 3}, "must be 1, 2 or 0"),
+        ({"id": "7", "decision": "C"}, "row 1: 'decision' is 'C', which names no answer"),
+        ({"id": "7", "decision": "maybe"}, "The raw text of a judge goes into 'output'"),
+        ({"id": "7", "decision": "A or B"}, "which names no answer. Wanted 1, 2, 0; A, B, tie"),
+        ({"id": "7", "judgments": [{"decision": "A>"}]}, "row 1: 'decision' is 'A>'"),
         ({"id": "7", "decision": True}, "must be a decision"),
         ({"id": "7", "decision": [1]}, "must be a decision"),
         ({"id": "7", "scores": [1]}, "must be two numbers"),
