@@ -43,10 +43,10 @@ def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) ->
         num_heldout = data.eval_rows or USUAL_HELDOUT
         return Splits(train, sharded.deal(toy.comparisons(2, num_heldout)), [])
     train, dropped = _read(data, data.train, scale, needs_scores)
-    questions = train.questions()
+    questions = train.questions(data.folding)
     if data.eval:
         rows, dropped_too = _read(data, data.eval, scale, needs_scores)
-        theirs = rows.questions()
+        theirs = rows.questions(data.folding)
         heldout, _ = _hold_out(theirs, data.eval_rows or USUAL_HELDOUT)
         num_shared = len(np.intersect1d(questions, theirs[heldout]))
         if num_shared:
