@@ -116,11 +116,13 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
     entry = kept["benchmarks"]["pandalm"]
     assert set(entry) == {
         *("metrics", "intervals", "n", "parse_failures", "ties", "statuses", "policy", "subsets"),
-        *("diagnostics", "published", "incomplete", "worst"),
+        *("diagnostics", "published", "incomplete", "worst", "clusters", "design_effect"),
     }
+    assert entry["clusters"] == row["clusters"] == 170
+    assert 2.2 < entry["design_effect"] < 2.4
     assert entry["statuses"] == {"ok": 990, "out_of_range": 9} and not entry["incomplete"]
     low, high = entry["intervals"]["f1"]
-    assert 67.5 < low < 69.5 and 74.5 < high < 76.5
+    assert 65.5 < low < 67.5 and 76.5 < high < 78.5  # over items alone 68.6 to 75.7
     assert sum(subset["n"] for subset in entry["subsets"].values()) == 999
     assert len(entry["worst"]) == 20 and {row["credit"] for row in entry["worst"]} == {0.0}
     worst = {"item", "subset", "question", "answers", "label", "outputs", "scores", "credit"}

@@ -50,7 +50,7 @@ def evaluation(seed: int, num_items: int = 60, num_missing: int = 0) -> results.
     items = [
         Item(
             f"item-{number}",
-            f"Why? {EVIL}",
+            f"Why? {EVIL} {number}",
             (f"One {EVIL}" + "a" * number, f"Two {EVIL}" + "b" * (num_items - number)),
             label=number % 3,
             subset=f"hard {EVIL}" if number % 3 == 0 else "easy",
@@ -447,7 +447,7 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     failures, swaps = made.parse_failures, made.consistency
     assert f"no verdict in {failures.percent:.1f} % (n = {failures.n})" in text
     assert f"same verdict in both orders {swaps.percent:.1f} % (n = {swaps.n})" in text
-    assert "temperature 0.0" in text and "bootstrap over items" in text
+    assert "temperature 0.0" in text and "bootstrap over clusters" in text
 
 
 def test_one_judge_has_no_judge_column(tmp_path):
