@@ -151,6 +151,7 @@ def tidy(text: str) -> str:
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{_SPACELESS}]]"
 _WORD = regex.compile(rf"(?V1)[[{_SPACELESS}]&&[\p{{L}}\p{{M}}\p{{N}}]]|{_LETTERS}+")
+_SPACELESS_WORD = regex.compile(rf"(?V1)[{_SPACELESS}]")
 # Signs that say something wherever they stand: + = < %, currencies, emoji; not bullets and lines.
 _SIGN = r"[[\p{Sm}\p{Sc}\p{So}%&@]--[|~$\u2500-\u25ff]]"
 # Others say something in some places: not equal, C#, $5, -5, 3.5.
@@ -169,6 +170,12 @@ _SAME_SIGNS = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-") | dict.f
 def words(text: str) -> list[str]:
     """Return the words of a text; of scripts that put no spaces, the characters."""
     return _WORD.findall(text)
+
+
+def count_words(text: str) -> float:
+    """Return how many words a text has; a character of a script without spaces is half a word."""
+    found = words(text)
+    return len(found) - sum(map(len, map(_SPACELESS_WORD.findall, found))) / 2
 
 
 def fold(text: str) -> str:

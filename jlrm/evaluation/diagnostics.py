@@ -112,8 +112,8 @@ def _item_rate(
     rate = _rate(sum(counts), sum(sizes))
     if not rate.n:
         return ItemRate(None, 0)
-    sums = (np.bincount(clusters, each) for each in (counts, sizes))
-    return ItemRate(rate.percent, rate.n, of_share(*sums, most))
+    interval = of_share(np.bincount(clusters, counts), np.bincount(clusters, sizes), most)
+    return ItemRate(rate.percent, rate.n, interval)
 
 
 def _share_naming(judged: Sequence[ItemVerdicts], place: int, clusters: Clusters) -> ItemRate:

@@ -158,8 +158,8 @@ def clopper_pearson(share: float, size: float) -> tuple[float, float]:
 
 
 def paired(
-    credits_a: Sequence[float],
-    credits_b: Sequence[float],
+    credits_a: Sequence[float] | Float[np.ndarray, " N"],
+    credits_b: Sequence[float] | Float[np.ndarray, " N"],
     *,
     clusters: Clusters | None = None,
     num: int = 10_000,
