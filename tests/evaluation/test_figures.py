@@ -90,7 +90,7 @@ def test_metrics_that_are_means_are_those_of_the_slow_way():
     """Whatever way a figure is resampled, its interval is that of resamples of clusters."""
     rng = np.random.default_rng(0)
     said = dict(zip((f"p{i}" for i in range(240)), rng.random(240) < 0.7, strict=True))
-    made = evaluation("pairs", pairs(240, same=4), lambda g: right(g) if said[g.item.id] else 0)
+    made = evaluation("pairs", pairs(240, same=4), lambda g: right(g) if said[g.item.id] else 1)
     judged, _ = made.judged()
     clusters = cluster_items([each.item for each in judged])
     found = results.entry(made, 9.0).intervals
