@@ -27,7 +27,9 @@ REQUIRED = [
     "numpy>=2.0",
     "pyarrow>=15",
     "pyyaml>=6.0",
+    "regex",  # transformers brings it too
     "safetensors>=0.6",
+    "scipy>=1.11",  # jax brings it too
     "tensorboardX>=2.6",
     "tensorstore>=0.1.70",
     "tqdm>=4.66",

@@ -82,6 +82,9 @@ class DataConfig:
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
     # Number of held-out comparisons; 0: 200, but of `train` at most a fifth.
     eval_rows: Count = 0
+    # What makes two questions one, so that both are trained on or both held out: their words and
+    # signs, whatever the punctuation, or the text in lower case. A run keeps what it began with.
+    folding: Literal["words", "text"] = "words"
     # Our name of a field: the name of that column in the file, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
     # Which scores of a JudgeLM row are gold: made without or with a reference answer.

@@ -184,8 +184,11 @@ def _first_error(run: BenchmarkRun, kept: Journal) -> str:
 
 def _comparison(
     other_dir: pathlib.Path, run: BenchmarkRun, mine: results.Evaluation
-) -> PairedComparison:
-    """Compare with the responses of another evaluation, read as that one read them."""
+) -> PairedComparison | None:
+    """Compare with the responses of another evaluation, read as that one read them.
+
+    None, and a warning, where there is nothing to compare: a judge without any verdict.
+    """
     name = run.benchmark.name
     header, responses = journal.read(other_dir / name)
     if header.get("data") != run.header["data"]:
@@ -194,7 +197,13 @@ def _comparison(
     low, high = judge.decoding.get("scale") or (1, 10)
     read = Reader(judge.parser, (low, high))
     other = mine._replace(responses=responses, reader=read)
-    return results.comparison(mine, other, judge.name)
+    compared = results.comparison(mine, other, judge.name)
+    if compared is None:
+        logging.getLogger(__name__).warning(
+            "%s: NO COMPARISON with %s: one of the two judges has no verdict on their common items",
+            *(name, judge.name),
+        )
+    return compared
 
 
 def _described(args: argparse.Namespace, identity: dict[str, Any]) -> JudgeRecord:
@@ -240,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in runs:
         lines = unread.lines(run.benchmark.name, earned.benchmarks[run.benchmark.name])
         if text := "\n".join(lines):
+            logging.getLogger(__name__).warning("%s", text)
+    for run in runs:
+        if text := results.silence(run.benchmark.name, earned.benchmarks[run.benchmark.name]):
             logging.getLogger(__name__).warning("%s", text)
     shown = {run.benchmark.name: earned.benchmarks[run.benchmark.name] for run in runs}
     if args.json:

@@ -4,7 +4,7 @@
 
     1  read           every input; rows its reader can't use are kept in the list of dropped ones
     2  deduplicate    the same two answers to the same question, with the same label
-    3  decontaminate  questions that a benchmark asks, or most of whose word n-grams it has
+    3  decontaminate  questions that hold a benchmark's, or most of whose word n-grams it has
     4  measure        prompts that are too long for training, in either order
     5  split          whole questions into `validation`, by their hash
     6  swap           each training row is followed by itself in the other order
@@ -44,7 +44,7 @@ from jlrm.data.comparisons import (
     describe_dropped,
     write_dropped,
 )
-from jlrm.data.contamination import Benchmarks, read_benchmarks
+from jlrm.data.contamination import Benchmarks, read_benchmarks, warn_of_benchmark
 from jlrm.data.curation import (
     count_differing_labels,
     counted,
@@ -168,6 +168,7 @@ def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
     rows: list[Comparison] = []
     dropped: list[Dropped] = []
     for source in recipe.input:
+        warn_of_benchmark(source)
         given = readers.read(source, columns=recipe.columns, scores=recipe.scores)
         dropped += given.dropped
         stored = [_as_stored(row) for row in given.rows]

@@ -120,6 +120,7 @@ CHANGES = {
     "data.train": Change("{folder}/other.jsonl"),
     "data.eval": Change("{folder}/other.jsonl"),
     "data.eval_rows": Change(3),
+    "data.folding": Change("text"),
     "data.columns": Change("{{answer_1: answer_2, answer_2: answer_1}}"),
     "data.scores": Change(
         "score_w_reference", ("data.train={folder}/judgelm.jsonl", "sft.steps=0")

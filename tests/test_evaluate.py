@@ -116,11 +116,13 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
     entry = kept["benchmarks"]["pandalm"]
     assert set(entry) == {
         *("metrics", "intervals", "n", "parse_failures", "ties", "statuses", "policy", "subsets"),
-        *("diagnostics", "published", "incomplete", "worst"),
+        *("diagnostics", "published", "incomplete", "worst", "clusters", "design_effect"),
     }
+    assert entry["clusters"] == row["clusters"] == 170
+    assert 2.2 < entry["design_effect"] < 2.4
     assert entry["statuses"] == {"ok": 990, "out_of_range": 9} and not entry["incomplete"]
     low, high = entry["intervals"]["f1"]
-    assert 67.5 < low < 69.5 and 74.5 < high < 76.5
+    assert 65.5 < low < 67.5 and 76.5 < high < 78.5  # over items alone 68.6 to 75.7
     assert sum(subset["n"] for subset in entry["subsets"].values()) == 999
     assert len(entry["worst"]) == 20 and {row["credit"] for row in entry["worst"]} == {0.0}
     worst = {"item", "subset", "question", "answers", "label", "outputs", "scores", "credit"}
@@ -380,6 +382,51 @@ def test_a_judge_without_any_verdict_has_no_metrics_and_is_told(pairs, capsys, t
     assert re.search(r"\| agreement \| – \| – \| 12 \|", card)
     for metric in ("precision", "f1", "consistency"):
         assert re.search(rf"{metric}\s+-", told.out), told.out
+
+
+def test_a_silent_subset_is_told_in_the_terminal_the_card_and_the_page(
+    pairs, capsys, caplog, tmp_path, judged_by
+):
+    judged_by(Judge(lambda game: GOOD if int(game.item.id[1:]) % 2 else "no verdict"))
+    out = tmp_path / "o"
+    evaluate.main([flag for flag in model(pairs, out) if flag != "--no-report"])
+    told = capsys.readouterr().out
+    assert "pairs: NO VERDICT for even. These figures are left out." in caplog.text
+    assert re.search(r"even\s+-", told)
+    assert "intervals: 12 items, none of which share a question" in told
+    card = (out / "model_card.md").read_text()
+    assert "* **pairs: NO VERDICT for even, whose figures are left out.**" in card
+    assert re.search(r"\| even \| – \| – \| 12 \|", card)
+    page = (out / "report.html").read_text()
+    assert "NO VERDICT." in page and "pairs, none for even" in page
+
+
+def test_a_judge_without_a_verdict_is_not_compared(pairs, capsys, caplog, tmp_path, judged_by):
+    judged_by(Judge(lambda game: "no verdict"))
+    evaluate.main(model(pairs, tmp_path / "silent"))
+    judged_by(Judge())
+    evaluate.main(model(pairs, tmp_path / "mine", "--compare", str(tmp_path / "silent")))
+    assert "pairs: NO COMPARISON with m: one of the two judges has no verdict" in caplog.text
+    assert "against" not in capsys.readouterr().out
+    assert results_file.read(tmp_path / "mine").benchmarks["pairs"].comparison is None
+
+
+def test_items_of_one_question_are_drawn_together_and_said_to_be(
+    pairs, capsys, tmp_path, judged_by
+):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["question"] = f"{'Why?' if number % 2 else 'why -'} {number // 3}"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged_by(Judge(lambda game: GOOD if game.first == 0 and game.item.id < "p3" else BAD))
+    out = tmp_path / "o"
+    evaluate.main(model(pairs, out))
+    evaluate.main([*model(pairs, out), "--compare", str(out)])
+    told = capsys.readouterr().out
+    assert "intervals: 12 items in 4 clusters of items that share a question, design effect" in told
+    found = results_file.read(out).benchmarks["pairs"]
+    assert found.comparison and found.comparison.mcnemar_p is None
+    assert (found.clusters, found.comparison.clusters) == (4, 4)
 
 
 def test_a_judge_with_half_of_its_verdicts_is_told_that_the_policy_speaks(

@@ -338,7 +338,7 @@ def test_benchmarks_of_any_form(tmp_path, fields):
         names.append("b.csv")
     for name in names:
         found = contamination.read_benchmarks([str(tmp_path / name)], 13)
-        assert found.questions == {"why so?": str(tmp_path / name)}, name
+        assert found.questions == {"why so": str(tmp_path / name)}, name
 
 
 def save_uneven_tokenizer(directory: pathlib.Path) -> None:

@@ -50,7 +50,7 @@ def evaluation(seed: int, num_items: int = 60, num_missing: int = 0) -> results.
     items = [
         Item(
             f"item-{number}",
-            f"Why? {EVIL}",
+            f"Why? {EVIL} {number}",
             (f"One {EVIL}" + "a" * number, f"Two {EVIL}" + "b" * (num_items - number)),
             label=number % 3,
             subset=f"hard {EVIL}" if number % 3 == 0 else "easy",
@@ -382,6 +382,42 @@ def test_comparisons_and_sources_are_told(page):
 
 
 @pytest.mark.slow
+def test_clusters_are_told_in_the_page_and_the_card_and_older_files_have_none(tmp_path):
+    pair = dataclasses.replace(PAIRED, mcnemar_p=None, clusters=12, design_effect=2.5)
+    entry = dataclasses.replace(benchmark(2), comparison=pair, clusters=10, design_effect=1.75)
+    page = render(tmp_path / "new", [judge("mine", pandalm=entry)])
+    (table,) = page.table("Paired")
+    assert table["mine less ours"][-1] == "60\n12 clusters, design effect 2.50"
+    line = "60 items in 10 clusters of items that share a question, design effect 1.75"
+    assert f"mine: {line}." in page.text
+    assert f"* pandalm: {line}; " in (tmp_path / "new" / "model_card.md").read_text()
+
+    content = contracts.encode(judge("mine", pandalm=entry))
+    older = content["benchmarks"]["pandalm"]
+    for part in (older, older["comparison"]):
+        del part["clusters"], part["design_effect"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    read = results_file.read(tmp_path)
+    assert read.benchmarks["pandalm"].clusters is None
+    page = render(tmp_path / "old", [read])
+    assert page.table("Paired")[0]["mine less ours"][-1] == "60" and "clusters of" not in page.text
+
+
+@pytest.mark.slow
+def test_a_judge_without_verdicts_is_named_on_the_page_and_in_the_card(tmp_path):
+    made = evaluation(0)
+    texts = {name: dataclasses.replace(each, texts=("?",)) for name, each in made.responses.items()}
+    silent = results.entry(made._replace(responses=texts), 9.0)
+    page = render(tmp_path, [judge("mute", pandalm=silent), judge("ours", pandalm=benchmark(1))])
+    assert "NO VERDICT. A figure without" in page.text
+    assert "mute: pandalm, none of 120 games" in page.text
+    card = (tmp_path / "model_card.md").read_text()
+    assert "* **mute, pandalm: NO VERDICT in any of 120 games. All figures are left out" in card
+    assert page.text.count("no verdicts") >= len(silent.metrics)
+    assert silent.diagnostics.consistency and silent.diagnostics.consistency.percent is None
+
+
+@pytest.mark.slow
 def test_a_p_value_is_never_nought(tmp_path):
     pair = dataclasses.replace(PAIRED, p_value=0.00004, mcnemar_p=None)
     entry = dataclasses.replace(benchmark(2), comparison=pair)
@@ -448,7 +484,7 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     failures, swaps = made.parse_failures, made.consistency
     assert f"no verdict in {failures.percent:.1f} % (n = {failures.n})" in text
     assert f"same verdict in both orders {swaps.percent:.1f} % (n = {swaps.n})" in text
-    assert "temperature 0.0" in text and "bootstrap over items" in text
+    assert "temperature 0.0" in text and "bootstrap over clusters" in text
 
 
 def test_the_model_card_says_which_prompts_are_open_to_planting(tmp_path):

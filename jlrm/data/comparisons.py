@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import regex
+
 from jlrm.judgement.verdict import preferred, swap_preference
 
 # Why a row is left out: the word in `dropped.jsonl`, and what people are told.
@@ -36,6 +38,7 @@ REASONS = {
     "overlong_judgement": "with a written judgement that is too long",
     "duplicate": "that repeat an earlier row",
     "contaminated_exact": "that ask a benchmark's question",
+    "contaminated_whole": "whose question contains a benchmark's",
     "contaminated_ngram": "whose question is too like a benchmark's",
 }
 
@@ -143,17 +146,68 @@ def tidy(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
+# A word is a run of letters, digits and their accents, or one character of a script that puts no
+# spaces. U+30FC, the long vowel of Japanese, belongs to no script alone.
+_SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\u30fc\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_LETTERS = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{_SPACELESS}]]"
+_WORD = regex.compile(rf"(?V1)[[{_SPACELESS}]&&[\p{{L}}\p{{M}}\p{{N}}]]|{_LETTERS}+")
+_SPACELESS_WORD = regex.compile(rf"(?V1)[{_SPACELESS}]")
+# Signs that say something wherever they stand: + = < %, currencies, emoji; not bullets and lines.
+_SIGN = r"[[\p{Sm}\p{Sc}\p{So}%&@]--[|~$\u2500-\u25ff]]"
+# Others say something in some places: not equal, C#, $5, -5, 3.5.
+_SIGN_IN_PLACE = r"!(?==)|(?<=\w)\#|\$(?=\s?\p{N})|(?<!\w)-(?=\p{N})|(?<=\p{N})\.(?=\p{N})"
+# And others between numbers or single letters alone, as in 1-1: elsewhere they are text marks.
+_OPERATOR = r"-*/^|~$"
+_BEFORE = rf"(?<=(?:\p{{N}}|(?<!\w)\p{{L}})[\s)\]}}{_OPERATOR[1:]}-]*)"
+_AFTER = rf"(?=[\s(\[{{{_OPERATOR[1:]}-]*(?:\p{{N}}|\p{{L}}(?!\w)))"
+_TOKEN = regex.compile(rf"{_WORD.pattern}|{_SIGN}|{_SIGN_IN_PLACE}|{_BEFORE}[{_OPERATOR}]{_AFTER}")
+_UNSEEN = regex.compile(r"\p{Default_Ignorable_Code_Point}")  # zero width, soft hyphens
+_RAISED = regex.compile(r"[⁰¹²³⁴-⁹⁺⁻]+")
+_FRACTION = regex.compile(r"[¼-¾⅐-⅞]")
+_SAME_SIGNS = str.maketrans(dict.fromkeys("‐‑‒–—―−", "-") | dict.fromkeys("⁄∕", "/"))
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text; of scripts that put no spaces, the characters."""
+    return _WORD.findall(text)
+
+
+def count_words(text: str) -> float:
+    """Return how many words a text has; a character of a script without spaces is half a word."""
+    found = words(text)
+    return len(found) - sum(map(len, map(_SPACELESS_WORD.findall, found))) / 2
+
+
 def fold(text: str) -> str:
-    """Return the text tidied and in lower case."""
+    """Return what two texts have in common that ask the same question: the words, and the signs.
+
+    Letter case, white space, punctuation, text marks such as `**`, the width of characters, their
+    Unicode form and what has no width are left out. Signs that change a meaning stay: `1+1`, `1-1`
+    and `1 1` differ, as do C, C++ and C#, 5 and -5, 3² and 32. A text without a word, such as "?!",
+    is compared as it is but for white space. The split of training data, the search for
+    benchmarks' questions and the clusters of intervals all go by this.
+    """
+    text = _FRACTION.sub(r" \g<0> ", _RAISED.sub(r"^\g<0>", _UNSEEN.sub("", text)))
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    text = text.translate(_SAME_SIGNS)
+    return " ".join(_TOKEN.findall(text)) if _WORD.search(text) else tidy(text)
+
+
+def fold_as_text(text: str) -> str:
+    """Return the text tidied and in lower case, punctuation and all: the rule of older runs."""
     return tidy(text.lower())
 
 
-def question_key(question: str) -> int:
+FOLDINGS = {"words": fold, "text": fold_as_text}  # by the name in `data.folding`
+
+
+def question_key(question: str, folding: str = "words") -> int:
     """Return 64 bits of the hash of a folded question.
 
     To hold out the questions with the lowest keys is a choice that more data changes little.
     """
-    return int.from_bytes(hashlib.sha256(fold(question).encode()).digest()[:8])
+    folded = FOLDINGS[folding](question)
+    return int.from_bytes(hashlib.sha256(folded.encode()).digest()[:8])
 
 
 def write_comparisons(rows: Sequence[Comparison], path: pathlib.Path) -> None:

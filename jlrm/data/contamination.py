@@ -1,9 +1,10 @@
 """Training questions that are too similar to the questions of benchmarks.
 
-A question is contaminated if a benchmark asks the same question, or if a given share of its word
-n-grams occurs in benchmark questions: a copy with small edits keeps most of its n-grams. A question
-shorter than one n-gram is compared as a whole. Letter case, white space and the Unicode form of a
-character are ignored. In n-grams punctuation is ignored too.
+A question is contaminated if a benchmark asks the same question, if it contains a whole question of
+a benchmark, or if a given share of its word n-grams occurs in benchmark questions: a copy with
+small edits keeps most of its n-grams. The same question has the same words and signs, as
+`comparisons.fold` makes them; n-grams are of words alone. A benchmark's question of fewer than
+LEAST_WORDS words is compared as a whole only: "who are you?" stands in many others.
 
 Left out: answers. If a benchmark's answer stands under another question, this does not notice.
 """
@@ -11,6 +12,7 @@ Left out: answers. If a benchmark's answer stands under another question, this d
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,13 +23,44 @@ from tqdm import tqdm
 
 from jlrm.config import UsageError
 from jlrm.data import forms, readers
-from jlrm.data.comparisons import fold
+from jlrm.data.comparisons import count_words, fold, words
 
 log = logging.getLogger(__name__)
 
-# A word is a run of letters and digits, or one character of a script that puts no spaces.
-_SPACELESS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
+LEAST_WORDS = 6  # of a question that is looked for inside others
+
+# Hub datasets that are benchmarks, as patterns of ORG/NAME, with the part of the source that says
+# so where the same dataset has rows to train on.
+HUB_BENCHMARKS = (
+    ("RewardBench", r"allenai/reward-bench", ""),
+    ("RewardBench 2", r"allenai/reward-bench-2", ""),
+    ("RM-Bench", r"thu-keg/rm-bench", ""),
+    ("JudgeBench", r"scalerlab/judgebench", ""),
+    ("PandaLM", r"weopenml/pandalm", "test"),
+    ("LLMBar", r"princeton-nlp/llmbar", ""),
+    ("PPE", r"lmarena-ai/ppe-[\w-]+", ""),
+    ("RMB", r"zhou-zoey/rmb-reward-model-benchmark|ilgee/rmb-(?:pairwise|bon)", ""),
+    ("HelpSteer3's validation split", r"nvidia/helpsteer3", "validation"),
+    ("JudgeLM val", r"baai/judgelm-100k", "val"),
+    ("MT-Bench", r"lmsys/mt_bench_human_judgments", ""),
+)
+
+
+def warn_of_benchmark(source: str) -> None:
+    """Warn if a source of training rows is named like a benchmark on the hub.
+
+    That is ORG/NAME anywhere in it: hf:ORG/NAME, a url, a copy in a directory of that name, or in
+    the hub's cache, which writes ORG--NAME.
+    """
+    named = source.lower().replace("--", "/")
+    for benchmark, pattern, part in HUB_BENCHMARKS:
+        found = re.search(rf"(?<![\w.-])(?:{pattern})(?![\w.-])(.*)", named)
+        if found and part in found[1]:
+            log.warning(
+                "%s is a benchmark (%s): a judge that has trained on it can't be measured by it. "
+                "Train on other data, or report no result on this benchmark.",
+                *(source, benchmark),
+            )
 
 
 @dataclass(frozen=True)
@@ -41,8 +74,9 @@ class Benchmarks:
     def find(self, questions: Sequence[str], overlap: float) -> list[tuple[str, str]]:
         """Return for each question why it is contaminated and by which source, or two "".
 
-        Reasons: "contaminated_exact"; "contaminated_ngram" if a share of at least `overlap` of its
-        n-grams occur.
+        Reasons, the first that holds: "contaminated_exact"; "contaminated_ngram" if a share of at
+        least `overlap` of its n-grams occur; "contaminated_whole" if a whole question of a
+        benchmark, long or not, stands in it.
         """
         reasons = {"": ("", "")}
         for question in tqdm(questions, desc="decontaminate", delay=1):
@@ -58,7 +92,27 @@ class Benchmarks:
         sources = [self.ngrams[ngram] for ngram in ngrams if ngram in self.ngrams]
         if sources and len(sources) >= overlap * len(ngrams):
             return "contaminated_ngram", collections.Counter(sources).most_common(1)[0][0]
-        return "", ""
+        source = self._contained(folded.split(" "))
+        return ("contaminated_whole", source) if source else ("", "")
+
+    @functools.cached_property
+    def _by_opening(self) -> dict[tuple[str, ...], list[list[str]]]:
+        """The questions that are looked for inside others, by their first words and signs."""
+        index: dict[tuple[str, ...], list[list[str]]] = {}
+        for question in self.questions:
+            if count_words(question) >= LEAST_WORDS:
+                parts = question.split(" ")
+                index.setdefault(tuple(parts[:LEAST_WORDS]), []).append(parts)
+        return index
+
+    def _contained(self, parts: list[str]) -> str:
+        """Return the source of a question whose words and signs follow each other here, or ""."""
+        for start in range(len(parts) - LEAST_WORDS + 1):
+            opening = tuple(parts[start : start + LEAST_WORDS])
+            for question in self._by_opening.get(opening, ()):
+                if parts[start : start + len(question)] == question:
+                    return self.questions[" ".join(question)]
+        return ""
 
 
 def read_benchmarks(sources: Iterable[str], num_words: int) -> Benchmarks:
@@ -81,8 +135,8 @@ def read_benchmarks(sources: Iterable[str], num_words: int) -> Benchmarks:
 
 
 def _ngrams(folded: str, num_words: int) -> list[str]:
-    words = _WORD.findall(folded)
-    return [" ".join(words[i : i + num_words]) for i in range(len(words) - num_words + 1)]
+    found = words(folded)
+    return [" ".join(found[i : i + num_words]) for i in range(len(found) - num_words + 1)]
 
 
 def _read_questions(source: str) -> list[str]:

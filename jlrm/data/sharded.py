@@ -51,9 +51,9 @@ class ShardedRows:
         """Return for every row whether it is so."""
         return self.table(what, np.fromiter(map(is_so, self.mine), bool, len(self.mine)))
 
-    def questions(self) -> UInt64[np.ndarray, " N"]:
-        """Return the key of every row's question."""
-        keys = (question_key(row.question) for row in self.mine)
+    def questions(self, folding: str) -> UInt64[np.ndarray, " N"]:
+        """Return the key of every row's question, by the folding of that name."""
+        keys = (question_key(row.question, folding) for row in self.mine)
         return self.table("questions", np.fromiter(keys, np.uint64, len(self.mine)))
 
     def collect(

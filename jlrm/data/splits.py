@@ -12,6 +12,7 @@ from jlrm.config import DataConfig, UsageError
 from jlrm.data import scales, sharded, toy
 from jlrm.data.batches import Examples, encode_prompts
 from jlrm.data.comparisons import Dropped, describe_dropped
+from jlrm.data.contamination import warn_of_benchmark
 from jlrm.data.curation import SWAPPED
 from jlrm.data.sharded import ShardedRows
 from jlrm.data.tokenizer import Tokenizer
@@ -42,11 +43,12 @@ def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) ->
         train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
         num_heldout = data.eval_rows or USUAL_HELDOUT
         return Splits(train, sharded.deal(toy.comparisons(2, num_heldout)), [])
+    warn_of_benchmark(data.train)
     train, dropped = _read(data, data.train, scale, needs_scores)
-    questions = train.questions()
+    questions = train.questions(data.folding)
     if data.eval:
         rows, dropped_too = _read(data, data.eval, scale, needs_scores)
-        theirs = rows.questions()
+        theirs = rows.questions(data.folding)
         heldout, _ = _hold_out(theirs, data.eval_rows or USUAL_HELDOUT)
         num_shared = len(np.intersect1d(questions, theirs[heldout]))
         if num_shared:

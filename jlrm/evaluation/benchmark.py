@@ -6,7 +6,7 @@ games, `total` makes metrics of many credits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.evaluation.games import Game, Item, ItemVerdicts
@@ -34,6 +34,9 @@ class Benchmark(NamedTuple):
     source: str = ""  # where `read` finds it if nothing else is said; "": nowhere
     size: int = 0  # items of the official set; 0: it varies
     published: tuple[Published, ...] = ()
+    # Joins items to clusters beside those that share a question; None: the item joins none.
+    group: Callable[[Item], Hashable] | None = None
+    not_percent: tuple[str, ...] = ()  # metrics that are no percentages
 
     @property
     def policy(self) -> Policy:

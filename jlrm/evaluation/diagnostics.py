@@ -1,8 +1,8 @@
 """How far the numbers of an evaluation can be trusted, and what kind of judge they describe.
 
-Intervals resample *items*: the games of one item are correlated, so they are drawn together. All
-are 95 % percentile intervals of a bootstrap. It has a seed of its own, so they are the same in
-every run. At 0 and 100 %, where resamples do not differ, they are exact binomial ones.
+Intervals resample *clusters* of items: the games of one item are correlated, and so are items that
+share a question, so they are drawn together. All are 95 % intervals as intervals.py makes them. The
+bootstrap has a seed of its own, so they are the same in every run.
 
 Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
 """
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
-from jlrm.evaluation.intervals import NUM_RESAMPLES, percentiles, with_width
+from jlrm.evaluation.intervals import Clusters, of_share
 from jlrm.judgement.verdict import implied_probability, is_consistent, preferred, swap_preference
 from jlrm.reports.results_file import (
     Amount,
@@ -60,27 +60,33 @@ class Play(NamedTuple):
 
 
 def summary(
-    judged: Sequence[ItemVerdicts], responses: Mapping[str, Response], *, span: float | None = None
+    judged: Sequence[ItemVerdicts],
+    responses: Mapping[str, Response],
+    *,
+    clusters: Clusters | None = None,
+    span: float | None = None,
 ) -> Diagnostics:
     """Return the diagnostics of a judge on one benchmark; `responses` by the id of their game.
 
+    clusters: the number of each item's; by default each item is one of its own.
     span: the margin of two scores that states certainty; by default the distance between the
     lowest and the highest score seen. Raises ValueError for a span that is not positive.
     """
+    clusters = np.arange(len(judged)) if clusters is None else clusters
     if span is not None and not span > 0:
         raise ValueError(f"span={span} must be positive: the distance of the scale's ends")
     plays = list(_plays(judged))
     verdicts = [play for play in plays if play.verdict.preference is not None]
     labels = [play.label for play in plays if play.label in (1, 2)]
-    consistency, lean_to_first = _swaps(judged)
+    consistency, lean_to_first = _swaps(judged, clusters)
     return Diagnostics(
         items=len(judged),
         games=len(plays),
         statuses=dict(Counter(play.verdict.status for play in plays).most_common()),
         parse_failures=_rate(len(plays) - len(verdicts), len(plays)),
         ties=_rate(sum(p.verdict.preference == 0 for p in verdicts), len(verdicts)),
-        first=_share_naming(judged, 1),
-        second=_share_naming(judged, 2),
+        first=_share_naming(judged, 1, clusters),
+        second=_share_naming(judged, 2, clusters),
         labels_first=_rate(labels.count(1), len(labels)),
         consistency=consistency,
         lean_to_first=lean_to_first,
@@ -99,34 +105,34 @@ def _rate(count: int, n: int) -> Rate:
     return Rate(100 * count / n if n else None, n)
 
 
-def _item_rate(counts: Sequence[int], sizes: Sequence[int]) -> ItemRate:
-    """Return sum(counts) / sum(sizes) over items, with its interval."""
+def _item_rate(
+    counts: Sequence[int], sizes: Sequence[int], clusters: Clusters, most: float = math.inf
+) -> ItemRate:
+    """Return sum(counts) / sum(sizes) over items, with its interval; `most` as in `of_share`."""
     rate = _rate(sum(counts), sum(sizes))
     if not rate.n:
         return ItemRate(None, 0)
-    pairs, weights = np.unique(np.stack([counts, sizes], 1), axis=0, return_counts=True)
-    rng = np.random.default_rng(0)
-    drawn = rng.multinomial(len(counts), weights / len(counts), NUM_RESAMPLES) @ pairs
-    kept = drawn[drawn[:, 1] > 0]
-    interval = percentiles(100 * kept[:, 0] / kept[:, 1])
-    num_items = sum(size > 0 for size in sizes)
-    return ItemRate(rate.percent, rate.n, with_width(interval, num_items))
+    interval = of_share(np.bincount(clusters, counts), np.bincount(clusters, sizes), most)
+    return ItemRate(rate.percent, rate.n, interval)
 
 
-def _share_naming(judged: Sequence[ItemVerdicts], place: int) -> ItemRate:
+def _share_naming(judged: Sequence[ItemVerdicts], place: int, clusters: Clusters) -> ItemRate:
     """Return how many of all verdicts, ties among them, name the answer shown at a place."""
     said = [[o.preference for o in each.verdicts if o.preference is not None] for each in judged]
-    return _item_rate([row.count(place) for row in said], [len(row) for row in said])
+    return _item_rate([row.count(place) for row in said], [len(row) for row in said], clusters)
 
 
-def _swaps(judged: Sequence[ItemVerdicts]) -> tuple[ItemRate | None, Lean | None]:
+def _swaps(
+    judged: Sequence[ItemVerdicts], clusters: Clusters
+) -> tuple[ItemRate | None, Lean | None]:
     """Compare the verdicts on pairs of answers that were shown in both orders.
 
     Consistent: both verdicts name the same answer, or both a tie; a pair with a verdict missing is
-    not. Of the inconsistent pairs with two verdicts, each leans to the answer shown first or to the
-    one shown second, since its two verdicts do not cancel. Both None without such pairs.
+    not. Without any verdict there is no share. Of the inconsistent pairs with two verdicts, each
+    leans to the answer shown first or to the one shown second, since its two verdicts do not
+    cancel. Both None without such pairs.
     """
-    consistent, sizes, leans = [], [], []
+    consistent, sizes, leans, is_silent = [], [], [], True
     for each in judged:
         said = {(o.first, o.second): o.preference for o in each.verdicts}
         pairs = [
@@ -136,6 +142,7 @@ def _swaps(judged: Sequence[ItemVerdicts]) -> tuple[ItemRate | None, Lean | None
         ]
         sizes.append(len(pairs))
         consistent.append(sum(is_consistent(*pair) for pair in pairs))
+        is_silent = is_silent and all(pair == (None, None) for pair in pairs)
         leans += [pair for pair in pairs if pair[0] != pair[1] and None not in pair]
     if not sum(sizes):
         return None, None
@@ -143,7 +150,9 @@ def _swaps(judged: Sequence[ItemVerdicts]) -> tuple[ItemRate | None, Lean | None
     num_first = sum(one == 1 or (one == 0 and two == 2) for one, two in leans)
     points = 100 * (2 * num_first - len(leans)) / len(leans) if leans else None
     lean = Lean(points, len(leans), num_first, len(leans) - num_first)
-    return _item_rate(consistent, sizes), lean
+    if is_silent:
+        return ItemRate(None, sum(sizes)), lean
+    return _item_rate(consistent, sizes, clusters, sum(sizes)), lean
 
 
 def _length(plays: Sequence[Play]) -> LengthBias | None:

@@ -9,28 +9,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jlrm.config import UsageError
-from jlrm.evaluation import diagnostics, intervals, unread
+from jlrm.evaluation import diagnostics, figures, intervals, unread
 from jlrm.evaluation.benchmark import Benchmark, Credit
+from jlrm.evaluation.clusters import cluster_items, design_effect
 from jlrm.evaluation.games import Game, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, statuses
-from jlrm.evaluation.scoring import counted, percent
+from jlrm.evaluation.scoring import counted
 from jlrm.reports import tables
+from jlrm.reports.evaluated import independence_text
 from jlrm.reports.results_file import (
     BenchmarkResult,
     Interval,
     PairedComparison,
-    SubsetResult,
     WorstItem,
 )
 
-OVER_ALL_ITEMS = ("overall", "agreement")  # metrics that are a share of all items
 NUM_WORST = 20
 SHOWN_CHARACTERS = 4000  # of a text among the worst items
 
@@ -56,84 +56,28 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
     """
     benchmark, policy = evaluation.benchmark, evaluation.policy
     judged, num_missing = evaluation.judged()
-    credits = {each.item.id: benchmark.credit(each, policy) for each in judged}
-    metrics, ranges = _metrics(evaluation, judged, credits)
+    credits = [benchmark.credit(each, policy) for each in judged]
+    clusters = cluster_items([each.item for each in judged], benchmark.group)
+    credited = figures.Credited(benchmark, policy, judged, credits, clusters)
+    metrics, ranges = figures.metrics(credited)
+    responses = evaluation.responses
     return BenchmarkResult(
         metrics=metrics,
         intervals=ranges,
         n=len(judged),
+        clusters=len(set(clusters.tolist())),
+        design_effect=design_effect(credited.values, clusters),
         parse_failures=count(judged, None),
         ties=count(judged, 0),
         statuses=statuses(judged),
         policy=dataclasses.asdict(policy),
-        subsets=_subsets(judged, credits),
-        diagnostics=diagnostics.summary(judged, evaluation.responses, span=span),
+        subsets=figures.subsets(credited),
+        diagnostics=diagnostics.summary(judged, responses, clusters=clusters, span=span),
         published=benchmark.published,
         incomplete=num_missing > 0,
-        worst=_worst(judged, credits, evaluation.responses),
-        unread=unread.examples(judged, evaluation.responses),
+        worst=_worst(judged, {each.item.id: each for each in credits}, responses),
+        unread=unread.examples(judged, responses),
     )
-
-
-def _metrics(
-    evaluation: Evaluation, judged: Sequence[ItemVerdicts], credits: Mapping[str, Credit]
-) -> tuple[dict[str, float | None], dict[str, Interval]]:
-    """Return the metrics with their intervals; None for all where no game has a verdict.
-
-    What a policy gives to games without a verdict would be all that they say.
-    """
-
-    def total(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
-        return evaluation.benchmark.total(
-            [credits[each.item.id] for each in sample], evaluation.policy
-        )
-
-    metrics = total(judged)
-    if not _has_verdicts(judged):
-        return dict.fromkeys(metrics), {}
-    sizes = dict.fromkeys(OVER_ALL_ITEMS, len(judged)) | Counter(e.item.subset for e in judged)
-    return (
-        {name: _finite(value) for name, value in metrics.items()},
-        {
-            name: _finite_ends(ends, sizes.get(name, 0))
-            for name, ends in intervals.bootstrap(judged, total).items()
-        },
-    )
-
-
-def _has_verdicts(judged: Sequence[ItemVerdicts]) -> bool:
-    return any(each.preference is not None for item in judged for each in item.verdicts)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _finite_ends(interval: tuple[float, float], num_items: int) -> Interval:
-    """Return an interval; num_items: that a percentage is of, 0 for what is no share of items."""
-    low, high = intervals.with_width(interval, num_items) if num_items else interval
-    return _finite(low), _finite(high)
-
-
-def _subsets(
-    judged: Sequence[ItemVerdicts], credits: Mapping[str, Credit]
-) -> dict[str, SubsetResult]:
-    groups: dict[str, list[ItemVerdicts]] = {}
-    for each in judged:
-        groups.setdefault(each.item.subset, []).append(each)
-
-    def accuracy(sample: Sequence[ItemVerdicts]) -> dict[str, float]:
-        return {"accuracy": percent(credits[each.item.id].value for each in sample)}
-
-    def result(group: Sequence[ItemVerdicts]) -> SubsetResult:
-        if not _has_verdicts(group):
-            return SubsetResult(len(group), None)
-        interval = intervals.bootstrap(group, accuracy)["accuracy"]
-        return SubsetResult(
-            len(group), accuracy(group)["accuracy"], _finite_ends(interval, len(group))
-        )
-
-    return {name: result(group) for name, group in sorted(groups.items()) if name}
 
 
 def _worst(
@@ -168,24 +112,39 @@ def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " […]"
 
 
-def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparison:
+def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparison | None:
     """Compare two judges by their credits on the items that both have judged; name: the other's.
+
+    Returns None where one of the two has no verdict on any of these: the policy alone would be
+    compared.
 
     Raises:
       UsageError: there is no such item.
     """
-    credits = [
-        {each.item.id: e.benchmark.credit(each, e.policy).value for each in e.judged()[0]}
-        for e in (mine, other)
-    ]
-    common = [item for item in credits[0] if item in credits[1]]
+    judged = [{each.item.id: each for each in e.judged()[0]} for e in (mine, other)]
+    common = [item for item in judged[0] if item in judged[1]]
     if not common:
         raise UsageError(
             f"--compare: no item of {mine.benchmark.name} is judged by both, in the same orders. "
             "Compare evaluations of the same --policy order and --seed."
         )
-    paired = intervals.paired(*([one[item] for item in common] for one in credits))
-    return PairedComparison(name, len(common), *paired)
+    if not all(figures.has_verdicts([of[item] for item in common]) for of in judged):
+        return None
+    credits = [
+        np.array([e.benchmark.credit(of[item], e.policy).value for item in common])
+        for e, of in zip((mine, other), judged, strict=True)
+    ]
+    clusters = cluster_items([judged[0][item].item for item in common], mine.benchmark.group)
+    paired = intervals.paired(*credits, clusters=clusters)
+    effect = design_effect(credits[0] - credits[1], clusters)
+    return PairedComparison(name, len(common), *paired, len(set(clusters.tolist())), effect)
+
+
+def silence(name: str, result: BenchmarkResult) -> str:
+    """Return what must be said of figures without a verdict beside others that have one."""
+    if not result.silent or result.has_no_verdict:
+        return ""
+    return f"{name}: NO VERDICT for {', '.join(result.silent)}. These figures are left out."
 
 
 def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:
@@ -195,6 +154,7 @@ def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:
     mark = "  INCOMPLETE" if result.incomplete else ""
     yield f"{name}: {result.n}{of} items{mark}"
     yield f"  policy: {policy}"
+    yield f"  intervals: {independence_text(result.n, result.clusters, result.design_effect)}"
     yield f"  without a verdict: {result.parse_failures} games, ties: {result.ties}"
     published: dict[str, list[str]] = {}
     for row in result.published:
@@ -216,6 +176,8 @@ def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:
             f"  against {compared.other}: {compared.difference:+.2f} points "
             f"[{low:+.2f}, {high:+.2f}], p = {compared.p_value:.4f}, n = {compared.n}"
         )
+        drawn = independence_text(compared.n, compared.clusters, compared.design_effect)
+        yield f"    {drawn}"
 
 
 def _range(interval: Interval | None) -> str | None:

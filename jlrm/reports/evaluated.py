@@ -81,6 +81,19 @@ def whole_interval(interval: Interval | None) -> tuple[float, float] | None:
     return interval[0], interval[1]
 
 
+def independence_text(n: int, clusters: int | None, effect: float | None) -> str:
+    """Return what intervals draw, e.g. "999 items in 170 clusters of items that share a question,
+    design effect 2.38"; "" where a file of an older program does not say."""
+    if clusters is None:
+        return ""
+    items = f"{n:,} item{'s' if n != 1 else ''}"
+    if clusters == n:
+        return f"{items}, none of which share a question"
+    name = "1 cluster" if clusters == 1 else f"{clusters:,} clusters"
+    text = f"{items} in {name} of items that share a question"
+    return text if effect is None else f"{text}, design effect {effect:.2f}"
+
+
 def number_text(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 

@@ -50,6 +50,7 @@ def _environment(is_markdown: bool) -> Any:
     environment.filters |= {
         "at": evaluated.value_at,
         "count": "{:,}".format,
+        "independence": lambda of: evaluated.independence_text(of.n, of.clusters, of.design_effect),
         "name": evaluated.shown_name,
         "number": evaluated.number_text,
         "picture": picture,

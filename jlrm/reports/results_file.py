@@ -201,7 +201,9 @@ class PairedComparison:
     difference: float  # points
     interval: Interval  # points
     p_value: float
-    mcnemar_p: float | None = None  # None where a credit is neither 0 nor 1
+    mcnemar_p: float | None = None  # None where credits are not 0 or 1, or items share a cluster
+    clusters: int | None = None  # independent groups of the n items; None in older files
+    design_effect: float | None = None  # of the differences
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,9 @@ class BenchmarkResult:
     metrics: dict[str, float | None] = field(default_factory=dict)  # percent, the benchmark's names
     intervals: dict[str, Interval] = field(default_factory=dict)
     n: int = 0  # items whose games all have a response
+    clusters: int | None = None  # groups of items that are independent; None in older files
+    # How many times larger the variance of the mean credit is than that of independent items.
+    design_effect: float | None = None
     parse_failures: int = 0  # games without a verdict
     ties: int = 0  # games
     statuses: dict[str, int] = field(default_factory=dict)
@@ -222,6 +227,16 @@ class BenchmarkResult:
     worst: tuple[WorstItem, ...] = ()
     unread: tuple[UnreadGame, ...] = ()  # examples, where many games have no verdict
     comparison: PairedComparison | None = field(default=None, metadata=LEFT_OUT)
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The metrics that no game with a verdict is of, so that they have no value."""
+        return tuple(name for name, value in self.metrics.items() if value is None)
+
+    @property
+    def has_no_verdict(self) -> bool:
+        """Whether there are games, and none of them has a verdict."""
+        return 0 < self.diagnostics.games == self.parse_failures
 
 
 @dataclass(frozen=True)
@@ -260,5 +275,5 @@ def read(directory: pathlib.Path) -> Results:
 def headline(result: BenchmarkResult) -> dict[str, Any]:
     """Return what `jlrm.evaluate --json` prints of a benchmark."""
     whole = contracts.encode(result)
-    kept = ("n", "parse_failures", "ties", "policy", "comparison")
+    kept = ("n", "clusters", "design_effect", "parse_failures", "ties", "policy", "comparison")
     return {**whole["metrics"], **{name: whole[name] for name in kept if name in whole}}

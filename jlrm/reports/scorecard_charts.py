@@ -97,7 +97,11 @@ def subset_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     for subset in dict.fromkeys(subset for subsets in by_judge for subset in subsets):
         entries = [subsets.get(subset) for subsets in by_judge]
         marks = [
-            Mark(None, series=i) if each is None else _point(each.accuracy, each.interval, i)
+            Mark(None, series=i)
+            if each is None
+            else _point(
+                each.accuracy, each.interval, i, "no verdicts" if each.accuracy is None else ""
+            )
             for i, each in enumerate(entries)
         ]
         sizes = dict.fromkeys(f"{each.n:,}" for each in entries if each is not None)

@@ -17,10 +17,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
 from etils import epath
 from jax.sharding import Mesh
 
-from jlrm.config import Config, UsageError, stage_titles, stages_of
+from jlrm.config import Config, DataConfig, UsageError, stage_titles, stages_of
 from jlrm.data import toy
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
@@ -85,7 +86,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
       UsageError: anything the user can mend.
     """
     with open_directory(config) as directory:
-        config = _with_its_heldout_rows(config, directory)
+        config = _with_its_split(config, directory)
         # Both fail in a moment where they fail, so they come before anything is downloaded.
         mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
         policy = open_policy_of(config, directory, mesh)
@@ -207,21 +208,29 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
         )
 
 
-def _with_its_heldout_rows(config: Config, directory: RunDir) -> Config:
-    """Keep the number of held-out rows that a run began with, where the config leaves it open.
+def _with_its_split(config: Config, directory: RunDir) -> Config:
+    """Keep what decides which rows a run holds out as it began, where the config leaves it open.
 
-    Older runs held out 200 rows however few there were, and wrote that number down. With another
-    number they would go on with other rows.
+    Older runs held out 200 rows however few there were, and wrote that number down. Runs without
+    `data.folding` in their config took questions for one only where punctuation was equal too. With
+    another number or folding they would go on with other rows: some they had held out.
     """
     saved = directory.path / "config.yaml"
-    if config.data.eval_rows or not directory.is_trained or not saved.is_file():
+    if not directory.is_trained or not saved.is_file():
         return config
-    data = dataclasses.replace(config.data, eval_rows=load(saved).data.eval_rows)
+    before, data = load(saved).data, config.data
+    if not data.eval_rows:
+        data = dataclasses.replace(data, eval_rows=before.eval_rows)
+    if data.folding == DataConfig.folding:
+        is_older = "folding" not in yaml.safe_load(saved.read_text())["data"]
+        data = dataclasses.replace(data, folding="text" if is_older else before.folding)
     return dataclasses.replace(config, data=data)
 
 
 def _is_free(key: str, config: Config) -> bool:
     if key == "data.eval_rows" and not config.data.eval_rows:
+        return True
+    if key == "data.folding" and config.data.folding == DataConfig.folding:
         return True
     last = stages_of(config)[-1]
     if key == f"{last}.steps":  # a longer run is the same run, unless its schedule looks at its end

@@ -10,7 +10,7 @@ import pytest
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import toy
-from jlrm.data.comparisons import write_comparisons
+from jlrm.data.comparisons import fold, write_comparisons
 from jlrm.data.splits import read_splits
 
 SCALE = (1, 10)
@@ -99,3 +99,27 @@ def test_an_unlabelled_row_is_said_in_words_and_listed_by_its_key(source, tmp_pa
     splits = read_splits(DataConfig(train=path), SCALE, needs_scores=False)
     assert "left out 1 without a label (neither scores nor a preference)" in caplog.text
     assert [row.reason for row in splits.dropped] == ["no_label"]
+
+
+def test_questions_that_differ_in_punctuation_are_on_one_side(source):
+    texts = [
+        f"{('say', 'Say:')[i % 2]} which is number {i // 2}{'?!' * (i % 2)}" for i in range(60)
+    ]
+    made = [dataclasses.replace(row, question=q) for row, q in zip(rows(60), texts, strict=True)]
+    path = source(made)
+    for folding, is_clean in (("words", True), ("text", False)):
+        config = DataConfig(train=path, folding=folding, eval_rows=20)
+        splits = read_splits(config, SCALE, needs_scores=False)
+        train, heldout = ({fold(row.question) for row in side.mine} for side in splits[:2])
+        assert train.isdisjoint(heldout) == is_clean
+
+
+def test_training_on_a_benchmark_is_warned_of_and_holding_it_out_is_not(tmp_path, caplog):
+    for folder in ("allenai/reward-bench", "mine"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_comparisons(rows(20), tmp_path / folder / "x.jsonl")
+    theirs, mine = (str(tmp_path / each / "x.jsonl") for each in ("allenai/reward-bench", "mine"))
+    read_splits(DataConfig(train=mine, eval=theirs), SCALE, needs_scores=False)
+    assert "is a benchmark" not in caplog.text
+    read_splits(DataConfig(train=theirs, eval=mine), SCALE, needs_scores=False)
+    assert f"{theirs} is a benchmark (RewardBench)" in caplog.text

@@ -239,13 +239,14 @@ def test_labels_first_follows_the_order_shown():
         (0, 2, False, -1),
         (None, 1, False, 0),
         (2, None, False, 0),
-        (None, None, False, 0),
+        (None, None, None, 0),  # nothing was said, so there is no share
     ],
 )
 def test_two_orders_of_one_pair(one, two, is_consistent, lean):
     for verdicts in (swapped(one, two), swapped(one, two)[::-1]):
         found = summary([ItemVerdicts(item(label=1), verdicts)])
-        assert found["consistency"]["percent"] == 100 * is_consistent
+        percent = None if is_consistent is None else 100 * is_consistent
+        assert found["consistency"]["percent"] == percent
         assert found["consistency"]["n"] == 1
         expected = {
             "points": 100 * lean if lean else None,

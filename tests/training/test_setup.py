@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 from jlrm.config import Config, UsageError
 from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.splits import read_splits
 from jlrm.runtime.settings import from_dict
 from jlrm.training import setup
 
@@ -62,6 +64,35 @@ def test_a_checkpoint_binds_the_directory_to_its_config(run_dir):
     assert opened(settings(run_dir, grpo={"steps": 6})).directory.is_trained
     with pytest.raises(UsageError, match=r"grpo\.steps 6 -> 8"):  # whose schedule looks at its end
         opened(settings(run_dir, grpo={"steps": 8, "optimizer": {"schedule": "linear"}}))
+
+
+def test_a_run_that_began_before_foldings_keeps_its_split_and_a_new_one_its_own(run_dir):
+    """Two questions that differ by a comma: one question today, two when older runs began."""
+    data = run_dir.parent / "pairs.jsonl"
+    rows = toy.comparisons(seed=3, num_rows=64)
+    texts = [f"Well{',' * (i % 2)} which is number {i // 2}?" for i in range(64)]
+    asked = zip(rows, texts, strict=True)
+    write_comparisons([dataclasses.replace(row, question=text) for row, text in asked], data)
+
+    def held_out(config: Config) -> set[str]:
+        return {row.question for row in read_splits(config.data, (1, 10), False).heldout.mine}
+
+    by_words = held_out(opened(settings(run_dir)).config)
+    assert all(
+        {text.replace("Well,", "Well"), text.replace("Well ", "Well, ")} <= by_words
+        for text in by_words
+    )
+    saved = run_dir / "config.yaml"
+    (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
+    assert held_out(opened(settings(run_dir)).config) == by_words
+    saved.write_text(saved.read_text().replace("  folding: words\n", ""))  # as older programs wrote
+    by_text = held_out(opened(settings(run_dir)).config)
+    assert by_text == held_out(settings(run_dir, data={"folding": "text"})) != by_words
+    assert "folding: text" in saved.read_text()
+    assert held_out(opened(settings(run_dir)).config) == by_text  # and so it stays
+    saved.write_text(saved.read_text().replace("folding: text", "folding: words"))
+    with pytest.raises(UsageError, match=r"data\.folding 'words' -> 'text'"):
+        opened(settings(run_dir, data={"folding": "text"}))
 
 
 def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_they_are_gone(run_dir):

@@ -111,6 +111,11 @@ def _pairs(row: sources.Row, where: str, name: str) -> Iterator[Item]:
         )
 
 
+def prompt(item: Item) -> str:
+    """Return the prompt that an item's pair of answers is of; there are up to five pairs of one."""
+    return item.id.rpartition(":")[0]
+
+
 def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     """Return `overall`, the mean of the datasets, and each of them."""
     subsets = subset_percents(credits)
@@ -139,6 +144,7 @@ CORRECTNESS = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=total,
+    group=prompt,
     how_to_get=HOW_TO_GET_CORRECTNESS,
     source=HUB,
     published=(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -69,6 +70,11 @@ def _answers(row: sources.Row, key: str, where: str) -> tuple[str, ...]:
     if isinstance(value, list) and any(isinstance(each, list) for each in value):
         return tuple(sources.conversation(each, where) for each in value)
     return sources.texts(row, key, where)
+
+
+def ties_number(item: Item) -> str | None:
+    """Return the number of a Ties prompt: `ref` and `tied` of one number are scored together."""
+    return item.id.partition("#")[0].partition(":")[2] if item.subset == TIES else None
 
 
 def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
@@ -157,10 +163,12 @@ def ties_score(rows: Sequence[TiesRow]) -> float:
     so does the share for which the single right answer keeps such a distance too. How much larger
     that distance is, on average, weighs 0.01.
     """
-    margins: dict[str, dict[str, _Margins]] = {kind: {} for kind in KINDS}
+    margins: dict[str, dict[tuple[str, int], _Margins]] = {kind: {} for kind in KINDS}
+    drawn = Counter[tuple[str, str]]()  # a resample holds a row as often as it was drawn
     for row in rows:
         kind, _, number = row.id.partition("#")[0].partition(":")
-        margins[kind][number] = _margins(row)
+        drawn[kind, number] += 1
+        margins[kind][number, drawn[kind, number]] = _margins(row)
     ref, tied = margins["ref"], margins["tied"]
     both = [
         (tied[n].to_incorrect, min(ref[n].to_incorrect, tied[n].to_incorrect), spread)
@@ -214,6 +222,7 @@ BENCHMARK = Benchmark(
     games=games,
     credit=credit,
     total=total,
+    group=ties_number,
     how_to_get=HOW_TO_GET,
     source="hf:allenai/reward-bench-2#test",
     size=1865,
