@@ -31,13 +31,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation import journal, results, sources, unread
+from jlrm.evaluation import journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.games import Backend, Game
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
+from jlrm.evaluation.statistics import results, unread
 from jlrm.judges import asking, options
 from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file

@@ -17,11 +17,11 @@ import pytest
 
 from jlrm import scorecard
 from jlrm.config import UsageError
-from jlrm.evaluation import diagnostics, results
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.benchmarks.registry import policy_of
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import reader
+from jlrm.evaluation.statistics import diagnostics, results
 from jlrm.reports import (
     contracts,
     results_file,

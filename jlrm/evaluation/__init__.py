@@ -1,1 +1,1 @@
-"""How good is a judge: games, readers, policies and scoring rules, intervals, results."""
+"""How good is a judge: games, readers, policies, scoring rules."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jlrm.evaluation import figures, intervals, results
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, policy_of
 from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
-from jlrm.evaluation.clusters import cluster_items
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import reader
+from jlrm.evaluation.statistics import figures, intervals, results
+from jlrm.evaluation.statistics.clusters import cluster_items
 from jlrm.reports.results_file import SubsetResult, headline
 
 NONE = "not a word of a verdict"

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jlrm.evaluation import intervals
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import ItemVerdicts
-from jlrm.evaluation.intervals import Clusters
 from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.statistics import intervals
+from jlrm.evaluation.statistics.intervals import Clusters
 from jlrm.reports.results_file import Interval, SubsetResult
 
 MEAN_CREDITS = ("overall", "agreement", "micro", "correct_average")  # of most benchmarks

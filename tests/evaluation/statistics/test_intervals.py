@@ -8,11 +8,11 @@ import math
 import numpy as np
 import pytest
 
-from jlrm.evaluation import intervals, results
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
-from jlrm.evaluation.clusters import cluster_items, design_effect
 from jlrm.evaluation.games import Item, ItemVerdicts
 from jlrm.evaluation.reading import reader
+from jlrm.evaluation.statistics import intervals, results
+from jlrm.evaluation.statistics.clusters import cluster_items, design_effect
 from jlrm.judges.recorded import Recorded
 
 

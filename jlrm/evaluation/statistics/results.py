@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jlrm.config import UsageError
-from jlrm.evaluation import diagnostics, figures, intervals, unread
 from jlrm.evaluation.benchmark import Benchmark, Credit
-from jlrm.evaluation.clusters import cluster_items, design_effect
 from jlrm.evaluation.games import Game, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, statuses
 from jlrm.evaluation.scoring import counted
+from jlrm.evaluation.statistics import diagnostics, figures, intervals, unread
+from jlrm.evaluation.statistics.clusters import cluster_items, design_effect
 from jlrm.reports import tables
 from jlrm.reports.evaluated import independence_text
 from jlrm.reports.results_file import (

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 
-from jlrm.evaluation import diagnostics, intervals
 from jlrm.evaluation.games import GameVerdict, Item, ItemVerdicts, Response
+from jlrm.evaluation.statistics import diagnostics, intervals
 from jlrm.reports import contracts
 from jlrm.reports.results_file import Diagnostics
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
-from jlrm.evaluation.intervals import Clusters, of_share
+from jlrm.evaluation.statistics.intervals import Clusters, of_share
 from jlrm.judgement.verdict import implied_probability, is_consistent, preferred, swap_preference
 from jlrm.reports.results_file import (
     Amount,
