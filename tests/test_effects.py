@@ -121,6 +121,9 @@ CHANGES = {
     "data.eval": Change("{folder}/other.jsonl"),
     "data.eval_rows": Change(3),
     "data.columns": Change("{{answer_1: answer_2, answer_2: answer_1}}"),
+    "data.values": Change(
+        "{{answer_1: 2, answer_2: 1}}", ("data.train={folder}/preferences.jsonl", "sft.steps=0")
+    ),
     "data.scores": Change(
         "score_w_reference", ("data.train={folder}/judgelm.jsonl", "sft.steps=0")
     ),

@@ -25,7 +25,7 @@ from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
 from jlrm.data.tokenizer import load_tokenizer
-from jlrm.runtime import commands
+from jlrm.runtime import commands, settings
 from jlrm.runtime.storage import open_place
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -588,7 +588,9 @@ ERRORS = {
     [["question=q", "answer_1=a"], ["question=q,answer_1=a"], ["{question: q, answer_1: a}"]],
 )
 def test_columns_are_spelled_as_in_a_config_too(spelling):
-    assert prepare._columns(spelling) == {"question": "q", "answer_1": "a"}
+    parser = prepare._parser()
+    args = parser.parse_args(["--input", "x", "--out", "y", "--columns", *spelling])
+    assert settings.pair_flags(args)["columns"] == {"question": "q", "answer_1": "a"}
 
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS.values(), ids=ERRORS)

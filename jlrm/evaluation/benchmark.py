@@ -26,7 +26,9 @@ class Credit(NamedTuple):
 class Benchmark(NamedTuple):
     name: str
     policies: tuple[Policy, ...]  # the official one first
-    read: Callable[[str], list[Item]]  # from a file, a directory or hf:ORG/NAME#SPLIT
+    # From a file, a directory or hf:ORG/NAME#SPLIT; with `columns`, `values` and `scores` as
+    # data/readers.py takes them, if the rows are the user's own.
+    read: Callable[..., list[Item]]
     games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
     credit: Callable[[ItemVerdicts, Policy], Credit]
     total: Callable[[Sequence[Credit], Policy], dict[str, float]]  # percent
@@ -34,6 +36,7 @@ class Benchmark(NamedTuple):
     source: str = ""  # where `read` finds it if nothing else is said; "": nowhere
     size: int = 0  # items of the official set; 0: it varies
     published: tuple[Published, ...] = ()
+    is_own: bool = False  # the rows are the user's own
 
     @property
     def policy(self) -> Policy:
