@@ -171,9 +171,14 @@ def doubts(counts: Mapping[str, int], column: str) -> str:
     else:
         return ""
     there = [(name, counts[name]) for name in "012" if name in counts]
-    shown = ", ".join(f"{name} ({count} rows)" for name, count in there)
+    shown = ", ".join(
+        f"{name} ({count}{'' if place else ' rows'})" for place, (name, count) in enumerate(there)
+    )
     read_as = {"0": "a tie", "1": "the first answer", "2": "the second"}
-    told = ", ".join(f"{name} as {read_as[name]}" for name, _ in there)
+    told = ", ".join(
+        f"{name} {'as' if place else 'was read as'} {read_as[name]}"
+        for place, (name, _) in enumerate(there)
+    )
     if not ties:
         advice = (
             "If the better answer always stands in one place, set data.orders=both or prepare "
@@ -184,7 +189,7 @@ def doubts(counts: Mapping[str, int], column: str) -> str:
         advice = f"If 0 is the first answer and 1 the second, set data.values={theirs}"
     same = ", ".join(f"{name}: {name}" for name, _ in there)
     return (
-        f"the labels in '{column}' are {shown}, {what}. They were read as {told}. {advice}; if "
+        f"the labels in '{column}' are {shown}, {what}. {told}. {advice}; if "
         f"they are right, data.values={{{same}}} says so (prepare, evaluate: --values)."
     )
 

@@ -250,7 +250,7 @@ def test_other_numberings_are_mapped_everywhere_and_doubted_where_they_are_not(t
         caplog.clear()
         assert [row.label for row in read(source, columns=names).rows] == [0, 1, 2, 0, 1]
         (record,) = caplog.records
-        assert "0 (2 rows), 1 (2 rows), 2 (1 rows)" in record.getMessage()
+        assert "0 (2 rows), 1 (2), 2 (1)" in record.getMessage()
         assert "the labels in 'label'" in record.getMessage()
         assert "data.values={0: 1, 1: 2, 2: 0}" in record.getMessage()
         caplog.clear()
