@@ -8,7 +8,7 @@
     4  measure        prompts that are too long for training, in either order
     5  split          whole questions into `validation`, by their hash
     6  swap           each training row is followed by itself in the other order
-    7  count          rows, sources, labels, scores, lengths
+    7  count          rows, sources, labels, scores, lengths, and pairs with opposite labels
     8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
 
 DIR appears whole or not at all, and holds neither times nor the machine's paths: the same command

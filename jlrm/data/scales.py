@@ -90,6 +90,5 @@ def describe_off_scale(rows: ShardedRows, scale: tuple[int, int], source: str) -
         f"{source}: {is_off.sum()} of {len(scores)} rows with scores have one outside the scale of "
         f"{scale[0]} to {scale[1]}; theirs go from {lowest:g} to {highest:g}. Map them onto it, "
         f"e.g. data.rescale={{{left:g}: {scale[0]}, {right:g}: {scale[1]}}}, or set "
-        "reward.min_score and reward.max_score to their own scale. Until then the order of such "
-        "scores counts, as a preference, and they are not gold."
+        "reward.min_score and reward.max_score to their own scale."
     )

@@ -114,7 +114,10 @@ def _read(
     )
     rows = scales.rescaled(rows, data.rescale)
     if said := scales.describe_off_scale(rows, scale, source):
-        log.warning(said)
+        order = "such scores are no gold, and count by their order alone, as a preference"
+        log.warning(
+            "%s Until then %s.", said, "negative ones are no gold" if needs_scores else order
+        )
     # The authors' reward compares whatever is not negative: JudgeLM has a few scores of 0.
     rows = scales.without_off_scale(rows, (0, math.inf) if needs_scores else scale)
     if needs_scores:

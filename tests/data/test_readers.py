@@ -692,10 +692,37 @@ def test_permission_denied_is_said(tmp_path):
 
 
 NAMES = st.sampled_from(
-    (*OURS, *JUDGELM, *TRL, *verl(), "meta", "id", "role", "content", "ground_truth", "source")
+    [
+        *(*OURS, *JUDGELM, *TRL, *verl(), "meta", "id", "role", "content", "ground_truth"),
+        *("source", "conversation_a", "conversation_b", "instruction", "input", "turn", "winner"),
+        *("from", "value", "chosen_score", "rejected_score", "reasoning", "judged", "difficulty"),
+    ]
+)
+PAIR = {"conversation_a": [user("a"), GOOD], "conversation_b": [user("a"), BAD], "winner": "a"}
+WRITTEN = st.sampled_from(
+    [
+        "\n\nHuman: a\n\nAssistant: b",
+        '[{"role": "user", "content": "a"}]',
+        "8/10",
+        "7,5",
+        "1.5",
+        "A>B",
+    ]
+)
+TALKS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant", "human"]), "content": st.text(max_size=2)}
+    ),
+    max_size=4,
 )
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    WRITTEN
+    | TALKS
+    | st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(), max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
@@ -720,8 +747,8 @@ def test_arbitrary_bytes_are_read_or_refused(tmp_path, content, name):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    form=st.sampled_from([OURS, JUDGELM, TRL, verl(), {}]),
-    changes=st.dictionaries(NAMES, VALUES, max_size=3),
+    form=st.sampled_from([OURS, JUDGELM, TRL, verl(), PAIR, {}]),
+    changes=st.dictionaries(NAMES, VALUES, max_size=4),
 )
 def test_arbitrary_values_are_read_or_refused(tmp_path, form, changes):
     (tmp_path / "x.jsonl").write_text(json.dumps({**form, **changes}))
