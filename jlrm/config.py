@@ -87,6 +87,9 @@ class DataConfig:
     folding: Literal["words", "text"] = "words"
     # Our name of a field: the name of that column in the file, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
+    # What the file's labels mean: 1, the first answer is better, 2, the second, or 0, a tie, e.g.
+    # {0: 1, 1: 2, 2: 0} or {chosen_a: 1, chosen_b: 2}. Empty: 1, 2, 0 and words such as model_a.
+    values: dict[str, int] = field(default_factory=dict)
     # Which scores of a JudgeLM row are gold: made without or with a reference answer.
     scores: Literal["score", "score_w_reference"] = "score"
     # Two scores of the file and what they become, where its scale is not the reward's: {0: 1, 100:

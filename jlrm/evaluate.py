@@ -43,7 +43,7 @@ from jlrm.judges import asking, options
 from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
-from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime import cluster, commands, hosts, settings
 
 
 class BenchmarkRun(NamedTuple):
@@ -132,7 +132,7 @@ def _names(text: str) -> list[str]:
 def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     chosen, policy = BENCHMARKS[name], policy_of(name, args.policy)
     source = _of(args.data, name, args.names, "--data") or chosen.source
-    items = chosen.read(source)
+    items = chosen.read(source, **(args.reading if chosen.is_own else {}))
     if chosen.size and len(items) != chosen.size:
         text = "%s: %s holds %d items, the official set %d. Means are over those that there are."
         logging.getLogger(__name__).warning(text, name, source, len(items), chosen.size)
@@ -243,7 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with _joined(args):
             earned, runs = evaluate(args)
     except UsageError as error:  # parts used here name settings of a training config
-        raise UsageError(str(error).replace("data.prompt", "--prompt")) from error.__cause__
+        text = str(error)
+        for name in ("prompt", "columns", "values"):
+            text = text.replace(f"data.{name}", f"--{name}")
+        raise UsageError(text) from error.__cause__
     hosts.gather("the results", None)
     if not hosts.is_main():
         return
@@ -279,7 +282,7 @@ def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     """Several hosts judge together where it is their devices that judge."""
     if args.backend != options.JLRM:
         return contextlib.nullcontext()
-    names = ("model", "names", "options", "policy", "subset", "limit", "seed")
+    names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
 
 
@@ -335,6 +338,8 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
+    settings.add_pair_flags(parser)
+    add("--scores", choices=["score", "score_w_reference"], help="of JudgeLM rows: %(choices)s")
     options.add_options(parser)
     cluster.add_arguments(parser)
     return parser
@@ -351,10 +356,20 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
+    args.reading = _reading(args)
     args.options = options.options(args)
     args.model = args.model or pathlib.Path(args.verdicts[0]).stem
     args.out = _out(args)
     return args
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how the user's own rows are read."""
+    given = {**settings.pair_flags(args), "scores": args.scores}
+    reading = {name: value for name, value in given.items() if value}
+    if reading and not any(BENCHMARKS[name].is_own for name in args.names):
+        raise UsageError(f"--{next(iter(reading))} is for rows of your own: --benchmark pairs.")
+    return reading
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path | None:

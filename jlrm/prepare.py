@@ -8,7 +8,7 @@
     4  measure        prompts that are too long for training, in either order
     5  split          whole questions into `validation`, by their hash
     6  swap           each training row is followed by itself in the other order
-    7  count          rows, sources, labels, scores, lengths
+    7  count          rows, sources, labels, scores, lengths, and pairs with opposite labels
     8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
 
 DIR appears whole or not at all, and holds neither times nor the machine's paths: the same command
@@ -46,9 +46,9 @@ from jlrm.data.comparisons import (
 )
 from jlrm.data.contamination import Benchmarks, read_benchmarks, warn_of_benchmark
 from jlrm.data.curation import (
-    count_differing_labels,
     counted,
     describe,
+    differing_labels,
     duplicates,
     percentiles,
     prompt_tokens,
@@ -58,14 +58,15 @@ from jlrm.data.curation import (
 )
 from jlrm.data.dataset import NAME, write_to
 from jlrm.data.tokenizer import load_tokenizer
-from jlrm.runtime import commands
-from jlrm.runtime.settings import parse_pairs
+from jlrm.judgement import labels
+from jlrm.runtime import commands, settings
 from jlrm.runtime.storage import LAST_FILES, Place, open_place
 
 OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
 # Messages of the parts used here name settings of a training config.
 FLAGS = {
     "data.columns": "--columns",
+    "data.values": "--values",
     "data.prompt": "--prompt",
     "model.tokenizer": "--tokenizer",
 }
@@ -77,6 +78,7 @@ class Recipe:
 
     input: Sequence[str]
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    values: dict[str, int] = dataclasses.field(default_factory=dict)
     scores: str = "score"
     validation: float = 0.02  # share of questions; 0: no validation split
     swap: bool = False
@@ -122,7 +124,7 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
 
     statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
     rows = sift(rows, duplicates(rows), dropped)
-    statistics["pairs_with_differing_labels"] = count_differing_labels(rows)
+    statistics |= differing_labels(rows)
     contaminated = benchmarks.find([row.question for row in rows], recipe.overlap)
     rows = sift(rows, [reason for reason, _ in contaminated], dropped)
     if tokenizer:
@@ -169,7 +171,9 @@ def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
     dropped: list[Dropped] = []
     for source in recipe.input:
         warn_of_benchmark(source)
-        given = readers.read(source, columns=recipe.columns, scores=recipe.scores)
+        given = readers.read(
+            source, columns=recipe.columns, values=recipe.values, scores=recipe.scores
+        )
         dropped += given.dropped
         stored = [_as_stored(row) for row in given.rows]
         reasons = [
@@ -315,9 +319,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"{flag} needs --tokenizer, with which prompts are measured.")
     given = {name: value for name, value in vars(args).items() if value is not None}
     out, as_json = given.pop("out"), given.pop("json")
-    given["columns"] = _columns(given.get("columns", []))
+    given |= settings.pair_flags(args)
     start = time.perf_counter()
     try:
+        given["values"] = labels.meanings(given["values"])
         statistics, was_there = prepare(Recipe(**given), out)
     except UsageError as error:
         raise UsageError(_in_flags(str(error))) from None
@@ -341,12 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     source = "a file, directory, url, hf:ORG/NAME or tfds:NAME, #SPLIT after it"
     add("--input", required=True, nargs="+", metavar="SRC", help=source)
     add("--out", required=True, metavar="DIR", help="directory to be made, or a url such as gs://")
-    add(
-        "--columns",
-        nargs="+",
-        metavar="OURS=THEIRS",
-        help="e.g. answer_1=response_a answer_2=response_b",
-    )
+    settings.add_pair_flags(parser)
     add("--scores", choices=["score", "score_w_reference"], help="of JudgeLM rows: %(choices)s")
     add("--validation", type=float, metavar="SHARE", help="of questions held out (0.02; 0: none)")
     add("--swap", action="store_true", help="each training row in the other order too")
@@ -358,16 +358,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--overlap", type=float, metavar="SHARE", help="of n-grams that mark a question (0.5)")
     add("--json", action="store_true", help="statistics as one JSON object on stdout")
     return parser
-
-
-def _columns(pairs: Sequence[str]) -> dict[str, str]:
-    """Read `a=b c=d`, `a=b,c=d` or `{a: b, c: d}`, as `data.columns` takes them too."""
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        if "=" not in pair and not pair.startswith("{"):
-            raise UsageError(f"--columns {pair}: wanted OURS=THEIRS, e.g. answer_1=response_a.")
-        columns |= parse_pairs(pair, "--columns")
-    return columns
 
 
 def _in_flags(message: str) -> str:
@@ -387,7 +377,12 @@ def _table(statistics: dict[str, Any]) -> Iterator[str]:
         labels = ", ".join(f"{label}: {count}" for label, count in part["labels"].items())
         yield f"  {name:24}{part['rows']:>10}   {labels}"
     if differing := statistics["pairs_with_differing_labels"]:
-        yield f"{'pairs of differing labels':26}{differing:>10}"
+        opposite = statistics["pairs_with_opposite_labels"]
+        what = f"same answers to the same question; {opposite} of them once 1 and once 2"
+        yield f"{'pairs of differing labels':26}{differing:>10}   {what}"
+        for pair in statistics["examples_of_differing_labels"]:
+            said = ", ".join(f"{row['label'] or 'tie'} ({row['where']})" for row in pair["rows"])
+            yield f"  {pair['question']!r}: {pair['answer_1']!r} or {pair['answer_2']!r}: {said}"
     yield f"{'bytes':26}{statistics['bytes']:>10}"
 
 

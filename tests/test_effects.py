@@ -122,6 +122,9 @@ CHANGES = {
     "data.eval_rows": Change(3),
     "data.folding": Change("text"),
     "data.columns": Change("{{answer_1: answer_2, answer_2: answer_1}}"),
+    "data.values": Change(
+        "{{0: 0, 1: 2, 2: 1}}", ("data.train={folder}/preferences.jsonl", "sft.steps=0")
+    ),
     "data.scores": Change(
         "score_w_reference", ("data.train={folder}/judgelm.jsonl", "sft.steps=0")
     ),
@@ -271,6 +274,10 @@ def write_files(base: pathlib.Path) -> None:
     rows = toy.comparisons(seed=3, num_rows=24)
     write_comparisons(rows, base / "train.jsonl")
     write_comparisons(toy.comparisons(seed=5, num_rows=24), base / "other.jsonl")
+    labels = [
+        dataclasses.replace(row, score_1=None, score_2=None, preference=row.label) for row in rows
+    ]
+    write_comparisons(labels, base / "preferences.jsonl")
     judgelm = [
         {
             "question_id": i,

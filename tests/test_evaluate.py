@@ -622,6 +622,34 @@ def test_help_tells_all_benchmarks_and_policies():
         assert f"--{option.replace('_', '-')}" in text
 
 
+def test_rows_in_columns_of_their_own_are_evaluated_as_they_are_prepared(
+    tmp_path, capsys, judged_by
+):
+    rows = [{"prompt": f"?{i}", "left": "a", "right": "b", "label": int(i > 5)} for i in range(8)]
+    file = tmp_path / "x.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged_by(Judge(lambda game: GOOD if game.first == 0 else BAD))
+    columns = ["--columns", "answer_1=left", "answer_2=right", "preference=label"]
+    flags = [*model(file, tmp_path / "o"), *columns]
+    assert ran(capsys, *flags)["pairs"]["overall"] == 25.0  # 0 was taken for a tie
+    assert "data.values={0: 1, 1: 2}" in failed(capsys, *flags)[1]
+    for values in (["0=1", "1=2"], ["{0: 1, 1: 2}"], ["0=1,1=2"]):
+        assert ran(capsys, *flags, "--values", *values)["pairs"]["overall"] == 75.0
+    all_first = ran(capsys, *flags, "--values", "0=1", "1=1")
+    assert all_first["pairs"]["overall"] == 100.0
+    code, text = failed(capsys, *flags, "--values", "0=1")
+    assert code == 2 and "line 7: the label 1 is not among those of --values={0: 1}" in text
+    code, text = failed(capsys, *model(file, tmp_path / "o"))
+    assert code == 2 and "has no field 'question'" in text and "--columns=question=NAME" in text
+
+
+def test_columns_are_for_rows_of_ones_own(capsys, tmp_path):
+    flags = ["--model", "m", "--backend", "openai", "--benchmark", "pandalm", "--data", "x.json"]
+    for flag in (["--columns", "question=q"], ["--values", "0=1"], ["--scores", "score"]):
+        code, text = failed(capsys, *flags, *flag)
+        assert code == 2 and f"{flag[0]} is for rows of your own: --benchmark pairs." in text
+
+
 @pytest.mark.slow
 def test_a_model_of_ours_judges_from_end_to_end(tmp_path, capsys):
     """Random weights: they write no verdict, and the same command does not load them again."""

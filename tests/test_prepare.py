@@ -25,7 +25,7 @@ from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
 from jlrm.data.tokenizer import load_tokenizer
-from jlrm.runtime import commands
+from jlrm.runtime import commands, settings
 from jlrm.runtime.storage import open_place
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -252,6 +252,61 @@ def test_answers_that_differ_in_white_space_alone_keep_their_labels(tmp_path):
     statistics = made(tmp_path / "out", jsonl(tmp_path / "x.jsonl", rows))
     assert statistics["dropped"] == {"duplicate": 1}
     assert statistics["pairs_with_differing_labels"] == 1
+
+
+def test_pairs_that_are_labelled_both_ways_are_counted_and_shown(tmp_path, capsys):
+    row = Comparison("first", "Tea or  coffee?", "Tea.", "Coffee.", preference=1)
+    rows = [
+        row,
+        dataclasses.replace(row, id="same"),
+        dataclasses.replace(row.swapped(), id="other", question="TEA or coffee?", preference=1),
+        dataclasses.replace(row, id="alone", question="Which?", preference=2),
+        dataclasses.replace(row, id="a", question="Tied?"),
+        dataclasses.replace(row, id="b", question="Tied?", preference=0),
+    ]
+    statistics = made(tmp_path / "out", jsonl(tmp_path / "x.jsonl", rows))
+    assert statistics["pairs_with_differing_labels"] == 2
+    assert statistics["pairs_with_opposite_labels"] == 1
+    opposite, tied = statistics["examples_of_differing_labels"]
+    assert opposite["question"] == "Tea or coffee?" and opposite["answer_1"] == "Coffee."
+    # by the order of the texts that are shown, whatever the rows' own order was
+    assert [(each["id"], each["label"]) for each in opposite["rows"]] == [
+        ("other", 1),
+        ("first", 2),
+    ]
+    assert opposite["rows"][0]["where"] == f"{tmp_path}/x.jsonl, line 3"
+    assert {each["label"] for each in tied["rows"]} == {0, 2}
+    said = capsys.readouterr().out
+    assert "pairs of differing labels          2" in said and "1 of them once 1 and once 2" in said
+    assert "'Tea or coffee?': 'Coffee.' or 'Tea.': 1 (" in said and "tie (" in said
+    assert not made(tmp_path / "none", jsonl(tmp_path / "y.jsonl", rows[:2]))[
+        "examples_of_differing_labels"
+    ]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [["0=1", "1=2", "2=0"], ["0=1,1=2,2=0"], ["{0: 1, 1: 2, 2: 0}"], "{0: 1, 1: 2, 2: 0}"],
+)
+def test_labels_are_mapped_in_every_spelling(tmp_path, spelling, capsys):
+    lines = [
+        {"prompt": f"q{i}", "response 1": "x", "response 2": f"{i}", "label": i % 3, "level": i}
+        for i in range(6)
+    ]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    values = spelling.split() if isinstance(spelling, str) else spelling  # a shell took the quotes
+    flags = ("--validation=0", "--columns", "preference=label", "--values", *values)
+    statistics = made(tmp_path / "out", str(tmp_path / "x.jsonl"), flags=flags)
+    assert statistics["splits"]["train"]["labels"] == {"1": 2, "2": 2, "tie": 2}
+    rows = read(str(tmp_path / "out")).rows
+    assert [row.label for row in rows] == [1, 2, 0, 1, 2, 0]
+    assert [row.meta for row in rows] == [{"level": i} for i in range(6)]
+    described = json.loads((tmp_path / "out" / "preparation.json").read_text())
+    assert described["values"] == {"0": 1, "1": 2, "2": 0}
+    assert (
+        commands.run(lambda: prepare.main(["--input", "x", "--out", "y", "--values", "0=3"])) == 2
+    )
+    assert "--values: '0' can't mean '3'" in capsys.readouterr().err
 
 
 def test_planted_benchmark_questions_are_found_and_no_others(tmp_path):
@@ -588,7 +643,9 @@ ERRORS = {
     [["question=q", "answer_1=a"], ["question=q,answer_1=a"], ["{question: q, answer_1: a}"]],
 )
 def test_columns_are_spelled_as_in_a_config_too(spelling):
-    assert prepare._columns(spelling) == {"question": "q", "answer_1": "a"}
+    parser = prepare._parser()
+    args = parser.parse_args(["--input", "x", "--out", "y", "--columns", *spelling])
+    assert settings.pair_flags(args)["columns"] == {"question": "q", "answer_1": "a"}
 
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS.values(), ids=ERRORS)

@@ -238,16 +238,17 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
         return str(tmp_path / name)
 
     good = data.read_text().splitlines()[0]
+    (tmp_path / "empty").mkdir()
     cases = {
         f"data.train={tmp_path}/nothing.jsonl": "Cannot read the data file",
         f"data.train={file('empty.jsonl', '')}": "is empty",
         f"data.train={file('torn.jsonl', good + chr(10) + good[:40])}": "line 2 is not valid JSON",
         f"data.train={file('list.jsonl', '[1]')}": "line 1 must be a JSON object",
         f"data.train={file('field.jsonl', '{}')}": "line 1 has no field 'question'",
-        f"data.train={file('minus.jsonl', json.dumps({**json.loads(good), 'score_1': -0.5}))}": (
-            "line 1: scores must be finite and not negative"
+        f"data.train={file('many.jsonl', json.dumps({**json.loads(good), 'score_1': 'many'}))}": (
+            "line 1: the scores must be two numbers"
         ),
-        f"data.train={tmp_path}": "Cannot read the dataset",
+        f"data.train={tmp_path}/empty": "Cannot read the dataset",
         "data.eval_rows=10000": "would hold",
         "data.max_prompt_tokens=3": "longer than data.max_prompt_tokens=3",
         "data.overlong=refuse data.max_prompt_tokens=30": "the prompt has",

@@ -200,9 +200,9 @@ def _target_encoder(
     control = control_tokens(tokenizer)
 
     def text(example: Example) -> str:
-        row = example.comparison
-        reasoning = prompts.neutralise(row.meta["reasoning"], control)
-        judged = row.meta.get("judged", row.scores)
+        assert example.comparison.judgement, "a row without a written judgement"
+        reasoning, judged = example.comparison.judgement
+        reasoning = prompts.neutralise(reasoning, control)
         target = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
         # A prompt that opens its `<think>` with a line break has the target's first one already.
         return target.removeprefix("\n") if example.prompt.endswith("\n") else target
@@ -220,7 +220,7 @@ def _target_encoder(
 
 
 def _is_judged(row: Comparison) -> bool:
-    return bool(row.meta.get("reasoning")) and row.meta.get("judged", row.scores) is not None
+    return row.judgement is not None
 
 
 def batch_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:

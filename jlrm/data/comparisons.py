@@ -25,8 +25,12 @@ from jlrm.judgement.verdict import preferred, swap_preference
 REASONS = {
     "failed_review": "with a failed review (JudgeLM marks it by a score of -1)",
     "no_label": "without a label (neither scores nor a preference)",
+    "one_score": "with a score for one answer only, and no preference",
+    "unclear_preference": "whose graded preference lies between two classes",
     "no_scores": "without the scores that are needed",
     "missing_text": "with a missing text",
+    "not_text": "with a message that is no text, such as a picture",
+    "no_question": "whose two conversations share no turn of the user",
     "conflicting_label": "whose preference contradicts their scores",
     "same_answers": "with two equal answers",
     "ambiguous_prompt": "with a prompt that can be taken apart in several ways",
@@ -43,17 +47,35 @@ REASONS = {
 }
 
 
+FILE_ROWS = 1 << 40  # more rows than a file has
+
+
 class Where(NamedTuple):
     """The place of a row in its source."""
 
-    number: int  # counted from 1; 0: of no source
+    number: int  # counted from 1 in its file; 0: of no source
     unit: str = "row"  # or "line"
     source: str = ""
+    file: str = ""  # of a source that is a directory of files
+    file_number: int = 0  # counted from 0
 
     def __str__(self) -> str:
         """Return e.g. "pairs.jsonl, line 12", without a source "line 12"."""
         place = f"{self.unit} {self.number}" if self.number else ""
-        return f"{self.source}, {place}" if self.source else place
+        holder = self.file or self.source
+        return f"{holder}, {place}" if holder else place
+
+    @property
+    def order(self) -> int:
+        """A number that rises from row to row of a source, with gaps between its files."""
+        return self.file_number * FILE_ROWS + self.number
+
+    @property
+    def name(self) -> str:
+        """The id of a row that has none: its number, with its file where there are several."""
+        return (
+            f"{pathlib.PurePath(self.file).name}:{self.number}" if self.file else f"{self.number}"
+        )
 
 
 @dataclass(frozen=True)
@@ -68,7 +90,9 @@ class Comparison:
     score_2: float | None = None
     preference: int | None = None  # 1, 2, 0 = tie
     source: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)  # "reasoning": a written judgement, for SFT
+    # Columns of the row that have no other meaning, for rewards of one's own; "reasoning" and
+    # "judged" are a written judgement, for SFT.
+    meta: dict[str, Any] = field(default_factory=dict)
     is_swapped: bool = field(default=False, compare=False, repr=False)  # not in its own order
     # Named where the row is left out; no part of its value.
     where: Where = field(default=Where(0), compare=False, repr=False)
@@ -87,6 +111,17 @@ class Comparison:
             return self.preference
         assert self.scores is not None, f"row {self.id} has no label"
         return preferred(*self.scores)
+
+    @property
+    def judgement(self) -> tuple[str, tuple[float, float]] | None:
+        """A written judgement, its reasoning and its scores; None for a row without one."""
+        reasoning, judged = self.meta.get("reasoning"), self.meta.get("judged", self.scores)
+        is_pair = isinstance(judged, (list, tuple)) and len(judged) == 2
+        if not isinstance(reasoning, str) or not reasoning or not is_pair:
+            return None
+        if any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in judged):
+            return None
+        return reasoning, (judged[0], judged[1])
 
     def record(self) -> dict[str, Any]:
         """Return the row as a plain dictionary, without its place and order."""

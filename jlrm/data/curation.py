@@ -14,9 +14,11 @@ from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.data.batches import count_tokens, prompt_encoder
-from jlrm.data.comparisons import Comparison, Dropped, question_key, tidy
+from jlrm.data.comparisons import Comparison, Dropped, fold, question_key, tidy
 from jlrm.data.tokenizer import Tokenizer
 
+EXAMPLES = 3  # of what a report counts
+CUT = 60  # characters of a text in an example
 SWAPPED = "/swapped"  # ends the id of a row that stands beside itself in the other order
 
 
@@ -48,12 +50,43 @@ def duplicates(rows: Sequence[Comparison]) -> list[str]:
     return reasons
 
 
-def count_differing_labels(rows: Sequence[Comparison]) -> int:
-    """Count the pairs of answers that have rows with different labels."""
-    labels = collections.defaultdict(set)
+def differing_labels(rows: Sequence[Comparison]) -> dict[str, Any]:
+    """Count the pairs of answers to a question, in either order, whose rows have other labels.
+
+    No judge can meet both. Questions are compared folded, answers but for white space.
+
+    Returns:
+      `pairs_with_differing_labels`, `pairs_with_opposite_labels` (one row says 1 and one 2), and
+      `examples_of_differing_labels`, opposite ones first, with labels by the texts that are shown.
+    """
+    pairs: dict[tuple[str, str, str], list[Comparison]] = collections.defaultdict(list)
     for row in rows:
-        labels[_pair(row)].add(_label_of_pair(row))
-    return sum(len(of_pair) > 1 for of_pair in labels.values())
+        question, answer_1, answer_2 = _pair(row)
+        pairs[fold(question), answer_1, answer_2].append(row)
+    found = [same for same in pairs.values() if len(set(map(_label_of_pair, same))) > 1]
+    found.sort(key=lambda same: not _is_opposite(same))
+    return {
+        "pairs_with_differing_labels": len(found),
+        "pairs_with_opposite_labels": sum(map(_is_opposite, found)),
+        "examples_of_differing_labels": [_example(same) for same in found[:EXAMPLES]],
+    }
+
+
+def _is_opposite(rows: Sequence[Comparison]) -> bool:
+    return {1, 2} <= set(map(_label_of_pair, rows))
+
+
+def _example(rows: Sequence[Comparison]) -> dict[str, Any]:
+    """Return texts of a pair, cut to a line, and the first row of every label."""
+    first = {_label_of_pair(row): row for row in reversed(rows)}
+    texts = zip(("question", "answer_1", "answer_2"), _pair(rows[0]), strict=True)
+    return {
+        **{name: text if len(text) <= CUT else text[:CUT] + "..." for name, text in texts},
+        "rows": [
+            {"id": row.id, "where": str(row.where), "label": label}
+            for label, row in sorted(first.items())
+        ],
+    }
 
 
 def _pair(row: Comparison) -> tuple[str, str, str]:

@@ -1,8 +1,11 @@
 """The forms that a row of comparisons comes in, told apart by its keys, and what a row must hold.
 
 `in_our_form` translates a row's own keys into ours: JudgeLM-100K's, verl's (a filled-in judge
-prompt with its ground truth) and TRL's (prompt, chosen, rejected). The checks stand in one place,
+prompt with its ground truth), TRL's (prompt, chosen, rejected), and two whole conversations. What
+has no meaning here stays as it is, and goes to `Comparison.meta`. The checks stand in one place,
 `comparison`: a wrong type stops the reading with its place, an unusable value drops the row.
+
+Left out: what labels and scores look like (judgement/labels.py).
 """
 
 from __future__ import annotations
@@ -13,39 +16,49 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.data.comparisons import Comparison, Where
+from jlrm.judgement import labels
+from jlrm.judgement.conversations import (
+    Messages,
+    context,
+    conversation,
+    messages,
+    until,
+    written_turns,
+)
+from jlrm.judgement.labels import Unusable
 from jlrm.judgement.prompts import PAIR_TEMPLATES, split_judgelm_text
 
 Row = dict[str, Any]
-Messages = list[tuple[str, str]]  # (role, text)
 
 # Our names, and JudgeLM-100K's.
 TEXTS = {"question": "question_body", "answer_1": "answer1_body", "answer_2": "answer2_body"}
-RENAMABLE = (*TEXTS, "score_1", "score_2", "preference", "id", "source", "score", "text")
-SPELLED = {*TEXTS, "score_1", "score_2", "score", "preference", "winner"} | {
-    *("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
-}
-PREFERENCES = {
-    **{0: 0, 1: 1, 2: 2, "0": 0, "1": 1, "2": 2, "a": 1, "b": 2},
-    **{"model_a": 1, "model_b": 2, "answer_1": 1, "answer_2": 2},
-}
+ANSWERS = ("answer_1", "answer_2")
+QUESTIONS = ("question", "prompt", "instruction")  # the first that a row has
+TRL_QUESTIONS = ("prompt", "question", "instruction")
+IDS = ("id", "review_id", "question_id")  # the first that a row has
+SCORES = ("score_1", "score_2")
+TRL = ("chosen", "rejected", "score_chosen", "score_rejected")
+RENAMABLE = (*TEXTS, *SCORES, "preference", "id", "source", "score", "text", "prompt", *TRL)
+SPELLED = {*QUESTIONS, *ANSWERS, *SCORES, *TRL, "score", "preference", "winner"}
+# What is read into a field of its own; "reasoning" is in `meta`, but has a meaning there.
+OURS = {*TEXTS, *SCORES, "score", "preference", "source", "text", "meta"}
 
 
-class Unusable(Exception):
-    """This row is to be left out; the text is the reason."""
+def comparison(row: Row, identity: str, place: Where, known: Mapping[str, int]) -> Comparison:
+    """Check a row in our form: a wrong type stops the reading, an unusable value drops the row.
 
-
-def comparison(row: Row, identity: str, place: Where) -> Comparison:
-    """Check a row in our form: a wrong type stops the reading, an unusable value drops the row."""
+    known: what labels mean, of `labels.meanings`.
+    """
     where = str(place)
     texts = {name: _text(row, name, where) for name in TEXTS}
-    pair = _scores(row, where)
+    first, second = _scores(row, where)
+    pair = None if first is None or second is None else (first, second)
     source = row.get("source")
     comparison = Comparison(
         id=identity,
@@ -54,16 +67,17 @@ def comparison(row: Row, identity: str, place: Where) -> Comparison:
         answer_2=texts["answer_2"],
         score_1=pair[0] if pair else None,
         score_2=pair[1] if pair else None,
-        preference=_preference(row.get("preference"), where),
+        preference=labels.preference(row.get("preference"), known, where),
         source="" if source is None else str(source),
         meta=_meta(row),
         where=place,
     )
     if pair is None and comparison.preference is None:
-        raise Unusable("no_label")
-    if pair is not None and -1 in pair:
+        raise Unusable("no_label" if first is second is None else "one_score")
+    conflicts = pair and comparison.label != dataclasses.replace(comparison, preference=None).label
+    if pair and _is_failed(*pair) and (conflicts or comparison.preference is None):
         raise Unusable("failed_review")
-    if pair and comparison.label != dataclasses.replace(comparison, preference=None).label:
+    if conflicts:
         raise Unusable("conflicting_label")
     try:
         json.dumps(vars(comparison), ensure_ascii=False).encode()
@@ -86,36 +100,16 @@ def _text(row: Row, name: str, where: str) -> str:
     return row[name]
 
 
-def _scores(row: Row, where: str) -> tuple[float, float] | None:
+def _scores(row: Row, where: str) -> tuple[float | None, float | None]:
     pair: Any = row.get("score")
     if pair is None:
-        pair = [row.get("score_1"), row.get("score_2")]
-    if pair == [None, None]:
-        return None
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    if not is_pair or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in pair):
-        raise UsageError(f"{where}: the scores must be two numbers, got {pair!r}.")
-    try:
-        first, second = float(pair[0]), float(pair[1])
-    except OverflowError:
-        first = second = math.inf
-    if not all(0 <= score < math.inf or score == -1 for score in (first, second)):
-        raise UsageError(f"{where}: scores must be finite and not negative, got {pair!r}.")
-    return first, second
+        pair = [row.get(name) for name in SCORES]
+    return labels.scores(pair, where)
 
 
-def _preference(value: Any, where: str) -> int | None:
-    if value is None:
-        return None
-    word = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(word, str) and word.startswith("tie"):
-        return 0
-    if isinstance(word, (int, float, str)) and not isinstance(word, bool) and word in PREFERENCES:
-        return PREFERENCES[word]
-    raise UsageError(
-        f"{where}: the preference must be 1, 2 or 0 (a tie), or A, B, model_a, model_b, answer_1,"
-        f" answer_2 or tie, got {value!r}."
-    )
+def _is_failed(*scores: float) -> bool:
+    """Return whether JudgeLM marks a review that could not be read; rewards may be -1 too."""
+    return -1 in scores and all(score == -1 or score >= 0 for score in scores)
 
 
 def _meta(row: Row) -> Row:
@@ -125,9 +119,23 @@ def _meta(row: Row) -> Row:
         with contextlib.suppress(ValueError, RecursionError):  # text after all
             meta = json.loads(meta)
     meta = {} if meta is None else meta if isinstance(meta, dict) else {"meta": meta}
+    own = {name: value for name, value in row.items() if name not in OURS}
+    if own:
+        meta = {**meta, **_writable(own)}
     if isinstance(row.get("text"), str):
         meta = {**meta, "reasoning": split_judgelm_text(row["text"])}
     return meta
+
+
+def _writable(columns: Row) -> Row:
+    """Return columns with "?" for what UTF-8 can't hold: bytes in one cost no row."""
+    with contextlib.suppress(RecursionError):
+        text = json.dumps(columns, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return json.loads(text.encode(errors="replace"))
+    return columns
 
 
 def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
@@ -142,16 +150,17 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 
 def respelled(row: Row) -> Row:
-    """Return the row with our names for headers such as `Question` and `Answer 1`, and `winner`.
+    """Return the row with our names for headers such as `Question` and `Response A`, and `winner`.
 
     A name is changed only if the row lacks it in our spelling and one header alone can be meant.
     """
     names = _spellings(tuple(row))
     if names:
         row = {names.get(key, key): value for key, value in row.items()}
-    labels = ("preference", "score", "score_1", "chosen", "reward_model")
-    if "winner" in row and all(row.get(label) is None for label in labels):
-        return {**row, "preference": row["winner"]}
+    others = ("preference", "score", "score_1", "chosen", "reward_model")
+    if "winner" in row and all(row.get(label) is None for label in others):
+        rest = {key: value for key, value in row.items() if key != "winner"}
+        return {**rest, "preference": row["winner"]}
     return row
 
 
@@ -166,9 +175,18 @@ def _spellings(keys: tuple[str, ...]) -> dict[str, str]:
 
 
 def our_spelling(header: str) -> str:
-    """Return e.g. "answer_1" for `Answer 1`, `answer1` and `ANSWER-1`."""
+    """Return e.g. "answer_1" for `Answer 1`, `answer1`, `Response A` and `conversation_a`."""
     words = re.sub(r"[\s_-]+", "_", str(header).strip().lower())
-    return re.sub(r"^(answer|score)_?([12])$", r"\1_\2", words)
+    words = re.sub(r"^(chosen|rejected)_(?:score|rating|reward)$", r"score_\1", words)
+    words = re.sub(r"^(?:rating|reward)_(chosen|rejected)$", r"score_\1", words)
+    number = {"a": "1", "b": "2"}
+    if found := re.fullmatch(
+        r"(answer|response|output|completion|conversation|messages)_?([12ab])", words
+    ):
+        return f"answer_{number.get(found[2], found[2])}"
+    if found := re.fullmatch(r"(score|rating|reward)_?([12ab])", words):
+        return f"score_{number.get(found[2], found[2])}"
+    return words
 
 
 def there_are(names: Collection[str]) -> str:
@@ -183,12 +201,15 @@ def listed(names: Iterable[str]) -> str:
 
 
 def in_our_form(row: Row, scores: str, where: str) -> Row:
+    """Return a row with our names for what has a meaning, and its other columns as they are."""
     if "reward_model" in row:
         return _from_verl(row, where)
     if "chosen" in row and "rejected" in row:
         return _from_trl(row, where)
     if any(name in row for name in TEXTS.values()):
         return _from_judgelm(row, scores)
+    if any(name in row for name in ANSWERS):
+        return _from_pair(row, where)
     return row
 
 
@@ -198,7 +219,12 @@ def _from_judgelm(row: Row, scores: str) -> Row:
     if scores != "score" and lacks:
         raise Unusable("no_scores")
     ours = {name: row[theirs] for name, theirs in TEXTS.items() if theirs in row}
-    return ours | row | {"score": row.get(scores), "text": row.get(text)}
+    rest = _without(row, *TEXTS.values(), "score_w_reference", "text_w_reference")
+    return ours | rest | {"score": row.get(scores), "text": row.get(text)}
+
+
+def _without(row: Row, *names: str) -> Row:
+    return {key: value for key, value in row.items() if key not in names}
 
 
 def _from_verl(row: Row, where: str) -> Row:
@@ -212,6 +238,7 @@ def _from_verl(row: Row, where: str) -> Row:
     known = ("score", "score_1", "score_2", "preference")
     kept = {"ground_truth": truth, "extra_info": extra}
     return {
+        **_without(row, *OURS, "reward_model", "data_source", "prompt", "extra_info"),
         **{name: texts[name] for name in TEXTS},
         **{name: label[name] for name in known if name in label},
         **({"score": label["solution_text_format"]} if "solution_text_format" in label else {}),
@@ -223,7 +250,9 @@ def _from_verl(row: Row, where: str) -> Row:
 
 def _texts_of_prompt(row: Row, where: str) -> Row:
     """Take a filled-in prompt apart, where that is possible in one way only."""
-    prompt = conversation(_messages(row, "prompt", "user", where))
+    if "prompt" not in row:
+        _text(row, "prompt", where)
+    prompt = conversation(messages(row["prompt"], "prompt", "user", where))
     for name in ("judgelrm_train", "judgelrm_eval"):
         first, last = (pattern.fullmatch(prompt) for pattern in _patterns(name))
         if first and last:
@@ -252,57 +281,84 @@ def _from_trl(row: Row, where: str) -> Row:
 
     The better one first would teach a lean to the first answer.
     """
-    chosen, rejected = (_messages(row, name, "assistant", where) for name in ("chosen", "rejected"))
-    turns = itertools.takewhile(lambda two: two[0] == two[1], zip(chosen, rejected, strict=False))
-    shared = [turn for turn, _ in turns]
-    while shared and shared[-1][0] != "user":
-        shared.pop()
-    question = conversation(_context(row, shared, where))
-    texts = [conversation(answer[len(shared) :]) for answer in (chosen, rejected)]
-    if not all(len(answer) > len(shared) for answer in (chosen, rejected)):
-        raise Unusable("missing_text")
+    question, texts = _taken_apart(row, TRL[:2], where)
     if texts[0] == texts[1]:
         raise Unusable("same_answers")
     first, second = sorted((0, 1), key=texts.__getitem__)
     digest = hashlib.sha256(json.dumps([question, texts[first], texts[second]]).encode()).digest()
     if digest[0] % 2:
         first, second = second, first
-    given = (row.get("score_chosen"), row.get("score_rejected"))
+    given = [row.get(name) for name in TRL[2:]]
     return {
+        **_without(row, *TRL, *OURS, *_columns_of_question(row, TRL_QUESTIONS)),
         **{"question": question, "answer_1": texts[first], "answer_2": texts[second]},
-        **{"score_1": given[first], "score_2": given[second], "preference": 1 + first},
+        **{"score_1": given[first], "score_2": given[second]},
+        "preference": ANSWERS[first],  # no number, whose meaning `data.values` may change
         **{"source": row.get("source"), "meta": row.get("meta")},
     }
 
 
-def _context(row: Row, shared: Messages, where: str) -> Messages:
-    """Return the turns before the answers: `prompt`, and those with which both answers begin."""
-    key = "prompt" if row.get("prompt") is not None or "question" not in row else "question"
-    if row.get(key) is None and shared:
-        return shared
-    prompt = _messages(row, key, "user", where)
+def _from_pair(row: Row, where: str) -> Row:
+    """Find the question of two answers: under another name, or at the head of two conversations."""
+    if not all(name in row for name in ANSWERS):
+        return row  # `comparison` says what is missing
+    is_text = not any(isinstance(row[name], list) and row[name] for name in ANSWERS)
+    if is_text and isinstance(row.get("question"), str):
+        return row
+    has_question = any(row.get(name) is not None for name in QUESTIONS)
+    if is_text and not has_question and not all(written_turns(row[name]) for name in ANSWERS):
+        return row
+    question, texts = _taken_apart(row, ANSWERS, where)
+    rest = _without(row, *_columns_of_question(row, QUESTIONS))
+    return rest | {"question": question} | dict(zip(ANSWERS, texts, strict=True))
+
+
+def _columns_of_question(row: Row, names: Iterable[str]) -> list[str]:
+    """Return the first column that holds the question; Alpaca's instructions may have an input."""
+    there = [name for name in names if name in row]
+    name = next((name for name in there if row[name] is not None), next(iter(there), "prompt"))
+    is_alpaca = name == "instruction" and isinstance(row.get(name), str)
+    has_input = is_alpaca and isinstance(row.get("input"), str)
+    return [name, "input"] if has_input else [name]
+
+
+def _taken_apart(row: Row, sides: Sequence[str], where: str) -> tuple[str, list[str]]:
+    """Return the question and both answers, of texts, conversations or transcripts of these.
+
+    The question is the prompt, and the turns with which both sides begin, up to the last one of the
+    user that they share. The rest of each side is its answer.
+    """
+    columns = _columns_of_question(row, QUESTIONS if sides == ANSWERS else TRL_QUESTIONS)
+    given = row.get(columns[0])
+    if given is not None and len(columns) > 1:
+        given = "\n\n".join(text for text in map(row.get, columns) if text)
+    prompt = [] if given is None else context(given, columns[0], where)
+    talks = _talks(row, sides, prompt, where)
+    turns = itertools.takewhile(lambda two: two[0] == two[1], zip(*talks, strict=False))
+    shared = [turn for turn, _ in turns]
+    while shared and shared[-1][0] != "user":
+        shared.pop()
+    if not prompt and not shared:
+        if all(len(talk) > 1 for talk in talks):
+            raise Unusable("no_question")
+        _text(row, columns[0], where)
+    if not all(len(talk) > len(shared) for talk in talks):
+        raise Unusable("missing_text")
     is_repeated = prompt in (shared[: len(prompt)], shared[-len(prompt) :])
-    return shared if is_repeated else prompt + shared
+    question = shared if is_repeated else prompt + shared
+    texts = [conversation(talk[len(shared) :]) for talk in talks]
+    if written_turns(given):  # whose last line, "Assistant:", the answers go on after a space
+        texts = [text.removeprefix(" ") for text in texts]
+    return conversation(question), texts
 
 
-def _messages(row: Row, name: str, role: str, where: str) -> Messages:
-    """Read text, or a list of {role, content}, as messages."""
-    if not isinstance(row.get(name), list):
-        return [(role, _text(row, name, where))]
-    messages = []
-    for message in row[name]:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise UsageError(
-                f"{where}: '{name}' must be text or a list of {{role, content}}, got {message!r}."
-            )
-        messages.append((message["role"], _text(message, "content", f"{where}: '{name}'")))
-    if not messages:
-        raise UsageError(f"{where}: '{name}' is an empty list, wanted text or messages.")
-    return messages
-
-
-def conversation(messages: Messages) -> str:
-    """Write messages as one text: a single one as it is, several under the names of their roles."""
-    if len(messages) == 1:
-        return messages[0][1]
-    return "\n\n".join(f"{role.capitalize()}: {content}" for role, content in messages)
+def _talks(row: Row, sides: Sequence[str], prompt: Messages, where: str) -> list[Messages]:
+    """Return the messages of both sides, with or without the prompt's at their head."""
+    written = [written_turns(row[side]) for side in sides]
+    is_json = all(str(row[side]).lstrip().startswith("[") for side in sides)
+    # A transcript that does not begin as the prompt does is an answer that writes a dialogue.
+    if all(written) and (is_json or all(turns[: len(prompt)] == prompt for turns in written)):
+        talks = written
+    else:
+        talks = [messages(row[side], side, "assistant", where) for side in sides]
+    return [until(talk, row.get("turn")) for talk in talks] if sides == ANSWERS else talks

@@ -10,22 +10,41 @@ of TensorFlow, PyTorch or JAX.
 
 from __future__ import annotations
 
-import gzip
+import collections
+import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
-
-import numpy as np
+from typing import Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.data.comparisons import Comparison, Comparisons, Dropped, Where, describe_dropped
+from jlrm.data.comparisons import (
+    FILE_ROWS,
+    Comparison,
+    Comparisons,
+    Dropped,
+    Where,
+    describe_dropped,
+)
+from jlrm.data.dataset import NAME
+from jlrm.data.files import (
+    READ_ROWS,
+    Rows,
+    data_files,
+    files_of_split,
+    plain_row,
+    read_file,
+    shortest,
+    usual_split,
+)
 from jlrm.data.forms import (
+    IDS,
     RENAMABLE,
     Row,
     Unusable,
@@ -37,17 +56,17 @@ from jlrm.data.forms import (
     respelled,
     there_are,
 )
-from jlrm.data.spreadsheets import read_cells
+from jlrm.judgement import labels
 from jlrm.runtime.storage import local_copy
 
-Rows = Iterator[tuple[Where, Row]]  # the place, its source left out, and what stands there
+log = logging.getLogger(__name__)
 
-NUMBERS = ("score_1", "score_2", "score", "score_w_reference", "preference")  # in CSV: not text
+NUMBERS = {"score_1", "score_2", "score", "score_w_reference", "preference"} | {
+    *("score_chosen", "score_rejected")
+}  # in CSV: not text
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 ALL = slice(0, None, 1)  # rows that are read, counted from 0
-READ_ROWS = 1024  # at a time, where a source gives them by number
 SAYS_NOTHING = "An error occurred while generating the dataset"
-FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
 
 
 @dataclass(frozen=True)
@@ -58,28 +77,36 @@ class Part:
     dropped: list[Dropped]
     lacking: set[str]  # columns to be renamed that none of these rows had
     names: list[str]  # of the columns of one of them
+    column: str  # the source's own name of its labels
+    values: Mapping[str, int]  # what its labels mean, where that was said
+    numbers: collections.Counter[str]  # rows by the number that alone labels them
 
 
 def read(
-    source: str, *, columns: Mapping[str, str] | None = None, scores: str = "score"
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    values: Mapping[Any, Any] | None = None,
+    scores: str = "score",
 ) -> Comparisons:
     """Read comparisons from a file, a directory, a url, `hf:ORG/NAME` or `tfds:NAME`.
 
     `#SPLIT` may follow a dataset's name (default: train). `columns` maps our field names to the
-    source's own; `scores` says which scores of a JudgeLM row are gold, "score" or
-    "score_w_reference". Rows may be in four forms, told apart by their keys: ours, JudgeLM-100K's,
-    verl's (a filled-in judge prompt with its ground truth) and TRL's (prompt, chosen, rejected).
+    source's own, `values` the source's labels to ours, {theirs: 1, 2 or 0}; `scores` says which
+    scores of a JudgeLM row are gold, "score" or "score_w_reference". Rows may be in five forms,
+    told apart by their keys: ours, JudgeLM-100K's, verl's (a filled-in judge prompt with its ground
+    truth), TRL's (prompt, chosen, rejected), and two conversations. Conversations may be lists of
+    messages or transcripts ("Human: ..."). Other columns are kept in `Comparison.meta`.
 
-    Reasons for a dropped row: failed_review (JudgeLM marks reviews it could not read by -1),
-    no_label, no_scores, missing_text, conflicting_label, same_answers, ambiguous_prompt,
-    unknown_prompt, unwritable (text that UTF-8 can't hold).
+    Reasons for a dropped row stand in comparisons.REASONS. It is said where the numbers that label
+    a source look like another numbering than ours (judgement/labels.py).
 
     Raises:
       UsageError: no such source or split, no rows, no usable row, or, with its line, a row that
         lacks a field or holds another type than it should.
     """
-    part = read_part(source, columns=columns, scores=scores)
-    check_whole(source, len(part.rows), part.dropped, part.lacking, part.names)
+    part = read_part(source, columns=columns, values=values, scores=scores)
+    check_whole(source, len(part.rows), [part])
     return Comparisons(part.rows, part.dropped)
 
 
@@ -87,6 +114,7 @@ def read_part(
     source: str,
     *,
     columns: Mapping[str, str] | None = None,
+    values: Mapping[Any, Any] | None = None,
     scores: str = "score",
     every: slice = ALL,
 ) -> Part:
@@ -94,41 +122,48 @@ def read_part(
 
     What it says of a source as a whole is left to `check_whole`. Otherwise as `read`.
     """
-    columns = dict(columns or {})
+    columns, known = dict(columns or {}), labels.meanings(values or {})
     for name in columns:
         if name not in RENAMABLE:
             raise UsageError(f"data.columns: unknown field '{name}'. {nearest(name, RENAMABLE)}")
-    rows: list[Comparison] = []
-    dropped: list[Dropped] = []
-    lacking, raw = set(columns.values()), {}
+    part = Part([], [], set(columns.values()), [], "preference", known, collections.Counter())
+    raw: Row = {}
     for place, raw in _with_progress(checked_rows(source, columns, every), source):
         place = place._replace(source=source)
         where = str(place)
         if not isinstance(raw, dict):
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
-        lacking -= raw.keys()
+        part.lacking.difference_update(raw)
         row = respelled(renamed(raw, columns, where))
-        ids = (row[key] for key in ("id", "review_id", "question_id") if row.get(key) is not None)
-        identity = str(next(ids, place.number))
+        own = next((key for key in IDS if row.get(key) is not None), "id")
+        identity = place.name if row.get(own) is None else str(row[own])
+        row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
-            rows.append(comparison(in_our_form(row, scores, where), identity, place))
+            row = in_our_form(row, scores, where)
+            part.rows.append(comparison(row, identity, place, known))
         except Unusable as reason:
-            dropped.append(Dropped(place, identity, str(reason)))
-    return Part(rows, dropped, lacking, list(raw))
+            part.dropped.append(Dropped(place, identity, str(reason)))
+            continue
+        if part.rows[-1].scores is None and (number := labels.numbering(row["preference"])):
+            part.numbers[number] += 1
+    is_winner = "preference" not in raw and "winner" in map(our_spelling, raw)
+    column = columns.get("preference", "winner" if is_winner else "preference")
+    return dataclasses.replace(part, names=list(raw), column=column)
 
 
-def check_whole(
-    source: str, num_rows: int, dropped: Sequence[Dropped], lacking: set[str], names: list[str]
-) -> None:
-    """Raise if a source holds no usable row, or lacks a renamed column in all of its rows.
+def check_whole(source: str, num_rows: int, parts: Sequence[Part]) -> None:
+    """Raise if a source, of which these are all parts, can't be used; warn of doubtful labels.
 
     Raises:
-      UsageError: if either holds.
+      UsageError: it holds no usable row, lacks a renamed column in all of its rows, or has labels
+        of ours that would be taken for others.
     """
+    names = max((part.names for part in parts), key=len)
+    dropped = [row for part in parts for row in part.dropped]
     if not num_rows and not dropped:
         wanted = "one JSON object a line" if ".json" in source else "one comparison a row"
         raise UsageError(f"{source} is empty: wanted {wanted}.")
-    if lacking:
+    if lacking := set.intersection(*(part.lacking for part in parts)):
         raise UsageError(f"{source} has no column {listed(lacking)}. {there_are(names)}")
     if not num_rows:
         reasons = describe_dropped(dropped)
@@ -140,24 +175,50 @@ def check_whole(
                 "e.g. data.columns=preference=NAME."
             )
         raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).{hint}")
+    numbers = sum((part.numbers for part in parts), collections.Counter())
+    doubts = labels.doubts(numbers, parts[0].column)
+    if (parts[0].values or doubts) and _is_ours(source):
+        if parts[0].values:
+            raise UsageError(
+                f"{source} was written by prepare, and its labels are ours: leave out data.values, "
+                "which belongs to what it was prepared from."
+            )
+    elif doubts and not parts[0].values:
+        log.warning("%s: %s", source, doubts)
+
+
+def _is_ours(source: str) -> bool:
+    """Return whether a source is a dataset that dataset.py has written."""
+    path = _local(without_split(source)[0])
+    if path is None or not (path / "dataset_info.json").is_file():
+        return False
+    return json.loads((path / "dataset_info.json").read_text()).get("name") == NAME
+
+
+def _local(name: str) -> pathlib.Path | None:
+    """Return where the files of a source lie, copied from a store if need be; None for a hub's."""
+    if "://" in name:
+        return local_copy(name)
+    is_of_hub = name.startswith(("hf:", "tfds:"))
+    return None if is_of_hub else pathlib.Path(name).expanduser()
 
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
-    if "://" in name:
-        path = local_copy(name)
-    elif name.startswith("hf:"):
-        return _numbered(_hub_rows(name.removeprefix("hf:"), split), every, _plain_row)
-    elif name.startswith("tfds:"):
+    path = _local(name)
+    if path is None and name.startswith("hf:"):
+        return _numbered(_hub_rows(name.removeprefix("hf:"), split), every, plain_row)
+    if path is None:
         return _numbered(_tfds_rows(name.removeprefix("tfds:"), split), every, _tfds_row)
-    else:
-        path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        return _directory_rows(path, split, every)
+        return _directory_rows(path, split, columns, every)
     os.stat(path)  # no such file: said before anything else
     if split:
         raise UsageError(f"{name} is a plain file, which has no splits: leave out '#{split}'.")
-    return _file_rows(path, name, columns, every)
+    numbers = {columns.get(name, name) for name in NUMBERS}
+    return read_file(
+        path, name, lambda header: header in numbers or our_spelling(header) in NUMBERS, every
+    )
 
 
 def without_split(source: str) -> tuple[str, str]:
@@ -227,73 +288,25 @@ def _at(rows: Any, places: range) -> Iterator[tuple[int, Any]]:
         yield from zip(part, rows.__getitems__(list(part)), strict=True)
 
 
-def _file_rows(path: pathlib.Path, name: str, columns: Mapping[str, str], every: slice) -> Rows:
-    kind = pathlib.Path(path.name.lower().removesuffix(".gz")).suffix
-    if kind in (".jsonl", ".json"):
-        return _json_rows(path, name, every, may_be_list=kind == ".json")
-    if kind in (".csv", ".tsv"):
-        return _csv_rows(path, name, columns, every)
-    if path.name.lower().endswith(".parquet"):
-        return _parquet_rows(path, every)
-    raise UsageError(f"{name} is in no format that is understood. Wanted {FORMATS}.")
-
-
-def _open_text(path: pathlib.Path) -> TextIO:
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    return opener(path, "rt", encoding="utf-8-sig", newline="")  # spreadsheets write the mark
-
-
-def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -> Rows:
-    with _open_text(path) as file:
-        if may_be_list and file.read(4096).lstrip().startswith("["):
-            file.seek(0)
-            yield from _numbered(_from_json(file.read(), name), every)
-            return
-        file.seek(0)
-        lines = enumerate(file, 1)
-        for number, line in itertools.islice(lines, every.start, every.stop, every.step):
-            if line.strip():
-                yield Where(number, "line"), _from_json(line, f"{name}, line {number}")
-
-
-def _from_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not valid JSON: {error}.") from None
-
-
-def _csv_rows(path: pathlib.Path, name: str, columns: Mapping[str, str], every: slice) -> Rows:
-    numbers = {columns.get(name, name) for name in NUMBERS} | {"score_chosen", "score_rejected"}
-
-    def is_number(header: str) -> bool:
-        return header in numbers or our_spelling(header) in NUMBERS
-
-    with _open_text(path) as file:
-        for number, row in read_cells(file, name, is_number, every):
-            yield Where(number), row
-
-
-def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
-    import pyarrow.parquet
-
-    first = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=READ_ROWS):
-            chosen = np.flatnonzero(
-                np.arange(first, first + len(batch)) % every.step == every.start
-            )
-            for i, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
-                yield Where(first + i + 1), _plain_row(row)
-            first += len(batch)
-
-
-def _directory_rows(path: pathlib.Path, split: str, every: slice) -> Rows:
+def _directory_rows(
+    path: pathlib.Path, split: str, columns: Mapping[str, str], every: slice
+) -> Rows:
     if (path / "features.json").exists() and (path / "dataset_info.json").exists():
         return _numbered(_tfds_rows(path, split), every, _tfds_row)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _numbered(_saved_rows(path, split), every, _plain_row)
-    return _numbered(_hub_rows(path, split), every, _plain_row)
+        return _numbered(_saved_rows(path, split), every, plain_row)
+    files = data_files(path)
+    if not files or re.search(r"[\[+(]", split):  # "train[:50%]", "train+test"
+        return _numbered(_hub_rows(path, split), every, plain_row)
+    return _rows_of_files(files_of_split(path, files, split), columns, every)
+
+
+def _rows_of_files(files: Sequence[pathlib.Path], columns: Mapping[str, str], every: slice) -> Rows:
+    for number, file in enumerate(files):
+        # Rows are counted on from file to file, as if each had FILE_ROWS.
+        mine = slice((every.start - number * FILE_ROWS) % every.step, None, every.step)
+        for place, row in checked_rows(str(file), columns, mine):
+            yield place._replace(file=str(file), file_number=number), row
 
 
 def _tfds_rows(name: str | pathlib.Path, split: str) -> Any:
@@ -313,14 +326,8 @@ def _saved_rows(path: pathlib.Path, split: str) -> Any:
         saved = {str(saved.split or "train"): saved}
         split = split or next(iter(saved))
     lengths = {str(name): len(rows) for name, rows in saved.items()}
-    if not split and "train" not in lengths:
-        if len(lengths) > 1:
-            raise UsageError(
-                f"{path} has no split 'train'. {there_are(lengths)} Name one after the directory, "
-                f"e.g. {path}#{next(iter(lengths))}."
-            )
-        split = next(iter(lengths))
-    parts = datasets.ReadInstruction.from_spec(split or "train").to_absolute(lengths)
+    split = split or usual_split(path, lengths)
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     return datasets.concatenate_datasets(
         [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
     )
@@ -340,38 +347,12 @@ def _hub_rows(name: str | pathlib.Path, split: str) -> Any:
     return datasets.load_dataset(path, config, revision=revision, split=split or "train")
 
 
-def _plain_row(row: Row) -> Row:
-    return {name: _plain(value) for name, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it. A null in an Arrow struct means that the row lacks the key."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if item is not None}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return _plain(_shortest(value.item()) if value.dtype == np.float32 else value.item())
-    if isinstance(value, bytes):
-        return value.decode(
-            errors="surrogateescape"
-        )  # seen, and dropped, if it is one of our texts
-    return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
 def _tfds_row(row: Row) -> Row:
     """Read a TFDS row, in which a missing score is NaN and a missing preference -1."""
-    plain = _plain_row(row)
+    plain = plain_row(row)
     for name, value in plain.items():
         if isinstance(value, float):
-            plain[name] = None if math.isnan(value) else _shortest(value)
+            plain[name] = None if math.isnan(value) else shortest(value)
         elif name == "preference" and value == -1:
             plain[name] = None
     return plain
-
-
-def _shortest(value: float) -> float:
-    """Return the number that was stored as float32: 8.1, not 8.100000381469727."""
-    with np.errstate(over="ignore"):
-        single = np.float32(value)
-    return float(str(single)) if float(single) == value else value

@@ -1,7 +1,8 @@
 """Gold scores and the scale of the judge: rows on another scale are counted, or mapped onto it.
 
-A file may hold scores from 0 to 100 or from 0 to 1 where a judge scores from 1 to 10. Their order
-is right all the same, but their distances are not, and a written judgement would clip them.
+A file may hold scores from 0 to 100 or from 0 to 1 where a judge scores from 1 to 10, or what a
+reward model paid. Their order is right all the same, and is kept as a preference. Their distances
+are not, and a written judgement would clip them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
             return row
         first, second = map(ours, row.scores)
         # A written judgement may state scores of its own, which SFT imitates.
-        judged = {"judged": [*map(ours, row.meta["judged"])]} if "judged" in row.meta else {}
+        written = row.judgement if "judged" in row.meta else None
+        judged = {"judged": [*map(ours, written[1])]} if written else {}
         return dataclasses.replace(row, score_1=first, score_2=second, meta={**row.meta, **judged})
 
     return ShardedRows([mapped(row) for row in rows.mine], rows.owners)
@@ -57,6 +59,18 @@ def _line(points: Mapping[str, float]) -> list[tuple[float, float]]:
             "ours, theirs: ours}, e.g. {0: 1, 100: 10}."
         )
     return line
+
+
+def without_off_scale(rows: ShardedRows, scale: tuple[float, float]) -> ShardedRows:
+    """Return the rows with a preference alone in place of scores outside a scale."""
+    low, high = scale
+
+    def kept(row: Comparison) -> Comparison:
+        if row.scores is None or all(low <= score <= high for score in row.scores):
+            return row
+        return dataclasses.replace(row, score_1=None, score_2=None, preference=row.label)
+
+    return ShardedRows([kept(row) for row in rows.mine], rows.owners)
 
 
 def describe_off_scale(rows: ShardedRows, scale: tuple[int, int], source: str) -> str:

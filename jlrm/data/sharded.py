@@ -9,12 +9,12 @@ Left out: reading (readers.py), prompts and batches (batches.py).
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped, UInt64
@@ -96,7 +96,11 @@ def deal(rows: Sequence[Comparison]) -> ShardedRows:
 
 
 def read(
-    source: str, *, columns: Mapping[str, str] | None = None, scores: str = "score"
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    values: Mapping[Any, Any] | None = None,
+    scores: str = "score",
 ) -> tuple[ShardedRows, list[Dropped]]:
     """Read a source as `readers.read` does, each process its share; return rows and dropped ones.
 
@@ -106,17 +110,16 @@ def read(
     """
     hosts.agree(f"files of {source}", _sizes(source))
     every = slice(hosts.index(), None, hosts.count())
-    part = readers.read_part(source, columns=columns, scores=scores, every=every)
-    numbers = [row.where.number for row in part.rows]
-    mine = (numbers, part.dropped, part.lacking, part.names)
-    numbers, dropped, lacking, names = zip(*hosts.gather(f"rows of {source}", mine), strict=True)
-    in_order = sorted(itertools.chain(*dropped), key=lambda row: row.where.number)
-    owners = np.repeat(np.arange(len(numbers)), [len(each) for each in numbers])
-    owners = owners[np.argsort(np.concatenate(numbers))]
-    readers.check_whole(
-        source, len(owners), in_order, set.intersection(*lacking), max(names, key=len)
+    part = readers.read_part(source, columns=columns, values=values, scores=scores, every=every)
+    mine = ([row.where.order for row in part.rows], dataclasses.replace(part, rows=[]))
+    orders, parts = zip(*hosts.gather(f"rows of {source}", mine), strict=True)
+    dropped = sorted(
+        (row for each in parts for row in each.dropped), key=lambda row: row.where.order
     )
-    return ShardedRows(part.rows, owners), in_order
+    owners = np.repeat(np.arange(len(orders)), [len(each) for each in orders])
+    owners = owners[np.argsort(np.concatenate(orders))]
+    readers.check_whole(source, len(owners), parts)
+    return ShardedRows(part.rows, owners), sorted(dropped, key=lambda row: row.where.order)
 
 
 def _sizes(source: str) -> list[tuple[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +35,7 @@ class Splits(NamedTuple):
 def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
     """Read the sources of a run; `needs_scores` leaves out rows that have a preference alone.
 
-    Gold scores outside `scale`, the judge's, are counted and said.
+    Gold scores outside `scale`, the judge's, are counted and said, and only their order is kept.
 
     Raises:
       UsageError: a source that can't be read, or that leaves nothing to train on.
@@ -110,21 +111,28 @@ def encode_splits(
 def _read(
     data: DataConfig, source: str, scale: tuple[int, int], needs_scores: bool
 ) -> tuple[ShardedRows, list[Dropped]]:
-    rows, dropped = sharded.read(source, columns=data.columns, scores=data.scores)
+    rows, dropped = sharded.read(
+        source, columns=data.columns, values=data.values, scores=data.scores
+    )
+    rows = scales.rescaled(rows, data.rescale)
+    if said := scales.describe_off_scale(rows, scale, source):
+        order = "such scores are no gold, and count by their order alone, as a preference"
+        log.warning(
+            "%s Until then %s.", said, "negative ones are no gold" if needs_scores else order
+        )
+    # The authors' reward compares whatever is not negative: JudgeLM has a few scores of 0.
+    rows = scales.without_off_scale(rows, (0, math.inf) if needs_scores else scale)
     if needs_scores:
         is_scored = rows.flags("rows with scores", lambda row: row.scores is not None)
         if not is_scored.any():
             raise UsageError(
-                f"{source} has no scores, only preferences. Set reward.mode=judgelrm_symmetric, "
-                "which is paid by preferences too."
+                f"{source} has no scores that reward.mode=judgelrm can use, only preferences. Set "
+                "reward.mode=judgelrm_symmetric, which is paid by preferences too."
             )
         dropped = [*dropped, *rows.left_out(np.flatnonzero(~is_scored), "no_scores")]
         rows = rows.select(np.flatnonzero(is_scored))
     if dropped:
         log.warning("%s: left out %s", source, describe_dropped(dropped))
-    rows = scales.rescaled(rows, data.rescale)
-    if said := scales.describe_off_scale(rows, scale, source):
-        log.warning(said)
     return rows, dropped
 
 

@@ -26,7 +26,9 @@ class Credit(NamedTuple):
 class Benchmark(NamedTuple):
     name: str
     policies: tuple[Policy, ...]  # the official one first
-    read: Callable[[str], list[Item]]  # from a file, a directory or hf:ORG/NAME#SPLIT
+    # From a file, a directory or hf:ORG/NAME#SPLIT; with `columns`, `values` and `scores` as
+    # data/readers.py takes them, if the rows are the user's own.
+    read: Callable[..., list[Item]]
     games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
     credit: Callable[[ItemVerdicts, Policy], Credit]
     total: Callable[[Sequence[Credit], Policy], dict[str, float]]  # percent
@@ -37,6 +39,7 @@ class Benchmark(NamedTuple):
     # Joins items to clusters beside those that share a question; None: the item joins none.
     group: Callable[[Item], Hashable] | None = None
     not_percent: tuple[str, ...] = ()  # metrics that are no percentages
+    is_own: bool = False  # the rows are the user's own
 
     @property
     def policy(self) -> Policy:

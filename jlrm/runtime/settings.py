@@ -7,6 +7,7 @@ holds, the outcome is a `Config` or a `UsageError` of one sentence.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import pathlib
 import reprlib
@@ -28,6 +29,13 @@ MOVED = {
         *("ratio", "clip_low", "clip_high", "dual_clip", "aggregation", "importance_cap"),
         *("mask_truncated", "kl_weight", "entropy_weight"),
     )
+}
+
+
+# Flags of pairs: their form, an example and what they are for.
+PAIR_FLAGS = {
+    "columns": ("OURS=THEIRS", "answer_1=response_a", "names of the columns"),
+    "values": ("THEIRS=OURS", "0=1 1=2 2=0", "what labels mean: 1, 2 or 0 (a tie)"),
 }
 
 
@@ -125,11 +133,42 @@ def parse_pairs(text: str, what: str) -> dict[str, str]:
     if text.lstrip().startswith("{"):
         mapping = parse_yaml(text, what)
         if isinstance(mapping, dict):
-            return {str(key): str(value) for key, value in mapping.items()}
+            return {str(_as_written(key)): str(value) for key, value in mapping.items()}
     pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
     if not all(key.strip() and value.strip() for key, _, value in pairs):
         raise UsageError(f"{what}={_short(text)} is not pairs such as NAME=VALUE,NAME=VALUE.")
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def add_pair_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name columns and labels: `data.columns` and `data.values` of a config."""
+    for name, (form, example, meaning) in PAIR_FLAGS.items():
+        note = f"{meaning}, e.g. {example}"
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=form, help=note)
+
+
+def pair_flags(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Return the pairs of those flags by their names, in any spelling of `parse_pairs`.
+
+    Raises:
+      UsageError: what is no pair.
+    """
+    given = {}
+    for name, (form, example, _) in PAIR_FLAGS.items():
+        texts, pairs = getattr(args, name), {}
+        if texts and texts[0].startswith("{") and not texts[0].endswith("}"):
+            texts = [" ".join(texts)]  # a mapping without quotes, divided at its spaces
+        for text in texts:
+            if "=" not in text and not text.startswith("{"):
+                raise UsageError(f"--{name} {text}: wanted {form}, e.g. {example}.")
+            pairs |= parse_pairs(text, f"--{name}")
+        given[name] = pairs
+    return given
+
+
+def _as_written(key: Any) -> Any:
+    """Return a key that YAML reads as true or false as text: labels may be so."""
+    return str(key).lower() if isinstance(key, bool) else key
 
 
 def _moved(tree: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +221,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         pairs = parse_pairs(value, where) if isinstance(value, str) else value
         if not isinstance(pairs, dict):
             raise _wrong(where, value, kind)
+        pairs = {_as_written(key): inner for key, inner in pairs.items()}
         return {
             _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}[{_short(k)}]")
             for k, v in pairs.items()

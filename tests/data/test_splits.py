@@ -9,8 +9,9 @@ import logging
 import pytest
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import toy
+from jlrm.data import readers, toy
 from jlrm.data.comparisons import fold, write_comparisons
+from jlrm.data.dataset import write_dataset
 from jlrm.data.splits import read_splits
 
 SCALE = (1, 10)
@@ -123,3 +124,56 @@ def test_training_on_a_benchmark_is_warned_of_and_holding_it_out_is_not(tmp_path
     assert "is a benchmark" not in caplog.text
     read_splits(DataConfig(train=theirs, eval=mine), SCALE, needs_scores=False)
     assert f"{theirs} is a benchmark (RewardBench)" in caplog.text
+
+
+def test_rewards_of_a_reward_model_count_by_their_order_and_are_not_gold(source, caplog):
+    made = [
+        dataclasses.replace(row, score_1=3.0, score_2=i % 9 + 1.0) for i, row in enumerate(rows(9))
+    ]
+    made += [
+        dataclasses.replace(row, score_1=-0.7, score_2=-3.25 if i % 2 else 4.0, id=f"r{i}")
+        for i, row in enumerate(rows(20)[9:])
+    ]
+    config = DataConfig(train=source(made))
+    splits = read_splits(config, SCALE, needs_scores=False)
+    assert "11 of 20 rows with scores have one outside the scale of 1 to 10" in caplog.text
+    assert (
+        "theirs go from -3.25 to 9" in caplog.text and "count by their order alone" in caplog.text
+    )
+    known = {row.id: row for row in (*splits.train.mine, *splits.heldout.mine)}
+    for row in made:
+        assert known[row.id].label == row.label
+        assert known[row.id].scores == (None if row.id.startswith("r") else row.scores)
+    scored = read_splits(config, SCALE, needs_scores=True)
+    assert [row.reason for row in scored.dropped] == ["no_scores"] * 11
+    with pytest.raises(UsageError, match=r"no scores that reward\.mode=judgelrm can use"):
+        read_splits(DataConfig(train=source(made[9:])), SCALE, needs_scores=True)
+
+
+def test_labels_of_another_numbering_are_mapped_in_training_and_held_out_rows(tmp_path, caplog):
+    texts = {"answer_1": "a", "answer_2": "b"}
+    lines = [{"question": f"q{i}", **texts, "label": i % 3} for i in range(30)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(train=str(tmp_path / "x.jsonl"), columns={"preference": "label"})
+    read_splits(config, SCALE, needs_scores=False)
+    assert "data.values={0: 1, 1: 2, 2: 0}" in caplog.text
+    caplog.clear()
+    config = dataclasses.replace(config, values={"0": 1, "1": 2, "2": 0})
+    splits = read_splits(config, SCALE, needs_scores=False)
+    assert "data.values" not in caplog.text
+    for row in (*splits.train.mine, *splits.heldout.mine):
+        assert row.label == (1, 2, 0)[int(row.question[1:]) % 3]
+
+
+def test_own_columns_come_along_from_a_file_and_from_what_was_prepared_of_it(tmp_path):
+    texts = {"answer_1": "a", "answer_2": "b", "preference": 1}
+    lines = [{"question": f"q{i}", **texts, "difficulty": i, "tags": [i]} for i in range(10)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_dataset({"train": readers.read(str(tmp_path / "x.jsonl")).rows}, tmp_path / "prepared")
+    for name in ("x.jsonl", "prepared"):
+        splits = read_splits(DataConfig(train=str(tmp_path / name)), SCALE, needs_scores=False)
+        for part in (splits.train, splits.heldout.in_both_orders()):
+            assert len(part.mine)
+            for row in part.mine:
+                number = int(row.question[1:])
+                assert row.meta == {"difficulty": number, "tags": [number]}

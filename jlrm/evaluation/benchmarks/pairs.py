@@ -9,7 +9,7 @@ judges its held-out set by.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from jlrm.config import UsageError
 from jlrm.data import readers
@@ -29,11 +29,16 @@ HOW_TO_GET = (
 )
 
 
-def read(source: str) -> list[Item]:
-    """Read comparisons; rows that the reader can't use are left out, and said to be."""
+def read(
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    values: Mapping[str, str] | None = None,
+    scores: str = "score",
+) -> list[Item]:
+    """Read comparisons as `readers.read` does; rows that it can't use are left out, and told."""
     if not source:
         raise UsageError(f"There is no data to read. {HOW_TO_GET}")
-    comparisons = readers.read(source)
+    comparisons = readers.read(source, columns=columns, values=values, scores=scores)
     if comparisons.dropped:
         logging.getLogger(__name__).warning(
             "%s: left out %s", source, describe_dropped(comparisons.dropped)
@@ -70,4 +75,5 @@ BENCHMARK = Benchmark(
     credit=_credit,
     total=_total,
     how_to_get=HOW_TO_GET,
+    is_own=True,
 )

@@ -1,0 +1,240 @@
+"""Data files, and which of them a directory means: JSON, CSV, TSV (plain or gzipped), Parquet.
+
+The delimiter of a CSV file is read off its header: a spreadsheet in a country of decimal commas
+writes `;`, and then "7,5" is a number.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import itertools
+import json
+import logging
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from jlrm.config import UsageError
+from jlrm.data.comparisons import Where
+
+log = logging.getLogger(__name__)
+
+Rows = Iterator[tuple[Where, Any]]  # the place, its source left out, and what stands there
+
+DELIMITERS = (",", ";", "\t")
+READ_ROWS = 1024  # at a time, where a source gives them by number
+FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
+# Words in the names of files that tell their split, as `datasets` takes them.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a data file, "json", "csv", "tsv" or "parquet", and "" of any other."""
+    ending = pathlib.PurePath(name.lower().removesuffix(".gz")).suffix
+    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
+    is_parquet = name.lower().endswith(".parquet")  # which is compressed inside
+    return "parquet" if is_parquet else kinds.get(ending, "")
+
+
+def read_file(
+    path: pathlib.Path, name: str, is_number: Callable[[str], bool], every: slice
+) -> Rows:
+    """Yield the chosen rows of a file, or of its lines.
+
+    Args:
+      name: of the file in errors, and to tell its kind by.
+      is_number: whether a CSV column of that header holds numbers; all others stay text.
+      every: counts rows, or lines, from 0; has a start and a step.
+
+    Raises:
+      UsageError: no such format, or a line that is not of its format, named.
+    """
+    kind = kind_of(path.name)
+    if kind == "json":
+        is_list = not path.name.lower().removesuffix(".gz").endswith(".jsonl")
+        return _json_rows(path, name, every, may_be_list=is_list)
+    if kind in ("csv", "tsv"):
+        return _csv_rows(path, name, is_number, every)
+    if kind == "parquet":
+        return _parquet_rows(path, every)
+    raise UsageError(f"{name} is in no format that is understood. Wanted {FORMATS}.")
+
+
+def _open_text(path: pathlib.Path) -> TextIO:
+    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")  # spreadsheets write the mark
+
+
+def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -> Rows:
+    with _open_text(path) as file:
+        if may_be_list and file.read(4096).lstrip().startswith("["):
+            file.seek(0)
+            rows = enumerate(_from_json(file.read(), name))
+            for i, row in itertools.islice(rows, every.start, every.stop, every.step):
+                yield Where(i + 1), row
+            return
+        file.seek(0)
+        lines = enumerate(file, 1)
+        for number, line in itertools.islice(lines, every.start, every.stop, every.step):
+            if line.strip():
+                yield Where(number, "line"), _from_json(line, f"{name}, line {number}")
+
+
+def _from_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is not valid JSON: {error}.") from None
+
+
+def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
+    import pyarrow.parquet
+
+    first = 0
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=READ_ROWS):
+            # Not `batch.take`: it has no kernel for string views, which polars writes.
+            mine = range((every.start - first) % every.step, len(batch), every.step)
+            rows = batch.to_pylist()
+            for i in mine:
+                yield Where(first + i + 1), plain_row(rows[i])
+            first += len(batch)
+
+
+def plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its values as JSON has them."""
+    return {str(name): _plain(value) for name, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it. A null in an Arrow struct means that the row lacks the key."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return _plain(shortest(value.item()) if value.dtype == np.float32 else value.item())
+    if isinstance(value, bytes):
+        return value.decode(
+            errors="surrogateescape"
+        )  # seen, and dropped, if it is one of our texts
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
+
+
+def shortest(value: float) -> float:
+    """Return the number that was stored as float32: 8.1, not 8.100000381469727."""
+    with np.errstate(over="ignore"):
+        single = np.float32(value)
+    return float(str(single)) if float(single) == value else value
+
+
+# ------------------------------------------------------------------------------------- directories
+
+
+def data_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the data files of a directory, or none where `datasets` has to choose.
+
+    That is where they are of several kinds, or where a dataset card says which of them to read.
+    """
+    card = path / "README.md"
+    said = card.read_text("utf-8", "replace") if card.is_file() else ""
+    if re.search(r"^(configs|data_files):", said, re.MULTILINE):
+        return []
+    files = [file for file in sorted(path.rglob("*")) if kind_of(file.name) and file.is_file()]
+    inner = ((file, file.relative_to(path).parts) for file in files if file.name not in ABOUT)
+    files = [file for file, parts in inner if not any(part[0] in "._" for part in parts)]
+    return files if len({kind_of(file.name) for file in files}) == 1 else []
+
+
+def files_of_split(
+    path: pathlib.Path, files: Sequence[pathlib.Path], split: str
+) -> list[pathlib.Path]:
+    """Return the files of a split, which their names tell; where none does, all are of `train`."""
+    splits: dict[str, list[pathlib.Path]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", str(file.relative_to(path)).lower())
+        told = next((SPLITS[word] for word in reversed(words) if word in SPLITS), "")
+        splits.setdefault(told, []).append(file)
+    untold = splits.pop("", [])
+    if untold and "train" not in splits:
+        splits["train"] = untold
+    elif untold:
+        left_out = ", ".join(file.name for file in untold)
+        log.warning("%s: not read, since its name tells no split: %s", path, left_out)
+    split = split or usual_split(path, splits)
+    if split not in splits:
+        raise UsageError(f"{path} has no split '{split}'. There are: {_listed(splits)}.")
+    return splits[split]
+
+
+def usual_split(path: pathlib.Path, names: Iterable[str]) -> str:
+    """Return "train", or the only split that there is."""
+    names = list(names)
+    if "train" in names:
+        return "train"
+    if len(names) > 1:
+        raise UsageError(
+            f"{path} has no split 'train'. There are: {_listed(names)}. "
+            f"Name one after the directory, e.g. {path}#{names[0]}."
+        )
+    return names[0]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+# ------------------------------------------------------------------------------------ spreadsheets
+
+
+def _csv_rows(
+    path: pathlib.Path, name: str, is_number: Callable[[str], bool], every: slice
+) -> Rows:
+    """Yield the chosen rows; an empty cell is None. A row has as many cells as the header."""
+    csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
+    with _open_text(path) as file:
+        delimiter = choose_delimiter(file.readline(), "\t" if ".tsv" in name.lower() else ",")
+        file.seek(0)
+        lines = csv.reader(file, delimiter=delimiter, strict=True)
+        header = next(lines, [])
+        rows = enumerate(lines, 1)
+        for number, cells in itertools.islice(rows, every.start, every.stop, every.step):
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise UsageError(
+                    f"{name}, row {number} has {len(cells)} cells, the header has {len(header)}. "
+                    'A text that holds the delimiter or a line break must stand in quotes ("...").'
+                )
+            yield (
+                Where(number),
+                {
+                    column: _cell(cell, delimiter) if is_number(column) else cell or None
+                    for column, cell in zip(header, cells, strict=True)
+                },
+            )
+
+
+def choose_delimiter(header: str, usual: str) -> str:
+    """Return the usual delimiter if it divides the header, else the only other one that does."""
+    others = [mark for mark in DELIMITERS if mark in header]
+    return others[0] if usual not in header and len(others) == 1 else usual
+
+
+def _cell(text: str, delimiter: str) -> Any:
+    """Read a number or a list of numbers; what is neither stays text, for the checks to judge."""
+    if delimiter == ";" and re.fullmatch(r"-?\d+,\d+", text):
+        text = text.replace(",", ".")
+    try:
+        return None if not text else json.loads(text) if text.startswith("[") else float(text)
+    except (ValueError, RecursionError):
+        return text

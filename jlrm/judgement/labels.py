@@ -1,0 +1,256 @@
+"""What files write for the better of two answers and for their scores, read as ours.
+
+Our labels are 1 (the first answer), 2 (the second) and 0 (a tie). Words such as "model_a" or "tie"
+mean one thing everywhere. Numbers don't: some files count 0, 1 and 2 as first, second and tie.
+Such a numbering can't be told from ours row by row, so it is read as ours, `doubts` speaks up when
+the counts of a whole source don't look like ours, and `meanings` are how a user sets it right.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jlrm.config import UsageError
+
+# A graded label, such as a mean over votes, counts as the class that it is this close to. Those of
+# AlpacaEval lie between 1 and 2.
+TOLERANCE = 0.1
+CLASSES = {0.0: 0, 1.0: 1, 1.5: 0, 2.0: 2}
+SIDES = {"1": 1, "2": 2, "a": 1, "b": 2, "left": 1, "right": 2, "first": 1, "second": 2}
+TIES = {"draw", "equal", "same", "both_bad", "bothbad", "both_good"}
+# Spellings of nothing, and of what YAML reads as true and false.
+MISSING = {"", "nan", "none", "null", "na", "n/a"}
+BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+WIDE = str.maketrans("．，／", ".,/")  # beside full-width digits, which `float` knows
+FEW = 20  # rows that may all have the same label by chance
+# Names of a column whose numbers are usually classes counted from 0.
+CLASS_COLUMNS = {"label", "labels", "class", "target"}
+
+_NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+|[+-]?\d+,(?!\d{3}$)\d+", re.I)
+_SIDE = re.compile(r"(?:(?:model|answer|response|output|assistant|option)_?)?(\w+)")
+_COMPARED = re.compile(r"a\s*(>+|<+|=+)\s*b|b\s*(>+|<+|=+)\s*a")
+
+
+class Unusable(Exception):
+    """This row is to be left out; the text is the reason, of data/comparisons.py."""
+
+
+def meanings(values: Mapping[Any, Any]) -> dict[str, int]:
+    """Check what labels mean, {theirs: 1, 2 or 0}, and return it by their plain spelling.
+
+    Raises:
+      UsageError: a meaning that is neither 1, 2 nor 0, or a label that stands twice.
+    """
+    known: dict[str, int] = {}
+    for label, meaning in values.items():
+        if str(meaning) not in ("0", "1", "2"):
+            raise UsageError(
+                f"data.values: {label!r} can't mean {meaning!r}: wanted 1 (the first answer), 2 "
+                "(the second) or 0 (a tie), e.g. data.values={0: 1, 1: 2, 2: 0}."
+            )
+        name = plain(label)
+        if name in known:
+            raise UsageError(f"data.values: the label {name!r} stands twice.")
+        known[name] = int(meaning)
+    return known
+
+
+def plain(label: Any) -> str:
+    """Return one spelling for what is one label: "1" for 1, 1.0 and "1.0"; "true" for True."""
+    if isinstance(label, bool):
+        return str(label).lower()
+    number = _number(label)
+    if number is not None:
+        return f"{number:.12g}"
+    text = str(label).strip().lower()
+    return BOOLEANS.get(text, text)
+
+
+def numbering(label: Any) -> str:
+    """Return the class that a label numbers: "0", "1", "1.5" or "2"; "" of any other label."""
+    number = _number(label)
+    near = [value for value in CLASSES if number is not None and abs(value - number) <= TOLERANCE]
+    return f"{near[0]:g}" if near else ""
+
+
+def preference(label: Any, known: Mapping[str, int], where: str) -> int | None:
+    """Return which answer a label calls better: 1, 2, 0 for a tie; None where there is no label.
+
+    Args:
+      known: of `meanings`; a number that is not among them means nothing, if there are any.
+
+    Raises:
+      UsageError: a label that is not understood.
+      Unusable: a graded one between two classes.
+    """
+    if label is None or (isinstance(label, str) and label.strip().lower() in MISSING):
+        return None
+    if not isinstance(label, (str, int, float)):
+        raise _unknown(label, known, where)
+    if (name := plain(label)) in known:
+        return known[name]
+    if isinstance(label, bool):
+        raise _unknown(label, known, where)
+    if (number := _number(label)) is not None:
+        return None if math.isnan(number) else _class_of(number, label, known, where)
+    found = _of_word(name)
+    if found is None:
+        raise _unknown(label, known, where)
+    return found
+
+
+def _class_of(number: float, label: Any, known: Mapping[str, int], where: str) -> int:
+    numbers = ((_number(name), meaning) for name, meaning in known.items())
+    classes = {value: meaning for value, meaning in numbers if value is not None}
+    classes = classes if known else CLASSES
+    nearest = min(classes, key=lambda value: abs(value - number), default=math.inf)
+    if abs(nearest - number) <= TOLERANCE:
+        return classes[nearest]
+    # Ours are graded from 1 to 2: what lies between 0 and 1 is of another scale.
+    lowest = min(classes, default=math.inf) if known else 1.0
+    if lowest < number < max(classes, default=-math.inf):
+        raise Unusable("unclear_preference")
+    raise _unknown(label, known, where)
+
+
+def _of_word(text: str) -> int | None:
+    """Return what a text means by itself: "Model A", "[[B]]", "A>B", "tie (bothbad)"."""
+    text = text.strip(" \t\n[](){}'\"*.").replace("&gt;", ">").replace("&lt;", "<")
+    if compared := _COMPARED.fullmatch(text):
+        mark = compared[1] or compared[2]
+        first = (mark[0] == ">") == bool(compared[1])
+        return 0 if mark[0] == "=" else 1 if first else 2
+    words = re.sub(r"[\s_-]+", "_", text)
+    if words.startswith("tie") or words in TIES:
+        return 0
+    side = _SIDE.fullmatch(words)
+    return SIDES.get(side[1]) if side else None
+
+
+def _unknown(label: Any, known: Mapping[str, int], where: str) -> UsageError:
+    if known:
+        given = ", ".join(f"{name}: {meaning}" for name, meaning in known.items())
+        return UsageError(
+            f"{where}: the label {label!r} is not among those of data.values={{{given}}}. Add what "
+            "it means: 1 (the first answer), 2 (the second) or 0 (a tie)."
+        )
+    hint = ""
+    if isinstance(label, bool):
+        hint = " If it says whether the first answer is better: data.values={true: 1, false: 2}."
+    elif isinstance(label, (str, int, float)):
+        hint = f" Say what other labels mean, e.g. data.values={{{plain(label)[:40]}: 1}}."
+    return UsageError(
+        f"{where}: the preference must be 1, 2 or 0 (a tie), between 1 and 2 if it is graded, or A,"
+        f" B, model_a, model_b, answer_1, answer_2 or tie, got {label!r}.{hint}"
+    )
+
+
+def doubts(counts: Mapping[str, int], column: str) -> str:
+    """Say why numbers that were read as ours may be another numbering, or "" for no doubt.
+
+    The first and the second answer are both better sometimes, and ties are rarer than either.
+
+    Args:
+      counts: rows by the number that labels them (`numbering`).
+      column: the source's own name of the labels.
+    """
+    ties, first, second = (counts.get(name, 0) for name in "012")
+    lacking = [name for name, count in (("1", first), ("2", second)) if not count]
+    if "1.5" in counts or not ties + first + second:
+        return ""
+    if ties and lacking:
+        what = f"never {' or '.join(lacking)}"
+    elif lacking and first + second >= FEW:
+        what = f"never {lacking[0]}"
+    elif ties and (ties >= min(first, second) or column.strip().lower() in CLASS_COLUMNS):
+        what = "which is how many files count first answer, second answer and tie"
+    else:
+        return ""
+    there = [(name, counts[name]) for name in "012" if name in counts]
+    shown = ", ".join(
+        f"{name} ({count}{'' if place else ' rows'})" for place, (name, count) in enumerate(there)
+    )
+    read_as = {"0": "a tie", "1": "the first answer", "2": "the second"}
+    told = ", ".join(
+        f"{name} {'as' if place else 'was read as'} {read_as[name]}"
+        for place, (name, _) in enumerate(there)
+    )
+    if not ties:
+        advice = (
+            "If the better answer always stands in one place, set data.orders=both or prepare "
+            "with --swap"
+        )
+    else:
+        theirs = "{0: 1, 1: 2, 2: 0}" if second else "{0: 1, 1: 2}"
+        advice = f"If 0 is the first answer and 1 the second, set data.values={theirs}"
+    same = ", ".join(f"{name}: {name}" for name, _ in there)
+    return (
+        f"the labels in '{column}' are {shown}, {what}. {told}. {advice}; if "
+        f"they are right, data.values={{{same}}} says so (prepare, evaluate: --values)."
+    )
+
+
+def scores(given: Any, where: str) -> tuple[float | None, float | None]:
+    """Read two scores, as numbers or as text such as "8", "7,5" and "8/10"; None is a missing one.
+
+    Raises:
+      UsageError: what is no pair of finite numbers, or not clearly so ("1,234", "8/10" and "4/5").
+    """
+    if isinstance(given, str):
+        given = _listed(given)
+    if not isinstance(given, list) or len(given) != 2:
+        raise UsageError(f"{where}: the scores must be two numbers, got {given!r}.")
+    pair = [_score(each) for each in given]
+    outs = {out for _, out in pair if out is not None}
+    has_whole = any(value is not None and out is None for value, out in pair)
+    if any(math.isnan(value) for value, _ in pair if value is not None) or (
+        len(outs) > 1 or (outs and has_whole)
+    ):
+        raise UsageError(f"{where}: the scores must be two numbers, got {given!r}.")
+    if any(math.isinf(value) for value, _ in pair if value is not None):
+        raise UsageError(f"{where}: scores must be finite, got {given!r}.")
+    return pair[0][0], pair[1][0]
+
+
+def _listed(text: str) -> Any:
+    """Return the list that a text holds, as JSON or as two numbers with a space between."""
+    inner = text.strip()
+    if inner.startswith("["):
+        try:
+            return json.loads(inner)
+        except (ValueError, RecursionError):
+            inner = inner.strip("[] ")
+    parts = inner.split()
+    return parts if len(parts) == 2 else text
+
+
+def _score(given: Any) -> tuple[float | None, str | None]:
+    """Return a score and what it is out of: None if it is missing, NaN if it is no number."""
+    if given is None or (isinstance(given, float) and math.isnan(given)):
+        return None, None
+    if isinstance(given, str):
+        text = given.translate(WIDE).strip(" \t\r\n*")
+        if text.lower() in MISSING:
+            return None, None
+        given, _, out = (part.strip() for part in text.partition("/"))
+        number = _number(given)
+        is_out = not out or (out.isdecimal() and float(out) > 0)
+        return (math.nan if number is None or not is_out else number), (out or None)
+    number = None if isinstance(given, bool) else _number(given)
+    return (math.nan if number is None else number), None
+
+
+def _number(given: Any) -> float | None:
+    if isinstance(given, str):
+        text = given.translate(WIDE).strip()
+        return float(text.replace(",", ".")) if _NUMBER.fullmatch(text) else None
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        return None
+    try:
+        return float(given)
+    except OverflowError:
+        return math.inf
