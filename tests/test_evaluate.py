@@ -116,7 +116,8 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
     entry = kept["benchmarks"]["pandalm"]
     assert set(entry) == {
         *("metrics", "intervals", "n", "parse_failures", "ties", "statuses", "policy", "subsets"),
-        *("diagnostics", "published", "incomplete", "worst", "clusters", "design_effect"),
+        *("diagnostics", "published", "incomplete", "worst", "unread", "clusters"),
+        "design_effect",
     }
     assert entry["clusters"] == row["clusters"] == 170
     assert 2.2 < entry["design_effect"] < 2.4

@@ -43,6 +43,9 @@ HUB_BENCHMARKS = (
     ("HelpSteer3's validation split", r"nvidia/helpsteer3", "validation"),
     ("JudgeLM val", r"baai/judgelm-100k", "val"),
     ("MT-Bench", r"lmsys/mt_bench_human_judgments", ""),
+    ("AlpacaEval's annotations", r"tatsu-lab/alpaca_eval", ""),
+    ("Feedback Bench", r"prometheus-eval/feedback-bench", ""),
+    ("BiGGen Bench", r"prometheus-eval/biggen-bench(?:-results)?", ""),
 )
 
 
@@ -157,7 +160,7 @@ def _question(row: Any, where: str) -> str:
     if not isinstance(row, dict):
         return ""
     try:
-        return _text(forms.in_our_form(row, "score", where)["question"])
+        return _text(forms.in_our_form(forms.respelled(row), "score", where)["question"])
     except (UsageError, forms.Unusable, KeyError):
         pass  # a benchmark's own form, such as RM-Bench's with three answers of each kind
     for name in ("question", "question_body", "prompt"):

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlrm.config import UsageError
+from jlrm.data.comparisons import fold
 from jlrm.data.contamination import Benchmarks, _ngrams, read_benchmarks, warn_of_benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 
@@ -208,3 +209,17 @@ def test_every_benchmark_of_the_hub_is_known(caplog):
     for source in sources:
         warn_of_benchmark(source + "#validation" if source.endswith("JudgeLM-100K") else source)
     assert len(caplog.records) == len(sources) >= 8
+
+
+def test_the_question_of_a_row_of_conversations_is_read(tmp_path):
+    turns = {
+        f"conversation_{side}": [
+            {"role": "user", "content": "Which river runs through Vienna?"},
+            {"role": "assistant", "content": side},
+        ]
+        for side in "ab"
+    }
+    path = tmp_path / "arena.jsonl"
+    path.write_text(json.dumps({**turns, "winner": "model_a"}) + "\n")
+    known = read_benchmarks([str(path)], 8)
+    assert list(known.questions) == [fold("which river runs through Vienna")]

@@ -25,7 +25,7 @@ from jlrm.data.tokenizer import decode, encode, load_tokenizer, token_bytes
 from jlrm.evaluation.games import Game, Item
 from jlrm.judgement import prompts
 from jlrm.judgement.verdict import parse
-from jlrm.judges.protocol import CONTROL_TOKENS, Template
+from jlrm.judges.requests import CONTROL_TOKENS, Template
 from jlrm.sampling.stops import StopTables, stop_tables
 
 NUM_ATTACKS = 2000
