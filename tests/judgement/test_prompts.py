@@ -121,10 +121,13 @@ def test_neutralise_breaks_overlapping_tokens(text: str, tokens: set[str]) -> No
     assert not [token for token in tokens if token in neutral]
 
 
-def test_neutralise_refuses_what_a_space_cannot_break() -> None:
-    for token in ("x", "a b", ""):
-        with pytest.raises(UsageError, match="cannot be broken"):
-            prompts.neutralise("text", ["<think>", token])
+@given(st.text("abc <", max_size=12), st.sets(st.text("abc <", min_size=1, max_size=4), max_size=6))
+def test_tokens_with_spaces_or_of_one_character_are_broken_too(text: str, tokens: set[str]) -> None:
+    neutral = prompts.neutralise(text, tokens)
+    assert not [token for token in tokens if token in neutral]
+    assert prompts.neutralise(neutral, tokens) == neutral
+    if not any(token in text for token in tokens):
+        assert neutral == text
 
 
 @given(st.sampled_from(sorted(prompts.PAIR_TEMPLATES)), st.tuples(TEXTS, TEXTS, TEXTS))
