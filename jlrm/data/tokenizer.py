@@ -46,7 +46,9 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        tokenizer.backend_tokenizer.to_str()  # a tokenizer in Python alone has none
+        # What a broken file does not break until it is used, and a tokenizer in Python alone lacks.
+        tokenizer.backend_tokenizer.to_str()
+        tokenizer.decode(tokenizer(["a"])["input_ids"][0])
         highest_id(tokenizer)
     except Exception as error:  # a broken file raises anything, the Rust library its own kinds
         why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__

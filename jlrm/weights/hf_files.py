@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import pathlib
 import re
@@ -24,6 +23,7 @@ from safetensors import safe_open
 
 from jlrm.config import UsageError
 from jlrm.runtime import hosts
+from jlrm.runtime.settings import read_json
 
 log = logging.getLogger(__name__)
 
@@ -144,10 +144,12 @@ def _file_names(directory: pathlib.Path) -> list[str]:
         return [WEIGHTS]
     if not index.is_file():
         return [WEIGHTS]
-    try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UsageError(
+            f'{index} is no safetensors index, such as {{"weight_map": {{NAME: FILE}}}}.'
+        )
+    return sorted({*names.values()})
 
 
 def _check(
@@ -199,12 +201,13 @@ def refuse_adapter(directory: pathlib.Path) -> None:
     if not file.is_file():
         return
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = read_json(file).get("base_model_name_or_path") or "a base model"
+    except UsageError:
         base = "a base model"
-    rest = " If its weights are merged already, remove adapter_config.json."
-    whole = rest if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file() else ""
-    raise UsageError(f"{directory} is a PEFT adapter of {base}, not a whole model.{MERGE}{whole}")
+    text = f"{directory} is a PEFT adapter of {base}, not a whole model.{MERGE}"
+    if (directory / WEIGHTS).is_file() or (directory / INDEX).is_file():
+        text += " If its weights are merged already, remove adapter_config.json."
+    raise UsageError(text)
 
 
 def _is_same(first: Stored, second: Stored) -> bool:
