@@ -25,9 +25,21 @@ log = logging.getLogger(__name__)
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; imported late, it costs a second
 
-# The day that chat templates are told, whatever day it is: prompts of a run stay the same, and so
+# The time that chat templates are told, whatever day it is: prompts of a run stay the same, and so
 # do those of its judge. It is the day that Llama's own template writes where it has no clock.
-TODAY = datetime.date(2024, 7, 26)
+NOW = datetime.datetime(2024, 7, 26)
+# In place of transformers' own function, since it takes no function with a template. A macro has
+# no way to format a date, but what a date's directives stand for can be filled in. The last `{{}}`
+# keeps a line break that the template may begin with.
+CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(
+        f" | replace({f'%{flag}{letter}'!r}, {NOW.strftime(f'%{flag}{letter}')!r})"
+        for flag in ("-", "")
+        for letter in "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+    )
+    + " | replace('%%', '%') }}{% endmacro %}{{ '' }}"
+)
 # What templates write to switch thinking off: an empty block, or its end alone.
 EMPTY_THINKING = re.compile(r"(<think>\s*)?</think>\s*$")
 
@@ -155,13 +167,14 @@ def _fill_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> str:
     """Return the text of two messages and the header of an answer, with thinking switched on."""
     chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
+        template = tokenizer.get_chat_template()
         return tokenizer.apply_chat_template(
             chat,
+            chat_template=(CLOCK if "strftime_now" in template else "") + template,
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=True,  # Qwen, and most
             thinking=True,  # DeepSeek, Granite
-            strftime_now=TODAY.strftime,
         )
     except Exception as error:  # a template is a program: it raises on purpose, or anything
         why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__

@@ -34,9 +34,7 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
       UsageError: there is no such file, it describes no model, this code would compute the model
         differently, or the directory holds a PEFT adapter.
     """
-    refuse_adapter(directory)
-    file = directory / "config.json"
-    return config_from_hf(read_json(file), str(file), **numerics)
+    return config_from_hf(_described(directory), str(directory / "config.json"), **numerics)
 
 
 def stored_dtype(directory: pathlib.Path) -> str:
@@ -45,14 +43,20 @@ def stored_dtype(directory: pathlib.Path) -> str:
     Raises:
       UsageError: no such file, or a dtype that weights are not read in.
     """
-    file = directory / "config.json"
-    described = read_json(file)
+    described = _described(directory)
     named = described.get("dtype") or described.get("torch_dtype") or "float32"
     dtype = str(named).removeprefix("torch.")
     dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)  # as torch spells them too
     if dtype not in DTYPES:
-        raise UsageError(f"{file}: dtype={_short(named)} is not one of {', '.join(DTYPES)}.")
+        raise UsageError(
+            f"{directory / 'config.json'}: dtype={_short(named)} is not one of {', '.join(DTYPES)}."
+        )
     return dtype
+
+
+def _described(directory: pathlib.Path) -> dict[str, Any]:
+    refuse_adapter(directory)
+    return read_json(directory / "config.json")
 
 
 def config_from_hf(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import pathlib
 import re
 from collections.abc import Mapping
@@ -122,8 +123,10 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Sto
     held = {}
     for name in _file_names(directory):
         path = directory / name
-        if not path.is_file():
-            raise UsageError(f"{directory} holds no {name}. Only safetensors weights are read.")
+        if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
+            raise UsageError(
+                f"{directory} holds no {name:.100}. Only safetensors weights are read."
+            )
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
             held |= {key: Stored(key, path, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
