@@ -141,7 +141,7 @@ def neutralise(text: str, control_tokens: Iterable[str]) -> str:
     for character in single:
         text = text.replace(character, "\ufffd")
     longer = tokens - single - {""}
-    has_space = any(character.isspace() for token in longer for character in token)
+    has_space = any(character.isspace() for token in tokens for character in token)
     mark = "\ufffd" if has_space else " "
     return _first_characters(longer).sub(rf"\g<0>{mark}", text) if longer else text
 
