@@ -22,7 +22,13 @@ from typing import Any
 from tqdm import tqdm
 
 from jlrm.config import UsageError
-from jlrm.data.tokenizer import Tokenizer, end_ids, load_tokenizer, prompt_template
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    control_tokens,
+    end_ids,
+    load_tokenizer,
+    prompt_template,
+)
 from jlrm.judgement import prompts
 from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
@@ -58,7 +64,9 @@ PROMPT = (
 path = "."  # this directory, or its id on the hub
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
-control = sorted({{*tokenizer.get_added_vocab(), {tags}}})
+control = (
+{control}
+)
 
 
 def quoted(text):  # control tokens in a judged text would steer the judge
@@ -106,7 +114,8 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
     meta = json.loads((step_dir / "meta" / "metadata").read_text())
-    (partial / "README.md").write_text(_card(out.name, meta, tokenizer), encoding="utf-8")
+    card = _card(out.name, meta) + _use(meta, tokenizer)
+    (partial / "README.md").write_text(card, encoding="utf-8")
 
     def read(tensor: hf.Tensor) -> Any:
         return checkpoint.read_tensor(step_dir, tensor.path, tensor.layer)
@@ -199,31 +208,36 @@ def _write_tokenizer_config(file: pathlib.Path) -> None:
         file.write_text(json.dumps(told, indent=2))
 
 
-def _card(name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> str:
+def _card(name: str, meta: dict[str, Any]) -> str:
     config = meta.get("config", {})
     scores = {key: round(value, 2) for key, value in meta.get("evaluation", {}).items()}
-    prompt = config.get("data", {}).get("prompt", "unknown")
-    card = CARD.format(
+    return CARD.format(
         name=name,
         stage=meta["stage"],
         step=meta["step"],
-        prompt=prompt,
+        prompt=config.get("data", {}).get("prompt", "unknown"),
         reward=config.get("reward", {}).get("mode", "unknown"),
         evaluation=", ".join(f"{key} {value}" for key, value in scores.items()) or "none",
     )
-    return card + _use(prompt, config, tokenizer) if prompt in prompts.PAIR_NAMES else card
 
 
-def _use(prompt: str, config: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """Return how to ask a judge that was trained on a prompt, with a program that does."""
-    reward, is_fixed = config.get("reward", {}), prompt in prompts.PAIR_TEMPLATES
+def _use(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """Return how to ask a judge, with a program that does; "" where no prompt was trained on."""
+    config = meta.get("config", {})
+    name = config.get("data", {}).get("prompt")
+    if name not in prompts.PAIR_NAMES:
+        return ""
+    reward, is_fixed = config.get("reward", {}), name in prompts.PAIR_TEMPLATES
     scale = {key: reward[key] for key in ("min_score", "max_score") if key in reward}
-    lines = prompt_template(tokenizer, prompt, **scale).splitlines(keepends=True)
+    text = prompt_template(tokenizer, name, **scale)
     tags = prompts.THINK_TAGS if is_fixed else prompts.TAGS
+    control = sorted({*control_tokens(tokenizer), *tags})
     return USE.format(
         prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
-        lines="\n".join(f"    {line!r}" for line in lines),
-        tags=", ".join(f'"{tag}"' for tag in tags),
+        lines="\n".join(f"    {line!r}" for line in text.splitlines(keepends=True)),
+        control="\n".join(
+            f"    {token!r}," for token in sorted({*control_tokens(tokenizer), *tags})
+        ),
         max_tokens=config.get("sampling", {}).get("max_new_tokens", 2048),
     )
 
