@@ -235,9 +235,7 @@ def _use(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
     return USE.format(
         prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
         lines="\n".join(f"    {line!r}" for line in text.splitlines(keepends=True)),
-        control="\n".join(
-            f"    {token!r}," for token in sorted({*control_tokens(tokenizer), *tags})
-        ),
+        control="\n".join(f"    {token!r}," for token in control),
         max_tokens=config.get("sampling", {}).get("max_new_tokens", 2048),
     )
 
