@@ -22,8 +22,16 @@ from typing import Any
 from tqdm import tqdm
 
 from jlrm.config import UsageError
-from jlrm.judgement.prompts import planting_note
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    control_tokens,
+    end_ids,
+    load_tokenizer,
+    prompt_template,
+)
+from jlrm.judgement import prompts
 from jlrm.runtime import commands
+from jlrm.runtime.settings import read_json
 from jlrm.weights import checkpoint, hf, hf_config
 from jlrm.weights.source import side_files
 
@@ -38,9 +46,54 @@ A judge: given a question and two answers it reasons and then scores both,
 `<think>...</think><answer>s1</answer><answer>s2</answer>`.
 Trained with jlrm ({stage}, step {step}); prompt template `{prompt}`, reward mode `{reward}`.
 Held-out metrics at that step: {evaluation}.
-
-The prompt ends in `<think>`: fill the template and generate from there, without a chat template.
 {planting}"""
+USE = """
+## How to ask it
+
+{prompt_is}
+A server that takes messages writes another prompt than this: use its completions endpoint.
+
+```python
+import re
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROMPT = (
+{lines}
+)
+path = "."  # this directory, or its id on the hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+control = (
+{control}
+)
+
+
+def quoted(text):  # control tokens in a judged text would steer the judge
+    for token in control:
+        text = text.replace(token, {broken})
+    return text
+
+
+texts = {{"question": "What is 2 + 2?", "answer_1": "4", "answer_2": "5"}}
+prompt = re.sub(r"\\{{(question|answer_1|answer_2)\\}}", lambda hit: quoted(texts[hit[1]]), PROMPT)
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+written = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens={max_tokens})
+print(tokenizer.decode(written[0, ids.shape[1]:]))
+```
+"""
+# How the program breaks a token: as `prompts.quote` does with its usual spelling.
+SPACED = 'token[0] + " " + token[1:]'
+BRACKETED = f'f"[{{token[1:-1]}}]" if token[0] + token[-1] == "<>" else {SPACED}'
+FIXED_PROMPT = (
+    "The prompt is a fixed text that ends in `<think>`. Fill it in and generate from there, without"
+    " a chat template."
+)
+CHAT_PROMPT = (
+    "The prompt is a system and a user message in this model's chat template, and then an open\n"
+    "`<think>`. Below is the text that this makes, as in training: fill it in and generate from"
+    " there.\nDon't put it through the chat template once more."
+)
 
 
 def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> None:
@@ -59,9 +112,13 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     config = hf_config.read_config(model_dir)
     partial = _begin(out)
     hf.copy_side_files(model_dir, partial)
-    _write_configs(partial, dtype)
+    tokenizer = load_tokenizer(partial)
+    _write_config(partial / "config.json", dtype)
+    _write_generation_config(partial, tokenizer)
+    _write_tokenizer_config(partial / "tokenizer_config.json")
     meta = json.loads((step_dir / "meta" / "metadata").read_text())
-    (partial / "README.md").write_text(_card(out.name, meta))
+    card = _card(out.name, meta) + _use(meta, tokenizer)
+    (partial / "README.md").write_text(card, encoding="utf-8")
 
     def read(tensor: hf.Tensor) -> Any:
         return checkpoint.read_tensor(step_dir, tensor.path, tensor.layer)
@@ -111,10 +168,9 @@ def _begin(out: pathlib.Path) -> pathlib.Path:
     return partial
 
 
-def _write_configs(directory: pathlib.Path, dtype: str) -> None:
+def _write_config(file: pathlib.Path, dtype: str) -> None:
     """Name the dtype, and spell RoPE for transformers 4 and 5 alike; the rest is the source's."""
-    file = directory / "config.json"
-    fields = json.loads(file.read_text())
+    fields = read_json(file)
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     if theta is not None:
@@ -125,20 +181,40 @@ def _write_configs(directory: pathlib.Path, dtype: str) -> None:
             fields["rope_scaling"] = fields["rope_parameters"]
     fields |= {"dtype": dtype, "torch_dtype": dtype}
     file.write_text(json.dumps(fields, indent=2))
-    generation = directory / "generation_config.json"
-    if not generation.is_file():
-        from jlrm.data.tokenizer import end_ids, load_tokenizer
 
-        tokenizer = load_tokenizer(directory)
-        ids = list(end_ids(tokenizer, directory))
-        content = {"do_sample": False, "eos_token_id": ids, "pad_token_id": tokenizer.pad_token_id}
-        generation.write_text(json.dumps(content, indent=2))
+
+def _write_generation_config(directory: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Name every token that ended a judgement in training; the rest is the source's."""
+    file = directory / "generation_config.json"
+    ids = end_ids(tokenizer, directory)
+    try:
+        fields = read_json(file)
+    except UsageError:  # none, or a broken one, which `end_ids` has told of
+        fields = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    listed = fields.get("eos_token_id")
+    if {*(listed if isinstance(listed, list) else [listed])} != {*ids}:
+        file.write_text(json.dumps({**fields, "eos_token_id": list(ids)}, indent=2))
+
+
+def _write_tokenizer_config(file: pathlib.Path) -> None:
+    """Spell what transformers 5 writes so that 4 reads it too; else the file stays as it is."""
+    if not file.is_file():
+        return
+    fields = read_json(file)
+    told = dict(fields)
+    if str(fields.get("tokenizer_class")).endswith("Backend"):
+        told["tokenizer_class"] = "PreTrainedTokenizerFast"  # of which 5 has kept the name
+    if isinstance(fields.get("extra_special_tokens"), list):
+        extra = told.pop("extra_special_tokens")  # in 4, a dictionary that stands for another thing
+        told["additional_special_tokens"] = fields.get("additional_special_tokens") or extra
+    if told != fields:
+        file.write_text(json.dumps(told, indent=2))
 
 
 def _card(name: str, meta: dict[str, Any]) -> str:
     config = meta.get("config", {})
     prompt = config.get("data", {}).get("prompt", "unknown")
-    planting = planting_note(prompt)
+    planting = prompts.planting_note(prompt)
     scores = {key: round(value, 2) for key, value in meta.get("evaluation", {}).items()}
     return CARD.format(
         name=name,
@@ -148,6 +224,26 @@ def _card(name: str, meta: dict[str, Any]) -> str:
         planting=f"\n{planting}\n" if planting else "",
         reward=config.get("reward", {}).get("mode", "unknown"),
         evaluation=", ".join(f"{key} {value}" for key, value in scores.items()) or "none",
+    )
+
+
+def _use(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
+    """Return how to ask a judge, with a program that does; "" where no prompt was trained on."""
+    config = meta.get("config", {})
+    name = config.get("data", {}).get("prompt")
+    if name not in prompts.PAIR_NAMES:
+        return ""
+    reward, is_fixed = config.get("reward", {}), name in prompts.PAIR_TEMPLATES
+    scale = {key: reward[key] for key in ("min_score", "max_score") if key in reward}
+    text = prompt_template(tokenizer, name, **scale)
+    tags = prompts.THINK_TAGS if is_fixed else prompts.TAGS
+    control = sorted({*control_tokens(tokenizer), *tags})
+    return USE.format(
+        broken=SPACED if is_fixed else BRACKETED,
+        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
+        lines="\n".join(f"    {line!r}" for line in text.splitlines(keepends=True)),
+        control="\n".join(f"    {token!r}," for token in control),
+        max_tokens=config.get("sampling", {}).get("max_new_tokens", 2048),
     )
 
 

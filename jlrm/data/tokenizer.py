@@ -7,16 +7,41 @@ answer could pretend to be another speaker. Before the template is filled,
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
+import logging
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.judgement import prompts
+from jlrm.runtime import hosts
+from jlrm.runtime.settings import read_json
+
+log = logging.getLogger(__name__)
 
 Tokenizer = Any  # transformers.PreTrainedTokenizerBase; imported late, it costs a second
+
+# The time that chat templates are told, whatever day it is: prompts of a run stay the same, and so
+# do those of its judge. It is the day that Llama's own template writes where it has no clock.
+NOW = datetime.datetime(2024, 7, 26)
+# In place of transformers' own function, since it takes no function with a template. A macro has
+# no way to format a date, but what a date's directives stand for can be filled in. The last `{{}}`
+# keeps a line break that the template may begin with.
+CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(
+        f" | replace({f'%{flag}{letter}'!r}, {NOW.strftime(f'%{flag}{letter}')!r})"
+        for flag in ("-", "")
+        for letter in "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
+    )
+    + " | replace('%%', '%') }}{% endmacro %}{{ '' }}"
+)
+# What templates write to switch thinking off: an empty block, or its end alone.
+EMPTY_THINKING = re.compile(r"(<think>\s*)?</think>\s*$")
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -32,37 +57,77 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             f"{directory} holds no tokenizer.json. Set model.tokenizer to a directory that does."
         )
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"Cannot load the tokenizer in {directory}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        # What a broken file does not break until it is used, and a tokenizer in Python alone lacks.
+        tokenizer.backend_tokenizer.to_str()
+        tokenizer.decode(tokenizer(["a"])["input_ids"][0])
+        highest_id(tokenizer)
+    except Exception as error:  # a broken file raises anything, the Rust library its own kinds
+        why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise UsageError(f"Cannot load the tokenizer in {directory}: {why}.") from None
+    return tokenizer
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuse a tokenizer with ids that the model has no embedding for.
+def highest_id(tokenizer: Tokenizer) -> int:
+    """Return the highest id; there may be gaps below, so it is no count."""
+    return max(tokenizer.get_vocab().values())
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int] = ()) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for, and such end tokens.
 
     Raises:
-      UsageError: the tokenizer is larger than the model's vocabulary.
+      UsageError: if so.
     """
-    if len(tokenizer) > vocab_size:
+    if (highest := highest_id(tokenizer)) >= vocab_size:
         raise UsageError(
-            f"The tokenizer has {len(tokenizer)} ids, but the model's vocabulary {vocab_size}. "
+            f"The highest id of the tokenizer is {highest}, and so it needs {highest + 1} ids, "
+            f"but the model's vocabulary {vocab_size}. "
             "Set model.tokenizer to the tokenizer the model was trained with."
+        )
+    if beyond := [token for token in ends if token >= vocab_size]:
+        raise UsageError(
+            f"generation_config.json names the end token {beyond[0]}, but the model's vocabulary "
+            f"has {vocab_size} ids. Take the file of the same model."
         )
 
 
 def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
-    """Return every id that ends a sequence: generation_config.json's, and the tokenizer's own."""
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    file = directory / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id")
-        ids += listed if isinstance(listed, list) else [listed]
-    if not any(token is not None for token in ids):
+    """Return every id that ends a sequence: generation_config.json's, and the tokenizer's own.
+
+    config.json's count where there is no other.
+
+    Raises:
+      UsageError: there is none, or one that is no id.
+    """
+    own = tokenizer.eos_token_id
+    ids = [] if own is None else [own]
+    ids += _ends_of(directory / "generation_config.json")
+    ids = ids or _ends_of(directory / "config.json")
+    if not ids:
         raise UsageError(
             f"{directory} names no end token, neither in its tokenizer nor in "
             "generation_config.json."
         )
-    return tuple(dict.fromkeys(token for token in ids if token is not None))
+    return tuple(dict.fromkeys(ids))
+
+
+def _ends_of(file: pathlib.Path) -> list[int]:
+    """Return the end tokens that a file names; as in transformers, a broken file names none."""
+    if not file.is_file():
+        return []
+    try:
+        value = read_json(file).get("eos_token_id")
+    except UsageError as error:
+        _warn(f"{error} It is left out; sequences end with the tokenizer's own end token.")
+        return []
+    listed = value if isinstance(value, list) else [value]
+    ids = [token for token in listed if token is not None]
+    if any(type(token) is not int or token < 0 for token in ids):  # a bool is an int too
+        raise UsageError(
+            f"{file}: eos_token_id={value!r:.80} is neither a token id nor a list of these."
+        )
+    return ids
 
 
 def prompt_template(
@@ -75,7 +140,8 @@ def prompt_template(
     written into it; the other templates are fixed texts.
 
     Raises:
-      UsageError: no such template, no chat template, or one that a field does not come through.
+      UsageError: no such template, no chat template, or one that can't be filled or that a field
+        does not come through.
     """
     if name in prompts.PAIR_TEMPLATES:
         return prompts.PAIR_TEMPLATES[name]
@@ -85,10 +151,7 @@ def prompt_template(
             f"data.prompt={name} needs a chat template, which this tokenizer lacks. Set "
             "model.tokenizer to an instruct model's, or data.prompt=judgelrm_train."
         )
-    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    text = tokenizer.apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True, enable_thinking=True
-    )
+    text = EMPTY_THINKING.sub("", _fill_chat(tokenizer, name, system, user))
     if not text.rstrip().endswith("<think>"):
         text += "<think>\n"
     for message in (system, user):
@@ -98,6 +161,28 @@ def prompt_template(
                 "Use data.prompt=judgelrm_train, which needs no chat template."
             )
     return text
+
+
+def _fill_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> str:
+    """Return the text of two messages and the header of an answer, with thinking switched on."""
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    try:
+        template = tokenizer.get_chat_template()
+        return tokenizer.apply_chat_template(
+            chat,
+            chat_template=(CLOCK if "strftime_now" in template else "") + template,
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,  # Qwen, and most
+            thinking=True,  # DeepSeek, Granite
+        )
+    except Exception as error:  # a template is a program: it raises on purpose, or anything
+        why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
+        raise UsageError(
+            f"The tokenizer's chat template can't write data.prompt={name}, a system and a user "
+            f"message ({why}). Use data.prompt=judgelrm_train, which needs no chat template, or "
+            "set model.tokenizer to one whose template has a system role."
+        ) from None
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
@@ -114,12 +199,21 @@ def decode(tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> list[str]:
 
 
 def control_tokens(tokenizer: Tokenizer) -> frozenset[str]:
-    """Return the texts that the tokenizer turns into single added ids."""
-    return frozenset(tokenizer.get_added_vocab())
+    """Return the texts that the tokenizer turns into single added ids, and that may steer a model.
+
+    Those that are not special and are one character, white space or several words are left out:
+    text that people added to a vocabulary, which would be garbled.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    return frozenset(str(token) for token in added if token.special or not _is_text(str(token)))
+
+
+def _is_text(token: str) -> bool:
+    return len(token) < 2 or token.isspace() or (" " in token and token[0].isalnum())
 
 
 def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """Return the bytes that every id stands for, in the order of ids.
+    """Return the bytes that every id stands for, up to the highest; none for an id in a gap.
 
     Raises:
       UsageError: not a byte-level BPE tokenizer (every Qwen one is).
@@ -133,11 +227,14 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     added = {index: text for text, index in tokenizer.get_added_vocab().items()}
     spelled = byte_of_character()
     bytes_of_ids = []
-    for index, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))):
+    pieces = tokenizer.convert_ids_to_tokens(list(range(highest_id(tokenizer) + 1)))
+    for index, piece in enumerate(pieces):
         if index in added or piece is None:
             bytes_of_ids.append(added.get(index, "").encode())
-        else:
+        elif spelled.keys() >= set(piece):
             bytes_of_ids.append(bytes(spelled[character] for character in piece))
+        else:  # a piece that is no spelling of bytes stands for itself, as in the library's decoder
+            bytes_of_ids.append(piece.encode())
     return bytes_of_ids
 
 
@@ -149,3 +246,9 @@ def byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {
         chr(256 + i): byte for i, byte in enumerate(rest)
     }
+
+
+@functools.cache  # a run opens its tokenizer more than once, and says this once
+def _warn(text: str) -> None:
+    if hosts.is_main():
+        log.warning("%s", text)

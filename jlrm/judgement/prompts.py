@@ -154,13 +154,21 @@ def fill_single(template: str, *, question: str, answer: str) -> str:
 def neutralise(text: str, control_tokens: Iterable[str]) -> str:
     """Put a space after the first character of every control token that stands in untrusted text.
 
-    `control_tokens` are all added tokens of the tokenizer, special or not: `get_added_vocab()`.
+    `control_tokens` are the added tokens of the tokenizer, special or not: `control_tokens()`.
     None of them is left in the result; text without any comes back unchanged, and so do its ids.
-    Lone surrogates, which JSON can spell and no encoding has, become U+FFFD.
+    U+FFFD stands for what a space can't break: it replaces a token of one character, and if any
+    token has white space in it, of which another may be made by a space, it replaces the space.
+    Lone surrogates, which JSON can spell and no encoding has, become U+FFFD too.
     """
     tokens = frozenset(control_tokens)
     text = _SURROGATE.sub("\ufffd", text)
-    return _first_characters(tokens).sub(r"\g<0> ", text) if tokens else text
+    single = {token for token in tokens if len(token) == 1}
+    for character in single:
+        text = text.replace(character, "\ufffd")
+    longer = tokens - single - {""}
+    has_space = any(character.isspace() for token in tokens for character in token)
+    mark = "\ufffd" if has_space else " "
+    return _first_characters(longer).sub(rf"\g<0>{mark}", text) if longer else text
 
 
 def quote(text: str, name: str, control_tokens: Iterable[str]) -> str:
@@ -214,12 +222,6 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 @functools.lru_cache(maxsize=16)
 def _first_characters(tokens: frozenset[str]) -> re.Pattern[str]:
     """Match the first character of every token, overlapping ones too (only that is consumed)."""
-    for token in tokens:
-        if len(token) < 2 or any(character.isspace() for character in token):
-            raise UsageError(
-                f"control token {token!r} cannot be broken by a space: wanted two characters or"
-                " more and no white space. Use a Qwen tokenizer."
-            )
     heads = (f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in sorted(tokens))
     return re.compile("|".join(heads))
 

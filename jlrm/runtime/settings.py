@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import reprlib
 import typing
@@ -82,6 +83,23 @@ def parse_yaml(text: str, what: str) -> Any:
     except Exception as error:  # PyYAML raises ValueError for 2001-99-99, IndexError for !!int _
         why = " ".join(str(error).split()).rstrip(".")
         raise UsageError(f"{what} is not valid YAML: {why}.") from None
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+      UsageError: no such file, or it holds anything else.
+    """
+    try:
+        described = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
+        raise UsageError(f"{file} is not valid JSON: {error}.") from None
+    if not isinstance(described, dict):
+        raise UsageError(f"{file} must hold a JSON object, got {type(described).__name__}.")
+    return described
 
 
 class _Loader(yaml.SafeLoader):

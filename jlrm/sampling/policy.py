@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from jax.sharding import Mesh
 
 from jlrm.config import SamplingConfig, UsageError
-from jlrm.data.tokenizer import Tokenizer, check_vocabulary, end_ids, load_tokenizer
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    end_ids,
+    highest_id,
+    load_tokenizer,
+)
 from jlrm.model.qwen import QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import Layout, rollout_layout, training_layout
@@ -25,7 +31,7 @@ class Network:
 
     model: QwenConfig
     mesh: Mesh
-    num_ids: int  # of the tokenizer: the head may have more; 0: as many as the head
+    num_ids: int  # one more than the tokenizer's highest: the head may have more; 0: as the head
     end_ids: tuple[int, ...]
 
     @functools.cached_property  # a layout is hashed by identity: one each
@@ -67,9 +73,11 @@ def open_policy(model: QwenConfig, mesh: Mesh, directory: pathlib.Path) -> TextP
       UsageError: no tokenizer, more ids than the model has, or a mesh that can't divide the model.
     """
     tokenizer = load_tokenizer(directory)
-    check_vocabulary(tokenizer, model.vocab_size)
+    ends = end_ids(tokenizer, directory)
+    check_vocabulary(tokenizer, model.vocab_size, ends)
     check_mesh(mesh, model)
-    return TextPolicy(model, mesh, len(tokenizer), end_ids(tokenizer, directory), tokenizer)
+    num_ids = 1 + max(highest_id(tokenizer), *ends)  # every id can be drawn, whatever the gaps
+    return TextPolicy(model, mesh, num_ids, ends, tokenizer)
 
 
 def check_positions(model: QwenConfig, longest: int, settings: str) -> None:

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-import yaml
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from jlrm.config import RunError, UsageError, stage_titles
-from jlrm.runtime.settings import from_dict
+from jlrm.runtime.settings import from_dict, parse_yaml
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
 IMPORTED = "import"  # the series of weights that came from elsewhere
@@ -145,10 +145,35 @@ def is_run(source: str) -> bool:
 
 
 def restore_params(step_dir: epath.Path, params: Any) -> Any:
-    """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s."""
+    """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s.
+
+    Raises:
+      UsageError: some are NaN or infinite.
+    """
     with _checkpointer() as checkpointer:
         args = _restore(params)
-        return checkpointer.restore(_absolute(step_dir) / "params", args=args)
+        restored = checkpointer.restore(_absolute(step_dir) / "params", args=args)
+    if broken := not_finite(restored):
+        raise UsageError(
+            f"{step_dir} holds NaN or infinite numbers in {', '.join(broken[:3])}"
+            f"{f' and {len(broken) - 3} more' * (len(broken) > 3)}: its training had diverged. "
+            "Take weights from an earlier step, as RUN@STEP."
+        )
+    return restored
+
+
+def not_finite(params: Any) -> list[str]:
+    """Return the names of arrays with a number that is NaN or infinite.
+
+    One program on the devices looks at all of them: on the host they would have to be read again.
+    """
+
+    @jax.jit
+    def look(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+    with_paths = jax.tree_util.tree_leaves_with_path(look(params))
+    return [".".join(key.key for key in path) for path, is_fine in with_paths if not bool(is_fine)]
 
 
 def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str, Any]) -> None:
@@ -225,7 +250,10 @@ def saved_steps(run: epath.Path) -> dict[str, list[int]]:
 
 def _best_step(run: epath.Path, stage: str, steps: list[int]) -> int:
     """Return the step ranked highest by the run's own `run.best_metric`."""
-    metric = from_dict(yaml.safe_load((run / "config.yaml").read_text())).run.best_metric
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"{run} has no config.yaml, which says what is best. Name a step.")
+    metric = from_dict(parse_yaml(file.read_text(), str(file))).run.best_metric
     ranked = {}
     for step in steps:
         file = run / "checkpoints" / stage / str(step) / "metrics" / "metrics"

@@ -28,12 +28,12 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Array
-from safetensors import safe_open
 
 from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout
+from jlrm.weights.hf_files import INDEX, WEIGHTS, Stored, open_tensors
 
 TABLE = (
     ("model.embed_tokens.weight", "embed", "V D"),
@@ -65,7 +65,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MODEL_FILES = ("generation_config.json", "config.json")
-ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json")
+ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "adapter_config.json", "*.safetensors", INDEX)
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -161,13 +161,14 @@ def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> 
     """Read a checkpoint onto the devices; each device takes its part of every tensor.
 
     Raises:
-      UsageError: there are no safetensors, or tensors are missing, unknown or of another shape.
+      UsageError: there are no safetensors, tensors are missing, unknown or of another shape, or one
+        holds NaN or infinity.
     """
     wanted = tensors(config)
-    abstract = qwen.abstract_params(config, layout)
+    shapes = {tensor.name: tensor.hf_shape for tensor in wanted}
     with contextlib.ExitStack() as stack:
-        files = _open(directory, stack)
-        _check_tensors(directory, files, wanted, config)
+        files = open_tensors(directory, shapes, stack, is_tied=config.tie_word_embeddings)
+        abstract = qwen.abstract_params(config, layout)
         by_path: dict[str, list[Tensor]] = {}
         for tensor in wanted:
             by_path.setdefault(tensor.path, []).append(tensor)
@@ -204,7 +205,7 @@ def save_tensors(
         filled += size
     weight_map = {}
     for i, shard in enumerate(shards):
-        name = "model.safetensors"
+        name = WEIGHTS
         if len(shards) > 1:
             name = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= {tensor.name: name for tensor in shard}
@@ -213,7 +214,7 @@ def save_tensors(
     if len(shards) > 1:
         total = sum(math.prod(t.shape) * width for shard in shards for t in shard)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (directory / INDEX).write_text(json.dumps(index, indent=2))
 
 
 def copy_side_files(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -235,68 +236,8 @@ def copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """Return an open file for every tensor name of the checkpoint."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"{index} is not a safetensors index: {error!r}") from None
-    else:
-        names = ["model.safetensors"]
-    files = {}
-    for name in names:
-        if not (directory / name).is_file():
-            raise UsageError(f"{directory} holds no {name}. Only safetensors weights are read.")
-        try:
-            file = stack.enter_context(safe_open(directory / name, framework="numpy"))
-        except Exception as error:  # the library raises its own kinds and OSError alike
-            raise UsageError(
-                f"{directory / name} is not a readable safetensors file: {error}"
-            ) from None
-        files |= {key: file for key in file.keys()}  # noqa: SIM118 (no mapping)
-    return files
-
-
-def _check_tensors(
-    directory: pathlib.Path, files: dict[str, Any], wanted: list[Tensor], config: QwenConfig
-) -> None:
-    names = {tensor.name for tensor in wanted}
-    # Qwen3-0.6B ships its tied head as a second copy. transformers ignores it, and so does this.
-    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    missing, unknown = sorted(names - files.keys()), sorted(files.keys() - names - ignored)
-    shapes = {name: tuple(files[name].get_slice(name).get_shape()) for name in names & files.keys()}
-    wrong = [
-        f"{tensor.name} {list(shapes[tensor.name])} (wanted {list(tensor.hf_shape)})"
-        for tensor in wanted
-        if shapes.get(tensor.name, tensor.hf_shape) != tensor.hf_shape
-    ]
-    head, embed = "lm_head.weight", "model.embed_tokens.weight"
-    if head in ignored and {head, embed} <= files.keys() and not wrong:
-        views = files[head].get_slice(head), files[embed].get_slice(embed)
-        bounds = [(i, min(i + 8192, config.vocab_size)) for i in range(0, config.vocab_size, 8192)]
-        if any((views[0][i:j] != views[1][i:j]).any() for i, j in bounds):
-            wrong.append(f"{head} (tied, and differs from {embed})")
-    problems = {
-        "missing": missing,
-        "unknown": unknown,
-        "of another shape than config.json says": wrong,
-    }
-    text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
-    if text:
-        raise UsageError(
-            f"The weights in {directory} do not match their config.json. Tensors {text}."
-        )
-
-
-def _some(names: list[str], limit: int = 5) -> str:
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _read_part(
-    files: dict[str, Any],
+    files: dict[str, Stored],
     group: list[Tensor],
     shape: tuple[int, ...],
     dtype: Any,
@@ -315,8 +256,8 @@ def _read_part(
     return out
 
 
-def _read_slice(files: dict[str, Any], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
-    view = files[tensor.name].get_slice(tensor.name)
+def _read_slice(files: dict[str, Stored], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
+    view = files[tensor.name]
     if tensor.num_inputs:
         inputs, shape_in, cut_in = _fold(
             bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs]

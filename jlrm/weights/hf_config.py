@@ -7,14 +7,21 @@ that loads here computes what `transformers` computes.
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import pathlib
+import reprlib
 from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Yarn
+from jlrm.runtime.settings import read_json
+from jlrm.weights.hf_files import refuse_adapter
+
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_SIZE, MOST_LAYERS = 2**24, 2**10  # beyond every model; arrays of such sizes can't be described
+LARGEST = 1e30  # of numbers that become float32
 
 
 def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
@@ -24,28 +31,32 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
       numerics: `param_dtype`, `compute_dtype` and `remat` of the result.
 
     Raises:
-      UsageError: there is no such file, or this code would compute the model differently.
+      UsageError: there is no such file, it describes no model, this code would compute the model
+        differently, or the directory holds a PEFT adapter.
     """
-    return config_from_hf(_read_json(directory), str(directory / "config.json"), **numerics)
+    return config_from_hf(_described(directory), str(directory / "config.json"), **numerics)
 
 
 def stored_dtype(directory: pathlib.Path) -> str:
-    """Return the dtype that a directory's config.json gives its weights; float32 by default."""
-    described = _read_json(directory)
-    return described.get("dtype") or described.get("torch_dtype") or "float32"
+    """Return the dtype that a directory's config.json gives its weights; float32 by default.
+
+    Raises:
+      UsageError: no such file, or a dtype that weights are not read in.
+    """
+    described = _described(directory)
+    named = described.get("dtype") or described.get("torch_dtype") or "float32"
+    dtype = str(named).removeprefix("torch.")
+    dtype = {"half": "float16", "float": "float32"}.get(dtype, dtype)  # as torch spells them too
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"{directory / 'config.json'}: dtype={_short(named)} is not one of {', '.join(DTYPES)}."
+        )
+    return dtype
 
 
-def _read_json(directory: pathlib.Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    try:
-        described = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"Cannot read {file}: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError too
-        raise UsageError(f"{file} is not valid JSON: {error}.") from None
-    if not isinstance(described, dict):
-        raise UsageError(f"{file} must hold a JSON object, got {type(described).__name__}.")
-    return described
+def _described(directory: pathlib.Path) -> dict[str, Any]:
+    refuse_adapter(directory)
+    return read_json(directory / "config.json")
 
 
 def config_from_hf(
@@ -54,48 +65,98 @@ def config_from_hf(
     """Map a config.json onto `QwenConfig`.
 
     Raises:
-      UsageError: it asks for something that this code does not compute, or a field is missing.
+      UsageError: it asks for something that this code does not compute, a field is missing, or a
+        value is none that a model can have.
     """
     kind = source.get("model_type")
     _refuse_unsupported(source, where)
     theta, yarn = _rope_from_hf(source, where)
-    try:
-        heads = source["num_attention_heads"]
-        return QwenConfig(
-            vocab_size=source["vocab_size"],
-            hidden_size=source["hidden_size"],
-            intermediate_size=source["intermediate_size"],
-            num_hidden_layers=source["num_hidden_layers"],
-            num_attention_heads=heads,
-            # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
-            num_key_value_heads=source.get("num_key_value_heads", 32) or heads,
-            head_dim=source.get("head_dim") or _default_head_dim(source),
-            qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
-            tie_word_embeddings=source.get("tie_word_embeddings", False),
-            rope_theta=theta,
-            rms_norm_eps=source.get("rms_norm_eps", 1e-6),
-            max_position_embeddings=source.get("max_position_embeddings", 32768),
-            yarn=yarn,
-            **numerics,
+    size = functools.partial(_size, source, where)
+    heads = size("num_attention_heads")
+    width = size("hidden_size")
+    # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
+    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in source else 32)
+    # Qwen3Config's head width is 128 by default, for every width of the model.
+    head_dim = size("head_dim", 128 if kind == "qwen3" else width // heads)
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise UsageError(
+            f"{where}: {heads} attention heads, {kv_heads} key-value heads and a head width of "
+            f"{head_dim} are no attention. Wanted a multiple of the key-value heads, and an even "
+            "width."
         )
-    except KeyError as error:
-        raise UsageError(f"{where} has no field {error}.") from None
+    return QwenConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=width,
+        intermediate_size=size("intermediate_size"),
+        num_hidden_layers=size("num_hidden_layers", most=MOST_LAYERS),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tie_word_embeddings=_flag(source, where, "tie_word_embeddings"),
+        rope_theta=theta,
+        rms_norm_eps=_number(source, where, "rms_norm_eps", 1e-6),
+        max_position_embeddings=size("max_position_embeddings", 32768),
+        yarn=yarn,
+        **numerics,
+    )
+
+
+def _size(
+    source: dict[str, Any],
+    where: str,
+    name: str,
+    default: int | None = None,
+    *,
+    least: int = 1,
+    most: int = MOST_SIZE,
+) -> int:
+    """Return a count of the model; a field that is null counts as left out."""
+    value = source.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise UsageError(f"{where} has no field '{name}'.")
+    if type(value) is not int or not least <= value <= most:  # a bool is an int too
+        raise UsageError(
+            f"{where}: {name}={_short(value)} is not a whole number from {least} to {most}."
+        )
+    return value
+
+
+def _number(source: dict[str, Any], where: str, name: str, default: float) -> float:
+    """Return a positive number; a field that is null or left out has the default."""
+    value = default if source.get(name) is None else source[name]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and 0 < value < LARGEST):
+        raise UsageError(f"{where}: {name}={_short(value)} is not a number above 0.")
+    return float(value)
+
+
+def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) -> bool:
+    value = default if source.get(name) is None else source[name]
+    if not isinstance(value, bool):
+        raise UsageError(f"{where}: {name}={_short(value)} is neither true nor false.")
+    return value
 
 
 def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     """Raise a UsageError that names the first field that this code would not compute."""
     kind = source.get("model_type")
     refusals = {
-        f"model_type={kind}": kind not in ("qwen2", "qwen3"),
-        f"hidden_act={source.get('hidden_act')}": source.get("hidden_act", "silu") != "silu",
-        "use_sliding_window=true": bool(source.get("use_sliding_window")),
-        "layer_types with sliding attention": any(
-            layer != "full_attention" for layer in source.get("layer_types") or []
+        f"model_type={_plain(kind)}": kind not in ("qwen2", "qwen3"),
+        f"hidden_act={_plain(source.get('hidden_act'))}": (
+            source.get("hidden_act", "silu") != "silu"
         ),
+        "layer_types with sliding attention": any(
+            layer != "full_attention" for layer in _layer_types(source, where)
+        ),
+        "use_sliding_window=true": not source.get("layer_types") and _slides(source, where),
         "attention_bias=true": kind == "qwen3" and bool(source.get("attention_bias")),
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
+        "transformers_weights": source.get("transformers_weights") is not None,
         "is_causal=false": source.get("is_causal") is False,
         "original_max_position_embeddings outside of rope_parameters": source.get(
             "original_max_position_embeddings"
@@ -108,6 +169,29 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
                 f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5 or "
                 "Qwen3 model with full attention."
             )
+
+
+def _layer_types(source: dict[str, Any], where: str) -> list[Any]:
+    value = source.get("layer_types") or []
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: layer_types={_short(value)} is not a list.")
+    return value
+
+
+def _slides(source: dict[str, Any], where: str) -> bool:
+    """Return whether a layer's window is shorter than what it may see.
+
+    As in transformers: layers from `max_window_layers` on have the window, of which a file may name
+    neither. `use_sliding_window` is in many files of which no layer slides.
+    """
+    if not _flag(source, where, "use_sliding_window"):
+        return False
+    if "sliding_window" in source and source["sliding_window"] is None:
+        return False
+    size = functools.partial(_size, source, where)
+    is_shorter = size("sliding_window", 4096) < size("max_position_embeddings", 32768)
+    num_full = size("max_window_layers", 28, least=0)
+    return is_shorter and num_full < size("num_hidden_layers", most=MOST_LAYERS)
 
 
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
@@ -148,39 +232,54 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
     # If a file has both, the older field wins, as in transformers.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UsageError(
+            f"{where}: rope scaling {_short(rope)} is not an object such as "
+            '{"rope_type": "yarn", "factor": 4.0}.'
+        )
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     if nested:
-        raise UsageError(f"{where}: rope parameters per layer type {nested} are not supported.")
-    theta = rope.get("rope_theta", source.get("rope_theta", 10000.0))
-    if not isinstance(theta, int | float):
-        raise UsageError(f"{where}: rope_theta={theta!r} is not a number.")
+        raise UsageError(
+            f"{where}: rope parameters per layer type {_short(nested)} are not supported."
+        )
+    holder = rope if "rope_theta" in rope else source
+    theta = _number(holder, where, "rope_theta", 10000.0)
+    if theta <= 1.0 or holder.get("rope_theta", theta) is None:  # no default, as in transformers
+        raise UsageError(f"{where}: rope_theta={holder['rope_theta']} is not a number above 1.")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
-        return float(theta), None
+        return theta, None
     if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
-            f"{where}: rope scaling {rope} is not supported. Only none and plain YaRN are."
+            f"{where}: rope scaling {_short(rope)} is not supported. Only none and plain YaRN are."
         )
-    original = rope.get("original_max_position_embeddings")
-    if original is None:
-        original = source.get("max_position_embeddings", 32768)
+    return theta, _yarn(rope, source, where)
+
+
+def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
     if "factor" not in rope:
-        raise UsageError(f"{where}: rope scaling {rope} has no factor.")
-    factor = rope["factor"] or source.get("max_position_embeddings", 32768) / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-        attention = 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
-    return float(theta), Yarn(
-        factor=float(factor),
-        original_max_position_embeddings=int(original),
-        attention_factor=float(attention),
-        beta_fast=float(rope.get("beta_fast") or 32.0),
-        beta_slow=float(rope.get("beta_slow") or 1.0),
-        truncate=bool(rope.get("truncate", True)),
+        raise UsageError(f"{where}: rope scaling {_short(rope)} has no factor.")
+    given = {key: rope[key] for key in rope if not (key.startswith("beta_") and rope[key] == 0)}
+    number = functools.partial(_number, given, where)
+    whole = _number(source, where, "max_position_embeddings", 32768)
+    original = number("original_max_position_embeddings", whole)
+    factor = number("factor", whole / original)
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=max(int(original), 1),
+        attention_factor=number(
+            "attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        ),
+        beta_fast=number("beta_fast", 32.0),
+        beta_slow=number("beta_slow", 1.0),
+        truncate=_flag(rope, where, "truncate", True),
     )
 
 
-def _default_head_dim(source: dict[str, Any]) -> int:
-    if source["model_type"] == "qwen3":
-        return 128  # the default of Qwen3Config in transformers, for every width
-    return source["hidden_size"] // source["num_attention_heads"]
+def _short(value: Any) -> str:
+    """Return a value for a message: a file may hold megabytes in any place."""
+    return reprlib.repr(value)
+
+
+def _plain(value: Any) -> str:
+    return _short(value).strip("'")

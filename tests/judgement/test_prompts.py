@@ -196,10 +196,13 @@ def test_which_prompts_open_reasoning_and_which_are_open_to_planting(monkeypatch
     assert [prompts.reasoning_end(name) for name in ("plain", "open")] == ["", "</think>"]
 
 
-def test_neutralise_refuses_what_a_space_cannot_break() -> None:
-    for token in ("x", "a b", ""):
-        with pytest.raises(UsageError, match="cannot be broken"):
-            prompts.neutralise("text", ["<think>", token])
+@given(st.text("abc <", max_size=12), st.sets(st.text("abc <", min_size=1, max_size=4), max_size=6))
+def test_tokens_with_spaces_or_of_one_character_are_broken_too(text: str, tokens: set[str]) -> None:
+    neutral = prompts.neutralise(text, tokens)
+    assert not [token for token in tokens if token in neutral]
+    assert prompts.neutralise(neutral, tokens) == neutral
+    if not any(token in text for token in tokens):
+        assert neutral == text
 
 
 @given(st.sampled_from(sorted(prompts.PAIR_TEMPLATES)), st.tuples(TEXTS, TEXTS, TEXTS))

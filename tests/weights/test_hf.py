@@ -460,6 +460,7 @@ def test_a_damaged_file_is_named(spoil, tmp_path):
 @pytest.mark.parametrize("text", ["", '{"metadata": {}', "{}", "[]"])
 def test_a_damaged_index_is_named(text, tmp_path):
     rewrite(GOLDEN / "qwen3", tmp_path, lambda tensors: None)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert "model.safetensors.index.json" in refused(tmp_path)
 

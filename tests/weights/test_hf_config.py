@@ -175,7 +175,10 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
         ({"model_type": "qwen2_vl"}, "model_type=qwen2_vl"),
         ({"model_type": MISSING}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
+            "use_sliding_window",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"attention_bias": True}, "attention_bias"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
