@@ -75,7 +75,9 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
                 ahead = begin(stage.position + drawn.num_draws)
             started = ahead
             with stage.timed("update"):
-                values = merged(reports, config.loss.aggregation)  # waits for the devices
+                num_tokens = [part.num_tokens for part in parts] * config.epochs
+                # Waits for the devices.
+                values = merged(reports, num_tokens, config.loss.aggregation)
 
             # 7. Log; where it is time, judge the held-out set and save.
             gap = values.pop("old_logp_gap", None) if gap is None else gap
@@ -198,8 +200,10 @@ def _optimise(
     return state, reports
 
 
-def merged(reports: Sequence[dict[str, Any]], aggregation: str) -> dict[str, float]:
-    """Return the metrics of a step's updates as one.
+def merged(
+    reports: Sequence[dict[str, Any]], num_tokens: Sequence[int], aggregation: str
+) -> dict[str, float]:
+    """Return the metrics of a step's updates, on so many tokens each, as one.
 
     A metric that is a mean over tokens is the mean over the tokens of all of them, and so is the
     loss under "token_mean". Otherwise the loss, and always the norm of the gradient, is the mean
@@ -209,10 +213,12 @@ def merged(reports: Sequence[dict[str, Any]], aggregation: str) -> dict[str, flo
     if not reports:
         return {"loss": 0.0, "grad_norm": 0.0}
     by_update = ("grad_norm",) if aggregation == "token_mean" else ("grad_norm", "loss")
-    num_tokens = np.array([each["num_tokens"] for each in reports], np.float64)
-    values = {}
-    for name in reports[0]:
-        weights = None if name in by_update else num_tokens
-        values[name] = float(np.average([each[name] for each in reports], weights=weights))
-    del values["num_tokens"]
-    return values
+    return {
+        name: float(
+            np.average(
+                np.array([each[name] for each in reports], np.float64),
+                weights=None if name in by_update else num_tokens,
+            )
+        )
+        for name in reports[0]
+    }

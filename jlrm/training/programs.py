@@ -84,6 +84,7 @@ class Minibatch(NamedTuple):
     rows: Rows
     targets: PolicyTargets
     packing: dict[str, float]
+    num_tokens: int  # in the loss
 
 
 def rollout_settings(config: Config, network: Network) -> SamplerSettings:
@@ -307,7 +308,7 @@ def pack_minibatch(
         weights=packed.take(token_weights(mask, aggregation)),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
-    return Minibatch(rows, targets, packed.metrics)
+    return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
 
 
 def _freeze(model: QwenConfig, params: Params) -> Params:

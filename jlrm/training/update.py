@@ -175,10 +175,7 @@ def grpo_update(
     rows: Rows,
     targets: PolicyTargets,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """Take one step on the GRPO loss (`losses.policy_loss`).
-
-    Metrics are means over `num_tokens` tokens, but for the loss and the norm of its gradient.
-    """
+    """Take one step on the GRPO loss (`losses.policy_loss`); metrics are means over tokens."""
 
     def token_loss(logp: Array, entropy: Array, targets: PolicyTargets) -> Any:
         return policy_loss(settings, logp, entropy, targets)
@@ -196,8 +193,8 @@ def grpo_update(
         return summed_token_loss(token_loss, states, head, *where, targets, distribution, layout)
 
     state, metrics = _step(config, layout, optimizer, loss, state, (rows, targets))
-    whole = {name: metrics.pop(name) for name in ("loss", "grad_norm", "num_tokens")}
-    num_tokens = jnp.maximum(whole["num_tokens"], 1.0)
+    num_tokens = jnp.maximum(metrics.pop("num_tokens"), 1.0)
+    whole = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
     return state, {**whole, **{name: value / num_tokens for name, value in metrics.items()}}
 
 
