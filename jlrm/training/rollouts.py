@@ -154,7 +154,7 @@ class RolloutBatch(NamedTuple):
     sampled: Sampled
     judgements: list[Judgement]
     advantages: Float[np.ndarray, " B"]
-    logged: list[tuple[str, float]]  # metrics of plug-ins, of all that was drawn
+    logged: Sequence[tuple[str, float]] = ()  # metrics of plug-ins, of all that was drawn
 
 
 class StepBatch(NamedTuple):
