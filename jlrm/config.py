@@ -147,8 +147,8 @@ class RewardConfig:
     limit: float = 0.0  # completion cut by the token limit (the paper's ablation: -1.0)
     min_score: int = 1  # lowest score of the scale; the prompt `jlrm` names it too
     max_score: int = 10  # highest score of the scale
-    # Rewards of your own: "module:function" in TRL's or verl's form (judgement/plugins.py), and
-    # their weights.
+    # Rewards of your own: "module:name" of a function or callable object in TRL's or verl's form,
+    # async or not (judgement/plugins.py), and their weights.
     plugins: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -177,6 +177,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class SFTConfig:
     title = "SFT"  # what makes a section a stage
+    batch_field = "batch_size"  # the setting that says how many rows a batch takes
     steps: Count = 0  # optimiser steps; 0: no SFT before GRPO
     batch_size: Positive = 64  # sequences per optimiser step
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
@@ -197,7 +198,7 @@ class LossConfig:
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
     # What a token's loss is divided by, of B completions: all their tokens ("token_mean"), its own
     # completion's tokens · B ("sequence_mean"), B ("sequence_sum"), the token limit · B
-    # ("fixed_length").
+    # ("fixed_length"). See grpo.zero_variance for completions that are out of the loss.
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
         "token_mean"
     )
@@ -212,6 +213,7 @@ class LossConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     title = "GRPO"
+    batch_field = "prompts"
     steps: Count = 0  # rollout batches; 0: no GRPO
     prompts: Positive = 16  # per step
     rollouts: Annotated[int, 2] = 8  # completions of each prompt
@@ -223,8 +225,13 @@ class GRPOConfig:
     # Whose standard deviation the centred reward is divided by.
     advantage_scale: Literal["group", "batch", "none"] = "group"
     advantage_eps: NonNegative = 1e-6  # added to that standard deviation
-    # Groups of equal rewards: kept with no advantage, taken out of the loss, or sampled anew from
-    # the next prompts.
+    # What importance weights (loss.importance_cap) weigh: the surrogate, as in TRL and verl, or the
+    # KL and entropy terms too, as in NeMo-RL.
+    importance_terms: Literal["policy", "all"] = "policy"
+    # Groups of equal rewards: kept with no advantage, taken out of the loss ("skip"), or sampled
+    # anew from the next prompts. loss.aggregation "token_mean" then has fewer tokens to divide by,
+    # so the other groups weigh more; the others still divide by all B completions, so the step gets
+    # smaller. "resample" takes the deviation of advantage_scale "batch" over the groups it chose.
     zero_variance: Literal["keep", "skip", "resample"] = "keep"
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
@@ -288,17 +295,14 @@ def _check_range(section: Any, where: str = "") -> None:
         value, key = getattr(section, name), dotted(where, name)
         if dataclasses.is_dataclass(value):
             _check_range(value, key)
-        if isinstance(value, float) and math.isnan(value):
-            raise UsageError(f"{key}={value} is not a number.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{key}={value} is not a finite number.")
         least, most, *_ = (*getattr(hint, "__metadata__", ()), None, None)
         if least is not None and value < least:
             raise UsageError(f"{key}={value} is too small: at least {least}.")
-        if not isinstance(value, int):
-            continue
-        if value > (most or MOST):
-            raise UsageError(f"{key} is too large: at most {most or MOST}.")
-        if value < -MOST:
-            raise UsageError(f"{key} is too small: at least {-MOST}.")
+        if isinstance(value, int) and not -MOST <= value <= (most or MOST):
+            end = f"large: at most {most or MOST}" if value > 0 else f"small: at least {-MOST}"
+            raise UsageError(f"{key} is too {end}.")
 
 
 def _check(config: Config) -> None:

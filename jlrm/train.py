@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import Config, stages_of
+from jlrm.judgement import rewards
 from jlrm.reports import run_page, run_summary, tables
 from jlrm.reports.run_summary import RunSummary
 from jlrm.runtime import cluster, commands, hosts
@@ -48,6 +49,9 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
       The content of `summary.json`: held-out metrics per stage, and what the run cost.
     """
     with open_run(config, devices) as run:
+        if config.grpo.steps and hosts.is_main():
+            for doubt in rewards.doubts(config.reward):
+                log.warning(doubt)
         evaluate, names = make_evaluation(run), stages_of(config)
         results = {name: STAGES[name].recipe(run, evaluate) for name in names}
         start = results[names[0]].start

@@ -158,6 +158,7 @@ CHANGES = {
     "grpo.advantage_eps": Change(0.1),
     "grpo.zero_variance": Change("skip"),
     "grpo.max_draws": Change(2, ("grpo.zero_variance=resample", *NO_REWARDS)),
+    "grpo.importance_terms": Change("all", ("grpo.loss.importance_cap=0.5",)),
     "grpo.ahead": Change("stale", ("grpo.loss.importance_cap=2",)),
     "grpo.loss.surrogate": Change("cispo"),
     "grpo.loss.ratio": Change("sequence"),

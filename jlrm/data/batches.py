@@ -1,7 +1,7 @@
-"""Rows as padded token batches; which rows a batch has is a pure function of (seed, position).
+"""Rows as padded token batches; which rows a batch has is a pure function of three integers.
 
-The position is one integer, the number of batches before, so a run resumes anywhere and every host
-agrees on every batch.
+They are the run's seed, the stage's stream and the position: the number of batches before. So a run
+resumes anywhere, every host agrees on every batch, and no two stages have the rows in one order.
 """
 
 from __future__ import annotations
@@ -223,23 +223,29 @@ def _is_judged(row: Comparison) -> bool:
     return row.judgement is not None
 
 
-def batch_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
+def batch_rows(
+    seed: int, position: int, batch_size: int, num_rows: int, stream: int = 0
+) -> Int[np.ndarray, " B"]:
     """Return the rows of the batch at a position, counted in batches.
 
-    Every epoch is a permutation, and batches run across epochs.
+    Every epoch is a permutation, and batches run across epochs. Each `stream` has permutations of
+    its own.
     """
     places = np.arange(position * batch_size, (position + 1) * batch_size)
     rows = np.empty(batch_size, np.int64)
     for epoch in np.unique(places // num_rows):
-        order = np.random.default_rng((seed, int(epoch))).permutation(num_rows)
+        # NumPy takes no notice of zeros at the end: stream 0 is the order from before streams.
+        order = np.random.default_rng((seed, int(epoch), stream)).permutation(num_rows)
         here = places // num_rows == epoch
         rows[here] = order[places[here] % num_rows]
     return rows
 
 
-def pair_rows(seed: int, position: int, batch_size: int, num_rows: int) -> Int[np.ndarray, " B"]:
+def pair_rows(
+    seed: int, position: int, batch_size: int, num_rows: int, stream: int = 0
+) -> Int[np.ndarray, " B"]:
     """Return the rows of a batch of whole pairs, where row 2i+1 is row 2i in the other order."""
-    pairs = batch_rows(seed, position, batch_size // 2, num_rows // 2)
+    pairs = batch_rows(seed, position, batch_size // 2, num_rows // 2, stream)
     return np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
 
 

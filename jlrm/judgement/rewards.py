@@ -95,6 +95,17 @@ def total(terms: Mapping[str, float | None]) -> float:
     return sum(value for value in terms.values() if value is not None)
 
 
+def doubts(config: RewardConfig) -> list[str]:
+    """Return what speaks against a choice of terms that is allowed, as sentences for people."""
+    if not (config.brier and config.confidence):
+        return []
+    return [
+        f"reward.confidence={config.confidence} pays every right verdict whose margin is at least "
+        "gold's, and so for more certainty than the judge has, which reward.brier makes it pay "
+        "for. Set reward.confidence=0 beside reward.brier."
+    ]
+
+
 def withhold(config: RewardConfig, terms: Terms, verdict: Verdict, other: Verdict) -> float:
     """Return what a verdict loses when the one on the same pair in the other order contradicts it.
 

@@ -62,6 +62,7 @@ class PolicyTargets(NamedTuple):
     mask: Bool[Array, " *tokens"]
     weights: Float[Array, " *tokens"]
     sequence_log_ratio: Float[Array, " *tokens"] | None = None  # for ratio="sequence"
+    importance: Float[Array, " *tokens"] | None = None  # weighs the surrogate alone
 
 
 class Tokens(NamedTuple):
@@ -113,8 +114,9 @@ def policy_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return the GRPO loss of these tokens and sums of its parts; both add up over any split.
 
-    Loss of a token: `surrogate + kl_weight k3 - entropy_weight H`, with
-    `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, arXiv 2402.03300, Eq. 3-4).
+    Loss of a token: `w surrogate + kl_weight k3 - entropy_weight H`, with
+    `k3 = exp(ref - logp) - (ref - logp) - 1` (GRPO, arXiv 2402.03300, Eq. 3-4) and `w` the
+    importance of the token, 1 where there is none.
 
     Metrics are token sums under `mask`; `num_tokens` is their denominator. `clip_ratio/*` count
     tokens whose gradient PPO's clip removes.
@@ -135,6 +137,8 @@ def policy_loss(
         log_ratio = _with_value(targets.sequence_log_ratio, log_ratio)
     ratio = jnp.exp(log_ratio)
     token_loss = SURROGATES[settings.surrogate](settings, Tokens(logp, ratio, advantages))
+    if targets.importance is not None:
+        token_loss *= targets.importance
     token_loss -= settings.entropy_weight * entropy
     sums = {
         "entropy": entropy,

@@ -24,8 +24,8 @@ from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import Rollout, SamplerSettings
 from jlrm.sampling.stops import StopTables
 
-# generate(weights laid out for decoding, prompts, their numbers in the data, step) begins on the
-# devices and returns at once; `fetch` waits.
+# generate(weights laid out for decoding, prompts, the numbers that their random keys go by, step)
+# begins on the devices and returns at once; `fetch` waits.
 Generate = Callable[[Params, Sequence[Sequence[int]], np.ndarray, int], Rollout]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlrm.config import Config
+from jlrm.config import Config, LossConfig
 from jlrm.model.qwen import Params
 from jlrm.rl.losses import importance_weights
 from jlrm.runtime import hosts
@@ -24,13 +24,13 @@ from jlrm.training.programs import (
     grpo_programs,
     needs_old_logprobs,
     pack_minibatch,
+    weighs_policy_alone,
 )
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
+from jlrm.training.scoring import mean_logged
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats, means
 from jlrm.training.update import TrainState
-
-log = logging.getLogger(__name__)
 
 
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
@@ -46,7 +46,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
         stage.evaluate_start()
 
         def begin(position: int) -> rollouts.Started:
-            return rollouts.start(run, sample, programs.lay_out(stage.state.params), position)
+            weights = programs.lay_out(stage.state.params)
+            return rollouts.start(run, sample, weights, position, stage.stream)
 
         started = None
         for step in stage:
@@ -60,7 +61,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
                     ahead = begin(stage.position + 1)
 
             # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
-            drawn = rollouts.draw(run, begin, started, stage.timed)
+            drawn = rollouts.draw(run, begin, started, stage.timed, stage.progress)
             parts = _minibatches(run, programs.sizes, drawn)
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
@@ -74,13 +75,18 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
                 ahead = begin(stage.position + drawn.num_draws)
             started = ahead
             with stage.timed("update"):
-                values = means(reports)  # waits for the devices
+                num_tokens = [part.num_tokens for part in parts] * config.epochs
+                # Waits for the devices.
+                values = merged(reports, num_tokens, config.loss.aggregation)
 
             # 7. Log; where it is time, judge the held-out set and save.
-            update_gap = values.pop("old_logp_gap")
-            values["rollout/logprob_gap"] = update_gap if gap is None else gap
+            gap = values.pop("old_logp_gap", None) if gap is None else gap
+            values |= {} if gap is None else {"rollout/logprob_gap": gap}
             values |= drawn.metrics | means([part.packing for part in parts])
-            values |= floats({"learning_rate": programs.rate(int(stage.state.step) - 1)})
+            values |= floats({"learning_rate": programs.rate(max(int(stage.state.step) - 1, 0))})
+            if num_skipped := config.minibatches - len(parts):
+                values["minibatches/skipped"] = num_skipped
+            values |= mean_logged(drawn.batch.logged, values)
             _log_completions(run, stage, step, drawn)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
     return stage.outcome()
@@ -100,7 +106,11 @@ def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> Non
 
 
 def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch]:
-    """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled."""
+    """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled.
+
+    A minibatch with nothing to learn from is left out: a step on it would have no gradient, and yet
+    weight decay and momentum would move the weights.
+    """
     config, batch, num_rollouts = run.config.grpo, drawn.batch, run.config.grpo.rollouts
     is_kept = drawn.is_learned
     if config.loss.mask_truncated:
@@ -113,10 +123,22 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
             for i in range(0, len(chosen), num_rollouts)
         ]
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
-        parts.append(
-            pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
-        )
+        if has_gradient(config.loss, known):
+            parts.append(
+                pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
+            )
     return parts
+
+
+def has_gradient(loss: LossConfig, known: Known) -> bool:
+    """Return whether the loss of these completions has a gradient.
+
+    It has none where all are out of the loss, and without the KL and the entropy term none where no
+    advantage is left. All hosts know all completions, so they agree.
+    """
+    advantages = known.advantages[known.is_kept]
+    has_other_terms = bool(loss.kl_weight or loss.entropy_weight)
+    return bool(advantages.any()) or (has_other_terms and len(advantages) > 0)
 
 
 def _logprobs(
@@ -131,12 +153,13 @@ def _logprobs(
     With a single optimiser step the sampler's own are the old ones, and that step measures the gap
     itself.
     """
-    gap, cap = None, run.config.grpo.loss.importance_cap
-    if needs_old_logprobs(run.config):
+    gap = None
+    if parts and needs_old_logprobs(run.config):
         scored = [_with(part, old_logp=programs.logprobs(params, part.rows)[0]) for part in parts]
         gap = _mean_gap(parts, scored)
-        if cap:
-            scored = [_weighed(*pair, cap) for pair in zip(parts, scored, strict=True)]
+        if run.config.grpo.loss.importance_cap:
+            pairs = zip(parts, scored, strict=True)
+            scored = [_weighed(run.config, *pair) for pair in pairs]
         parts = scored
     if reference is not None:
         parts = [_with(part, ref_logp=programs.logprobs(reference, part.rows)[0]) for part in parts]
@@ -147,9 +170,12 @@ def _with(part: Minibatch, **targets: Any) -> Minibatch:
     return part._replace(targets=part.targets._replace(**targets))
 
 
-def _weighed(sampled: Minibatch, scored: Minibatch, cap: float) -> Minibatch:
-    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to `cap`."""
+def _weighed(config: Config, sampled: Minibatch, scored: Minibatch) -> Minibatch:
+    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to a cap."""
+    cap = config.grpo.loss.importance_cap
     correction = importance_weights(scored.targets.old_logp, sampled.targets.old_logp, cap)
+    if weighs_policy_alone(config):
+        return _with(scored, importance=correction)
     return _with(scored, weights=scored.targets.weights * correction)
 
 
@@ -172,3 +198,27 @@ def _optimise(
         state, metrics = programs.update(state, part.rows, part.targets)
         reports.append(metrics)
     return state, reports
+
+
+def merged(
+    reports: Sequence[dict[str, Any]], num_tokens: Sequence[int], aggregation: str
+) -> dict[str, float]:
+    """Return the metrics of a step's updates, on so many tokens each, as one.
+
+    A metric that is a mean over tokens is the mean over the tokens of all of them, and so is the
+    loss under "token_mean". Otherwise the loss, and always the norm of the gradient, is the mean
+    over updates. Without an update both are 0, and there are no others.
+    """
+    reports = jax.device_get(list(reports))
+    if not reports:
+        return {"loss": 0.0, "grad_norm": 0.0}
+    by_update = ("grad_norm",) if aggregation == "token_mean" else ("grad_norm", "loss")
+    return {
+        name: float(
+            np.average(
+                np.array([each[name] for each in reports], np.float64),
+                weights=None if name in by_update else num_tokens,
+            )
+        )
+        for name in reports[0]
+    }

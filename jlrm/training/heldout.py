@@ -21,10 +21,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from jlrm.config import RunError
 from jlrm.data.batches import Example
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.benchmarks.registry import policy_of
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, game_verdict
+from jlrm.judgement.notes import TrainerState
 from jlrm.judgement.verdict import Verdict
 from jlrm.model.qwen import Params
 from jlrm.reports.tracking import progress_bar
@@ -32,11 +34,19 @@ from jlrm.runtime import hosts
 from jlrm.sampling import writer
 from jlrm.sampling.generate import lay_out_program
 from jlrm.training.programs import heldout_decoding
-from jlrm.training.scoring import Judgement, compare_orders, judge, parse_rate, rewards_of
+from jlrm.training.scoring import (
+    Judgement,
+    compare_orders,
+    judge,
+    mean_logged,
+    mean_reward,
+    parse_rate,
+)
 from jlrm.training.setup import Run
 
-# evaluate(weights, when): `when` is said on the progress bar, e.g. "after sft step 60"
-EvaluateFn = Callable[[Params, str], dict[str, float]]
+# evaluate(weights, when, state): `when` is said on the progress bar, e.g. "after sft step 60", and
+# `state` is what plug-ins are told.
+EvaluateFn = Callable[[Params, str, TrainerState], dict[str, float]]
 
 POLICY = policy_of("pairs", ["aggregation=first_order"])
 # Metrics of the benchmark that are kept: our names.
@@ -49,7 +59,7 @@ METRICS = {
 
 
 def make_evaluation(run: Run) -> EvaluateFn:
-    """Return weights, when -> held-out metrics; programs are compiled at first use.
+    """Return weights, when, state -> held-out metrics; programs are compiled at first use.
 
     Shares are in percent: agreement and macro F1 (of the given order), swap_consistency,
     delta_bias, parse_rate; `pairs` counts the pairs. reward and mean_length (tokens) are means over
@@ -64,7 +74,7 @@ def make_evaluation(run: Run) -> EvaluateFn:
     write = writer.make_writer(run.policy, heldout_decoding(run.config), [longest])
     lay_out = lay_out_program(run.policy.model, run.policy.decoding)
 
-    def evaluate(params: Params, when: str) -> dict[str, float]:
+    def evaluate(params: Params, when: str, state: TrainerState) -> dict[str, float]:
         completions = {}
         label = f"judging {half} held-out pairs {when}"
         with progress_bar(label, len(asked), "game", is_shown=hosts.is_main()) as bar:
@@ -72,12 +82,18 @@ def make_evaluation(run: Run) -> EvaluateFn:
                 completions[each.example.comparison.id] = each.completions[0].ids
                 bar.update()
         ids = [completions[game.id] for game in games]
-        judgements = judge(run, examples, ids)
+        judgements, logged = judge(run, examples, ids, state)
         if run.config.reward.swap_consistency:
             partner = [*range(half, 2 * half), *range(half)]
             judgements = compare_orders(run.config.reward, judgements, partner)
         mean_length = float(np.mean([len(row) for row in ids]))
-        return {**figures(games, judgements), "mean_length": mean_length}
+        values = {**figures(games, judgements), "mean_length": mean_length}
+        if run.config.run.best_metric == "reward" and np.isnan(values["reward"]):
+            raise RunError(
+                "No reward applies to any held-out row, and run.best_metric=reward ranks "
+                "checkpoints by it. Set another run.best_metric, or pay held-out rows too."
+            )
+        return values | mean_logged(logged, values)
 
     return evaluate
 
@@ -96,7 +112,7 @@ def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str,
         **{ours: benchmark[theirs] for theirs, ours in METRICS.items()},
         "pairs": float(half),  # what the shares are of: an interval needs it
         "parse_rate": parse_rate(judgements),
-        "reward": float(rewards_of(judgements).mean()),
+        "reward": mean_reward(judgements),
     }
 
 

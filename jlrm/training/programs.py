@@ -85,6 +85,7 @@ class Minibatch(NamedTuple):
     rows: Rows
     targets: PolicyTargets
     packing: dict[str, float]
+    num_tokens: int  # in the loss
 
 
 def rollout_settings(config: Config, network: Network) -> SamplerSettings:
@@ -182,7 +183,7 @@ def grpo_calls(config: Config, network: Network, longest_prompt: int) -> dict[st
     groups = [group] * (grpo.prompts // grpo.minibatches)
     rows = longest_rows(layout, programs.sizes, groups)
     has_reference = bool(grpo.loss.kl_weight)
-    targets = abstract_targets(rows.rows, has_reference)
+    targets = abstract_targets(rows.rows, has_reference, weighs_policy_alone(config))
     calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
@@ -211,6 +212,12 @@ def needs_old_logprobs(config: Config) -> bool:
     """
     grpo = config.grpo
     return grpo.epochs * grpo.minibatches > 1 or grpo.loss.importance_cap > 0
+
+
+def weighs_policy_alone(config: Config) -> bool:
+    """Return whether importance weights stand beside a token's weight, for its surrogate alone."""
+    grpo = config.grpo
+    return grpo.loss.importance_cap > 0 and grpo.importance_terms == "policy"
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
@@ -259,7 +266,9 @@ def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) 
     return LongestRows(rows, int(longest.rows.num_passes), int(np.max(longest.rows.count)))
 
 
-def abstract_targets(rows: Rows, has_reference: bool) -> PolicyTargets:
+def abstract_targets(
+    rows: Rows, has_reference: bool, has_importance: bool = False
+) -> PolicyTargets:
     """Return what the policy loss takes beside its rows, as abstract arrays."""
     numbers = _like(rows.tokens, jnp.float32)
     return PolicyTargets(
@@ -268,6 +277,7 @@ def abstract_targets(rows: Rows, has_reference: bool) -> PolicyTargets:
         advantages=numbers,
         mask=_like(rows.tokens, jnp.bool),
         weights=numbers,
+        importance=numbers if has_importance else None,
     )
 
 
@@ -300,7 +310,7 @@ def pack_minibatch(
         weights=packed.take(token_weights(mask, aggregation)),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
-    return Minibatch(rows, targets, packed.metrics)
+    return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
 
 
 def _freeze(model: QwenConfig, params: Params) -> Params:

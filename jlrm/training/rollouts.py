@@ -6,21 +6,26 @@ KL and entropy count), takes it out of the loss, or draws the next prompts until
 others (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2), at most `grpo.max_draws` batches a
 step. What was drawn and not learned from is counted. The position in the data, one integer,
 advances by the number of batches drawn.
+
+A completion that no reward applies to (each gave None) has the reward NaN here. It is no part of
+its group's baseline and no part of the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from jlrm.config import Config
+from jlrm.config import Config, RunError
 from jlrm.data import batches
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import token_bytes
+from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.rl.advantages import group_advantages
 from jlrm.sampling.generate import fetch, make_generator
@@ -59,9 +64,9 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
     )
 
 
-# sample(weights from `decode_params`, prompts, their numbers in the data, position) starts the
-# devices and returns at once; the function that it returns waits for the completions.
-SampleFn = Callable[[Params, Sequence[Example], np.ndarray, int], Callable[[], Sampled]]
+# sample(weights from `decode_params`, prompts, position) starts the devices and returns at once;
+# the function that it returns waits for the completions.
+SampleFn = Callable[[Params, Sequence[Example], int], Callable[[], Sampled]]
 
 
 def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
@@ -78,9 +83,11 @@ def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
     )
 
     def sample(
-        weights: Params, examples: Sequence[Example], numbers: np.ndarray, step: int
+        weights: Params, examples: Sequence[Example], position: int
     ) -> Callable[[], Sampled]:
-        begun = generate(weights, [example.prompt_ids for example in examples], numbers, step)
+        # Keys go by the place in the batch: a row that stands in it twice is drawn twice.
+        places = np.arange(len(examples))
+        begun = generate(weights, [each.prompt_ids for each in examples], places, position)
 
         def collect() -> Sampled:
             ids, logps, lengths, is_finished = fetch(begun, len(examples))
@@ -93,8 +100,12 @@ def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
 
 
 def table_rows(batch: RolloutBatch) -> list[dict[str, Any]]:
-    """Return one plain row per judgement, for people to read."""
-    return [
+    """Return one plain row per judgement, for people to read.
+
+    Raises:
+      RunError: a plug-in logs a column that is one of ours.
+    """
+    rows = [
         {
             "id": example.comparison.id,
             "order": "swapped" if example.comparison.is_swapped else "given",
@@ -111,6 +122,25 @@ def table_rows(batch: RolloutBatch) -> list[dict[str, Any]]:
             batch.examples, batch.judgements, batch.advantages, strict=True
         )
     ]
+    logged = [judgement.logged for judgement in batch.judgements]
+    return [row | extra for row, extra in zip(rows, _extra_columns(logged, rows[0]), strict=True)]
+
+
+def _extra_columns(
+    logged: Sequence[dict[str, Any]], taken: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return what plug-ins logged by row, each column of one type: a table has no mixed ones."""
+    columns = {name: [row.get(name) for row in logged] for name in dict.fromkeys(chain(*logged))}
+    for name, values in columns.items():
+        if name in taken:
+            raise RunError(
+                f"A reward logs the column {name!r}, which the table of completions has already. "
+                "Choose another name."
+            )
+        kinds = {type(value) for value in values if value is not None}
+        if len(kinds) > 1 and not kinds <= {int, float}:
+            columns[name] = [None if value is None else str(value) for value in values]
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(logged))]
 
 
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -123,6 +153,7 @@ class RolloutBatch(NamedTuple):
     sampled: Sampled
     judgements: list[Judgement]
     advantages: Float[np.ndarray, " B"]
+    logged: Sequence[tuple[str, float]] = ()  # metrics of plug-ins, of all that was drawn
 
 
 class StepBatch(NamedTuple):
@@ -143,16 +174,18 @@ class Started(NamedTuple):
     collect: Callable[[], Sampled]
 
 
-def start(run: Run, sample: SampleFn, weights: Params, position: int) -> Started:
+def start(run: Run, sample: SampleFn, weights: Params, position: int, stream: int) -> Started:
     """Begin the rollout of the batch at a position in the data."""
     config, data = run.config.grpo, run.config.data
     pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
-    rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train))
+    rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train), stream)
     prompts = run.data.train.take(rows)
-    return Started(position, prompts, sample(weights, prompts, rows, position))
+    return Started(position, prompts, sample(weights, prompts, position))
 
 
-def draw(run: Run, begin: Callable[[int], Started], started: Started, timed: Timed) -> StepBatch:
+def draw(
+    run: Run, begin: Callable[[int], Started], started: Started, timed: Timed, state: TrainerState
+) -> StepBatch:
     """Wait for the batch of a step and judge it; under "resample" begin the next ones as needed."""
     config = run.config.grpo
     is_resampling = config.zero_variance == "resample"
@@ -162,31 +195,38 @@ def draw(run: Run, begin: Callable[[int], Started], started: Started, timed: Tim
         if i:
             with timed("rollout"):
                 started = begin(started.position + 1)
-        drawn.append(_finish(run, started, timed))
+        drawn.append(_finish(run, started, timed, state))
         num_informative += int(_is_informative(run, drawn[-1]).sum())
         if num_informative >= _num_groups(run):
             break
-    batch = drawn[0] if len(drawn) == 1 else _choose(run, drawn)
+    batch = _choose(run, drawn) if is_resampling else drawn[0]
     is_learned = np.ones(_num_groups(run), bool)
     if config.zero_variance != "keep":
         is_learned = _is_informative(run, batch)
     by_row = np.repeat(is_learned, len(batch.examples) // len(is_learned))
+    by_row &= ~np.isnan(rewards_of(batch.judgements))
     values = _metrics(run, drawn, is_learned)
     return StepBatch(batch, by_row, len(drawn), _num_tokens(drawn), values)
 
 
-def _finish(run: Run, started: Started, timed: Timed) -> RolloutBatch:
+def _finish(run: Run, started: Started, timed: Timed, state: TrainerState) -> RolloutBatch:
     config, prompts = run.config.grpo, started.prompts
     with timed("rollout"):
         sampled = started.collect()
     examples = [example for example in prompts for _ in range(config.rollouts)]
     with timed("reward"):
-        judgements = judge(run, examples, sampled.ids, len(examples) // _num_groups(run))
+        group_size = len(examples) // _num_groups(run)
+        judgements, logged = judge(run, examples, sampled.ids, state, group_size)
         if run.config.reward.swap_consistency:
             judgements = compare_orders(run.config.reward, judgements, _partner(run))
-        grouped = rewards_of(judgements).reshape(_num_groups(run), -1)
-        advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
-    return RolloutBatch(examples, sampled, judgements, np.asarray(advantages).reshape(-1))
+        advantages = _advantages(run, rewards_of(judgements))
+    return RolloutBatch(examples, sampled, judgements, advantages, logged)
+
+
+def _advantages(run: Run, paid: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
+    config, grouped = run.config.grpo, paid.reshape(_num_groups(run), -1)
+    advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
+    return np.asarray(advantages).reshape(-1)
 
 
 def _partner(run: Run) -> list[int]:
@@ -202,11 +242,18 @@ def _num_groups(run: Run) -> int:
 
 
 def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"]:
-    return np.ptp(rewards_of(batch.judgements).reshape(_num_groups(run), -1), axis=1) > 0
+    """Return which groups have two rewards that differ."""
+    grouped = rewards_of(batch.judgements).reshape(_num_groups(run), -1)
+    # fmax and fmin pass over NaN, and give it where there is nothing else: no comparison is true.
+    return np.fmax.reduce(grouped, axis=1) > np.fmin.reduce(grouped, axis=1)
 
 
 def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
-    """Return the first groups that teach something, filled up by others if there are too few."""
+    """Return the first groups that teach something, filled up by others if there are too few.
+
+    Advantages are those of the choice: what fills up is out of the loss, and so counts in no
+    deviation of `grpo.advantage_scale: batch`.
+    """
     is_informative = np.concatenate([_is_informative(run, batch) for batch in drawn])
     # A stable sort: informative groups first, each kind in the order it was drawn.
     groups = np.sort(np.argsort(~is_informative, kind="stable")[: _num_groups(run)])
@@ -216,10 +263,11 @@ def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
     examples = [example for batch in drawn for example in batch.examples]
     sampled = join_sampled([batch.sampled for batch in drawn]).take(rows.tolist())
     judgements = [judgement for batch in drawn for judgement in batch.judgements]
-    advantages = np.concatenate([batch.advantages for batch in drawn])[rows]
-    return RolloutBatch(
-        [examples[row] for row in rows], sampled, [judgements[row] for row in rows], advantages
-    )
+    chosen = [judgements[row] for row in rows]
+    counted = np.where(np.repeat(is_informative[groups], size), rewards_of(chosen), np.nan)
+    advantages = _advantages(run, counted)
+    logged = [each for batch in drawn for each in batch.logged]
+    return RolloutBatch([examples[row] for row in rows], sampled, chosen, advantages, logged)
 
 
 def _num_tokens(drawn: list[RolloutBatch]) -> int:
@@ -235,6 +283,8 @@ def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dic
     is_informative = np.concatenate([_is_informative(run, each) for each in drawn])
     values = metrics(judgements, lengths, is_finished)
     values["frac_reward_zero_std"] = 1 - float(is_informative.mean())
+    if run.config.reward.mode == "none":  # our own terms pay every completion
+        values["completions/unpaid_ratio"] = float(np.isnan(rewards_of(judgements)).mean())
     if run.config.data.orders == "both":
         share = [consistency(each.judgements, _partner(run)) for each in drawn]
         values["judge/swap_consistency"] = float(np.mean(share))

@@ -9,9 +9,9 @@ it. Each process decodes and pays its share of the completions, and then all kno
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -19,7 +19,8 @@ from jaxtyping import Float
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import decode
-from jlrm.judgement import rewards
+from jlrm.judgement import plugins, rewards
+from jlrm.judgement.notes import PluginContext, TrainerState
 from jlrm.judgement.plugins import Plugin
 from jlrm.judgement.rewards import Terms
 from jlrm.judgement.verdict import Verdict, is_consistent, swap_preference
@@ -35,11 +36,13 @@ class Judgement:
     verdict: Verdict
     terms: Terms
     is_right: bool  # the verdict prefers what gold prefers
+    logged: dict[str, Any] = field(default_factory=dict)  # by plug-ins, for the table
 
     @property
-    def reward(self) -> float:
-        """The sum of the terms that apply."""
-        return rewards.total(self.terms)
+    def reward(self) -> float | None:
+        """The sum of the terms that apply; None where none does."""
+        is_paid = any(value is not None for value in self.terms.values())
+        return rewards.total(self.terms) if is_paid else None
 
     def table_row(self) -> dict[str, Any]:
         """Return the record as columns of a table that people read."""
@@ -55,18 +58,54 @@ class Judgement:
         }
 
 
+class Judged(NamedTuple):
+    """The records of a batch of completions, and the metrics that plug-ins logged for it."""
+
+    judgements: list[Judgement]
+    logged: list[tuple[str, float]]  # a name may occur more than once
+
+
 def rewards_of(judgements: Sequence[Judgement]) -> Float[np.ndarray, " B"]:
-    """Return the reward of each judgement."""
-    return np.array([each.reward for each in judgements], np.float32)
+    """Return the reward of each judgement, NaN where none applies."""
+    paid = [each.reward for each in judgements]
+    return np.array([np.nan if reward is None else reward for reward in paid], np.float32)
+
+
+def mean_reward(judgements: Sequence[Judgement]) -> float:
+    """Return the mean over the judgements that a reward applies to; NaN where there is none."""
+    paid = rewards_of(judgements)
+    paid = paid[~np.isnan(paid)]
+    return float(paid.mean()) if len(paid) else float("nan")
+
+
+def mean_logged(logged: Sequence[tuple[str, float]], taken: Collection[str]) -> dict[str, float]:
+    """Return the mean of what plug-ins logged under each name.
+
+    Raises:
+      RunError: a name that is `taken` by a metric of ours.
+    """
+    values: dict[str, list[float]] = {}
+    for name, value in logged:
+        if name in taken:
+            raise RunError(
+                f"A reward logs the metric {name!r}, which a run logs itself. Choose another name."
+            )
+        values.setdefault(name, []).append(value)
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 def judge(
-    run: Run, examples: Sequence[Example], ids: Sequence[Sequence[int]], group_size: int = 1
-) -> list[Judgement]:
+    run: Run,
+    examples: Sequence[Example],
+    ids: Sequence[Sequence[int]],
+    state: TrainerState,
+    group_size: int = 1,
+) -> Judged:
     """Return the record of every completion, each process making those of its share of the groups.
 
     Args:
       ids: of each completion.
+      state: what plug-ins are told of the stage.
 
     Raises:
       UsageError: a label that the reward can't use.
@@ -74,6 +113,7 @@ def judge(
     """
     groups = hosts.share(len(examples) // group_size)
     mine = slice(groups.start * group_size, groups.stop * group_size)
+    context = PluginContext(state)
     judgements = judge_responses(
         run.config.reward,
         run.data.plugins,
@@ -81,25 +121,35 @@ def judge(
         decode(run.policy.tokenizer, ids[mine]),
         ids[mine],
         run.config.sampling.max_new_tokens,
+        context,
     )
-    return [each for part in hosts.gather("rewards", judgements) for each in part]
+    parts = hosts.gather("rewards", Judged(judgements, context.numbers()))
+    return Judged(
+        [each for part in parts for each in part.judgements],
+        [each for part in parts for each in part.logged],
+    )
 
 
 def judge_responses(
     config: RewardConfig,
-    plugins: Sequence[Plugin],
+    loaded: Sequence[Plugin],
     examples: Sequence[Example],
     responses: Sequence[str],
     ids: Sequence[Sequence[int]],
     max_tokens: int,
+    context: PluginContext | None = None,
 ) -> list[Judgement]:
-    """Read responses, given as text and as token ids, and pay them by our terms and by plug-ins."""
+    """Read responses, given as text and as token ids, and pay them by our terms and by plug-ins.
+
+    What plug-ins log is kept in `context`.
+    """
     judgements = [
         _judgement(config, example, response, len(row_ids), max_tokens)
         for example, response, row_ids in zip(examples, responses, ids, strict=True)
     ]
-    if not (plugins and examples):
+    if not (loaded and examples):
         return judgements
+    context = context or PluginContext()
     columns = [
         {
             **example.comparison.record(),
@@ -109,10 +159,13 @@ def judge_responses(
         }
         for example, response, row_ids in zip(examples, responses, ids, strict=True)
     ]
-    paid = {plugin.name: plugin.pay(columns) for plugin in plugins}
+    paid = plugins.pay(loaded, columns, context)
+    logged = context.by_row(len(columns))
     return [
-        dataclasses.replace(each, terms={**each.terms, **dict(zip(paid, values, strict=True))})
-        for each, *values in zip(judgements, *paid.values(), strict=True)
+        dataclasses.replace(
+            each, terms={**each.terms, **dict(zip(paid, values, strict=True))}, logged=row
+        )
+        for each, row, *values in zip(judgements, logged, *paid.values(), strict=True)
     ]
 
 
@@ -174,12 +227,14 @@ def metrics(
 ) -> dict[str, float]:
     """Return the metrics of a batch of judgements; agreement and parse rate in percent.
 
-    The mean of a term is over the rows it applies to; a term that applies to none is left out.
+    The mean of a term is over the rows it applies to; a term that applies to none is left out, and
+    so are `reward` and `reward_std` where no row is paid.
     """
     paid = rewards_of(judgements)
+    paid = paid[~np.isnan(paid)]
     values = {
-        "reward": float(paid.mean()),
-        "reward_std": float(paid.std(ddof=1)),
+        **({"reward": float(paid.mean())} if len(paid) else {}),
+        **({"reward_std": float(paid.std(ddof=1))} if len(paid) > 1 else {}),
         "judge/agreement": 100 * float(np.mean([each.is_right for each in judgements])),
         "judge/parse_rate": parse_rate(judgements),
         "completions/mean_length": float(lengths.mean()),

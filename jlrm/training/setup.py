@@ -195,7 +195,7 @@ def initial_params(run: Run, stage: str) -> Params:
 def _check_same_run(config: Config, directory: pathlib.Path) -> None:
     if not (directory / "config.yaml").is_file():
         return
-    before, now = flatten(to_dict(load(directory / "config.yaml"))), flatten(to_dict(config))
+    before, now = _settings_before(directory / "config.yaml"), flatten(to_dict(config))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -206,6 +206,15 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
             f"{directory} holds a run with another config ({', '.join(changed)}). "
             "Set run.dir to a new directory, or go back to the old values to resume."
         )
+
+
+def _settings_before(path: pathlib.Path) -> dict[str, Any]:
+    """Return the settings that a run was made with, as dotted names."""
+    before = flatten(to_dict(load(path)))
+    # Before there was a choice, importance weights weighed every term of the loss.
+    if before["grpo.loss.importance_cap"] and "importance_terms:" not in path.read_text():
+        before["grpo.importance_terms"] = "all"
+    return before
 
 
 def _with_its_split(config: Config, directory: RunDir) -> Config:

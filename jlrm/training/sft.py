@@ -39,7 +39,9 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
         stage.evaluate_start()
         for step in stage:
             seed, position = run.config.run.seed, stage.position
-            rows = batches.batch_rows(seed, position, config.batch_size, len(examples))
+            rows = batches.batch_rows(
+                seed, position, config.batch_size, len(examples), stage.stream
+            )
             chosen = examples.take(rows)
             packed = packing.pack(
                 [Group(e.prompt_ids, [e.target_ids]) for e in chosen],

@@ -27,7 +27,8 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.config import RunConfig, RunError, stages_of
+from jlrm.config import RunConfig, RunError, stage_titles, stages_of
+from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
@@ -44,7 +45,8 @@ log = logging.getLogger(__name__)
 
 def means(reports: Sequence[dict[str, Any]]) -> dict[str, float]:
     reports = jax.device_get(reports)
-    return {name: float(np.mean([each[name] for each in reports])) for name in reports[0]}
+    names = reports[0] if reports else ()
+    return {name: float(np.mean([each[name] for each in reports])) for name in names}
 
 
 def floats(values: dict[str, Any]) -> dict[str, float]:
@@ -95,6 +97,8 @@ class Stage:
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
         self.position = 0  # in the data, in batches drawn
+        # Which order of the data is this stage's: by its place among the stages.
+        self.stream = list(stage_titles()).index(name)
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:
@@ -115,6 +119,8 @@ class Stage:
         self.start, self.evaluation = meta["start"], meta["evaluation"]
         self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
         self.position = meta["position"]
+        # A run from before streams goes on in the order that all its stages had.
+        self.stream = meta.get("stream", 0)
 
     def __enter__(self) -> Stage:
         self.tracker.__enter__()
@@ -160,7 +166,7 @@ class Stage:
         config = self._run.config
         is_first = stages_of(config)[0] == self._name
         if config.model.path and is_first and not self.is_resumed:
-            self.start = self._evaluate(self.state.params, "before training")
+            self.start = self._evaluate(self.state.params, "before training", self.progress)
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
     def finish(self, values: dict[str, float], num_tokens: int, num_draws: int = 1) -> None:
@@ -191,7 +197,8 @@ class Stage:
         is_evaluated = is_last or _is_due(step, settings.eval_every)
         self._warn_of_silence(values)
         if is_evaluated:
-            self.evaluation = self._evaluate(self.state.params, f"after {self._name} step {step}")
+            when = f"after {self._name} step {step}"
+            self.evaluation = self._evaluate(self.state.params, when, self.progress)
             values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
         self.tracker.log(step, values)
         if is_evaluated or self._signum or _is_due(step, settings.save_every):
@@ -204,6 +211,13 @@ class Stage:
                 f"Stopped after {self._name} step {step}, saved in {settings.dir}. "
                 "The same command goes on from there.",
             )
+
+    @property
+    def progress(self) -> TrainerState:
+        """How far the stage has come, for plug-ins."""
+        settings, num_rows = getattr(self._run.config, self._name), len(self._run.data.train)
+        epoch = self.position * getattr(settings, settings.batch_field) / num_rows
+        return TrainerState(self._done, self._num_steps, epoch)
 
     def outcome(self) -> StageResult:
         """Return what the stage came to."""
@@ -240,7 +254,9 @@ class Stage:
         meta = {
             "stage": self._name,
             "step": step,
-            "position": self.position,  # all there is to know of the data: see data/batches.py
+            # All there is to know of the data: see data/batches.py.
+            "position": self.position,
+            "stream": self.stream,
             "start": self.start,
             "evaluation": self.evaluation,
             "num_tokens": self.num_tokens,

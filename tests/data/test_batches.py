@@ -37,6 +37,16 @@ def test_batches_visit_every_row_once_an_epoch_and_depend_on_nothing_but_seed_an
     assert list(batches.batch_rows(8, 0, 6, 20)) != list(seen[:6])
 
 
+def test_streams_are_orders_of_their_own_and_the_first_is_that_of_older_runs():
+    orders = [batches.batch_rows(7, 0, 20, 20, stream).tolist() for stream in range(4)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len(set(map(tuple, orders))) == 4
+    # As runs did that knew no streams.
+    assert orders[0] == np.random.default_rng((7, 0)).permutation(20).tolist()
+    pairs = [batches.pair_rows(7, 0, 20, 20, stream).tolist() for stream in (0, 1)]
+    assert pairs[0] != pairs[1] and sorted(pairs[1]) == list(range(20))
+
+
 def test_batches_of_pairs_hold_both_orders_together_and_every_pair_once_an_epoch():
     seen = np.concatenate([batches.pair_rows(7, position, 6, 20) for position in range(10)])
     np.testing.assert_array_equal(seen[::2] + 1, seen[1::2])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
+import json
+import pickle
 import sys
 import types
 from typing import Any
@@ -13,6 +16,8 @@ import pytest
 from jlrm.config import RunError, UsageError
 from jlrm.data.comparisons import Comparison
 from jlrm.judgement import plugins
+from jlrm.judgement.notes import PluginContext, TrainerState
+from jlrm.judgement.turns import Turn
 
 COUNTER = itertools.count()
 
@@ -135,3 +140,258 @@ def test_a_function_of_neither_form_and_a_name_given_twice_are_refused():
         load("def reward(text):\n    return 1\n")
     with pytest.raises(UsageError, match="there are two rewards 'relation'"):
         load("def relation(completions):\n    return []\n", "relation")
+
+
+# --- the forms that TRL takes --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "numpy.array([1.0, 2.0], numpy.float32)",
+        "numpy.array([1, 2])",
+        "numpy.array([1.0, 2.0]).astype(object)",
+        "[numpy.float64(1), numpy.array(2.0)]",
+        "jax.numpy.array([1.0, 2.0], jax.numpy.bfloat16)",
+        "list(jax.numpy.array([1.0, 2.0]))",
+        "(x for x in (1, 2))",
+        "map(float, (1, 2))",
+        "(True, 2)",
+        "{'a': 1, 'b': 2}.values()",
+    ],
+)
+def test_whatever_holds_a_number_for_each_completion_is_taken(given):
+    code = "import numpy, jax\n" if "jax" in given else "import numpy\n"
+    plugin = load(f"{code}def reward(completions, **columns):\n    return {given}\n", weight=2.0)
+    assert plugin.pay(rows("a", "b")) == [2.0, 4.0]
+
+
+@pytest.mark.slow  # torch takes seconds to import
+def test_tensors_of_torch_are_taken():
+    pytest.importorskip("torch")
+    for given in (
+        "torch.tensor([1.0, 2.0], requires_grad=True)",
+        "torch.tensor([1, 2])",
+        "torch.tensor([1.0, 2.0], dtype=torch.bfloat16)",
+        "[torch.tensor(1.0), torch.tensor([2.0])]",
+    ):
+        plugin = load(f"import torch\ndef reward(completions):\n    return {given}\n")
+        assert plugin.pay(rows("a", "b")) == [1.0, 2.0]
+    verl = "import torch\ndef reward(solution_str):\n    return {'score': torch.tensor(3.0)}\n"
+    assert load(verl).pay(rows("a")) == [3.0]
+
+
+def test_none_in_an_array_of_objects_does_not_apply_and_nan_in_any_array_is_refused():
+    code = "import numpy\ndef reward(completions):\n    return numpy.array([{}, 1.0])\n"
+    assert load(code.format("None")).pay(rows("a", "b")) == [None, 1.0]
+    with pytest.raises(RunError, match="gave nan for row row-0, wanted a finite number or None"):
+        load(code.format("numpy.nan")).pay(rows("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("'0.5'", "gave '0.5' for 2 completions"),
+        ("['0.5', 1]", "gave '0.5' for row row-0"),
+        ("[[1.0], [2.0]]", r"gave \[1.0\] for row row-0"),
+        ("None", "gave None for 2 completions"),
+        ("{'row': 1, 'other': 2}", "for 2 completions"),
+        ("(1 / 0 for _ in completions)", "failed on row row-0: ZeroDivisionError"),
+    ],
+)
+def test_what_holds_no_numbers_is_named(given, message):
+    with pytest.raises(RunError, match=message):
+        load(f"def reward(completions):\n    return {given}\n").pay(rows("a", "b"))
+
+
+def test_async_rewards_of_a_batch_wait_together():
+    """Each waits for a sign that only the other gives: one after the other, they would hang."""
+    code = (
+        "import asyncio\n"
+        "first, second = asyncio.Event(), asyncio.Event()\n"
+        "async def one(completions, **columns):\n"
+        "    first.set()\n"
+        "    await asyncio.wait_for(second.wait(), 20)\n"
+        "    return [len(text) for text in completions]\n"
+        "async def two(solution_str):\n"
+        "    second.set()\n"
+        "    await asyncio.wait_for(first.wait(), 20)\n"
+        "    return len(solution_str) + 0.5\n"
+    )
+    module = types.ModuleType(f"user_rewards_{next(COUNTER)}")
+    exec(code, module.__dict__)
+    sys.modules[module.__name__] = module
+    loaded = plugins.load({f"{module.__name__}:one": 1.0, f"{module.__name__}:two": 2.0})
+    for _ in range(2):  # what a module keeps open belongs to one loop
+        paid = plugins.pay(loaded, rows("a", "abc"), PluginContext())
+        assert paid == {"one": [1.0, 3.0], "two": [3.0, 7.0]}
+
+
+def test_a_reward_may_run_a_loop_of_its_own_or_be_asked_from_a_running_one():
+    code = (
+        "import asyncio\n"
+        "async def ask(text):\n    return len(text)\n"
+        "def reward(completions):\n    return [asyncio.run(ask(text)) for text in completions]\n"
+        "async def other(completions):\n    return [await ask(text) for text in completions]\n"
+    )
+    assert load(code).pay(rows("abc")) == [3.0]
+
+    async def notebook() -> list[float | None]:
+        return load(code, "other").pay(rows("abc"))
+
+    assert asyncio.run(notebook()) == [3.0]
+
+
+OBJECTS = (
+    "import functools\n"
+    "class Judge:\n"
+    "    def __init__(self, unit=1):\n        self.unit = unit\n"
+    "    def __call__(self, completions, **columns):\n"
+    "        return [self.unit * len(text) for text in completions]\n"
+    "    def double(self, completions):\n        return [2 * len(text) for text in completions]\n"
+    "    async def later(self, completions):\n        return [3 * len(t) for t in completions]\n"
+    "class Asked:\n"
+    "    async def __call__(self, completions):\n        return [4 * len(t) for t in completions]\n"
+    "class Needs:\n    def __init__(self, url):\n        pass\n"
+    "class Silent:\n    pass\n"
+    "judge, asked = Judge(5), Asked()\n"
+    "def of(unit, completions):\n    return [unit * len(text) for text in completions]\n"
+    "partial = functools.partial(of, 6)\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "unit"),
+    [
+        ("judge", 5), ("Judge", 1), ("judge.double", 2), ("judge.later", 3), ("asked", 4),
+        ("Asked", 4), ("partial", 6),
+    ],
+)  # fmt: skip
+def test_callable_objects_of_every_kind(name, unit):
+    plugin = load(OBJECTS, name)
+    assert plugin.name == name and plugin.pay(rows("ab")) == [2.0 * unit]
+
+
+def test_a_class_that_cannot_be_made_or_called_is_refused():
+    with pytest.raises(UsageError, match=r"is a class.*'url'.*Name an object of it"):
+        load(OBJECTS, "Needs")
+    with pytest.raises(UsageError, match="has no function 'Silent'"):
+        load(OBJECTS, "Silent")
+
+
+def test_texts_are_strings_and_conversations_at_once():
+    code = (
+        "def reward(prompts, completions):\n"
+        "    assert [text.upper() for text in completions] == ['ABC', '']\n"
+        "    assert [c[0]['content'] for c in completions] == ['abc', '']\n"
+        "    assert [c[-1]['content'] for c in completions] == ['abc', '']\n"
+        "    assert completions[0][0].get('role') == 'assistant'\n"
+        "    assert prompts[0] == 'p' and prompts[0][-1]['content'] == 'p'\n"
+        "    assert prompts[0][0]['role'] == 'user' and prompts[0][0].get('name') is None\n"
+        "    assert completions[0][0] == 'a' and completions[0][-1] == 'c'\n"
+        "    assert completions[0][1:] == 'bc' and list(completions[0]) == ['a', 'b', 'c']\n"
+        "    return [len(text) for text in completions]\n"
+    )
+    assert load(code).pay(rows("abc", "")) == [3.0, 0.0]
+
+
+def test_a_turn_travels_to_other_processes_whole():
+    turn = pickle.loads(pickle.dumps(Turn("text", "user")))
+    assert turn == "text" and turn[0]["role"] == "user" and turn[2]["content"] == "text"
+    assert json.dumps({"text": turn}) == '{"text": "text"}'
+    with pytest.raises(IndexError):
+        turn[4]
+    with pytest.raises(KeyError):
+        turn[0]["name"]
+
+
+def test_own_columns_are_lists_beside_ours_and_hide_none_of_them():
+    code = (
+        "def reward(completions, difficulty, id, meta, **columns):\n"
+        "    assert id == ['row-0', 'row-1'] and columns['topic'] == [None, 'x']\n"
+        "    assert columns['prompts'] == ['p', 'p'] and meta[1]['prompts'] == 'mine'\n"
+        "    return difficulty\n"
+    )
+    first, second = rows("a", "b")
+    first["meta"] = {"difficulty": 3, "id": "mine"}
+    second["meta"] = {"difficulty": 0.5, "topic": "x", "prompts": "mine"}
+    assert load(code).pay([first, second]) == [3.0, 0.5]
+
+
+def test_a_column_that_no_row_has_is_named_unless_it_has_a_default():
+    with pytest.raises(RunError, match=r"takes 'difficulty', which no row.*Give the parameter a d"):
+        load("def reward(completions, difficulty):\n    return difficulty\n").pay(rows("a"))
+    code = "def reward(completions, difficulty=None):\n    return [difficulty is None]\n"
+    assert load(code).pay(rows("a")) == [1.0]
+
+
+def test_the_state_of_the_stage_and_what_is_logged():
+    code = (
+        "def reward(completions, trainer_state, log_metric, log_extra):\n"
+        "    share = trainer_state.global_step / trainer_state.max_steps\n"
+        "    log_metric('share', share)\n"
+        "    log_extra('length', [len(text) for text in completions])\n"
+        "    log_extra('kind', (object if text == 'a' else text for text in completions))\n"
+        "    return [share * trainer_state.epoch] * len(completions)\n"
+    )
+    context = PluginContext(TrainerState(3, 12, 2.0))
+    assert load(code).pay(rows("a", "abc"), context) == [0.5, 0.5]
+    assert context.numbers() == [("share", 0.25)]
+    assert context.by_row(2) == [
+        {"length": 1, "kind": "<class 'object'>"},
+        {"length": 3, "kind": "abc"},
+    ]
+
+
+@pytest.mark.parametrize("value", ["float('nan')", "'high'", "None", "[1, 2]"])
+def test_a_metric_that_is_no_number_is_named_with_its_reward(value):
+    code = "def reward(completions, log_metric):\n    log_metric('m', {})\n    return [1]\n"
+    context = PluginContext()
+    load(code.format(value)).pay(rows("a"), context)
+    with pytest.raises(RunError, match=r"The reward reward logs the metric 'm' as .*, wanted"):
+        context.numbers()
+
+
+def test_a_logged_column_has_a_value_for_each_completion():
+    code = "def reward(completions, log_extra):\n    log_extra('c', [1])\n    return [1, 1]\n"
+    context = PluginContext()
+    load(code).pay(rows("a", "b"), context)
+    with pytest.raises(RunError, match="logs the column 'c' with 1 values for 2 completions"):
+        context.by_row(2)
+
+
+@pytest.mark.parametrize("form", ["def", "async def"])
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [
+        ("sys.exit(0)", r"it called sys\.exit\(0\)"),
+        ("sys.exit()", r"it called sys\.exit\(\)"),
+        ("exit('done')", r"it called sys\.exit\('done'\)"),
+        ("raise asyncio.CancelledError", r"CancelledError\(\)"),
+        ("raise KeyError('x')", r"KeyError\('x'\)"),
+    ],
+)
+def test_a_reward_that_ends_the_program_is_an_error_with_its_row(form, ending, told):
+    for head, name in (("reward(completions)", "trl"), ("reward(solution_str)", "verl")):
+        text = "completions[-1]" if name == "trl" else "solution_str"
+        code = (
+            f"import asyncio, sys\n{form} {head}:\n    if 'bad' in {text}:\n        {ending}\n"
+            f"    return {'[1.0] * len(completions)' if name == 'trl' else '1.0'}\n"
+        )
+        with pytest.raises(RunError, match=rf"The reward reward failed on row row-1: {told}"):
+            load(code).pay(rows("good", "bad"))
+
+
+def test_a_module_that_ends_the_program_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "ending_rewards.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"importing 'ending_rewards' failed: SystemExit\(0\)"):
+        plugins.load({"ending_rewards:reward": 1.0})
+
+
+def test_a_dictionary_of_verl_without_a_score_is_named():
+    code = "def reward(solution_str):\n    return {'acc': 1.0, 'pred': 'x'}\n"
+    with pytest.raises(RunError, match=r"without 'score' for row row-0 \(keys: acc, pred\)"):
+        load(code).pay(rows("a"))
+    code = "def reward(solution_str):\n    return {'score': None}\n"
+    assert load(code).pay(rows("a")) == [None]

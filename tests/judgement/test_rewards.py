@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judgement import prompts
-from jlrm.judgement.rewards import JUDGELRM, TERMS, Terms, brier_term, pay, read, total, withhold
+from jlrm.judgement.rewards import (
+    JUDGELRM,
+    TERMS,
+    Terms,
+    brier_term,
+    doubts,
+    pay,
+    read,
+    total,
+    withhold,
+)
 from jlrm.judgement.verdict import parse, swap_preference
 
 MAIN = JUDGELRM
@@ -575,6 +585,14 @@ def test_a_verdict_that_flips_is_paid_for_its_structure_alone(
     assert withhold(dataclasses.replace(config, swap_consistency=0.5), terms, verdict, other) == (
         pytest.approx(lost / 2)
     )
+
+
+def test_a_proper_score_beside_a_bonus_for_margins_is_doubted() -> None:
+    both = dataclasses.replace(SYMMETRIC, brier=0.5, confidence=0.2)
+    (sentence,) = doubts(both)
+    assert "reward.confidence=0 beside reward.brier" in sentence
+    assert not doubts(dataclasses.replace(both, confidence=0.0))
+    assert not doubts(dataclasses.replace(both, brier=0.0))
 
 
 def test_mode_none_pays_nothing() -> None:

@@ -66,6 +66,42 @@ def test_a_uniform_group_gets_zeros_beside_others(scale):
     assert np.all(np.abs(ours[[0, 2]]) > 0)
 
 
+def test_a_missing_reward_is_out_of_the_baseline_as_in_trl():
+    (case,) = (c for c in RECORD["cases"] if c["name"] == "trl/dapo_off_reward_1_missing")
+    rewards, _ = golden("trl/dapo_off")
+    rewards.flat[1] = np.nan
+    wanted = np.array(case["advantages"]).reshape(rewards.shape)
+    np.testing.assert_allclose(advantages(rewards, "group", 1e-4), wanted, rtol=2e-6)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**31), share=st.floats(0.0, 1.0))
+def test_missing_rewards_count_in_nothing(scale, seed, share):
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=(4, 6)).astype(np.float32)
+    rewards[rng.random((4, 6)) < share] = np.nan
+    paid = rewards[~np.isnan(rewards)].astype(np.float64)
+    wanted = np.zeros((4, 6))
+    for row, found in zip(rewards.astype(np.float64), wanted, strict=True):
+        own = row[~np.isnan(row)]
+        if len(own) < 2:  # nothing to compare it with
+            continue
+        deviation = {
+            "group": own.std(ddof=1) + 1e-6,
+            "batch": paid.std(ddof=1) + 1e-6,
+            "none": 1.0,
+        }[scale]
+        found[~np.isnan(row)] = (own - own.mean()) / deviation
+    np.testing.assert_allclose(advantages(rewards, scale), wanted, rtol=2e-4, atol=2e-6)
+
+
+def test_without_an_eps_a_uniform_or_missing_group_is_still_zero():
+    rewards = np.array([[1.0, 1.0, 1.0], [np.nan, np.nan, np.nan], [np.nan, 5.0, np.nan]])
+    for scale in SCALES:
+        assert np.array_equal(advantages(rewards, scale, eps=0.0), np.zeros((3, 3)))
+
+
 def test_eps_is_added_to_the_deviation_and_one_degree_of_freedom_is_taken_off():
     rewards = np.array([[0.0, 2.0]])  # deviation sqrt(2) with ddof 1, 1 with ddof 0
     for eps in (1e-6, 0.5, 10.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import typing
@@ -523,6 +524,61 @@ def test_importance_weights_are_ratios_of_probability_up_to_the_cap():
     np.testing.assert_allclose(
         importance_weights(old, sampled, 2.0), [0.5, 1.0, 1.5, 2.0], rtol=1e-6
     )
+
+
+def with_importance(inputs: Inputs, importance: Any) -> PolicyTargets:
+    """Return the targets of `row_loss`, with weights of the surrogate alone."""
+    advantages = jnp.broadcast_to(inputs.advantages[:, None], inputs.logp.shape)
+    arrays = inputs.old_logp, inputs.ref_logp, advantages, inputs.mask, inputs.weights
+    return PolicyTargets(*arrays, importance=importance)
+
+
+@pytest.mark.parametrize("surrogate", list(SURROGATES))
+def test_importance_weighs_the_surrogate_and_no_other_term(surrogate):
+    """As TRL and verl: the weight multiplies the policy loss before KL and entropy are added."""
+    inputs = random_inputs()
+    old, mask = np.asarray(inputs.old_logp), np.asarray(inputs.mask)
+    sampled = old + np.random.default_rng(3).normal(0.0, 1.0, old.shape).astype(np.float32)
+    importance = importance_weights(inputs.old_logp, jnp.asarray(sampled), 1.3)
+    settings = loss_of(kl_weight=0.3, entropy_weight=0.2, surrogate=surrogate)
+    loss, sums = policy_loss(
+        settings, inputs.logp, inputs.entropy, with_importance(inputs, importance)
+    )
+    alone = loss_of(surrogate=surrogate)
+    tokens = jax.vmap(  # the surrogate of each token, by a loss that has no other term
+        lambda weights: policy_loss(
+            alone,
+            inputs.logp,
+            inputs.entropy,
+            with_importance(inputs, None)._replace(weights=weights.reshape(old.shape)),
+        )[0]
+    )(jnp.eye(old.size))
+    weights = np.minimum(np.exp(old.astype(np.float64) - sampled), 1.3)
+    gap = np.asarray(inputs.ref_logp, np.float64) - np.asarray(inputs.logp)
+    kl, entropy = np.exp(gap) - gap - 1, np.asarray(inputs.entropy, np.float64)
+    wanted = weights * np.reshape(tokens, old.shape) + 0.3 * kl - 0.2 * entropy
+    wanted = np.sum(np.asarray(inputs.weights) * np.where(mask, wanted, 0.0))
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    plain, plain_sums = policy_loss(
+        settings, inputs.logp, inputs.entropy, with_importance(inputs, None)
+    )
+    assert abs(float(plain - loss)) > 1e-3
+    assert jax.tree.map(float, sums) == jax.tree.map(float, plain_sums)
+
+
+@pytest.mark.parametrize("name", ["trl/dapo_off_token_truncate_1.2", "verl/token-mean_off_tis_1.2"])
+def test_importance_of_the_surrogate_equals_the_reference_packages(name):
+    case, ours = CASES[name], MAPPED[name]
+    plain = ours._replace(settings=dataclasses.replace(ours.settings, importance_cap=0.0))
+    inputs = recorded_inputs(plain)
+    sampled = jnp.asarray(np.array(RECORD["inputs"]["sampler_logp"]))
+    extra = inputs.logp.shape[1] - sampled.shape[1]
+    sampled = jnp.pad(sampled, ((0, 0), (0, extra)), constant_values=-2.0)
+    importance = importance_weights(inputs.old_logp, sampled, ours.settings.importance_cap)
+    loss, _ = policy_loss(
+        ours.settings, inputs.logp, inputs.entropy, with_importance(inputs, importance)
+    )
+    np.testing.assert_allclose(loss, case["loss"], rtol=1e-5)
 
 
 def test_each_surrogate_of_the_config_is_a_line_of_the_table():

@@ -95,6 +95,19 @@ def test_a_run_that_began_before_foldings_keeps_its_split_and_a_new_one_its_own(
         opened(settings(run_dir, data={"folding": "text"}))
 
 
+def test_a_run_from_before_importance_terms_goes_on_with_all_or_not_at_all(run_dir):
+    capped = {"loss": {"importance_cap": 2.0}}
+    opened(settings(run_dir, grpo=capped))
+    (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
+    path = run_dir / "config.yaml"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if "importance_terms" not in line))
+    with pytest.raises(UsageError, match=r"grpo\.importance_terms 'all' -> 'policy'"):
+        opened(settings(run_dir, grpo=capped))
+    opened(settings(run_dir, grpo={**capped, "importance_terms": "all"}))
+    assert "importance_terms: all" in path.read_text()
+
+
 def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_they_are_gone(run_dir):
     opened(settings(run_dir))
     (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
