@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlrm.config import Config, LossConfig
+from jlrm.config import Config, GRPOConfig, LossConfig
 from jlrm.model.qwen import Params
 from jlrm.rl.losses import importance_weights
 from jlrm.runtime import hosts
@@ -82,10 +82,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             # 7. Log; where it is time, judge the held-out set and save.
             gap = values.pop("old_logp_gap", None) if gap is None else gap
             values |= {} if gap is None else {"rollout/logprob_gap": gap}
-            values |= drawn.metrics | means([part.packing for part in parts])
             values |= floats({"learning_rate": programs.rate(max(int(stage.state.step) - 1, 0))})
-            if num_skipped := config.minibatches - len(parts):
-                values["minibatches/skipped"] = num_skipped
+            values |= _of_batch(config, drawn, parts)
             values |= mean_logged(drawn.batch.logged, values)
             _log_completions(run, stage, step, drawn)
             stage.finish(values, drawn.num_tokens, drawn.num_draws)
@@ -96,6 +94,14 @@ def _names(config: Config) -> list[str]:
     """Return the programs of a step, for people to read."""
     has_logprobs = config.grpo.loss.kl_weight or needs_old_logprobs(config)
     return ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
+
+
+def _of_batch(config: GRPOConfig, drawn: StepBatch, parts: list[Minibatch]) -> dict[str, float]:
+    """Return what is logged of a batch and its packing."""
+    values = drawn.metrics | means([part.packing for part in parts])
+    if num_skipped := config.minibatches - len(parts):
+        values["minibatches/skipped"] = num_skipped
+    return values
 
 
 def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> None:
