@@ -322,7 +322,7 @@ def test_without_a_system_role_the_system_text_goes_before_the_users(serve, stat
     assert f"{system}\n\n{filled}" in server.counts()
     assert all(row["body"]["messages"][0]["role"] == "user" for row in server.requests[-9:])
     with pytest.raises(UsageError, match="--system user puts"):
-        make(server, system="own")(games(1), lambda answer: None)
+        make(server, system="own", concurrency=1)(games(2), lambda answer: None)
     before = len(server.requests)
     judged(make(server, system="user"), games(2))
     assert len(server.requests) == before + 2
