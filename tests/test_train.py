@@ -105,6 +105,8 @@ def assert_equal_trees(a, b):
 
 def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(tmp_path, data):
     several = ["grpo.epochs=2", "grpo.minibatches=2", "grpo.pack_tokens=128", "sft.pack_tokens=128"]
+    # So many that no minibatch fits one pass, which has a program of its own.
+    several += ["grpo.rollouts=16"]
     summary = run(tmp_path / "r", data, "sft.steps=4", *several, "run.completions_every=2")
     rows = read_metrics(tmp_path / "r")
     assert [(row["stage"], row["step"]) for row in rows] == [
