@@ -403,7 +403,7 @@ def test_a_run_on_preferences_alone(tmp_path, warm):
     row = read_metrics(tmp_path / "r")[-1]
     assert "rewards/preference/mean" in row and "rewards/relation/mean" not in row
     assert 0 <= summary["grpo"]["agreement"] <= 100
-    with pytest.raises(UsageError, match="has no scores, only preferences"):
+    with pytest.raises(UsageError, match="can use, only preferences"):
         run(tmp_path / "s", tmp_path / "preferences.jsonl", *warm, "reward.mode=judgelrm")
 
 
