@@ -115,7 +115,7 @@ def test_a_step_that_nothing_is_paid_for_moves_no_weight(run, asked):
     assert "minibatches/skipped" not in rows[2] and rows[2]["kl"] >= 0
     # What the reward is told, and what it logs.
     training = [each for each in asked if each[:2] in ((0, 3), (1, 3), (2, 3))]
-    num_rows = 18  # of 24, four are held out, and two more ask a question of theirs
+    num_rows = 19  # of 24, four are held out, and one more asks a question of theirs
     assert training == [(0, 3, 0.0), (1, 3, 4 / num_rows), (2, 3, 8 / num_rows)]
     assert asked[-1] == (3, 3, 12 / num_rows)  # the held-out set
     table = pq.read_table(run_dir / "completions" / "grpo_000001.parquet").to_pylist()
