@@ -45,7 +45,7 @@ TARGETS = (
     "jlrm/evaluation/classes.py",
     "jlrm/evaluation/statistics/diagnostics.py",
     "jlrm/evaluation/statistics/clusters.py",
-    "jlrm/evaluation/statistics/figures.py",
+    "jlrm/evaluation/statistics/metrics.py",
     "jlrm/evaluation/statistics/intervals.py",
     "jlrm/evaluation/policies.py",
     "jlrm/evaluation/scoring.py",

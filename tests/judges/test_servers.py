@@ -160,7 +160,7 @@ def test_mistakes_of_flags_are_refused_before_anything_is_asked(evaluated, flags
     assert (found.code, found.num_requests) == (2, 0) and message in found.text
 
 
-@pytest.mark.slow
+@pytest.mark.campaign  # waits for minutes; test_openai.py has such a storm with a quicker clock
 def test_forty_games_at_eight_in_forty_seconds(evaluated, tmp_path, port):
     """Takes three minutes, all of them spent waiting."""
     rows = tmp_path / "forty.jsonl"

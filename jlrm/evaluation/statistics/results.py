@@ -20,7 +20,7 @@ from jlrm.evaluation.games import Game, ItemVerdicts, Response
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, statuses
 from jlrm.evaluation.scoring import counted
-from jlrm.evaluation.statistics import diagnostics, figures, intervals, unread
+from jlrm.evaluation.statistics import diagnostics, intervals, metrics, unread
 from jlrm.evaluation.statistics.clusters import cluster_items, design_effect
 from jlrm.reports import tables
 from jlrm.reports.evaluated import independence_text
@@ -58,11 +58,11 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
     judged, num_missing = evaluation.judged()
     credits = [benchmark.credit(each, policy) for each in judged]
     clusters = cluster_items([each.item for each in judged], benchmark.group)
-    credited = figures.Credited(benchmark, policy, judged, credits, clusters)
-    metrics, ranges = figures.metrics(credited)
+    credited = metrics.Credited(benchmark, policy, judged, credits, clusters)
+    values, ranges = metrics.metrics(credited)
     responses = evaluation.responses
     return BenchmarkResult(
-        metrics=metrics,
+        metrics=values,
         intervals=ranges,
         n=len(judged),
         clusters=len(set(clusters.tolist())),
@@ -71,7 +71,7 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
         ties=count(judged, 0),
         statuses=statuses(judged),
         policy=dataclasses.asdict(policy),
-        subsets=figures.subsets(credited),
+        subsets=metrics.subsets(credited),
         diagnostics=diagnostics.summary(judged, responses, clusters=clusters, span=span),
         published=benchmark.published,
         incomplete=num_missing > 0,
@@ -128,7 +128,7 @@ def comparison(mine: Evaluation, other: Evaluation, name: str) -> PairedComparis
             f"--compare: no item of {mine.benchmark.name} is judged by both, in the same orders. "
             "Compare evaluations of the same --policy order and --seed."
         )
-    if not all(figures.has_verdicts([of[item] for item in common]) for of in judged):
+    if not all(metrics.has_verdicts([of[item] for item in common]) for of in judged):
         return None
     credits = [
         np.array([e.benchmark.credit(of[item], e.policy).value for item in common])

@@ -9,7 +9,7 @@ from jlrm.evaluation.benchmarks.registry import BENCHMARKS, policy_of
 from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import reader
-from jlrm.evaluation.statistics import figures, intervals, results
+from jlrm.evaluation.statistics import intervals, metrics, results
 from jlrm.evaluation.statistics.clusters import cluster_items
 from jlrm.reports.results_file import SubsetResult, headline
 
@@ -133,7 +133,7 @@ def test_a_support_is_found_once_for_all_metrics_of_it():
     made = evaluation("pairs", pairs(20), right)
     judged, _ = made.judged()
     credits = [made.benchmark.credit(each, made.policy) for each in judged]
-    credited = figures.Credited(made.benchmark, made.policy, judged, credits, np.arange(20))
-    support = figures._support(credited, credited.total())
+    credited = metrics.Credited(made.benchmark, made.policy, judged, credits, np.arange(20))
+    support = metrics._support(credited, credited.total())
     assert support["overall"] is support["consistency"] is credited
     assert {each.item.subset for each in support["odd"].judged} == {"odd"}
