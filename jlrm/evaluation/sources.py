@@ -163,6 +163,9 @@ def of_subset(items: list[Item], subset: str) -> list[Item]:
     if not inside:
         there = {item.subset for item in items}
         raise UsageError(f"--subset {subset} has no item. {nearest(subset, there)}")
+    if untold := sum(not item.subset for item in items):
+        text = "%d of %d rows name no subset and are counted as '%s'"
+        logging.getLogger(__name__).warning(text, untold, len(items), subset)
     return inside
 
 

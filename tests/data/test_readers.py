@@ -624,7 +624,7 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         (
             "x.jsonl",
             encoded(JUDGELM, score=[-1, -1]),
-            "no usable row: all were left out (1 with a failed review",
+            "no usable row: all were left out: 1 with a failed review",
         ),
         (
             "x.jsonl.gz",
