@@ -170,7 +170,7 @@ def of_subset(items: list[Item], subset: str) -> list[Item]:
 
 
 def sample(items: list[Item], limit: int, seed: int) -> list[Item]:
-    """Return `limit` items by lot, in their order; 0: all. A larger limit keeps those of a smaller."""
+    """Return `limit` items by lot, in their order; 0: all. A larger limit keeps them."""
     if not limit or limit >= len(items):
         return items
 
