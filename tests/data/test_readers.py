@@ -601,12 +601,12 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         (
             "x.jsonl",
             encoded(JUDGELM, score=[None, 4]),
-            "left out: 1 with a score for one answer only",
+            "out: 1 with a score for one answer only",
         ),
         (
             "x.jsonl",
             encoded(JUDGELM, score=[math.nan, 4]),
-            "left out: 1 with a score for one answer only",
+            "out: 1 with a score for one answer only",
         ),
         ("x.jsonl", encoded(JUDGELM, score=[math.inf, 4]), "scores must be finite"),
         ("x.jsonl", encoded(JUDGELM, score=[10**400, 4]), "scores must be finite"),
