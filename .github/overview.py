@@ -36,7 +36,7 @@ MEASURING = (
     (("a response from", "any judge"), "judges"),
     (("its verdict", ""), "judgement"),
     (("credit by the", "benchmark's rule"), "evaluation"),
-    (("metric and", "interval"), "reports"),
+    (("metric and", "interval"), "evaluation"),
 )
 GIVEN = (
     "Question: How many legs has a spider?",

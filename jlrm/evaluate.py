@@ -26,7 +26,7 @@ import logging
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -290,30 +290,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.evaluate",
         description="Let a judge judge benchmarks, and measure it by their own rules.",
-        epilog=f"Benchmarks: {', '.join(BENCHMARKS)}. Policies: "
-        + "; ".join(
-            f"{name} {' | '.join(p.aggregation for p in known.policies)}"
-            for name, known in BENCHMARKS.items()
-        ),
+        epilog="\n".join(_benchmarks()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
     add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, or a name there")
-    add("--benchmark", required=True, metavar="B,B2", help="one or more, see below")
+    add("--benchmark", required=True, metavar="B,B2", help="one or more of those listed below")
     add(
         "--data",
-        action="append",
-        default=[],
+        **several,
         metavar="PATH",
-        help="file, directory, hf:NAME; B=PATH of several",
+        help="file, directory or hf:NAME; or B=PATH",
     )
     add("--backend", choices=options.BACKENDS, help="who judges (jlrm)")
-    add(
-        "--verdicts",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="recorded verdicts; or B=FILE",
-    )
+    add("--verdicts", **several, metavar="FILE", help="recorded verdicts; or B=FILE")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", default="lenient", help=f"how texts are read (lenient). {parsers}")
     add(
@@ -321,28 +312,35 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="K=V",
-        help="e.g. order=both judgebench.order=as_given",
+        help="change the rule, e.g. order=both or, of one benchmark, judgebench.order=as_given. "
+        "Keys: order, aggregation, tie_credit, error_credit, refused",
     )
     add(
         "--subset",
-        action="append",
-        default=[],
+        **several,
         metavar="NAME",
-        help="judge this subset alone; rows that name none belong to it; or B=NAME",
+        help="only this subset and rows without one; or B=NAME",
     )
-    add("--limit", type=int, default=0, metavar="N", help="items of each, by lot (0: all)")
-    add("--seed", type=int, default=0, help="of random orders, the lot and sampling (0)")
-    add("--name", default="", help="of the judge in reports (the model's)")
-    add("--out", type=pathlib.Path, metavar="DIR", help="responses and results (evaluations/NAME)")
-    add("--compare", type=pathlib.Path, metavar="DIR", help="--out of another evaluation")
+    add("--limit", type=int, default=0, metavar="N", help="items of each, drawn by lot (0: all)")
+    add("--seed", type=int, default=0, help="seed of random orders, the lot and sampling (0)")
+    add("--name", default="", help="name of the judge in reports (the model's)")
+    add("--out", type=pathlib.Path, metavar="DIR", help="of what is written (evaluations/NAME)")
+    add("--compare", type=pathlib.Path, metavar="DIR", help="--out of another judge to compare")
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
     settings.add_pair_flags(parser)
-    add("--scores", choices=["score", "score_w_reference"], help="of JudgeLM rows: %(choices)s")
+    add("--scores", choices=["score", "score_w_reference"], help="gold of JudgeLM rows")
     options.add_options(parser)
     cluster.add_arguments(parser)
     return parser
+
+
+def _benchmarks() -> Iterator[str]:
+    """Yield lines that list the benchmarks and how each can aggregate."""
+    yield "Benchmarks, and what --policy aggregation= can be for each (the first if left open):"
+    for name, known in BENCHMARKS.items():
+        yield f"  {name:20}{' | '.join(policy.aggregation for policy in known.policies)}"
 
 
 def _checked(args: argparse.Namespace) -> argparse.Namespace:

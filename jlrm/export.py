@@ -215,7 +215,7 @@ def _card(name: str, meta: dict[str, Any]) -> str:
     config = meta.get("config", {})
     prompt = config.get("data", {}).get("prompt", "unknown")
     planting = prompts.planting_note(prompt)
-    scores = {key: round(value, 2) for key, value in meta.get("evaluation", {}).items()}
+    scores = meta.get("evaluation", {})
     return CARD.format(
         name=name,
         stage=meta["stage"],
@@ -223,7 +223,7 @@ def _card(name: str, meta: dict[str, Any]) -> str:
         prompt=prompt,
         planting=f"\n{planting}\n" if planting else "",
         reward=config.get("reward", {}).get("mode", "unknown"),
-        evaluation=", ".join(f"{key} {value}" for key, value in scores.items()) or "none",
+        evaluation=", ".join(f"{key} {value:.4g}" for key, value in scores.items()) or "none",
     )
 
 
@@ -257,7 +257,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source.add_argument("--checkpoint", metavar="RUN[@STEP]", help="@STEP: 100, sft/100 or best")
     source.add_argument("--from-hf", metavar="MODEL", help="directory or hub id")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="directory to be made")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        choices=["bfloat16", "float32"],
+        help="of exported weights; --from-hf keeps what the files hold (bfloat16)",
+    )
     args = parser.parse_args(argv)
     out = args.out.expanduser()
     if args.checkpoint:

@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="find the smallest slice that fits, and a mesh for it",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    parser.add_argument("--out", metavar="DIR", help="write plan.json, plan.md and plan.png there")
+    parser.add_argument("--out", metavar="DIR", help="write plan.json, .md, .html and .png there")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
     )

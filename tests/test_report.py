@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.data.batches import Example
@@ -130,6 +131,8 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
     assert cells(text, "Steps") == ["0", "4", "30", ""]
     assert "Swap consistency" not in text and "SFT → GRPO" in text
     assert "1 h 2 min, 2.5 million tokens" in text
+    run_summary.write(tmp_path, RunSummary(results, steps=34, seconds=3700.0, tokens=8_400))
+    assert "1 h 2 min, 8,400 tokens" in render(tmp_path)[0]
 
 
 def test_a_run_with_sft_alone(tmp_path):
@@ -324,3 +327,14 @@ def test_the_command_renders_again_and_refuses_other_directories(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps({}))
     with pytest.raises(UsageError):
         run_page.write_report(tmp_path / "no")
+
+
+@pytest.mark.parametrize("highest", [1.504e-7, 2e-5])
+def test_ticks_of_a_log_axis_have_texts_of_their_own(highest):
+    line = charts.Line("gap", np.arange(2), np.array([1.496e-7, highest]))
+    axes = Figure().subplots()
+    charts.curves("Gap", [line], charts.Axes(is_log=True)).draw(axes)
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.yaxis.get_minorticklocs() if low <= tick <= high]
+    texts = axes.yaxis.get_minor_formatter().format_ticks(ticks)
+    assert len(set(texts)) == len(ticks) > 1

@@ -170,11 +170,11 @@ def check_whole(source: str, num_rows: int, parts: Sequence[Part]) -> None:
         hint = ""
         if {row.reason for row in dropped} == {"no_label"}:
             hint = (
-                " A row says which answer is better by 'preference' (1, 2, or 0 for a tie), or by "
+                " A row says which answer is better by 'preference' (1, 2, or 0 for a tie) or by "
                 f"'score_1' and 'score_2'. {there_are(names)} If one of these is meant, name it, "
                 "e.g. data.columns=preference=NAME."
             )
-        raise UsageError(f"{source} holds no usable row: all were left out ({reasons}).{hint}")
+        raise UsageError(f"{source} holds no usable row: all were left out: {reasons}.{hint}")
     numbers = sum((part.numbers for part in parts), collections.Counter())
     doubts = labels.doubts(numbers, parts[0].column)
     if (parts[0].values or doubts) and _is_ours(source):

@@ -116,7 +116,7 @@ def _read(
     )
     rows = scales.rescaled(rows, data.rescale)
     if said := scales.describe_off_scale(rows, scale, source):
-        order = "such scores are no gold, and count by their order alone, as a preference"
+        order = "such scores count by their order alone, as a preference"
         log.warning(
             "%s Until then %s.", said, "negative ones are no gold" if needs_scores else order
         )

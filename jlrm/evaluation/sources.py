@@ -148,7 +148,7 @@ def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 
 
 
 def of_subset(items: list[Item], subset: str) -> list[Item]:
-    """Return the items of one subset, to which those without a subset belong; "": all, as they are.
+    """Return the items of one subset, and as such those without one, which is said; "": all.
 
     Raises:
       UsageError: no item belongs to it, with the nearest subset that there is.
@@ -163,11 +163,14 @@ def of_subset(items: list[Item], subset: str) -> list[Item]:
     if not inside:
         there = {item.subset for item in items}
         raise UsageError(f"--subset {subset} has no item. {nearest(subset, there)}")
+    if untold := sum(not item.subset for item in items):
+        text = "%d of %d rows name no subset and are counted as '%s'"
+        logging.getLogger(__name__).warning(text, untold, len(items), subset)
     return inside
 
 
 def sample(items: list[Item], limit: int, seed: int) -> list[Item]:
-    """Return `limit` items by lot, in their order; 0: all. More keep what fewer had."""
+    """Return `limit` items by lot, in their order; 0: all. A larger limit keeps them."""
     if not limit or limit >= len(items):
         return items
 

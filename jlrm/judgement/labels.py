@@ -1,9 +1,9 @@
-"""What files write for the better of two answers and for their scores, read as ours.
+"""How files say which of two answers is better, and how well both did, read as ours.
 
 Our labels are 1 (the first answer), 2 (the second) and 0 (a tie). Words such as "model_a" or "tie"
 mean one thing everywhere. Numbers don't: some files count 0, 1 and 2 as first, second and tie.
-Such a numbering can't be told from ours row by row, so it is read as ours, `doubts` speaks up when
-the counts of a whole source don't look like ours, and `meanings` are how a user sets it right.
+Such a numbering can't be told from ours row by row, so it is read as ours. `doubts` speaks up when
+the counts of a whole source don't look like ours, and with `meanings` a user sets it right.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def preference(label: Any, known: Mapping[str, int], where: str) -> int | None:
     """Return which answer a label calls better: 1, 2, 0 for a tie; None where there is no label.
 
     Args:
-      known: of `meanings`; a number that is not among them means nothing, if there are any.
+      known: from `meanings`; unless it is empty, a number outside it means nothing.
 
     Raises:
       UsageError: a label that is not understood.

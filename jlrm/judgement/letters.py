@@ -143,7 +143,7 @@ def _said(text: str, group: str) -> int | None:
 
 
 def _last_clear(text: str, marks: list[NamedAnswer]) -> NamedAnswer | None:
-    """Return the last mark that has none of another answer beside it."""
+    """Return the last mark that has no mark of another answer beside it."""
     for i in range(len(marks) - 1, -1, -1):
         beside = [
             (first, second)

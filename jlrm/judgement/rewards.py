@@ -100,9 +100,9 @@ def doubts(config: RewardConfig) -> list[str]:
     if not (config.brier and config.confidence):
         return []
     return [
-        f"reward.confidence={config.confidence} pays every right verdict whose margin is at least "
-        "gold's, and so for more certainty than the judge has, which reward.brier makes it pay "
-        "for. Set reward.confidence=0 beside reward.brier."
+        f"reward.confidence={config.confidence} pays a right verdict for a wide margin, however "
+        "unsure the judge is. reward.brier pays for a margin that shows how sure it is. They work "
+        "against each other: set reward.confidence=0 beside reward.brier."
     ]
 
 

@@ -6,8 +6,8 @@
     4  read     its files of replies and errors; a game is recorded with the last of its votes
 
 Batches under way are kept in a file. So a command that was stopped finds them again and pays for
-nothing twice. What a batch ended without is unjudged, and asked by the next run: it may take a day,
-so that nothing is asked again on its own.
+nothing twice. Games that a batch left without a reply are unjudged until the next run asks them:
+since a batch may take a day, no second one begins by itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a server means when it does not answer: whose fault it is, and how long to wait.
 
 Servers word the same thing in many ways. What is known of them stands here as data: codes, words of
-messages, names of headers. What is not known passes, or costs one game, by its HTTP status.
+messages, names of headers. The HTTP status decides about all other errors: the request is sent
+again, or its game is lost.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Passing(Exception):
 
 
 class Declined(Exception):
-    """The server does not answer this game; others it may. `is_content`: for what is in it."""
+    """The server does not answer this game, but may answer others. `is_content`: for its texts."""
 
     def __init__(self, reason: str, *, is_content: bool = False) -> None:
         super().__init__(reason)

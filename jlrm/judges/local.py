@@ -64,7 +64,9 @@ def make(
     if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
         config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
     check_positions(
-        config, max_prompt_tokens + decoding.max_new_tokens, "max_prompt_tokens or max_new_tokens"
+        config,
+        max_prompt_tokens + decoding.max_new_tokens,
+        "--max-prompt-tokens or --max-new-tokens",
     )
     policy = open_policy(config, create_mesh(mesh), directory)
     write = make_writer(policy, decoding, widths(max_prompt_tokens))

@@ -35,26 +35,36 @@ class Option(NamedTuple):
 
 BOTH = (JLRM, OPENAI)
 OPTIONS: dict[str, Option] = {
-    "prompt": Option(BOTH, "", "template (jlrm; of a run: its own)"),
+    "prompt": Option(BOTH, "", "prompt template (jlrm; of a run: its own)"),
     "scale": Option(
-        BOTH, [], "of the scores (1 10)", settings={"nargs": 2, "metavar": ("MIN", "MAX")}
+        BOTH,
+        [],
+        "lowest and highest score (1 10; of a run: its own)",
+        settings={"nargs": 2, "metavar": ("MIN", "MAX")},
     ),
     "max_prompt_tokens": Option((JLRM,), 4096, "longest prompt"),
     "max_new_tokens": Option(BOTH, 2048, "longest judgement"),
-    "temperature": Option(BOTH, 0.0, "0: the likeliest token"),
+    "temperature": Option(BOTH, 0.0, "of sampling (0: the likeliest token)"),
     "top_p": Option(BOTH, 1.0, "share of probability sampled from"),
     "votes": Option(BOTH, 1, "judgements per game, whose scores are averaged"),
-    "num_beams": Option((JLRM,), 1, "beam search"),
-    "repetition_penalty": Option((JLRM,), 1.0, "1: none"),
-    "stop": Option((JLRM,), True, "end after the second score"),
-    "compute_dtype": Option((JLRM,), "bfloat16", "of activations, or float32"),
+    "num_beams": Option((JLRM,), 1, "beams of a beam search; 1: none"),
+    "repetition_penalty": Option((JLRM,), 1.0, "of tokens that were written already; 1: none"),
+    "stop": Option((JLRM,), True, "end after the second score, or go on"),
+    "compute_dtype": Option((JLRM,), "bfloat16", "precision of activations: bfloat16 or float32"),
     "batch_size": Option((JLRM,), 32, "games decoded together", False),
-    "mesh": Option((JLRM,), [], "e.g. fsdp=4 tensor=2", False, {"nargs": "+", "metavar": "AXIS=N"}),
-    "base_url": Option((OPENAI,), "https://api.openai.com/v1", "of the endpoint"),
+    "mesh": Option(
+        (JLRM,),
+        [],
+        "how devices are used, e.g. fsdp=4 tensor=2",
+        False,
+        {"nargs": "+", "metavar": "AXIS=N"},
+    ),
+    "base_url": Option((OPENAI,), "https://api.openai.com/v1", "address of the endpoint"),
     "system": Option(
         (OPENAI,),
         "auto",
-        "the system text: its own message, or before the user's; auto: own where it is known",
+        "where the system text goes: a message of its own, or before the user's text; auto: own, "
+        "unless the server refuses it",
         settings={"choices": requests.SYSTEM},
     ),
     "request": Option(
@@ -66,12 +76,18 @@ OPTIONS: dict[str, Option] = {
     "neutral": Option((OPENAI,), True, "break control tokens inside the texts to be judged"),
     "api_key_env": Option((OPENAI,), "OPENAI_API_KEY", "variable that holds the key", False),
     "concurrency": Option((OPENAI,), 8, "requests at a time", False),
-    "requests_per_minute": Option((OPENAI,), 0.0, "at most (0: no limit)", False),
+    "requests_per_minute": Option(
+        (OPENAI,), 0.0, "most requests sent in a minute (0: no limit)", False
+    ),
     "timeout": Option((OPENAI,), 300.0, "seconds for one reply", False),
-    "max_retries": Option((OPENAI,), 6, "of a request that failed", False),
-    "cache": Option((OPENAI,), "", "directory of replies shared by evaluations", False),
+    "max_retries": Option((OPENAI,), 6, "tries after a request that failed", False),
+    "cache": Option((OPENAI,), "", "directory of replies that evaluations share", False),
     "prices": Option(
-        (OPENAI,), [], "dollars per million tokens", False, {"nargs": 2, "metavar": ("IN", "OUT")}
+        (OPENAI,),
+        [],
+        "dollars per million tokens read and written",
+        False,
+        {"nargs": 2, "metavar": ("IN", "OUT")},
     ),
     "budget": Option((OPENAI,), 0.0, "dollars at which to stop (0: none)", False),
     "batch": Option((OPENAI,), False, "ask by batch files: half the price, within a day", False),

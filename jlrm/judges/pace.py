@@ -1,8 +1,8 @@
 """When requests go to a server, and how often the same one goes again.
 
-What may pass is asked again, later and later, `max_retries` times. A server that has had too many
-requests (HTTP 429) says nothing about this one: it goes again when the server said, or at growing
-distances, until patience ends.
+After a failure that may pass, a request goes again at growing intervals, `max_retries` times. "Too
+many requests" (HTTP 429) says nothing about this request: it goes again when the server says, or at
+growing intervals, until patience ends.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class OverBudget(Exception):
 class Purse:
     """Counts what is spent, and sets money aside for requests under way.
 
-    prices: USD per million prompt tokens and per million generated ones. Not for threads.
+    prices: USD per million prompt tokens and per million generated ones. For one thread alone.
     """
 
     def __init__(self, prices: tuple[float, float] | None, budget: float | None) -> None:
@@ -66,7 +66,7 @@ class Purse:
         self._settled = asyncio.Event()
 
     def open(self) -> None:
-        """Forget who waits: an event loop of its own asks from now on."""
+        """Forget who waits: from now on, requests come from another event loop."""
         self._settled = asyncio.Event()
 
     def price(self, prompt_tokens: int, num_tokens: int) -> float:
@@ -123,8 +123,8 @@ class Cache:
     def get(self, request: Mapping[str, Any]) -> Reply | None:
         """Return a stored reply that was finished; None where there is none.
 
-        A file that holds no reply is reported. So is what older programs kept of replies that were
-        not finished. Both are asked for again.
+        A file that holds no reply is reported, and so is an unfinished reply that an older version
+        stored. Both are asked for again.
         """
         path = self.path(request)
         try:

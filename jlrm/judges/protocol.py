@@ -71,7 +71,7 @@ class Reply(NamedTuple):
 
 
 class NoReply(NamedTuple):
-    """Why a vote has no text. `is_refused`: for what is in the texts to be judged."""
+    """Why a vote has no text. `is_refused`: because of what is in the texts to be judged."""
 
     reason: str
     is_refused: bool = False
@@ -140,7 +140,7 @@ def stored(row: Any) -> Reply:
 
 
 def count(value: Any) -> int | None:
-    """Return a number of tokens; None of what can be none."""
+    """Return a number of tokens, or None if the value can't be one."""
     is_count = isinstance(value, int) and not isinstance(value, bool)
     return value if is_count and 0 <= value <= MOST_TOKENS else None
 

@@ -59,7 +59,10 @@ class Recorded:
             for (first, second), response in _said(row, item, order, where).items():
                 game = Game(item, first, second)
                 if game.id in self.responses:
-                    raise UsageError(f"{where}: a second verdict on {game.id}.")
+                    raise UsageError(
+                        f"{where}: a second verdict on {game.id}. A row of the other order says "
+                        "'swapped': true."
+                    )
                 self.responses[game.id] = _named(response, game)
 
     def as_played(self, games: Sequence[Game]) -> list[Game]:

@@ -199,11 +199,13 @@ def running_mean(y: np.ndarray) -> np.ndarray:
 def _lay_out(axes: Any, lines: Sequence[Line], layout: Axes) -> None:
     from matplotlib.ticker import LogLocator
 
-    if layout.is_log and any((line.y > 0).any() for line in lines):
+    positive = np.concatenate([np.zeros(0), *(line.y[line.y > 0] for line in lines)])
+    if layout.is_log and positive.size:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 5)))
+        digits = 2 if positive.max() > 1.5 * positive.min() else 4  # close ticks differ late
         for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(lambda value, _: f"{value:.2g}")
+            which(lambda value, _: f"{value:.{digits}g}")
     else:
         axes.yaxis.get_major_locator().set_params(nbins=5)
     if layout.is_from_zero and axes.get_yscale() == "linear":

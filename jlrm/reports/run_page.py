@@ -207,7 +207,9 @@ def _about(rows: list[Row], summary: RunSummary) -> list[str]:
     steps = [f"{STAGES[stage]} {n:,} steps" for stage, n in _num_steps(rows).items() if n]
     if not summary.tokens:
         return [*steps, "Under way."]
-    return [*steps, f"{duration(summary.seconds)}, {summary.tokens / 1e6:,.1f} million tokens"]
+    is_many = summary.tokens >= 100_000
+    tokens = f"{summary.tokens / 1e6:,.1f} million" if is_many else f"{summary.tokens:,}"
+    return [*steps, f"{duration(summary.seconds)}, {tokens} tokens"]
 
 
 def _results(rows: list[Row], summary: RunSummary) -> dict[str, Row]:

@@ -108,7 +108,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         print("Stopped at once.", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT, "Stopped at once; checkpoints that were finished are whole."
+        return 128 + signal.SIGINT, "Stopped at once. What was saved before is whole."
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""

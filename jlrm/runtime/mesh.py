@@ -172,7 +172,11 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
         )
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        raise UsageError(f"{wanted} does not fit {len(devices)} devices. Set one size to -1.")
+        count = f"{len(devices)} devices" if len(devices) > 1 else "1 device"
+        raise UsageError(
+            f"{wanted} does not fit {count}: the product of the three sizes must be the number of "
+            "devices, where one size may be -1 (all remaining devices)."
+        )
     sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
     return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

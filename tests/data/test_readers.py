@@ -598,8 +598,16 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         ("x.jsonl", encoded(JUDGELM, score=[1]), "scores must be two numbers, got [1]"),
         ("x.jsonl", encoded(JUDGELM, score=["8/10", 4]), "scores must be two numbers"),
         ("x.jsonl", encoded(JUDGELM, score=[True, 4]), "scores must be two numbers"),
-        ("x.jsonl", encoded(JUDGELM, score=[None, 4]), "(1 with a score for one answer only"),
-        ("x.jsonl", encoded(JUDGELM, score=[math.nan, 4]), "(1 with a score for one answer only"),
+        (
+            "x.jsonl",
+            encoded(JUDGELM, score=[None, 4]),
+            "out: 1 with a score for one answer only",
+        ),
+        (
+            "x.jsonl",
+            encoded(JUDGELM, score=[math.nan, 4]),
+            "out: 1 with a score for one answer only",
+        ),
         ("x.jsonl", encoded(JUDGELM, score=[math.inf, 4]), "scores must be finite"),
         ("x.jsonl", encoded(JUDGELM, score=[10**400, 4]), "scores must be finite"),
         ("x.jsonl", encoded(JUDGELM, score=["-inf", 4]), "scores must be two numbers"),
@@ -624,7 +632,7 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         (
             "x.jsonl",
             encoded(JUDGELM, score=[-1, -1]),
-            "no usable row: all were left out (1 with a failed review",
+            "no usable row: all were left out: 1 with a failed review",
         ),
         (
             "x.jsonl.gz",

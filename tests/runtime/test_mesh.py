@@ -80,6 +80,11 @@ def test_sizes_that_fit_no_mesh_are_refused_by_name(sizes):
         assert f"mesh.{axis}={size}" in str(error.value)
 
 
+def test_the_refusal_of_one_device_says_what_would_fit():
+    with pytest.raises(UsageError, match="does not fit 1 device: the product of the three sizes"):
+        create_mesh(MeshConfig(1, -1, 3), jax.devices()[:1])
+
+
 def test_training_cuts_parameters_along_their_first_letters_and_the_batch_over_everything():
     layout = training_layout(mesh_of(2, 2, 2))
     assert shard_shape(layout.param(("V", "D")), 96, 32) == (24, 32)

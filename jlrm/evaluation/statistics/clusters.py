@@ -1,9 +1,9 @@
 """Which items belong together: those that share a question tell less than as many different ones.
 
-Answers to one question are right or wrong together more often than by chance. Of PandaLM's 999
-items 170 questions are asked, so an interval over items that ignores it is too narrow by a third,
-and a test of two equal judges rejects three times as often as it says. So whatever draws items by
-chance draws whole clusters.
+A judge is right or wrong about several answers to one question more often than by chance. PandaLM's
+999 items ask 170 questions. An interval that ignores this is too narrow by a third, and a test of
+two equal judges rejects three times as often as it says. So whatever draws items by chance draws
+whole clusters.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _root(parents: dict[Hashable, Hashable], key: Hashable) -> Hashable:
 def design_effect(values: Float[np.ndarray, " N"], clusters: Int[np.ndarray, " N"]) -> float | None:
     """Return how many times larger the variance of a mean is than that of independent items.
 
-    That of clusters is the linearised one of a ratio of sums (Kish 1965). None for one cluster, and
-    where all values are equal: nothing shows how far items of a cluster go together.
+    The variance over clusters is the linearised one of a ratio of sums (Kish 1965). None for one
+    cluster, and where all values are equal: nothing shows how far items of a cluster go together.
     """
     if not clusters.any():
         return None

@@ -1,9 +1,9 @@
 """Intervals of an evaluation's figures, and paired differences of two judges, by cluster.
 
 A resample draws as many clusters as there are, with all their items. So a mean is a ratio of two
-sums, and its resamples cost nothing per item. Two cases are no case for resampling, and a share
-gets Clopper and Pearson's exact binomial interval (1934) there: where next to everything or nothing
-is right (resamples of items that are all wrong are all wrong), and where there are few clusters.
+sums, and its resamples cost nothing per item. Resampling fails where nearly everything or nearly
+nothing is right (resamples of items that are all wrong are all wrong), and where there are few
+clusters. There a share gets Clopper and Pearson's exact binomial interval (1934).
 Its number of trials is the effective one of Korn and Graubard (1998): as many independent items as
 would have the variance that the clusters have, less the price of few degrees of freedom.
 """

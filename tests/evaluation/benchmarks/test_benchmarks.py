@@ -1053,7 +1053,7 @@ def test_unknown_forms_of_verdicts_are_refused(tmp_path, row, message):
     items = [Item("7", "?", ("a", "b"), 1), Item("9", "?", ("a", "b", "c"))]
     with pytest.raises(UsageError, match=message):
         recorded(tmp_path, [row], items)
-    with pytest.raises(UsageError, match="a second verdict on 7:0-1"):
+    with pytest.raises(UsageError, match=r"a second verdict on 7:0-1\..*'swapped': true"):
         recorded(tmp_path, [{"id": 7, "decision": 1}, {"idx": 7, "decision": 2}], items)
 
 

@@ -142,7 +142,7 @@ def test_rewardbench2_reads_messages_and_rows_without_id_or_subset(tmp_path):
         read(tmp_path, {**rows[0], "subset": "Ties"}, name="rewardbench2")
 
 
-def test_a_subset_is_judged_alone_and_takes_rows_that_name_none(tmp_path, capsys):
+def test_a_subset_is_judged_alone_and_takes_rows_that_name_none(tmp_path, capsys, caplog):
     rows = [
         {"id": i, "prompt": "Hi", **TEXTS} | ({"subset": subset} if subset else {})
         for i, subset in enumerate(("hep-go", "", "hep-cpp", "hep-go"))
@@ -161,6 +161,7 @@ def test_a_subset_is_judged_alone_and_takes_rows_that_name_none(tmp_path, capsys
     assert (everything["n"], everything["micro"], everything["hep-go"]) == (4, 50.0, 100.0)
     alone = headline("--subset", "hep-go")
     assert alone["n"] == 3 and "hep-cpp" not in alone
+    assert "1 of 4 rows name no subset and are counted as 'hep-go'" in caplog.text
     assert alone["overall"] == alone["Reasoning"] == pytest.approx(100 * 2 / 3)
     assert headline("--subset", "rewardbench=hep-cpp")["n"] == 2
     rows[1]["subset"] = "hep-js"
