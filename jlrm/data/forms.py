@@ -152,18 +152,12 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 
 def respelled(row: Row) -> Row:
-    """Return the row with our names for headers such as `Question` and `Response A`, and `winner`.
+    """Return the row with our names for headers such as `Question` and `Response A`.
 
     A name is changed only if the row lacks it in our spelling and one header alone can be meant.
     """
     names = _spellings(tuple(row))
-    if names:
-        row = {names.get(key, key): value for key, value in row.items()}
-    others = ("preference", "score", "score_1", "chosen", "reward_model")
-    if "winner" in row and all(row.get(label) is None for label in others):
-        rest = {key: value for key, value in row.items() if key != "winner"}
-        return {**rest, "preference": row["winner"]}
-    return row
+    return {names.get(key, key): value for key, value in row.items()} if names else row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -295,7 +289,7 @@ def _from_trl(row: Row, where: str) -> Row:
         **_without(row, *TRL, *OURS, *_columns_of_question(row, TRL_QUESTIONS)),
         **{"question": question, "answer_1": texts[first], "answer_2": texts[second]},
         **{"score_1": given[first], "score_2": given[second]},
-        "preference": ANSWERS[first],  # no number, whose meaning `data.values` may change
+        "preference": labels.WORDS[first + 1],
         **{"source": row.get("source"), "meta": row.get("meta")},
     }
 

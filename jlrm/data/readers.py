@@ -139,7 +139,7 @@ def read_part(
         identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
-            row = in_our_form(row, scores, where)
+            row = in_our_form(labels.labelled(row, where), scores, where)
             part.rows.append(comparison(row, identity, place, known))
         except Unusable as reason:
             part.dropped.append(Dropped(place, identity, str(reason)))
