@@ -136,8 +136,8 @@ def read_part(
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
         part.lacking.difference_update(raw)
         row = respelled(renamed(raw, columns, where))
-        own = next((key for key in IDS if not labels.is_missing(row.get(key))), "id")
-        identity = place.name if labels.is_missing(row.get(own)) else str(row[own])
+        own = next((key for key in IDS if row.get(key) is not None), "id")
+        identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
             row = in_our_form(labels.labelled(row, where), scores, where)

@@ -14,7 +14,7 @@ Messages = list[tuple[str, str]]  # (role, text)
 
 _USER = ("human", "prompter", "[inst]", "h", "q", "question", "instruction")
 _ASSISTANT = ("gpt", "bot", "chatbot", "model", "ai", "[/inst]", "a", "answer", "response")
-ROLES = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
+ROLES: dict[str, str] = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
 
 _TEMPLATES = (  # of the tokens before a turn; the group is the name of who speaks
     r"<\|im_start\|>\s*(\w+)\s*",  # ChatML
@@ -33,7 +33,8 @@ _SPEAKERS = (
     *("Human|Assistant", "User|Assistant", "USER|ASSISTANT", "human|assistant", "user|assistant"),
     *("Human|AI", "Instruction|Input|Response", "Question|Answer", "Q|A", "H|A"),
 )
-_GAPS = (r"(?:\r?\n){2}\s*", r"\r?\n\s*", r"[ \t]+")  # before a name; the widest that occurs
+# What stands before a name, the widest first; looked back at, so that long gaps cost no time.
+_GAPS = (r"(?:(?<=\n\n)|(?<=\n\r\n))", r"(?<=\n)", r"(?<=[ \t])")
 
 
 def written(text: str) -> Messages:
@@ -57,9 +58,9 @@ def without_end(text: str) -> str:
 def _with_names(text: str) -> Messages:
     if not re.match(r"\s*(?:Human|User|System):", text):
         return []
-    is_apart = re.search(r"\n\r?\n\s*Assistant:", text)
-    gap = r"(?:\r?\n){2}" if is_apart or "\nAssistant:" not in text else r"\r?\n"
-    turns = _split(rf"(?:\A|{gap})\s*(Human|User|Assistant|System): ?", text)[1]
+    is_apart = re.search(rf"{_GAPS[0]}[ \t]*Assistant:", text)
+    gap = _GAPS[0] if is_apart or "\nAssistant:" not in text else _GAPS[1]
+    turns = _split(rf"(?:\A\s*|{gap}[ \t]*)(Human|User|Assistant|System): ?", text)[1]
     is_transcript = _roles(turns) >= {"assistant"} or text.startswith("\n\nHuman:")
     return turns if is_transcript else []
 
