@@ -360,9 +360,9 @@ def _talks(row: Row, sides: Sequence[str], prompt: Messages, where: str) -> list
     """Return the messages of both sides, both with or both without the prompt's at their head."""
     written = [written_turns(row[side], is_loose=not prompt) for side in sides]
     is_json = all(str(row[side]).lstrip().startswith("[") for side in sides)
-    answers = all(turns and turns[-1][0] != "user" for turns in written)
+    are_answered = all(turns and turns[-1][0] != "user" for turns in written)
     # A transcript that does not begin as the prompt does is an answer that writes a dialogue.
-    is_whole = all(written) if not prompt else is_json and answers
+    is_whole = all(written) if not prompt else is_json and are_answered
     talks = [
         turns
         if turns and (is_whole or (prompt and _begins(turns, prompt)))

@@ -164,9 +164,9 @@ def labelled(row: dict[str, Any], where: str) -> dict[str, Any]:
         return row
     models, classes = _winner_columns(tuple(row))
     gone: Collection[str] = ("winner",)
-    if row.get("preference") is not None:
+    if not is_missing(row.get("preference")):
         label, gone = row["preference"], ()
-    elif row.get("winner") is not None or ("winner" in row and not classes):
+    elif "winner" in row and (not classes or not is_missing(row["winner"])):
         label = row["winner"]
     elif classes:
         label, gone = _of_classes(row, classes, where), classes

@@ -198,6 +198,7 @@ CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
         ({"preference": "g1", "generator_1": "g1", "generator_2": "g2"}, "answer_1"),
         ({"winner": "B", "score_1": 9, "score_2": math.nan}, "B"),
         ({"winner": "B", "score": [9, 1]}, "B"),
+        ({"winner": "B", "preference": math.nan}, "B"),
     ],
 )
 def test_columns_tell_a_winner(row, meant):
