@@ -12,9 +12,19 @@ import re
 
 Messages = list[tuple[str, str]]  # (role, text)
 
-_USER = ("human", "prompter", "[inst]", "h", "q", "question", "instruction")
-_ASSISTANT = ("gpt", "bot", "chatbot", "model", "ai", "[/inst]", "a", "answer", "response")
-ROLES: dict[str, str] = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
+_USER: tuple[str, ...] = ("human", "prompter", "[inst]", "h", "q", "question", "instruction")
+_ASSISTANT: tuple[str, ...] = (
+    "gpt",
+    "bot",
+    "chatbot",
+    "model",
+    "ai",
+    "[/inst]",
+    "a",
+    "answer",
+    "response",
+)
+ROLES = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
 
 _TEMPLATES = (  # of the tokens before a turn; the group is the name of who speaks
     r"<\|im_start\|>\s*(\w+)\s*",  # ChatML

@@ -621,7 +621,7 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         ("x.jsonl", b"\xff\xfe{}", "is not UTF-8"),
         ("x.csv", b"question\n\xff", "is not UTF-8"),
         ("x.csv", b'question,answer_1\n"a', "row 1 is not valid CSV: unexpected end of data"),
-        ("x.csv", b'question,answer_1\na,b\n"\\"a\\"",b', 'within quotes is written twice ("")'),
+        ("x.csv", b'question,answer_1\n"\\"a\\"",b', 'within quotes is written twice ("")'),
         ("x.csv", b"question,answer_1,answer_1\na,b,c", "two columns are called 'answer_1'"),
         ("x.csv", "question,answer_1\n".encode("utf-16-le"), "iconv -f utf-16le"),
         ("x.csv", b"PK\x03\x04\x14\0", "is a spreadsheet or an archive: save the sheet as CSV"),
