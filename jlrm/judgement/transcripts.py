@@ -12,18 +12,8 @@ import re
 
 Messages = list[tuple[str, str]]  # (role, text)
 
-_USER: tuple[str, ...] = ("human", "prompter", "[inst]", "h", "q", "question", "instruction")
-_ASSISTANT: tuple[str, ...] = (
-    "gpt",
-    "bot",
-    "chatbot",
-    "model",
-    "ai",
-    "[/inst]",
-    "a",
-    "answer",
-    "response",
-)
+_USER = "human prompter [inst] h q question instruction".split()
+_ASSISTANT = "gpt bot chatbot model ai [/inst] a answer response".split()
 ROLES = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
 
 _TEMPLATES = (  # of the tokens before a turn; the group is the name of who speaks
