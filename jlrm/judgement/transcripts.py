@@ -12,9 +12,11 @@ import re
 
 Messages = list[tuple[str, str]]  # (role, text)
 
-_USER = "human prompter [inst] h q question instruction".split()
-_ASSISTANT = "gpt bot chatbot model ai [/inst] a answer response".split()
-ROLES = dict.fromkeys(_USER, "user") | dict.fromkeys(_ASSISTANT, "assistant")
+_NAMES: dict[str, list[str]] = {
+    "user": ["human", "prompter", "[inst]", "h", "q", "question", "instruction"],
+    "assistant": ["gpt", "bot", "chatbot", "model", "ai", "[/inst]", "a", "answer", "response"],
+}
+ROLES = {name: role for role, names in _NAMES.items() for name in names}
 
 _TEMPLATES = (  # of the tokens before a turn; the group is the name of who speaks
     r"<\|im_start\|>\s*(\w+)\s*",  # ChatML
