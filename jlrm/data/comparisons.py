@@ -26,6 +26,7 @@ REASONS = {
     "failed_review": "with a failed review (JudgeLM marks it by a score of -1)",
     "no_label": "without a label (neither scores nor a preference)",
     "one_score": "with a score for one answer only, and no preference",
+    "several_winners": "with several winners",
     "unclear_preference": "whose graded preference lies between two classes",
     "no_scores": "without the scores that are needed",
     "missing_text": "with a missing text",

@@ -6,6 +6,7 @@ writes `;`, and then "7,5" is a number.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import itertools
@@ -13,7 +14,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -25,9 +26,23 @@ log = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[Where, Any]]  # the place, its source left out, and what stands there
 
-DELIMITERS = (",", ";", "\t")
+DELIMITERS = (",", ";", "\t", "|")
 READ_ROWS = 1024  # at a time, where a source gives them by number
 FORMATS = ".jsonl, .json, .csv, .tsv (each plain or .gz) or .parquet"
+# Endings of other files of rows, and how their rows become readable.
+_SHEET = "Save the sheet as CSV (CSV UTF-8)."
+_UNPACK = "Unpack it first."
+OTHERS = {
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), _SHEET),
+    **dict.fromkeys((".zip", ".zst", ".bz2", ".xz", ".tar", ".tgz", ".7z"), _UNPACK),
+    **dict.fromkeys((".arrow", ".feather"), "Name the directory that `save_to_disk` has written."),
+}
+# How files begin whatever their names say.
+MAGIC = {
+    b"\x1f\x8b": "gzipped: let its name end with .gz",
+    b"PK\x03\x04": "a spreadsheet or an archive: save the sheet as CSV (CSV UTF-8), or unpack it",
+    b"PAR1": "Parquet: let its name end with .parquet",
+}
 # Words in the names of files that tell their split, as `datasets` takes them.
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -40,7 +55,7 @@ ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict
 def kind_of(name: str) -> str:
     """Return the kind of a data file, "json", "csv", "tsv" or "parquet", and "" of any other."""
     ending = pathlib.PurePath(name.lower().removesuffix(".gz")).suffix
-    kinds = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv"}
+    kinds = {".csv": "csv", ".tsv": "tsv"} | dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")
     is_parquet = name.lower().endswith(".parquet")  # which is compressed inside
     return "parquet" if is_parquet else kinds.get(ending, "")
 
@@ -60,25 +75,35 @@ def read_file(
     """
     kind = kind_of(path.name)
     if kind == "json":
-        is_list = not path.name.lower().removesuffix(".gz").endswith(".jsonl")
-        return _json_rows(path, name, every, may_be_list=is_list)
+        return _json_rows(path, name, every)
     if kind in ("csv", "tsv"):
         return _csv_rows(path, name, is_number, every)
     if kind == "parquet":
         return _parquet_rows(path, every)
-    raise UsageError(f"{name} is in no format that is understood. Wanted {FORMATS}.")
+    advice = OTHERS.get(path.suffix.lower(), "")
+    raise UsageError(
+        f"{name} is in no format that is understood. Wanted {FORMATS}. {advice}".strip()
+    )
 
 
-def _open_text(path: pathlib.Path) -> TextIO:
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+def _open_text(path: pathlib.Path, name: str) -> TextIO:
+    is_gzipped = path.name.lower().endswith(".gz")
+    if not is_gzipped:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        for magic, what in MAGIC.items():
+            if start.startswith(magic):
+                raise UsageError(f"{name} is {what}.")
+    opener: Any = gzip.open if is_gzipped else open
     return opener(path, "rt", encoding="utf-8-sig", newline="")  # spreadsheets write the mark
 
 
-def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -> Rows:
-    with _open_text(path) as file:
-        if may_be_list and file.read(4096).lstrip().startswith("["):
-            file.seek(0)
-            rows = enumerate(_from_json(file.read(), name))
+def _json_rows(path: pathlib.Path, name: str, every: slice) -> Rows:
+    """Yield the rows of a list, of a table in one object, or of lines with one object each."""
+    with _open_text(path, name) as file:
+        whole = _whole(file, name)
+        if isinstance(whole, list):
+            rows = enumerate(whole)
             for i, row in itertools.islice(rows, every.start, every.stop, every.step):
                 yield Where(i + 1), row
             return
@@ -87,6 +112,43 @@ def _json_rows(path: pathlib.Path, name: str, every: slice, may_be_list: bool) -
         for number, line in itertools.islice(lines, every.start, every.stop, every.step):
             if line.strip():
                 yield Where(number, "line"), _from_json(line, f"{name}, line {number}")
+
+
+def _whole(file: TextIO, name: str) -> list[Any] | None:
+    """Return the rows of a file that is one list or one object over lines, None of any other."""
+    first = next(filter(str.strip, file), "")
+    if not first.lstrip().startswith("["):
+        try:
+            row = json.loads(first)
+        except (ValueError, RecursionError):
+            if first.strip() != "{":
+                return None  # a torn line, which is named where lines are read
+        else:
+            return None if any(map(str.strip, file)) else _table(row)
+    file.seek(0)
+    given = _from_json(file.read(), name)
+    return given if isinstance(given, list) else _table(given) or [given]
+
+
+def _table(given: Any) -> list[Any] | None:
+    """Return the rows of an object that holds a table, None of any other.
+
+    That is {"data": [row, row]}, or, as pandas writes it, {column: [cell, cell]} or {column:
+    {number: cell}}.
+    """
+    columns = list(given.values()) if isinstance(given, dict) else []
+    lists = [column for column in columns if isinstance(column, list)]
+    if len(columns) == 1 and lists:
+        is_rows = all(isinstance(row, dict) for row in lists[0])
+        return lists[0] if is_rows and lists[0] else None
+    if columns and all(isinstance(column, dict) for column in columns):
+        rows = list(columns[0])
+        is_table = all(list(column) == rows for column in columns) and all(map(str.isdecimal, rows))
+        lists = [list(column.values()) for column in columns] if is_table else []
+    is_table = len(lists) == len(columns) and len({len(cells) for cells in lists}) == 1
+    if not is_table or any(isinstance(cell, dict) for cells in lists for cell in cells):
+        return None  # a row with conversations: lists of messages
+    return [dict(zip(given, cells, strict=True)) for cells in zip(*lists, strict=True)]
 
 
 def _from_json(text: str, where: str) -> Any:
@@ -101,13 +163,35 @@ def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
 
     first = 0
     with pyarrow.parquet.ParquetFile(path) as file:
+        names = _class_names((file.schema_arrow.metadata or {}).get(b"huggingface", b"{}"))
         for batch in file.iter_batches(batch_size=READ_ROWS):
             # Not `batch.take`: it has no kernel for string views, which polars writes.
             mine = range((every.start - first) % every.step, len(batch), every.step)
             rows = batch.to_pylist()
             for i in mine:
-                yield Where(first + i + 1), plain_row(rows[i])
+                yield Where(first + i + 1), with_names(plain_row(rows[i]), names)
             first += len(batch)
+
+
+def _class_names(metadata: bytes) -> dict[str, list[str]]:
+    """Return the names of classes by column, which `datasets` keeps in its Parquet files."""
+    with contextlib.suppress(ValueError, AttributeError):
+        features = json.loads(metadata).get("info", {}).get("features", {})
+        return {
+            column: feature["names"]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    return {}
+
+
+def with_names(row: dict[str, Any], names: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return a row with the names of its classes, {column: names}, in place of their numbers."""
+    for column, known in names.items():
+        number = row.get(column)
+        if isinstance(number, int):
+            row[column] = known[number] if 0 <= number < len(known) else None
+    return row
 
 
 def plain_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -149,10 +233,21 @@ def data_files(path: pathlib.Path) -> list[pathlib.Path]:
     said = card.read_text("utf-8", "replace") if card.is_file() else ""
     if re.search(r"^(configs|data_files):", said, re.MULTILINE):
         return []
-    files = [file for file in sorted(path.rglob("*")) if kind_of(file.name) and file.is_file()]
+    there = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    sheets = (file.name for file in there if OTHERS.get(file.suffix.lower()) == _SHEET)
+    if others := [name for name in sheets if name[0] not in ".~"]:  # "~$": open in Excel
+        log.warning("%s: not read: %s. %s", path, ", ".join(others), _SHEET)
+    files = [file for file in there if kind_of(file.name)]
     inner = ((file, file.relative_to(path).parts) for file in files if file.name not in ABOUT)
     files = [file for file, parts in inner if not any(part[0] in "._" for part in parts)]
-    return files if len({kind_of(file.name) for file in files}) == 1 else []
+    kinds = {kind_of(file.name) for file in files}
+    if len(kinds) > 1:
+        log.warning(
+            "%s holds files of several kinds (%s), of which one is read: name a file, or a "
+            "directory for each kind",
+            *(path, ", ".join(sorted(kinds))),
+        )
+    return files if len(kinds) == 1 else []
 
 
 def files_of_split(
@@ -201,12 +296,17 @@ def _csv_rows(
 ) -> Rows:
     """Yield the chosen rows; an empty cell is None. A row has as many cells as the header."""
     csv.field_size_limit(2**31 - 1)  # answers may be longer than the module's 128 KiB
-    with _open_text(path) as file:
-        delimiter = choose_delimiter(file.readline(), "\t" if ".tsv" in name.lower() else ",")
-        file.seek(0)
+    with _open_text(path, name) as file:
+        usual = "\t" if ".tsv" in name.lower() else ","
+        first = file.readline()
+        if told := re.fullmatch(r"sep=(.)\s*", first):  # of Excel, no row
+            delimiter = told[1]
+        else:
+            delimiter = choose_delimiter(first, usual)
+            file.seek(0)
         lines = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(lines, [])
-        rows = enumerate(lines, 1)
+        header = _header(next(lines, []), name)
+        rows = enumerate(_cells(lines, name), 1)
         for number, cells in itertools.islice(rows, every.start, every.stop, every.step):
             if not cells:
                 continue
@@ -222,6 +322,31 @@ def _csv_rows(
                     for column, cell in zip(header, cells, strict=True)
                 },
             )
+
+
+def _header(names: list[str], source: str) -> list[str]:
+    if any("\0" in name for name in names):
+        raise UsageError(
+            f"{source} is no UTF-8 text. Convert it, e.g. iconv -f utf-16le -t utf-8 OLD > NEW."
+        )
+    for name in names:
+        if name and names.count(name) > 1:
+            raise UsageError(f"{source}: two columns are called '{name}'. Rename one of them.")
+    return names
+
+
+def _cells(lines: Iterator[list[str]], name: str) -> Iterator[list[str]]:
+    for number in itertools.count(1):
+        try:
+            cells = next(lines, None)
+        except csv.Error as error:
+            raise UsageError(
+                f"{name}, row {number} is not valid CSV: {error}. A quote within quotes is written "
+                'twice (""), and each that opens is closed.'
+            ) from None
+        if cells is None:
+            return
+        yield cells
 
 
 def choose_delimiter(header: str, usual: str) -> str:

@@ -28,11 +28,13 @@ from jlrm.judgement.conversations import (
     context,
     conversation,
     messages,
+    talks_of_turns,
     until,
     written_turns,
 )
 from jlrm.judgement.labels import Unusable
 from jlrm.judgement.prompts import PAIR_TEMPLATES, split_judgelm_text
+from jlrm.judgement.transcripts import without_end
 
 Row = dict[str, Any]
 
@@ -150,18 +152,12 @@ def renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
 
 
 def respelled(row: Row) -> Row:
-    """Return the row with our names for headers such as `Question` and `Response A`, and `winner`.
+    """Return the row with our names for headers such as `Question` and `Response A`.
 
     A name is changed only if the row lacks it in our spelling and one header alone can be meant.
     """
     names = _spellings(tuple(row))
-    if names:
-        row = {names.get(key, key): value for key, value in row.items()}
-    others = ("preference", "score", "score_1", "chosen", "reward_model")
-    if "winner" in row and all(row.get(label) is None for label in others):
-        rest = {key: value for key, value in row.items() if key != "winner"}
-        return {**rest, "preference": row["winner"]}
-    return row
+    return {names.get(key, key): value for key, value in row.items()} if names else row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -293,7 +289,7 @@ def _from_trl(row: Row, where: str) -> Row:
         **_without(row, *TRL, *OURS, *_columns_of_question(row, TRL_QUESTIONS)),
         **{"question": question, "answer_1": texts[first], "answer_2": texts[second]},
         **{"score_1": given[first], "score_2": given[second]},
-        "preference": ANSWERS[first],  # no number, whose meaning `data.values` may change
+        "preference": labels.WORDS[first + 1],
         **{"source": row.get("source"), "meta": row.get("meta")},
     }
 
@@ -302,15 +298,23 @@ def _from_pair(row: Row, where: str) -> Row:
     """Find the question of two answers: under another name, or at the head of two conversations."""
     if not all(name in row for name in ANSWERS):
         return row  # `comparison` says what is missing
-    is_text = not any(isinstance(row[name], list) and row[name] for name in ANSWERS)
+    row = _with_turns(row)
+    is_text = not any(isinstance(row[name], list | dict) and row[name] for name in ANSWERS)
     if is_text and isinstance(row.get("question"), str):
         return row
     has_question = any(row.get(name) is not None for name in QUESTIONS)
-    if is_text and not has_question and not all(written_turns(row[name]) for name in ANSWERS):
+    if is_text and not has_question and not all(written_turns(row[name], True) for name in ANSWERS):
         return row
     question, texts = _taken_apart(row, ANSWERS, where)
     rest = _without(row, *_columns_of_question(row, QUESTIONS))
     return rest | {"question": question} | dict(zip(ANSWERS, texts, strict=True))
+
+
+def _with_turns(row: Row) -> Row:
+    """Return a row with two conversations where it holds three lists of their turns."""
+    name = next((name for name in QUESTIONS if row.get(name) is not None), "")
+    talks = talks_of_turns(row.get(name), [row[side] for side in ANSWERS])
+    return _without(row, name) | dict(zip(ANSWERS, talks, strict=True)) if talks else row
 
 
 def _columns_of_question(row: Row, names: Iterable[str]) -> list[str]:
@@ -344,21 +348,38 @@ def _taken_apart(row: Row, sides: Sequence[str], where: str) -> tuple[str, list[
         _text(row, columns[0], where)
     if not all(len(talk) > len(shared) for talk in talks):
         raise Unusable("missing_text")
-    is_repeated = prompt in (shared[: len(prompt)], shared[-len(prompt) :])
+    is_repeated = _begins(shared, prompt) or _begins(shared[-len(prompt) :], prompt)
     question = shared if is_repeated else prompt + shared
     texts = [conversation(talk[len(shared) :]) for talk in talks]
     if written_turns(given):  # whose last line, "Assistant:", the answers go on after a space
-        texts = [text.removeprefix(" ") for text in texts]
+        texts = [without_end(text.removeprefix(" ")) for text in texts]
     return conversation(question), texts
 
 
 def _talks(row: Row, sides: Sequence[str], prompt: Messages, where: str) -> list[Messages]:
-    """Return the messages of both sides, with or without the prompt's at their head."""
-    written = [written_turns(row[side]) for side in sides]
+    """Return the messages of both sides, both with or both without the prompt's at their head."""
+    written = [written_turns(row[side], is_loose=not prompt) for side in sides]
     is_json = all(str(row[side]).lstrip().startswith("[") for side in sides)
+    are_answered = all(turns and turns[-1][0] != "user" for turns in written)
     # A transcript that does not begin as the prompt does is an answer that writes a dialogue.
-    if all(written) and (is_json or all(turns[: len(prompt)] == prompt for turns in written)):
-        talks = written
-    else:
-        talks = [messages(row[side], side, "assistant", where) for side in sides]
+    is_whole = all(written) if not prompt else is_json and are_answered
+    talks = [
+        turns
+        if turns and (is_whole or (prompt and _begins(turns, prompt)))
+        else messages(row[side], side, "assistant", where)
+        for side, turns in zip(sides, written, strict=True)
+    ]
+    has_prompt = [bool(prompt) and _begins(talk, prompt) for talk in talks]
+    if any(has_prompt) and not all(has_prompt):  # else the prompt would tell the two apart
+        talks = [
+            talk[len(prompt) :] if has else talk
+            for talk, has in zip(talks, has_prompt, strict=True)
+        ]
     return [until(talk, row.get("turn")) for talk in talks] if sides == ANSWERS else talks
+
+
+def _begins(turns: Messages, head: Messages) -> bool:
+    """Return whether a conversation begins with these turns, but for white space around them."""
+    both = zip(turns, head, strict=False)
+    same = all(one[0] == two[0] and one[1].strip() == two[1].strip() for one, two in both)
+    return same and len(turns) >= len(head)

@@ -42,6 +42,7 @@ from jlrm.data.files import (
     read_file,
     shortest,
     usual_split,
+    with_names,
 )
 from jlrm.data.forms import (
     IDS,
@@ -139,7 +140,7 @@ def read_part(
         identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
-            row = in_our_form(row, scores, where)
+            row = in_our_form(labels.labelled(row, where), scores, where)
             part.rows.append(comparison(row, identity, place, known))
         except Unusable as reason:
             part.dropped.append(Dropped(place, identity, str(reason)))
@@ -207,7 +208,7 @@ def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
     path = _local(name)
     if path is None and name.startswith("hf:"):
-        return _numbered(_hub_rows(name.removeprefix("hf:"), split), every, plain_row)
+        return _of_datasets(_hub_rows(name.removeprefix("hf:"), split), every)
     if path is None:
         return _numbered(_tfds_rows(name.removeprefix("tfds:"), split), every, _tfds_row)
     if path.is_dir():
@@ -282,6 +283,13 @@ def _numbered(rows: Any, every: slice, convert: Callable[[Any], Any] = lambda ro
     return ((Where(i + 1), convert(row)) for i, row in chosen)
 
 
+def _of_datasets(rows: Any, every: slice) -> Rows:
+    """Yield rows of the library `datasets`, with the names of their classes."""
+    features = (getattr(rows, "features", None) or {}).items()
+    names = {key: each.names for key, each in features if hasattr(each, "names")}
+    return _numbered(rows, every, lambda row: with_names(plain_row(row), names))
+
+
 def _at(rows: Any, places: range) -> Iterator[tuple[int, Any]]:
     for start in range(0, len(places), READ_ROWS):
         part = places[start : start + READ_ROWS]
@@ -294,10 +302,10 @@ def _directory_rows(
     if (path / "features.json").exists() and (path / "dataset_info.json").exists():
         return _numbered(_tfds_rows(path, split), every, _tfds_row)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _numbered(_saved_rows(path, split), every, plain_row)
+        return _of_datasets(_saved_rows(path, split), every)
     files = data_files(path)
     if not files or re.search(r"[\[+(]", split):  # "train[:50%]", "train+test"
-        return _numbered(_hub_rows(path, split), every, plain_row)
+        return _of_datasets(_hub_rows(path, split), every)
     return _rows_of_files(files_of_split(path, files, split), columns, every)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.judgement.labels import Unusable
-
-Messages = list[tuple[str, str]]  # (role, text)
-
-ROLES = {"human": "user", "gpt": "assistant"}  # of ShareGPT and of transcripts
+from jlrm.judgement.transcripts import ROLES, Messages, loosely_written, written
 
 
 def context(value: Any, name: str, where: str) -> Messages:
@@ -22,12 +21,14 @@ def context(value: Any, name: str, where: str) -> Messages:
 
 
 def messages(value: Any, name: str, role: str, where: str) -> Messages:
-    """Read a list of {role, content}, or of ShareGPT's {from, value}; a text is of one role.
+    """Read messages as {role, content} or ShareGPT's {from, value}; a text is of one role.
 
     Raises:
       UsageError: neither, named.
       Unusable: no text, or a message without.
     """
+    if isinstance(value, dict) and ("role" in value or "from" in value):
+        value = [value]
     if not isinstance(value, list):
         return [(role, _text(value, f"{where}: '{name}'"))]
     if not value:
@@ -37,17 +38,20 @@ def messages(value: Any, name: str, role: str, where: str) -> Messages:
 
 def _message(message: Any, name: str, where: str) -> tuple[str, str]:
     fields = message if isinstance(message, dict) else {}
-    role, content = ("from", "value") if "from" in fields else ("role", "content")
-    who, parts = fields.get(role), fields.get(content)
+    who = fields.get("role", fields.get("from"))
     if not isinstance(who, str):
         raise UsageError(
             f"{where}: '{name}' must be text or a list of {{role, content}}, got {message!r}."
         )
+    content = next((key for key in ("content", "value", "text") if key in fields), "content")
+    parts = fields.get(content)
     if isinstance(parts, list):  # as the chat APIs have it: texts and pictures
-        texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         if not all(isinstance(text, str) for text in texts):
             raise Unusable("not_text")
         parts = "\n".join(map(str, texts))
+    if calls := fields.get("tool_calls"):  # part of what is judged, often all of it
+        parts = "\n".join(filter(None, (parts, json.dumps(calls, ensure_ascii=False))))
     return ROLES.get(who.lower(), who.lower()), _text(parts, f"{where}: '{name}': '{content}'")
 
 
@@ -59,22 +63,56 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def written_turns(value: Any) -> Messages:
-    """Return the turns that a text writes out, as JSON or as a transcript; [] of any other."""
+def written_turns(value: Any, is_loose: bool = False) -> Messages:
+    """Return the turns that a text writes out, as JSON, as Python or as a transcript; [] of others.
+
+    is_loose: also in a form that an ordinary answer might have (judgement/transcripts.py).
+    """
     if not isinstance(value, str):
         return []
-    if re.match(r"\s*\[\s*\{", value):
-        with contextlib.suppress(ValueError, RecursionError, UsageError):
-            return messages(json.loads(value), "", "", "")
-    if not re.match(r"\s*(?:Human|User|System):", value):
+    if listed := _listed(value):
+        with contextlib.suppress(UsageError):
+            return messages(listed, "", "", "")
+    return loosely_written(value) if is_loose else written(value)
+
+
+def _listed(text: str) -> Any:
+    """Return the list of objects that a text holds; a spreadsheet of pandas has it as Python's."""
+    if not re.match(r"\s*\[\s*\{", text):
         return []
-    is_apart = re.search(r"\n\r?\n\s*Assistant:", value)
-    gap = r"(?:\r?\n){2}" if is_apart or "\nAssistant:" not in value else r"\r?\n"
-    _, *pieces = re.split(rf"(?:\A|{gap})\s*(Human|User|Assistant|System): ?", value)
-    roles = [ROLES.get(role.lower(), role.lower()) for role in pieces[::2]]
-    is_transcript = "assistant" in roles or value.startswith("\n\nHuman:")
-    texts = map(str.strip, pieces[1::2])
-    return list(zip(roles, texts, strict=True)) if is_transcript else []
+    with contextlib.suppress(ValueError, RecursionError):
+        return json.loads(text)
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        # An array of NumPy has line breaks for commas; those of texts are escaped.
+        return ast.literal_eval(re.sub(r"\}\s*\n\s*\{", "}, {", text.strip()))
+    return []
+
+
+def talks_of_turns(asked: Any, answered: Sequence[Any]) -> list[list[dict[str, Any]]]:
+    """Return conversations from lists of texts, which hold a turn each; [] of anything else.
+
+    The lists, of the user's turns and of each side's answers to them, may be written out as JSON.
+    That is how Kaggle hands out Chatbot Arena.
+    """
+    questions, *sides = map(_turn_texts, (asked, *answered))
+    if not questions or any(len(side) != len(questions) for side in sides):
+        return []
+    return [
+        [
+            {"role": role, "content": text}
+            for both in zip(questions, answers, strict=True)
+            for role, text in zip(("user", "assistant"), both, strict=True)
+        ]
+        for answers in sides
+    ]
+
+
+def _turn_texts(value: Any) -> list[str | None]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    is_list = isinstance(value, list)
+    return value if is_list and all(isinstance(text, str | None) for text in value) else []
 
 
 def until(talk: Messages, turn: Any) -> Messages:

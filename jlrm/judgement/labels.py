@@ -8,11 +8,12 @@ the counts of a whole source don't look like ours, and with `meanings` a user se
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
 
@@ -21,7 +22,10 @@ from jlrm.config import UsageError
 TOLERANCE = 0.1
 CLASSES = {0.0: 0, 1.0: 1, 1.5: 0, 2.0: 2}
 SIDES = {"1": 1, "2": 2, "a": 1, "b": 2, "left": 1, "right": 2, "first": 1, "second": 2}
-TIES = {"draw", "equal", "same", "both_bad", "bothbad", "both_good"}
+SIDES |= {"1st": 1, "2nd": 2, "one": 1, "two": 2}
+TIES = {"draw", "equal", "even", "same", "both", "neither", "no_preference", "bothbad", "bothgood"}
+TIES |= {f"{start}_{end}" for start in ("both", "both_are", "equally") for end in ("good", "bad")}
+WORDS = {1: "answer_1", 2: "answer_2", 0: "tie"}  # no numbers, which `data.values` may change
 # Spellings of nothing, and of what YAML reads as true and false.
 MISSING = {"", "nan", "none", "null", "na", "n/a"}
 BOOLEANS = {"yes": "true", "on": "true", "no": "false", "off": "false"}
@@ -31,8 +35,13 @@ FEW = 20  # rows that may all have the same label by chance
 CLASS_COLUMNS = {"label", "labels", "class", "target"}
 
 _NUMBER = re.compile(r"[+-]?\d+(?:\.\d*)?(?:e[+-]?\d+)?|[+-]?\.\d+|[+-]?\d+,(?!\d{3}$)\d+", re.I)
-_SIDE = re.compile(r"(?:(?:model|answer|response|output|assistant|option)_?)?(\w+)")
-_COMPARED = re.compile(r"a\s*(>+|<+|=+)\s*b|b\s*(>+|<+|=+)\s*a")
+_ANSWER = "model|answer|response|resp|output|assistant|option|completion|candidate|text|system"
+_SIDE = re.compile(
+    rf"(?:the_)?(?:(?:{_ANSWER})_?)?({'|'.join(SIDES)})(?:_(?:{_ANSWER}))?"
+    r"(?:(?:_is)?(?:_(?:much|slightly|significantly|clearly))?_(?:better|best|wins?|won))?"
+)
+_COMPARED = re.compile(r"[a1]\s*(>+|<+|=+)\s*[b2]|[b2]\s*(>+|<+|=+)\s*[a1]")
+_MODEL = re.compile(r"(?:model|generator|system|llm)(?:_name)?_?([12ab])")
 
 
 class Unusable(Exception):
@@ -87,7 +96,7 @@ def preference(label: Any, known: Mapping[str, int], where: str) -> int | None:
       UsageError: a label that is not understood.
       Unusable: a graded one between two classes.
     """
-    if label is None or (isinstance(label, str) and label.strip().lower() in MISSING):
+    if is_missing(label):
         return None
     if not isinstance(label, (str, int, float)):
         raise _unknown(label, known, where)
@@ -96,7 +105,7 @@ def preference(label: Any, known: Mapping[str, int], where: str) -> int | None:
     if isinstance(label, bool):
         raise _unknown(label, known, where)
     if (number := _number(label)) is not None:
-        return None if math.isnan(number) else _class_of(number, label, known, where)
+        return _class_of(number, label, known, where)
     found = _of_word(name)
     if found is None:
         raise _unknown(label, known, where)
@@ -119,6 +128,8 @@ def _class_of(number: float, label: Any, known: Mapping[str, int], where: str) -
 
 def _of_word(text: str) -> int | None:
     """Return what a text means by itself: "Model A", "[[B]]", "A>B", "tie (bothbad)"."""
+    if text == "[[c]]":  # FastChat's tie; "C" by itself may be a third answer
+        return 0
     text = text.strip(" \t\n[](){}'\"*.").replace("&gt;", ">").replace("&lt;", "<")
     if compared := _COMPARED.fullmatch(text):
         mark = compared[1] or compared[2]
@@ -128,7 +139,93 @@ def _of_word(text: str) -> int | None:
     if words.startswith("tie") or words in TIES:
         return 0
     side = _SIDE.fullmatch(words)
-    return SIDES.get(side[1]) if side else None
+    return SIDES[side[1]] if side else None
+
+
+class WinnerColumns(NamedTuple):
+    """Columns that tell the better answer together, by what they stand for."""
+
+    models: dict[int, str]  # the names of the models that gave the answers
+    classes: dict[str, int]  # one column for each class, of which one is set: `winner_model_a`
+
+
+def labelled(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a row with what tells its winner as `preference`.
+
+    That is `winner`, or a column for each class (`winner_model_a`). It may name the model that
+    gave the answer, of columns such as `model_a`. Beside two scores only a word counts: of a number
+    or a name the scores say more.
+
+    Raises:
+      UsageError: a column of a class is neither 0 nor 1.
+      Unusable: columns of several classes are set.
+    """
+    if any(row.get(name) is not None for name in ("chosen", "reward_model")):
+        return row
+    models, classes = _winner_columns(tuple(row))
+    gone: Collection[str] = ("winner",)
+    if not is_missing(row.get("preference")):
+        label, gone = row["preference"], ()
+    elif "winner" in row and (not classes or not is_missing(row["winner"])):
+        label = row["winner"]
+    elif classes:
+        label, gone = _of_classes(row, classes, where), classes
+    else:
+        return row
+    label = _of_model(label, row, models)
+    is_word = isinstance(label, str) and _of_word(plain(label)) is not None
+    if gone and _is_scored(row) and not is_word:
+        return row
+    return {name: row[name] for name in row if name not in gone} | {"preference": label}
+
+
+@functools.lru_cache(maxsize=1024)
+def _winner_columns(names: tuple[str, ...]) -> WinnerColumns:
+    """Return what of these columns tells a winner; nothing that is there in half."""
+    models: dict[int, str] = {}
+    classes: dict[str, int] = {}
+    for name in names:
+        words = re.sub(r"[\s_-]+", "_", name.strip().lower())
+        meant = _of_word(words.removeprefix("winner_")) if words.startswith("winner_") else None
+        if meant is not None:
+            classes[name] = meant
+        elif found := _MODEL.fullmatch(words):
+            models[SIDES[found[1]]] = name
+    has_sides = {1, 2} <= set(classes.values())
+    return WinnerColumns(models if len(models) == 2 else {}, classes if has_sides else {})
+
+
+def _of_classes(row: Mapping[str, Any], classes: Mapping[str, int], where: str) -> str | None:
+    said = set()
+    for name, meaning in classes.items():
+        value = plain(row[name])
+        if value not in {"0", "1", "true", "false", *MISSING}:
+            raise UsageError(f"{where}: '{name}' must be 0 or 1, got {row[name]!r}.")
+        if value in ("1", "true"):
+            said.add(meaning)
+    if len(said) > 1:
+        raise Unusable("several_winners")
+    return WORDS[said.pop()] if said else None
+
+
+def _of_model(label: Any, row: Mapping[str, Any], models: Mapping[int, str]) -> Any:
+    """Return a label that is the name of one of the row's two models as a word, others as given."""
+    if not isinstance(label, str):
+        return label
+    sides = [side for side, name in models.items() if plain(row[name]) == plain(label)]
+    return WORDS[sides[0]] if len(sides) == 1 else label
+
+
+def _is_scored(row: Mapping[str, Any]) -> bool:
+    pair = row.get("score")
+    pair = [row.get("score_1"), row.get("score_2")] if pair is None else pair
+    return not any(map(is_missing, pair if isinstance(pair, list) else [pair]))
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a label or a score is not there, in one of its spellings."""
+    is_nan = isinstance(value, float) and math.isnan(value)
+    return value is None or is_nan or (isinstance(value, str) and value.strip().lower() in MISSING)
 
 
 def _unknown(label: Any, known: Mapping[str, int], where: str) -> UsageError:
@@ -139,10 +236,13 @@ def _unknown(label: Any, known: Mapping[str, int], where: str) -> UsageError:
             "it means: 1 (the first answer), 2 (the second) or 0 (a tie)."
         )
     hint = ""
-    if isinstance(label, bool):
+    if isinstance(label, str | bool) and plain(label) in ("true", "false"):
         hint = " If it says whether the first answer is better: data.values={true: 1, false: 2}."
     elif isinstance(label, (str, int, float)):
-        hint = f" Say what other labels mean, e.g. data.values={{{plain(label)[:40]}: 1}}."
+        hint = (
+            f" Say what it means by data.values={{{plain(label)[:40]}: N}}, N being 1 (the first "
+            "answer), 2 (the second) or 0 (a tie)."
+        )
     return UsageError(
         f"{where}: the preference must be 1, 2 or 0 (a tie), between 1 and 2 if it is graded, or A,"
         f" B, model_a, model_b, answer_1, answer_2 or tie, got {label!r}.{hint}"
@@ -187,6 +287,8 @@ def doubts(counts: Mapping[str, int], column: str) -> str:
     else:
         theirs = "{0: 1, 1: 2, 2: 0}" if second else "{0: 1, 1: 2}"
         advice = f"If 0 is the first answer and 1 the second, set data.values={theirs}"
+        if "2" not in counts and first:
+            advice += "; if 1 says that the first is better and 0 the second, {1: 1, 0: 2}"
     same = ", ".join(f"{name}: {name}" for name, _ in there)
     return (
         f"the labels in '{column}' are {shown}, {what}. {told}. {advice}; if "

@@ -7,7 +7,7 @@ whoever asked for the rewards reads afterwards. Whatever a user's code gives is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -76,10 +76,10 @@ class PluginContext:
 
 
 def plain(given: Any) -> Any:
-    """Return arrays, tensors and whatever can be iterated as a list; a number as it is."""
+    """Return arrays, tensors and whatever has an order as a list; numbers, sets and others stay."""
     if hasattr(given, "tolist"):  # NumPy, JAX, torch, pandas
         return given.tolist()
-    is_listed = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+    is_listed = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping | Set)
     return list(given) if is_listed else given
 
 

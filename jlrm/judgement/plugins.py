@@ -21,6 +21,7 @@ stops the run, and the error names the row. No failure becomes 0.
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import importlib
 import inspect
@@ -82,7 +83,7 @@ class Plugin:
         if self.form == "verl":
             given = [self._score(call.rows[0], given)]
         elif not isinstance(given, list) or len(given) != len(call.rows):
-            got = f"{len(given)} values" if isinstance(given, list) else repr(given)
+            got = f"{len(given)} values" if isinstance(given, list) else f"{given!r:.80}"
             raise RunError(f"The reward {self.name} gave {got} for {len(call.rows)} completions.")
         return [self._weighted(row, value) for row, value in zip(call.rows, given, strict=True)]
 
@@ -126,7 +127,7 @@ class Plugin:
         number = number_of(value)
         if not math.isfinite(number):
             raise RunError(
-                f"The reward {self.name} gave {value!r} for row {row['id']}, "
+                f"The reward {self.name} gave {value!r:.80} for row {row['id']}, "
                 "wanted a finite number or None."
             )
         return self.weight * number
@@ -256,15 +257,17 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     ours = {name: [row[name] for row in rows] for name in rows[0]}
     prompts, completions = ours.pop("prompt"), ours.pop("completion")
     return {
-        **{name: [row["meta"].get(name) for row in rows] for name in own},
+        # Copies: what one reward changes in them, no other sees, nor the next epoch.
+        **{name: [copy.deepcopy(row["meta"].get(name)) for row in rows] for name in own},
         **ours,
+        "meta": [copy.deepcopy(row["meta"]) for row in rows],
         "prompts": [Turn(text, "user") for text in prompts],
         "completions": [Turn(text) for text in completions],
     }
 
 
 def _verl_arguments(row: Row) -> dict[str, Any]:
-    scores, meta = (row["score_1"], row["score_2"]), row["meta"]
+    scores, meta = (row["score_1"], row["score_2"]), copy.deepcopy(row["meta"])
     truth = row["preference"] if scores == (None, None) else list(scores)
     return {
         "data_source": row["source"],

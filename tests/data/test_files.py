@@ -12,6 +12,7 @@ import pytest
 
 from jlrm.config import UsageError
 from jlrm.data.comparisons import FILE_ROWS, Where
+from jlrm.data.files import data_files
 from jlrm.data.readers import read, read_part
 
 OURS = {"question": "Why?", "answer_1": "x", "answer_2": "y", "preference": 1}
@@ -173,3 +174,56 @@ def test_parts_of_a_directory_are_the_whole_in_an_order_that_all_know(tmp_path):
     for number, part in enumerate(parts):
         assert {(row.where.order - 1) % 3 for row in part} == {number}
     assert Where(2, file="x", file_number=1).order == FILE_ROWS + 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(OURS, indent=1),
+        json.dumps([OURS], indent=1),
+        json.dumps({"data": [OURS]}),
+        json.dumps({"data": [OURS]}, indent=1),
+        json.dumps({name: [value] for name, value in OURS.items()}),
+        json.dumps({name: {"0": value} for name, value in OURS.items()}, indent=1),
+    ],
+)
+def test_a_table_in_one_json_value(tmp_path, content):
+    for name in ("x.json", "x.jsonl", "x.ndjson"):
+        (tmp_path / name).write_text(content)
+        (row,) = read(str(tmp_path / name)).rows
+        assert (row.question, row.label) == (OURS["question"], OURS["preference"])
+
+
+def test_one_row_of_messages_is_no_table(tmp_path):
+    talk = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
+    row = {side: {"role": role, "content": side} for side, role in talk.items()}
+    for content in (row, {side: [message] for side, message in row.items()}):
+        (tmp_path / "x.json").write_text(json.dumps(content))
+        (read_row,) = read(str(tmp_path / "x.json")).rows
+        assert {read_row.answer_1, read_row.answer_2} == {"chosen", "rejected"}
+
+
+def test_numbers_of_classes_are_read_by_their_names(tmp_path):
+    import datasets
+
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in ("question", "answer_1", "answer_2")}
+        | {"winner": datasets.ClassLabel(names=["model_a", "model_b", "tie"])}
+    )
+    columns = {"question": ["q"] * 3, "answer_1": ["x"] * 3, "answer_2": ["y"] * 3}
+    saved = datasets.Dataset.from_dict({**columns, "winner": [0, 1, 2]}, features=features)
+    saved.save_to_disk(str(tmp_path / "d"))
+    saved.to_parquet(str(tmp_path / "x.parquet"))
+    for source in ("d", "x.parquet"):
+        assert [row.label for row in read(str(tmp_path / source)).rows] == [1, 2, 0]
+
+
+def test_files_that_are_left_out_are_said(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", OURS)
+    (tmp_path / "b.xlsx").write_bytes(b"PK")
+    (tmp_path / "~$b.xlsx").write_bytes(b"PK")
+    assert len(read(str(tmp_path)).rows) == 1
+    assert "not read: b.xlsx. Save the sheet as CSV" in caplog.text
+    (tmp_path / "c.csv").write_text("question,answer_1,answer_2,winner\nq,x,y,b")
+    data_files(tmp_path)
+    assert "files of several kinds (csv, json), of which one is read" in caplog.text

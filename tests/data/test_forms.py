@@ -335,6 +335,30 @@ def test_a_column_that_is_called_like_ours_is_no_written_judgement(tmp_path, col
     assert row.judgement is None and row.meta.items() >= columns.items()
 
 
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ([{"role": "user", "content": "q "}, {"role": "assistant", "content": "good"}], "bad"),
+        ("good", "Human: q\n\nAssistant: bad"),
+        ({"role": "assistant", "content": "good"}, "bad"),
+    ],
+)
+def test_only_the_answers_of_a_pair_differ_when_one_side_repeats_the_prompt(
+    tmp_path, chosen, rejected
+):
+    row = {"prompt": "q", "chosen": chosen, "rejected": rejected}
+    (read_row,) = read(lines(tmp_path / "x.jsonl", row)).rows
+    assert better_first(read_row) == ("q", "good", "bad")
+
+
+def test_turns_in_three_lists_and_a_winner_in_three_columns(tmp_path):
+    texts = {"prompt": '["q", "r"]', "response_a": '["x", "x2"]', "response_b": '["y", "y2"]'}
+    winners = {"winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    (row,) = read(lines(tmp_path / "x.jsonl", {**texts, **winners})).rows
+    assert (row.question, row.label, row.meta) == ("q", 2, {})
+    assert row.answer_2 == "Assistant: y\n\nUser: r\n\nAssistant: y2"
+
+
 # ------------------------------------------------------------------------------------- given files
 
 

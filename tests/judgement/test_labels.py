@@ -32,6 +32,8 @@ def preference(label: object, **values: int) -> int | None:
             ("draw", 0),
             ("tie (inconsistent)", 0),
         ),
+        *(("the first answer", 1), ("Answer B is slightly better", 2), ("a_wins", 1), ("1>2", 1)),
+        *(("completion_b", 2), ("2nd", 2), ("[[C]]", 0), ("neither", 0), ("Both are good", 0)),
         *((None, None), (math.nan, None), ("nan", None), ("", None), ("N/A", None)),
     ],
 )
@@ -46,7 +48,7 @@ def test_a_graded_label_between_two_classes_is_left_out(label):
 
 
 @pytest.mark.parametrize(
-    "label", [3, -1, 0.4, 0.8, 2.5, math.inf, "gpt", "model_c", "x>y", [1], {}]
+    "label", [3, -1, 0.4, 0.8, 2.5, math.inf, "gpt", "model_c", "x>y", "C", [1], {}]
 )
 def test_a_label_that_could_mean_anything_stops_and_says_how_to_go_on(label):
     with pytest.raises(UsageError, match=r"here: the preference must be .* got ") as error:
@@ -57,6 +59,8 @@ def test_a_label_that_could_mean_anything_stops_and_says_how_to_go_on(label):
 def test_booleans_are_read_once_it_is_said_what_they_mean():
     with pytest.raises(UsageError, match=r"data\.values=\{true: 1, false: 2\}"):
         preference(True)
+    with pytest.raises(UsageError, match=r"data\.values=\{true: 1, false: 2\}"):
+        preference("FALSE")
     for true, false in ((True, False), ("TRUE", "False"), ("yes", "no")):
         assert preference(true, true=1, false=2) == 1
         assert preference(false, yes=1, no=2) == 2
@@ -93,6 +97,7 @@ def test_a_label_means_one_of_three(values, message):
     [
         ({"0": 12, "1": 13}, "preference", "data.values={0: 1, 1: 2};"),
         ({"0": 12, "1": 13}, "winner", "data.values={0: 1, 1: 2};"),
+        ({"0": 12, "1": 13}, "winner", "{1: 1, 0: 2}"),
         ({"0": 2, "1": 1}, "preference", "data.values={0: 1, 1: 2};"),
         ({"0": 2, "1": 2, "2": 1}, "preference", "data.values={0: 1, 1: 2, 2: 0};"),
         ({"0": 40, "1": 35, "2": 60}, "preference", "data.values={0: 1, 1: 2, 2: 0};"),
@@ -175,3 +180,46 @@ def test_scores_are_finite(pair):
 @given(st.floats(allow_nan=False, allow_infinity=False), st.floats(-9, 9))
 def test_a_number_and_its_text_are_one_score(one, two):
     assert labels.scores([repr(one), str(two)], "here") == (one, two)
+
+
+# ------------------------------------------------------------------------------ columns of winners
+
+CLASSES = ("winner_model_a", "winner_model_b", "winner_tie")
+
+
+@pytest.mark.parametrize(
+    ("row", "meant"),
+    [
+        (dict(zip(CLASSES, (1, 0, 0), strict=True)), "answer_1"),
+        (dict(zip(CLASSES, ("0", "1.0", "0"), strict=True)), "answer_2"),
+        (dict(zip(CLASSES, (False, None, True), strict=True)), "tie"),
+        (dict(zip(CLASSES, (0, 0, 0), strict=True)), None),
+        ({"winner": "GPT", "model_a": "other", "model_b": "gpt"}, "answer_2"),
+        ({"preference": "g1", "generator_1": "g1", "generator_2": "g2"}, "answer_1"),
+        ({"winner": "B", "score_1": 9, "score_2": math.nan}, "B"),
+        ({"winner": "B", "score": [9, 1]}, "B"),
+        ({"winner": "B", "preference": math.nan}, "B"),
+    ],
+)
+def test_columns_tell_a_winner(row, meant):
+    assert labels.labelled(row, "here")["preference"] == meant
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"winner": 0, "score_1": 1, "score_2": 2},  # a number of an unknown numbering
+        {"winner_model_a": 1, "winner_id": 2},
+        {"chosen": "x", "rejected": "y", "winner": "model_b"},
+    ],
+)
+def test_what_does_not_tell_a_winner_stays(row):
+    assert labels.labelled(row, "here") == row
+
+
+def test_columns_that_tell_no_one_winner_are_said():
+    assert labels.labelled({"winner": "g", "model_a": "g", "model_b": "g"}, "")["preference"] == "g"
+    with pytest.raises(Unusable, match="several_winners"):
+        labels.labelled(dict.fromkeys(CLASSES, 1), "here")
+    with pytest.raises(UsageError, match=r"here: 'winner_model_a' must be 0 or 1, got 0\.3"):
+        labels.labelled(dict.fromkeys(CLASSES, 0.3), "here")

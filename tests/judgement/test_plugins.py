@@ -195,6 +195,8 @@ def test_none_in_an_array_of_objects_does_not_apply_and_nan_in_any_array_is_refu
         ("['0.5', 1]", "gave '0.5' for row row-0"),
         ("[[1.0], [2.0]]", r"gave \[1.0\] for row row-0"),
         ("None", "gave None for 2 completions"),
+        ("{1.0, 2.0}", r"gave \{1.0, 2.0\} for 2 completions"),
+        ("[10**400, 1]", "gave 1000"),
         ("{'row': 1, 'other': 2}", "for 2 completions"),
         ("(1 / 0 for _ in completions)", "failed on row row-0: ZeroDivisionError"),
     ],
@@ -395,3 +397,14 @@ def test_a_dictionary_of_verl_without_a_score_is_named():
         load(code).pay(rows("a"))
     code = "def reward(solution_str):\n    return {'score': None}\n"
     assert load(code).pay(rows("a")) == [None]
+
+
+def test_a_reward_changes_no_row():
+    own = [{**row, "meta": {"tags": ["a"]}} for row in rows("a", "b")]
+    change = "    tags[0].append(1)\n    meta[1].clear()\n    return [0, 0]\n"
+    trl = f"def reward(completions, tags, meta, **columns):\n{change}"
+    verl = "def reward(solution_str, extra_info):\n    extra_info['x'] = 1\n    return 0\n"
+    assert load(trl).pay(own) == [0.0, 0.0]
+    own = [{**row, "meta": {**row["meta"], "extra_info": {}}} for row in own]
+    load(verl).pay(own)
+    assert [row["meta"] for row in own] == [{"tags": ["a"], "extra_info": {}}] * 2
