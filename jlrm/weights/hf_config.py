@@ -254,7 +254,8 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0))
+    if kind != "yarn" or "mscale" in rope or partial != 1.0:
         raise UsageError(
             f"{where}: rope scaling {_short(rope)} is not supported. Only none and plain YaRN are."
         )

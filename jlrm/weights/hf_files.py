@@ -40,6 +40,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 # The exponent of bfloat16: all of its bits are set in NaN and infinity, and in no other number.
 EXPONENT = 0x7F80
 CHUNK = 2**22  # numbers looked at together
+POINTER = b"version https://git-lfs"  # how a file begins that Git has not fetched
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def open_tensors(
         if name in held:
             raise UsageError(
                 f"{directory} holds {name} twice: {_place(held[name])} and {_place(tensor)}. "
-                "Remove the one that is of another save."
+                "Copy all files of one save again."
             )
         held[name] = tensor
     head = held.pop(HEAD, None) if is_tied else None
@@ -148,8 +149,19 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[Stored]:
             file = stack.enter_context(safe_open(path, framework="numpy"))
             held += [Stored(key, path, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118 (no mapping)
         except Exception as error:  # the library raises its own kinds and OSError alike
-            raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
+            text = f"{path} is not a readable safetensors file: {error}{_if_pointer(path)}"
+            raise UsageError(text) from None
     return held
+
+
+def _if_pointer(path: pathlib.Path) -> str:
+    """Return what to do about a file that Git has not fetched; "" for any other."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError:
+        is_pointer = False
+    return ". It is a pointer of Git LFS: run `git lfs pull` in its directory." * is_pointer
 
 
 def _instead(directory: pathlib.Path) -> str:

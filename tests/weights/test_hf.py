@@ -454,7 +454,9 @@ def test_a_damaged_file_is_named(spoil, tmp_path):
     rewrite(GOLDEN / "qwen3", tmp_path, lambda tensors: None)
     file = tmp_path / "model.safetensors"
     file.write_bytes(spoil(file.read_bytes()))
-    assert f"{file} is not a readable safetensors file" in refused(tmp_path)
+    message = refused(tmp_path)
+    assert f"{file} is not a readable safetensors file" in message
+    assert ("git lfs pull" in message) == file.read_bytes().startswith(b"version")
 
 
 @pytest.mark.parametrize("text", ["", '{"metadata": {}', "{}", "[]"])
