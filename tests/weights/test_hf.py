@@ -516,7 +516,7 @@ def test_resolve_refuses_a_path_that_is_not_there(source, tmp_path, monkeypatch)
 def test_resolve_refuses_a_file(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(UsageError, match="No model directory"):
+    with pytest.raises(UsageError, match="is a file; name the directory"):
         hf.resolve(str(file))
 
 
