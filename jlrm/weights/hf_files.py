@@ -2,8 +2,9 @@
 
 Directories in the field hold more and less than a model: heads of other tasks, buffers of older
 versions, names without `model.` or with two, one matrix under either name of a tied pair, an index
-of an earlier save. They are read as `transformers` reads them, and what is left out is said. Anything
-else that does not match is refused by name, since dropping it would change what is computed.
+of an earlier save. They are read as `transformers` reads them, and what is left out is said.
+Anything else that does not match is refused by name, since dropping it would change what is
+computed.
 """
 
 from __future__ import annotations
