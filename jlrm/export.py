@@ -113,7 +113,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     partial = _begin(out)
     hf.copy_side_files(model_dir, partial)
     tokenizer = load_tokenizer(partial)
-    _write_config(partial / "config.json", dtype)
+    _write_config(partial / "config.json", hf_config.config_to_hf(config, dtype))
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
     meta = json.loads((step_dir / "meta" / "metadata").read_text())
@@ -168,10 +168,16 @@ def _begin(out: pathlib.Path) -> pathlib.Path:
     return partial
 
 
-def _write_config(file: pathlib.Path, dtype: str) -> None:
-    """Name the dtype, and spell RoPE for transformers 4 and 5 alike; the rest is the source's."""
+def _write_config(file: pathlib.Path, as_read: dict[str, Any]) -> None:
+    """Name the dtype, and spell RoPE for transformers 4 and 5 alike; the rest is the source's.
+
+    Except null, which transformers 5 refuses in many fields: there stands what we have read it as.
+    """
     fields = read_json(file)
+    fields |= {key: as_read[key] for key in fields if fields[key] is None and key in as_read}
     rope = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    # A factor that is null is another thing than none: it follows from the model's positions.
+    rope = {key: value for key, value in rope.items() if value is not None or key == "factor"}
     theta = rope.get("rope_theta", fields.get("rope_theta"))
     if theta is not None:
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -179,7 +185,7 @@ def _write_config(file: pathlib.Path, dtype: str) -> None:
         fields["rope_parameters"] = {**rope, "rope_type": kind, "rope_theta": theta}
         if kind != "default":
             fields["rope_scaling"] = fields["rope_parameters"]
-    fields |= {"dtype": dtype, "torch_dtype": dtype}
+    fields |= {key: as_read[key] for key in ("dtype", "torch_dtype")}
     file.write_text(json.dumps(fields, indent=2))
 
 

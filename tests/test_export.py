@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import transformers
 from conftest import mesh_of, tiny_config
 from safetensors.numpy import save_file
 
@@ -74,6 +75,33 @@ def exported(run_dir: pathlib.Path, name: str = "out") -> pathlib.Path:
 
 def read(file: pathlib.Path) -> dict[str, Any]:
     return json.loads(file.read_text())
+
+
+# ------------------------------------------------------------------ config.json
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rms_norm_eps": None, "head_dim": None, "rope_theta": None},
+        {"max_position_embeddings": None, "rope_parameters": None, "hidden_act": "swish"},
+        {"rope_scaling": {**YARN, "original_max_position_embeddings": None}},
+        {"rope_scaling": {**YARN, "factor": None}},
+    ],
+)
+def test_transformers_reads_an_export_of_a_config_with_null_in_it(fields, run_dir):
+    """It refuses null in most fields, where we take the default."""
+    edit(run_dir / "model" / "config.json", **fields)
+    ours, out = hf_config.read_config(run_dir / "model"), exported(run_dir)
+    assert hf_config.read_config(out) == ours
+    theirs = transformers.AutoConfig.from_pretrained(out)
+    assert theirs.rms_norm_eps == ours.rms_norm_eps
+    assert theirs.max_position_embeddings == ours.max_position_embeddings
+    assert theirs.tie_word_embeddings == ours.tie_word_embeddings
+    assert theirs.rope_parameters["rope_type"] == ("yarn" if ours.yarn else "default")
 
 
 # ------------------------------------------------------------------ end tokens

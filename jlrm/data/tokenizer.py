@@ -41,7 +41,7 @@ CLOCK = (
     + " | replace('%%', '%') }}{% endmacro %}{{ '' }}"
 )
 # What templates write to switch thinking off: an empty block, or its end alone.
-EMPTY_THINKING = re.compile(r"(<think>\s*)?</think>\s*$")
+EMPTY_THINKING = re.compile(r"((<think>\s*)?</think>\s*)+(?=(<think>\s*)?$)")
 
 
 def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
@@ -57,7 +57,9 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
             f"{directory} holds no tokenizer.json. Set model.tokenizer to a directory that does."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=_model_kind(directory), trust_remote_code=False
+        )
         # What a broken file does not break until it is used, and a tokenizer in Python alone lacks.
         tokenizer.backend_tokenizer.to_str()
         tokenizer.decode(tokenizer(["a"])["input_ids"][0])
@@ -66,6 +68,20 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
         why = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise UsageError(f"Cannot load the tokenizer in {directory}: {why}.") from None
     return tokenizer
+
+
+def _model_kind(directory: pathlib.Path) -> Any:
+    """Return a model's kind, by which transformers chooses a tokenizer's class.
+
+    It would read all of config.json for that, and refuse what says nothing of a tokenizer: with
+    PyTorch installed, a dtype that is spelt `torch.bfloat16`.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        return AutoConfig.for_model(str(read_json(directory / "config.json").get("model_type")))
+    except (UsageError, ValueError):  # no such file, or a kind that it does not know
+        return PretrainedConfig()
 
 
 def highest_id(tokenizer: Tokenizer) -> int:
@@ -87,23 +103,22 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, ends: Sequence[int] 
         )
     if beyond := [token for token in ends if token >= vocab_size]:
         raise UsageError(
-            f"generation_config.json names the end token {beyond[0]}, but the model's vocabulary "
-            f"has {vocab_size} ids. Take the file of the same model."
+            f"generation_config.json or config.json names the end token {beyond[0]}, but the "
+            f"model's vocabulary has {vocab_size} ids. Take the file of the same model."
         )
 
 
 def end_ids(tokenizer: Tokenizer, directory: pathlib.Path) -> tuple[int, ...]:
-    """Return every id that ends a sequence: generation_config.json's, and the tokenizer's own.
+    """Return every id that ends a sequence: the model's, and the tokenizer's own.
 
-    config.json's count where there is no other.
+    As in transformers, config.json names the model's where generation_config.json does not.
 
     Raises:
       UsageError: there is none, or one that is no id.
     """
     own = tokenizer.eos_token_id
     ids = [] if own is None else [own]
-    ids += _ends_of(directory / "generation_config.json")
-    ids = ids or _ends_of(directory / "config.json")
+    ids += _ends_of(directory / "generation_config.json") or _ends_of(directory / "config.json")
     if not ids:
         raise UsageError(
             f"{directory} names no end token, neither in its tokenizer nor in "

@@ -137,6 +137,8 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.is_file():
+        raise UsageError(f"{source} is a file; name the directory that it is in.")
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UsageError(
             f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B)."
@@ -247,17 +249,19 @@ def _read_part(
     assert index is not None
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
     if group[0].layer is None:
-        return _read_slice(files, group[0], bounds).astype(dtype)
+        return _read_slice(files, group[0], bounds, dtype)
     chosen = group[bounds[0]]
     part_shape = tuple(part.stop - part.start for part in bounds)
     out = np.empty(part_shape, dtype)
     for row, tensor in zip(out, chosen, strict=True):
-        row[...] = _read_slice(files, tensor, bounds[1:])
+        row[...] = _read_slice(files, tensor, bounds[1:], dtype)
     return out
 
 
-def _read_slice(files: dict[str, Stored], tensor: Tensor, bounds: list[slice]) -> np.ndarray:
-    view = files[tensor.name]
+def _read_slice(
+    files: dict[str, Stored], tensor: Tensor, bounds: list[slice], dtype: Any
+) -> np.ndarray:
+    stored = files[tensor.name]
     if tensor.num_inputs:
         inputs, shape_in, cut_in = _fold(
             bounds[: tensor.num_inputs], tensor.shape[: tensor.num_inputs]
@@ -265,11 +269,13 @@ def _read_slice(files: dict[str, Stored], tensor: Tensor, bounds: list[slice]) -
         outputs, shape_out, cut_out = _fold(
             bounds[tensor.num_inputs :], tensor.shape[tensor.num_inputs :]
         )
-        return view[outputs, inputs].T.reshape(shape_in + shape_out)[cut_in + cut_out]
+        return stored.read((outputs, inputs), dtype).T.reshape(shape_in + shape_out)[
+            cut_in + cut_out
+        ]
     if len(tensor.hf_shape) == 1:
         folded, shape, cut = _fold(bounds, tensor.shape)
-        return view[folded].reshape(shape)[cut]
-    return view[tuple(bounds)]
+        return stored.read(folded, dtype).reshape(shape)[cut]
+    return stored.read(tuple(bounds), dtype)
 
 
 def _fold(

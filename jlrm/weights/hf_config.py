@@ -84,11 +84,16 @@ def config_from_hf(
             f"{head_dim} are no attention. Wanted a multiple of the key-value heads, and an even "
             "width."
         )
+    layers, types = size("num_hidden_layers", most=MOST_LAYERS), source.get("layer_types")
+    if types is not None and len(types) != layers:  # transformers could not load an export of it
+        raise UsageError(
+            f"{where}: layer_types has {len(types)} entries, and num_hidden_layers={layers}."
+        )
     return QwenConfig(
         vocab_size=size("vocab_size"),
         hidden_size=width,
         intermediate_size=size("intermediate_size"),
-        num_hidden_layers=size("num_hidden_layers", most=MOST_LAYERS),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -147,7 +152,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     refusals = {
         f"model_type={_plain(kind)}": kind not in ("qwen2", "qwen3"),
         f"hidden_act={_plain(source.get('hidden_act'))}": (
-            source.get("hidden_act", "silu") != "silu"
+            source.get("hidden_act", "silu") not in ("silu", "swish")  # two names of one function
         ),
         "layer_types with sliding attention": any(
             layer != "full_attention" for layer in _layer_types(source, where)
@@ -172,7 +177,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
 
 
 def _layer_types(source: dict[str, Any], where: str) -> list[Any]:
-    value = source.get("layer_types") or []
+    value = [] if source.get("layer_types") is None else source["layer_types"]
     if not isinstance(value, list):
         raise UsageError(f"{where}: layer_types={_short(value)} is not a list.")
     return value
@@ -249,7 +254,8 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "yarn" or "mscale" in rope or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0))
+    if kind != "yarn" or "mscale" in rope or partial != 1.0:
         raise UsageError(
             f"{where}: rope scaling {_short(rope)} is not supported. Only none and plain YaRN are."
         )

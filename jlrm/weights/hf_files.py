@@ -1,9 +1,10 @@
 """The tensors that the safetensors of a directory hold, matched to those that a model wants.
 
-Directories in the field hold more and less than a model: a head of a value model, buffers of older
-versions, names without `model.`, one matrix under either name of a tied pair, an index of an
-earlier save. They are read as `transformers` reads them, and what is left out is said. Anything
-else that does not match is refused by name, since dropping it would change what is computed.
+Directories in the field hold more and less than a model: heads of other tasks, buffers of older
+versions, names without `model.` or with two, one matrix under either name of a tied pair, an index
+of an earlier save. They are read as `transformers` reads them, and what is left out is said.
+Anything else that does not match is refused by name, since dropping it would change what is
+computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +31,17 @@ log = logging.getLogger(__name__)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PREFIX = "model."  # of everything but the head; a model that was saved without a head lacks it
-# What computes nothing here: tables that older versions stored, the value head of PPO, and the
-# modules of Qwen's later models that draft several tokens.
-LEFT_OUT = re.compile(
-    r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$|^(v_head|value_head|mtp)\."
-)
+PREFIX = "model."  # of everything but the head: models lack it, or their heads have it too
+# A language model. What stands beside it computes nothing here: heads of value and reward models,
+# modules that draft several tokens or see images.
+OWN = re.compile(r"^(model\.)?((layers|embed_tokens|norm|lm_head)\.|.*lora_)")
+# Tables that older versions stored.
+TABLES = re.compile(r"(^|\.)rotary_emb\.(original_)?(inv_freq|cos_cached|sin_cached)$")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # The exponent of bfloat16: all of its bits are set in NaN and infinity, and in no other number.
 EXPONENT = 0x7F80
 CHUNK = 2**22  # numbers looked at together
+POINTER = b"version https://git-lfs"  # how a file begins that Git has not fetched
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,23 @@ class Stored:
         """The shape in the file."""
         return tuple(self.view.get_shape())
 
-    def __getitem__(self, part: Any) -> np.ndarray:
-        """Read a part.
+    def read(self, part: Any, dtype: Any) -> np.ndarray:
+        """Read a part in the given dtype.
 
         Raises:
-          UsageError: it holds a number that is not finite, or can't be read.
+          UsageError: it can't be read, or holds a number that is not finite in this dtype.
         """
         try:
             value = self.view[part]
         except Exception as error:  # the library raises its own kinds and OSError alike
             raise UsageError(f"{self.file}: {self.name} can't be read: {error}.") from None
+        with np.errstate(over="ignore"):
+            value = value.astype(dtype, copy=False)
         if not is_finite(value):
             raise UsageError(
-                f"{self.file}: the tensor {self.name} holds NaN or infinite numbers, so that "
-                "nothing can be computed with it. Copy the file again, or take weights from before "
-                "the training that broke them."
+                f"{self.file}: the tensor {self.name} holds NaN or infinite numbers, or larger "
+                f"ones than {np.dtype(dtype).name} has, so that nothing can be computed with it. "
+                "Copy the file again, or take weights from before the training that broke them."
             )
         return value
 
@@ -101,38 +105,83 @@ def open_tensors(
       UsageError: there are no safetensors, or tensors are missing, unknown, of another shape, or
         of numbers that are not floats.
     """
-    held = {_full_name(name, wanted): tensor for name, tensor in _open(directory, stack).items()}
-    left_out = sorted(name for name in held if name not in wanted and LEFT_OUT.search(name))
-    held = {name: tensor for name, tensor in held.items() if name not in left_out}
+    known = {*wanted, HEAD}
+    held: dict[str, Stored] = {}
+    for tensor in _open(directory, stack):
+        name = _full_name(tensor.name, known)
+        if name in held:
+            raise UsageError(
+                f"{directory} holds {name} twice: {_place(held[name])} and {_place(tensor)}. "
+                "Copy all files of one save again."
+            )
+        held[name] = tensor
     head = held.pop(HEAD, None) if is_tied else None
     # A library that stores one of two shared tensors may keep either name.
     if head is not None and EMBED not in held:
         held[EMBED] = head
+    is_whole = held.keys() >= wanted.keys()  # else what stands beside it may be what is missing
+    extra = sorted(held.keys() - wanted.keys())
+    left_out = [n for n in extra if TABLES.search(n) or (is_whole and not OWN.match(n))]
+    held = {name: tensor for name, tensor in held.items() if name not in left_out}
     _check(directory, held, wanted, head)
     if left_out:
         _warn(f"{directory}: left out {_some(left_out)}, which a language model does not use.")
     return held
 
 
-def _full_name(name: str, wanted: Mapping[str, Any]) -> str:
-    return PREFIX + name if name not in wanted and PREFIX + name in wanted else name
+def _full_name(name: str, known: Collection[str]) -> str:
+    """Return the name in a language model of a tensor with a prefix too few or too many."""
+    names = (name, PREFIX + name, name.removeprefix(PREFIX))
+    return next((full for full in names if full in known), name)
 
 
-def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Stored]:
-    """Return every tensor of the checkpoint by its name in the files."""
-    held = {}
+def _place(tensor: Stored) -> str:
+    return f"{tensor.name} in {tensor.file.name}"
+
+
+def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> list[Stored]:
+    """Return every tensor of the checkpoint's files."""
+    held = []
     for name in _file_names(directory):
         path = directory / name
         if not os.path.isfile(path):  # Path.is_file raises for a name that no file can have
-            raise UsageError(
-                f"{directory} holds no {name:.100}. Only safetensors weights are read."
-            )
+            raise UsageError(f"{directory} holds no {name:.100}. {_instead(directory)}")
         try:
             file = stack.enter_context(safe_open(path, framework="numpy"))
-            held |= {key: Stored(key, path, file.get_slice(key)) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            held += [Stored(key, path, file.get_slice(key)) for key in file.keys()]  # noqa: SIM118 (no mapping)
         except Exception as error:  # the library raises its own kinds and OSError alike
-            raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
+            text = f"{path} is not a readable safetensors file: {error}{_if_pointer(path)}"
+            raise UsageError(text) from None
     return held
+
+
+def _if_pointer(path: pathlib.Path) -> str:
+    """Return what to do about a file that Git has not fetched; "" for any other."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(POINTER)) == POINTER
+    except OSError:
+        is_pointer = False
+    return ". It is a pointer of Git LFS: run `git lfs pull` in its directory." * is_pointer
+
+
+def _instead(directory: pathlib.Path) -> str:
+    """Return what to do about weights that are not where they should be."""
+    suffixes = {file.suffix for file in directory.iterdir()}
+    if ".safetensors" in suffixes:
+        return (
+            f"Copy all files of the model again: its weights are {WEIGHTS}, or the shards that "
+            f"{INDEX} names."
+        )
+    if suffixes & {".bin", ".pt", ".pth"}:
+        return (
+            "Only safetensors weights are read, since pickled ones can run code. Of a source you "
+            "trust, transformers' `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)` "
+            "writes them."
+        )
+    if ".gguf" in suffixes:
+        return "Only safetensors weights are read, not GGUF. Use the model that it was made from."
+    return "Only safetensors weights are read."
 
 
 def _file_names(directory: pathlib.Path) -> list[str]:
@@ -168,25 +217,48 @@ def _check(
         for name, tensor in common.items()
         if tensor.shape != wanted[name]
     ]
-    dtypes = {name: tensor.view.get_dtype() for name, tensor in common.items()}
+    floats = common if head is None else {**common, HEAD: head}
+    dtypes = {name: tensor.view.get_dtype() for name, tensor in floats.items()}
     quantised = [f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in FLOATS]
     # Qwen3-0.6B ships its tied head as a second copy. transformers ignores it, and so does this.
-    if head is not None and not wrong and not _is_same(head, held[EMBED]):
-        wrong.append(f"{HEAD} (tied, and differs from {EMBED})")
+    is_other = not (head is None or missing or wrong or quantised or _is_same(head, held[EMBED]))
     problems = {
         "missing": missing,
         "unknown": unknown,
         "of another shape than config.json says": wrong,
         f"of numbers that are not read (wanted {', '.join(FLOATS)})": quantised,
+        f"other than {EMBED}, though config.json ties them": [HEAD] if is_other else [],
     }
     text = "; ".join(f"{what}: {_some(which)}" for what, which in problems.items() if which)
     if text:
         raise UsageError(
             f"The weights in {directory} do not match their config.json. Tensors {text}."
-            + (MERGE if any("lora_" in name for name in unknown) else "")
+            + (UNTIE if is_other else "")
+            + (_advice(missing, unknown) if missing or unknown else "")
         )
 
 
+def _advice(missing: list[str], unknown: list[str]) -> str:
+    """Return what to do about names, where it shows why they don't match; else ""."""
+    if any("lora_" in name for name in unknown):
+        return MERGE
+    if missing == [HEAD]:
+        return TIE
+    wrapped = [name for name in unknown if missing and name.endswith(f".{missing[-1]}")]
+    if not wrapped:
+        return ""
+    prefix = wrapped[0].removesuffix(missing[-1])
+    return (
+        f" What is missing is there under names that begin with {prefix:.80}, so a wrapper of the "
+        "model was saved: save the model inside of it."
+    )
+
+
+TIE = ' If the embedding is the head too, config.json has to say so: "tie_word_embeddings": true.'
+UNTIE = (
+    ' If the head was trained by itself, config.json has to say so: "tie_word_embeddings": '
+    "false; else remove it from the file."
+)
 MERGE = (
     " Merge an adapter into its base model first: peft's `AutoPeftModelForCausalLM"
     ".from_pretrained(ADAPTER).merge_and_unload().save_pretrained(MODEL)`, and its tokenizer's "

@@ -150,6 +150,31 @@ def test_config_json_names_the_end_token_where_nothing_else_does(directory):
     assert end_ids(tokenizer, directory) == (0,)
 
 
+def test_the_models_end_token_of_config_json_counts_beside_the_tokenizers(directory):
+    """transformers stops there where no generation_config.json names another."""
+    (directory / "config.json").write_text('{"eos_token_id": 1}')
+    tokenizer = load_tokenizer(directory)
+    assert end_ids(tokenizer, directory) == (tokenizer.eos_token_id, 1)
+    (directory / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert end_ids(tokenizer, directory) == (tokenizer.eos_token_id, 0)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "qwen2", "dtype": "torch.bfloat16"},
+        {"model_type": "qwen3", "torch_dtype": "torch.float16", "layer_types": ["x"]},
+        {"model_type": "no such"},
+        {"model_type": ["qwen2"]},
+        {},
+    ],
+)
+def test_a_tokenizer_is_read_whatever_the_models_config_holds(fields, directory, torch):
+    wanted = encode(load_tokenizer(directory), ["a <|im_end|> b"])
+    (directory / "config.json").write_text(json.dumps(fields))
+    assert encode(load_tokenizer(directory), ["a <|im_end|> b"]) == wanted
+
+
 # ------------------------------------------------------------------ added tokens
 
 
@@ -205,6 +230,7 @@ def test_a_template_that_cant_be_filled_is_one_sentence_with_the_way_out(templat
     [
         *("", "<think>", "<think>\n", "<think>\n\n", "<think>\n\n</think>\n\n"),
         *("<think></think>", "</think>", "</think>\n\n", "<think>\n</think>"),
+        *("<think>\n\n</think>\n\n</think>", "<think></think>\n<think></think>"),
     ],
 )
 def test_a_prompt_opens_thinking_once_whatever_a_template_writes(end, directory):
@@ -216,6 +242,12 @@ def test_a_prompt_opens_thinking_once_whatever_a_template_writes(end, directory)
         assert turn == end  # as its author wrote it
     else:
         assert turn == "<think>\n"
+
+
+def test_an_empty_block_before_an_open_one_goes(directory):
+    header = HEADER.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n<think>")
+    text = prompt_template(templated(directory, TURNS + header), "jlrm")
+    assert text.endswith("<|im_start|>assistant\n<think>")
 
 
 @pytest.mark.parametrize("switch", ["enable_thinking", "thinking"])

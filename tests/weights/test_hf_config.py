@@ -91,6 +91,7 @@ def test_fields_without_meaning_here_change_nothing():
         {"use_cache": False, "transformers_version": "4.37.0", "initializer_range": 0.5},
         {"sliding_window": 4096, "max_window_layers": 1, "use_sliding_window": False},
         {"layer_types": ["full_attention"] * 2},
+        {"hidden_act": "swish"},
         {"quantization_config": None, "rope_scaling": None, "rope_parameters": {}},
         {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None},
     ):
@@ -180,6 +181,8 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
             "use_sliding_window",
         ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries"),
+        ({"layer_types": []}, "layer_types has 0 entries"),
         ({"attention_bias": True}, "attention_bias"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
@@ -189,6 +192,7 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale"),
         ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": YARN, "partial_rotary_factor": 0.5}, "yarn"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
             "full_attention",

@@ -118,6 +118,48 @@ def test_names_without_prefix_are_read(name, tmp_path, torch):
     assert_reads_as(write(tmp_path, name, without_prefix), name)
 
 
+def test_a_prefix_of_head_and_all_is_one_too_many(tmp_path, torch):
+    def change(tensors: Tensors) -> Tensors:
+        return {f"model.{name}": value for name, value in tensors.items()}
+
+    assert_reads_as(write(tmp_path, "qwen2_untied", change), "qwen2_untied")
+
+
+def test_a_tensor_under_two_names_or_in_two_shards_is_refused(tmp_path):
+    """One of them is of another save, and which one would be read is chance."""
+    name = "model.norm.weight"
+
+    def add(tensors: Tensors) -> None:
+        tensors["norm.weight"] = 2 * tensors[name]
+
+    message = refused(write(tmp_path, "qwen3", add))
+    assert f"holds {name} twice" in message and f"norm.weight in {WEIGHTS}" in message
+    tensors = load_file(GOLDEN / "qwen3" / WEIGHTS)
+    (tmp_path / WEIGHTS).unlink()
+    save_file(tensors, tmp_path / "a.safetensors")
+    save_file({name: 2 * tensors[name]}, tmp_path / "b.safetensors")
+    weight_map = {key: "b.safetensors" if key == name else "a.safetensors" for key in tensors}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert f"{name} in a.safetensors and {name} in b.safetensors" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "advice"),
+    [
+        ("pytorch_model.bin", "save_pretrained"),
+        ("consolidated.00.pth", "save_pretrained"),
+        ("model-Q4_K_M.gguf", "not GGUF"),
+        ("model-00001-of-00002.safetensors", f"the shards that {INDEX} names"),
+        ("model.fp16.safetensors", f"its weights are {WEIGHTS}"),
+        ("README.md", "Only safetensors weights are read."),
+    ],
+)
+def test_weights_in_another_form_say_what_to_do(held, advice, tmp_path):
+    (write(tmp_path, "qwen3", dict) / WEIGHTS).rename(tmp_path / held)
+    message = refused(tmp_path)
+    assert f"holds no {WEIGHTS}. " in message and advice in message
+
+
 def test_a_base_model_of_an_untied_one_lacks_its_head(tmp_path):
     """transformers would draw one at random."""
 
@@ -155,13 +197,49 @@ def test_what_a_language_model_does_not_use_is_left_out_and_said_once(
 
 
 @pytest.mark.parametrize(
-    "extra", ["model.layers.0.self_attn.q_proj.bias", "lm_head.bias", "score.weight", "extra"]
+    "extra", ["score.weight", "qa_outputs.bias", "rm_head.weight", "visual.conv.weight", "extra"]
+)
+def test_what_stands_beside_a_language_model_is_left_out_and_said(extra, tmp_path, caplog, torch):
+    def change(tensors: Tensors) -> None:
+        tensors[extra] = np.ones(32, np.float32)
+
+    assert_reads_as(write(tmp_path, "qwen2_untied", change), "qwen2_untied")
+    assert f"left out {extra}, which a language model does not use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "model.layers.0.self_attn.q_proj.bias",
+        "layers.0.self_attn.o_proj.bias",
+        "model.layers.0.mlp.down_proj.weight_scale",
+        "lm_head.bias",
+    ],
 )
 def test_what_would_change_the_model_is_refused(extra, tmp_path):
     def change(tensors: Tensors) -> None:
         tensors[extra] = np.ones(32, np.float32)
 
     assert f"unknown: {extra}" in refused(write(tmp_path, "qwen3", change))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "base_model.model.", "_orig_mod.", "transformer."])
+def test_the_names_of_a_wrapper_say_what_to_save(prefix, tmp_path):
+    """transformers would begin such a model at random, and warn of it."""
+
+    def change(tensors: Tensors) -> Tensors:
+        return {prefix + name: value for name, value in tensors.items()}
+
+    message = refused(write(tmp_path, "qwen3", change))
+    assert f"names that begin with {prefix}, so a wrapper of the model was saved" in message
+
+
+def test_a_head_that_a_config_does_not_tell_of_says_how_to_tell(tmp_path):
+    message = refused(write(tmp_path / "tied", "qwen2_tied", dict, tie_word_embeddings=False))
+    assert f"missing: {HEAD}." in message and '"tie_word_embeddings": true' in message
+    message = refused(write(tmp_path / "untied", "qwen2_untied", dict, tie_word_embeddings=True))
+    assert f"other than {EMBED}, though config.json ties them: {HEAD}." in message
+    assert '"tie_word_embeddings": false' in message
 
 
 def test_an_adapters_tensors_say_how_to_merge(tmp_path):
@@ -212,6 +290,15 @@ def test_a_tensor_with_nan_is_named(name, dtype, tmp_path):
 
     message = refused(write(tmp_path, "qwen2_untied", change))
     assert f"the tensor {name} holds NaN or infinite numbers" in message
+
+
+def test_a_number_beyond_the_dtype_it_is_read_in_is_named(tmp_path):
+    def change(tensors: Tensors) -> None:
+        tensors["model.norm.weight"] = np.full(32, 3.4e38, np.float32)
+
+    load(write(tmp_path, "qwen3", change), "float32")
+    with pytest.raises(UsageError, match=r"model\.norm\.weight holds .* than bfloat16 has"):
+        load(tmp_path, "bfloat16")
 
 
 def test_a_tied_head_with_nan_in_both_copies_is_named_for_it(tmp_path):
