@@ -634,7 +634,7 @@ def test_a_saved_dataset_without_train_needs_a_split_if_it_has_several(tmp_path)
         ("x.csv", "question,answer_1\n".encode("utf-16-le"), "iconv -f utf-16le"),
         ("x.csv", b"PK\x03\x04\x14\0", "is a spreadsheet or an archive: save the sheet as CSV"),
         ("x.xlsx", b"PK\x03\x04\x14\0", "Save the sheet as CSV (CSV UTF-8)."),
-        ("x.jsonl", gzip.compress(b"{}"), "is gzipped: let its name end with .gz"),
+        ("x.jsonl", gzip.compress(b"{}", mtime=0), "is gzipped: let its name end with .gz"),
         ("x.csv", b"question,answer_1\na", "row 1 has 1 cells, the header has 2"),
         ("x.csv", b"question,answer_1,answer_2,score_1,score_2\na,b,c,x,1", "two numbers"),
         (
