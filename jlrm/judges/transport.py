@@ -40,8 +40,12 @@ class Server:
         return httpx2.AsyncClient(headers=headers, limits=limits, timeout=None)
 
     def quotable(self, text: str) -> str:
-        """Return a server's text without the key, which it may echo, on one short line."""
+        """Return a server's text without the key, which it may echo, on one short line.
+
+        Characters that steer a terminal, or that no file can hold, become U+FFFD.
+        """
         text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
+        text = "".join(c if c.isprintable() else "\ufffd" for c in text[: QUOTED + 1])
         return text if len(text) <= QUOTED else text[:QUOTED] + "..."
 
     async def exchange(
