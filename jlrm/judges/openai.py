@@ -120,6 +120,8 @@ class Endpoint:
 
     async def _ask(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply:
         """Send a vote once; a reply is in the cache when this returns."""
+        if self._cache is not None:
+            self._cache.check_writable()
         body = self.settings.body(self.template, game, vote, self._is_apart)
         async with self._purse.hold(self._purse.price(*self.settings.most_tokens(body))) as receipt:
             reply = await self._send(client, body, receipt)
