@@ -19,6 +19,7 @@ from jlrm.config import RunError, UsageError
 
 LONGEST_PAUSE = 600.0  # seconds; a server that asks for more has a limit per day
 READ = 20_000  # characters of a body in which a wait or a field's name is looked for
+QUOTED = 400  # characters in which a key or a model is looked for
 LIMITED = 429
 
 _OF_ONE_GAME = (400, 413, 422)  # most often a prompt that is too long
@@ -213,7 +214,7 @@ def failure(
 
 def _suspects(status: int, complaint: Complaint) -> str:
     """Return what a server most likely does not like, if it is nothing of one game."""
-    text = complaint.message[:READ]
+    text = complaint.message[:QUOTED]  # behind it, servers echo what they were sent
     if status == 402 or complaint.codes & _NEVER_PASSES:
         return "the account's balance"
     if status in (401, 403) or _OF_THE_KEY.search(text):

@@ -242,10 +242,10 @@ def test_a_batch_that_is_gone_is_told_with_its_list(make, service, tmp_path):
     backend = make(server)
     backend._service.jobs = [
         batch_service.Job("f", "batch_9", (backend._name(vote),))
-        for vote in backend._votes(games(1))
+        for vote in backend._votes(games(2))
     ]
     with pytest.raises(UsageError, match=rf"has no batch_9\. Remove {listed} to ask"):
-        backend(games(1), lambda answer: None)
+        backend(games(2), lambda answer: None)
 
 
 def test_a_server_without_batches_is_told(service, make):
