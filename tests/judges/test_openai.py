@@ -606,7 +606,7 @@ def test_a_cache_that_cannot_be_written_is_read_but_nothing_is_asked(serve, tmp_
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert all(each.texts for each in judged(make(server, cache=cache), games(2)).values())
     with pytest.raises(RunError, match="can't be written"):
-        judged(make(server, cache=cache), games(3))
+        judged(make(server, cache=cache), games(4))
     assert len(server.requests) == 2
 
 
@@ -618,7 +618,7 @@ def test_an_environment_that_allows_no_connection_is_told(serve, monkeypatch, na
     server = serve()
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=r"with this environment: .+ Check HTTP_PROXY"):
-        judged(make(server), games(1))
+        judged(make(server), games(2))
 
 
 def test_a_servers_text_cannot_steer_a_terminal(serve):
