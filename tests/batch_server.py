@@ -6,7 +6,8 @@ It prints its port. A batch has ended after it was looked at N times. Its replie
 chat_server.py: a request whose prompt holds `FAULT:s400` goes to the file of errors. Faults of the
 service: `lost` (the first batch begins, but its name never comes back), `busy` (every third call
 is a 503), `expired` (half of each batch is left), `failed`, `evil_id`, `many_lines`, `torn` (the
-first download breaks off), `order` (a file's lines come backwards).
+first download breaks off), `order` (a file's lines come backwards), `twice` (each line again, the
+second time as an error, with lines of others), `no_file` (its files are gone), `no_status`.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Server(ThreadingHTTPServer):
     def look(self, name: str) -> dict[str, Any]:
         batch = self.batches[name]
         batch["left"] -= 1
+        if self.args.fault == "no_status":
+            return {"id": name}
         counts = {"total": batch["total"], "completed": 0, "failed": 0}
         if batch["left"] >= 0 or batch["status"] == "completed":
             return {**batch, "status": batch["status"].replace("validating", "in_progress")}
@@ -84,6 +87,8 @@ class Server(ThreadingHTTPServer):
             if lines:
                 batch[key] = f"file-{next(self.numbers)}"
                 self.files[batch[key]] = b"\n".join(json.dumps(line).encode() for line in lines)
+        if self.args.fault == "no_file":
+            self.files = {}
         counts["completed"] = len(rows)
         status = "expired" if self.args.fault == "expired" else "completed"
         batch.update(status=status, request_counts=counts, completed_at=160)
@@ -154,6 +159,10 @@ class Handler(BaseHTTPRequestHandler):
     def download(self, content: bytes) -> None:
         if self.server.args.fault == "many_lines":
             content += b"\n{}" * 1000
+        if self.server.args.fault == "twice":
+            rows = [{**json.loads(line), "response": None} for line in content.splitlines()]
+            rows += [{"custom_id": "another's", "response": None}]
+            content += b"".join(b"\n" + json.dumps(row).encode() for row in rows)
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -100,6 +100,8 @@ class BatchEndpoint:
         for name, vote in wanted.items():
             if name not in known and name not in affordable:
                 count(vote, NoReply(f"not asked: no room in the budget of {self._budget}"))
+        if self._cache is not None and (affordable or jobs):
+            self._cache.check_writable()
         async with self._service.client() as client:
             for part in _parts(affordable, wanted):
                 bodies = {name: wanted[name].body for name in part}

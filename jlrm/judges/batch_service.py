@@ -29,11 +29,15 @@ from jlrm.judges.transport import Server
 
 FIRST_POLL, LONGEST_POLL = 5.0, 60.0  # seconds between two looks at a batch
 MOST_PAGES = 50  # of a list of batches
-ENDED = ("completed", "expired", "cancelled", "failed")
+ENDED = ("completed", "expired", "cancelled", "canceled", "failed")
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Results = dict[str, Reply | NoReply]  # by the names of requests
+
+
+class Gone(Exception):
+    """The server has no such file or batch, or no longer."""
 
 
 class Job(NamedTuple):
@@ -124,8 +128,8 @@ class BatchService:
             job = await self._named(client, job, is_new=False)
         wait, told = FIRST_POLL, ""
         while True:
-            state = await self._call(client, "GET", f"/batches/{job.id}")
-            status = str(state.get("status"))
+            state = await self._state(client, job)
+            status = state["status"].lower()
             if (now := f"{job.id}: {status}{_progress(state)}") != told:
                 log.warning("%s", now)
                 told = now
@@ -138,10 +142,32 @@ class BatchService:
             reason = self.quotable(_errors(state))
             raise UsageError(f"{self._address}: {job.id} failed: {reason}")
         results: Results = {}
-        for key in ("output_file_id", "error_file_id"):
+        for key in ("error_file_id", "output_file_id"):  # where both name a request, it has a reply
             if state.get(key):
-                results |= await self._results(client, _id(state, "file", key), job, state)
+                file = _id(state, "file", key)
+                try:
+                    results |= await self._results(client, file, job, state)
+                except Gone:
+                    text = "%s: the server has no file %s any more; the next run asks its games."
+                    log.warning(text, job.id, file)
         return results
+
+    async def _state(self, client: httpx2.AsyncClient, job: Job) -> Mapping[str, Any]:
+        """Return what the server says of a batch, whose `status` is text.
+
+        Raises:
+          UsageError: there is no such batch.
+          RunError: it does not say what became of it.
+        """
+        advice = f"Remove {self._path} to ask, and pay for, its requests again"
+        try:
+            state = await self._call(client, "GET", f"/batches/{job.id}")
+        except Gone:
+            raise UsageError(f"{self._address} has no {job.id}. {advice}.") from None
+        if not isinstance(state.get("status"), str):
+            text = self.quotable(json.dumps(dict(state)))
+            raise RunError(f"{self._address}: no status of {job.id} in {text}. {advice}.")
+        return state
 
     async def _results(
         self, client: httpx2.AsyncClient, file: str, job: Job, state: Mapping[str, Any]
@@ -157,16 +183,16 @@ class BatchService:
             def take(line: bytes) -> None:
                 nonlocal num_lines
                 num_lines += 1
-                if num_lines > len(names) + 1:
+                if num_lines > 2 * len(names) + 100:  # some are given twice, but not without end
                     raise Declined(f"the file {file} has more lines than there were requests")
                 name, result = self._result(line, seconds)
-                if name in names:
+                if name in names and not isinstance(results.get(name), Reply):
                     results[name] = result
 
             url = self._settings.address(f"/files/{file}/content")
             received = await self._server.lines(client, url, take)
             if received.status != 200:
-                raise self._failure(received)
+                raise self._failure(received, url)
             if received.content.strip():
                 take(received.content)
             return results
@@ -184,11 +210,13 @@ class BatchService:
         answer = row.get("response")
         answer = answer if isinstance(answer, dict) else {}
         body, status = answer.get("body"), answer.get("status_code")
-        if status == 200:
+        if isinstance(status, int) and 200 <= status < 300:
             try:
                 return name, protocol.read_object(body, seconds)
             except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
-                return name, NoReply(f"no judgement in it: {quote(json.dumps(body))}")
+                text = f"no judgement in it: {json.dumps(body)}"
+                if not (status := complaints.of_object(body, text).status):
+                    return name, NoReply(quote(text))
         if isinstance(status, int) and body:
             received = Received(status, {}, json.dumps(body).encode())
             failure = complaints.failure(received, self._sent, quote, self._address, False)
@@ -223,7 +251,7 @@ class BatchService:
             url += f"{'&' if '?' in url else '?'}{query}"
         received = await self._server.exchange(client, method, url, **content)
         if received.status not in (200, 201):
-            raise self._failure(received)
+            raise self._failure(received, path)
         try:
             value = json.loads(received.content)
         except (ValueError, RecursionError):
@@ -233,7 +261,9 @@ class BatchService:
             raise Passing(f"no JSON object: {self.quotable(text)}")
         return value
 
-    def _failure(self, received: Received) -> Exception:
+    def _failure(self, received: Received, path: str) -> Exception:
+        if received.status in (404, 410) and path.count("/") > 1:  # one that was there
+            return Gone(path)
         return complaints.failure(received, {}, self.quotable, self._address, True)
 
     def _keep(self, jobs: Sequence[Job]) -> None:

@@ -20,32 +20,45 @@ from jlrm.config import RunError, UsageError
 
 LONGEST_PAUSE = 600.0  # seconds; a server that asks for more has a limit per day
 READ = 20_000  # characters of a body in which a wait or a field's name is looked for
+QUOTED = 400  # characters in which a key or a model is looked for
 LIMITED = 429
 
 _OF_ONE_GAME = (400, 413, 422)  # most often a prompt that is too long
-_MAY_PASS = (408, 409, LIMITED)  # and all from 500 on
+_MAY_PASS = (408, 409, 424, 425, LIMITED, 498, 499)  # and all from 500 on
+_IS_LIMIT = (LIMITED, 498)  # Groq's word for a tier without room
 _OF_THE_SETTINGS = {"unsupported_parameter", "unsupported_value", "model_not_found"}
 _NEVER_PASSES = {"insufficient_quota", "billing_hard_limit_reached"}
+_OF_THE_KEY = re.compile(r"api[ _-]?key|unauthori[sz]ed|authenticat|credentials", re.IGNORECASE)
+_OF_THE_MODEL = re.compile(
+    r"(invalid|unknown|no such|unsupported) model|not a valid model"
+    r"|\bmodel\b.{0,60}(not found|not exist|not available)",
+    re.IGNORECASE,
+)
 _OF_THE_PROMPT = ("messages", "prompt", "model")  # fields that nobody can leave out
 
 _FILTERS = {
     *("content_filter", "content_policy_violation", "responsibleaipolicyviolation"),
     *("data_inspection_failed", "datainspectionfailed", "invalid_prompt", "moderation_blocked"),
+    *("content_filtered", "content_filter_error", "content_blocked", "prohibited_content"),
 }
 _FILTERED = re.compile(
     r"content[ _](management |moderation |safety )?(policy|filter)|usage polic"
-    r"|safety (system|polic)|flagged|inappropriate content|ResponsibleAI|requires moderation",
+    r"|safety (system|polic)|flagged|inappropriate content|ResponsibleAI|requires moderation"
+    r"|blocked.{0,40}(safety|prohibited|moderat|guardrail)|prohibited[ _]content|unsafe content"
+    r"|content exists risk|considered high risk|sensitive (content|word|information)|敏感",
     re.IGNORECASE,
 )
 _NO_SYSTEM = re.compile(
     r"system (role|message|prompt|instruction)|system['\"] role|\brole.{0,60}(system|alternate)"
-    r"|only user,? (and )?assistant|developer instruction",
+    r"|only user,? (and )?assistant|developer instruction|['\"`]system['\"`]"
+    r"|(first message|start|begin).{0,40}\buser",
     re.IGNORECASE | re.DOTALL,
 )
 _UNWANTED = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown|extra[_ ]|not permitted|unexpected"
     r"|not allowed|forbidden|invalid (argument|parameter|field)|find field|deprecated"
-    r"|incompatible|only the default",
+    r"|incompatible|only the default|only \S+ is allowed|must be (strictly )?positive"
+    r"|cannot (both )?be (specified|used|set)",
     re.IGNORECASE,
 )
 _UNITS = {"ms": 0.001, "milli": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -53,8 +66,15 @@ _PART = (
     r"(\d+(?:\.\d+)?)\s*(ms|milli|s|m|h|d)"
     r"(?:seconds?|econds?|ecs?|inutes?|ins?|ours?|rs?|ays?)?(?![a-z])"
 )
+_TITLE = re.compile("<title[^>]*>([^<]*)", re.IGNORECASE)
 _DURATION = re.compile(rf"\s*(?:{_PART}\s*)+", re.IGNORECASE)
 _TOLD = re.compile(rf"(?:again|retry|wait|reset)[^\d\n]{{0,40}}((?:{_PART}\s*)+)", re.IGNORECASE)
+
+
+_RETRY_AFTER = re.compile(
+    r"\"retry[_-]?after(?:[_-]?(?:seconds?|(ms)))?\"\s*:\s*\"?(\d{1,9}(?:\.\d{1,9})?)[\"\s,}]",
+    re.IGNORECASE,
+)
 
 
 class Received(NamedTuple):
@@ -89,12 +109,13 @@ class Declined(Exception):
 
 
 class Complaint(NamedTuple):
-    """A server's error."""
+    """A server's error. `status`: of HTTP, where the body names one; 0 elsewhere."""
 
     message: str
     codes: frozenset[str] = frozenset()  # its code, type and inner code, in lower case
     field: str = ""  # of the request, that it names
     kind: str = ""  # of a fault of a field, as validators call it
+    status: int = 0
 
 
 def read(body: bytes) -> Complaint:
@@ -103,25 +124,43 @@ def read(body: bytes) -> Complaint:
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
-        return Complaint(text)
+        title = _TITLE.search(text[:READ])
+        return Complaint(f"a web page, '{title[1].strip()}'" if title else text)
     return of_object(content, text)
 
 
 def of_object(content: Any, text: str) -> Complaint:
     """Return the error that a JSON value holds; text: what is said where none is found."""
+    if isinstance(content, list) and content:  # Gemini's come in a list
+        content = content[0]
     error = content.get("error") or content if isinstance(content, dict) else content
     if not isinstance(error, dict):
         return Complaint(error if isinstance(error, str) else text)
     message = error.get("message") or error.get("detail")
     inner = error.get("innererror")
     codes = [error.get("code"), error.get("type"), isinstance(inner, dict) and inner.get("code")]
+    known = frozenset(code.lower() for code in codes if code and isinstance(code, str))
     field, kind = next(_faults(error), (error.get("param"), ""))
     return Complaint(
         message if isinstance(message, str) else text,
-        frozenset(code.lower() for code in codes if code and isinstance(code, str)),
-        re.split(r"[.\[]", field)[0] if isinstance(field, str) else "",
+        known,
+        _field(field),
         kind,
+        _status(error, known) if isinstance(content, dict) and content.get("error") else 0,
     )
+
+
+def _field(place: Any) -> str:
+    """Return the field in "seed", "body.seed" or "messages[0].role"."""
+    names = re.split(r"[.\[]", place) if isinstance(place, str) else [""]
+    return next((name for name in names if name != "body"), "")
+
+
+def _status(error: Mapping[str, Any], codes: frozenset[str]) -> int:
+    code = str(error.get("code"))
+    if re.fullmatch("[45][0-9][0-9]", code):
+        return int(code)
+    return 400 if codes & _FILTERS else 0
 
 
 def _faults(error: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -164,18 +203,31 @@ def failure(
                 f"{url} answered {text}. It asks to wait for {wait / 60:.0f} minutes: run"
                 " this again then, responses so far are kept."
             )
-        return Passing(text, wait=wait, is_limit=status == LIMITED)
-    if status in _OF_ONE_GAME and not complaint.codes & _OF_THE_SETTINGS:
+        return Passing(text, wait=wait, is_limit=status in _IS_LIMIT)
+    is_of_game = status in _OF_ONE_GAME and not complaint.codes & _OF_THE_SETTINGS
+    if is_of_game and not (is_first and _suspects(status, complaint)):
         return Declined(text)
-    suspects = "the API key" if status in (401, 403) else "the model, base_url and settings"
-    return UsageError(f"{url} answered {text.rstrip('.')}. Check {suspects}.")
+    if target := received.headers.get("location"):
+        text += f" It points to {quote(target)}."
+    suspects = _suspects(status, complaint) or "the model, base_url and settings"
+    return UsageError(f"{url} answered {text.rstrip('. ')}. Check {suspects}.")
+
+
+def _suspects(status: int, complaint: Complaint) -> str:
+    """Return what a server most likely does not like, if it is nothing of one game."""
+    text = complaint.message[:QUOTED]  # behind it, servers echo what they were sent
+    if status == 402 or complaint.codes & _NEVER_PASSES:
+        return "the account's balance"
+    if status in (401, 403) or _OF_THE_KEY.search(text):
+        return "the API key"
+    return "the model" if _OF_THE_MODEL.search(text) else ""
 
 
 def is_filtered(status: int, complaint: Complaint) -> bool:
     """Return whether a server refuses what stands in the prompt."""
-    is_refusal = status in (400, 403, 422, 451)
-    by_code = bool(complaint.codes & _FILTERS)
-    return is_refusal and (by_code or bool(_FILTERED.search(complaint.message)))
+    if complaint.codes & _FILTERS:
+        return status >= 400 and status != LIMITED
+    return status in (400, 403, 422, 451) and bool(_FILTERED.search(complaint.message))
 
 
 def is_about_system(status: int, complaint: Complaint) -> bool:
@@ -213,21 +265,34 @@ def refused_field(complaint: Complaint, sent: Mapping[str, Any]) -> str:
 def wait_told(received: Received, now: datetime.datetime) -> float | None:
     """Return the seconds that a server asks to wait; None where it does not say.
 
-    The most exact one counts: `retry-after-ms`, `Retry-After`, the text ("try again in 1.5s"), the
-    `x-ratelimit-reset-*` of what is used up, the least of the others.
+    The most exact one counts: `retry-after-ms`, `Retry-After`, the text ("try again in 1.5s"), a
+    number in the body (`retry_after`), the `x-ratelimit-reset-*` of what is used up, the least of
+    the others.
     """
     headers = received.headers
-    told = _TOLD.search(received.content[: 4 * READ].decode(errors="replace")[:READ])
+    told = _TOLD.search(_beginning(received))
     resets = dict(_resets(headers, now))
     used_up = [wait for kind, wait in resets.items() if _is_used_up(headers, kind)]
     candidates = (
         _milliseconds(headers.get("retry-after-ms")),
         moment(headers.get("retry-after"), now),
         duration(told[1]) if told else None,
+        _in_body(received),
         max(used_up, default=None),
         min(resets.values(), default=None),
     )
     return next((wait for wait in candidates if wait), None)
+
+
+def _beginning(received: Received) -> str:
+    return received.content[: 4 * READ].decode(errors="replace")[:READ]
+
+
+def _in_body(received: Received) -> float | None:
+    """Return the seconds in a field such as `"retry_after": 12`."""
+    if not (found := _RETRY_AFTER.search(_beginning(received))):
+        return None
+    return float(found[2]) * (0.001 if found[1] else 1.0)
 
 
 def duration(text: str) -> float | None:
@@ -235,7 +300,8 @@ def duration(text: str) -> float | None:
     if not _DURATION.fullmatch(text):
         return None
     parts = re.findall(_PART, text, re.IGNORECASE)
-    return math.fsum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
+    seconds = math.fsum(float(number) * _UNITS[unit.lower()] for number, unit in parts)
+    return seconds if math.isfinite(seconds) else None
 
 
 def moment(text: str | None, now: datetime.datetime) -> float | None:
@@ -274,7 +340,8 @@ def _milliseconds(text: str | None) -> float | None:
 def _resets(headers: Mapping[str, str], now: datetime.datetime) -> Iterator[tuple[str, float]]:
     """Yield (kind of limit, seconds) of every header such as `x-ratelimit-reset-tokens`."""
     for name, value in headers.items():
-        if "ratelimit" in name and "reset" in name and (wait := moment(value, now)) is not None:
+        is_reset = "ratelimit" in name.replace("-", "") and "reset" in name
+        if is_reset and (wait := moment(value, now)) is not None:
             yield name, wait
 
 

@@ -120,6 +120,8 @@ class Endpoint:
 
     async def _ask(self, client: httpx2.AsyncClient, game: Game, vote: int) -> Reply:
         """Send a vote once; a reply is in the cache when this returns."""
+        if self._cache is not None:
+            self._cache.check_writable()
         body = self.settings.body(self.template, game, vote, self._is_apart)
         async with self._purse.hold(self._purse.price(*self.settings.most_tokens(body))) as receipt:
             reply = await self._send(client, body, receipt)
@@ -138,8 +140,14 @@ class Endpoint:
         except Passing as error:
             receipt.usd = 0.0 if error.is_unreachable else receipt.usd
             raise
-        if received.status == 200:
-            return self._read(received.content, time.perf_counter() - began, receipt)
+        if 200 <= received.status < 300:
+            seconds = time.perf_counter() - began
+            try:
+                return self._read(received.content, seconds, receipt)
+            except protocol.Unreadable as error:
+                if not error.status:
+                    raise self._no_judgement(received, error) from None
+                received = received._replace(status=error.status)  # what a gateway hides in a 200
         receipt.usd = 0.0
         self._adapt(received, named)
         quote, is_first = self._server.quotable, not self._pace.is_answered
@@ -152,7 +160,8 @@ class Endpoint:
           Adapted: there is another form now; the request goes again.
         """
         complaint = complaints.read(received.content)
-        if received.status == 400 and LIMITS[0] in sent and LIMITS[1] in complaint.message:
+        is_fault = received.status in (400, 422)
+        if is_fault and LIMITS[0] in sent and LIMITS[1] in complaint.message:
             self._limit = LIMITS[1]
             raise Adapted
         is_apart = any(each["role"] == "system" for each in sent.get("messages", ()))
@@ -168,12 +177,12 @@ class Endpoint:
             self._is_apart = False
             raise Adapted
 
+    def _no_judgement(self, received: Received, error: protocol.Unreadable) -> Passing:
+        is_page = received.content.lstrip()[:1] == b"<"  # no endpoint, as far as one can tell
+        return Passing(self._server.quotable(str(error)), is_unreachable=is_page)
+
     def _read(self, body: bytes, seconds: float, receipt: Receipt) -> Reply:
-        quote = self._server.quotable
-        try:
-            reply = protocol.read(body, seconds)
-        except protocol.Unreadable as error:
-            raise Passing(quote(str(error))) from None
+        quote, reply = self._server.quotable, protocol.read(body, seconds)
         self.spent.prompt_tokens += reply.prompt_tokens or 0
         self.spent.num_tokens += reply.num_tokens or 0
         if reply.prompt_tokens is not None and reply.num_tokens is not None:
@@ -188,7 +197,8 @@ class Endpoint:
 def refusal(reply: Reply, quote: Callable[[str], str]) -> str:
     """Return why content was refused: the server's word, and the judge's where it gave any."""
     is_told = reply.finish_reason == "refusal" and reply.text.strip()
-    return f"{reply.finish_reason}: {quote(reply.text)}" if is_told else f"{reply.finish_reason}"
+    word = quote(str(reply.finish_reason))
+    return f"{word}: {quote(reply.text)}" if is_told else word
 
 
 def unfinished(reply: Reply, quote: Callable[[str], str]) -> str:
@@ -196,5 +206,5 @@ def unfinished(reply: Reply, quote: Callable[[str], str]) -> str:
     if reply.finish_reason == "error" and reply.text.strip():
         return f"the reply ended with an error: {quote(reply.text)}"
     if not reply.text.strip():
-        return f"an empty reply, finish_reason '{reply.finish_reason}'"
-    return f"the reply was not finished, finish_reason '{reply.finish_reason}'"
+        return f"an empty reply, finish_reason '{quote(str(reply.finish_reason))}'"
+    return f"the reply was not finished, finish_reason '{quote(str(reply.finish_reason))}'"

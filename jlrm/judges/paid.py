@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import pathlib
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,14 @@ class Cache:
             raise UsageError(f"The cache {directory} can't be made: {error.strerror}.") from None
         self.directory = directory
 
+    def check_writable(self) -> None:
+        """Raise RunError where nothing can be kept; what is kept already can still be read."""
+        if not os.access(self.directory, os.W_OK | os.X_OK):
+            raise RunError(
+                f"The cache {self.directory} can't be written, so that replies would be paid for"
+                " again: give another --cache, or none."
+            )
+
     def path(self, request: Mapping[str, Any]) -> pathlib.Path:
         """Return where the reply to a request is or will be."""
         text = json.dumps(request, sort_keys=True)
@@ -151,7 +160,8 @@ class Cache:
           RunError: it can't be written, so that it would be paid for again.
         """
         path = self.path(request)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+        # Two machines may share a cache, and their processes a number.
+        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
             unfinished.write_text(json.dumps(reply._asdict()))
             unfinished.replace(path)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jlrm.evaluation.games import Game, Response
@@ -25,23 +25,38 @@ from jlrm.judges import complaints
 
 Ending = Literal["stop", "length", "refused", "unfinished"]
 
-# The words of servers, in lower case. A call of a tool ends a text as well: none was offered.
+# The words of servers, as `_letters` gives them. A call of a tool ends a text as well: none was
+# offered. A regular end must be known by its whole word; limits and refusals have too many names.
 STOP = {
-    *("stop", "eos", "eos_token", "end_turn", "stop_sequence", "stop_token", "end", "done"),
-    *("complete", "completed", "finished", "tool_calls", "tool_call", "tool_use", "function_call"),
+    *("stop", "stopsequence", "stoptoken", "stopword", "end", "endturn", "endoftext", "imend"),
+    *("eos", "eostoken", "eosfound", "eot", "done", "complete", "completed", "finished", "normal"),
+    *("toolcall", "toolcalls", "tooluse", "functioncall"),
 }
-LENGTH = {
-    *("length", "max_tokens", "max_output_tokens", "max_completion_tokens", "max_length"),
-    *("model_length", "model_context_window_exceeded", "token_limit"),
-}
-REFUSED = {
-    *("content_filter", "content_filtered", "content_filter_error", "refusal", "safety"),
-    *("recitation", "prohibited_content", "blocklist", "spii", "sensitive"),
-    *("guardrail_intervened", "error_toxic"),
-}
+LENGTH = re.compile(
+    r"length|tokens?limit|max(new|output|completion|predicted)?(token|len)|maxoutput"
+    r"|contextwindow|^(error)?limit$"
+)
+REFUSED = re.compile(
+    r"filter|refus|safety|moderat|guardrail|prohibited|sensitive|blocklist|toxic"
+    r"|recitation|spii|flagged"
+)
 MOST_TOKENS = 10**9  # that a reply can have used; what says more has counted wrongly
 
+# Fields of a message that hold what was thought, of vLLM, SGLang, OpenRouter, LiteLLM and Ollama.
+REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking_blocks", "thinking")
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_THINKING = re.compile("thinking|reasoning|thought")
+_EVENT = re.compile(rb"\s*(data|event|id|retry|):")  # how server-sent events begin
+
+
+def _letters(word: str) -> str:
+    """Return a server's word in one spelling: "maxtokens" of "FinishReason.MAX_TOKENS".
+
+    What follows a colon is a detail: "content_filter: RECITATION".
+    """
+    letters = re.sub(r"[^a-z]", "", word.lower().partition(":")[0])
+    return letters.removeprefix("finishreason").removeprefix("stopreason").removeprefix("reason")
 
 
 class Reply(NamedTuple):
@@ -56,12 +71,12 @@ class Reply(NamedTuple):
     @property
     def ending(self) -> Ending:
         """What became of the text."""
-        reason = (self.finish_reason or "").lower()
-        if reason in REFUSED:
+        word = _letters(self.finish_reason or "")
+        if REFUSED.search(word):
             return "refused"
-        if reason in LENGTH:
+        if LENGTH.search(word):
             return "length"
-        is_regular = reason in STOP or self.finish_reason is None
+        is_regular = word in STOP or self.finish_reason is None
         return "stop" if is_regular and self.text.strip() else "unfinished"
 
     @property
@@ -78,28 +93,32 @@ class NoReply(NamedTuple):
 
 
 class Unreadable(Exception):
-    """A body that holds no judgement."""
+    """A body that holds no judgement. `status`: of HTTP, where an error in the body names one."""
+
+    def __init__(self, reason: str, status: int = 0) -> None:
+        super().__init__(reason)
+        self.status = status
 
 
 def read(body: bytes, seconds: float) -> Reply:
     """Read the body of /completions or /chat/completions.
 
-    An error beside a choice, as gateways send it, ends the text as "error"; a refusal that stands
-    in the place of the content ends it as "refusal".
+    An error beside a choice, as gateways send it, ends the text as "error"; a refusal in the place
+    of the content ends it as "refusal". Events, though none were asked for, are joined.
 
     Raises:
       Unreadable: no JSON, no choice, or no text in it.
     """
     try:
-        content = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Unreadable(f"no JSON: {body[:1000].decode(errors='replace')}") from None
+        content = _joined(body) if _EVENT.match(body) else json.loads(body)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise Unreadable(f"no JSON: {complaints.read(body[:1000]).message}") from None
     try:
         return read_object(content, seconds)
     except (KeyError, IndexError, TypeError, AttributeError, RecursionError):
         text = body[:1000].decode(errors="replace")
-        message = complaints.of_object(content, text).message
-        raise Unreadable(f"no judgement in it: {message}") from None
+        complaint = complaints.of_object(content, text)
+        raise Unreadable(f"no judgement in it: {complaint.message}", complaint.status) from None
 
 
 def read_object(content: Any, seconds: float) -> Reply:
@@ -108,19 +127,80 @@ def read_object(content: Any, seconds: float) -> Reply:
     Raises:
       KeyError, IndexError, TypeError, AttributeError, RecursionError: it is no reply.
     """
+    if word := _blocked(content):
+        return Reply("", word, None, None, seconds)
     choice = content["choices"][0]
     text, reason = _text(choice), choice.get("finish_reason")
-    if error := choice.get("error") or content.get("error"):
-        text, reason = complaints.of_object({"error": error}, str(error)).message, "error"
+    if error := _error(choice) or _error(content):
+        complaint = complaints.of_object({"error": error}, str(error))
+        text = complaint.message
+        reason = (
+            "refusal" if complaints.is_filtered(complaint.status or 400, complaint) else "error"
+        )
+    elif _is_refusal(choice):
+        reason = "refusal"
+    reason = None if reason is None else _SURROGATE.sub("\ufffd", str(reason))
+    return Reply(_SURROGATE.sub("\ufffd", text), reason, *_usage(content), seconds)
+
+
+def _blocked(content: Any) -> str:
+    """Return why Gemini's filter has let no candidate through; else ""."""
+    if content.get("choices"):
+        return ""
+    feedback = content.get("prompt_feedback") or content.get("promptFeedback") or {}
+    reason = feedback.get("block_reason") or feedback.get("blockReason")
+    return f"content_filter: {reason}" if reason else ""
+
+
+def _error(holder: Any) -> Any:
+    """Return an error that says anything: some servers always send the field."""
+    error = holder.get("error")
+    return error if not isinstance(error, dict) or any(error.values()) else None
+
+
+def _usage(content: Any) -> tuple[int | None, int | None]:
+    """Return the tokens of the prompt and those generated.
+
+    Some servers leave the reasoning out of `completion_tokens`, and bill by `total_tokens`.
+    """
     usage = content.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    return Reply(
-        _SURROGATE.sub("\ufffd", text),
-        "refusal" if _is_refusal(choice) else None if reason is None else str(reason),
-        count(usage.get("prompt_tokens")),
-        count(usage.get("completion_tokens")),
-        seconds,
-    )
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    told = (usage.get(name) for name in names) if isinstance(usage, dict) else (None, None, None)
+    num_prompt, num_generated, total = map(count, told)
+    if num_prompt is not None and num_generated is not None and total is not None:
+        num_generated = max(num_generated, total - num_prompt)
+    return num_prompt, num_generated
+
+
+def _joined(body: bytes) -> dict[str, Any]:
+    """Return what server-sent events come to, in the form of a reply that is sent whole.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: they are no events of a reply.
+    """
+    whole: dict[str, Any] = {}
+    choice: dict[str, Any] = {"message": {}, "finish_reason": "a stream that broke off"}
+    for line in body.splitlines():
+        data = line.removeprefix(b"data:").strip()
+        if not line.startswith(b"data:") or not data:
+            continue
+        if data == b"[DONE]":
+            if choice["finish_reason"] == "a stream that broke off":
+                choice["finish_reason"] = None
+            break
+        event = json.loads(data)
+        whole |= {name: event[name] for name in ("usage", "error") if event.get(name)}
+        for piece in (event.get("choices") or ())[:1]:
+            _extend(choice["message"], piece.get("delta") or piece.get("message") or {})
+            _extend(choice, {"text": piece.get("text")})
+            choice["finish_reason"] = piece.get("finish_reason") or choice["finish_reason"]
+    return {**whole, "choices": [choice]}
+
+
+def _extend(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    for name, value in delta.items():
+        if isinstance(value, str | list) and isinstance(value, type(message.get(name, value))):
+            message[name] = message[name] + value if name in message else value
 
 
 def stored(row: Any) -> Reply:
@@ -174,9 +254,11 @@ def _text(choice: Any) -> str:
 
     Reasoning that was cut short is left open, so that it is read as a judgement that was cut.
     """
-    if "message" not in choice:
-        return _text_itself(choice["text"])
-    message = choice["message"]
+    message = choice.get("message")
+    if not message:
+        # Of what is filtered or cut off at once, some servers send nothing but the reason.
+        is_ended = choice.get("finish_reason") and choice.get("text") is None
+        return "" if is_ended else _text_itself(choice["text"])
     content, reasoning = _content(message), _reasoning(message)
     if content.lstrip().startswith("<think>"):
         content = content.lstrip().removeprefix("<think>")
@@ -192,14 +274,22 @@ def _content(message: Any) -> str:
     """Return what was written as content: text, or the texts among its parts.
 
     Raises:
-      KeyError, TypeError: there is none, and nothing in its place.
+      TypeError: it is something else.
     """
     content = message.get("content")
-    if content is None and (_reasoning(message) or _refusal(message)):
+    if content is None:
         return ""
-    if isinstance(content, list):
-        return "".join(_said(part) for part in content if not _is_thinking(part))
+    if isinstance(content, list | dict):
+        return "".join(_said(part) for part in _parts(message) if not _is_thinking(part))
     return _text_itself(content)
+
+
+def _parts(message: Any) -> list[Any]:
+    """Return the parts of a content that has any."""
+    content = message.get("content")
+    if isinstance(content, dict):
+        return [content]
+    return content if isinstance(content, list) else []
 
 
 def _text_itself(value: Any) -> str:
@@ -210,17 +300,17 @@ def _text_itself(value: Any) -> str:
 
 
 def _reasoning(message: Any) -> str:
-    for name in ("reasoning_content", "reasoning"):
-        if isinstance(value := message.get(name), str | list) and (text := _said(value)):
+    for name in REASONING:
+        if text := _said(message.get(name)):
             return text
-    content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return "".join(_said(part) for part in parts if _is_thinking(part))
+    return "".join(_said(part) for part in _parts(message) if _is_thinking(part))
 
 
 def _is_thinking(part: Any) -> bool:
-    kind = part.get("type") if isinstance(part, dict) else ""
-    return isinstance(kind, str) and ("thinking" in kind or "reasoning" in kind)
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type")
+    return part.get("thought") is True or (isinstance(kind, str) and bool(_THINKING.search(kind)))
 
 
 def _said(part: Any) -> str:
@@ -229,7 +319,7 @@ def _said(part: Any) -> str:
         return part
     if isinstance(part, list):
         return "".join(_said(each) for each in part)
-    names = ("text", "thinking", "reasoning", "content", "summary")
+    names = ("text", "thinking", "reasoning", "content", "summary", "parts", "value")
     values = (part.get(name) for name in names) if isinstance(part, dict) else ()
     return next((_said(value) for value in values if value), "")
 
@@ -240,9 +330,8 @@ def _is_refusal(choice: Any) -> bool:
 
 
 def _refusal(message: Any) -> str:
-    parts = message.get("content")
-    refusals = [message, *(parts if isinstance(parts, list) else [])]
-    texts = (each.get("refusal") for each in refusals if isinstance(each, dict))
+    holders = [message, *_parts(message)]
+    texts = (each.get("refusal") for each in holders if isinstance(each, dict))
     return next((text for text in texts if text and isinstance(text, str)), "")
 
 

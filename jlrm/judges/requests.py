@@ -250,6 +250,8 @@ def _checked_address(base_url: str) -> urllib.parse.SplitResult:
         is_address, query = False, []
     if not is_address:
         raise UsageError("base_url is no address such as http://localhost:8000/v1.")
+    if parts.path.rstrip("/").endswith("/completions"):
+        raise UsageError("base_url is what stands before /chat/completions, or /completions.")
     if parts.username or parts.password or parts.fragment or {k for k, _ in query} - {VERSION}:
         # Not quoted: it may be a secret, and would be written to every log.
         raise UsageError(

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx2
 
+from jlrm.config import UsageError
 from jlrm.judges.complaints import Declined, Passing, Received
 from jlrm.judges.requests import EndpointSettings
 
@@ -30,18 +31,33 @@ class Server:
         self._is_azure, self._num_kept = settings.is_azure, settings.concurrency
 
     def client(self) -> httpx2.AsyncClient:
-        """Return connections. Only gzip is asked for: the one that `_inflated` knows."""
+        """Return connections. Only gzip is asked for: the one that `_inflated` knows.
+
+        Raises:
+          UsageError: variables of the environment name a proxy or certificates that can't be used.
+        """
         headers = {"Accept-Encoding": "gzip"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         if self._key and self._is_azure:
             headers["api-key"] = self._key
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=self._num_kept)
-        return httpx2.AsyncClient(headers=headers, limits=limits, timeout=None)
+        try:
+            return httpx2.AsyncClient(headers=headers, limits=limits, timeout=None)
+        except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
+            reason = self.quotable(str(error)).rstrip(".")
+            raise UsageError(
+                f"No connection can be made with this environment: {reason}. Check HTTP_PROXY,"
+                " HTTPS_PROXY, ALL_PROXY (no SOCKS), NO_PROXY and SSL_CERT_FILE."
+            ) from None
 
     def quotable(self, text: str) -> str:
-        """Return a server's text without the key, which it may echo, on one short line."""
+        """Return a server's text without the key, which it may echo, on one short line.
+
+        Characters that steer a terminal, or that no file can hold, become U+FFFD.
+        """
         text = " ".join((text.replace(self._key, "[key]") if self._key else text).split())
+        text = "".join(c if c.isprintable() else "\ufffd" for c in text[: QUOTED + 1])
         return text if len(text) <= QUOTED else text[:QUOTED] + "..."
 
     async def exchange(
@@ -105,7 +121,9 @@ class Server:
                     return response.status_code, headers
         except TimeoutError:
             raise Passing(f"no whole reply in {self._timeout:g} s") from None
-        except httpx2.ConnectError as error:
+        except httpx2.InvalidURL as error:
+            raise UsageError(f"base_url is no address: {self.quotable(str(error))}.") from None
+        except (httpx2.ConnectError, httpx2.ProxyError) as error:
             text = self.quotable(str(error))
             raise Passing(f"no connection: {text}", is_unreachable=True) from None
         except (httpx2.HTTPError, zlib.error) as error:

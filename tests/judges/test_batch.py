@@ -221,6 +221,33 @@ def test_a_service_that_misbehaves_is_told_in_one_sentence(service, make, fault,
         make(server, max_retries=1)(games(4), lambda answer: None)
 
 
+def test_lines_given_twice_or_of_others_change_nothing(service, make):
+    answers = judged(make(service("--fault", "twice")), games(4))
+    assert all(each.texts for each in answers.values())
+
+
+def test_replies_that_are_gone_are_asked_by_the_next_run(service, make, tmp_path):
+    server = service("--fault", "no_file")
+    answers = judged(make(server), games(4))
+    assert {each.error for each in answers.values()} == {"the batch ended without it"}
+    assert under_way(tmp_path) == []
+
+
+def test_a_batch_that_is_gone_is_told_with_its_list(make, service, tmp_path):
+    with pytest.raises(RunError):
+        make(service("--fault", "no_status"))(games(4), lambda answer: None)
+    assert len(under_way(tmp_path)) == 1
+    server = service()
+    listed = tmp_path / "out" / "batches.json"
+    backend = make(server)
+    backend._service.jobs = [
+        batch_service.Job("f", "batch_9", (backend._name(vote),))
+        for vote in backend._votes(games(2))
+    ]
+    with pytest.raises(UsageError, match=rf"has no batch_9\. Remove {listed} to ask"):
+        backend(games(2), lambda answer: None)
+
+
 def test_a_server_without_batches_is_told(service, make):
     server = service()
     with pytest.raises(UsageError, match=r"/batches answered HTTP 404: Not Found\. Check"):

@@ -79,6 +79,11 @@ def test_a_moment_in_a_header(header, seconds):
             360.0,
         ),
         ({"ratelimit-reset": "7"}, "", 7.0),
+        ({"x-rate-limit-reset": "7"}, "", 7.0),
+        ({"x-ratelimit-reset-requests": "1m30s"}, "", 90.0),
+        ({"x-ratelimit-reset-requests": "250ms"}, "", 0.25),
+        ({"retry-after": "Tue, 24 Nov 2020 12:00:00 GMT"}, "", None),
+        ({"retry-after": "9" * 400 + "s"}, "", None),
         (
             {"anthropic-ratelimit-requests-remaining": "0"}
             | {"anthropic-ratelimit-requests-reset": "2026-11-24T12:00:30Z"},
@@ -96,6 +101,15 @@ def test_the_wait_that_a_server_tells(headers, text, seconds):
     assert complaints.wait_told(received, NOW) == seconds
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "seconds"),
+    [("retry_after", 12, 12.0), ("retryAfter", "1.5", 1.5), ("retry_after_ms", 500, 0.5)],
+)
+def test_a_number_in_the_body_is_read(name, value, seconds):
+    body = json.dumps({"error": {"message": "slow down", name: value}}).encode()
+    assert complaints.wait_told(Received(429, {}, body), NOW) == seconds
+
+
 def test_a_delay_in_the_details_is_read():
     body = {"error": {"message": "Quota", "details": [{"@type": "x", "retryDelay": "34s"}]}}
     assert complaints.wait_told(Received(429, {}, json.dumps(body).encode()), NOW) == 34.0
@@ -110,6 +124,10 @@ def test_a_delay_in_the_details_is_read():
         (400, {"error": {"message": "Input data may contain inappropriate content."}}),
         (403, {"error": {"message": "Your chosen model requires moderation", "code": 403}}),
         (422, {"detail": "blocked by the content filter"}),
+        (400, [{"error": {"message": "The prompt was blocked due to SAFETY"}}]),
+        (400, {"error": {"message": "Content Exists Risk"}}),
+        (400, {"error": {"message": "输入内容可能包含不安全或敏感内容"}}),
+        (500, {"error": {"message": "no", "code": "content_filter"}}),
     ],
 )
 def test_content_that_is_refused(status, body):
@@ -149,6 +167,10 @@ def test_what_one_game_has_done(status, body):
         ({"error": {"message": 'Unknown name "seed": Cannot find field.'}}, "seed"),
         ({"error": {"message": "property 'seed' is unsupported"}}, "seed"),
         ({"message": "seed: Extra inputs are not permitted"}, "seed"),
+        ({"error": {"message": "Extra inputs are not permitted", "param": "body.seed"}}, "seed"),
+        ([{"error": {"message": 'Unknown name "seed": Cannot find field.'}}], "seed"),
+        ({"error": {"message": "invalid temperature: only 1 is allowed"}}, "temperature"),
+        ({"error": "`temperature` must be strictly positive"}, "temperature"),
         ({"error": {"message": "`temperature` is deprecated for this model."}}, "temperature"),
     ],
 )
@@ -175,6 +197,9 @@ def test_the_limits_other_name_is_told():
         "System role not supported",
         "Conversation roles must alternate user/assistant/user/assistant/...",
         "Only user and assistant roles are supported!",
+        "'system' is not one of ['user', 'assistant'] - 'messages.0.role'",
+        "Expected the first message to be from the user, got system",
+        "A conversation must start with a user message.",
         "Developer instruction is not enabled for models/gemma-3-27b-it",
         "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
         "System messages are not supported by this model",
@@ -205,6 +230,34 @@ def test_what_passes_stops_or_waits():
     assert isinstance(daily, RunError) and "wait for 360 minutes" in str(daily)
     assert isinstance(failure(429, {"error": {"code": "insufficient_quota"}}), UsageError)
     assert isinstance(failure(401, {}), UsageError) and isinstance(failure(404, {}), UsageError)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "suspect"),
+    [
+        (402, {"error": {"message": "Insufficient Balance"}}, "the account's balance"),
+        (429, {"error": {"code": "insufficient_quota"}}, "the account's balance"),
+        (400, [{"error": {"message": "API key not valid."}}], "the API key"),
+        (400, {"error": {"message": "m is not a valid model ID"}}, "the model"),
+        (400, {"error": {"message": "Invalid model: m"}}, "the model"),
+        (405, {"detail": "Method Not Allowed"}, "the model, base_url and settings"),
+    ],
+)
+def test_what_no_game_has_done_stops_the_run_and_says_where_to_look(status, body, suspect):
+    found = failure(status, body)
+    assert isinstance(found, UsageError) and str(found).endswith(f". Check {suspect}.")
+
+
+@pytest.mark.parametrize("status", [408, 424, 425, 498, 499, 503, 529])
+def test_what_may_pass(status):
+    assert isinstance(failure(status, {"error": {"message": "busy"}}), Passing)
+
+
+def test_a_redirection_and_a_web_page_are_told_in_short():
+    found = failure(307, b"", headers={"location": "https://other/v1"})
+    assert "It points to https://other/v1. Check" in str(found)
+    page = b"<!DOCTYPE html><html><head><title>502 Bad Gateway</title></head>..."
+    assert str(failure(502, page)) == "HTTP 502: a web page, '502 Bad Gateway'"
 
 
 NAMES = ("error", "message", "detail", "loc", "type", "code", "param", "innererror", "seed")

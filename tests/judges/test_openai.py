@@ -601,6 +601,32 @@ def test_a_cache_file_that_is_broken_is_asked_for_again(serve, tmp_path, caplog)
     assert backend.spent.num_requests == 0
 
 
+def test_a_cache_that_cannot_be_written_is_read_but_nothing_is_asked(serve, tmp_path, monkeypatch):
+    server, cache = serve(), tmp_path / "cache"
+    judged(make(server, cache=cache), games(2))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert all(each.texts for each in judged(make(server, cache=cache), games(2)).values())
+    with pytest.raises(RunError, match="can't be written"):
+        judged(make(server, cache=cache), games(4))
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ALL_PROXY", "socks5://h:1"), ("HTTP_PROXY", "foo://h"), ("SSL_CERT_FILE", "/nowhere")],
+)
+def test_an_environment_that_allows_no_connection_is_told(serve, monkeypatch, name, value):
+    server = serve()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=r"with this environment: .+ Check HTTP_PROXY"):
+        judged(make(server), games(2))
+
+
+def test_a_servers_text_cannot_steer_a_terminal(serve):
+    quote = make(serve())._server.quotable
+    assert quote(f"\x1b[2J {KEY}\ud800\n b") == "\ufffd[2J [key]\ufffd b"
+
+
 def test_what_shapes_an_answer_shapes_its_place_in_the_cache(serve, tmp_path):
     server = serve()
     cache = tmp_path / "cache"

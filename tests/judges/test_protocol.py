@@ -62,6 +62,29 @@ GAME = Game(Item("a", "q", ("one", "two")), 0, 1)
             "ok",
         ),
         ({"message": {"content": ""}}, "", "no_think_end"),
+        ({"message": {"content": None}}, "", "no_think_end"),
+        ({"message": {"content": {"type": "text", "text": "SCORES"}}}, "SCORES", "no_think_end"),
+        (
+            {"message": {"content": [{"type": "text", "text": {"value": "SCORES"}}]}},
+            "SCORES",
+            "no_think_end",
+        ),
+        (
+            {"message": {"content": [{"text": "why", "thought": True}, {"text": "SCORES"}]}},
+            "why</think>SCORES",
+            "ok",
+        ),
+        (
+            {"message": {"content": "SCORES", "reasoning_details": [{"summary": "why"}]}},
+            "why</think>SCORES",
+            "ok",
+        ),
+        (
+            {"message": {"content": "SCORES", "thinking_blocks": [THOUGHT]}},
+            "why</think>SCORES",
+            "ok",
+        ),
+        ({"message": {"content": "", "thinking": "why"}}, "why", "no_think_end"),
         ({"message": {"content": "\ud800</think>SCORES"}}, "\ufffd</think>SCORES", "ok"),
     ],
 )
@@ -111,6 +134,18 @@ def test_deep_json_is_unreadable():
         ("end_turn", "a", "stop"),
         ("tool_calls", "a", "stop"),
         (None, "a", "stop"),
+        ("FinishReason.STOP", "a", "stop"),
+        ("FINISH_REASON_MAX_TOKENS", "a", "length"),
+        ("endTurn", "a", "stop"),
+        ("<|im_end|>", "a", "stop"),
+        ("finished", "a", "stop"),
+        ("not_finished", "a", "unfinished"),
+        ("time_limit", "a", "unfinished"),
+        ("maxTokens", "a", "length"),
+        ("maxPredictedTokensReached", "a", "length"),
+        ("content_filter: RECITATION", "", "refused"),
+        ("content-filter", "a", "refused"),
+        ("IMAGE_SAFETY", "", "refused"),
         ("length", "", "length"),
         ("MAX_TOKENS", "a", "length"),
         ("model_length", "a", "length"),
@@ -148,10 +183,89 @@ def test_an_error_beside_a_text_ends_it(body):
     assert (reply.ending, reply.finish_reason, reply.text) == ("unfinished", "error", "it died")
 
 
-@pytest.mark.parametrize("error", [None, {}, ""])
+@pytest.mark.parametrize("error", [None, {}, "", {"code": 0, "message": ""}])
 def test_an_error_that_is_none_ends_nothing(error):
     body = {"choices": [{"message": {"content": "a"}, "error": error}], "error": error}
     assert protocol.read(json.dumps(body).encode(), 0.0).ending == "stop"
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"message": None}, {"message": {}}, {"message": {"content": None}}, {"text": None}],
+)
+@pytest.mark.parametrize(
+    ("word", "ending"),
+    [("content_filter", "refused"), ("length", "length"), ("stop", "unfinished")],
+)
+def test_of_what_ended_at_once_the_word_is_enough(choice, word, ending):
+    body = {"choices": [{**choice, "finish_reason": word}]}
+    assert protocol.read(json.dumps(body).encode(), 0.0).ending == ending
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"choices": [], "prompt_feedback": {"block_reason": "SAFETY"}},
+        {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}},
+        {"choices": [{"message": {"content": ""}, "error": {"message": "it was flagged"}}]},
+        {"choices": [{"message": {"content": ""}, "error": {"code": "content_filter"}}]},
+    ],
+)
+def test_content_that_was_blocked_is_refused(body):
+    assert protocol.read(json.dumps(body).encode(), 0.0).ending == "refused"
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"error": {"code": 429, "message": "slow down"}}, 429),
+        ([{"error": {"code": "503", "message": "slow down"}}], 503),
+        ({"choices": None, "error": {"code": "content_filter", "message": "no"}}, 400),
+        ({"error": {"code": 7, "message": "slow down"}}, 0),
+        ({"code": 429}, 0),
+    ],
+)
+def test_an_error_in_the_place_of_choices_tells_its_status(body, status):
+    with pytest.raises(protocol.Unreadable) as found:
+        protocol.read(json.dumps(body).encode(), 0.0)
+    assert found.value.status == status
+
+
+def events(*pieces):
+    lines = [": processing", *(f"data: {json.dumps(piece)}" for piece in pieces)]
+    return "\n\n".join(lines).encode()
+
+
+def piece(finish=None, **delta):
+    return {"choices": [{"delta": delta, "finish_reason": finish}]}
+
+
+def test_events_that_nobody_asked_for_are_joined():
+    usage = {"usage": {"prompt_tokens": 5, "completion_tokens": 7}}
+    parts = [piece(role="assistant", reasoning="wh"), piece(reasoning="y"), piece(content="a")]
+    body = events(*parts, piece("stop", content="b"), {"choices": [], **usage})
+    assert protocol.read(body, 1.0) == Reply("why</think>ab", "stop", 5, 7, 1.0)
+    assert protocol.read(events(*parts) + b"\n\ndata: [DONE]\n\n", 1.0).ending == "stop"
+    raw = events({"choices": [{"text": "a"}]}, {"choices": [{"text": "b", "finish_reason": "eos"}]})
+    assert protocol.read(raw, 1.0)[:2] == ("ab", "eos")
+
+
+def test_events_that_broke_off_or_told_an_error_are_not_finished():
+    cut = protocol.read(events(piece(content="a")), 1.0)
+    assert (cut.text, cut.ending) == ("a", "unfinished")
+    died = protocol.read(events(piece("stop", content="a"), {"error": {"message": "died"}}), 1.0)
+    assert (died.text, died.ending) == ("died", "unfinished")
+    for body in (b"data: {", b"data: 5", b'data: {"choices": {"a": 1}}', b'data: {"choices": [5]}'):
+        with pytest.raises(protocol.Unreadable):
+            protocol.read(body, 0.0)
+
+
+def test_reasoning_that_is_billed_beside_the_completion_is_counted():
+    choice = {"choices": [{"message": {"content": "a"}}]}
+    for total, number in ((None, 7), (12, 7), (3, 7), (1000, 995)):
+        usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": total}
+        reply = protocol.read(json.dumps({**choice, "usage": usage}).encode(), 0.0)
+        assert (reply.prompt_tokens, reply.num_tokens) == (5, number)
 
 
 @pytest.mark.parametrize(
