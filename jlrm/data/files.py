@@ -49,6 +49,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+MESSAGE = {"role", "from"}  # keys of a turn: a list of turns is a cell, no table
 ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows
 
 
@@ -139,7 +140,7 @@ def _table(given: Any) -> list[Any] | None:
     columns = list(given.values()) if isinstance(given, dict) else []
     lists = [column for column in columns if isinstance(column, list)]
     if len(columns) == 1 and lists:
-        is_rows = all(isinstance(row, dict) for row in lists[0])
+        is_rows = all(isinstance(row, dict) and not MESSAGE & row.keys() for row in lists[0])
         return lists[0] if is_rows and lists[0] else None
     if columns and all(isinstance(column, dict) for column in columns):
         rows = list(columns[0])
