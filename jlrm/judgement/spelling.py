@@ -24,10 +24,23 @@ _CLOSE = r"(?:[>\uff1e\ufe65\u203a\u27e9\u232a\u3009]|&(?:amp;)*(?:gt|#0*62|#x0*
 _OTHERS = {"|": "|\uff5c\u2223\u00a6\u01c0", "/": "/\uff0f\u2044\u2215\u29f8", "k": "k\u212a"}
 _CYRILLIC = dict(zip("aceoixp", "\u0430\u0441\u0435\u043e\u0456\u0445\u0440", strict=True))
 
+MOST_END_TOKENS = 16  # that are looked past
+_END_TOKEN = re.compile(r"<(?:[|\uff5c][a-z_\u2581]{1,24}[|\uff5c]|/s|eos|end_of_turn)>\Z")
+
 
 def plain(text: str) -> str:
     """Write full-width characters and all decimal digits in ASCII, and drop those without width."""
     return text if text.isascii() else text.translate(_plain_table())
+
+
+def without_end_tokens(text: str) -> str:
+    """Return a text without white space, NULs and tokens such as `<|im_end|>` at its end."""
+    text = text.rstrip().rstrip("\0 \n")
+    for _ in range(MOST_END_TOKENS):
+        if not (found := _END_TOKEN.search(text[-32:])):
+            break
+        text = text[: -len(found[0])].rstrip()
+    return text
 
 
 def in_brackets(text: str, tokens: frozenset[str]) -> str:
