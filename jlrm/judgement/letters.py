@@ -3,9 +3,11 @@
 Marked verdicts, of which the last one counts: `[[A]]`, `[[B]]`, `[[C]]` for a tie (FastChat,
 RewardBench), `[[A>>B]]`, `[[A=B]]` (Arena-Hard, JudgeBench), `[RESULT] A` (Prometheus), `Final
 decision: Response 1` (Auto-J), `<answer>A</answer>`, `<verdict>A</verdict>`, `\\boxed{B}`,
-`"winner": "A"`. Where there is none, a last or first line that says nothing else: `Output (a)` (LLMBar), `Response 2 is better.`,
-`Tie` (PandaLM). Mentions are no verdicts: `[[A]] or [[B]]`, `[[A]] if the first is better`, `not
-[[A]]`; and one in quotation marks is none beside others. `The answer is 2` speaks of the question.
+`"winner": "A"`. Where there is none, a last or first line that says nothing else: `Output (a)`
+(LLMBar), `Response 2 is better.`, `Tie` (PandaLM).
+
+Mentions are no verdicts: `[[A]] or [[B]]`, `[[A]] if the first is better`, `not [[A]]`. A mark in
+quotation marks counts only where all are quoted. `The answer is 2` speaks of the question.
 """
 
 from __future__ import annotations
