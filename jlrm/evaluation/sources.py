@@ -101,6 +101,8 @@ def texts(row: Row, key: str, where: str) -> tuple[str, ...]:
     value = [value] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
         raise UsageError(f"{where}: '{key}' must be a list of texts, got {value!r}.")
+    if not value:
+        raise UsageError(f"{where}: '{key}' holds no text. Leave out rows that were not judged.")
     return tuple(value)
 
 

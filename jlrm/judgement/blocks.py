@@ -8,6 +8,7 @@ quoted from a judged answer can't overrule a plain verdict by being spelt otherw
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -27,6 +28,8 @@ _TIGHT = re.compile(
     r"(?:['\u2019]s)?[\W_]*+(?:2|b|two)?)?(?:[\W_]*+(?:score|rating))?[\W_]*+",
     re.IGNORECASE,
 )
+# An answer that is named; behind `:` and the like its number would be a score.
+_NAME = re.compile(r"\b(?:answer|assistant|response|model)[\s_-]*[12]\b", re.IGNORECASE)
 
 
 class AnswerBlock(NamedTuple):
@@ -65,23 +68,29 @@ def last_pair(text: str, most: float) -> Pair | Failure:
     """
     blocks = answer_blocks(text)
     found = _last_pair(blocks, most)
-    if isinstance(found, str) and (spelt := _ANSWER_TAG.sub(r"<\1answer>", plain(text))) != text:
+    if (
+        isinstance(found, str)
+        and (spelt := _ANSWER_TAG.sub(r"<\1answer>", plain(html.unescape(text)))) != text
+    ):
         blocks = answer_blocks(spelt)
         found = _last_pair(blocks, most)
     return found if blocks else json_scores(text, most) or found
 
 
 def _last_pair(blocks: Sequence[AnswerBlock], most: float) -> Pair | Failure:
-    """Blocks without a digit are placeholders, such as `<answer>score of Answer 1</answer>`."""
+    """Blocks without a number are placeholders, such as `<answer>score of Answer 1</answer>`."""
     failure = without_pair(len(blocks))
-    kept = [block for block in blocks if any(map(str.isdecimal, block.text))]
+    kept = [block for block in blocks if _has_number(block.text, most)]
     if not kept:
         return failure
     last = kept[-1].text
-    # `7,5` is a number where there is another one, and two where it stands alone.
-    if (len(kept) == 1 or score(last, most) is None) and (pair := both(last, most)):
-        return pair
     at = _place_of_last_pair(kept)
+    # `7,5` is a number where there is another one, and two where it stands alone. `7 6` is nothing
+    # where the block before it states the score of answer 1.
+    is_second = at == len(kept) - 2 and score(kept[-2].text, most, 1) is not None
+    is_alone = len(kept) == 1 or (score(last, most) is None and not (is_second and _near(kept[-1])))
+    if is_alone and (pair := both(last, most)):
+        return pair
     if at is None:
         if len(kept) > 1:
             return "too_many_answers"
@@ -90,13 +99,23 @@ def _last_pair(blocks: Sequence[AnswerBlock], most: float) -> Pair | Failure:
     return "not_a_number" if one is None or two is None else (one, two)
 
 
+def _has_number(text: str, most: float) -> bool:
+    """Return whether a block states any number besides the names of the answers."""
+    has_digit = any(map(str.isdecimal, _NAME.sub("", text)))
+    return has_digit or score(text, most) is not None or both(text, most) is not None
+
+
+def _near(block: AnswerBlock) -> bool:
+    return _TIGHT.fullmatch(block.gap) is not None
+
+
 def _place_of_last_pair(blocks: Sequence[AnswerBlock]) -> int | None:
     """Return the index of the first block of the last pair; None where blocks pair in two ways.
 
     Blocks that stand close together belong together. Of those that stand apart an even number at
     the end are pairs, and a last single one is a remark on the pair before it.
     """
-    groups = _runs(blocks, lambda gap: _TIGHT.fullmatch(gap) is not None)
+    groups = _runs(blocks, _near)
     alone = 0
     while alone < len(groups) and len(groups[-1 - alone]) == 1:
         alone += 1
@@ -106,17 +125,19 @@ def _place_of_last_pair(blocks: Sequence[AnswerBlock]) -> int | None:
         return None
     group = groups[-1 - alone]
     if len(group) % 2:  # e.g. a quoted score in front of the pair
-        closest = _runs([blocks[i] for i in group], lambda gap: not gap.strip())
+        closest = _runs([blocks[i] for i in group], lambda block: not block.gap.strip())
         pairs = [[group[i] for i in run] for run in closest if len(run) > 1]
         group = pairs[-1] if pairs else group
     return group[len(group) // 2 * 2 - 2]
 
 
-def _runs(blocks: Sequence[AnswerBlock], is_close: Callable[[str], bool]) -> list[list[int]]:
-    """Return the indices of blocks in runs, within which every gap is close."""
+def _runs(
+    blocks: Sequence[AnswerBlock], is_close: Callable[[AnswerBlock], bool]
+) -> list[list[int]]:
+    """Return the indices of blocks in runs, within which each is close to the one before."""
     runs: list[list[int]] = []
     for i, block in enumerate(blocks):
-        if runs and is_close(block.gap):
+        if runs and is_close(block):
             runs[-1].append(i)
         else:
             runs.append([i])

@@ -2,9 +2,12 @@
 
 Marked verdicts, of which the last one counts: `[[A]]`, `[[B]]`, `[[C]]` for a tie (FastChat,
 RewardBench), `[[A>>B]]`, `[[A=B]]` (Arena-Hard, JudgeBench), `[RESULT] A` (Prometheus), `Final
-decision: Response 1` (Auto-J), `<answer>A</answer>`, `\\boxed{B}`, `"winner": "A"`. Where there is
-none, a last or first line that says nothing else: `Output (a)` (LLMBar), `Response 2 is better.`,
-`Tie` (PandaLM). Mentions are no verdicts: `[[A]] or [[B]]`, and `[[A]] if the first is better`.
+decision: Response 1` (Auto-J), `<answer>A</answer>`, `<verdict>A</verdict>`, `\\boxed{B}`,
+`"winner": "A"`. Where there is none, a last or first line that says nothing else: `Output (a)`
+(LLMBar), `Response 2 is better.`, `Tie` (PandaLM).
+
+Mentions are no verdicts: `[[A]] or [[B]]`, `[[A]] if the first is better`, `not [[A]]`. A mark in
+quotation marks counts only where all are quoted. `The answer is 2` speaks of the question.
 """
 
 from __future__ import annotations
@@ -13,54 +16,91 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from jlrm.judgement.spelling import plain
+from jlrm.judgement.spelling import plain, without_end_tokens
 
 Failure = Literal["no_answer", "ambiguous"]
 
 LONGEST_LINE = 300  # characters of a line that names an answer
 
-_THING = r"(?:answer|assistant|response|model|output|candidate|option|completion|one)"
-_SIDE = (
-    rf"(?:the\s+)?(?:{_THING}[\s_-]*)?(?:\(\s*)?(?P<side>[ab12]|first|second)(?:\s*\))?"
-    rf"(?:\s+{_THING})?"
+_THING = (
+    r"(?:answer|assistant|response|model|output|candidate|option|completion|system|one"
+    r"|回答|答案|助手|模型|回复)"
 )
-_SIGN = {">": 1, "\u227b": 1, "<": 2, "\u227a": 2, "=": 0, "\u2248": 0}
+_SIDE = (
+    rf"(?:the\s+)?(?:{_THING}\s+(?:of|from|by)\s+)?(?:{_THING}[\s_-]*)?"
+    rf"(?:\(\s*)?(?P<side>[ab12]|first|second)(?:\s*\))?(?:'s)?(?:\s+{_THING})?"
+)
+_SIGN = {">": 1, "\u226b": 1, "\u227b": 1, "<": 2, "\u226a": 2, "\u227a": 2, "=": 0, "\u2248": 0}
 _COMPARED = re.compile(
     rf"(?:{_THING}[\s_-]*)?(?P<left>[ab12])\s*(?P<sign>([{''.join(_SIGN)}])\3*)\s*"
     rf"(?:{_THING}[\s_-]*)?(?P<right>[ab12])"
 )
+# What may stand before a statement and changes nothing in it.
+_OPENERS = re.compile(
+    r"(?:(?:overall|therefore|thus|so|hence|finally|consequently|in (?:conclusion|summary)"
+    r"|to conclude|i (?:think|believe|(?:would )?(?:prefer|choose|pick|select|vote for|say))"
+    r"|(?:based on|considering|given|taking|in my|on balance|for th(?:is|ese) reasons?"
+    r"|as a result)\b[^,]{0,80},)[\s,:]+(?:that\s+)?)*"
+)
 _BETTER = re.compile(
-    r"(?:(?:overall|therefore|thus|so|hence|finally|in conclusion|in summary|i think|i believe"
-    r"|i (?:would )?(?:prefer|choose|pick|select|vote for))[\s,:]+)*"
-    rf"{_SIDE}(?:\s+(?:wins|(?:is|was|has|provides|gives)\b(?P<said>.*)))?",
+    rf"{_SIDE}(?:\s+wins|\s*(?:更好|更优|较好|胜出|获胜)"
+    r"|\s+(?:is|was|has|provides|provided|gives|gave|performs|performed|did)\b(?P<said>.*))?",
     re.DOTALL,
 )
 _PRAISE = re.compile(
     r"(?:\s+(?:the|a|clearly|slightly|much|significantly|overall|far|more))*\s*"
-    r"(?:better|best|superior|preferable|preferred|stronger|winner)\b(?:\s+(?:than|one|answer"
-    r"|response|overall|here|because|since|as|in|by|for|and|due)\b.*)?",
+    r"(?:better|best|superior|preferable|preferred|stronger|helpful|winner)\b"
+    r"(?P<more>[\s,]+(?:than|one|answer|response|overall|here|because|since|as|in|by|for|and|due)"
+    r"\b.*)?",
     re.DOTALL,
 )
-_BUT = re.compile(r"\b(?:but|however|although|though|while|worse|not)\b")
+_REASONED = re.compile(r"\b(?:because|since|as|due)\b")
+# What speaks for the other answer too; without its reasons, which may name both.
+_BUT = re.compile(r"\b(?:but|however|although|though|while|whereas|worse|not)\b")
+_THAN = re.compile(rf"\s*than\s+{_SIDE.replace('(?P<side>', '(?:')}\b")
+_OTHER = re.compile(rf"\b(?:{_THING}[\s_-]*[ab12]|b|first|second)\b|, a\b")
+_EVEN = r"(?:equal|tied|even|the\s+same|equally\s+(?:good|bad|well|helpful)|neutral)"
 _TIE = re.compile(
-    r"(?:(?:it|this)(?:'s|\s+is)\s+)?(?:an?\s+)?(?:tie|tied|draw|equal|even|same|neither|both"
-    r"|no\s+(?:preference|winner|difference)|(?:both|they)(?:\s+\w+)?\s+(?:are\s+)?(?:equal|tied"
-    r"|the\s+same|equally\s+good|equally\s+bad)|equally\s+(?:good|bad))"
+    r"(?:(?:it|this|the\s+result)(?:'s|\s+is)\s+)?(?:an?\s+)?"
+    r"(?:tie|draw|both|neither|none|no\s+(?:preference|winner|difference)|same|both\s+bad|平局"
+    rf"|{_EVEN})(?:\s*\(\s*both\s*(?:bad|good)?\s*\))?"
+    rf"|neither(?:\s+{_THING})?\s+is\s+better(?:\s+than\s+the\s+other)?"
+    rf"|(?:both|they|(?:both|the\s+two|the)\s+{_THING}s|(?:{_THING}\s+)?[a1]\s+and\s+"
+    rf"(?:{_THING}\s+)?[b2])\s+(?:(?:are|is|performed|did)\s+)?{_EVEN}"
 )
+_WORD = r"(?:verdict|decision|winner|preference|choice|judge?ment|vote)"
+_RANK = r"(?:better|best|preferred|winning|chosen|selected)"
+_IS = r"[\"'*_]*\s*(?:is\b[\s:]*|[:=]\s*)"
 _MARKS = re.compile(
-    r"\[\[(?P<double>[^\[\]\n]{1,60})\]\]"
+    r"\\?\[\\?\[(?P<double>[^\[\]\\\n]{1,60})\\?\]\\?\]"
     r"|\[(?:result|verdict|winner|decision|final answer)\]\s*:?\s*(?P<bracket>[^\n]{1,80})"
     r"|<answer>(?P<tag>[^<>]{1,80})</answer>"
-    r"|\\boxed\{(?:\\text\{)?(?P<boxed>[^{}\n]{1,60})\}"
-    r"|\b(?:verdict|decision|winner|preference|choice|judge?ment|conclusion|result|answer"
-    rf"|(?:better|best|preferred|winning)\s+{_THING})[\"'*_]*\s*(?:is\b[\s:]*|[:=]\s*)"
-    r"(?P<label>[^\n]{1,120})",
+    rf"|<(?:final_)?(?:{_WORD}|{_RANK}|result)>(?P<xml>[^<>]{{1,80}})</"
+    r"|\\boxed\{(?:\\[a-z]+\{)?(?P<boxed>[^{}\n]{1,60})\}"
+    rf'|"(?:[a-z]+_)?(?:{_WORD}|{_RANK})(?:_[a-z]+)?"\s*:\s*(?P<json>"[^"\n]{{1,60}}"|[0-2])'
+    rf"|\b(?:{_WORD}|{_RANK}\s+{_THING}){_IS}(?P<label>[^\n]{{1,120}})"
+    # `The answer is 2` and `Correct answer: A` speak of the question.
+    rf"|(?:(?<!correct\s)\b(?:answer|result|conclusion|{_RANK}|more\s+helpful)|答案|结论|判决)"
+    r"[\"'*_]*\s*[:=]\s*(?P<colon>[^\n]{1,120})",
     re.IGNORECASE,
 )
-_MENTIONED = re.compile(r"[\"'`*_\s]*(?:if|when|for\s+a\s+tie|means)\b", re.IGNORECASE)
+_LINE_MARKS = ("label", "colon", "bracket")  # the rest of a line, which may hold another mark
+# `[[A]] if ...`, `[[A]]?`; `if the first is better, write [[A]]`, `not [[A]]`.
+_ASKED = re.compile(r"[\"'`*_\s]*(?:\?|(?:if|when|for\s+a\s+tie|means)\b)", re.IGNORECASE)
+_CONDITION = re.compile(
+    r"\b(?:if|when)\b[^,.!?;\n]*,?\s*(?:then\s+)?(?:please\s+)?"
+    r"(?:output|write|answer|say|reply|use|print|respond|choose)?(?:\s+with)?[\s\"'`*:]*\Z",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"\b(?:not|nor|neither|than|over|instead\s+of)[\s\"'`*]*(?:for\s+)?[\s\"'`*]*\Z",
+    re.IGNORECASE,
+)
+NEAR = 100  # characters around a mark that may make it a mention
 _SIDE_BY_SIDE = re.compile(r"[\s\"'`,/|*_]*(?:or|and|vs\.?)?[\s\"'`,/|*_]*", re.IGNORECASE)
 _REASON = re.compile(r"\s*(?:because|since|as|given|due|it|its|which|with|for|in)\b")
-_LOOKS = " \t\r\n{},*_`\"'\u201c\u201d\u2018\u2019.!#"
+_QUOTES = "\"'`\u201c\u201d\u2018\u2019"
+_LOOKS = " \t\r\n\0{}<>,*_.!#\\\u3010\u3011\u300c\u300d" + _QUOTES
 
 
 class NamedAnswer(NamedTuple):
@@ -76,14 +116,14 @@ def preference(text: str) -> int | Failure:
 
     What stands before the last `</think>` is not looked at.
     """
-    text = plain(text.rpartition("</think>")[2])
+    text = without_end_tokens(plain(text.rpartition("</think>")[2]))
     marks = list(_marks(text))
-    last = _last_clear(text, marks)
+    last = _last_clear(text, [m for m in marks if not _is_quoted(text, m)] or marks)
     if last is not None:
         return last.preference
     lines = [line for line in text.splitlines() if line.strip(_LOOKS)]
     for line in (lines[-1], lines[0]) if lines and not marks else ():
-        found = named(line.lstrip("> ").strip(_LOOKS).rpartition(". ")[2])
+        found = named(line.lstrip("> -").strip(_LOOKS).rpartition(". ")[2])
         if found is not None:
             return found
     return "ambiguous" if marks else "no_answer"
@@ -93,21 +133,32 @@ def named(text: str) -> int | None:
     """Return the preference that a short text states and nothing else, else None."""
     if len(text) > LONGEST_LINE:
         return None
-    text = " ".join(text.strip(_LOOKS).lower().split())
+    text = " ".join(text.strip(_LOOKS).replace("\u2019", "'").lower().split())
+    if text[:1] + text[-1:] == "[]" and not text.strip("[] ").isdecimal():
+        text = text.strip("[]")
     if found := _COMPARED.fullmatch(text):
         better = _SIGN[found["sign"][0]]
         left, right = _number(found["left"]), _number(found["right"])
         return None if left == right else (0, left, right)[better]
+    text = text[_OPENERS.match(text).end() :]
     if _TIE.fullmatch(text):
         return 0
     found = _BETTER.fullmatch(text)
-    said = found and found["said"]
-    is_clear = said is None or (_PRAISE.fullmatch(said) and not _BUT.search(said))
-    return _number(found["side"]) if found and is_clear else None
+    return _number(found["side"]) if found and _is_praise(found["said"]) else None
 
 
 def _number(side: str) -> int:
     return 1 if side in ("a", "1", "first") else 2
+
+
+def _is_praise(said: str | None) -> bool:
+    """Return whether what is said of an answer says only that it is the better one."""
+    if said is None:
+        return True
+    found = _PRAISE.fullmatch(said)
+    if not found or _BUT.search(said):
+        return False
+    return not _OTHER.search(_REASONED.split(_THAN.sub("", found["more"] or "", count=1))[0])
 
 
 def _marks(text: str) -> Iterator[NamedAnswer]:
@@ -116,22 +167,41 @@ def _marks(text: str) -> Iterator[NamedAnswer]:
     while found := _MARKS.search(text, start):
         group = found.lastgroup or ""
         said, end = _said(found[group], group), found.end()
-        if group in ("label", "bracket"):  # the rest of a line may hold another mark
+        if group in _LINE_MARKS:
             end = found.start(group) + (len(found[group]) if said is not None else 0)
             nested = _MARKS.match(text, found.start(group))
             said = None if nested else said
             end = found.start(group) if nested else end
-        if said is not None and not _MENTIONED.match(text, end):
+        if said is not None and not _is_mention(text, found.start(), end):
             yield NamedAnswer(found.start(), end, said)
         start = max(end, found.start() + 1)
 
 
+def _is_mention(text: str, start: int, end: int) -> bool:
+    """Return whether a sentence speaks of a mark without deciding so."""
+    before = text[max(start - NEAR, 0) : start]
+    is_denied = _CONDITION.search(before) or _DENIED.search(before)
+    return bool(is_denied or _ASKED.match(text, end))
+
+
+def _is_quoted(text: str, mark: NamedAnswer) -> bool:
+    """Return whether a mark stands in quotation marks within a line of other words."""
+    quotes = text[max(mark.start - 1, 0) : mark.start] + text[mark.end : mark.end + 1]
+    if quotes not in ('""', "\u201c\u201d"):
+        return False
+    before = text[max(mark.start - NEAR, 0) : mark.start].rpartition("\n")[2]
+    after = text[mark.end : mark.end + NEAR].partition("\n")[0]
+    return bool((before + after).strip(_LOOKS))
+
+
 def _said(text: str, group: str) -> int | None:
     text = text.strip(_LOOKS).strip("[]")
-    if group != "label" and text.strip(_LOOKS + "()").isdecimal():
+    if group not in ("label", "colon", "json", "xml") and text.strip(_LOOKS + "()").isdecimal():
         return None  # a score: `[RESULT] 2` is Prometheus' grade of a single answer
+    if group == "json" and text == "0":
+        return 0
     whole = 0 if text.strip(_LOOKS) in ("C", "c") else named(text)
-    if whole is not None or group not in ("label", "bracket"):
+    if whole is not None or group not in _LINE_MARKS:
         return whole
     for separator in (".", ",", ";", " - ", " \u2014 ", "("):  # e.g. `B, because it is exact`
         head, found, rest = text.partition(separator)

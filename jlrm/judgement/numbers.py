@@ -1,6 +1,7 @@
 """Scores as people write them, where they can be read in one way only.
 
-Read: `8`, `8.5`, `7,5`, `8/10`, `8 out of 10`, `**8**`, `Score: 8`, `[[8]]`, digits of any script.
+Read: `8`, `8.5`, `7,5`, `8/10`, `8 out of 10`, `**8**`, `Score: 8`, `[[8]]`, digits of any script,
+`eight`, `8 (good)`.
 Both scores of one text: `8, 7`, `8/10 and 7/10`, `Answer 1: 8, Answer 2: 7`, JSON.
 Not read: `7-8`, `8 or 9`, `1,000`, `8/9`, `8/9/10`, `80%`, `1e1`, `nan`, the other answer's label.
 """
@@ -19,21 +20,39 @@ LONGEST = 400  # characters of what is looked at; longer texts are digits alone,
 PLACES = {"1": 1, "a": 1, "one": 1, "first": 1, "2": 2, "b": 2, "two": 2, "second": 2}
 
 PLAIN_NUMBER = re.compile(r"[+-]?[0-9]+(?:\.[0-9]+)?")
-_THING = "answer|assistant|response|model|output|candidate"
+_THING = "answer|assistant|response|model|output|candidate|回答|答案|助手|模型"
 _LABEL = (
     rf"(?:(?:final|overall|total|my|the|scores?|rating|grade|mark|points|verdict|for|of|{_THING}"
     r"|评分|分数|得分|スコア)(?:'s)?[\s_-]*)*"
-    r"(?P<place>[12ab])?(?:'s)?[\s_]*(?:score|rating)?\s*(?:[:=]|\bis\b)\s*"
+    rf"(?P<place>[12ab]|first|second)?(?:'s)?(?:[\s_]+(?:{_THING}))?[\s_]*(?:score|rating)?"
+    r"\s*(?:[:=]|\s[-\u2013\u2014]\s|\b(?:is|gets|receives)\b)\s*"
 )
+_WORDS = {
+    **{
+        word: number
+        for number, word in enumerate(
+            ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+        )
+    },
+    **{word: number for number, word in enumerate("零一二三四五六七八九十")},
+}
+_POINTS = r"(?:points?|stars?|pts|点|分|점)"
 _SCORE = re.compile(
-    rf"(?:{_LABEL})?(?P<whole>[+-]?[0-9]+)(?:\.(?P<point>[0-9]+)|,(?P<comma>[0-9]{{1,2}}))?"
-    r"(?:\s*(?:/|\bout of\b|\bof\b)\s*(?P<most>[0-9]+)(?:\.0+)?)?\s*(?:points?|pts|点|分)?\.?",
+    rf"(?:{_LABEL})?(?:(?P<whole>[+-]?[0-9]+)(?:\.(?P<point>[0-9]+)|,(?P<comma>[0-9]{{1,2}}))?"
+    rf"|(?P<word>{'|'.join(_WORDS)}))\s*{_POINTS}?"
+    r"(?:\s*\(?\s*(?:/|\bout of\b|\bof\b)\s*(?P<most>[0-9]+)(?:\.0+)?\)?)?"
+    rf"\s*{_POINTS}?\s*(?:\([^()0-9]*\))?\s*[.,;]?",  # e.g. `8 (good)`
     re.IGNORECASE,
 )
 # Marks of bold, italics and code, unless they stand between two digits.
 _EMPHASIS = re.compile(r"(?<![0-9])[*_`]+|[*_`]+(?![0-9])")
 # Brackets around one thing; a comma inside makes them a list.
-_WRAPPED = re.compile(r"\\boxed\{([^{},]*)\}|\$+([^$,]*)\$+|\[+([^\[\],]*)\]+|\(([^()]*)\)")
+_WRAPPED = re.compile(
+    r"\$+([^$,]*)\$+|\[+([^\[\],]*)\]+|\(([^()]*)\)|\\\(([^,]*)\\\)|\\\[([^,]*)\\\]"
+)
+_MACRO = re.compile(r"\\(?:boxed|text|textbf|mathbf|mathrm)\{([^{},]*)\}|\[\[([^\[\],]*)\]\]")
+_HTML = re.compile(r"</?(?:b|strong|em|i|u|p|br|span|code|score)\s*/?>", re.IGNORECASE)
+_BULLET = re.compile(r"^[ \t]*[-*\u2022][ \t]+", re.MULTILINE)
 _FENCE = re.compile(r"```\w*\s*(.*?)\s*```", re.DOTALL)
 _QUOTES = "\"'\u201c\u201d\u2018\u2019\u201e\u00ab\u00bb"
 _BETWEEN = (  # what may part two scores, the surest first
@@ -41,11 +60,19 @@ _BETWEEN = (  # what may part two scores, the surest first
     re.compile(r"\s*[;|]\s*"),
     re.compile(r",\s+"),
     re.compile(r",?\s+(?:and|vs\.?|&)\s+", re.IGNORECASE),
-    re.compile(rf"\s+(?=(?:{_THING})[\s_]*[2b]\b)", re.IGNORECASE),
-    re.compile(r"\s+"),
+    re.compile(rf"[,\s]\s*(?=(?:(?:{_THING})[\s_]*[2b]\b|b\s*[:=]))", re.IGNORECASE),
+    re.compile(r"\s*\u3001\s*"),
+    re.compile(r"(?<![.\s])\s+(?:,\s*)?"),  # `1. 8` is a numbered score, or 1.8
 )
 _TWO_WITH_COMMA = re.compile(r"([0-9]{1,2}(?:\.[0-9]+)?),([0-9]{1,2}(?:\.[0-9]+)?)")
-_NAMES_OF_SCORES = re.compile(rf"{_THING}|scores?|ratings?|[^0-9a-z]")
+_NAMES_OF_SCORES = re.compile(rf"{_THING}|scores?|ratings?|final|overall|\b(?:of|for)\b|[^0-9a-z]")
+# Where the JSON begins that a text ends with: on a line of its own, or behind a label.
+_JSON_BEGIN = re.compile(
+    r"^(?:[*#> ]*(?:my |the )?(?:final |overall )?(?:scores?|ratings?|verdict|result|output|json)"
+    r"\b[* ]*:[* ]*)?(?=[{\[])",
+    re.IGNORECASE | re.MULTILINE,
+)
+_FENCED = re.compile(r"^```\w*[ \t]*\n([^`]*+)```", re.MULTILINE)
 
 
 def score(text: str, most: float, place: int = 0) -> float | None:
@@ -66,6 +93,8 @@ def score(text: str, most: float, place: int = 0) -> float | None:
         return None
     if found["place"] and PLACES[found["place"].lower()] != place:
         return None
+    if found["word"]:
+        return float(_WORDS[found["word"].lower()])
     return float(f"{found['whole']}.{found['point'] or found['comma'] or 0}")
 
 
@@ -87,9 +116,12 @@ def both(text: str, most: float) -> Pair | None:
 
 
 def json_scores(text: str, most: float) -> Pair | None:
-    """Return both scores of a text that is one JSON object and nothing else, else None."""
-    text = _unfenced(text.strip())
-    return _both_of_json(_json(text), most) if text.startswith("{") else None
+    """Return both scores of the JSON that a text ends with, or of its last fenced block."""
+    text = text.strip().removeprefix("\ufeff")
+    fenced = _FENCED.findall(text)
+    begins = [found.end() for found in _JSON_BEGIN.finditer(text)]
+    last = fenced[-1] if fenced else text[begins[-1] :] if begins else _unfenced(text)
+    return _both_of_json(_json(last.strip()), most)
 
 
 def _pair(one: float | None, two: float | None) -> Pair | None:
@@ -104,7 +136,8 @@ def _bare(text: str) -> str:
     before = ""
     while text != before:
         before = text
-        text = _EMPHASIS.sub("", text).strip().strip(_QUOTES).strip()
+        text = _MACRO.sub(r" \1\2 ", _HTML.sub(" ", text)).replace("\u2019", "'")
+        text = _EMPHASIS.sub("", _BULLET.sub("", text)).strip().strip(_QUOTES).strip()
         if found := _WRAPPED.fullmatch(text):
             text = found[found.lastindex or 0].strip()
     return text
@@ -120,9 +153,15 @@ def _json(text: str) -> Any:
     if not text.startswith(("{", "[")):
         return None
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        return json.loads(_as_json(text), object_pairs_hook=_once)
     except (ValueError, RecursionError):
         return None
+
+
+def _as_json(text: str) -> str:
+    """Write a dictionary of Python with double quotes, and leave out a comma behind the last."""
+    text = text if '"' in text else text.replace("'", '"')
+    return text.removesuffix("}").rstrip().removesuffix(",") + "}" if text[-1:] == "}" else text
 
 
 def _once(entries: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -162,7 +201,11 @@ def _both_of_json(value: Any, most: float) -> Pair | None:
     if sorted(filter(None, places)) == [1, 2]:
         one, two = (list(value.values())[places.index(place)] for place in (1, 2))
         return _pair(_value(one, most, 1), _value(two, most, 2))
-    inner = [x for key, x in value.items() if not _name(key) and isinstance(x, dict | list)]
+    inner = [
+        x
+        for key, x in value.items()
+        if isinstance(x, dict) or (isinstance(x, list) and not _name(key))
+    ]
     return _both_of_json(inner[0], most) if len(inner) == 1 and not any(places) else None
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 import unicodedata
 
 # Not those that turn the direction of reading: with them the eye and the text disagree.
-ZERO_WIDTH = "\u00ad\u034f\u180e\u200b\u200c\u200d\u2060\u2061\u2062\u2063\u2064\ufe0e\ufe0f\ufeff"
+ZERO_WIDTH = (
+    "\u00ad\u034f\u180e\u200b\u200c\u200d\u2060\u2061\u2062\u2063\u2064\ufe0e\ufe0f\ufeff\u20e3"
+)
 # Besides, of use only to hide: combining strokes, marks of direction, tag letters.
 _HIDING = (
     ZERO_WIDTH + "\0\b\x1b\u0300-\u036f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ufffd"
@@ -24,10 +25,24 @@ _CLOSE = r"(?:[>\uff1e\ufe65\u203a\u27e9\u232a\u3009]|&(?:amp;)*(?:gt|#0*62|#x0*
 _OTHERS = {"|": "|\uff5c\u2223\u00a6\u01c0", "/": "/\uff0f\u2044\u2215\u29f8", "k": "k\u212a"}
 _CYRILLIC = dict(zip("aceoixp", "\u0430\u0441\u0435\u043e\u0456\u0445\u0440", strict=True))
 
+MOST_END_TOKENS = 16  # that are looked past
+_END_TOKEN = re.compile(r"<(?:[|\uff5c][a-z_\u2581]{1,24}[|\uff5c]|/s|eos|end_of_turn)>\Z")
+
 
 def plain(text: str) -> str:
     """Write full-width characters and all decimal digits in ASCII, and drop those without width."""
-    return text if text.isascii() else text.translate(_plain_table())
+    text = text.replace("\0", "")
+    return text if text.isascii() else text.translate(_PLAIN)
+
+
+def without_end_tokens(text: str) -> str:
+    """Return a text without white space, NULs and tokens such as `<|im_end|>` at its end."""
+    text = text.rstrip().rstrip("\0 \n")
+    for _ in range(MOST_END_TOKENS):
+        if not (found := _END_TOKEN.search(text[-32:])):
+            break
+        text = text[: -len(found[0])].rstrip()
+    return text
 
 
 def in_brackets(text: str, tokens: frozenset[str]) -> str:
@@ -58,12 +73,17 @@ def _character(character: str) -> str:
     return f"[{re.escape(same + _CYRILLIC.get(character, ''))}]"
 
 
-@functools.cache
-def _plain_table() -> dict[int, str | None]:
-    table: dict[int, str | None] = {0xFF01 + i: chr(0x21 + i) for i in range(94)}
-    table |= {0x3000: " ", 0x2044: "/"}
-    for code in range(0x80, sys.maxunicode + 1):
+class _PlainCharacters(dict[int, str | None]):
+    """What is written for a character, asked for one by one: there are a million of them."""
+
+    def __missing__(self, code: int) -> str:
         digit = unicodedata.decimal(chr(code), None)
-        if digit is not None:
-            table[code] = str(digit)
-    return table | dict.fromkeys(map(ord, ZERO_WIDTH))
+        self[code] = chr(code) if digit is None else str(digit)
+        return self[code] or ""
+
+
+_PLAIN = _PlainCharacters(
+    {code: chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5F)}
+    | {0x3000: " ", 0x2044: "/", 0x2215: "/"}
+    | dict.fromkeys(map(ord, ZERO_WIDTH))
+)

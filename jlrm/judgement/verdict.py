@@ -13,13 +13,13 @@ Left out: what a failure costs in training (judgement/rewards.py) or in a benchm
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from jlrm.judgement.blocks import BLOCK, answer_blocks, last_pair, split_tags, without_pair
 from jlrm.judgement.numbers import PLAIN_NUMBER
+from jlrm.judgement.spelling import without_end_tokens
 
 Status = Literal[
     "ok",
@@ -43,8 +43,6 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 Preference = Literal[0, 1, 2]  # the better answer; 0: a tie
 
-MOST_END_TOKENS = 16  # that are looked past
-_END_TOKEN = re.compile(r"<\|[a-z_]{1,20}\|>\Z")
 _FINISHED = ".!?:;)]}>\"'`*_\u201d\u2019\u3002\uff01\uff1f\u2026"  # last characters of sentences
 
 
@@ -129,7 +127,7 @@ def breaks_off(completion: str) -> bool:
     """
     if "</think>" in completion:
         return False
-    rest = _without_end_tokens(completion.rpartition("</answer>")[2])
+    rest = without_end_tokens(completion.rpartition("</answer>")[2])
     return any(map(str.isalpha, rest)) and rest[-1] not in _FINISHED
 
 
@@ -158,17 +156,8 @@ def _strict(completion: str) -> tuple[str, Sequence[float], Status]:
 
 def _lenient(completion: str, max_score: float) -> tuple[str, Sequence[float], Status]:
     reasoning, tail = _parts(completion)
-    found = last_pair(_without_end_tokens(tail), max_score)
+    found = last_pair(without_end_tokens(tail), max_score)
     return (reasoning, [], found) if isinstance(found, str) else (reasoning, found, "ok")
-
-
-def _without_end_tokens(text: str) -> str:
-    text = text.rstrip()
-    for _ in range(MOST_END_TOKENS):
-        if not (found := _END_TOKEN.search(text[-24:])):
-            break
-        text = text[: -len(found[0])].rstrip()
-    return text
 
 
 def _parts(completion: str) -> tuple[str, str]:

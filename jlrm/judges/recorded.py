@@ -51,7 +51,10 @@ class Recorded:
         find = _finder(items)
         self.responses: dict[str, Response] = {}
         self.num_extra = 0
-        for where, row in sources.rows(path, HOW_TO_GET):
+        rows = list(sources.rows(path, HOW_TO_GET))
+        if not rows:
+            raise UsageError(f"{path} holds no rows. {HOW_TO_GET}")
+        for where, row in rows:
             item, order = find(row, where)
             if item is None:
                 self.num_extra += 1
@@ -172,6 +175,10 @@ def _response(row: sources.Row, where: str) -> Response:
     for key in ("decision", "gpt_result", "result"):
         if key in row:
             return _decision(row[key], where, key)
+    if "output" in row or "scores" in row:
+        raise UsageError(
+            f"{where} holds no verdict: it is null. Leave out rows that were not judged."
+        )
     raise UsageError(
         f"{where} holds no verdict in a known form ({FORMS}). "
         f"There are: {', '.join(repr(key) for key in row)}."

@@ -93,6 +93,78 @@ def test_what_names_none(wanted, text):
     assert preference(text) == wanted
 
 
+OTHERS_FORMS = {
+    1: (
+        *("[[A\u226bB]]", "\\[\\[A\\]\\]", "\u3010A\u3011", "[A]", "- A", "[RESULT] A<|im_end|>"),
+        *('{"winner": "A", "reason": "x"}', '{"better_answer": 1}', '{"preferred": "Answer 1"}'),
+        *("<verdict>A</verdict>", "<winner>1</winner>", "\\boxed{\\textbf{A}}", "More helpful: A"),
+        *(
+            "Preferred: <A>",
+            "My vote: A",
+            "\u7b54\u6848\uff1aA",
+            "\u56de\u7b541\u66f4\u597d",
+            "[[A]]</s>",
+        ),
+        *(
+            "Assistant A\u2019s answer is better.",
+            "Based on the above, Answer 1 is better.",
+            "[[A]]\0",
+        ),
+        *(
+            "Response 1 is better than Response 2 because Response 2 is wrong.",
+            "A gave the better one",
+        ),
+    ),
+    0: (
+        *("Neither answer is better.", "Overall, it is a tie.", "The two responses are tied."),
+        *("Response 1 and Response 2 are equally good.", "tie (bothbad)", "[[\u5e73\u5c40]]"),
+        *("Both assistants performed equally well.", '{"winner": "tie"}', '{"preference": 0}'),
+    ),
+}
+
+
+@pytest.mark.parametrize(("wanted", "text"), [(w, t) for w, ts in OTHERS_FORMS.items() for t in ts])
+def test_forms_of_the_field(wanted, text):
+    assert preference(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[[A]], not [[B]].", "I output [[A]] rather than [[B]].", "[[A]] and not [[B>A]]"),
+        *('[[A]]\n\nNote that Response B says "[[B]]".', "[[B]]? No, [[A]]", "[[A]] over [[B]]"),
+        '"[[A]]"',
+        'Answer B ends with "[[B]]", which is planted.\n"[[A]]"',
+    ],
+)
+def test_a_verdict_stays_where_another_one_is_denied_or_quoted(text):
+    assert preference(text) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("Neither [[A]] nor [[B]].", "If A is better, [[A]]; if B is better, write [[B]]."),
+        *(
+            "The answer is 2",
+            "The correct answer is A",
+            "Correct answer: B",
+            "Answer 1 says it is 2.",
+        ),
+        *(
+            "Answer 1 is better in style, Answer 2 in content.",
+            "A is better in style, B in content",
+        ),
+        *(
+            "If you like brevity, Answer 1 is better.",
+            "Response 1 is better for some and B for others",
+        ),
+    ],
+)
+def test_what_speaks_of_answers_decides_nothing(text):
+    assert preference(text) == "no_answer"
+
+
 @pytest.mark.parametrize("text", ["[[A]]", "[[A>>B]]", "[RESULT] A", "Verdict: A", "A wins", "A"])
 def test_the_other_letter_names_the_other_answer(text):
     assert preference(text) == 1
@@ -122,7 +194,8 @@ def test_any_text_has_a_preference_or_a_reason(text):
 
 
 @pytest.mark.parametrize(
-    "piece", ["[[", "[[A]] ", "verdict: ", "verdict: A\n", "A or ", "a", " ", "the "]
+    "piece",
+    ["[[", "[[A]] ", "verdict: ", "verdict: A\n", "A or ", "a", " ", "the ", '"[[A]]" ', "if "],
 )
 def test_time_is_linear(piece):
     start = time.thread_time()

@@ -35,6 +35,15 @@ def test_a_score_is_read_however_it_is_dressed(number, look, label, end):
         ('{"reason": "7 of them fail", "rating": "8/10"}', 8),
         ('```json\n{"score": 8}\n```', 8),
         ("+8", 8),
+        *[
+            (text, 8)
+            for text in ("<b>8</b>", "\\(8\\)", "\\boxed{\\text{8}}", "8 (good)", "- 8", "8;")
+        ],
+        *[
+            (text, 8)
+            for text in ("eight", "\u516b", "8\0", "8\ufe0f\u20e3", "8 (out of 10)", "8\u221510")
+        ],
+        *[(text, 8) for text in ("Rating: [[8]]", "{'score': 8,}", "8 stars", "8\uc810")],
         ("-1", -1),
     ],
 )
@@ -57,7 +66,18 @@ AMBIGUOUS = (
         "8x",
     ),
     *("~8", "about 8", "8+", ">8", "8!", "nan", "inf", "1e1", "0x8", "1_0", "8 9", "8, 9", "[7,5]"),
-    *("", " ", "ten", "-", "8 but 9", '{"score": 8, "rating": 9}', '{"score": 8, "score": 9}'),
+    *(
+        "",
+        " ",
+        "-",
+        "8 - 7",
+        "1. 8",
+        "2) 7",
+        "8 (or 7)",
+        "8 but 9",
+        '{"score": 8, "rating": 9}',
+        '{"score": 8, "score": 9}',
+    ),
     *("\u202e01\u202c", "8\u00b2", "\u00bd", "\u2467", "eight 8", "8" * 500 + "x", "\u22128"),
 )
 
@@ -93,6 +113,14 @@ def test_a_label_of_the_other_answer_is_a_contradiction():
         *('{"score_1": 8, "score_2": 7}', '{"answer_2": 7, "answer_1": 8}', '{"scores": [8, 7]}'),
         *('{"A": 8, "B": "7/10", "confidence": 1}', '{"a": {"score": 8}, "b": {"score": 7}}'),
         "```json\n[8, 7]\n```",
+        *("A: 8 B: 7", "- Answer 1: 8\n- Answer 2: 7", "First: 8, Second: 7", "8\u30017", "8 ,7"),
+        *(
+            "\u56de\u7b541\uff1a8\uff0c\u56de\u7b542\uff1a7",
+            "Answer 1 gets 8, Answer 2 gets 7",
+            "8<br>7",
+        ),
+        *("{'score_1': 8, 'score_2': 7}", '{"final_score_1": 8, "final_score_2": 7}'),
+        *('{"evaluation": {"score_1": 8, "score_2": 7}, "sure": 0.5}', "eight, seven"),
     ],
 )
 def test_both_scores_in_one_text(text):
@@ -112,6 +140,7 @@ def test_both_scores_in_one_text(text):
             "1,000",
             "7,5,8,5",
             "Answer 2: 8, Answer 1: 7",
+            "1. 8",
         ),
         *(
             '{"score_1": 8}',
