@@ -146,11 +146,11 @@ def test_a_writer_that_was_killed_holds_nothing(run_dir):
 @pytest.mark.slow
 def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
     run = opened(settings(run_dir))
-    monkeypatch.setattr(setup.checkpoint, "find", lambda source: source)
+    monkeypatch.setattr(setup.steps, "find_step", lambda series, step: f"{series}/{step}")
     monkeypatch.setattr(setup.checkpoint, "restore_params", lambda source, _: source)
     assert set(setup.initial_params(run, "grpo")) >= {"embed", "layers"}
     both = settings(run_dir, grpo={"steps": 4})
     both = from_dict({**setup.to_dict(both), "sft": {"steps": 7}})
     run = setup.Run(both, run.directory, run.policy, run.data)
-    assert setup.initial_params(run, "grpo") == f"{run_dir}@sft/7"
+    assert setup.initial_params(run, "grpo") == f"{run_dir}/checkpoints/sft/7"
     assert set(setup.initial_params(run, "sft")) >= {"embed", "layers"}
