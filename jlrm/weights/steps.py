@@ -253,8 +253,9 @@ def set_aside(series: epath.Path, step: int) -> epath.Path:
     """Move a step out of its series, so that the series goes on without it; return where it is."""
     aside = series.parent / "set_aside"
     aside.mkdir(parents=True, exist_ok=True)
-    names = (f"{series.name}-{step}{'-' * (i > 0)}{i or ''}" for i in range(10_000))
-    target = next(aside / name for name in names if not (aside / name).exists())
+    target, number = aside / f"{series.name}-{step}", 1
+    while target.exists():
+        target, number = aside / f"{series.name}-{step}-{number}", number + 1
     (series / str(step)).rename(target)
     return target
 
