@@ -38,6 +38,7 @@ class RunConfig:
     seed: Seed = 0  # initial weights, order of the data, every sampled token
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
+    resume: str = ""  # where to go on: [STAGE/]STEP, or "previous" where the newest is damaged
     keep_best: Count = 1  # checkpoints kept for the highest values of `best_metric`
     # Held-out metric that ranks checkpoints. Responses are read as the reward reads them: one that
     # it calls malformed has no verdict, and so is wrong, whatever a lenient reader makes of it.

@@ -108,6 +108,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
       UsageError: no such checkpoint, or something is at `out`.
     """
     step_dir = checkpoint.find(source)
+    wanted = checkpoint.read_digests(step_dir)
     model_dir = side_files(source) / "model"
     config = hf_config.read_config(model_dir)
     partial = _begin(out)
@@ -121,7 +122,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     (partial / "README.md").write_text(card, encoding="utf-8")
 
     def read(tensor: hf.Tensor) -> Any:
-        return checkpoint.read_tensor(step_dir, tensor.path, tensor.layer)
+        return checkpoint.read_tensor(step_dir, tensor.path, tensor.layer, wanted)
 
     total = len(hf.tensors(config))
     for _ in tqdm(hf.save_tensors(read, config, partial, dtype), total=total, desc="export"):

@@ -46,6 +46,7 @@ from jlrm.runtime.settings import load
 from jlrm.runtime.settings_help import add_settings
 from jlrm.weights import hf, hf_config
 from jlrm.weights.source import read_model
+from jlrm.weights.steps import split
 
 NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program
 
@@ -112,7 +113,7 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
         numerics = {n: getattr(source, n) for n in ("param_dtype", "compute_dtype", "remat")}
         directory = hf.resolve(source.path, ("config.json",))
         return hf_config.read_config(directory, **numerics), f"config.json of {source.path}"
-    if source.path and not pathlib.Path(source.path.partition("@")[0]).expanduser().exists():
+    if source.path and not pathlib.Path(split(source.path)[0]).expanduser().exists():
         return model, f"{source.path}, as the built-in shape of that name (nothing is downloaded)"
     return model, source.path or f"preset {source.preset}"
 

@@ -100,6 +100,7 @@ CHANGES = {
     "run.dir": Change("{folder}/elsewhere"),
     "run.seed": Change(1),
     "run.save_every": Change(1),
+    "run.resume": Change("grpo/1"),  # where nothing is saved
     "run.keep_last": Change(1, ("run.save_every=1", "run.keep_best=0", "grpo.steps=3")),
     "run.keep_best": Change(0, (*EVERY_STEP, "run.keep_last=1", "run.best_metric=reward")),
     "run.best_metric": Change("reward", (*EVERY_STEP, "run.keep_last=1")),

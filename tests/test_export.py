@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -58,9 +59,9 @@ def run_dir(tmp_path, params) -> pathlib.Path:
     return directory
 
 
-def save(directory: pathlib.Path, params: Any) -> None:
+def save(directory: pathlib.Path, params: Any, prompt: str = "jlrm") -> None:
     described = {
-        "data": {"prompt": "jlrm"},
+        "data": {"prompt": prompt},
         "reward": {"mode": "judgelrm_symmetric", "min_score": 0, "max_score": 5},
         "sampling": {"max_new_tokens": 4},
     }
@@ -213,9 +214,11 @@ def run_snippet(out: pathlib.Path, monkeypatch, **texts: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("template", [TEMPLATE, DATED])
 @pytest.mark.parametrize("prompt", ["jlrm", "judgelrm_train", "judgelrm_eval", "toy"])
-def test_the_cards_program_asks_as_training_did(prompt, template, run_dir, monkeypatch, torch):
+def test_the_cards_program_asks_as_training_did(
+    prompt, template, run_dir, params, monkeypatch, torch
+):
     edit(run_dir / "model" / "tokenizer_config.json", chat_template=template)
-    retell(run_dir, prompt)
+    retell(run_dir, prompt, params)
     out = exported(run_dir)
     found = run_snippet(out, monkeypatch)
     row = Comparison("1", *(found["texts"][key] for key in ("question", "answer_1", "answer_2")))
@@ -230,12 +233,10 @@ def test_the_cards_program_asks_as_training_did(prompt, template, run_dir, monke
         assert "from 0 to 5" in found["PROMPT"] and found["PROMPT"].endswith("<think>\n")
 
 
-def retell(run_dir: pathlib.Path, prompt: str) -> None:
-    """Write another prompt's name into the checkpoint."""
-    file = next(run_dir.glob("checkpoints/grpo/0/meta/metadata"))
-    meta = json.loads(file.read_text())
-    meta["config"]["data"]["prompt"] = prompt
-    file.write_text(json.dumps(meta))
+def retell(run_dir: pathlib.Path, prompt: str, params: Any) -> None:
+    """Save the checkpoint anew with another prompt's name."""
+    shutil.rmtree(run_dir / "checkpoints")
+    save(run_dir, params, prompt)
 
 
 def test_the_cards_program_lets_no_text_speak_for_another(run_dir, monkeypatch, torch):

@@ -33,10 +33,10 @@ from jlrm.model.qwen import Params
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.lock import sole_writer
 from jlrm.runtime.mesh import create_mesh
-from jlrm.runtime.settings import flatten, load, save, to_dict
-from jlrm.runtime.storage import Mirror
+from jlrm.runtime.settings import flatten, from_dict, parse_yaml, save, to_dict
+from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
-from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import model_files, read_params
 
@@ -185,17 +185,37 @@ def initial_params(run: Run, stage: str) -> Params:
     names = stages_of(config)
     if place := names.index(stage):
         before = names[place - 1]
-        saved = checkpoint.find(f"{config.run.dir}@{before}/{getattr(config, before).steps}")
+        series = steps.absolute(config.run.dir) / "checkpoints" / before
+        saved = steps.find_step(series, getattr(config, before).steps)
         return checkpoint.restore_params(saved, qwen.abstract_params(policy.model, policy.training))
     if not config.model.path:
         return qwen.init(policy.model, policy.training, config.run.seed)
     return read_params(config.model.path, policy.model, policy.training)
 
 
+def refuse_to_begin_before(config: Config, stage: str) -> None:
+    """Refuse to train a stage again whose end a later one has gone on from.
+
+    Raises:
+      UsageError: a later stage has checkpoints. Its record would be dropped.
+    """
+    run = steps.absolute(config.run.dir)
+    saved = steps.saved_steps(run)
+    names = stages_of(config)
+    for later in names[names.index(stage) + 1 :]:
+        if later in saved:
+            raise UsageError(
+                f"{run} has checkpoints of {later}, and of {stage} before it none at its last "
+                f"step. Bring checkpoints/{stage} back. Or go on in another run: model.path={run}"
+                f"@{later}/{saved[later][-1]} run.dir=NEW {stage}.steps=0, where the KL reference "
+                "is another."
+            )
+
+
 def _check_same_run(config: Config, directory: pathlib.Path) -> None:
-    if not (directory / "config.yaml").is_file():
+    if not (text := _config_before(config, directory)):
         return
-    before, now = _settings_before(directory / "config.yaml"), flatten(to_dict(config))
+    before, now = _settings_before(text, directory), flatten(to_dict(config))
     changed = [
         f"{key} {before.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -208,11 +228,36 @@ def _check_same_run(config: Config, directory: pathlib.Path) -> None:
         )
 
 
-def _settings_before(path: pathlib.Path) -> dict[str, Any]:
+def _config_before(config: Config, directory: pathlib.Path) -> str:
+    """Return the YAML of the config that a trained run was made with; empty: nothing holds it.
+
+    It stands in every checkpoint too, for a run that has lost its config.yaml.
+
+    Raises:
+      UsageError: config.yaml is there, and is empty.
+    """
+    file = directory / "config.yaml"
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        if not text.strip():
+            raise UsageError(
+                f"{file} is empty: something has cut it short since it was written. Remove it, and "
+                "the settings are taken from the run's newest checkpoint."
+            )
+        return text
+    run = steps.absolute(config.run.dir)
+    for stage, saved in steps.saved_steps(run).items():
+        for step in reversed(saved):
+            if made_with := steps.config_of(run / "checkpoints" / stage / str(step)):
+                return yaml.safe_dump(made_with)
+    return ""
+
+
+def _settings_before(text: str, directory: pathlib.Path) -> dict[str, Any]:
     """Return the settings that a run was made with, as dotted names."""
-    before = flatten(to_dict(load(path)))
+    before = flatten(to_dict(from_dict(parse_yaml(text, f"{directory}/config.yaml"))))
     # Before there was a choice, importance weights weighed every term of the loss.
-    if before["grpo.loss.importance_cap"] and "importance_terms:" not in path.read_text():
+    if before["grpo.loss.importance_cap"] and "importance_terms:" not in text:
         before["grpo.importance_terms"] = "all"
     return before
 
@@ -224,14 +269,15 @@ def _with_its_split(config: Config, directory: RunDir) -> Config:
     `data.folding` in their config took questions for one only where punctuation was equal too. With
     another number or folding they would go on with other rows: some they had held out.
     """
-    saved = directory.path / "config.yaml"
-    if not directory.is_trained or not saved.is_file():
+    text = _config_before(config, directory.path) if directory.is_trained else ""
+    if not text:
         return config
-    before, data = load(saved).data, config.data
+    tree = parse_yaml(text, f"{directory.path}/config.yaml")
+    before, data = from_dict(tree).data, config.data
     if not data.eval_rows:
         data = dataclasses.replace(data, eval_rows=before.eval_rows)
     if data.folding == DataConfig.folding:
-        is_older = "folding" not in yaml.safe_load(saved.read_text())["data"]
+        is_older = "folding" not in tree["data"]
         data = dataclasses.replace(data, folding="text" if is_older else before.folding)
     return dataclasses.replace(config, data=data)
 
@@ -254,16 +300,21 @@ def _fill_model(config: Config, directory: RunDir) -> None:
         return
     origin = model_files(source.path) if source.path else None
     is_own = origin is not None and origin.resolve() == target.resolve()
-    if (directory.path / "config.yaml").is_file() and not is_own:
-        shutil.rmtree(target, ignore_errors=True)  # left by a start that failed, of any model
+    # Renamed when it is complete: a start that is killed leaves no half of it.
+    whole, target = target, target.with_name("model.partial")
+    shutil.rmtree(target, ignore_errors=True)
+    if whole.is_dir() and (is_own or not (directory.path / "config.yaml").is_file()):
+        shutil.copytree(whole, target)  # else left by a start that failed, of any model
     if origin is not None:
         hf_config.read_config(origin)
         hf.copy_side_files(origin, target)
     else:
         target.mkdir(parents=True, exist_ok=True)
         fields = hf_config.config_to_hf(preset(source.preset), "float32")
-        (target / "config.json").write_text(json.dumps(fields, indent=2))
+        write_atomically(target / "config.json", json.dumps(fields, indent=2).encode())
     if source.tokenizer == "toy":
         toy.save_tokenizer(target)
     elif source.tokenizer:
         hf.copy_tokenizer(hf.resolve(source.tokenizer, hf.TOKENIZER_FILES), target)
+    shutil.rmtree(whole, ignore_errors=True)
+    target.rename(whole)

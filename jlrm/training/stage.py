@@ -36,7 +36,7 @@ from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import update
 from jlrm.training.heldout import EvaluateFn
-from jlrm.training.setup import Run
+from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
 from jlrm.weights.checkpoint import Checkpoints
 
@@ -93,6 +93,8 @@ class Stage:
         self._programs = programs  # that a step runs, for people to read
         self._num_steps: int = getattr(run.config, name).steps
         self._checkpoints = _open_checkpoints(run.config.run, name)
+        if (self._checkpoints.latest_step() or 0) < self._num_steps:
+            refuse_to_begin_before(run.config, name)
         self.start: dict[str, float] = {}
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
@@ -115,7 +117,9 @@ class Stage:
         """Go on from the newest checkpoint."""
         network = self._run.policy
         abstract = update.abstract_state(network.model, network.training, optimizer)
-        self.state, meta = self._checkpoints.restore(self._done, abstract)
+        self._done, self.state, meta = self._checkpoints.restore_newest(abstract)
+        if self._done < self._num_steps:  # which `run.resume` may have led further back
+            refuse_to_begin_before(self._run.config, self._name)
         self.start, self.evaluation = meta["start"], meta["evaluation"]
         self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
         self.position = meta["position"]
@@ -137,6 +141,8 @@ class Stage:
             signal.signal(signum, handler)
         try:
             self.tracker.__exit__(*error)
+            if error[0] is None:  # else other processes may not come to where all wait
+                self._checkpoints.wait()
         finally:
             self._checkpoints.close()
 
@@ -145,6 +151,7 @@ class Stage:
         _count_compiles()
         if self._done < self._num_steps:
             self.tracker.note(f"{self._name}: the first step compiles {', '.join(self._programs)}")
+            self._checkpoints.prepare(self.state)  # so that no later step compiles anything
         for step in range(self._done, self._num_steps):
             self._step_began = time.monotonic()
             self._seconds.clear()
@@ -280,6 +287,7 @@ def _open_checkpoints(settings: RunConfig, name: str) -> Checkpoints:
         keep_last=settings.keep_last,
         keep_best=settings.keep_best,
         metric=settings.best_metric,
+        resume=settings.resume,
     )
 
 

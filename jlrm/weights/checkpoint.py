@@ -1,32 +1,42 @@
 """Orbax checkpoints of a run, and single tensors read out of them.
 
-A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with three items:
-`params`, `opt_state` and `meta` (JSON). Parameters are a separate item so that evaluation and
+A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with four items: `params`,
+`opt_state`, `meta` and `digests` (both JSON). Parameters are a separate item so that evaluation and
 export read nothing else, and stacked layers are stored in chunks of one layer so that export can
 read one tensor at a time. Saving is asynchronous; a save that did not finish leaves no checkpoint
-behind. A run may be at gs://; Orbax reads and writes there itself, each host its own shards.
+behind. What is read is compared with the digests of what was saved (digests.py). A run may be at
+gs://; Orbax reads and writes there itself, each host its own shards.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jlrm.config import RunError, UsageError, stage_titles
-from jlrm.runtime.settings import from_dict, parse_yaml
+from jlrm.config import RunError, UsageError
+from jlrm.runtime import hosts
+from jlrm.weights import digests, steps
+from jlrm.weights.steps import IMPORTED, find, is_run, read_digests, saved_steps
+
+__all__ = ["IMPORTED", "find", "is_run", "read_digests", "saved_steps"]  # of steps.py, and all here
+
+log = logging.getLogger(__name__)
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
-IMPORTED = "import"  # the series of weights that came from elsewhere
+
+
+class Damaged(UsageError):
+    """What a step holds is not what was saved; the message is a part of a sentence."""
 
 
 class Checkpoints:
@@ -40,59 +50,169 @@ class Checkpoints:
         keep_last: int = 1,
         keep_best: int = 0,
         metric: str = "",
+        resume: str = "",
     ) -> None:
-        policies: list[keep.PreservationPolicy] = [keep.LatestN(keep_last)]
+        """Open a series, which need not exist; `resume`: see `RunConfig`.
 
-        def rank(metrics: dict[str, float]) -> float:
-            return metrics[metric]
-
-        if keep_best:
-            policies.append(
-                keep.BestN(get_metric_fn=rank, n=keep_best, keep_checkpoints_without_metrics=False)
-            )
+        Raises:
+          UsageError: its newest step is damaged, and `resume` takes no other.
+        """
+        self._keep_last, self._keep_best, self._metric = keep_last, keep_best, metric
+        run = steps.absolute(run_dir)
+        self._directory = run / "checkpoints" / stage
+        self._wanted = steps.wanted_step(run, stage, resume)
+        if hosts.is_main():
+            steps.clear(self._directory, self._wanted, resume)
+        hosts.gather("the checkpoints to go on from", None)
         options = ocp.CheckpointManagerOptions(
-            best_fn=rank if keep_best else None,
-            preservation_policy=keep.AnyPreservationPolicy(policies),
+            best_fn=self._rank if keep_best else None,
+            preservation_policy=keep.PreserveAll(),  # `_settle` lets go of the old ones
             enable_async_checkpointing=True,
         )
-        self._directory = _absolute(run_dir) / "checkpoints" / stage
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        self._settled: int | None = None
+
+    def prepare(self, state: Any) -> None:
+        """Compile what a save runs on the devices."""
+        digests.look(_items(state))
 
     def save(
         self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None
     ) -> None:
-        """Begin to save, return when the arrays are copied; a step saved before is left alone."""
+        """Begin to save, return when the arrays are copied; a step saved before is left alone.
+
+        Raises:
+          RunError: a number is NaN or infinite, and nothing is saved; what went wrong in the save
+            before.
+        """
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(state.params, save_args=_by_layer(state.params)),
-            opt_state=ocp.args.PyTreeSave({"opt_state": state.opt_state, "step": state.step}),
-            meta=ocp.args.JsonSave(meta),
-        )
-        with self._explain():  # what went wrong in the save before this one comes up here
-            self._manager.save(step, args=items, metrics=metrics)
+        found, broken = digests.look(_items(state))
+        if broken:
+            raise RunError(self._diverged(step, broken))
+        self.wait()
+        kept_metrics = metrics if self._keep_best else None
+        with self._explain():
+            self._manager.save(step, args=_saved(state, meta, found, kept_metrics), metrics=metrics)
+        self._metrics[step] = kept_metrics
 
     def latest_step(self) -> int | None:
         """Return the newest step that was saved whole."""
         return self._manager.latest_step()
 
-    def restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """Restore a state onto the shardings of `abstract` (`ShapeDtypeStruct`s), on any mesh."""
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=_restore(abstract.params),
-                opt_state=_restore({"opt_state": abstract.opt_state, "step": abstract.step}),
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        state = abstract._replace(params=restored["params"], **restored["opt_state"])
-        return state, restored["meta"]
+    def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]]:
+        """Restore the newest step onto the shardings of `abstract` (`ShapeDtypeStruct`s).
+
+        The mesh may be another than the one that saved it.
+
+        Returns:
+          The step, the state and what was saved beside it.
+
+        Raises:
+          UsageError: it is not what was saved, and `resume` takes no other.
+        """
+        while True:
+            step = self._manager.latest_step()
+            assert step is not None, "nothing is saved"
+            try:
+                return step, *self._restore(step, abstract)
+            except Damaged as error:
+                reason = str(error)
+            older = [each for each in self._manager.all_steps() if each < step]
+            if self._wanted != "previous" or not older:
+                whole = [each for each in older if self._is_whole(each, abstract)]
+                raise UsageError(steps.refusal(self._directory, step, reason, whole))
+            log.warning("%s is damaged: %s.", self._directory / str(step), reason)
+            if hosts.is_main():
+                log.warning("It is set aside: %s", steps.set_aside(self._directory, step))
+            hosts.gather("the damaged step is set aside", None)
+            self._manager.reload()
 
     def close(self) -> None:
         """Wait for saves under way and let go of the directory."""
         with self._explain():
             self._manager.close()
+
+    def wait(self) -> None:
+        """Wait until saves under way are on disk, and let go of old steps; all processes do so.
+
+        Raises:
+          RunError: what went wrong in them.
+        """
+        with self._explain():
+            self._manager.wait_until_finished()
+            self._settle()
+
+    def _settle(self) -> None:
+        """Look whether the newest step is whole, and only then let go of those it replaces."""
+        step = self.latest_step()
+        if step is None or step == self._settled:
+            return
+        directory = self._directory / str(step)
+        found = steps.damage(directory) if hosts.is_main() else ""
+        (found, *_) = hosts.gather("whether the checkpoint is whole", found)
+        if found:
+            raise RunError(
+                f"{directory} was saved and is not whole: {found}. Those before it are kept: look "
+                "after the disk, and repeat the command."
+            )
+        if hosts.is_main():
+            steps.note_sizes(directory)
+        self._settled = step
+        saved = list(self._manager.all_steps())
+        ranked = [each for each in saved if self._metrics.get(each)]
+        ranked.sort(key=lambda each: self._rank(self._metrics[each]))
+        best = ranked[max(len(ranked) - self._keep_best, 0) :]
+        for old in saved[: -self._keep_last]:
+            if old not in best:
+                self._manager.delete(old)
+
+    def _rank(self, metrics: Any) -> float:
+        return metrics[self._metric]
+
+    def _is_whole(self, step: int, abstract: Any) -> bool:
+        if hosts.count() > 1:  # processes that restore must all succeed or all fail
+            return not steps.damage(self._directory / str(step))
+        try:
+            self._restore(step, abstract)
+        except UsageError:
+            return False
+        return True
+
+    def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        directory = self._directory / str(step)
+        if found := steps.damage(directory):
+            raise Damaged(found)
+        items, wanted = _items(abstract), read_digests(directory)
+        restored, broken = {}, []
+        for name, item in items.items():
+            with _reading(name):
+                args = ocp.args.Composite(**{name: _restore(item)})
+                restored[name] = self._manager.restore(step, args=args)[name]
+            broken += _compare({name: restored[name]}, wanted)
+        if broken:
+            raise UsageError(
+                f"{directory} holds NaN or infinite numbers in {_some(broken)}: training had "
+                f"diverged. {self._way_out(step)}"
+            )
+        state = abstract._replace(params=restored["params"], **restored["opt_state"])
+        return state, json.loads((directory / "meta" / "metadata").read_text())
+
+    def _diverged(self, step: int, broken: list[str]) -> str:
+        return (
+            f"{self._directory.name} step {step}: {_some(broken)} hold NaN or infinite numbers, so "
+            f"nothing of this step is saved. {self._way_out(step)}"
+        )
+
+    def _way_out(self, step: int) -> str:
+        stage = self._directory.name
+        rate = f"a lower {stage}.optimizer.learning_rate"
+        before = [each for each in self._manager.all_steps() if each < step]
+        if not before:
+            return f"No checkpoint was before it: begin anew with {rate}."
+        source = f"{self._directory.parent.parent}@{stage}/{before[-1]}"
+        return f"Go on from the one before: model.path={source} run.dir=NEW, and {rate}."
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
@@ -107,109 +227,142 @@ class Checkpoints:
                 "whole: free some space and repeat the command."
             ) from None
 
-    def wait(self) -> None:
-        """Wait until saves under way are on disk; raises what went wrong in them."""
-        with self._explain():
-            self._manager.wait_until_finished()
-
-
-def find(source: str) -> epath.Path:
-    """Return the directory of one saved step for `RUN`, `RUN@STEP`, `RUN@STAGE/STEP` or `RUN@best`.
-
-    Without a step: the newest of the last stage that ran.
-
-    Raises:
-      UsageError: no such run or step.
-    """
-    text, _, wanted = source.partition("@")
-    run = epath.Path(text).expanduser()
-    saved = saved_steps(run)
-    if not saved:
-        raise UsageError(
-            f"{run} holds no checkpoints (wanted a run directory with checkpoints/ in it)."
-        )
-    stage, _, step = wanted.rpartition("/")
-    stage = stage or next(iter(saved))
-    if step == "best" and stage in saved:
-        step = str(_best_step(run, stage, saved[stage]))
-    chosen = step or str(saved.get(stage, [""])[-1])
-    if stage not in saved or not chosen.isdigit() or int(chosen) not in saved[stage]:
-        known = ", ".join(f"{name}/{number}" for name, steps in saved.items() for number in steps)
-        raise UsageError(f"{run} has no checkpoint '{wanted}'. Saved: {known}.")
-    return run / "checkpoints" / stage / chosen
-
-
-def is_run(source: str) -> bool:
-    """Return whether `source` names a run directory, with or without @STEP."""
-    return (epath.Path(source.partition("@")[0]).expanduser() / "checkpoints").is_dir()
-
 
 def restore_params(step_dir: epath.Path, params: Any) -> Any:
     """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s.
 
     Raises:
-      UsageError: some are NaN or infinite.
+      UsageError: they are not what was saved; some are NaN or infinite.
     """
-    with _checkpointer() as checkpointer:
-        args = _restore(params)
-        restored = checkpointer.restore(_absolute(step_dir) / "params", args=args)
-    if broken := not_finite(restored):
+    wanted = read_digests(step_dir)
+    try:
+        with _checkpointer() as checkpointer, _reading("params"):
+            args = _restore(params)
+            restored = checkpointer.restore(steps.absolute(step_dir) / "params", args=args)
+        broken = _compare({"params": restored}, wanted)
+    except Damaged as error:
         raise UsageError(
-            f"{step_dir} holds NaN or infinite numbers in {', '.join(broken[:3])}"
-            f"{f' and {len(broken) - 3} more' * (len(broken) > 3)}: its training had diverged. "
-            "Take weights from an earlier step, as RUN@STEP."
+            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
+            "RUN@STEP."
+        ) from None
+    if broken:
+        names = [name.removeprefix(digests.PARAMS) for name in broken]
+        raise UsageError(
+            f"{step_dir} holds NaN or infinite numbers in {_some(names)}: its training had "
+            "diverged. Take weights from an earlier step, as RUN@STEP."
         )
     return restored
 
 
-def not_finite(params: Any) -> list[str]:
-    """Return the names of arrays with a number that is NaN or infinite.
-
-    One program on the devices looks at all of them: on the host they would have to be read again.
-    """
-
-    @jax.jit
-    def look(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
-
-    with_paths = jax.tree_util.tree_leaves_with_path(look(params))
-    return [".".join(key.key for key in path) for path, is_fine in with_paths if not bool(is_fine)]
-
-
 def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str, Any]) -> None:
     """Save parameters without an optimiser as step 0 of a stage of their own."""
-    with ocp.CheckpointManager(_absolute(run_dir) / "checkpoints" / stage) as manager:
-        items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
-            meta=ocp.args.JsonSave(meta),
-        )
-        manager.save(0, args=items)
+    found, _ = digests.look({"params": params})
+    with ocp.CheckpointManager(steps.absolute(run_dir) / "checkpoints" / stage) as manager:
+        manager.save(0, args=_saved(params, meta, found, None))
 
 
-def read_tensor(step_dir: epath.Path, path: str, layer: int | None) -> np.ndarray:
-    """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device."""
+def read_tensor(
+    step_dir: epath.Path, path: str, layer: int | None, wanted: dict[str, Any] | None = None
+) -> np.ndarray:
+    """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device.
+
+    wanted: what `read_digests` returns.
+
+    Raises:
+      UsageError: it can't be read, or is not what was saved.
+    """
     spec = {
         "driver": "zarr",
         "kvstore": {
             "driver": "ocdbt",
-            "base": _url(step_dir / "params"),
+            "base": _store(step_dir / "params"),
             "path": f"{path}/",
         },
         # Without a cache limit of its own every read opens afresh and keeps nothing.
         "context": {"cache_pool": {"total_bytes_limit": 0}},
     }
-    array = tensorstore.open(spec).result()
-    return np.asarray((array if layer is None else array[layer]).read().result())
+    name = digests.PARAMS + path
+    try:
+        with _reading("params"):
+            stored = tensorstore.open(spec).result()
+            array = np.asarray((stored if layer is None else stored[layer]).read().result())
+        if wanted and not digests.is_stored(array, layer, wanted["params"].get(name, {})):
+            raise Damaged(f"its item 'params' is not what was saved, in {name}")
+    except Damaged as error:
+        raise UsageError(
+            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
+            "RUN@STEP."
+        ) from None
+    return array
 
 
-def _absolute(path: epath.PathLike) -> epath.Path:
-    wanted = epath.Path(path)
-    return wanted if "://" in str(path) else wanted.expanduser().absolute()
+def _items(state: Any) -> dict[str, Any]:
+    """Return the items of a state that are arrays."""
+    return {
+        "params": state.params,
+        "opt_state": {"opt_state": state.opt_state, "step": state.step},
+    }
 
 
-def _url(path: epath.Path) -> str:
-    absolute = _absolute(path)
-    return f"{absolute}/" if "://" in str(absolute) else f"file://{absolute}/"
+def _saved(
+    state: Any, meta: dict[str, Any], found: dict[str, Any], metrics: dict[str, float] | None
+) -> ocp.args.Composite:
+    """Return the items of a step, of a state or of parameters alone, with their digests."""
+    items = _items(state) if hasattr(state, "params") else {"params": state}
+    described: dict[str, Any] = {
+        item: {name: each for name, each in found.items() if name.startswith(f"{item}.")}
+        for item in items
+    }
+    meta = json.loads(json.dumps(meta))  # as it will be read
+    described |= {"meta": digests.of_json(meta)}
+    if metrics is not None:
+        described |= {"metrics": digests.of_json(metrics)}
+    params = items.pop("params")
+    return ocp.args.Composite(
+        params=ocp.args.PyTreeSave(params, save_args=_by_layer(params)),
+        **{name: ocp.args.PyTreeSave(item) for name, item in items.items()},
+        meta=ocp.args.JsonSave(meta),
+        digests=ocp.args.JsonSave(digests.sealed(described)),
+    )
+
+
+def _compare(restored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Compare one restored item with its digests; return the names of what is not finite.
+
+    Raises:
+      Damaged: it is not what was saved.
+    """
+    ((item, _),) = restored.items()
+    if not wanted:
+        return digests.look(restored)[1]
+    if item not in wanted:
+        raise Damaged(f"its digests do not name the item '{item}'")
+    wrong, broken = digests.changed(restored, wanted[item])
+    if wrong:
+        raise Damaged(f"its item '{item}' is not what was saved, in {_some(wrong)}")
+    return broken
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+
+
+@contextlib.contextmanager
+def _reading(item: str) -> Iterator[None]:
+    """Turn whatever a damaged file makes a reader raise into `Damaged`."""
+    try:
+        yield
+    except (Damaged, jax.errors.JaxRuntimeError):  # the latter: no memory
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()).rstrip(".")[:200]
+        raise Damaged(f"its item '{item}' can't be read ({reason})") from None
+
+
+def _store(path: epath.Path) -> Any:
+    """Return a directory as tensorstore names it. In a url, # and % would not be of the name."""
+    absolute = str(steps.absolute(path))
+    return f"{absolute}/" if "://" in absolute else {"driver": "file", "path": f"{absolute}/"}
 
 
 def _by_layer(params: Any) -> Any:
@@ -234,31 +387,3 @@ def _restore(abstract: Any) -> Any:
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         yield checkpointer
-
-
-def saved_steps(run: epath.Path) -> dict[str, list[int]]:
-    """Return the saved steps of every series, that of the newest weights first."""
-    saved = {}
-    for stage in (*reversed(stage_titles()), IMPORTED):
-        directory = run / "checkpoints" / stage
-        # A save under way carries a temporary suffix, so its name is no number.
-        steps = sorted(int(entry.name) for entry in directory.glob("*") if entry.name.isdigit())
-        if steps:
-            saved[stage] = steps
-    return saved
-
-
-def _best_step(run: epath.Path, stage: str, steps: list[int]) -> int:
-    """Return the step ranked highest by the run's own `run.best_metric`."""
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"{run} has no config.yaml, which says what is best. Name a step.")
-    metric = from_dict(parse_yaml(file.read_text(), str(file))).run.best_metric
-    ranked = {}
-    for step in steps:
-        file = run / "checkpoints" / stage / str(step) / "metrics" / "metrics"
-        if file.is_file():
-            ranked[step] = json.loads(file.read_text())[metric]
-    if not ranked:
-        raise UsageError(f"No {stage} checkpoint of {run} was saved with a held-out metric.")
-    return max(ranked, key=lambda step: ranked[step])

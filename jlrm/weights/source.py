@@ -11,7 +11,7 @@ from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime import storage
 from jlrm.runtime.mesh import Layout
-from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.presets import PRESETS, preset
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,6 @@ def read_model(config: Config) -> QwenConfig:
 
 def side_files(source: str) -> pathlib.Path:
     """Return a local directory with all of an earlier run, `RUN[@STEP]`, but its checkpoints."""
-    mirror = storage.mirror(source.partition("@")[0])
+    mirror = storage.mirror(steps.split(source)[0])
     mirror.pull()
     return mirror.local

@@ -18,6 +18,7 @@ from jlrm.data.comparisons import write_comparisons
 from jlrm.data.splits import read_splits
 from jlrm.runtime.settings import from_dict
 from jlrm.training import setup
+from jlrm.weights import steps
 
 
 def settings(directory, **sections) -> Config:
@@ -122,6 +123,55 @@ def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_the
     assert json.loads(file.read_text()) == before
 
 
+def saved_with(config: Config, stage: str, step: int) -> None:
+    """Leave a checkpoint without weights, which only its config is read from."""
+    directory = steps.absolute(config.run.dir) / "checkpoints" / stage / str(step)
+    for item in ("params", "meta"):
+        (directory / item).mkdir(parents=True)
+        (directory / item / "metadata").write_text(json.dumps({"config": setup.to_dict(config)}))
+
+
+def test_a_config_that_was_emptied_is_not_one_that_is_missing(run_dir):
+    config = settings(run_dir)
+    opened(config)
+    saved_with(config, "grpo", 2)
+    for content in ("", " \n"):
+        (run_dir / "config.yaml").write_text(content)
+        with pytest.raises(UsageError, match=r"config\.yaml is empty: .* Remove it"):
+            opened(config)
+    (run_dir / "config.yaml").unlink()
+    with pytest.raises(UsageError, match=r"another config \(grpo.rollouts 4 -> 8\)"):
+        opened(settings(run_dir, grpo={"rollouts": 8}))
+    opened(config)
+    assert "rollouts: 4" in (run_dir / "config.yaml").read_text()
+
+
+def test_a_stage_whose_checkpoints_are_gone_is_not_trained_under_a_later_one(run_dir):
+    one = settings(run_dir)
+    config = from_dict({**setup.to_dict(one), "sft": {"steps": 7}})
+    setup.refuse_to_begin_before(config, "sft")
+    saved_with(config, "grpo", 2)
+    setup.refuse_to_begin_before(config, "grpo")
+    with pytest.raises(UsageError, match=r"checkpoints of grpo, and of sft before it none") as told:
+        setup.refuse_to_begin_before(config, "sft")
+    assert f"model.path={run_dir}@grpo/2 run.dir=NEW sft.steps=0" in str(told.value)
+
+
+def test_a_start_that_is_killed_leaves_no_half_of_a_model(run_dir, monkeypatch):
+    opened(settings(run_dir))
+    before = {path.name for path in (run_dir / "model").iterdir()}
+
+    def die(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(setup.toy, "save_tokenizer", die)
+        opened(settings(run_dir))
+    assert {path.name for path in (run_dir / "model").iterdir()} == before
+    opened(settings(run_dir))
+    assert not (run_dir / "model.partial").exists()
+
+
 def test_a_directory_has_one_writer(run_dir):
     config = settings(run_dir / "run")
     with setup.open_run(config, jax.devices()[:1]):
@@ -146,11 +196,11 @@ def test_a_writer_that_was_killed_holds_nothing(run_dir):
 @pytest.mark.slow
 def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
     run = opened(settings(run_dir))
-    monkeypatch.setattr(setup.checkpoint, "find", lambda source: source)
+    monkeypatch.setattr(setup.steps, "find_step", lambda series, step: f"{series}/{step}")
     monkeypatch.setattr(setup.checkpoint, "restore_params", lambda source, _: source)
     assert set(setup.initial_params(run, "grpo")) >= {"embed", "layers"}
     both = settings(run_dir, grpo={"steps": 4})
     both = from_dict({**setup.to_dict(both), "sft": {"steps": 7}})
     run = setup.Run(both, run.directory, run.policy, run.data)
-    assert setup.initial_params(run, "grpo") == f"{run_dir}@sft/7"
+    assert setup.initial_params(run, "grpo") == f"{run_dir}/checkpoints/sft/7"
     assert set(setup.initial_params(run, "sft")) >= {"embed", "layers"}
