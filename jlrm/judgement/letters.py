@@ -37,7 +37,7 @@ _COMPARED = re.compile(
 )
 # What may stand before a statement and changes nothing in it.
 _OPENERS = re.compile(
-    r"(?:(?:overall|therefore|thus|so|hence|finally|consequently|in (?:conclusion|summary)"
+    r"\A(?:(?:overall|therefore|thus|so|hence|finally|consequently|in (?:conclusion|summary)"
     r"|to conclude|i (?:think|believe|(?:would )?(?:prefer|choose|pick|select|vote for|say))"
     r"|(?:based on|considering|given|taking|in my|on balance|for th(?:is|ese) reasons?"
     r"|as a result)\b[^,]{0,80},)[\s,:]+(?:that\s+)?)*"
@@ -100,7 +100,8 @@ NEAR = 100  # characters around a mark that may make it a mention
 _SIDE_BY_SIDE = re.compile(r"[\s\"'`,/|*_]*(?:or|and|vs\.?)?[\s\"'`,/|*_]*", re.IGNORECASE)
 _REASON = re.compile(r"\s*(?:because|since|as|given|due|it|its|which|with|for|in)\b")
 _QUOTES = "\"'`\u201c\u201d\u2018\u2019"
-_LOOKS = " \t\r\n\0{}<>,*_.!#\\\u3010\u3011\u300c\u300d" + _QUOTES
+_LOOKS = " \t\r\n\0{},*_.!#\\\u3010\u3011\u300c\u300d" + _QUOTES
+_BRACKETS = "<>"  # half of a pair is for no looks: `A>` is half of a comparison
 
 
 class NamedAnswer(NamedTuple):
@@ -121,7 +122,7 @@ def preference(text: str) -> int | Failure:
     last = _last_clear(text, [m for m in marks if not _is_quoted(text, m)] or marks)
     if last is not None:
         return last.preference
-    lines = [line for line in text.splitlines() if line.strip(_LOOKS)]
+    lines = [line for line in text.splitlines() if line.strip(_LOOKS + _BRACKETS)]
     for line in (lines[-1], lines[0]) if lines and not marks else ():
         found = named(line.lstrip("> -").strip(_LOOKS).rpartition(". ")[2])
         if found is not None:
@@ -133,14 +134,17 @@ def named(text: str) -> int | None:
     """Return the preference that a short text states and nothing else, else None."""
     if len(text) > LONGEST_LINE:
         return None
-    text = " ".join(text.strip(_LOOKS).replace("\u2019", "'").lower().split())
+    text = text.strip(_LOOKS)
+    if text.startswith("<") != text.endswith(">"):
+        return None
+    text = " ".join(text.strip(_LOOKS + _BRACKETS).replace("\u2019", "'").lower().split())
     if text[:1] + text[-1:] == "[]" and not text.strip("[] ").isdecimal():
         text = text.strip("[]")
     if found := _COMPARED.fullmatch(text):
         better = _SIGN[found["sign"][0]]
         left, right = _number(found["left"]), _number(found["right"])
         return None if left == right else (0, left, right)[better]
-    text = text[_OPENERS.match(text).end() :]
+    text = _OPENERS.sub("", text, count=1)
     if _TIE.fullmatch(text):
         return 0
     found = _BETTER.fullmatch(text)
@@ -191,16 +195,19 @@ def _is_quoted(text: str, mark: NamedAnswer) -> bool:
         return False
     before = text[max(mark.start - NEAR, 0) : mark.start].rpartition("\n")[2]
     after = text[mark.end : mark.end + NEAR].partition("\n")[0]
-    return bool((before + after).strip(_LOOKS))
+    return bool((before + after).strip(_LOOKS + _BRACKETS))
 
 
 def _said(text: str, group: str) -> int | None:
-    text = text.strip(_LOOKS).strip("[]")
-    if group not in ("label", "colon", "json", "xml") and text.strip(_LOOKS + "()").isdecimal():
+    text = text.strip(_LOOKS + _BRACKETS).strip("[]")
+    if (
+        group not in ("label", "colon", "json", "xml")
+        and text.strip(_LOOKS + _BRACKETS + "()").isdecimal()
+    ):
         return None  # a score: `[RESULT] 2` is Prometheus' grade of a single answer
     if group == "json" and text == "0":
         return 0
-    whole = 0 if text.strip(_LOOKS) in ("C", "c") else named(text)
+    whole = 0 if text.strip(_LOOKS + _BRACKETS) in ("C", "c") else named(text)
     if whole is not None or group not in _LINE_MARKS:
         return whole
     for separator in (".", ",", ";", " - ", " \u2014 ", "("):  # e.g. `B, because it is exact`

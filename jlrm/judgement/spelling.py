@@ -31,7 +31,6 @@ _END_TOKEN = re.compile(r"<(?:[|\uff5c][a-z_\u2581]{1,24}[|\uff5c]|/s|eos|end_of
 
 def plain(text: str) -> str:
     """Write full-width characters and all decimal digits in ASCII, and drop those without width."""
-    text = text.replace("\0", "")
     return text if text.isascii() else text.translate(_PLAIN)
 
 
