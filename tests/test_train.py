@@ -245,7 +245,7 @@ def test_wrong_input_is_one_clear_sentence_and_exit_code_2(tmp_path, data, comma
         f"data.train={tmp_path}/nothing.jsonl": "Cannot read the data file",
         f"data.train={file('empty.jsonl', '')}": "is empty",
         f"data.train={file('torn.jsonl', good + chr(10) + good[:40])}": "line 2 is not valid JSON",
-        f"data.train={file('list.jsonl', '[1]')}": "line 1 must be a JSON object",
+        f"data.train={file('list.jsonl', '[1]')}": "row 1 must be a JSON object",
         f"data.train={file('field.jsonl', '{}')}": "line 1 has no field 'question'",
         f"data.train={file('many.jsonl', json.dumps({**json.loads(good), 'score_1': 'many'}))}": (
             "line 1: the scores must be two numbers"

@@ -210,8 +210,8 @@ def words(text: str) -> list[str]:
 
 def count_words(text: str) -> float:
     """Return how many words a text has; a character of a script without spaces is half a word."""
-    found = words(text)
-    return len(found) - sum(map(len, map(_SPACELESS_WORD.findall, found))) / 2
+    listed = words(text)
+    return len(listed) - sum(map(len, map(_SPACELESS_WORD.findall, listed))) / 2
 
 
 def fold(text: str) -> str:

@@ -57,8 +57,8 @@ def warn_of_benchmark(source: str) -> None:
     """
     named = source.lower().replace("--", "/")
     for benchmark, pattern, part in HUB_BENCHMARKS:
-        found = re.search(rf"(?<![\w.-])(?:{pattern})(?![\w.-])(.*)", named)
-        if found and part in found[1]:
+        match = re.search(rf"(?<![\w.-])(?:{pattern})(?![\w.-])(.*)", named)
+        if match and part in match[1]:
             log.warning(
                 "%s is a benchmark (%s): a judge that has trained on it can't be measured by it. "
                 "Train on other data, or report no result on this benchmark.",
@@ -138,8 +138,8 @@ def read_benchmarks(sources: Iterable[str], num_words: int) -> Benchmarks:
 
 
 def _ngrams(folded: str, num_words: int) -> list[str]:
-    found = words(folded)
-    return [" ".join(found[i : i + num_words]) for i in range(len(found) - num_words + 1)]
+    listed = words(folded)
+    return [" ".join(listed[i : i + num_words]) for i in range(len(listed) - num_words + 1)]
 
 
 def _read_questions(source: str) -> list[str]:

@@ -63,12 +63,12 @@ def differing_labels(rows: Sequence[Comparison]) -> dict[str, Any]:
     for row in rows:
         question, answer_1, answer_2 = _pair(row)
         pairs[fold(question), answer_1, answer_2].append(row)
-    found = [same for same in pairs.values() if len(set(map(_label_of_pair, same))) > 1]
-    found.sort(key=lambda same: not _is_opposite(same))
+    differing = [same for same in pairs.values() if len(set(map(_label_of_pair, same))) > 1]
+    differing.sort(key=lambda same: not _is_opposite(same))
     return {
-        "pairs_with_differing_labels": len(found),
-        "pairs_with_opposite_labels": sum(map(_is_opposite, found)),
-        "examples_of_differing_labels": [_example(same) for same in found[:EXAMPLES]],
+        "pairs_with_differing_labels": len(differing),
+        "pairs_with_opposite_labels": sum(map(_is_opposite, differing)),
+        "examples_of_differing_labels": [_example(same) for same in differing[:EXAMPLES]],
     }
 
 

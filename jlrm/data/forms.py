@@ -176,12 +176,12 @@ def our_spelling(header: str) -> str:
     words = re.sub(r"^(chosen|rejected)_(?:score|rating|reward)$", r"score_\1", words)
     words = re.sub(r"^(?:rating|reward)_(chosen|rejected)$", r"score_\1", words)
     number = {"a": "1", "b": "2"}
-    if found := re.fullmatch(
+    if match := re.fullmatch(
         r"(answer|response|output|completion|conversation|messages)_?([12ab])", words
     ):
-        return f"answer_{number.get(found[2], found[2])}"
-    if found := re.fullmatch(r"(score|rating|reward)_?([12ab])", words):
-        return f"score_{number.get(found[2], found[2])}"
+        return f"answer_{number.get(match[2], match[2])}"
+    if match := re.fullmatch(r"(score|rating|reward)_?([12ab])", words):
+        return f"score_{number.get(match[2], match[2])}"
     return words
 
 

@@ -54,14 +54,14 @@ class Reader(NamedTuple):
 
     def read(self, text: str, ending: str | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
-        found = self._read(text)
+        parsed = self._read(text)
         if self.parser in RULES_OF_OTHERS:
-            return found
+            return parsed
         is_reasoning = "</think>" not in text
-        is_cut = ending == "length" and (is_reasoning or found.status in MENDED_BY_MORE_TOKENS)
+        is_cut = ending == "length" and (is_reasoning or parsed.status in MENDED_BY_MORE_TOKENS)
         # Nobody said how it ended, but what was read stands before an unfinished sentence.
-        is_draft = ending is None and found.scores is not None and verdict.breaks_off(text)
-        return Reading(None, None, "cut") if is_cut or is_draft else found
+        is_draft = ending is None and parsed.scores is not None and verdict.breaks_off(text)
+        return Reading(None, None, "cut") if is_cut or is_draft else parsed
 
     def _read(self, text: str) -> Reading:
         if self.parser == "letters":
@@ -72,12 +72,12 @@ class Reader(NamedTuple):
             scores = judgelm_scores(text)
             return _of_scores(scores, "ok" if scores else "no_answer")
         if self.parser == "judgelrm":
-            found = verdict.parse_authors(text)
-            return _of_scores(found.scores, found.status)
+            parsed = verdict.parse_authors(text)
+            return _of_scores(parsed.scores, parsed.status)
         low, high = self.scale
         is_strict = self.parser == "strict"
-        found = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
-        return _of_scores(found.scores, found.status)
+        parsed = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
+        return _of_scores(parsed.scores, parsed.status)
 
 
 def _of_scores(scores: Scores | None, status: str) -> Reading:

@@ -67,14 +67,14 @@ def last_pair(text: str, most: float) -> Pair | Failure:
     most: the end of the scale, so that `8/10` can be read.
     """
     blocks = answer_blocks(text)
-    found = _last_pair(blocks, most)
+    outcome = _last_pair(blocks, most)
     if (
-        isinstance(found, str)
+        isinstance(outcome, str)
         and (spelt := _ANSWER_TAG.sub(r"<\1answer>", plain(html.unescape(text)))) != text
     ):
         blocks = answer_blocks(spelt)
-        found = _last_pair(blocks, most)
-    return found if blocks else json_scores(text, most) or found
+        outcome = _last_pair(blocks, most)
+    return outcome if blocks else json_scores(text, most) or outcome
 
 
 def _last_pair(blocks: Sequence[AnswerBlock], most: float) -> Pair | Failure:

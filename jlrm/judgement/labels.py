@@ -106,10 +106,10 @@ def preference(label: Any, known: Mapping[str, int], where: str) -> int | None:
         raise _unknown(label, known, where)
     if (number := _number(label)) is not None:
         return _class_of(number, label, known, where)
-    found = _of_word(name)
-    if found is None:
+    meaning = _of_word(name)
+    if meaning is None:
         raise _unknown(label, known, where)
-    return found
+    return meaning
 
 
 def _class_of(number: float, label: Any, known: Mapping[str, int], where: str) -> int:
@@ -189,8 +189,8 @@ def _winner_columns(names: tuple[str, ...]) -> WinnerColumns:
         meant = _of_word(words.removeprefix("winner_")) if words.startswith("winner_") else None
         if meant is not None:
             classes[name] = meant
-        elif found := _MODEL.fullmatch(words):
-            models[SIDES[found[1]]] = name
+        elif match := _MODEL.fullmatch(words):
+            models[SIDES[match[1]]] = name
     has_sides = {1, 2} <= set(classes.values())
     return WinnerColumns(models if len(models) == 2 else {}, classes if has_sides else {})
 

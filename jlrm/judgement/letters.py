@@ -124,9 +124,9 @@ def preference(text: str) -> int | Failure:
         return last.preference
     lines = [line for line in text.splitlines() if line.strip(_LOOKS + _BRACKETS)]
     for line in (lines[-1], lines[0]) if lines and not marks else ():
-        found = named(line.lstrip("> -").strip(_LOOKS).rpartition(". ")[2])
-        if found is not None:
-            return found
+        stated = named(line.lstrip("> -").strip(_LOOKS).rpartition(". ")[2])
+        if stated is not None:
+            return stated
     return "ambiguous" if marks else "no_answer"
 
 
@@ -140,15 +140,15 @@ def named(text: str) -> int | None:
     text = " ".join(text.strip(_LOOKS + _BRACKETS).replace("\u2019", "'").lower().split())
     if text[:1] + text[-1:] == "[]" and not text.strip("[] ").isdecimal():
         text = text.strip("[]")
-    if found := _COMPARED.fullmatch(text):
-        better = _SIGN[found["sign"][0]]
-        left, right = _number(found["left"]), _number(found["right"])
+    if match := _COMPARED.fullmatch(text):
+        better = _SIGN[match["sign"][0]]
+        left, right = _number(match["left"]), _number(match["right"])
         return None if left == right else (0, left, right)[better]
     text = _OPENERS.sub("", text, count=1)
     if _TIE.fullmatch(text):
         return 0
-    found = _BETTER.fullmatch(text)
-    return _number(found["side"]) if found and _is_praise(found["said"]) else None
+    match = _BETTER.fullmatch(text)
+    return _number(match["side"]) if match and _is_praise(match["said"]) else None
 
 
 def _number(side: str) -> int:
@@ -159,26 +159,26 @@ def _is_praise(said: str | None) -> bool:
     """Return whether what is said of an answer says only that it is the better one."""
     if said is None:
         return True
-    found = _PRAISE.fullmatch(said)
-    if not found or _BUT.search(said):
+    match = _PRAISE.fullmatch(said)
+    if not match or _BUT.search(said):
         return False
-    return not _OTHER.search(_REASONED.split(_THAN.sub("", found["more"] or "", count=1))[0])
+    return not _OTHER.search(_REASONED.split(_THAN.sub("", match["more"] or "", count=1))[0])
 
 
 def _marks(text: str) -> Iterator[NamedAnswer]:
     """Yield the marked verdicts in order; a mark with anything else in it is none."""
     start = 0
-    while found := _MARKS.search(text, start):
-        group = found.lastgroup or ""
-        said, end = _said(found[group], group), found.end()
+    while match := _MARKS.search(text, start):
+        group = match.lastgroup or ""
+        said, end = _said(match[group], group), match.end()
         if group in _LINE_MARKS:
-            end = found.start(group) + (len(found[group]) if said is not None else 0)
-            nested = _MARKS.match(text, found.start(group))
+            end = match.start(group) + (len(match[group]) if said is not None else 0)
+            nested = _MARKS.match(text, match.start(group))
             said = None if nested else said
-            end = found.start(group) if nested else end
-        if said is not None and not _is_mention(text, found.start(), end):
-            yield NamedAnswer(found.start(), end, said)
-        start = max(end, found.start() + 1)
+            end = match.start(group) if nested else end
+        if said is not None and not _is_mention(text, match.start(), end):
+            yield NamedAnswer(match.start(), end, said)
+        start = max(end, match.start() + 1)
 
 
 def _is_mention(text: str, start: int, end: int) -> bool:
@@ -211,8 +211,8 @@ def _said(text: str, group: str) -> int | None:
     if whole is not None or group not in _LINE_MARKS:
         return whole
     for separator in (".", ",", ";", " - ", " \u2014 ", "("):  # e.g. `B, because it is exact`
-        head, found, rest = text.partition(separator)
-        if found and (separator in ".(" or _REASON.match(rest.lower())):
+        head, separated, rest = text.partition(separator)
+        if separated and (separator in ".(" or _REASON.match(rest.lower())):
             said = named(head)
             if said is not None:
                 return said

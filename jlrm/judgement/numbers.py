@@ -88,14 +88,14 @@ def score(text: str, most: float, place: int = 0) -> float | None:
         return None
     if text.startswith("{"):
         return _score_of_json(_json(text), most, place)
-    found = _SCORE.fullmatch(text)
-    if not found or (found["most"] and float(found["most"]) != most):
+    match = _SCORE.fullmatch(text)
+    if not match or (match["most"] and float(match["most"]) != most):
         return None
-    if found["place"] and PLACES[found["place"].lower()] != place:
+    if match["place"] and PLACES[match["place"].lower()] != place:
         return None
-    if found["word"]:
-        return float(_WORDS[found["word"].lower()])
-    return float(f"{found['whole']}.{found['point'] or found['comma'] or 0}")
+    if match["word"]:
+        return float(_WORDS[match["word"].lower()])
+    return float(f"{match['whole']}.{match['point'] or match['comma'] or 0}")
 
 
 def both(text: str, most: float) -> Pair | None:
@@ -110,8 +110,8 @@ def both(text: str, most: float) -> Pair | None:
         parts = [part for part in between.split(text) if part]
         if len(parts) == 2:
             return _pair(score(parts[0], most, 1), score(parts[1], most, 2))
-    if found := _TWO_WITH_COMMA.fullmatch(text):
-        return float(found[1]), float(found[2])
+    if match := _TWO_WITH_COMMA.fullmatch(text):
+        return float(match[1]), float(match[2])
     return None
 
 
@@ -119,7 +119,7 @@ def json_scores(text: str, most: float) -> Pair | None:
     """Return both scores of the JSON that a text ends with, or of its last fenced block."""
     text = text.strip().removeprefix("\ufeff")
     fenced = _FENCED.findall(text)
-    begins = [found.end() for found in _JSON_BEGIN.finditer(text)]
+    begins = [match.end() for match in _JSON_BEGIN.finditer(text)]
     last = fenced[-1] if fenced else text[begins[-1] :] if begins else _unfenced(text)
     return _both_of_json(_json(last.strip()), most)
 
@@ -138,14 +138,14 @@ def _bare(text: str) -> str:
         before = text
         text = _MACRO.sub(r" \1\2 ", _HTML.sub(" ", text)).replace("\u2019", "'")
         text = _EMPHASIS.sub("", _BULLET.sub("", text)).strip().strip(_QUOTES).strip()
-        if found := _WRAPPED.fullmatch(text):
-            text = found[found.lastindex or 0].strip()
+        if match := _WRAPPED.fullmatch(text):
+            text = match[match.lastindex or 0].strip()
     return text
 
 
 def _unfenced(text: str) -> str:
-    found = _FENCE.fullmatch(text)
-    return found[1] if found else text
+    match = _FENCE.fullmatch(text)
+    return match[1] if match else text
 
 
 def _json(text: str) -> Any:

@@ -38,9 +38,9 @@ def without_end_tokens(text: str) -> str:
     """Return a text without white space, NULs and tokens such as `<|im_end|>` at its end."""
     text = text.rstrip().rstrip("\0 \n")
     for _ in range(MOST_END_TOKENS):
-        if not (found := _END_TOKEN.search(text[-32:])):
+        if not (match := _END_TOKEN.search(text[-32:])):
             break
-        text = text[: -len(found[0])].rstrip()
+        text = text[: -len(match[0])].rstrip()
     return text
 
 

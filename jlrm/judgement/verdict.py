@@ -156,8 +156,8 @@ def _strict(completion: str) -> tuple[str, Sequence[float], Status]:
 
 def _lenient(completion: str, max_score: float) -> tuple[str, Sequence[float], Status]:
     reasoning, tail = _parts(completion)
-    found = last_pair(without_end_tokens(tail), max_score)
-    return (reasoning, [], found) if isinstance(found, str) else (reasoning, found, "ok")
+    outcome = last_pair(without_end_tokens(tail), max_score)
+    return (reasoning, [], outcome) if isinstance(outcome, str) else (reasoning, outcome, "ok")
 
 
 def _parts(completion: str) -> tuple[str, str]:

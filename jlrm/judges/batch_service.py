@@ -96,8 +96,8 @@ class BatchService:
 
         async def send() -> Mapping[str, Any]:
             nonlocal is_new
-            if not is_new and (found := await self._found(client, job.file)):
-                return found
+            if not is_new and (known := await self._found(client, job.file)):
+                return known
             is_new = False
             return await self._once(client, "POST", "/batches", json=order)
 
@@ -111,8 +111,8 @@ class BatchService:
             page = await self._once(client, "GET", "/batches", query=f"limit=100{after}")
             rows = page.get("data")
             rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-            if found := next((row for row in rows if row.get("input_file_id") == file), None):
-                return found
+            if known := next((row for row in rows if row.get("input_file_id") == file), None):
+                return known
             if not page.get("has_more") or not rows:
                 return None
             after = f"&after={_id(rows[-1], 'batch')}"

@@ -290,9 +290,9 @@ def _beginning(received: Received) -> str:
 
 def _in_body(received: Received) -> float | None:
     """Return the seconds in a field such as `"retry_after": 12`."""
-    if not (found := _RETRY_AFTER.search(_beginning(received))):
+    if not (match := _RETRY_AFTER.search(_beginning(received))):
         return None
-    return float(found[2]) * (0.001 if found[1] else 1.0)
+    return float(match[2]) * (0.001 if match[1] else 1.0)
 
 
 def duration(text: str) -> float | None:

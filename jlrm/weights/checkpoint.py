@@ -88,13 +88,14 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        found, broken = digests.look(_items(state))
+        digested, broken = digests.look(_items(state))
         if broken:
             raise RunError(self._diverged(step, broken))
         self.wait()
         kept_metrics = metrics if self._keep_best else None
         with self._explain():
-            self._manager.save(step, args=_saved(state, meta, found, kept_metrics), metrics=metrics)
+            args = _saved(state, meta, digested, kept_metrics)
+            self._manager.save(step, args=args, metrics=metrics)
         self._metrics[step] = kept_metrics
 
     def latest_step(self) -> int | None:
@@ -150,11 +151,11 @@ class Checkpoints:
         if step is None or step == self._settled:
             return
         directory = self._directory / str(step)
-        found = steps.damage(directory) if hosts.is_main() else ""
-        (found, *_) = hosts.gather("whether the checkpoint is whole", found)
-        if found:
+        reason = steps.damage(directory) if hosts.is_main() else ""
+        (reason, *_) = hosts.gather("whether the checkpoint is whole", reason)
+        if reason:
             raise RunError(
-                f"{directory} was saved and is not whole: {found}. Those before it are kept: look "
+                f"{directory} was saved and is not whole: {reason}. Those before it are kept: look "
                 "after the disk, and repeat the command."
             )
         if hosts.is_main():
@@ -182,8 +183,8 @@ class Checkpoints:
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         directory = self._directory / str(step)
-        if found := steps.damage(directory):
-            raise Damaged(found)
+        if reason := steps.damage(directory):
+            raise Damaged(reason)
         items, wanted = _items(abstract), read_digests(directory)
         restored, broken = {}, []
         for name, item in items.items():
@@ -256,9 +257,9 @@ def restore_params(step_dir: epath.Path, params: Any) -> Any:
 
 def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str, Any]) -> None:
     """Save parameters without an optimiser as step 0 of a stage of their own."""
-    found, _ = digests.look({"params": params})
+    digested, _ = digests.look({"params": params})
     with ocp.CheckpointManager(steps.absolute(run_dir) / "checkpoints" / stage) as manager:
-        manager.save(0, args=_saved(params, meta, found, None))
+        manager.save(0, args=_saved(params, meta, digested, None))
 
 
 def read_tensor(
@@ -305,12 +306,12 @@ def _items(state: Any) -> dict[str, Any]:
 
 
 def _saved(
-    state: Any, meta: dict[str, Any], found: dict[str, Any], metrics: dict[str, float] | None
+    state: Any, meta: dict[str, Any], digested: dict[str, Any], metrics: dict[str, float] | None
 ) -> ocp.args.Composite:
     """Return the items of a step, of a state or of parameters alone, with their digests."""
     items = _items(state) if hasattr(state, "params") else {"params": state}
     described: dict[str, Any] = {
-        item: {name: each for name, each in found.items() if name.startswith(f"{item}.")}
+        item: {name: each for name, each in digested.items() if name.startswith(f"{item}.")}
         for item in items
     }
     meta = json.loads(json.dumps(meta))  # as it will be read

@@ -46,8 +46,8 @@ def look(tree: Any) -> tuple[dict[str, Any], list[str]]:
     sharding = jax.tree.leaves(tree)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     sums, are_finite = jax.device_get(_program(mesh)(tree))
-    found = {name: {dtype: _text(s) for dtype, s in each.items()} for name, each in sums.items()}
-    return found, [name for name, is_fine in are_finite.items() if not is_fine]
+    computed = {name: {dtype: _text(s) for dtype, s in each.items()} for name, each in sums.items()}
+    return computed, [name for name, is_fine in are_finite.items() if not is_fine]
 
 
 def of_array(array: np.ndarray) -> str:
@@ -95,13 +95,13 @@ def changed(tree: Any, wanted: dict[str, Any]) -> tuple[list[str], list[str]]:
       tree: as of `look`.
       wanted: what `look` had found.
     """
-    found, broken = look(tree)
+    computed, broken = look(tree)
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     dtypes = {_name(path): str(leaf.dtype) for path, leaf in leaves}
     return [
         name
         for name, dtype in dtypes.items()
-        if wanted.get(name, {}).get(dtype) != found[name][dtype]
+        if wanted.get(name, {}).get(dtype) != computed[name][dtype]
     ], broken
 
 

@@ -100,8 +100,8 @@ def find_step(series: epath.Path, step: int) -> epath.Path:
     directory = series / str(step)
     if not directory.is_dir():
         raise UsageError(f"{series} has no checkpoint of step {step}.")
-    if found := damage(directory):
-        raise UsageError(f"{directory} is damaged: {found}. {_others(series, step)}")
+    if reason := damage(directory):
+        raise UsageError(f"{directory} is damaged: {reason}. {_others(series, step)}")
     return directory
 
 
@@ -111,10 +111,10 @@ def whole_steps(series: epath.Path, steps: list[int]) -> list[int]:
     Raises:
       UsageError: none is.
     """
-    found = {step: damage(series / str(step)) for step in steps}
-    whole = [step for step in steps if not found[step]]
+    reasons = {step: damage(series / str(step)) for step in steps}
+    whole = [step for step in steps if not reasons[step]]
     if not whole:
-        listed = "; ".join(f"{step}: {reason}" for step, reason in found.items())
+        listed = "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
         raise UsageError(
             f"No checkpoint in {series} is whole ({listed}). Bring the files back, or remove "
             "the directory: then the stage begins anew."
@@ -123,7 +123,7 @@ def whole_steps(series: epath.Path, steps: list[int]) -> list[int]:
         if step > whole[-1]:
             log.warning(
                 "%s is damaged: %s. Taken instead: step %d. Bring its files back, or remove it.",
-                *(series / str(step), found[step], whole[-1]),
+                *(series / str(step), reasons[step], whole[-1]),
             )
     return whole
 
@@ -209,20 +209,20 @@ def clear(series: epath.Path, wanted: str, resume: str) -> None:
     """
     names = [entry.name for entry in series.glob("*") if entry.name.isdigit()]
     numbers: list[int] = sorted(map(int, names))
-    found = {step: damage(series / str(step)) for step in numbers}
+    reasons = {step: damage(series / str(step)) for step in numbers}
     is_local = "://" not in str(series)
-    unfinished = [step for step in found if is_unfinished(series / str(step))]
-    committed = [step for step in found if step not in unfinished]
-    whole = [step for step in committed if not found[step]]
-    gone = [step for step in committed if found[step]]
+    unfinished = [step for step in reasons if is_unfinished(series / str(step))]
+    committed = [step for step in reasons if step not in unfinished]
+    whole = [step for step in committed if not reasons[step]]
+    gone = [step for step in committed if reasons[step]]
     if wanted.isdigit() and not (whole and _was_asked(series / str(whole[-1]), resume)):
         find_step(series, int(wanted))
         gone += [step for step in whole if step > int(wanted)]
-    elif committed and found[committed[-1]] and not (wanted == "previous" and whole):
-        raise UsageError(refusal(series, committed[-1], found[committed[-1]], whole))
+    elif committed and reasons[committed[-1]] and not (wanted == "previous" and whole):
+        raise UsageError(refusal(series, committed[-1], reasons[committed[-1]], whole))
     # In a store Orbax removes what is unfinished; it can't tell it elsewhere.
     for step in (*gone, *(unfinished if is_local else ())):
-        reason = found[step] or f"run.resume={resume}"
+        reason = reasons[step] or f"run.resume={resume}"
         log.warning("Step %d is set aside (%s): %s", step, reason, set_aside(series, step))
 
 
@@ -306,13 +306,13 @@ def _wrong_json(directory: epath.Path, items: set[str]) -> str:
 
 
 def _sizes(directory: epath.Path) -> dict[str, int]:
-    found = {}
+    sizes = {}
     for entry in sorted(directory.iterdir()):
         if entry.is_dir():
-            found |= {f"{entry.name}/{name}": size for name, size in _sizes(entry).items()}
+            sizes |= {f"{entry.name}/{name}": size for name, size in _sizes(entry).items()}
         elif entry.name not in (SIZES, f"{SIZES}.partial"):
-            found[entry.name] = int(entry.stat().length)
-    return found
+            sizes[entry.name] = int(entry.stat().length)
+    return sizes
 
 
 def _read(file: epath.Path) -> Any:

@@ -19,8 +19,8 @@ from jlrm.weights.source import read_model
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # also where XLA's part is in a cache
 # Programs that need a few KiB beside their arguments, so that no plan need know them: random keys
-# of a batch, copies of a save, a look at restored weights for NaN.
-SMALL = {"rollout_keys", "stage", "look", "_threefry_seed"}
+# of a batch, copies of a save, a look at saved weights (weights/digests.py).
+SMALL = {"rollout_keys", "stage", "_look", "_threefry_seed"}
 
 
 def is_small(name: str) -> bool:

@@ -78,8 +78,8 @@ def resampled(
     draws = np.full((num, len(names)), math.nan)
     for draw in draws:
         chosen = rng.integers(len(members), size=len(members)).tolist()
-        found = score([judged[i] for cluster in chosen for i in members[cluster]])
-        draw[:] = [found.get(name, math.nan) for name in names]
+        resampled = score([judged[i] for cluster in chosen for i in members[cluster]])
+        draw[:] = [resampled.get(name, math.nan) for name in names]
     return dict(zip(names, draws.T, strict=True))
 
 

@@ -67,14 +67,14 @@ def has_verdicts(judged: Sequence[ItemVerdicts]) -> bool:
 
 def metrics(credited: Credited) -> tuple[dict[str, float | None], dict[str, Interval]]:
     """Return the metrics with their intervals; None for those that no verdict is of."""
-    found = credited.total()
-    support = _support(credited, found)
-    told = {name: value for name, value in found.items() if support[name].has_verdicts()}
+    computed = credited.total()
+    support = _support(credited, computed)
+    told = {name: value for name, value in computed.items() if support[name].has_verdicts()}
     means = {name for name, value in told.items() if _is_mean(name, value, support[name])}
     ranges = {name: _of_mean(support[name]) for name in told if name in means}
     if others := [name for name in told if name not in means]:
         ranges |= _of_others(credited, others, told, support)
-    values = {name: _finite(told[name]) if name in told else None for name in found}
+    values = {name: _finite(told[name]) if name in told else None for name in computed}
     return values, {name: _finite_ends(ranges[name]) for name in told}
 
 
@@ -90,11 +90,11 @@ def subsets(credited: Credited) -> dict[str, SubsetResult]:
     return results
 
 
-def _support(credited: Credited, found: Mapping[str, float]) -> dict[str, Credited]:
+def _support(credited: Credited, computed: Mapping[str, float]) -> dict[str, Credited]:
     """Return the items that each metric describes: those of the subsets that have it alone."""
     parts = list(credited.by_subset().values())
     if len(parts) == 1:
-        return dict.fromkeys(found, credited)
+        return dict.fromkeys(computed, credited)
     alone = [part.total() for part in parts]
     ids: dict[tuple[int, ...], Credited] = {}
 
@@ -108,7 +108,7 @@ def _support(credited: Credited, found: Mapping[str, float]) -> dict[str, Credit
             ids[having] = credited.part(places)
         return ids[having]
 
-    return {name: of(name) for name in found}
+    return {name: of(name) for name in computed}
 
 
 def _is_mean(name: str, value: float, part: Credited) -> bool:
