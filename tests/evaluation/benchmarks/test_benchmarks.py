@@ -1045,6 +1045,8 @@ def test_recorded_verdicts_in_every_form(tmp_path):
         ({"id": "7", "judgments": 3}, "must be a list of one or two"),
         ({"id": "7", "results": []}, "must be a list of objects"),
         ({"id": "7", "output": 3}, "must be a list of texts"),
+        ({"id": "7", "output": []}, "row 1: 'output' holds no text"),
+        ({"id": "7", "output": None}, "row 1 holds no verdict: it is null"),
         ({"id": "9", "scores": [1, 2]}, "2 scores for the 3 answers"),
         ({"id": "9", "decision": 1}, 'Say which two were shown with "game": "9:0-1"'),
     ],
@@ -1055,6 +1057,12 @@ def test_unknown_forms_of_verdicts_are_refused(tmp_path, row, message):
         recorded(tmp_path, [row], items)
     with pytest.raises(UsageError, match=r"a second verdict on 7:0-1\..*'swapped': true"):
         recorded(tmp_path, [{"id": 7, "decision": 1}, {"idx": 7, "decision": 2}], items)
+
+
+def test_a_file_of_verdicts_without_a_row_is_refused(tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="holds no rows"):
+        Recorded(str(tmp_path / "none.jsonl"), [Item("7", "?", ("a", "b"), 1)])
 
 
 def test_missing_and_extra_verdicts_are_counted(tmp_path, caplog):
