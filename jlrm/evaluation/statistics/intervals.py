@@ -29,6 +29,7 @@ BLOCK = 1 << 22  # numbers drawn at a time: 32 MiB
 # approximation of a share asks for five cases on either side.
 FEW_CLUSTERS = 30
 FEW_CASES = 5
+NO_VARIANCE = 1e-15
 Clusters = Int[np.ndarray, " N"]  # the number of each item's cluster
 
 
@@ -108,7 +109,8 @@ def of_share(
     variance = float(((sums - share * sizes) ** 2).sum()) / float(sizes.sum()) ** 2
     num_cases = min(most, float(sizes.sum()))
     size = effective_size(share, variance, num_cases, sizes.size, most)
-    if math.isfinite(size) and is_sparse(share, size, sizes.size):
+    is_flat = variance < NO_VARIANCE  # all clusters alike: so are all resamples
+    if math.isfinite(size) and (is_flat or is_sparse(share, size, sizes.size)):
         return clopper_pearson(share, size)
     means = np.concatenate([part[:, 0] / part[:, 1] for part in _drawn(sums, sizes)])
     return percentiles(100 * means)
@@ -136,7 +138,7 @@ def effective_size(
     """
     if share <= 0.0 or share >= 1.0 or num_clusters == 1:
         return num_clusters
-    size = min(share * (1 - share) / variance if variance > 1e-15 else math.inf, most)
+    size = min(share * (1 - share) / variance if variance >= NO_VARIANCE else math.inf, most)
     quantiles = special.stdtrit([num_items - 1, num_clusters - 1], 1 - TAIL)
     return size * min(1.0, float(quantiles[0] / quantiles[1])) ** 2
 
@@ -168,7 +170,9 @@ def paired(
     """Compare the credits (0 to 1) that two judges earn on the same items, in the same order.
 
     The p-value is twice the smaller share of resamples on either side of no difference, those
-    without one on both sides, each share (count + 1) / (num + 1), so never 0. McNemar's test is the
+    without one on both sides, each share (count + 1) / (num + 1), so never 0; and no less than that
+    of a sign test in which all k clusters that differ do so to one side, 2 / 2^k. Clusters that all
+    differ alike have no variance: their interval is the exact one. McNemar's test is the
     exact binomial one on the items that one judge alone has right; it takes items for independent,
     so there is none where a cluster has several. All is NaN without items.
     """
@@ -182,10 +186,16 @@ def paired(
     parts = _drawn(np.round(sums, 12), sizes, num, seed)
     means = np.round(np.concatenate([part[:, 0] / part[:, 1] for part in parts]), 12)
     sides = min((means <= 0).sum(), (means >= 0).sum())  # rounded: 1/3 - 1/3 leaves no side
-    p_value = min(1.0, 2 * (int(sides) + 1) / (num + 1))
+    num_different = int(np.count_nonzero(np.round(sums, 12)))
+    p_value = min(1.0, max(2 * (int(sides) + 1) / (num + 1), 2 * 0.5**num_different))
+    difference = float((a - b).mean())
+    interval = percentiles(100 * means)
+    if difference and np.ptp(sums / sizes) < 1e-9:
+        low, high = clopper_pearson((difference + 1) / 2, sums.size)
+        interval = (2 * low - 100, 2 * high - 100)
     is_exact = np.isin(np.concatenate([a, b]), (0, 1)).all() and sizes.max() == 1
     exact = _mcnemar(int((a > b).sum()), int((a < b).sum())) if is_exact else None
-    return Paired(100 * float((a - b).mean()), percentiles(100 * means), p_value, exact)
+    return Paired(100 * difference, interval, p_value, exact)
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -23,7 +23,10 @@ HINTS = {  # by the most frequent status
     "out_of_range": "the --scale that the judge was told",
     "ambiguous": "another --prompt",
 }
-OTHER_HINT = "--parser lenient, or another --prompt"
+OTHER_HINT = (
+    "another --parser (lenient reads most forms of scores, letters the names of answers), or"
+    " another --prompt"
+)
 
 
 def examples(

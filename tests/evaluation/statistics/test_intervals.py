@@ -241,3 +241,16 @@ def test_two_equal_judges_are_told_apart_as_often_as_the_test_says(pandalm):
     rejected = [np.mean(np.array(found) <= 0.05) for found in (by_cluster, by_item)]
     assert 0.02 <= rejected[0] <= 0.09 and rejected[1] > 0.13
     assert np.mean(np.array(by_cluster) <= 0.01) <= 0.03
+
+
+def test_one_item_and_few_alike_prove_nothing_of_a_difference():
+    one = intervals.paired([1], [0])
+    assert one.p_value == 1.0 and one.interval == pytest.approx((-95.0, 100.0))
+    five = intervals.paired([1] * 5, [0] * 5)
+    assert five.p_value == five.mcnemar_p == 0.0625 and five.interval[0] < 0
+    assert intervals.paired([1] * 60, [0] * 60).interval[0] > 85
+
+
+def test_a_hundred_ties_are_no_certainty():
+    low, high = intervals.of_share(np.full(100, 0.5), np.ones(100), 100)
+    assert 39 < low < 41 and 59 < high < 61
