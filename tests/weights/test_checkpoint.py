@@ -145,6 +145,7 @@ def test_json_is_known_by_what_it_says():
 # ------------------------------------------------------------------ saved and read
 
 
+@pytest.mark.slow
 def test_what_was_saved_comes_back_on_any_mesh_and_in_either_precision(run):
     step, state, meta = restored(run)
     assert step == 4 and meta == META
