@@ -40,15 +40,14 @@ class RunConfig:
     keep_last: Positive = 2  # newest checkpoints kept
     resume: str = ""  # where to go on: [STAGE/]STEP, or "previous" where the newest is damaged
     keep_best: Count = 1  # checkpoints kept for the highest values of `best_metric`
-    # Held-out metric that ranks checkpoints. Responses are read as the reward reads them: one that
-    # it calls malformed has no verdict, and so is wrong, whatever a lenient reader makes of it.
+    # Held-out metric that ranks checkpoints. A response that the reward calls malformed has no
+    # verdict, and so is wrong, whatever a lenient reader makes of it.
     best_metric: Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"] = (
         "agreement"
     )
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
-    # Seconds that a host may be behind the others; then all hosts stop and name it.
-    host_timeout: Positive = 1800
+    host_timeout: Positive = 1800  # seconds that a host may lag behind; then all stop and name it
     tensorboard: bool = True  # write event files for TensorBoard
     wandb_project: str = ""  # project on Weights & Biases; empty: not used
 
@@ -78,13 +77,13 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     # A file, a directory, a url, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py); or
-    # "toy": generated.
+    # "toy" or "languages": generated (data/worlds/).
     train: str
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
     # Number of held-out comparisons; 0: 200, but of `train` at most a fifth.
     eval_rows: Count = 0
-    # What makes two questions one, so that both are trained on or both held out: their words and
-    # signs, whatever the punctuation, or the text in lower case. A run keeps what it began with.
+    # What two questions share that are one, both trained on or both held out: words and signs, or
+    # the text in lower case. A run keeps what it began with.
     folding: Literal["words", "text"] = "words"
     # Our name of a field: the name of that column in the file, e.g. {answer_1: response_a}.
     columns: dict[str, str] = field(default_factory=dict)
@@ -93,9 +92,10 @@ class DataConfig:
     values: dict[str, int] = field(default_factory=dict)
     # Which scores of a JudgeLM row are gold: made without or with a reference answer.
     scores: Literal["score", "score_w_reference"] = "score"
-    # Two scores of the file and what they become, where its scale is not the reward's: {0: 1, 100:
-    # 10} makes 90 a 9.1. Empty: gold scores are used as they are.
+    # Two scores of the file and what they become, if its scale is not the reward's: {0: 1, 100: 10}
     rescale: dict[str, float] = field(default_factory=dict)
+    # "shuffled", a control: of half the training pairs, by chance, the worse answer counts as gold.
+    gold: Literal["given", "shuffled"] = "given"
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"

@@ -28,8 +28,8 @@ import pytest
 
 from jlrm import train
 from jlrm.config import Config, MeshConfig, OptimizerConfig, RewardConfig, UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.worlds import toy
 from jlrm.judgement import rewards
 from jlrm.runtime import hosts
 from jlrm.runtime import mesh as mesh_module
@@ -122,6 +122,7 @@ CHANGES = {
     "data.eval": Change("{folder}/other.jsonl"),
     "data.eval_rows": Change(3),
     "data.folding": Change("text"),
+    "data.gold": Change("shuffled"),
     "data.columns": Change("{{answer_1: answer_2, answer_2: answer_1}}"),
     "data.values": Change(
         "{{0: 0, 1: 2, 2: 1}}", ("data.train={folder}/preferences.jsonl", "sft.steps=0")

@@ -16,8 +16,8 @@ from judges.test_local import write_model
 
 from jlrm import evaluate
 from jlrm.config import RunError, UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.worlds import toy
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Response
 from jlrm.judges import options

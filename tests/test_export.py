@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 
 from jlrm import export
 from jlrm.config import UsageError
-from jlrm.data import toy
 from jlrm.data.batches import prompt_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import end_ids, load_tokenizer
+from jlrm.data.worlds import toy
 from jlrm.model import qwen
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout

@@ -20,7 +20,7 @@ import pytest
 
 from jlrm import prepare
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import batches, contamination, curation, dataset, sharded, toy
+from jlrm.data import batches, contamination, curation, dataset, sharded
 from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
@@ -154,6 +154,7 @@ def test_neither_preparing_nor_reading_imports_tensorflow_or_jax(tmp_path, pairs
 import sys
 from jlrm import prepare
 from jlrm.data.readers import read
+from jlrm.data.worlds import toy
 prepare.main(["--input", {pairs!r}, "--out", {str(out)!r}])
 assert read("{out}#train").rows
 print(sorted({{"tensorflow", "jax", "torch"}} & sys.modules.keys()))

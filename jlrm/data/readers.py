@@ -1,4 +1,4 @@
-"""Comparisons from whatever holds them: files, prepared directories, remote urls, dataset hubs.
+"""Comparisons from whatever holds them: files, prepared directories, urls, hubs, a built-in world.
 
 A source yields `(where, row)` pairs, each row a dictionary, and forms.py makes comparisons of them,
 so every form can be read from every source. A row that can't be used is a `Dropped` one; a row or
@@ -57,6 +57,7 @@ from jlrm.data.forms import (
     respelled,
     there_are,
 )
+from jlrm.data.worlds import languages
 from jlrm.judgement import labels
 from jlrm.runtime.storage import local_copy
 
@@ -90,14 +91,15 @@ def read(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
 ) -> Comparisons:
-    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME` or `tfds:NAME`.
+    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or `languages`.
 
-    `#SPLIT` may follow a dataset's name (default: train). `columns` maps our field names to the
-    source's own, `values` the source's labels to ours, {theirs: 1, 2 or 0}; `scores` says which
-    scores of a JudgeLM row are gold, "score" or "score_w_reference". Rows may be in five forms,
-    told apart by their keys: ours, JudgeLM-100K's, verl's (a filled-in judge prompt with its ground
-    truth), TRL's (prompt, chosen, rejected), and two conversations. Conversations may be lists of
-    messages or transcripts ("Human: ..."). Other columns are kept in `Comparison.meta`.
+    `#SPLIT` may follow a dataset's name (default: train); `languages` is the world of that name.
+    `columns` maps our field names to the source's own, `values` the source's labels to ours,
+    {theirs: 1, 2 or 0}; `scores` says which scores of a JudgeLM row are gold, "score" or
+    "score_w_reference". Rows may be in five forms, told apart by their keys: ours, JudgeLM-100K's,
+    verl's (a filled-in judge prompt with its ground truth), TRL's (prompt, chosen, rejected), and
+    two conversations. Conversations may be lists of messages or transcripts ("Human: ..."). Other
+    columns are kept in `Comparison.meta`.
 
     Reasons for a dropped row stand in comparisons.REASONS. It is said where the numbers that label
     a source look like another numbering than ours (judgement/labels.py).
@@ -206,6 +208,8 @@ def _local(name: str) -> pathlib.Path | None:
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
+    if name == "languages":
+        return _numbered(languages.rows(split), every)
     path = _local(name)
     if path is None and name.startswith("hf:"):
         return _of_datasets(_hub_rows(name.removeprefix("hf:"), split), every)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from typing import NamedTuple
@@ -10,13 +11,15 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import scales, sharded, toy
+from jlrm.data import scales, sharded
 from jlrm.data.batches import Examples, encode_prompts
-from jlrm.data.comparisons import Dropped, describe_dropped
+from jlrm.data.comparisons import Comparison, Dropped, describe_dropped, question_key
 from jlrm.data.contamination import warn_of_benchmark
 from jlrm.data.curation import SWAPPED
 from jlrm.data.sharded import ShardedRows
 from jlrm.data.tokenizer import Tokenizer
+from jlrm.data.worlds import toy
+from jlrm.judgement.verdict import swap_preference
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +38,21 @@ class Splits(NamedTuple):
 def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
     """Read the sources of a run; `needs_scores` leaves out rows that have a preference alone.
 
+    With `data.gold: shuffled` training rows lose what their gold says; held-out rows keep it.
     Gold scores outside `scale`, the judge's, are counted and said, and only their order is kept.
 
     Raises:
       UsageError: a source that can't be read, or that leaves nothing to train on.
     """
+    splits = _as_given(data, scale, needs_scores)
+    if data.gold == "given":
+        return splits
+    log.warning("data.gold=shuffled: a control, whose training gold says nothing")
+    train = dataclasses.replace(splits.train, mine=[_by_chance(row) for row in splits.train.mine])
+    return splits._replace(train=train)
+
+
+def _as_given(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
     if data.train == "toy":
         train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
         num_heldout = data.eval_rows or USUAL_HELDOUT
@@ -134,6 +147,25 @@ def _read(
     if dropped:
         log.warning("%s: left out %s", source, describe_dropped(dropped))
     return rows, dropped
+
+
+def _by_chance(row: Comparison) -> Comparison:
+    """Return the row with its gold turned round, or as it is, whatever the order of its answers.
+
+    The written judgement stays: a control of GRPO begins where the run begins that it is compared
+    with.
+    """
+    texts = "\n".join((row.question, *sorted((row.answer_1, row.answer_2))))
+    if question_key(texts, "text") % 2:
+        return row
+    written = {"judged": row.judgement[1]} if row.judgement else {}
+    return dataclasses.replace(
+        row,
+        score_1=row.score_2,
+        score_2=row.score_1,
+        preference=swap_preference(row.preference),
+        meta={**row.meta, **written},
+    )
 
 
 def _hold_out(

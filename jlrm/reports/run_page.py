@@ -18,6 +18,7 @@ import numpy as np
 from jlrm.config import UsageError, stage_titles
 from jlrm.judgement.verdict import preferred
 from jlrm.reports import charts, run_summary
+from jlrm.reports.alarms import alarms
 from jlrm.reports.charts import Axes, Chart, Line
 from jlrm.reports.pages import write_page
 from jlrm.reports.run_summary import RunSummary
@@ -84,6 +85,7 @@ def write_report(run_dir: pathlib.Path) -> None:
         "run.html",
         title=title,
         about=_about(rows, summary),
+        alarms=alarms(rows),
         heldout=heldout,
         heldout_wide=heldout and heldout._replace(width=7.4, height=2.9),
         results=[(STAGES[stage], metrics) for stage, metrics in results.items()],
@@ -152,7 +154,7 @@ def _line(rows: list[Row], panel: Panel, metric: str) -> Line:
 def heldout_chart(rows: list[Row], summary: RunSummary) -> Chart | None:
     """Put all evaluations on one axis, a stage's steps after those before; 0 is before training."""
     num_steps, lines = _num_steps(rows), []
-    for name in ("agreement", "parse_rate"):
+    for name in ("agreement", "swap_consistency", "parse_rate"):
         points = _heldout_points(rows, summary, name)
         if points:
             steps, values = np.array(sorted(points.items()), dtype=np.float64).T

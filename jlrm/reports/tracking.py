@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jlrm.config import UsageError
+from jlrm.reports.alarms import Alarms
 from jlrm.runtime.storage import explain_full_disk, write_atomically
 
 CONSOLE_METRICS = {  # shown beside the step; label: metric
@@ -70,10 +71,16 @@ class Tracker:
             if tensorboard:
                 log_dir = run_dir / "tensorboard" / stage
                 self._tensorboard = _TensorBoard(log_dir, self._last_step + 1)
+        self._alarms = Alarms()
+        for row in read_metrics(run_dir):
+            self._alarms.see(row)  # and what they show has been said
         self._bar = progress_bar(stage, num_steps, "step", initial=first_step, stays=True)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record all metrics of one step, once; steps go up. A full disk raises OSError."""
+        """Record all metrics of one step, once, and say what they show to be wrong; steps go up.
+
+        A full disk raises OSError.
+        """
         if not self._is_writer:
             return
         if step <= self._last_step:
@@ -89,6 +96,8 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({**values, "step": step})
         self._show(step, values)
+        for alarm in self._alarms.see({"stage": self._stage, "step": step, **values}):
+            self.note(f"{alarm.stage} step {alarm.step}: {alarm.text}")
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write sampled judgements to `completions/<stage>_<step>.parquet`, one column per key.

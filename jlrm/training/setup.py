@@ -22,10 +22,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jlrm.config import Config, DataConfig, UsageError, stage_titles, stages_of
-from jlrm.data import toy
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
+from jlrm.data.worlds import toy
 from jlrm.judgement import plugins
 from jlrm.judgement.plugins import Plugin
 from jlrm.model import qwen

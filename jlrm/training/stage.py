@@ -53,8 +53,6 @@ def floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
-SILENT_STEPS = 5  # without a verdict, before it is said
-
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _num_compiles = 0
 
@@ -110,7 +108,6 @@ class Stage:
             self.state = update.init_state(network.model, network.training, optimizer, initial())
         self.tracker = _open_tracker(run, name, self._num_steps, self._done)
         self._seconds = collections.defaultdict[str, float](float)
-        self._num_silent = 0  # steps in a row in which no completion held a verdict
         self._signum = 0
 
     def _restore(self, optimizer: optax.GradientTransformation) -> None:
@@ -202,7 +199,6 @@ class Stage:
         self.num_tokens += num_tokens
         is_last = step == self._num_steps
         is_evaluated = is_last or _is_due(step, settings.eval_every)
-        self._warn_of_silence(values)
         if is_evaluated:
             when = f"after {self._name} step {step}"
             self.evaluation = self._evaluate(self.state.params, when, self.progress)
@@ -229,22 +225,6 @@ class Stage:
     def outcome(self) -> StageResult:
         """Return what the stage came to."""
         return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
-
-    def _warn_of_silence(self, values: dict[str, float]) -> None:
-        """Say once that nothing which the model writes can be read, and what helps."""
-        if values.get("judge/parse_rate", 100.0) > 0:
-            self._num_silent = 0
-            return
-        self._num_silent += 1
-        if self._num_silent == SILENT_STEPS:
-            cut = 100 * values["completions/clipped_ratio"]
-            max_new_tokens = self._run.config.sampling.max_new_tokens
-            self.tracker.note(
-                f"{self._name}: no completion of the last {SILENT_STEPS} steps holds a verdict, "
-                "and so none is paid for one. What helps: SFT first (sft.steps), "
-                f"longer completions ({cut:.0f} % were cut at sampling.max_new_tokens="
-                f"{max_new_tokens}), or a larger model."
-            )
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         for name in ("loss", "grad_norm"):

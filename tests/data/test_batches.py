@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import batches, toy
+from jlrm.data import batches
 from jlrm.data.sharded import deal
 from jlrm.data.tokenizer import control_tokens, decode, encode, end_ids, load_tokenizer, token_bytes
+from jlrm.data.worlds import toy
 from jlrm.judgement.verdict import parse
 
 

@@ -12,7 +12,6 @@ import pytest
 from conftest import mesh_of, tiny_config
 
 from jlrm.config import UsageError
-from jlrm.data import toy
 from jlrm.data.batches import prompt_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import (
@@ -27,6 +26,7 @@ from jlrm.data.tokenizer import (
     prompt_template,
     token_bytes,
 )
+from jlrm.data.worlds import toy
 from jlrm.judgement import prompts
 from jlrm.sampling.policy import open_policy
 from jlrm.sampling.stops import stop_tables

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jlrm.config import UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import Comparison
 from jlrm.data.scales import describe_off_scale, rescaled
 from jlrm.data.sharded import deal
+from jlrm.data.worlds import toy
 from jlrm.judgement.verdict import preferred
 
 SCALE = (1, 10)

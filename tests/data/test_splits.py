@@ -9,10 +9,11 @@ import logging
 import pytest
 
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import readers, toy
+from jlrm.data import readers
 from jlrm.data.comparisons import fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.splits import read_splits
+from jlrm.data.worlds import toy
 
 SCALE = (1, 10)
 

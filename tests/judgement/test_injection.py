@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from qwen import CONTROL_TOKENS
 
 from jlrm.config import DataConfig, RewardConfig, UsageError
-from jlrm.data import batches, readers, toy
+from jlrm.data import batches, readers
 from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.data.sharded import deal
 from jlrm.data.tokenizer import control_tokens, decode, encode, load_tokenizer, prompt_template
+from jlrm.data.worlds import toy
 from jlrm.judgement import prompts
 from jlrm.judgement.rewards import pay, read
 from jlrm.judgement.verdict import Status, parse

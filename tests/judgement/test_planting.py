@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 from attacks import WITHOUT_WIDTH, attacks
 
-from jlrm.data import toy
 from jlrm.data.batches import prompt_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import decode, encode, load_tokenizer, token_bytes
+from jlrm.data.worlds import toy
 from jlrm.evaluation.games import Game, Item
 from jlrm.judgement import prompts
 from jlrm.judgement.verdict import parse

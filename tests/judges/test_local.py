@@ -17,9 +17,9 @@ from conftest import tiny_config
 
 from jlrm import export
 from jlrm.config import MeshConfig, UsageError
-from jlrm.data import toy
 from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.tokenizer import encode, load_tokenizer
+from jlrm.data.worlds import toy
 from jlrm.evaluation.games import Game, Item, Response, both_orders
 from jlrm.judgement import prompts
 from jlrm.judges import local

@@ -19,9 +19,9 @@ import pytest
 from conftest import slowness
 
 from jlrm.config import UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.dataset import write_dataset
+from jlrm.data.worlds import toy
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime import cluster, hosts
 

@@ -11,8 +11,8 @@ import pytest
 
 from jlrm import export, train
 from jlrm.config import Config, RunError, UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.worlds import toy
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.settings import from_dict
 from jlrm.weights import steps

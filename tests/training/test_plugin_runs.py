@@ -15,7 +15,8 @@ from conftest import mesh_of
 
 from jlrm import train
 from jlrm.config import RunError
-from jlrm.data import batches, toy
+from jlrm.data import batches
+from jlrm.data.worlds import toy
 from jlrm.model import qwen
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.mesh import training_layout

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from jlrm import train
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
+from jlrm.data.worlds import toy
 from jlrm.planning import phases
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import from_dict

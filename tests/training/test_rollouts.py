@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from jlrm.config import RunError
-from jlrm.data import toy
 from jlrm.data.batches import Example, Examples
 from jlrm.data.tokenizer import encode, load_tokenizer
+from jlrm.data.worlds import toy
 from jlrm.judgement import plugins
 from jlrm.judgement.notes import TrainerState
 from jlrm.runtime.settings import from_dict

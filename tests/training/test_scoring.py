@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jlrm.config import RewardConfig, RunConfig
-from jlrm.data import toy
 from jlrm.data.batches import Example
+from jlrm.data.worlds import toy
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.games import Game
 from jlrm.judgement import prompts, rewards

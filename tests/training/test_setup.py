@@ -13,9 +13,9 @@ import jax
 import pytest
 
 from jlrm.config import Config, UsageError
-from jlrm.data import toy
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.splits import read_splits
+from jlrm.data.worlds import toy
 from jlrm.runtime.settings import from_dict
 from jlrm.training import setup
 from jlrm.weights import steps

@@ -16,8 +16,8 @@ import yaml
 from conftest import GOLDEN, mesh_of, tiny_config
 
 from jlrm.config import RunError, UsageError
-from jlrm.data import toy
 from jlrm.data.tokenizer import control_tokens, encode, prompt_template, token_bytes
+from jlrm.data.worlds import toy
 from jlrm.model.rope import angles
 from jlrm.runtime import settings
 from jlrm.runtime.mesh import training_layout

@@ -17,7 +17,7 @@ from conftest import mesh_of, tiny_config
 
 from jlrm import export
 from jlrm.config import OptimizerConfig, RunError, UsageError
-from jlrm.data import toy
+from jlrm.data.worlds import toy
 from jlrm.model import qwen
 from jlrm.runtime.mesh import training_layout
 from jlrm.training import update

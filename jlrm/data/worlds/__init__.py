@@ -1,0 +1,1 @@
+"""Data that needs no download: small worlds in which the right judgement is known for certain."""

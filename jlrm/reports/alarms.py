@@ -1,0 +1,171 @@
+"""What goes wrong when a judge is trained, as its metrics show it, and which settings help.
+
+`Alarms` sees a run's rows one by one, as `metrics.jsonl` holds them. A run says on the console what
+they show while it trains, and its page says it again from the file. The limits told good from bad
+stretches of runs of a 135M and a 0.5B judge (README, "When it does not learn").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+Rule = Callable[[Sequence[Row]], str]
+SILENT_STEPS = 5  # without a verdict
+SHORT, LONG = 5, 10  # steps that a mean is taken over
+LOST = 20.0  # points of the parse rate below the best so far
+LEANING = 50.0  # points between the shares of the two places
+UNIFORM = 0.9  # share of groups whose rewards are equal
+LEARNED = 90.0  # percent of agreement above which equal rewards and certainty are what is wanted
+CERTAIN = 0.01  # nats per token
+BY_HEART = 15.0  # points of agreement between training and held-out pairs
+CUT = 0.5  # share of completions
+
+
+class Alarm(NamedTuple):
+    """What was wrong after a step of a stage."""
+
+    stage: str
+    step: int
+    text: str
+
+
+class Alarms:
+    """Watch the rows of a run; each rule speaks once a stage."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []  # of the stage under way
+        self._has_spoken: set[Rule] = set()
+
+    def see(self, row: Row) -> list[Alarm]:
+        """Take the next row; return what has gone wrong with it."""
+        if self._rows and self._rows[-1]["stage"] != row["stage"]:
+            self._rows, self._has_spoken = [], set()
+        self._rows.append(row)
+        found = []
+        for rule in RULES:
+            if rule not in self._has_spoken and (text := rule(self._rows)):
+                self._has_spoken.add(rule)
+                found.append(Alarm(row["stage"], row["step"], text))
+        return found
+
+
+def alarms(rows: Sequence[Row]) -> list[Alarm]:
+    """Return all that a run's rows show to be wrong."""
+    watch = Alarms()
+    return [alarm for row in rows for alarm in watch.see(row)]
+
+
+# --- Rules: rows of a stage, the newest last -> what is wrong, "" if nothing is or can be told ---
+
+
+def _silent(rows: Sequence[Row]) -> str:
+    parsed = _last(rows, "judge/parse_rate", SILENT_STEPS)
+    if not parsed or any(parsed):
+        return ""
+    cut = 100 * rows[-1].get("completions/clipped_ratio", 0.0)
+    return (
+        f"no completion of the last {SILENT_STEPS} steps holds a verdict, and so none is paid for "
+        f"one. What helps: SFT first (sft.steps), longer completions ({cut:.0f} % were cut at "
+        "sampling.max_new_tokens), or a larger model."
+    )
+
+
+def _loses_its_form(rows: Sequence[Row]) -> str:
+    parsed = _all(rows, "judge/parse_rate")
+    if len(parsed) < 2 * SHORT:
+        return ""
+    best = max(_mean(parsed[i : i + SHORT]) for i in range(len(parsed) - SHORT))
+    now = _mean(parsed[-SHORT:])
+    return _if(
+        0 < now < best - LOST,
+        f"judgements lose their form: {now:.0f} % can be read, {best:.0f} % could. What helps: a "
+        "lower grpo.optimizer.learning_rate, or grpo.loss.kl_weight.",
+    )
+
+
+def _leans(rows: Sequence[Row]) -> str:
+    lean = rows[-1].get("eval/delta_bias")
+    if lean is None or not rows[-1].get("eval/parse_rate"):
+        return ""
+    return _if(
+        lean >= LEANING,
+        f"held-out verdicts follow the place of the answer (lean {lean:.0f} %), not what it says. "
+        "What helps: data.orders=both, in which a place earns nothing; an SFT that is shorter or "
+        "has a lower learning rate; grpo.loss.entropy_weight, if it is already certain.",
+    )
+
+
+def _nothing_to_compare(rows: Sequence[Row]) -> str:
+    equal = _last(rows, "frac_reward_zero_std", LONG)
+    right = _last(rows, "judge/agreement", LONG)
+    if not equal or not right:
+        return ""
+    return _if(
+        _mean(equal) >= UNIFORM and _mean(right) < LEARNED,
+        f"{100 * _mean(equal):.0f} % of the groups of the last {LONG} steps earn equal rewards, "
+        f"and so teach nothing, while {_mean(right):.0f} % of the verdicts are right. What helps: "
+        "data.orders=both, which compares the two orders of a pair; grpo.zero_variance=resample; "
+        "more grpo.rollouts; a higher sampling.temperature or grpo.loss.entropy_weight.",
+    )
+
+
+def _certain(rows: Sequence[Row]) -> str:
+    entropy = _last(rows, "entropy", LONG)
+    right = _last(rows, "judge/agreement", LONG)
+    if not entropy or not right:
+        return ""
+    return _if(
+        _mean(entropy) < CERTAIN and _mean(right) < LEARNED,
+        f"the judge writes the same whatever is drawn (entropy {_mean(entropy):.4f} nats per "
+        f"token), while {_mean(right):.0f} % of the verdicts are right: it explores no more. What "
+        "helps: to begin again with a higher grpo.loss.entropy_weight or a lower "
+        "grpo.optimizer.learning_rate, from this run's best checkpoint.",
+    )
+
+
+def _by_heart(rows: Sequence[Row]) -> str:
+    heldout = rows[-1].get("eval/agreement")
+    right = _last(rows, "judge/agreement", LONG)
+    if heldout is None or not right:
+        return ""
+    return _if(
+        _mean(right) - heldout >= BY_HEART,
+        f"{_mean(right):.0f} % of the training verdicts are right and {heldout:.0f} % of the "
+        "held-out ones: pairs are learned by heart. What helps: more pairs, and more varied ones, "
+        "or fewer steps (the best checkpoint is kept).",
+    )
+
+
+def _cut(rows: Sequence[Row]) -> str:
+    cut = _last(rows, "completions/clipped_ratio", SHORT)
+    if not cut or not rows[-1].get("judge/parse_rate"):  # else `_silent` says it
+        return ""
+    return _if(
+        _mean(cut) >= CUT,
+        f"{100 * _mean(cut):.0f} % of the completions are cut before they end. What helps: a "
+        "larger sampling.max_new_tokens, reward.length, or reward.limit=-1.0.",
+    )
+
+
+RULES = (_silent, _loses_its_form, _leans, _nothing_to_compare, _certain, _by_heart, _cut)
+
+
+def _if(is_so: bool, text: str) -> str:
+    return text if is_so else ""
+
+
+def _all(rows: Sequence[Row], name: str) -> list[float]:
+    return [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+
+
+def _last(rows: Sequence[Row], name: str, count: int) -> list[float]:
+    """Return a metric of so many newest rows; nothing where not all of them have it."""
+    values = _all(rows[-count:], name)
+    return values if len(values) == count else []
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
