@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -175,6 +175,11 @@ def describe_dropped(dropped: Sequence[Dropped]) -> str:
     """Return e.g. "12 without a label, 3 with a prompt that is too long", or "" for no rows."""
     counts = count_reasons(dropped).items()
     return ", ".join(f"{count} {REASONS.get(reason, reason)}" for reason, count in counts)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names in quotation marks, with commas, for a sentence."""
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def tidy(text: str) -> str:

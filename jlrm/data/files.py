@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from jlrm.config import UsageError
-from jlrm.data.comparisons import Where
+from jlrm.data.comparisons import Where, listed
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def files_of_split(
         log.warning("%s: not read, since its name tells no split: %s", path, left_out)
     split = split or usual_split(path, splits)
     if split not in splits:
-        raise UsageError(f"{path} has no split '{split}'. There are: {_listed(splits)}.")
+        raise UsageError(f"{path} has no split '{split}'. There are: {listed(splits)}.")
     return splits[split]
 
 
@@ -279,14 +279,10 @@ def usual_split(path: pathlib.Path, names: Iterable[str]) -> str:
         return "train"
     if len(names) > 1:
         raise UsageError(
-            f"{path} has no split 'train'. There are: {_listed(names)}. "
+            f"{path} has no split 'train'. There are: {listed(names)}. "
             f"Name one after the directory, e.g. {path}#{names[0]}."
         )
     return names[0]
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
 
 
 # ------------------------------------------------------------------------------------ spreadsheets

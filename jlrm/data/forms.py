@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.data.comparisons import Comparison, Where
+from jlrm.data.comparisons import Comparison, Where, listed
 from jlrm.judgement import labels
 from jlrm.judgement.conversations import (
     Messages,
@@ -187,10 +187,6 @@ def our_spelling(header: str) -> str:
 
 def there_are(names: Collection[str]) -> str:
     return f"There are: {listed(names)}." if names else "There are none."
-
-
-def listed(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names)
 
 
 # ----------------------------------------------------------------------------------- forms of rows

@@ -31,6 +31,7 @@ from jlrm.data.comparisons import (
     Dropped,
     Where,
     describe_dropped,
+    listed,
 )
 from jlrm.data.dataset import NAME
 from jlrm.data.files import (
@@ -51,7 +52,6 @@ from jlrm.data.forms import (
     Unusable,
     comparison,
     in_our_form,
-    listed,
     our_spelling,
     renamed,
     respelled,

@@ -16,13 +16,13 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
+from jlrm.judgement.numbers import PLACES
 
 # A graded label, such as a mean over votes, counts as the class that it is this close to. Those of
 # AlpacaEval lie between 1 and 2.
 TOLERANCE = 0.1
 CLASSES = {0.0: 0, 1.0: 1, 1.5: 0, 2.0: 2}
-SIDES = {"1": 1, "2": 2, "a": 1, "b": 2, "left": 1, "right": 2, "first": 1, "second": 2}
-SIDES |= {"1st": 1, "2nd": 2, "one": 1, "two": 2}
+SIDES = PLACES | {"left": 1, "right": 2, "1st": 1, "2nd": 2}
 TIES = {"draw", "equal", "even", "same", "both", "neither", "no_preference", "bothbad", "bothgood"}
 TIES |= {f"{start}_{end}" for start in ("both", "both_are", "equally") for end in ("good", "bad")}
 WORDS = {1: "answer_1", 2: "answer_2", 0: "tie"}  # no numbers, which `data.values` may change

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from jlrm.judgement.numbers import PLACES
 from jlrm.judgement.spelling import plain, without_end_tokens
 
 Failure = Literal["no_answer", "ambiguous"]
@@ -142,17 +143,13 @@ def named(text: str) -> int | None:
         text = text.strip("[]")
     if match := _COMPARED.fullmatch(text):
         better = _SIGN[match["sign"][0]]
-        left, right = _number(match["left"]), _number(match["right"])
+        left, right = PLACES[match["left"]], PLACES[match["right"]]
         return None if left == right else (0, left, right)[better]
     text = _OPENERS.sub("", text, count=1)
     if _TIE.fullmatch(text):
         return 0
     match = _BETTER.fullmatch(text)
-    return _number(match["side"]) if match and _is_praise(match["said"]) else None
-
-
-def _number(side: str) -> int:
-    return 1 if side in ("a", "1", "first") else 2
+    return PLACES[match["side"]] if match and _is_praise(match["said"]) else None
 
 
 def _is_praise(said: str | None) -> bool:
