@@ -45,6 +45,8 @@ from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
 from jlrm.runtime import cluster, commands, hosts, settings
 
+log = logging.getLogger(__name__)
+
 
 class BenchmarkRun(NamedTuple):
     """One benchmark of an evaluation."""
@@ -75,7 +77,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     runs = [_read(name, args) for name in args.names]
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
-    identity = options.identity(args.backend, args.model, args.options, args.seed)
+    model = options.pinned(args.backend, args.model)
+    identity = options.identity(args.backend, model, args.options, args.seed)
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
     out = args.out if hosts.is_main() else None
@@ -83,7 +86,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
     @functools.cache  # the model is loaded for the first game that has no response yet
     def backend() -> Backend:
-        return options.make(args.backend, args.model, args.options, args.seed, args.out)
+        return options.make(args.backend, model, args.options, args.seed, args.out)
 
     entries: dict[str, BenchmarkResult] = {}
     for run, kept in zip(runs, journals, strict=True):
@@ -97,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         # 4. Credit the verdicts.
         games, responses = run.games, kept.responses
         for text in asking.remarks(name, games, responses, run.policy.counts_refused):
-            logging.getLogger(__name__).warning("%s", text)
+            log.warning("%s", text)
         evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
@@ -135,7 +138,7 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     items = chosen.read(source, **(args.reading if chosen.is_own else {}))
     if chosen.size and len(items) != chosen.size:
         text = "%s: %s holds %d items, the official set %d. Means are over those that there are."
-        logging.getLogger(__name__).warning(text, name, source, len(items), chosen.size)
+        log.warning(text, name, source, len(items), chosen.size)
     seen = results.checksum([(item.id, item.question, item.answers) for item in items])
     header = {"benchmark": name, "data": seen}
     asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
@@ -170,6 +173,12 @@ def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> st
     return named[0] if named else ""
 
 
+def _plain(value: str) -> str:
+    """Return the value of a flag without the benchmark that it is for."""
+    owner, _, rest = value.partition("=")
+    return rest if owner in BENCHMARKS else value
+
+
 def _left(run: BenchmarkRun, kept: Journal) -> list[Game]:
     """Return the games that have no response yet, by the journal of process 0."""
     here = kept.done if run.policy.counts_refused else kept.done - kept.refused
@@ -200,7 +209,7 @@ def _comparison(
     other = mine._replace(responses=responses, reader=read)
     compared = results.comparison(mine, other, judge.name)
     if compared is None:
-        logging.getLogger(__name__).warning(
+        log.warning(
             "%s: NO COMPARISON with %s: one of the two judges has no verdict on their common items",
             *(name, judge.name),
         )
@@ -226,7 +235,7 @@ def _written(out: pathlib.Path, earned: Results) -> Results:
     if before.judge == earned.judge:
         earned = replace(earned, benchmarks={**before.benchmarks, **earned.benchmarks})
     elif rest := before.benchmarks.keys() - earned.benchmarks.keys():
-        logging.getLogger(__name__).warning(
+        log.warning(
             "%s: the results of another judge or parser on %s are replaced", path, ", ".join(rest)
         )
     results_file.write(out, earned)
@@ -253,10 +262,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for run in runs:
         lines = unread.lines(run.benchmark.name, earned.benchmarks[run.benchmark.name])
         if text := "\n".join(lines):
-            logging.getLogger(__name__).warning("%s", text)
+            log.warning("%s", text)
     for run in runs:
         if text := results.silence(run.benchmark.name, earned.benchmarks[run.benchmark.name]):
-            logging.getLogger(__name__).warning("%s", text)
+            log.warning("%s", text)
     shown = {run.benchmark.name: earned.benchmarks[run.benchmark.name] for run in runs}
     if args.json:
         print(json.dumps({name: results_file.headline(each) for name, each in shown.items()}))
@@ -354,9 +363,13 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
+    for flag in ("data", "verdicts", "subset"):
+        for value in getattr(args, flag):
+            if (owner := value.partition("=")[0]) in BENCHMARKS and owner not in args.names:
+                raise UsageError(f"--{flag} {value}: --benchmark does not name {owner}.")
     args.reading = _reading(args)
     args.options = options.options(args)
-    args.model = args.model or pathlib.Path(args.verdicts[0]).stem
+    args.model = args.model or pathlib.Path(_plain(args.verdicts[0])).stem
     args.out = _out(args)
     return args
 

@@ -32,7 +32,7 @@ from jlrm.data.tokenizer import (
 from jlrm.judgement import prompts
 from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
-from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.source import side_files
 
 CARD = """---
@@ -107,8 +107,8 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     Raises:
       UsageError: no such checkpoint, or something is at `out`.
     """
-    step_dir = checkpoint.find(source)
-    wanted = checkpoint.read_digests(step_dir)
+    step_dir = steps.find(source)
+    wanted = steps.read_digests(step_dir)
     model_dir = side_files(source) / "model"
     config = hf_config.read_config(model_dir)
     partial = _begin(out)
@@ -117,7 +117,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     _write_config(partial / "config.json", hf_config.config_to_hf(config, dtype))
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
-    meta = json.loads((step_dir / "meta" / "metadata").read_text())
+    meta = steps.read_meta(step_dir)
     card = _card(out.name, meta) + _use(meta, tokenizer)
     (partial / "README.md").write_text(card, encoding="utf-8")
 
@@ -151,9 +151,9 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     hf.copy_side_files(directory, partial / "model")
     checkpoint.save_params(
         partial,
-        checkpoint.IMPORTED,
+        steps.IMPORTED,
         params,
-        {"stage": checkpoint.IMPORTED, "step": 0, "source": source},
+        {"stage": steps.IMPORTED, "step": 0, "source": source},
     )
     os.replace(partial, out)
 
@@ -263,17 +263,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="RUN[@STEP]", help="@STEP: 100, sft/100 or best")
     source.add_argument("--from-hf", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--out", required=True, type=pathlib.Path, help="directory to be made")
+    parser.add_argument("--out", required=True, help="directory to be made")
     parser.add_argument(
         "--dtype",
-        default="bfloat16",
         choices=["bfloat16", "float32"],
         help="of exported weights; --from-hf keeps what the files hold (bfloat16)",
     )
     args = parser.parse_args(argv)
-    out = args.out.expanduser()
+    if "://" in args.out:
+        raise UsageError(f"--out {args.out}: wanted a local directory. Copy that to the store.")
+    out = pathlib.Path(args.out).expanduser()
     if args.checkpoint:
-        export_to_hf(args.checkpoint, out, args.dtype)
+        export_to_hf(args.checkpoint, out, args.dtype or "bfloat16")
+    elif args.dtype:
+        raise UsageError("--dtype has no effect with --from-hf, which keeps what the files hold.")
     else:
         import_from_hf(args.from_hf, out)
     print(f"Written: {out}")

@@ -5,16 +5,16 @@
     1  read           every input; rows its reader can't use are kept in the list of dropped ones
     2  deduplicate    the same two answers to the same question, with the same label
     3  decontaminate  questions that hold a benchmark's, or most of whose word n-grams it has
-    4  measure        prompts that are too long for training, in either order
+    4  measure        prompts that are too long for training; with --swap, in either order
     5  split          whole questions into `validation`, by their hash
     6  swap           each training row is followed by itself in the other order
     7  count          rows, sources, labels, scores, lengths, and pairs with opposite labels
     8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
 
-DIR appears whole or not at all, and holds neither times nor the machine's paths: the same command
-makes the same bytes. Train from it with `data.train=DIR#train data.eval=DIR#validation`. A line
-of `dropped.jsonl` says where a row stood, its id and the reason; every row that was read is there,
-or in a split.
+DIR appears whole or not at all. It holds no times, and no paths but those of the inputs: the same
+command makes the same bytes. Train from it with `data.train=DIR#train data.eval=DIR#validation`.
+A line of `dropped.jsonl` says where a row stood, its id and the reason; every row that was read is
+there, or in a split.
 """
 
 from __future__ import annotations
@@ -124,7 +124,6 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
 
     statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
     rows = sift(rows, duplicates(rows), dropped)
-    statistics |= differing_labels(rows)
     contaminated = benchmarks.find([row.question for row in rows], recipe.overlap)
     rows = sift(rows, [reason for reason, _ in contaminated], dropped)
     if tokenizer:
@@ -138,6 +137,7 @@ def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
     if recipe.swap:
         splits["train"] = with_swapped(splits["train"])
     statistics |= {
+        **differing_labels(rows),
         "rows_kept": len(rows),
         "dropped": count_reasons(dropped),
         "contaminated_by": counted(source for _, source in contaminated if source),

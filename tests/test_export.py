@@ -26,7 +26,7 @@ from jlrm.data.worlds import toy
 from jlrm.model import qwen
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
-from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights import checkpoint, hf, hf_config, steps
 
 MODEL = tiny_config(vocab_size=toy.VOCAB_SIZE, num_hidden_layers=1, max_position_embeddings=2048)
 TEMPLATE = (
@@ -250,9 +250,7 @@ def test_the_cards_program_lets_no_text_speak_for_another(run_dir, monkeypatch, 
 
 
 def test_the_card_of_an_import_claims_no_prompt(run_dir, params):
-    checkpoint.save_params(
-        run_dir / "b", checkpoint.IMPORTED, params, {"stage": "import", "step": 0}
-    )
+    checkpoint.save_params(run_dir / "b", steps.IMPORTED, params, {"stage": "import", "step": 0})
     hf.copy_side_files(run_dir / "model", run_dir / "b" / "model")
     card = (exported(run_dir / "b", "imported") / "README.md").read_text()
     assert "prompt template `unknown`" in card and "```" not in card
@@ -290,7 +288,7 @@ def cpu_alone(monkeypatch):
 def test_a_dtype_is_read_as_torch_spells_it(dtype, stored, tmp_path, cpu_alone):
     write_hf(tmp_path / "hf", dtype)
     export.import_from_hf(str(tmp_path / "hf"), tmp_path / "run")
-    tensor = checkpoint.read_tensor(checkpoint.find(str(tmp_path / "run")), "embed", None)
+    tensor = checkpoint.read_tensor(steps.find(str(tmp_path / "run")), "embed", None)
     assert tensor.dtype.name == stored
 
 
@@ -335,6 +333,6 @@ def test_a_checkpoint_that_is_not_finite_is_named_when_it_is_restored(run_dir, p
     with pytest.raises(
         UsageError, match=r"NaN or infinite numbers in layers\.attn\.q: its training"
     ):
-        checkpoint.restore_params(checkpoint.find(str(save_to)), abstract)
-    fine = checkpoint.restore_params(checkpoint.find(str(run_dir)), abstract)
+        checkpoint.restore_params(steps.find(str(save_to)), abstract)
+    fine = checkpoint.restore_params(steps.find(str(run_dir)), abstract)
     jax.tree.map(np.testing.assert_array_equal, fine, params)

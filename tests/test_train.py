@@ -32,6 +32,7 @@ from jlrm.training import heldout as heldout_module
 from jlrm.training import update
 from jlrm.training.scoring import judge_responses
 from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights.steps import find, saved_steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -84,7 +85,7 @@ def run(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str, num_devices:
 def final_params(run_dir: pathlib.Path):
     model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
     abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
-    return checkpoint.restore_params(checkpoint.find(str(run_dir)), abstract)
+    return checkpoint.restore_params(find(str(run_dir)), abstract)
 
 
 def comparable(rows: list[dict]) -> list[dict]:
@@ -325,7 +326,9 @@ def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_up
     assert min(gaps["int8"]) > 1e-4 and max(gaps["int8"]) < 0.2
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.campaign)]
+)
 def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
     options = [
         *warm,
@@ -341,7 +344,7 @@ def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if len(checkpoint.saved_steps(tmp_path / "r").get("grpo", [])) >= 2:
+        if len(saved_steps(tmp_path / "r").get("grpo", [])) >= 2:
             break
         time.sleep(0.02)
     process.send_signal(signum)
@@ -355,6 +358,7 @@ def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
     assert_equal_trees(final_params(tmp_path / "r"), final_params(tmp_path / "whole"))
 
 
+@pytest.mark.campaign  # tests/weights/test_checkpoint.py restores on other meshes without a run
 def test_mesh_config_is_free_to_change_between_starts(tmp_path, data):
     run(tmp_path / "r", data, "grpo.steps=1", num_devices=8)
     summary = run(tmp_path / "r", data, "grpo.steps=2", "mesh.tensor=2", num_devices=2)

@@ -111,7 +111,7 @@ def prompt_tokens(
     encode_rows = prompt_encoder(tokenizer, prompt)
     both = rows if not both_orders else [way for row in rows for way in (row, row.swapped())]
     lengths = count_tokens(both, encode_rows, progress="tokenise")[:, 0]
-    return lengths.reshape(len(rows), -1).max(axis=1, initial=0).tolist()
+    return lengths.reshape(len(rows), 2 if both_orders else 1).max(axis=1, initial=0).tolist()
 
 
 def split(rows: list[Comparison], share: float) -> dict[str, list[Comparison]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -36,13 +37,12 @@ def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
         return round(low + (score - left) * (high - low) / (right - left), 6)
 
     def mapped(row: Comparison) -> Comparison:
-        if row.scores is None:
-            return row
-        first, second = map(ours, row.scores)
-        # A written judgement may state scores of its own, which SFT imitates.
-        written = row.judgement if "judged" in row.meta else None
-        judged = {"judged": [*map(ours, written[1])]} if written else {}
-        return dataclasses.replace(row, score_1=first, score_2=second, meta={**row.meta, **judged})
+        changed: dict[str, Any] = {}
+        if row.scores is not None:
+            changed["score_1"], changed["score_2"] = map(ours, row.scores)
+        if "judged" in row.meta and row.judgement:  # scores of its own, which SFT imitates
+            changed["meta"] = {**row.meta, "judged": [*map(ours, row.judgement[1])]}
+        return dataclasses.replace(row, **changed)
 
     return ShardedRows([mapped(row) for row in rows.mine], rows.owners)
 

@@ -119,7 +119,7 @@ def read(
     owners = np.repeat(np.arange(len(orders)), [len(each) for each in orders])
     owners = owners[np.argsort(np.concatenate(orders))]
     readers.check_whole(source, len(owners), parts)
-    return ShardedRows(part.rows, owners), sorted(dropped, key=lambda row: row.where.order)
+    return ShardedRows(part.rows, owners), dropped
 
 
 def _sizes(source: str) -> list[tuple[str, int]]:

@@ -83,6 +83,12 @@ def _as_given(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> S
             "data.eval set what is held out)",
             *(data.train, len(heldout), len(train), len(rest)),
         )
+    if num_between := len(train) - len(heldout) - len(rest):
+        log.warning(
+            "%s: %d rows ask a question that is held out, beyond data.eval_rows: they are neither "
+            "held out nor trained on",
+            *(data.train, num_between),
+        )
     return Splits(train.select(rest), train.select(heldout), dropped)
 
 

@@ -32,7 +32,6 @@ class Benchmark(NamedTuple):
     games: Callable[[Sequence[Item], Policy, int], list[Game]]  # the int is a seed
     credit: Callable[[ItemVerdicts, Policy], Credit]
     total: Callable[[Sequence[Credit], Policy], dict[str, float]]  # percent
-    how_to_get: str  # one sentence for whoever lacks the data
     source: str = ""  # where `read` finds it if nothing else is said; "": nowhere
     size: int = 0  # items of the official set; 0: it varies
     published: tuple[Published, ...] = ()

@@ -95,7 +95,6 @@ class ItemVerdicts(NamedTuple):
 
 
 # metrics in percent; a benchmark's own names
-Score = Callable[[Sequence[ItemVerdicts]], dict[str, float]]
 
 
 def both_orders(items: Iterable[Item]) -> list[Game]:

@@ -53,7 +53,6 @@ def pair_policies(official: Policy) -> tuple[Policy, ...]:
 
 
 WORDS = {"order": ("as_given", "random", "both"), "refused": ("unjudged", "error_credit")}
-ORDERS = WORDS["order"]
 FIELDS = tuple(field.name for field in dataclasses.fields(Policy))
 
 
@@ -79,7 +78,7 @@ def overridden(
                 f"{nearest(wanted, names)}"
             )
         policy = known[names.index(wanted)]
-    is_ranked = known[0].tie_credit == "shared"  # its credit is not one game's
+    is_ranked = policy.tie_credit == "shared"  # its credit is not one game's
     changes = {key: _value(benchmark, is_ranked, key, text) for key, text in chosen.items()}
     return dataclasses.replace(policy, **changes)
 

@@ -106,7 +106,7 @@ def judgelm_scores(text: str) -> Scores | None:
         first, second = map(float, parts)
     except ValueError:
         return None
-    return None if math.isnan(first) or math.isnan(second) else (first, second)
+    return (first, second) if math.isfinite(first) and math.isfinite(second) else None
 
 
 def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:

@@ -17,6 +17,7 @@ from typing import Any
 from jlrm.config import UsageError, nearest
 from jlrm.data import forms, readers
 from jlrm.evaluation.games import Item
+from jlrm.runtime.storage import first_line
 
 Row = dict[str, Any]
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -75,7 +76,7 @@ def hub_files(source: str, names: Sequence[str], how_to_get: str) -> str:
             source.removeprefix("hf:"), repo_type="dataset", allow_patterns=list(names)
         )
     except Exception as error:  # the client raises anything
-        reason = str(error).strip().splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UsageError(f"Cannot read the dataset {source}: {reason}. {how_to_get}") from error
 
 
@@ -102,7 +103,7 @@ def texts(row: Row, key: str, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
         raise UsageError(f"{where}: '{key}' must be a list of texts, got {value!r}.")
     if not value:
-        raise UsageError(f"{where}: '{key}' holds no text. Leave out rows that were not judged.")
+        raise UsageError(f"{where}: '{key}' holds no text: wanted at least one.")
     return tuple(value)
 
 
@@ -150,7 +151,7 @@ def finished(items: Sequence[Item], source: str, left_out: str = "", num: int = 
 
 
 def of_subset(items: list[Item], subset: str) -> list[Item]:
-    """Return the items of one subset, and as such those without one, which is said; "": all.
+    """Return the items of one subset; those that name none count as its, with a warning. "": all.
 
     Raises:
       UsageError: no item belongs to it, with the nearest subset that there is.

@@ -12,7 +12,7 @@ Left out: what a failure costs in training (judgement/rewards.py) or in a benchm
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -116,7 +116,8 @@ def parse_authors(completion: str) -> Verdict:
     reasoning, tail = _parts(completion)
     blocks = [block.text for block in answer_blocks(tail)]
     failure = without_pair(len(blocks))
-    return _verdict(_numbers(blocks)[:2], failure, reasoning, -math.inf, math.inf)
+    largest = sys.float_info.max  # 400 digits are no number that a file of results could hold
+    return _verdict(_numbers(blocks)[:2], failure, reasoning, -largest, largest)
 
 
 def breaks_off(completion: str) -> bool:

@@ -49,7 +49,8 @@ def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_
         try:
             backend(left, record)
         except KeyboardInterrupt:
-            num_done = num_games - sum(game.id not in kept.done for game in left)
+            done = kept.done
+            num_done = num_games - sum(game.id not in done for game in left)
             raise commands.Interrupted(
                 stopped[-1] if stopped else signal.SIGINT,
                 f"Stopped: {num_done} of {num_games} games of {name} are judged. "

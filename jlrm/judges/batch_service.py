@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import pathlib
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from jlrm.judges.paid import Spending
 from jlrm.judges.protocol import NoReply, Reply
 from jlrm.judges.requests import EndpointSettings
 from jlrm.judges.transport import Server
+from jlrm.runtime.storage import write_atomically
 
 FIRST_POLL, LONGEST_POLL = 5.0, 60.0  # seconds between two looks at a batch
 MOST_PAGES = 50  # of a list of batches
@@ -269,10 +269,8 @@ class BatchService:
     def _keep(self, jobs: Sequence[Job]) -> None:
         """Write which batches are under way: all of it or nothing."""
         self.jobs = list(jobs)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self._path.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps({"batches": [job._asdict() for job in self.jobs]}))
-        unfinished.replace(self._path)
+        rows = {"batches": [job._asdict() for job in self.jobs]}
+        write_atomically(self._path, json.dumps(rows).encode())
 
 
 def _read_jobs(path: pathlib.Path) -> list[Job]:

@@ -29,7 +29,7 @@ from jlrm.runtime.mesh import create_mesh
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import check_positions, open_policy
 from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
-from jlrm.weights import checkpoint, hf_config
+from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, read_params
 
 STOP = {"</answer>": 2}
@@ -61,7 +61,7 @@ def make(
     decoding = dataclasses.replace(decoding, stop_after=prompts.reasoning_end(prompt))
     directory = model_files(model)
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
-    if not checkpoint.is_run(model):  # whose weights are masters, whatever it began from
+    if not steps.is_run(model):  # whose weights are masters, whatever it began from
         config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
     check_positions(
         config,

@@ -1,10 +1,10 @@
 """Judges behind an OpenAI-compatible endpoint: vLLM servers and hosted models.
 
 A game is one request per vote (`n` is not served everywhere), each with a seed of its own made of
-(seed, game, vote). A response depends on nothing else, and one that was paid for
-is kept on disk before it counts. Every game is recorded once: with all its votes, or with the
-reason why one is missing. What went wrong for good (the key, the model, a setting that the server
-refuses) stops the run; what may pass is asked again, later and later.
+(seed, game, vote). A response depends on nothing but these and the settings. One that was paid for
+is kept on disk (with `cache`) before it counts. Every game is recorded once: with all its votes, or
+with the reason why one is missing. What went wrong for good (the key, the model, a setting that the
+server refuses) stops the run; what may pass is asked again, later and later.
 
 The transport is our own, not the `openai` package: that one reads a body whole whatever its size,
 waits for no longer than a minute, counts a rate limit as a failed try, and cannot tell what a
@@ -52,7 +52,7 @@ class Endpoint:
         )
         self._limit = LIMITS[0]  # hosted reasoning models want another name for it
         self._is_apart = settings.system != "user"  # the system text has a message of its own
-        self._is_over_budget = ""
+        self._over_budget = ""  # why nothing more is asked
 
     @property
     def spent(self) -> Spending:
@@ -99,15 +99,15 @@ class Endpoint:
         if kept := self._kept(game, vote):
             self.spent.num_cached += 1
             return kept
-        if self._is_over_budget:
-            return NoReply(self._is_over_budget)
+        if self._over_budget:
+            return NoReply(self._over_budget)
         try:
             return await self._pace.asked(lambda: self._ask(client, game, vote))
         except Declined as error:
             return NoReply(str(error), error.is_content)
         except OverBudget as error:
-            self._is_over_budget = f"not asked: {error}"
-            return NoReply(self._is_over_budget)
+            self._over_budget = f"not asked: {error}"
+            return NoReply(self._over_budget)
 
     def _kept(self, game: Game, vote: int) -> Reply | None:
         """Return what was paid for already, in whichever form it may have been asked."""

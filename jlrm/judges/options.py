@@ -156,14 +156,31 @@ def _check_finite(flag: str, value: Any) -> None:
 
 def _trained_with(model: str) -> tuple[str, list[int]]:
     """Return the prompt and the scale of a run's own config; those of jlrm for other models."""
-    from jlrm.weights import checkpoint
+    from jlrm.weights import steps
     from jlrm.weights.source import side_files
 
-    if not checkpoint.is_run(model):
+    if not steps.is_run(model):
         return "jlrm", [1, 10]
-    checkpoint.find(model)
-    run = load(side_files(model) / "config.yaml")
+    steps.find(model)
+    file = side_files(model) / "config.yaml"
+    if not file.is_file():  # an imported model
+        return "jlrm", [1, 10]
+    run = load(file)
     return run.data.prompt, list(run.reward.scale)
+
+
+def pinned(backend: str, model: str) -> str:
+    """Return a run as RUN@STAGE/STEP, since its newest step may soon be another; others as given.
+
+    Raises:
+      UsageError: no such run or step, or it is not whole.
+    """
+    from jlrm.weights import steps
+
+    if backend != JLRM or not steps.is_run(model):
+        return model
+    step = steps.find(model)
+    return f"{steps.split(model)[0]}@{step.parent.name}/{step.name}"
 
 
 def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -184,15 +201,17 @@ def _fingerprint(model: str) -> str:
 
     Reading all of the weights would take as long as loading them.
     """
-    from jlrm.weights import checkpoint, hf
+    from jlrm.weights import hf, steps
 
-    is_run = checkpoint.is_run(model)
-    directory: Any = checkpoint.find(model) if is_run else hf.resolve(model)  # may be in a store
-    kinds = ("",) if is_run else (".safetensors", ".json", ".jinja", ".txt")
+    if steps.is_run(model):
+        directory: Any = steps.find(model)  # may be in a store
+        files = _files(directory)
+    else:
+        directory = hf.resolve(model)  # where results of an evaluation may lie in a folder below
+        kinds = (".safetensors", ".json", ".jinja", ".txt")
+        files = (file for file in directory.iterdir() if file.name.endswith(kinds))
     digest = hashlib.sha256()
-    for file in sorted(_files(directory)):
-        if not file.name.endswith(kinds):
-            continue
+    for file in sorted(files):
         size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
         digest.update(f"{file.relative_to(directory)} {size}\n".encode())
         with file.open("rb") as content:

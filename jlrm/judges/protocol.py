@@ -215,7 +215,7 @@ def stored(row: Any) -> Reply:
     are_counts = all(number is None or count(number) is not None for number in counts)
     is_time = isinstance(reply.seconds, int | float) and 0 <= reply.seconds < 1e9
     if not (is_text and are_counts and is_time):
-        raise ValueError("a field of it has not its type")
+        raise ValueError("a field has the wrong type")
     return reply
 
 

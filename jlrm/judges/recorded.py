@@ -95,8 +95,9 @@ class Recorded:
         return judge
 
     def _counts(self, path: str, missing: Sequence[Game]) -> str:
-        text = f"{path}: {self.num_extra} rows name no item of the benchmark"
-        text += f"; {len(missing)} games have no row"
+        extra = f"{self.num_extra} rows name no item of the benchmark" if self.num_extra else ""
+        text = f"{len(missing)} games have no row" if missing else ""
+        text = f"{path}: {'; '.join(filter(None, (extra, text)))}"
         if any(Game(g.item, g.second, g.first).id in self.responses for g in missing):
             text += " (their other order has one: --policy order=as_given asks for one order)"
         return text + (f", e.g. {missing[0].id}." if missing else ".")
@@ -111,14 +112,14 @@ def _finder(
 ) -> Callable[[sources.Row, str], tuple[Item | None, tuple[int, int] | None]]:
     """Return a function that finds a row's item, and its game if the row names one."""
     by_id = {item.id: item for item in items}
-    by_text: dict[tuple[str, ...], list[Item]] = {}
+    by_text: dict[tuple[str, ...], Item] = {}
     for item in items:
-        by_text.setdefault((item.question, *item.answers), []).append(item)
+        by_text.setdefault((item.question, *item.answers), item)
 
     def find(row: sources.Row, where: str) -> tuple[Item | None, tuple[int, int] | None]:
-        if "input" in row and "output_1" in row and "output_2" in row:  # LLMBar has no ids
-            same = by_text.get((row["input"], row["output_1"], row["output_2"]), [None])
-            return same[0], None
+        texts = [row.get(name) for name in ("input", "output_1", "output_2")]
+        if None not in texts:  # LLMBar has no ids
+            return by_text.get(tuple(map(str, texts))), None
         name = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
         if name is None:
             raise UsageError(f"{where} names no item: wanted one of {', '.join(IDS)}.")
@@ -161,7 +162,10 @@ def _said(row: sources.Row, item: Item, order: tuple[int, int] | None, where: st
             f"{where}: {item.id} has {len(item.answers)} answers. Say which two were shown with "
             f'"game": "{item.id}:0-1", or give one score for each.'
         )
-    return {order or ((1, 0) if row.get("swapped") else (0, 1)): _response(row, where)}
+    is_swapped = row.get("swapped") or False
+    if not isinstance(is_swapped, bool):  # "false" is true to Python
+        raise UsageError(f"{where}: 'swapped' must be true or false, got {is_swapped!r}.")
+    return {order or ((1, 0) if is_swapped else (0, 1)): _response(row, where)}
 
 
 def _response(row: sources.Row, where: str) -> Response:
@@ -224,9 +228,16 @@ def _judgments(value: Any, where: str) -> Said:
         raise UsageError(f"{where}: 'judgments' must be a list of one or two, got {value!r}.")
     orders = ((0, 1), (1, 0))
     return {
-        order: _decision((each or {}).get("decision"), where, "decision")
+        order: _decision(_of_game(each, "decision", where), where, "decision")
         for order, each in zip(orders, value, strict=False)
     }
+
+
+def _of_game(said: Any, key: str, where: str) -> Any:
+    """Return a field of what is said of a game; null is a game without a verdict."""
+    if said is not None and not isinstance(said, Mapping):
+        raise UsageError(f"{where}: wanted an object with '{key}' for each game, got {said!r}.")
+    return (said or {}).get(key)
 
 
 def _results(value: Any, where: str) -> Said:
@@ -239,7 +250,7 @@ def _results(value: Any, where: str) -> Said:
     said: Said = {}
     for key, order in (("swap = False", (0, 1)), ("swap = True", (1, 0))):
         if key in value[-1]:
-            response = _decision((value[-1][key] or {}).get("winner"), where, "winner")
+            response = _decision(_of_game(value[-1][key], "winner", where), where, "winner")
             if order == (1, 0) and response.preference is not None:
                 response = Response("", preference=swap_preference(response.preference))
             said[order] = response

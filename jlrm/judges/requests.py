@@ -190,7 +190,7 @@ class EndpointSettings:
         text = body.get("prompt") or "".join(each["content"] for each in body["messages"])
         # No byte-level tokenizer makes more tokens than there are bytes.
         added = len(json.dumps(dict(self.request)))
-        limit = next((body[name] for name in LIMITS if name in body), 0)
+        limit = next((n for name in LIMITS if isinstance(n := body.get(name), int)), 0)
         return len(text.encode(errors="replace")) + added + OVERHEAD, limit
 
 

@@ -7,13 +7,13 @@ A diverged run has metrics that are no numbers. They are written as the strings 
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jlrm.reports import contracts
+from jlrm.reports.tracking import jsonable
 from jlrm.runtime.storage import write_atomically
 
 VERSION = 1
@@ -36,10 +36,7 @@ class RunSummary:
 
     def as_json(self) -> dict[str, Any]:
         """Return what `summary.json` holds and `jlrm.train --json` prints."""
-        stages = {
-            stage: {name: _written(value) for name, value in metrics.items()}
-            for stage, metrics in self.stages.items()
-        }
+        stages = jsonable(self.stages)
         counts = {"steps": self.steps, "seconds": self.seconds, "tokens": self.tokens}
         return {**stages, **counts, "version": self.version}
 
@@ -70,10 +67,3 @@ def read(run_dir: pathlib.Path) -> RunSummary | None:
         seconds=float(content.get("seconds") or 0),
         tokens=int(content.get("tokens") or 0),
     )
-
-
-def _written(value: float | None) -> float | str | None:
-    if value is None or isinstance(value, int):
-        return value
-    number = float(value)  # of NumPy or JAX
-    return number if math.isfinite(number) else str(number)

@@ -1,4 +1,4 @@
-"""One look for every page and chart: colours for light and dark, and the way templates are filled.
+"""One look for every page and chart: colours for light and dark.
 
 Each colour of `LIGHT` has its partner at the same place of `DARK`, so that a chart is drawn once
 and a dark page gets it with its colours exchanged. Lines and marks have a contrast of 3:1 or more

@@ -6,7 +6,7 @@ Step N means "after N steps". NaN and infinities, for which JSON has no numbers,
 strings "nan", "inf" and "-inf" and read back as floats: a diverged loss stays visible and no parser
 chokes. Other files are replaced whole, so a killed run leaves no half-written one behind.
 
-Left out: what the metrics mean (report.py draws them) and remote file systems.
+Left out: what the metrics mean (run_page.py draws them) and remote file systems.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Tracker:
             raise ValueError(f"{self._stage}: step {step} logged after step {self._last_step}")
         self._last_step = step
         values = {name: float(value) for name, value in metrics.items()}
-        row = {"stage": self._stage, "step": int(step), **_jsonable(values)}
+        row = {"stage": self._stage, "step": int(step), **jsonable(values)}
         path = self._run_dir / "metrics.jsonl"
         with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -172,7 +172,7 @@ def _forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
     for row in rows[end:]:  # before the record itself, which alone knows of them
         completions_path(run_dir, row["stage"], row["step"]).unlink(missing_ok=True)
     if (run_dir / "metrics.jsonl").exists():  # a torn last line goes too: the next would join it
-        text = "".join(json.dumps(_jsonable(row)) + "\n" for row in rows[:end])
+        text = "".join(json.dumps(jsonable(row)) + "\n" for row in rows[:end])
         write_atomically(run_dir / "metrics.jsonl", text.encode())
 
 
@@ -276,9 +276,10 @@ def _start_wandb(
     return run
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """Return nested metrics as strict JSON holds them; NaN and infinities as their names."""
     if isinstance(value, Mapping):
-        return {str(name): _jsonable(entry) for name, entry in value.items()}
+        return {str(name): jsonable(entry) for name, entry in value.items()}
     if value is None or isinstance(value, str | bool | int):
         return value
     number = float(value)

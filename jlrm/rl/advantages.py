@@ -19,9 +19,9 @@ def group_advantages(
     """Return `(reward - group mean) / (standard deviation + eps)`.
 
     This is GRPO's (arXiv 2402.03300, Section 4.1.2). The deviation is the sample's (ddof 1), as in
-    TRL (eps 1e-4) and verl (eps 1e-6). `scale` names the rewards that it is taken over: the own
-    "group" or the whole "batch"; "none" divides by nothing (Dr. GRPO, arXiv 2503.20783,
-    Section 3.2). A group of equal rewards gets zeros.
+    TRL (eps 1e-4) and verl (eps 1e-6). `scale` names the rewards that it is taken over: those
+    of the prompt's own "group" or of the whole "batch"; "none" divides by nothing (Dr. GRPO, arXiv
+    2503.20783, Section 3.2). A group of equal rewards gets zeros.
 
     NaN is a completion without a reward. It counts in no mean and no deviation and gets zero, as in
     TRL, and so does the only one of a group that has a reward.

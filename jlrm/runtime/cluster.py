@@ -11,6 +11,8 @@ from typing import Any
 
 from jlrm.config import UsageError
 
+MODES = ("auto", "on", "off")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that number this process among the others."""
@@ -20,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--distributed",
-        choices=["auto", "on", "off"],
+        choices=MODES,
         default=os.environ.get("JLRM_DISTRIBUTED", "auto"),
         help="off: this process runs alone [JLRM_DISTRIBUTED]",
     )
@@ -42,6 +44,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize`, or None if this process is alone."""
     import jax
 
+    if args.distributed not in MODES:  # of the environment
+        raise UsageError(f"JLRM_DISTRIBUTED={args.distributed} is none of {', '.join(MODES)}.")
     if args.distributed == "off" or jax.distributed.is_initialized():
         return None
     if args.coordinator:
@@ -64,6 +68,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
             "num_processes": total,
             "process_id": number,
         }
+    if args.num_processes or args.process_id:
+        raise UsageError("--num-processes and --process-id need --coordinator HOST:PORT.")
     return {} if args.distributed == "on" or _are_several() else None
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import concurrent.futures
 import glob
 import logging
 import os
@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TypeVar
 
 from jlrm.config import RunError, UsageError
@@ -44,7 +43,7 @@ def abandonable(work: Callable[[], T], tick: Callable[[], object] = lambda: None
     Raises:
       Abandoned: Ctrl-C; the work still runs, and the process has to end by `run`.
     """
-    outcome: Future[T] = Future()
+    outcome: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def fill() -> None:
         try:
@@ -54,10 +53,9 @@ def abandonable(work: Callable[[], T], tick: Callable[[], object] = lambda: None
 
     try:
         threading.Thread(target=fill, daemon=True).start()
-        while True:
-            with contextlib.suppress(TimeoutError):
-                return outcome.result(timeout=1.0)
+        while not concurrent.futures.wait([outcome], timeout=1.0).done:
             tick()
+        return outcome.result()
     except KeyboardInterrupt:
         raise Abandoned from None
 
@@ -95,6 +93,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     """Run `main`; return the exit code and what to say."""
     try:
         main()
+        sys.stdout.flush()  # a reader that has left is heard of here, not at the exit
     except UsageError as error:
         return 2, f"error: {error}"
     except RunError as error:

@@ -36,6 +36,7 @@ from typing import Any, NoReturn, TypeVar
 from jlrm.config import UsageError
 from jlrm.runtime import cluster
 from jlrm.runtime.settings import flatten
+from jlrm.runtime.storage import first_line
 
 Value = TypeVar("Value")
 
@@ -217,7 +218,7 @@ def _initialise(args: argparse.Namespace) -> None:
     try:
         jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(
             f"Could not join the other processes ({reason}). Start all of them with the same "
             "--coordinator, or use --distributed off to run one process alone."
@@ -278,7 +279,7 @@ def _watch(timeout: float) -> None:
             alive = _state.client.key_value_dir_get("jlrm/alive")
         except Exception as error:  # the service is part of process 0, so that is gone
             if not _state.leaving.is_set():
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 _give_up(GONE, f"Process 0 ({seen[0].host}) is gone: {reason}")
             return
         for key, text in failed:

@@ -71,9 +71,7 @@ class Layout:
 
     def param(self, letters: Sequence[str | None]) -> NamedSharding:
         """Return the sharding of a parameter declared with these letters."""
-        return self._sharding(
-            ["-" if letter is None else letter for letter in letters], self.params
-        )
+        return self._sharding(letters, self.params)
 
     def replicated(self) -> NamedSharding:
         """Return the sharding of an array that every device holds whole."""
@@ -90,23 +88,23 @@ class Layout:
 
     def param_axes(self, letters: Sequence[str | None]) -> list[tuple[str, ...]]:
         """Return the mesh axes that each dimension of a parameter lies on."""
-        return self._axes(["-" if letter is None else letter for letter in letters], self.params)
+        return self._axes(letters, self.params)
 
-    def _sharding(self, letters: Sequence[str], table: Table) -> NamedSharding:
+    def _sharding(self, letters: Sequence[str | None], table: Table) -> NamedSharding:
         axes = [here or None for here in self._axes(letters, table)]
         return NamedSharding(self.mesh, PartitionSpec(*axes))
 
-    def _axes(self, letters: Sequence[str], table: Table) -> list[tuple[str, ...]]:
-        unknown = set(letters) - ALPHABET - {"-"}
+    def _axes(self, letters: Sequence[str | None], table: Table) -> list[tuple[str, ...]]:
+        unknown = set(letters) - ALPHABET - {"-", None}
         if unknown:
             raise ValueError(
-                f"Unknown letters {sorted(unknown)} in {letters}. The alphabet is in mesh.py."
+                f"Unknown letters {sorted(map(str, unknown))} in {letters}: the alphabet is here."
             )
         axes: list[tuple[str, ...]] = []
         # A mesh axis can cut only one dimension of an array: that of the first letter in need.
         for letter in letters:
             taken = {axis for of_letter in axes for axis in of_letter}
-            axes.append(tuple(axis for axis in table.get(letter, ()) if axis not in taken))
+            axes.append(tuple(axis for axis in table.get(letter or "", ()) if axis not in taken))
         return axes
 
 

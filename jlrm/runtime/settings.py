@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import reprlib
 import typing
@@ -114,6 +115,23 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name or key)
         return super().construct_mapping(node, deep)
+
+
+def _as_spelled(loader: Any, node: yaml.ScalarNode) -> Any:
+    """Return a number, or the text where the number would be written otherwise: 2024_05_01, 0100.
+
+    YAML 1.1 has octal numbers, base 60 and dates, which nobody means by the name of a directory.
+    What is to be a number is made one later, where the setting is known.
+    """
+    kind = node.tag.rpartition(":")[2]
+    value = getattr(yaml.SafeLoader, f"construct_yaml_{kind}")(loader, node)
+    is_number = isinstance(value, int | float)
+    is_same = is_number and (str(value) == node.value or not math.isfinite(value))
+    return value if is_same else node.value
+
+
+for _kind in ("int", "float", "timestamp"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _as_spelled)
 
 
 def from_dict(tree: dict[str, Any]) -> Config:

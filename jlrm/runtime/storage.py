@@ -6,6 +6,7 @@ is written, and a `Mirror` is where a run is. Nothing here knows about rows.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import hashlib
@@ -162,6 +163,11 @@ def open_place(name: str) -> Place:
     return Place(name, *_open(os.path.expanduser(name)))
 
 
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _open(url: str) -> tuple[Any, str]:
     """Return the file system of a URL and the path of its root there; nothing cached is used."""
     import fsspec
@@ -171,7 +177,7 @@ def _open(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         package = PACKAGES.get(url.partition("://")[0])
         advice = f" Do: pip install {package}" if package else ""
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = first_line(error)
         raise UsageError(f"Cannot open {url}: {reason}.{advice}") from None
     system.invalidate_cache()
     return system, root.rstrip("/")
@@ -229,11 +235,10 @@ def mirror(name: str) -> Mirror:
     if "://" not in name:
         return Mirror("", pathlib.Path(name).expanduser())
     cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    # One directory per process: processes on one machine must not share it, as on several machines.
-    key = hashlib.sha256(f"{name} {os.environ.get('JLRM_PROCESS_ID', '')}".encode()).hexdigest()
-    local = cache / "runs" / key[:32]
-    shutil.rmtree(local, ignore_errors=True)
-    local.mkdir(parents=True)
+    (cache / "runs").mkdir(parents=True, exist_ok=True)
+    # One each: who reads a run must not share a directory with the training that writes it.
+    local = pathlib.Path(tempfile.mkdtemp(dir=cache / "runs"))
+    atexit.register(shutil.rmtree, local, ignore_errors=True)
     return Mirror(name.rstrip("/"), local)
 
 

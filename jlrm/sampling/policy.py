@@ -57,7 +57,9 @@ class TextPolicy(Network):
 
 
 def bare_network(model: QwenConfig, mesh: Mesh) -> Network:
-    """Return a network as with a tokenizer that has one id less than the head, none of them ending.
+    """Return a network without a tokenizer, for measuring: nothing that it draws ends a sequence.
+
+    It draws every id but the head's last, and that one alone would end a sequence.
 
     Raises:
       UsageError: the mesh can't divide the model.

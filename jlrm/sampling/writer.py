@@ -99,9 +99,10 @@ def sampler_settings(network: Network, decoding: DecodingSettings) -> SamplerSet
 
 
 def widths(max_prompt_tokens: int) -> list[int]:
-    """Return the widths that prompts are padded to: two an octave, so a third is padding at most.
+    """Return the widths that prompts are padded to: two an octave.
 
-    At most 2 log2(max_prompt_tokens / 256) + 1 of them, or one.
+    So beyond 256 tokens a third is padding at most. They are fewer than 2 log2(max_prompt_tokens /
+    256) + 2, and one up to 256.
     """
     octaves = range(max_prompt_tokens.bit_length())
     sizes = [size << i for i in octaves for size in (SMALLEST_WIDTH, SMALLEST_WIDTH * 3 // 2)]
@@ -113,7 +114,8 @@ def address(game_id: str) -> int:
 
     Of 31 bits: two games that share one would draw with the same numbers from different prompts.
     """
-    return int.from_bytes(hashlib.sha256(game_id.encode()).digest()[:4], "big") >> 1
+    name = game_id.encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(name).digest()[:4], "big") >> 1
 
 
 def check_decoding(decoding: DecodingSettings) -> None:
@@ -124,6 +126,11 @@ def check_decoding(decoding: DecodingSettings) -> None:
     """
     num_beams, temperature = decoding.num_beams, decoding.temperature
     votes, repetition_penalty = decoding.votes, decoding.repetition_penalty
+    if temperature < 0 or not 0 < decoding.top_p <= 1:
+        raise UsageError(
+            f"temperature={temperature}, top_p={decoding.top_p}: wanted a temperature of at least "
+            "0, and a top_p above 0 and at most 1."
+        )
     if num_beams < 1 or repetition_penalty <= 0:
         raise UsageError(
             f"num_beams={num_beams}, repetition_penalty={repetition_penalty}: wanted a number of "

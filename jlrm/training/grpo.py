@@ -80,7 +80,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
                 values = merged(reports, num_tokens, config.loss.aggregation)
 
             # 7. Log; where it is time, judge the held-out set and save.
-            gap = values.pop("old_logp_gap", None) if gap is None else gap
+            own_gap = values.pop("old_logp_gap", None)
+            gap = own_gap if gap is None else gap
             values |= {} if gap is None else {"rollout/logprob_gap": gap}
             values |= floats({"learning_rate": programs.rate(max(int(stage.state.step) - 1, 0))})
             values |= _of_batch(config, drawn, parts)

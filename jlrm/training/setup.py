@@ -87,7 +87,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
     """
     with open_directory(config) as directory:
         config = _with_its_split(config, directory)
-        # Both fail in a moment where they fail, so they come before anything is downloaded.
+        # If one of these fails, it fails at once, so they come before anything is downloaded.
         mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
         policy = open_policy_of(config, directory, mesh)
         data = open_data(config, policy, loaded)
@@ -115,7 +115,7 @@ def open_directory(config: Config) -> Iterator[RunDir]:
     is_locked = not mirror.url and hosts.is_main()
     with sole_writer(directory) if is_locked else contextlib.nullcontext():
         mirror.pull()
-        saved = checkpoint.saved_steps(epath.Path(config.run.dir).expanduser())
+        saved = steps.saved_steps(epath.Path(config.run.dir).expanduser())
         is_trained = not saved.keys().isdisjoint(stage_titles())
         if is_trained:  # a start that failed before its first checkpoint binds nothing
             _check_same_run(config, directory)

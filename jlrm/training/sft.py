@@ -36,6 +36,7 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
     programs, num_devices = sft_programs(run.config, policy, examples.longest), policy.mesh.size
     initial = partial(initial_params, run, "sft")
     with Stage(run, "sft", programs.optimizer, initial, evaluate, ["update"]) as stage:
+        stage.num_rows = len(examples)
         stage.evaluate_start()
         for step in stage:
             seed, position = run.config.run.seed, stage.position

@@ -97,6 +97,7 @@ class Stage:
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
         self.position = 0  # in the data, in batches drawn
+        self.num_rows = len(run.data.train)  # that a stage draws from; SFT sets its own
         # Which order of the data is this stage's: by its place among the stages.
         self.stream = list(stage_titles()).index(name)
         self._done = self._checkpoints.latest_step() or 0
@@ -218,8 +219,8 @@ class Stage:
     @property
     def progress(self) -> TrainerState:
         """How far the stage has come, for plug-ins."""
-        settings, num_rows = getattr(self._run.config, self._name), len(self._run.data.train)
-        epoch = self.position * getattr(settings, settings.batch_field) / num_rows
+        settings = getattr(self._run.config, self._name)
+        epoch = self.position * getattr(settings, settings.batch_field) / self.num_rows
         return TrainerState(self._done, self._num_steps, epoch)
 
     def outcome(self) -> StageResult:

@@ -26,9 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 from jlrm.config import RunError, UsageError
 from jlrm.runtime import hosts
 from jlrm.weights import digests, steps
-from jlrm.weights.steps import IMPORTED, find, is_run, read_digests, saved_steps
-
-__all__ = ["IMPORTED", "find", "is_run", "read_digests", "saved_steps"]  # of steps.py, and all here
+from jlrm.weights.steps import read_digests
 
 log = logging.getLogger(__name__)
 
@@ -191,14 +189,14 @@ class Checkpoints:
             with _reading(name):
                 args = ocp.args.Composite(**{name: _restore(item)})
                 restored[name] = self._manager.restore(step, args=args)[name]
-            broken += _compare({name: restored[name]}, wanted)
+            broken += _compare(name, restored[name], wanted)
         if broken:
             raise UsageError(
                 f"{directory} holds NaN or infinite numbers in {_some(broken)}: training had "
                 f"diverged. {self._way_out(step)}"
             )
         state = abstract._replace(params=restored["params"], **restored["opt_state"])
-        return state, json.loads((directory / "meta" / "metadata").read_text())
+        return state, steps.read_meta(directory)
 
     def _diverged(self, step: int, broken: list[str]) -> str:
         return (
@@ -235,17 +233,12 @@ def restore_params(step_dir: epath.Path, params: Any) -> Any:
     Raises:
       UsageError: they are not what was saved; some are NaN or infinite.
     """
-    wanted = read_digests(step_dir)
-    try:
-        with _checkpointer() as checkpointer, _reading("params"):
+    wanted, handler = read_digests(step_dir), ocp.PyTreeCheckpointHandler()
+    with _naming(step_dir), ocp.Checkpointer(handler) as checkpointer:
+        with _reading("params"):
             args = _restore(params)
             restored = checkpointer.restore(steps.absolute(step_dir) / "params", args=args)
-        broken = _compare({"params": restored}, wanted)
-    except Damaged as error:
-        raise UsageError(
-            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
-            "RUN@STEP."
-        ) from None
+        broken = _compare("params", restored, wanted)
     if broken:
         names = [name.removeprefix(digests.PARAMS) for name in broken]
         raise UsageError(
@@ -283,17 +276,12 @@ def read_tensor(
         "context": {"cache_pool": {"total_bytes_limit": 0}},
     }
     name = digests.PARAMS + path
-    try:
+    with _naming(step_dir):
         with _reading("params"):
             stored = tensorstore.open(spec).result()
             array = np.asarray((stored if layer is None else stored[layer]).read().result())
         if wanted and not digests.is_stored(array, layer, wanted["params"].get(name, {})):
             raise Damaged(f"its item 'params' is not what was saved, in {name}")
-    except Damaged as error:
-        raise UsageError(
-            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
-            "RUN@STEP."
-        ) from None
     return array
 
 
@@ -327,18 +315,17 @@ def _saved(
     )
 
 
-def _compare(restored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def _compare(item: str, value: Any, wanted: dict[str, Any]) -> list[str]:
     """Compare one restored item with its digests; return the names of what is not finite.
 
     Raises:
       Damaged: it is not what was saved.
     """
-    ((item, _),) = restored.items()
     if not wanted:
-        return digests.look(restored)[1]
+        return digests.look({item: value})[1]
     if item not in wanted:
         raise Damaged(f"its digests do not name the item '{item}'")
-    wrong, broken = digests.changed(restored, wanted[item])
+    wrong, broken = digests.changed({item: value}, wanted[item])
     if wrong:
         raise Damaged(f"its item '{item}' is not what was saved, in {_some(wrong)}")
     return broken
@@ -346,6 +333,18 @@ def _compare(restored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
+
+
+@contextlib.contextmanager
+def _naming(step_dir: epath.Path) -> Iterator[None]:
+    """Say which step is damaged, and what to do."""
+    try:
+        yield
+    except Damaged as error:
+        raise UsageError(
+            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
+            "RUN@STEP."
+        ) from None
 
 
 @contextlib.contextmanager
@@ -382,9 +381,3 @@ def _by_layer(params: Any) -> Any:
 def _restore(abstract: Any) -> Any:
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     return ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        yield checkpointer

@@ -33,6 +33,7 @@ from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout
+from jlrm.runtime.storage import first_line
 from jlrm.weights.hf_files import INDEX, WEIGHTS, Stored, open_tensors
 
 TABLE = (
@@ -144,19 +145,13 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
             f"No model directory at {source} (and it is no hub id such as Qwen/Qwen3-0.6B)."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
 
     try:
         return pathlib.Path(snapshot_download(source, allow_patterns=[*files]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the client raises anything
         raise UsageError(
-            f"{source} is no local directory, and the hub did not give it: {reason}"
-        ) from None
+            f"{source} is no local directory, and the hub did not give it: {first_line(error)}."
+        ) from error
 
 
 def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout) -> Params:

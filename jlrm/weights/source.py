@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import pathlib
 
 from jlrm.config import Config, UsageError
@@ -14,8 +13,6 @@ from jlrm.runtime.mesh import Layout
 from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.presets import PRESETS, preset
 
-log = logging.getLogger(__name__)
-
 
 def model_files(source: str) -> pathlib.Path:
     """Return where everything of a model but its weights lies; `source` as in `model.path`.
@@ -23,17 +20,17 @@ def model_files(source: str) -> pathlib.Path:
     Raises:
       UsageError: no such model, or no such checkpoint of a run.
     """
-    if not checkpoint.is_run(source):
+    if not steps.is_run(source):
         return hf.resolve(source)
-    checkpoint.find(source)
+    steps.find(source)
     return side_files(source) / "model"
 
 
 def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
     """Read a model's weights onto the devices; `source` as in `model.path`."""
-    if checkpoint.is_run(source):
+    if steps.is_run(source):
         abstract = qwen.abstract_params(model, layout)
-        return checkpoint.restore_params(checkpoint.find(source), abstract)
+        return checkpoint.restore_params(steps.find(source), abstract)
     return hf.load_params(hf.resolve(source), model, layout)
 
 
@@ -49,7 +46,7 @@ def read_model(config: Config) -> QwenConfig:
     numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
     if source.preset:
         return dataclasses.replace(preset(source.preset), **numerics)
-    if checkpoint.is_run(source.path):
+    if steps.is_run(source.path):
         return hf_config.read_config(side_files(source.path) / "model", **numerics)
     directory = pathlib.Path(source.path).expanduser()
     if directory.is_dir():

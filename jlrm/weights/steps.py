@@ -168,7 +168,7 @@ def read_digests(directory: epath.Path) -> dict[str, Any]:
 
 def config_of(directory: epath.Path) -> dict[str, Any]:
     """Return the config that a step was saved with; empty: it is damaged, or an import."""
-    return {} if damage(directory) else _meta(directory).get("config", {})
+    return {} if damage(directory) else read_meta(directory).get("config", {})
 
 
 def note_sizes(directory: epath.Path) -> None:
@@ -242,10 +242,11 @@ def refusal(series: epath.Path, step: int, reason: str, whole: list[int]) -> str
 
 def _was_asked(directory: epath.Path, resume: str) -> bool:
     """Return whether a whole step was saved under this very `run.resume`."""
-    return _meta(directory).get("config", {}).get("run", {}).get("resume") == resume
+    return read_meta(directory).get("config", {}).get("run", {}).get("resume") == resume
 
 
-def _meta(directory: epath.Path) -> dict[str, Any]:
+def read_meta(directory: epath.Path) -> dict[str, Any]:
+    """Return what a step's `meta` holds."""
     return _read(directory / "meta" / JSON_FILES["meta"])
 
 
@@ -274,7 +275,7 @@ def _wrong_file(directory: epath.Path) -> str:
         return f"{empty[0]} is empty" if empty else ""
     try:
         wanted = {str(name): int(size) for name, size in _read(directory / SIZES).items()}
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, OverflowError, AttributeError, TypeError):
         return f"{SIZES} can't be read"
     for name, size in wanted.items():
         if name not in sizes:

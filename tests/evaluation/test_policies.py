@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jlrm.config import UsageError
-from jlrm.evaluation.policies import FIELDS, ORDERS, Policy, overridden, pair_policies
+from jlrm.evaluation.policies import FIELDS, WORDS, Policy, overridden, pair_policies
 
 OFFICIAL = Policy("own", "as_given", 0.25, 0.75)
 RANKED = (Policy("ranked", "both", "shared", 0.0), Policy("mean", "both", 0.5, 0.0))
@@ -42,7 +42,7 @@ def test_an_aggregation_brings_its_own_defaults_wherever_it_stands():
     assert changed("order=random", "aggregation=all") == Policy("all", "random", 0.0, 0.0)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", WORDS["order"])
 def test_every_order_can_be_asked_for(order):
     assert changed(f"order={order}").order == order
 

@@ -97,7 +97,7 @@ def state(run_dir: pathlib.Path, step: int):
     """Return the parameters of a step."""
     model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
     abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
-    return checkpoint.restore_params(checkpoint.find(f"{run_dir}@grpo/{step}"), abstract)
+    return checkpoint.restore_params(steps.find(f"{run_dir}@grpo/{step}"), abstract)
 
 
 def test_a_step_that_nothing_is_paid_for_moves_no_weight(run, asked):

@@ -306,14 +306,17 @@ def test_scores_are_those_of_each_sequence_alone():
     batch, state = random_batch(), initial_state("sgd")
     logp = by_completion(pack(batch), scores(batch)[0])
     pairs = [(p, c) for p, g in zip(batch.prompts, batch.completions, strict=True) for c in g]
+    positions = np.arange(128)[None]
+
+    @jax.jit
+    def states(params, tokens, mask):
+        packing = plain_packing(mask)
+        return qwen.hidden_states(CONFIG, layout_of(ONE), params, tokens, positions, packing)
+
     for row, (prompt, completion) in enumerate(pairs):
         tokens = np.zeros((1, 128), np.int32)
         tokens[0, : len(prompt) + len(completion)] = [*prompt, *completion]
-        positions = np.arange(128)[None]
-        mask = positions < len(prompt) + len(completion)
-        hidden = qwen.hidden_states(
-            CONFIG, layout_of(ONE), state.params, tokens, positions, plain_packing(mask)
-        )
+        hidden = states(state.params, tokens, positions < len(prompt) + len(completion))
         logits = hidden[0, len(prompt) - 1 :][: len(completion)] @ state.params["embed"].T
         wanted = log_distribution(logits, DISTRIBUTION, keep=np.array(completion))
         wanted = np.asarray(wanted)[np.arange(len(completion)), completion]

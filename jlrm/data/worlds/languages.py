@@ -2,16 +2,18 @@
 
 A question asks for an English sentence in another language. One answer is that sentence in the
 language asked for, the other is the same sentence in a wrong one (or left in English). Any model
-that has read these languages can learn it, and one that judges by place or length can't: the right
-answer is as often first as second, and the longer one is right in 55 % of the rows.
+that has read these languages can learn it, and one that judges by place can't: the right answer is
+as often first as second. Length tells little: of two answers that differ in length the longer one
+is right in 55 % of the training rows and 47 % of the held-out ones (in "unseen" in 36 %).
 
 SFT imitates a careless annotator, who names the two languages the wrong way round in two rows of
 five. The gold scores are always right. So imitation learns the form and little else, and GRPO must
 learn to tell the languages apart.
 
-Sentences are made of a subject, what it does, and where or when. The splits share no such part:
-"train" draws from all but the last few of each, "heldout" from those. "unseen" is as "heldout", but
-asks for a language that no training row asks for or holds. All is a pure function of the split.
+Sentences are made of a subject, what it does, and where or when. Training shares no such part with
+the other splits: "train" draws from all but the last few of each, "heldout" from those. "unseen"
+draws from these too, but asks for a language that no training row asks for or holds. All is a pure
+function of the split.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "porta una borsa pesante;conta le monete;ripara la bicicletta;dà da mangiare ai gatti;"
         "guarda gli uccelli;taglia i fiori;chiude il negozio;dipinge il muro",
         "in giardino;al mercato;in cucina;lunedì;ogni mattina;dopo cena;vicino alla stazione;"
-        "lungo il fiume;in inverno;oggi;prima del lavoro;a scuola;la sera;sul ponte",
+        "in riva al fiume;in inverno;oggi;prima del lavoro;a scuola;la sera;sul ponte",
     ),
     "Dutch": (
         "mijn broer;mijn zus;de leraar;de oude man;de jonge vrouw;onze buurman;de dokter;"
@@ -112,7 +114,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "repareert de fiets;voert de katten;kijkt naar de vogels;snijdt de bloemen;"
         "sluit de winkel;verft de muur",
         "in de tuin;op de markt;in de keuken;op maandag;elke ochtend;na het avondeten;"
-        "bij het station;aan de rivier;in de winter;vandaag;voor het werk;op school;'s avonds;"
+        "bij het station;aan de rivier;in de winter;vandaag;vóór het werk;op school;'s avonds;"
         "op de brug",
     ),
 }

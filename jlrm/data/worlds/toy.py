@@ -35,7 +35,7 @@ END, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def comparisons(seed: int, num_rows: int) -> list[Comparison]:
-    """Return comparisons with gold scores in 1..6 and a written judgement in `meta`."""
+    """Return comparisons with gold scores in 1..5 and a written judgement in `meta`."""
     rng = np.random.default_rng(seed)
     return [_comparison(rng, f"toy-{seed}-{i}") for i in range(num_rows)]
 

@@ -51,7 +51,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=micro_total,
-    how_to_get=HOW_TO_GET,
     source="hf:nvidia/HelpSteer3:preference#validation",
     published=(
         Published(

@@ -76,7 +76,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     source="hf:ScalerLab/JudgeBench#gpt",
     size=350,
     published=(

@@ -140,7 +140,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=class_credit,
     total=class_total,
-    how_to_get=HOW_TO_GET,
     source="hf:BAAI/JudgeLM-100K",
     published=(
         *_published(TABLE_1, METRICS, "Table 1"),

@@ -74,7 +74,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     size=419,
     not_percent=("kappa_agreement",),
 )

@@ -74,6 +74,5 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=_credit,
     total=_total,
-    how_to_get=HOW_TO_GET,
     is_own=True,
 )

@@ -106,8 +106,8 @@ def _command(size: str) -> str:
     # Qwen3's script allows fewer tokens; only two sizes are published under the authors' name.
     text = COMMAND.format(size=size)
     if size in ("4B", "8B", "14B"):
-        text = text.replace("nuojohnchen/", "anonymous-D1C4/")
-    return text.replace("4096", "3072") if size in ("4B", "8B", "14B") else text
+        text = text.replace("nuojohnchen/", "anonymous-D1C4/").replace("4096", "3072")
+    return text
 
 
 BENCHMARK = Benchmark(
@@ -121,7 +121,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=class_credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     size=999,
     published=(*_published(TABLE_1, "Table 1"), *_published(TABLE_12, "Table 12", "_no_ties")),
 )

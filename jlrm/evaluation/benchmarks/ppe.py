@@ -134,7 +134,6 @@ PREFERENCE = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=micro_total,
-    how_to_get=HOW_TO_GET_PREFERENCE,
     source="hf:lmarena-ai/PPE-Human-Preference-V1#test",
 )
 CORRECTNESS = Benchmark(
@@ -145,7 +144,6 @@ CORRECTNESS = Benchmark(
     credit=pair_credit,
     total=total,
     group=prompt,
-    how_to_get=HOW_TO_GET_CORRECTNESS,
     source=HUB,
     published=(
         Published("JudgeLRM-7B", "IFEval", 46.0, "OpenRubrics", COMMAND),

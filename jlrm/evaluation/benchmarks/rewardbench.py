@@ -12,6 +12,7 @@ Rows without a section (allenai/preference-test-sets, your own) have the plain m
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     subsets = subset_percents(credits)
     by_section = sections(subsets)
     micro = percent(credit.value for credit in credits)
-    overall = percent(by_section.values()) / 100 if by_section else micro
+    overall = statistics.fmean(by_section.values()) if by_section else micro
     return {"overall": overall} | by_section | {"micro": micro} | swap_metrics(credits) | subsets
 
 
@@ -162,7 +163,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=pair_credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     source="hf:allenai/reward-bench#filtered",
     size=2985,
     published=(

@@ -58,8 +58,6 @@ def _item(row: sources.Row, where: str, number: int) -> Item:
     kind, _, pair = name.partition(":")
     if subset == TIES and not (kind in KINDS and pair.isdigit()):
         raise UsageError(f"{where}: a Ties id is ref:NUMBER or tied:NUMBER, got {name!r}.")
-    if not chosen or not rejected:
-        raise UsageError(f"{where}: wanted at least one chosen and one rejected answer.")
     question = sources.conversation(sources.need(row, "prompt", where), where)
     return Item(name, question, chosen + rejected, None, len(chosen), subset)
 
@@ -74,7 +72,13 @@ def _answers(row: sources.Row, key: str, where: str) -> tuple[str, ...]:
 
 def ties_number(item: Item) -> str | None:
     """Return the number of a Ties prompt: `ref` and `tied` of one number are scored together."""
-    return item.id.partition("#")[0].partition(":")[2] if item.subset == TIES else None
+    return _ties_id(item.id)[1] if item.subset == TIES else None
+
+
+def _ties_id(name: str) -> tuple[str, str]:
+    """Return the kind and the number of a Ties id, which may stand behind its subset's name."""
+    kind, number = name.partition("#")[0].split(":")[-2:]
+    return kind, number
 
 
 def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
@@ -166,7 +170,7 @@ def ties_score(rows: Sequence[TiesRow]) -> float:
     margins: dict[str, dict[tuple[str, int], _Margins]] = {kind: {} for kind in KINDS}
     drawn = Counter[tuple[str, str]]()  # a resample holds a row as often as it was drawn
     for row in rows:
-        kind, _, number = row.id.partition("#")[0].partition(":")
+        kind, number = _ties_id(row.id)
         drawn[kind, number] += 1
         margins[kind][number, drawn[kind, number]] = _margins(row)
     ref, tied = margins["ref"], margins["tied"]
@@ -223,7 +227,6 @@ BENCHMARK = Benchmark(
     credit=credit,
     total=total,
     group=ties_number,
-    how_to_get=HOW_TO_GET,
     source="hf:allenai/reward-bench-2#test",
     size=1865,
     published=(

@@ -103,7 +103,6 @@ BENCHMARK = Benchmark(
     games=games,
     credit=credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     published=(
         # its four parts are .363, .699, .363, .674, whose mean is .525
         Published("JudgeLRM-7B", "overall", 53.1, "RM-R1, arXiv 2505.02387", COMMAND),

@@ -131,7 +131,6 @@ BENCHMARK = Benchmark(
     games=games,
     credit=credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     source="hf:THU-KEG/RM-Bench#train",
     size=1327,
     published=(

@@ -4,7 +4,8 @@ Intervals resample *clusters* of items: the games of one item are correlated, an
 share a question, so they are drawn together. All are 95 % intervals as intervals.py makes them. The
 bootstrap has a seed of its own, so they are the same in every run.
 
-Left out: what a benchmark makes of verdicts (benchmarks/) and how it looks (scorecard.py).
+Left out: what a benchmark makes of verdicts (benchmarks/), and how it looks
+(reports/scorecard_page.py).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import numpy as np
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import ItemVerdicts
 from jlrm.evaluation.policies import Policy
+from jlrm.evaluation.scoring import percent
 from jlrm.evaluation.statistics import intervals
 from jlrm.evaluation.statistics.intervals import Clusters
 from jlrm.reports.results_file import Interval, SubsetResult
@@ -83,7 +84,7 @@ def subsets(credited: Credited) -> dict[str, SubsetResult]:
     results = {}
     for name, part in credited.by_subset().items():
         if name and part.has_verdicts():
-            mean = 100 * math.fsum(part.values) / len(part.values)
+            mean = percent(part.values)
             results[name] = SubsetResult(len(part.judged), mean, _finite_ends(_of_mean(part)))
         elif name:
             results[name] = SubsetResult(len(part.judged), None)

@@ -50,7 +50,7 @@ def read(source: str) -> list[Item]:
     largest number of preferences takes the place of four.
     """
     if source.startswith("hf:"):
-        source = sources.hub_files(source, (FILE,), HOW_TO_GET)
+        source = f"{sources.hub_files(source, (FILE,), HOW_TO_GET)}/{FILE}"
     votes: dict[Outputs, list[int]] = {}
     subsets: dict[Outputs, str] = {}
     for where, row in sources.rows(source, HOW_TO_GET):
@@ -145,7 +145,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     source="hf:tatsu-lab/alpaca_eval",
     published=tuple(
         Published(judge, "agreement", value, SOURCE, COMMAND.format(model=m) if m else RECORDED)

@@ -105,21 +105,16 @@ def total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
     }
     metrics = {}
     for name, part in parts.items():
-        metrics[name] = _percent([credit for each in part for credit in each.detail[1]])
-        metrics[f"{name}_no_ties"] = _percent(
-            [
-                credit
-                for each in part
-                for vote, credit in zip(_votes(each.item), each.detail[1], strict=True)
-                if vote != 0 and each.detail[0] != 0
-            ]
-        )
+        metrics[name] = percent(credit for each in part for credit in each.detail[1])
+        untied = [
+            credit
+            for each in part
+            for vote, credit in zip(_votes(each.item), each.detail[1], strict=True)
+            if vote != 0 and each.detail[0] != 0
+        ]
+        if untied:  # else there is nothing to take a share of
+            metrics[f"{name}_no_ties"] = percent(untied)
     return metrics | swap_metrics(credits)
-
-
-def _percent(credits: Sequence[float]) -> float:
-    """Return the mean in percent; 0 where there is no vote, as nothing was agreed on."""
-    return percent(credits) if credits else 0.0
 
 
 SOURCE = "arXiv 2306.05685, Table 5"
@@ -131,7 +126,6 @@ BENCHMARK = Benchmark(
     games=pair_games,
     credit=credit,
     total=total,
-    how_to_get=HOW_TO_GET,
     source="hf:lmsys/mt_bench_human_judgments#human",
     published=tuple(
         Published("GPT-4 (pairs)", f"{turn}{view}", value, SOURCE, COMMAND)

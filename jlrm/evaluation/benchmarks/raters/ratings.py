@@ -132,7 +132,6 @@ def _benchmark(name: str, how_to_get: str, source: str = "") -> Benchmark:
         games=pair_games,
         credit=pair_credit,
         total=micro_total,
-        how_to_get=how_to_get,
         source=source,
     )
 
