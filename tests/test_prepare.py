@@ -25,6 +25,7 @@ from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
 from jlrm.data.tokenizer import load_tokenizer
+from jlrm.data.worlds import toy
 from jlrm.runtime import commands, settings
 from jlrm.runtime.storage import open_place
 
@@ -154,7 +155,6 @@ def test_neither_preparing_nor_reading_imports_tensorflow_or_jax(tmp_path, pairs
 import sys
 from jlrm import prepare
 from jlrm.data.readers import read
-from jlrm.data.worlds import toy
 prepare.main(["--input", {pairs!r}, "--out", {str(out)!r}])
 assert read("{out}#train").rows
 print(sorted({{"tensorflow", "jax", "torch"}} & sys.modules.keys()))
