@@ -16,7 +16,8 @@ Rule = Callable[[Sequence[Row]], str]
 SILENT_STEPS = 5  # without a verdict
 SHORT, LONG = 5, 10  # steps that a mean is taken over
 LOST = 20.0  # points of the parse rate below the best so far
-LEANING = 50.0  # points between the shares of the two places
+LEANING = 50.0  # points between the shares of the two places, twice in a row
+ALONE = 90.0  # the same, once
 UNIFORM = 0.9  # share of groups whose rewards are equal
 LEARNED = 90.0  # percent of agreement above which equal rewards and certainty are what is wanted
 CERTAIN = 0.01  # nats per token
@@ -30,6 +31,8 @@ class Alarm(NamedTuple):
     stage: str
     step: int
     text: str
+    rule: Rule
+    is_over: bool = False  # it no longer held when the held-out pairs were last judged
 
 
 class Alarms:
@@ -48,14 +51,23 @@ class Alarms:
         for rule in RULES:
             if rule not in self._has_spoken and (text := rule(self._rows)):
                 self._has_spoken.add(rule)
-                found.append(Alarm(row["stage"], row["step"], text))
+                found.append(Alarm(row["stage"], row["step"], text, rule))
         return found
 
 
 def alarms(rows: Sequence[Row]) -> list[Alarm]:
-    """Return all that a run's rows show to be wrong."""
+    """Return all that a run's rows show to be wrong, and whether it passed."""
     watch = Alarms()
-    return [alarm for row in rows for alarm in watch.see(row)]
+    raised = [alarm for row in rows for alarm in watch.see(row)]
+    return [alarm._replace(is_over=_is_over(alarm, rows)) for alarm in raised]
+
+
+def _is_over(alarm: Alarm, rows: Sequence[Row]) -> bool:
+    own = [row for row in rows if row["stage"] == alarm.stage]
+    judged = [
+        i for i, row in enumerate(own) if "eval/agreement" in row and row["step"] > alarm.step
+    ]
+    return bool(judged) and not alarm.rule(own[: judged[-1] + 1])
 
 
 # --- Rules: rows of a stage, the newest last -> what is wrong, "" if nothing is or can be told ---
@@ -87,11 +99,12 @@ def _loses_its_form(rows: Sequence[Row]) -> str:
 
 
 def _leans(rows: Sequence[Row]) -> str:
-    lean = rows[-1].get("eval/delta_bias")
-    if lean is None or not rows[-1].get("eval/parse_rate"):
+    leans = [row["eval/delta_bias"] for row in rows if row.get("eval/parse_rate")]
+    if not leans or not rows[-1].get("eval/parse_rate"):
         return ""
+    lean = leans[-1]
     return _if(
-        lean >= LEANING,
+        lean >= ALONE or (len(leans) > 1 and min(leans[-2:]) >= LEANING),
         f"held-out verdicts follow the place of the answer (lean {lean:.0f} %), not what it says. "
         "What helps: data.orders=both, in which a place earns nothing; an SFT that is shorter or "
         "has a lower learning rate; grpo.loss.entropy_weight, if it is already certain.",

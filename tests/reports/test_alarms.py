@@ -39,7 +39,16 @@ def said(made: list[dict[str, Any]]) -> list[tuple[int, str]]:
             5,
             "no completion of the last 5 steps holds a verdict, .*90 % were cut",
         ),
-        ({"eval__delta_bias": 50.0}, 12, "follow the place of the answer .lean 50 %"),
+        (
+            {"eval__delta_bias": 90.0, "eval__parse_rate": 1.0},
+            1,
+            "follow the place of the answer .lean 90 %",
+        ),
+        (
+            {"eval__delta_bias": 50.0, "eval__parse_rate": 1.0},
+            2,
+            "follow the place of the answer .lean 50 %",
+        ),
         ({"frac_reward_zero_std": 0.95}, 10, "95 % of the groups .* 75 % of the verdicts"),
         ({"entropy": 0.004}, 10, "explores no more"),
         ({"judge__agreement": 89.0, "eval__agreement": 74.0}, 10, "learned by heart"),
@@ -58,7 +67,7 @@ def test_a_rule_speaks_when_its_steps_are_full_and_once(changes, step, text):
         {},
         {"judge__parse_rate": 1.0},
         {"eval__delta_bias": 49.0},
-        {"eval__delta_bias": 90.0, "eval__parse_rate": 0.0},
+        {"eval__delta_bias": 95.0, "eval__parse_rate": 0.0},
         {"frac_reward_zero_std": 0.89},
         {"frac_reward_zero_std": 1.0, "judge__agreement": 90.0, "eval__agreement": 88.0},
         {"entropy": 0.0101},
@@ -89,6 +98,17 @@ def test_a_mean_takes_steps_of_one_stage_alone_and_needs_all_of_them():
 def test_the_next_stage_is_warned_anew():
     bad = rows(12, eval__delta_bias=100.0)
     assert len(said([{**row, "stage": "sft"} for row in bad] + bad + bad)) == 2
+
+
+def test_a_lean_that_is_seen_once_is_waited_for_and_one_that_passed_is_said_to_be_over():
+    lean = rows(12)
+    lean[3] = {**lean[3], **HELDOUT, "eval/delta_bias": 60.0}
+    assert not said(lean)
+    lean[5] = {**lean[5], **HELDOUT, "eval/delta_bias": 95.0}
+    (alarm,) = alarms.alarms(lean)
+    assert alarm.is_over and alarm.step == 6
+    (alarm,) = alarms.alarms(lean[:11])  # nothing has been judged since
+    assert not alarm.is_over
 
 
 def test_a_run_says_it_and_its_page_says_it_again_and_a_restart_does_not(tmp_path, capsys):
