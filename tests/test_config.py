@@ -136,6 +136,29 @@ def test_a_mistake_is_named_with_the_way_out(tmp_path, overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text", ["2024_05_01", "2024.10", "0100", "2024-05-01", "1:30", "0x10", "1e3", "007", "-0"]
+)
+def test_a_name_that_yaml_would_take_for_a_number_keeps_its_spelling(tmp_path, text):
+    settings.save(build(), tmp_path / "c.yaml")
+    config = settings.load(tmp_path / "c.yaml", [f"run.dir={text}", f"run.resume={text}"])
+    assert (config.run.dir, config.run.resume) == (text, text)
+    tree = settings.parse_yaml(f"run: {{dir: {text}}}", "a file")
+    assert str(tree["run"]["dir"]) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1_000", 1000), ("+5", 5), ("5", 5), ("-0", 0), ("1000", 1000)]
+)
+def test_a_number_may_be_spelt_as_python_does(tmp_path, text, value):
+    settings.save(build(), tmp_path / "c.yaml")
+    config = settings.load(tmp_path / "c.yaml", [f"grpo.steps={text}", "sft.steps=1"])
+    assert config.grpo.steps == value
+    for rate in ("1e-6", "1.0e-06", ".000001", "1E-6"):
+        overrides = [f"grpo.optimizer.learning_rate={rate}"]
+        assert settings.load(tmp_path / "c.yaml", overrides).grpo.optimizer.learning_rate == 1e-6
+
+
 def test_missing_files_and_keys_are_named(tmp_path):
     with pytest.raises(UsageError, match=r"Cannot read the config file .*none.yaml"):
         settings.load(tmp_path / "none.yaml")

@@ -714,3 +714,20 @@ def test_refused_games_are_asked_again_until_a_policy_counts_them(
     assert kept["statuses"]["refused"] == 1
     worst = [row for row in kept["worst"] if row["item"] == "p0"]
     assert worst and worst[0]["credit"] == 0.25
+
+
+def test_a_flag_for_a_benchmark_that_is_not_asked_is_refused(capsys):
+    for flag in ("--data", "--subset"):
+        code, said = failed(
+            capsys, *("--model", "x", "--benchmark", "judgebench", flag, "llmbar=X", "--out", "y")
+        )
+        assert code == 2 and f"{flag} llmbar=X: --benchmark does not name llmbar." in said
+
+
+def test_a_judge_of_recorded_verdicts_is_called_as_its_file(tmp_path, capsys, pairs):
+    said = tmp_path / "said.jsonl"
+    rows = [{"id": f"p{i}", "decision": 1} for i in range(12)]
+    said.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--benchmark", "pairs", "--data", f"pairs={pairs}", "--policy", "order=as_given"]
+    ran(capsys, *flags, "--verdicts", f"pairs={said}", "--out", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["judge"]["name"] == "said"

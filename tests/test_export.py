@@ -336,3 +336,11 @@ def test_a_checkpoint_that_is_not_finite_is_named_when_it_is_restored(run_dir, p
         checkpoint.restore_params(steps.find(str(save_to)), abstract)
     fine = checkpoint.restore_params(steps.find(str(run_dir)), abstract)
     jax.tree.map(np.testing.assert_array_equal, fine, params)
+
+
+def test_flags_of_export_without_an_effect_are_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"--out gs://b/x: wanted a local directory"):
+        export.main(["--checkpoint", str(tmp_path), "--out", "gs://b/x"])
+    flags = ["--from-hf", str(tmp_path), "--out", str(tmp_path / "x"), "--dtype", "float32"]
+    with pytest.raises(UsageError, match=r"--dtype has no effect with --from-hf"):
+        export.main(flags)

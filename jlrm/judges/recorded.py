@@ -117,9 +117,10 @@ def _finder(
         by_text.setdefault((item.question, *item.answers), item)
 
     def find(row: sources.Row, where: str) -> tuple[Item | None, tuple[int, int] | None]:
-        texts = [row.get(name) for name in ("input", "output_1", "output_2")]
-        if None not in texts:  # LLMBar has no ids
-            return by_text.get(tuple(map(str, texts))), None
+        texts = (row.get(name) for name in ("input", "output_1", "output_2"))
+        known = tuple(text for text in texts if isinstance(text, str))
+        if len(known) == 3:  # LLMBar has no ids
+            return by_text.get(known), None
         name = next((str(row[key]) for key in IDS if row.get(key) is not None), None)
         if name is None:
             raise UsageError(f"{where} names no item: wanted one of {', '.join(IDS)}.")

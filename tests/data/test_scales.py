@@ -68,6 +68,14 @@ def test_scores_of_a_written_judgement_go_along():
     assert after.meta == {**row.meta, "judged": [20.0, 40.0]}
 
 
+def test_a_written_judgement_goes_along_where_the_row_has_a_preference_alone():
+    (row,) = toy.comparisons(seed=1, num_rows=1)
+    meta = {"reasoning": "So.", "judged": [90.0, 40.0]}
+    row = dataclasses.replace(row, score_1=None, score_2=None, preference=1, meta=meta)
+    (after,) = rescaled(deal([row]), {"0": 1, "100": 10}).mine
+    assert after.scores is None and after.judgement == ("So.", (9.1, 4.6))
+
+
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 5), st.floats(10, 1e6))
 def test_the_better_answer_stays_the_better_one(one, two, low, high):
     (row,) = rescaled(deal(scored((one, two))), {"0": low, "1": high}).mine

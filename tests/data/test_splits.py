@@ -65,6 +65,13 @@ def test_a_question_is_on_one_side(source):
     assert all(sides) and not sides[0] & sides[1]
 
 
+def test_rows_between_the_two_sides_are_counted(source, caplog):
+    made = rows(333, num_questions=3)
+    splits = read_splits(DataConfig(train=source(made), eval_rows=99), SCALE, needs_scores=False)
+    lost = len(made) - len(splits.train) - len(splits.heldout)
+    assert lost and f"{lost} rows ask a question that is held out" in caplog.text
+
+
 @pytest.mark.slow
 def test_a_held_out_file_of_its_own_and_the_toy_world_give_200(source, tmp_path):
     write_comparisons(rows(300), tmp_path / "eval.jsonl")

@@ -48,3 +48,29 @@ def test_ctrl_c_does_not_wait_for_it():
     _, error = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == 130 and error == "Stopped at once.\n"
+
+
+def test_work_that_times_out_says_so():
+    def fail():
+        raise TimeoutError("too late")
+
+    with pytest.raises(TimeoutError, match="too late"):
+        commands.abandonable(fail)
+
+
+def test_a_reader_that_leaves_early_is_no_fault_of_ours():
+    program = (
+        "import sys\nfrom jlrm.runtime import commands\n"
+        "def main():\n    sys.stdin.read()\n    print('a few words')\n"
+        "sys.exit(commands.run(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (1, b"")

@@ -229,6 +229,7 @@ def test_one_process_is_enough_for_itself():
         (["--coordinator", "here:1"], "needs --num-processes and --process-id"),
         (["--coordinator", "here", "--num-processes", "2", "--process-id", "0"], "HOST:PORT"),
         (["--coordinator", "here:1", "--num-processes", "2", "--process-id", "2"], "0 <= process"),
+        (["--num-processes", "4", "--process-id", "1"], "need --coordinator"),
     ],
 )
 def test_impossible_flags_are_refused(flags, wanted):
@@ -236,6 +237,14 @@ def test_impossible_flags_are_refused(flags, wanted):
     cluster.add_arguments(parser)
     with pytest.raises(UsageError, match=wanted):
         cluster.settings(parser.parse_args(flags))
+
+
+def test_a_mode_of_the_environment_is_checked_too(monkeypatch):
+    monkeypatch.setenv("JLRM_DISTRIBUTED", "OFF")
+    parser = argparse.ArgumentParser()
+    cluster.add_arguments(parser)
+    with pytest.raises(UsageError, match="JLRM_DISTRIBUTED=OFF is none of auto, on, off"):
+        cluster.settings(parser.parse_args([]))
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,22 @@ def test_only_what_has_changed_is_copied(tmp_path):
 def test_a_store_that_nothing_can_reach_is_refused():
     with pytest.raises(UsageError, match="Cannot open nosuch://bucket"):
         storage.mirror("nosuch://bucket/run").pull()
+
+
+def test_a_reader_does_not_touch_what_training_writes(tmp_path):
+    url = f"file://{tmp_path}/store"
+    training = storage.mirror(url)
+    (training.local / "metrics.jsonl").write_text("1\n")
+    training.push()
+    reader = storage.mirror(url)  # of the same process, as of another on the same machine
+    reader.pull()
+    with (training.local / "metrics.jsonl").open("a") as file:
+        file.write("2\n")
+    training.push()
+    assert (tmp_path / "store" / "metrics.jsonl").read_text() == "1\n2\n"
+    assert (reader.local / "metrics.jsonl").read_text() == "1\n"
+
+
+@pytest.mark.parametrize("text", ["", "  ", "lost.\nand more"])
+def test_an_error_says_something_whatever_it_holds(text):
+    assert storage.first_line(ValueError(text)) in ("ValueError", "lost")

@@ -12,6 +12,7 @@ import logging
 import math
 import pathlib
 import random
+import re
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,16 @@ from jlrm.evaluation.benchmarks.rewardbench2 import TiesRow, ties_score
 from jlrm.evaluation.classes import classification
 from jlrm.evaluation.games import Game, Item, ItemVerdicts, Response, game_verdict
 from jlrm.evaluation.policies import Policy
-from jlrm.evaluation.reading import Reader, count, judged_items, read_response, reader
+from jlrm.evaluation.reading import (
+    Reader,
+    count,
+    judged_items,
+    judgelm_scores,
+    read_response,
+    reader,
+)
 from jlrm.evaluation.scoring import kappa
+from jlrm.judgement.verdict import parse_authors
 from jlrm.judges.recorded import Recorded
 
 EXACT = {"rel": 1e-12, "abs": 1e-10}
@@ -272,6 +281,63 @@ def test_rewardbench2_ties_through_games(reference, tmp_path):
             metrics, _ = replay("rewardbench2", *files, f"aggregation={variant}")
             wanted = pytest.approx(100 * case["expected"], abs=1e-8)
             assert metrics == {"overall": wanted, "Ties": wanted}
+
+
+def test_ties_ids_that_stand_twice_are_still_joined(tmp_path):
+    """As in a directory that holds a data set in two formats."""
+    rows = [
+        {"id": f"{kind}:1", "subset": "Ties", "prompt": "?", "chosen": ["c"], "rejected": ["r"]}
+        for kind in ("ref", "tied")
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    items = BENCHMARKS["rewardbench2"].read(str(tmp_path))
+    assert len(items) == 4
+    numbers = [rewardbench2.ties_number(item) for item in items]
+    assert numbers == ["1"] * 4
+    assert ties_score([TiesRow(item.id, (9.0, 2.0), 1) for item in items]) > 0.5
+
+
+@pytest.mark.parametrize("key", ["chosen", "rejected"])
+def test_an_item_without_answers_is_named(tmp_path, key):
+    row = {"id": "ref:1", "subset": "Ties", "prompt": "?", "chosen": ["c"], "rejected": ["r"]}
+    (tmp_path / "a.json").write_text(json.dumps([row | {key: []}]))
+    with pytest.raises(UsageError, match=f"'{key}' holds no text: wanted at least one"):
+        BENCHMARKS["rewardbench2"].read(str(tmp_path))
+
+
+def test_shared_ties_are_refused_where_a_game_has_a_credit_of_its_own():
+    with pytest.raises(UsageError, match=r"tie_credit=shared: rewardbench2 wants"):
+        policy_of("rewardbench2", ["aggregation=all_wins", "tie_credit=shared"])
+    assert policy_of("rewardbench2", ["tie_credit=shared"]).tie_credit == "shared"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"id": "1", "judgments": ["A>B", "B>A"]}, "wanted an object with 'decision'"),
+        ({"id": "1", "results": [{"swap = False": "1"}]}, "wanted an object with 'winner'"),
+        ({"id": "1", "decision": "1", "swapped": "false"}, "'swapped' must be true or false"),
+    ],
+)
+def test_rows_of_verdicts_that_are_not_understood_are_named(tmp_path, row, message):
+    items = [Item("1", "?", ("a", "b"), 1)]
+    (tmp_path / "said.json").write_text(json.dumps([row]))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Recorded(str(tmp_path / "said.json"), items)
+
+
+def test_verdicts_of_rows_whose_texts_are_messages_are_found_by_id(tmp_path):
+    items = [Item("1", "?", ("a", "b"), 1)]
+    row = {"id": "1", "input": ["m"], "output_1": "a", "output_2": "b", "decision": "1"}
+    (tmp_path / "said.json").write_text(json.dumps([row]))
+    assert list(Recorded(str(tmp_path / "said.json"), items).responses) == ["1:0-1"]
+
+
+def test_scores_without_end_are_no_scores():
+    assert judgelm_scores("inf 3") is None and judgelm_scores("8 3") == (8.0, 3.0)
+    text = f"</think><answer>{'9' * 400}</answer><answer>1</answer>"
+    assert parse_authors(text).status == "out_of_range"
 
 
 def test_rmbench_vectors(reference, tmp_path):
