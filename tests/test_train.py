@@ -46,6 +46,15 @@ def data(tmp_path_factory) -> pathlib.Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def pages():
+    """Spare the seconds that pages take to draw; those who look at one switch them on."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = train.run_page.write_report
+        patch.setattr(train.run_page, "write_report", lambda *_: None)
+        yield drawn
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory) -> list[str]:
     """Overrides that start from a model which already writes verdicts, so that rewards differ."""
@@ -104,7 +113,10 @@ def assert_equal_trees(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(tmp_path, data):
+def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(
+    tmp_path, data, pages, monkeypatch
+):
+    monkeypatch.setattr(train.run_page, "write_report", pages)
     several = ["grpo.epochs=2", "grpo.minibatches=2", "grpo.pack_tokens=128", "sft.pack_tokens=128"]
     # So many that no minibatch fits one pass, which has a program of its own.
     several += ["grpo.rollouts=16"]
