@@ -99,7 +99,7 @@ def _loses_its_form(rows: Sequence[Row]) -> str:
 
 
 def _leans(rows: Sequence[Row]) -> str:
-    leans = [row["eval/delta_bias"] for row in rows if row.get("eval/parse_rate")]
+    leans = _all([row for row in rows if row.get("eval/parse_rate")], "eval/delta_bias")
     if not leans or not rows[-1].get("eval/parse_rate"):
         return ""
     lean = leans[-1]
