@@ -121,7 +121,7 @@ def _class_of(number: float, label: Any, known: Mapping[str, int], where: str) -
         return classes[nearest]
     # Ours are graded from 1 to 2: what lies between 0 and 1 is of another scale.
     lowest = min(classes, default=math.inf) if known else 1.0
-    if lowest < number < max(classes, default=-math.inf):
+    if lowest < number < max(classes):
         raise Unusable("unclear_preference")
     raise _unknown(label, known, where)
 

@@ -63,7 +63,7 @@ def _with_names(text: str) -> Messages:
     is_apart = re.search(rf"{_GAPS[0]}[ \t]*Assistant:", text)
     gap = _GAPS[0] if is_apart or "\nAssistant:" not in text else _GAPS[1]
     turns = _split(rf"(?:\A\s*|{gap}[ \t]*)(Human|User|Assistant|System): ?", text)[1]
-    is_transcript = _roles(turns) >= {"assistant"} or text.startswith("\n\nHuman:")
+    is_transcript = "assistant" in _roles(turns) or text.startswith("\n\nHuman:")
     return turns if is_transcript else []
 
 

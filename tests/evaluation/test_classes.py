@@ -37,3 +37,11 @@ def test_a_pair_with_a_missing_verdict_leans_to_no_place():
     assert metrics["prefer_before_rate"] == metrics["prefer_after_rate"] == 25.0
     assert metrics["delta_bias"] == 0.0 and metrics["total_bias"] == 50.0
     assert metrics["consistency"] == 0.0
+
+
+def test_pairs_that_were_judged_once_say_nothing_of_order():
+    item = Item("a", "?", ("x", "y"), label=1)
+    twice = [Credit(item, 0.0, said) for said in ((1, 1), (1, 2))]
+    once = [Credit(item, 0.0, said) for said in ((1,), (2,), ())]
+    assert swap_metrics([*twice, *once]) == swap_metrics(twice)
+    assert swap_metrics(once) == {}

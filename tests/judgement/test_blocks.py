@@ -51,3 +51,10 @@ def test_what_lacks_is_named(number: int, status: str) -> None:
 )
 def test_the_last_complete_pair_is_the_verdict(text: str, wanted: object) -> None:
     assert last_pair(text, 10) == wanted
+
+
+def test_blocks_without_a_number_are_placeholders_wherever_they_stand() -> None:
+    named = block("score of Answer 1") + block("score of Answer 2")
+    assert last_pair(f"{named} so {block(8)}{block(3)}", 10) == (8.0, 3.0)
+    assert last_pair(f"{block(8)}{block(3)} as in {named}", 10) == (8.0, 3.0)
+    assert last_pair(f"{block(8)}{block('so')}{block(3)}", 10) == (8.0, 3.0)

@@ -165,3 +165,11 @@ def test_no_text_breaks_it(text):
     for found in (score(text, 10), score(text, 10, 1)):
         assert found is None or found == found
     assert both(text, 10) is None or len(both(text, 10)) == 2
+
+
+def test_a_text_of_400_characters_is_looked_at_and_a_longer_one_is_not():
+    for function, text, wanted in ((score, "8", 8.0), (both, "8, 7", (8.0, 7.0))):
+        filled = f"{text} (" + "x" * (397 - len(text)) + ")"
+        assert len(filled) == 400
+        assert function(filled, 10) == wanted
+        assert function(filled.replace("(x", "(xx", 1), 10) is None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jlrm.judgement.spelling import ZERO_WIDTH, in_brackets, plain
+from jlrm.judgement.spelling import ZERO_WIDTH, in_brackets, plain, without_end_tokens
 
 TOKENS = frozenset({"</answer>", "<think>", "<|im_end|>", "plain", "<>"})
 
@@ -56,3 +56,18 @@ def test_control_texts_lose_their_brackets_in_any_spelling(text: str, wanted: st
 
 def test_the_longest_name_is_taken() -> None:
     assert in_brackets("<ab> <a>", frozenset({"<a>", "<ab>"})) == "[ab] [a]"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x<|im_end|>", "x <|im_end|><|endoftext|>\n", "x</s>", "x\0 \n", "x <\uff5ceot\uff5c> "],
+)
+def test_what_ends_a_sequence_is_no_text(text: str) -> None:
+    assert without_end_tokens(text) == "x"
+
+
+def test_what_only_looks_like_an_end_stays() -> None:
+    assert without_end_tokens("x <b>") == "x <b>"
+    assert without_end_tokens("<|im_end|> x") == "<|im_end|> x"
+    many = "x" + "</s>" * 17
+    assert without_end_tokens(many) == "x</s>"

@@ -8,11 +8,13 @@ import json
 
 import numpy as np
 import pytest
+from conftest import mesh_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jlrm.model.visibility import prefix_align
-from jlrm.training.packing import GROWTH, Group, Packed, pack, row_sizes
+from jlrm.runtime.mesh import training_layout
+from jlrm.training.packing import GROWTH, Group, Packed, pack, row_sizes, spread
 
 IDS = st.integers(1, 99)
 GROUPS = st.lists(
@@ -221,3 +223,13 @@ def test_padding_is_below_a_tenth_on_real_lengths(real_lengths, num_prompts, num
         computed += int(packed.rows.num_passes) * num_rows * num_slots
         used += packed.num_tokens
     assert 1 - used / computed < 0.1
+
+
+@pytest.mark.parametrize("num_dimensions", [1, 2, 3, 4])
+def test_arrays_lie_by_row_and_numbers_everywhere(num_dimensions):
+    layout = training_layout(mesh_of(2, 2, 2))
+    found = spread(layout, num_dimensions).spec
+    if num_dimensions < 2:
+        assert found == layout.replicated().spec
+    else:
+        assert len(found) == num_dimensions and found[1] and not any((found[0], *found[2:]))

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special
 
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Item, ItemVerdicts
@@ -254,3 +255,25 @@ def test_one_item_and_few_alike_prove_nothing_of_a_difference():
 def test_a_hundred_ties_are_no_certainty():
     low, high = intervals.of_share(np.full(100, 0.5), np.ones(100), 100)
     assert 39 < low < 41 and 59 < high < 61
+
+
+def test_the_exact_interval_of_what_is_no_mean_has_the_effective_size():
+    """Resamples of 70 and 90 % have a variance of 0.01, as a share of 0.8 of 16 items has."""
+    low, high = intervals.of_metric(80.0, np.array([70.0, 90.0]), num_items=100, num_clusters=4)
+    wider = (special.stdtrit(99, 0.975) / special.stdtrit(3, 0.975)) ** 2
+    assert (low, high) == pytest.approx(intervals.clopper_pearson(0.8, 16 * wider))
+
+
+def test_the_limits_of_what_is_resampled():
+    enough, few = intervals.FEW_CLUSTERS, intervals.FEW_CASES
+    assert not intervals.is_sparse(0.5, 2.0 * few, enough)
+    assert intervals.is_sparse(0.5, 2.0 * few, enough - 1)
+    assert intervals.is_sparse(0.5, 2.0 * few - 0.01, enough)
+    assert intervals.is_sparse(0.9, 2.0 * few, enough)
+
+
+def test_ends_of_a_paired_interval_are_differences_that_can_be():
+    """Of ten items the judges differ by tenths, and so do the resamples' means."""
+    a, b = [1.0] * 6 + [0.0] * 4, [0.0] * 3 + [1.0] * 4 + [0.0] * 3
+    ends = intervals.paired(a, b, num=1001, seed=0).interval
+    assert ends[0] < 0 < ends[1] and [end % 10 for end in ends] == pytest.approx([0.0, 0.0])

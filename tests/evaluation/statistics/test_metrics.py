@@ -114,6 +114,27 @@ def test_few_items_have_exact_intervals_by_their_effective_number():
     assert np.ptp(wide.intervals["overall"]) > np.ptp(entry.intervals["overall"])
 
 
+def test_a_figure_of_a_subset_is_of_its_items_were_it_one_alone():
+    rows = pairs(61, subsets=("many",)) + [Item("one", "alone", ("x", "y"), 1, subset="one")]
+    entry = results.entry(evaluation("pairs", rows, right), 9.0)
+    assert entry.metrics["one"] == entry.metrics["many"] == 100.0
+    assert entry.intervals["one"] == pytest.approx(intervals.clopper_pearson(1.0, 1))
+    assert entry.intervals["many"] == pytest.approx(intervals.clopper_pearson(1.0, 61))
+
+
+def test_a_metric_that_is_named_as_a_subset_is_the_mean_of_it():
+    made = evaluation("pairs", pairs(240), lambda g: right(g) if g.item.id < "p17" else 1)
+    judged, _ = made.judged()
+    credits = [made.benchmark.credit(each, made.policy) for each in judged]
+    credited = metrics.Credited(made.benchmark, made.policy, judged, credits, np.arange(240))
+    values, ranges = metrics.metrics(credited)
+    part = credited.by_subset()["odd"]
+    assert 50 < (values["odd"] or 0) < 100
+    assert ranges["odd"] == metrics._of_mean(part)
+    assert metrics._is_mean("odd", values["odd"] or 0, part)
+    assert not metrics._is_mean("consistency", values["odd"] or 0, part)
+
+
 def test_what_is_no_percentage_is_left_to_resampling():
     rows = [Item(f"Natural-{i}", f"q {i}", ("x", "y"), 1 + i % 2) for i in range(8)]
     entry = results.entry(evaluation("llmbar", rows, right), 9.0)
