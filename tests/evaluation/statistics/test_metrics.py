@@ -115,7 +115,7 @@ def test_few_items_have_exact_intervals_by_their_effective_number():
 
 
 def test_a_figure_of_a_subset_is_of_its_items_were_it_one_alone():
-    rows = pairs(61, subsets=("many",)) + [Item("one", "alone", ("x", "y"), 1, subset="one")]
+    rows = [*pairs(61, subsets=("many",)), Item("one", "alone", ("x", "y"), 1, subset="one")]
     entry = results.entry(evaluation("pairs", rows, right), 9.0)
     assert entry.metrics["one"] == entry.metrics["many"] == 100.0
     assert entry.intervals["one"] == pytest.approx(intervals.clopper_pearson(1.0, 1))
