@@ -20,8 +20,8 @@ export JAX_PLATFORMS=cpu
 # By file, so that what a file sets up is set up once. A worker that crashes ends the run: otherwise
 # xdist would wait for ever for the rest of that worker's file.
 run_tests() {
-  python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --max-worker-restart 0 \
-    --tier "$TIER" "$@"
+  python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
+    --max-worker-restart 0     --tier "$TIER" "$@"
 }
 
 ruff check .

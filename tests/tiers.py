@@ -31,6 +31,12 @@ MARKERS = {
 MOST_SECONDS = 2.0  # of a processor, what child processes use included
 MOST_COMPILE = 1.0
 MOST_IN_ALL = 130.0  # of all tests of `fast`: some 90, and a third more on a busy machine
+# Files that take minutes begin first, the longest before the others: one that began last would be
+# waited for by itself.
+LONG_FILES = (
+    *("test_train.py", "test_hosts.py", "test_effects.py", "test_update.py", "test_tpu.py"),
+    *("test_notebook.py", "test_sampler.py", "test_programs.py", "test_damage.py"),
+)
 NUM_EXAMPLES = 3_000  # of each hypothesis test in `campaign`; its default is 100
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -139,6 +145,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if belongs(item, tier)]
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))  # stable
 
 
 def _measured(item: pytest.Item) -> Iterator[None]:
