@@ -1,4 +1,4 @@
-"""Qwen2/2.5 and Qwen3 dense decoders: pre-norm blocks, rotary positions, grouped queries, SwiGLU.
+"""Qwen2/2.5, Qwen3 and Llama dense decoders: pre-norm, rotary positions, grouped queries, SwiGLU.
 
 One `Block` serves training and decoding. It is told how to `attend`, and returns what `attend`
 returned beside the output. For training, `hidden_states` scans the block over stacked layer
@@ -48,7 +48,7 @@ class QwenConfig:
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool  # Qwen2, Qwen2.5
-    qk_norm: bool  # Qwen3
+    qk_norm: bool  # Qwen3; Llama has neither
     tie_word_embeddings: bool
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6

@@ -21,6 +21,11 @@ from jlrm.weights.hf_files import refuse_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_SIZE, MOST_LAYERS = 2**24, 2**10  # beyond every model; arrays of such sizes can't be described
+KINDS = {  # by model_type
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llama": "LlamaForCausalLM",  # Qwen2 without biases, such as SmolLM2
+}
 LARGEST = 1e30  # of numbers that become float32
 
 
@@ -75,7 +80,8 @@ def config_from_hf(
     heads = size("num_attention_heads")
     width = size("hidden_size")
     # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
-    kv_heads = size("num_key_value_heads", heads if "num_key_value_heads" in source else 32)
+    is_open = "num_key_value_heads" in source or kind == "llama"
+    kv_heads = size("num_key_value_heads", heads if is_open else 32)
     # Qwen3Config's head width is 128 by default, for every width of the model.
     head_dim = size("head_dim", 128 if kind == "qwen3" else width // heads)
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
@@ -102,7 +108,7 @@ def config_from_hf(
         tie_word_embeddings=_flag(source, where, "tie_word_embeddings"),
         rope_theta=theta,
         rms_norm_eps=_number(source, where, "rms_norm_eps", 1e-6),
-        max_position_embeddings=size("max_position_embeddings", 32768),
+        max_position_embeddings=size("max_position_embeddings", _usual_length(source)),
         yarn=yarn,
         **numerics,
     )
@@ -139,6 +145,11 @@ def _number(source: dict[str, Any], where: str, name: str, default: float) -> fl
     return float(value)
 
 
+def _usual_length(source: dict[str, Any]) -> int:
+    """Return the longest sequence of a model whose file does not say it."""
+    return 2048 if source.get("model_type") == "llama" else 32768
+
+
 def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) -> bool:
     value = default if source.get(name) is None else source[name]
     if not isinstance(value, bool):
@@ -150,7 +161,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     """Raise a UsageError that names the first field that this code would not compute."""
     kind = source.get("model_type")
     refusals = {
-        f"model_type={_plain(kind)}": kind not in ("qwen2", "qwen3"),
+        f"model_type={_plain(kind)}": kind not in tuple(KINDS),  # any JSON value
         f"hidden_act={_plain(source.get('hidden_act'))}": (
             source.get("hidden_act", "silu") not in ("silu", "swish")  # two names of one function
         ),
@@ -158,7 +169,8 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
             layer != "full_attention" for layer in _layer_types(source, where)
         ),
         "use_sliding_window=true": not source.get("layer_types") and _slides(source, where),
-        "attention_bias=true": kind == "qwen3" and bool(source.get("attention_bias")),
+        "attention_bias=true": kind != "qwen2" and bool(source.get("attention_bias")),
+        "mlp_bias=true": kind == "llama" and bool(source.get("mlp_bias")),
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
         "transformers_weights": source.get("transformers_weights") is not None,
@@ -171,8 +183,8 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     for what, is_refused in refusals.items():
         if is_refused:
             raise UsageError(
-                f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5 or "
-                "Qwen3 model with full attention."
+                f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5, "
+                "Qwen3 or Llama model with full attention."
             )
 
 
@@ -205,13 +217,12 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     It has the fields of both versions: transformers 4 reads `rope_theta` and `torch_dtype`,
     transformers 5 reads `rope_parameters` and `dtype`.
     """
-    kind = "qwen3" if config.qk_norm else "qwen2"
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.yarn is not None:
         rope |= {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
-    names = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
-        "architectures": [names[kind]],
+        "architectures": [KINDS[kind]],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -267,7 +278,7 @@ def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
         raise UsageError(f"{where}: rope scaling {_short(rope)} has no factor.")
     given = {key: rope[key] for key in rope if not (key.startswith("beta_") and rope[key] == 0)}
     number = functools.partial(_number, given, where)
-    whole = _number(source, where, "max_position_embeddings", 32768)
+    whole = _number(source, where, "max_position_embeddings", _usual_length(source))
     original = number("original_max_position_embeddings", whole)
     factor = number("factor", whole / original)
     return Yarn(

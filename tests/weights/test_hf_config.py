@@ -171,7 +171,9 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llama"}, "model_type=llama"),
+        ({"model_type": "mistral"}, "model_type=mistral"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
         ({"model_type": "qwen3_moe"}, "model_type=qwen3_moe"),
         ({"model_type": "qwen2_vl"}, "model_type=qwen2_vl"),
         ({"model_type": MISSING}, "model_type=None"),
