@@ -5,7 +5,8 @@
 A mutant is one change of one file: a comparison's boundary or sense, an operator, a number, a
 condition, a dropped statement, two swapped arguments. The sample takes as many of each file as its
 share of all. The tests of a mutant are those of the files that import its module, the fast ones
-first. It is killed when one of them fails or they take ten times as long as without it.
+first, then the fast ones of its room. It is killed when one of them fails or they take ten times
+as long as without it.
 
 Left out by rule: docstrings, annotations, decorators, f-strings, what `raise`, `assert` and a
 logger's calls hold, `strict=` of zip and seeds: no result depends on them; and what changes nothing
@@ -227,22 +228,34 @@ class Stage(NamedTuple):
     options: tuple[str, ...]
 
 
-def stages(module: str) -> list[Stage]:
-    """Return the tests of the files that import a module: those that are quickest to kill first.
-
-    The fast ones of its own room, the fast ones of others, then the slow ones of its room.
-    """
+def importers(module: str) -> tuple[list[str], list[str]]:
+    """Return the files of tests that import a module, those of its room and others."""
     package, _, name = module.rpartition(".")
-    room = TESTS.joinpath(*package.split(".")[1:])
     mine, others = [], []
     # A file named for the module first.
     for path in sorted(TESTS.rglob("test_*.py"), key=lambda p: (p.stem != f"test_{name}", p)):
         if {f"{package}.{name}", f"{package}:{name}"} & _imported(path):
-            files = mine if room in path.parents else others
+            files = mine if _room(module) in path.parents else others
             files.append(str(path.relative_to(ROOT)))
+    return mine, others
+
+
+def stages(module: str) -> list[Stage]:
+    """Return the tests of a module, those that are quickest to kill first.
+
+    Of the files that import it: the fast ones of its own room, the fast ones of others, the slow
+    ones of its room. Then the fast ones of the files of its room that reach it through others.
+    """
+    mine, others = importers(module)
+    room = [str(path.relative_to(ROOT)) for path in sorted(_room(module).glob("test_*.py"))]
+    rest = [path for path in room if path not in mine]
     fast, slow = ("--tier=fast",), ("--tier=everything", "-m", "slow")
-    every = Stage(tuple(mine), fast), Stage(tuple(others), fast), Stage(tuple(mine), slow)
-    return [stage for stage in every if stage.files]
+    every = ((mine, fast), (others, fast), (mine, slow), (rest, fast))
+    return [Stage(tuple(files), options) for files, options in every if files]
+
+
+def _room(module: str) -> pathlib.Path:
+    return TESTS.joinpath(*module.split(".")[1:-1])
 
 
 @functools.cache
@@ -331,7 +344,7 @@ def examine(chosen: Sequence[Mutant], num_workers: int, num_stages: int) -> list
     """Run the tests of every mutant, some mutants at a time."""
     paths = {mutant.path for mutant in chosen}
     tests = {path: stages(module_of(path))[:num_stages] for path in sorted(paths)}
-    untested = [path for path, every in tests.items() if not every]
+    untested = [path for path in tests if not any(importers(module_of(path)))]
     if untested:
         sys.exit(f"No test imports {', '.join(untested)}.")
     limits = Limits()
@@ -376,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="*", default=["*"], help="patterns of paths")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--stages", type=int, default=3, help="1: fast tests of the room alone")
+    parser.add_argument("--stages", type=int, default=4, help="1: fast tests of the module alone")
     parser.add_argument("--json", help="write what became of every mutant to this file")
     args = parser.parse_args(argv)
     files = [path for pattern in TARGETS for path in sorted(ROOT.glob(pattern))]
