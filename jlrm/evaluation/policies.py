@@ -12,6 +12,7 @@ order per pair, drawn by seed and item; both: two games per pair.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +109,7 @@ def _value(benchmark: str, is_ranked: bool, key: str, text: str) -> Any:
     try:
         credit = float(text)
     except ValueError:
-        credit = -1.0
+        credit = math.nan
     if not 0.0 <= credit <= 1.0:
         more = "".join(f" or '{word}'" for word in words)
         raise UsageError(

@@ -156,3 +156,22 @@ def test_lists_of_turns_are_conversations():
         ["q", "c", "r", None],
     ]
     assert talks_of_turns('["q"]', ["x", "y"]) == talks_of_turns("q", [["x"], ["y"]]) == []
+
+
+def test_a_transcript_may_end_with_the_name_of_who_answers():
+    asked = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert context(text, "prompt", "row 1") == asked
+    assert context(text.removesuffix("\n\nAssistant:"), "prompt", "row 1") == asked
+    assert context("\n\nHuman: a\n\nAssistant:", "prompt", "row 1") == asked[:1]
+
+
+@pytest.mark.parametrize("text", ["a letter from me", "the role of a verb", ""])
+def test_a_text_with_the_name_of_a_field_in_it_is_a_text(text):
+    assert messages(text, "prompt", "user", "row 1") == [("user", text)]
+
+
+def test_one_message_is_a_list_of_one():
+    wanted = [("user", "a")]
+    assert messages({"role": "user", "content": "a"}, "prompt", "system", "row 1") == wanted
+    assert messages({"from": "human", "value": "a"}, "prompt", "system", "row 1") == wanted

@@ -223,3 +223,9 @@ def test_columns_that_tell_no_one_winner_are_said():
         labels.labelled(dict.fromkeys(CLASSES, 1), "here")
     with pytest.raises(UsageError, match=r"here: 'winner_model_a' must be 0 or 1, got 0\.3"):
         labels.labelled(dict.fromkeys(CLASSES, 0.3), "here")
+
+
+def test_a_winner_that_is_named_goes_before_columns_of_classes():
+    row = {"winner": "model_a", "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
+    assert labels.labelled(row, "row 1")["preference"] == "model_a"
+    assert labels.labelled(row | {"winner": None}, "row 1")["preference"] == "answer_2"

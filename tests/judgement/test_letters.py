@@ -201,3 +201,7 @@ def test_time_is_linear(piece):
     start = time.thread_time()
     preference(piece * (200_000 // len(piece)))
     assert time.thread_time() - start < 2.0
+
+
+def test_a_quoted_mark_at_the_very_beginning_is_quoted():
+    assert preference('"[[A]]" or [[B]]') == 2

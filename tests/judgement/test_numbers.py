@@ -173,3 +173,9 @@ def test_a_text_of_400_characters_is_looked_at_and_a_longer_one_is_not():
         assert len(filled) == 400
         assert function(filled, 10) == wanted
         assert function(filled.replace("(x", "(xx", 1), 10) is None
+
+
+def test_a_score_that_is_of_an_answer_is_no_score_of_just_anything():
+    assert score("Answer 1: 8", 10) is None
+    assert score("Answer 1: 8", 10, 1) == 8.0
+    assert score("Answer 1: 8", 10, 2) is None

@@ -71,3 +71,9 @@ def test_what_only_looks_like_an_end_stays() -> None:
     assert without_end_tokens("<|im_end|> x") == "<|im_end|> x"
     many = "x" + "</s>" * 17
     assert without_end_tokens(many) == "x</s>"
+
+
+@pytest.mark.parametrize("mark", ["!", "~", "a"])
+def test_every_character_of_a_name_is_found_in_full_width(mark: str) -> None:
+    wide = chr(ord(mark) + 0xFEE0)
+    assert in_brackets(f"\uff1c{wide}\uff1e", frozenset({f"<{mark}>"})) == f"[{mark}]"

@@ -36,3 +36,8 @@ def test_looser_forms_are_read_where_asked_for(text: str) -> None:
 def test_other_texts_are_no_transcripts(text: str) -> None:
     assert written(text) == loosely_written(text) == []
     assert without_end(text) == text
+
+
+def test_a_question_alone_is_a_transcript_where_it_begins_as_one() -> None:
+    assert written("\n\nHuman: Why?") == [("user", "Why?")]
+    assert written("Human: Why?") == []

@@ -214,12 +214,12 @@ def _calibration(plays: Sequence[Play], span: float | None) -> Calibration | Non
     distance of accuracy and confidence over bins, by their games, in points. brier: the mean square
     of confidence less correctness, between 0 and 1.
     """
-    scores = [score for play in plays for score in play.verdict.scores or ()]
-    span = span or (max(scores) - min(scores) if scores else 0.0)
     known = [(p.verdict.scores, p.label) for p in plays if p.verdict.scores and p.label in (1, 2)]
     told = [(pair, label) for pair, label in known if preferred(*pair)]
-    if not told or not span:
+    if not told:
         return None
+    scores = [score for play in plays for score in play.verdict.scores or ()]
+    span = span or max(scores) - min(scores)
     margins = np.array([abs(one - two) for (one, two), _ in told])
     confidence = np.array([implied_probability(margin, 0.0, span) for margin in margins])
     right = np.array([preferred(*pair) == label for pair, label in told], dtype=float)

@@ -277,3 +277,15 @@ def test_ends_of_a_paired_interval_are_differences_that_can_be():
     a, b = [1.0] * 6 + [0.0] * 4, [0.0] * 3 + [1.0] * 4 + [0.0] * 3
     ends = intervals.paired(a, b, num=1001, seed=0).interval
     assert ends[0] < 0 < ends[1] and [end % 10 for end in ends] == pytest.approx([0.0, 0.0])
+
+
+def test_what_is_no_mean_is_resampled_from_30_clusters_on():
+    draws = np.linspace(70.0, 90.0, 101)
+    assert intervals.of_metric(80.0, draws, 100, intervals.FEW_CLUSTERS) == (70.5, 89.5)
+    assert intervals.of_metric(80.0, draws, 100, intervals.FEW_CLUSTERS - 1) != (70.5, 89.5)
+
+
+def test_more_clusters_than_items_make_nothing_surer():
+    """As of half credits, of which two make an item."""
+    size = intervals.effective_size(0.5, 0.01, num_items=5, num_clusters=50, most=100)
+    assert size == pytest.approx(25.0)
