@@ -58,3 +58,9 @@ def test_blocks_without_a_number_are_placeholders_wherever_they_stand() -> None:
     assert last_pair(f"{named} so {block(8)}{block(3)}", 10) == (8.0, 3.0)
     assert last_pair(f"{block(8)}{block(3)} as in {named}", 10) == (8.0, 3.0)
     assert last_pair(f"{block(8)}{block('so')}{block(3)}", 10) == (8.0, 3.0)
+
+
+@pytest.mark.parametrize("gap", [", ", "`", " - ", "|"])
+def test_of_three_blocks_close_together_the_closest_two_are_the_pair(gap: str) -> None:
+    assert last_pair(f"{block(8)}{block(3)}{gap}{block(5)}", 10) == (8.0, 3.0)
+    assert last_pair(f"{block(5)}{gap}{block(8)}{block(3)}", 10) == (8.0, 3.0)

@@ -205,3 +205,4 @@ def test_time_is_linear(piece):
 
 def test_a_quoted_mark_at_the_very_beginning_is_quoted():
     assert preference('"[[A]]" or [[B]]') == 2
+    assert preference('x "[[A]]"\n[[B]]') == 2  # one letter makes it a line of other words
