@@ -21,7 +21,7 @@ export JAX_PLATFORMS=cpu
 # xdist would wait for ever for the rest of that worker's file.
 run_tests() {
   python -m pytest -n "${JLRM_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder \
-    --max-worker-restart 0     --tier "$TIER" "$@"
+    --max-worker-restart 0 --tier "$TIER" "$@"
 }
 
 ruff check .
