@@ -145,7 +145,7 @@ def named(text: str) -> int | None:
         better = _SIGN[match["sign"][0]]
         left, right = PLACES[match["left"]], PLACES[match["right"]]
         return None if left == right else (0, left, right)[better]
-    text = _OPENERS.sub("", text, count=1)
+    text = _OPENERS.sub("", text)
     if _TIE.fullmatch(text):
         return 0
     match = _BETTER.fullmatch(text)

@@ -64,3 +64,8 @@ def test_blocks_without_a_number_are_placeholders_wherever_they_stand() -> None:
 def test_of_three_blocks_close_together_the_closest_two_are_the_pair(gap: str) -> None:
     assert last_pair(f"{block(8)}{block(3)}{gap}{block(5)}", 10) == (8.0, 3.0)
     assert last_pair(f"{block(5)}{gap}{block(8)}{block(3)}", 10) == (8.0, 3.0)
+
+
+def test_two_numbers_beside_a_score_are_no_score_of_answer_2() -> None:
+    text = f"{block(5)} but in the end {block(8)}{block('7 6')}"
+    assert last_pair(text, 10) == "not_a_number"

@@ -229,3 +229,8 @@ def test_a_winner_that_is_named_goes_before_columns_of_classes():
     row = {"winner": "model_a", "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0}
     assert labels.labelled(row, "row 1")["preference"] == "model_a"
     assert labels.labelled(row | {"winner": None}, "row 1")["preference"] == "answer_2"
+
+
+def test_ties_that_are_as_many_as_a_side_are_doubtful_and_fewer_are_not():
+    assert labels.doubts({"0": 5, "1": 5, "2": 9}, "preference")
+    assert not labels.doubts({"0": 4, "1": 5, "2": 9}, "preference")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jlrm.judgement.numbers import both, score
+from jlrm.judgement.numbers import both, json_scores, score
 
 LOOKS = ("{}", " {} ", "**{}**", "*{}*", "`{}`", '"{}"', "[[{}]]", "({})", "\\boxed{{{}}}", "${}$")
 LABELS = ("", "Score: ", "score = ", "**Score:** ", "Final rating: ", "\u8bc4\u5206\uff1a")
@@ -179,3 +179,10 @@ def test_a_score_that_is_of_an_answer_is_no_score_of_just_anything():
     assert score("Answer 1: 8", 10) is None
     assert score("Answer 1: 8", 10, 1) == 8.0
     assert score("Answer 1: 8", 10, 2) is None
+
+
+def test_values_of_json_may_say_again_which_answer_they_are_of():
+    text = json.dumps({"answer_1": "Answer 1: 8", "answer_2": "Answer 2: 7"})
+    assert json_scores(text, 10) == (8.0, 7.0)
+    text = json.dumps({"answer_1": "Answer 2: 8", "answer_2": "Answer 1: 7"})
+    assert json_scores(text, 10) is None

@@ -289,3 +289,11 @@ def test_more_clusters_than_items_make_nothing_surer():
     """As of half credits, of which two make an item."""
     size = intervals.effective_size(0.5, 0.01, num_items=5, num_clusters=50, most=100)
     assert size == pytest.approx(25.0)
+
+
+def test_as_many_resamples_are_drawn_as_are_asked_for(monkeypatch):
+    sums, sizes = np.array([1.0, 0.0, 1.0]), np.ones(3)
+    assert sum(map(len, intervals._drawn(sums, sizes, 100, 0))) == 100
+    monkeypatch.setattr(intervals, "BLOCK", 30)  # in several parts
+    assert next(len(part) for part in intervals._drawn(sums, sizes, 100, 0)) < 100
+    assert sum(map(len, intervals._drawn(sums, sizes, 100, 0))) == 100
