@@ -84,6 +84,7 @@ def read(file: pathlib.Path) -> dict[str, Any]:
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -487,6 +487,7 @@ def test_the_model_card_holds_every_metric_with_its_rules(full):
     assert "temperature 0.0" in text and "bootstrap over clusters" in text
 
 
+@pytest.mark.slow
 def test_the_model_card_says_which_prompts_are_open_to_planting(tmp_path):
     for prompt, is_open in (("judgelrm_eval", True), ("jlrm", False), ("", False)):
         entry = judge("ours", pandalm=benchmark(0))
