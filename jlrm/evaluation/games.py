@@ -94,9 +94,6 @@ class ItemVerdicts(NamedTuple):
     verdicts: tuple[GameVerdict, ...]
 
 
-# metrics in percent; a benchmark's own names
-
-
 def both_orders(items: Iterable[Item]) -> list[Game]:
     """Return two games per item of two answers: as given, then swapped."""
     return [Game(item, *order) for item in items for order in ((0, 1), (1, 0))]

@@ -95,9 +95,11 @@ class Recorded:
         return judge
 
     def _counts(self, path: str, missing: Sequence[Game]) -> str:
-        extra = f"{self.num_extra} rows name no item of the benchmark" if self.num_extra else ""
-        text = f"{len(missing)} games have no row" if missing else ""
-        text = f"{path}: {'; '.join(filter(None, (extra, text)))}"
+        told = (
+            (self.num_extra, "rows name no item of the benchmark"),
+            (len(missing), "games have no row"),
+        )
+        text = f"{path}: " + "; ".join(f"{count} {what}" for count, what in told if count)
         if any(Game(g.item, g.second, g.first).id in self.responses for g in missing):
             text += " (their other order has one: --policy order=as_given asks for one order)"
         return text + (f", e.g. {missing[0].id}." if missing else ".")

@@ -86,11 +86,12 @@ def _silent(rows: Sequence[Row]) -> str:
 
 
 def _loses_its_form(rows: Sequence[Row]) -> str:
-    parsed = _all(rows, "judge/parse_rate")
-    if len(parsed) < 2 * SHORT:
+    now = _mean(_last(rows, "judge/parse_rate", SHORT))
+    if now >= 100.0 - LOST:  # the usual case, without a look at all that was before
         return ""
-    best = max(_mean(parsed[i : i + SHORT]) for i in range(len(parsed) - SHORT))
-    now = _mean(parsed[-SHORT:])
+    parsed = _all(rows, "judge/parse_rate")
+    earlier = range(max(len(parsed) - 2 * SHORT + 1, 0))
+    best = max((_mean(parsed[i : i + SHORT]) for i in earlier), default=0.0)
     return _if(
         0 < now < best - LOST,
         f"judgements lose their form: {now:.0f} % can be read, {best:.0f} % could. What helps: a "
@@ -99,10 +100,10 @@ def _loses_its_form(rows: Sequence[Row]) -> str:
 
 
 def _leans(rows: Sequence[Row]) -> str:
-    leans = _all([row for row in rows if row.get("eval/parse_rate")], "eval/delta_bias")
-    if not leans or not rows[-1].get("eval/parse_rate"):
+    if not rows[-1].get("eval/parse_rate"):
         return ""
-    lean = leans[-1]
+    leans = _all([row for row in rows if row.get("eval/parse_rate")], "eval/delta_bias")
+    lean = leans[-1] if leans else 0.0
     return _if(
         lean >= ALONE or (len(leans) > 1 and min(leans[-2:]) >= LEANING),
         f"held-out verdicts follow the place of the answer (lean {lean:.0f} %), not what it says. "
@@ -112,30 +113,24 @@ def _leans(rows: Sequence[Row]) -> str:
 
 
 def _nothing_to_compare(rows: Sequence[Row]) -> str:
-    equal = _last(rows, "frac_reward_zero_std", LONG)
-    right = _last(rows, "judge/agreement", LONG)
-    if not equal or not right:
-        return ""
+    equal, right = _before_it_is_learned(rows, "frac_reward_zero_std")
     return _if(
-        _mean(equal) >= UNIFORM and _mean(right) < LEARNED,
-        f"{100 * _mean(equal):.0f} % of the groups of the last {LONG} steps earn equal rewards, "
-        f"and so teach nothing, while {_mean(right):.0f} % of the verdicts are right. What helps: "
+        equal >= UNIFORM,
+        f"{100 * equal:.0f} % of the groups of the last {LONG} steps earn equal rewards, and so "
+        f"teach nothing, while {right:.0f} % of the verdicts are right. What helps: "
         "data.orders=both, which compares the two orders of a pair; grpo.zero_variance=resample; "
         "more grpo.rollouts; a higher sampling.temperature or grpo.loss.entropy_weight.",
     )
 
 
 def _certain(rows: Sequence[Row]) -> str:
-    entropy = _last(rows, "entropy", LONG)
-    right = _last(rows, "judge/agreement", LONG)
-    if not entropy or not right:
-        return ""
+    entropy, right = _before_it_is_learned(rows, "entropy")
     return _if(
-        _mean(entropy) < CERTAIN and _mean(right) < LEARNED,
-        f"the judge writes the same whatever is drawn (entropy {_mean(entropy):.4f} nats per "
-        f"token), while {_mean(right):.0f} % of the verdicts are right: it explores no more. What "
-        "helps: to begin again with a higher grpo.loss.entropy_weight or a lower "
-        "grpo.optimizer.learning_rate, from this run's best checkpoint.",
+        entropy < CERTAIN,
+        f"the judge writes the same whatever is drawn (entropy {entropy:.4f} nats per token), "
+        f"while {right:.0f} % of the verdicts are right: it explores no more. What helps: to begin "
+        "again with a higher grpo.loss.entropy_weight or a lower grpo.optimizer.learning_rate, "
+        "from this run's best checkpoint.",
     )
 
 
@@ -180,5 +175,13 @@ def _last(rows: Sequence[Row], name: str, count: int) -> list[float]:
     return values if len(values) == count else []
 
 
+def _before_it_is_learned(rows: Sequence[Row], name: str) -> tuple[float, float]:
+    """Return the means of a metric and of agreement; NaN of both once the judge is mostly right."""
+    value = _mean(_last(rows, name, LONG))
+    right = _mean(_last(rows, "judge/agreement", LONG))
+    return (value, right) if right < LEARNED else (math.nan, math.nan)
+
+
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    """Return the mean, NaN of nothing: no comparison with it is true."""
+    return sum(values) / len(values) if values else math.nan

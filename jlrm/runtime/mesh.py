@@ -98,7 +98,7 @@ class Layout:
         unknown = set(letters) - ALPHABET - {"-", None}
         if unknown:
             raise ValueError(
-                f"Unknown letters {sorted(map(str, unknown))} in {letters}: the alphabet is here."
+                f"Unknown letters {sorted(map(str, unknown))} in {letters} (runtime/mesh.py)."
             )
         axes: list[tuple[str, ...]] = []
         # A mesh axis can cut only one dimension of an array: that of the first letter in need.

@@ -7,29 +7,22 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import mesh_of, plain_states
+from conftest import mesh_of, plain_states, tiny_config
 
 from jlrm.model import qwen
 from jlrm.runtime.mesh import training_layout
 from jlrm.weights import hf, hf_config
-
-SHAPE = dict(
-    vocab_size=96,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    initializer_range=0.1,
-)
 
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_logits_and_files_are_those_of_transformers(torch, tmp_path, is_tied):
     import transformers
 
-    settings = transformers.LlamaConfig(**SHAPE, tie_word_embeddings=is_tied, rms_norm_eps=1e-5)
+    ours = tiny_config(qkv_bias=False, tie_word_embeddings=is_tied, rms_norm_eps=1e-5)
+    described = hf_config.config_to_hf(ours, "float32")
+    assert described["architectures"] == ["LlamaForCausalLM"]
     torch.manual_seed(0)
+    settings = transformers.LlamaConfig(**described, initializer_range=0.1)
     model = transformers.LlamaForCausalLM(settings).eval()
     model.save_pretrained(tmp_path)
     config = hf_config.read_config(tmp_path, compute_dtype="float32")
@@ -44,9 +37,7 @@ def test_logits_and_files_are_those_of_transformers(torch, tmp_path, is_tied):
         wanted = model(torch.tensor(ids)).logits.numpy()
     assert np.abs(mine - wanted).max() < 1e-5
 
-    described = hf_config.config_to_hf(config, "float32")
-    assert described["architectures"] == ["LlamaForCausalLM"]
-    assert hf_config.config_from_hf(described, compute_dtype="float32") == config
+    assert config == ours
     names = {tensor.name for tensor in hf.tensors(config)}
     lacking = {name for name in model.state_dict() if name not in names}
     assert lacking == ({"lm_head.weight"} if is_tied else set())
