@@ -94,7 +94,7 @@ class DataConfig:
     scores: Literal["score", "score_w_reference"] = "score"
     # Two scores of the file and what they become, if its scale is not the reward's: {0: 1, 100: 10}
     rescale: dict[str, float] = field(default_factory=dict)
-    # "shuffled", a control: of half the training pairs, by chance, the worse answer is called better.
+    # "shuffled", a control: in half the training pairs, by chance, gold names the worse answer.
     gold: Literal["given", "shuffled"] = "given"
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
