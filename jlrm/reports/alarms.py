@@ -47,12 +47,12 @@ class Alarms:
         if self._rows and self._rows[-1]["stage"] != row["stage"]:
             self._rows, self._has_spoken = [], set()
         self._rows.append(row)
-        found = []
+        raised = []
         for rule in RULES:
             if rule not in self._has_spoken and (text := rule(self._rows)):
                 self._has_spoken.add(rule)
-                found.append(Alarm(row["stage"], row["step"], text, rule))
-        return found
+                raised.append(Alarm(row["stage"], row["step"], text, rule))
+        return raised
 
 
 def alarms(rows: Sequence[Row]) -> list[Alarm]:
