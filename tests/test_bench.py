@@ -143,6 +143,7 @@ def product_flops(jaxpr) -> int:
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["qwen2_tied", "qwen3"])
 def test_flops_are_those_of_the_products_in_the_program(architecture):
     """Prefill is unrolled. It computes masked pairs too; a gradient has two products for one."""

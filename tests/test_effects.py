@@ -447,6 +447,7 @@ def test_every_field_has_an_entry():
     assert CHANGES.keys() - set(fields()) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CHANGES if observer(name)])
 def test_a_setting_of_a_section_has_an_effect(name):
     change, look = CHANGES[name], observer(name)

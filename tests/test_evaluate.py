@@ -385,6 +385,7 @@ def test_a_judge_without_any_verdict_has_no_metrics_and_is_told(pairs, capsys, t
         assert re.search(rf"{metric}\s+-", told.out), told.out
 
 
+@pytest.mark.slow
 def test_a_silent_subset_is_told_in_the_terminal_the_card_and_the_page(
     pairs, capsys, caplog, tmp_path, judged_by
 ):
@@ -611,6 +612,7 @@ def test_options_reach_the_backends_under_the_names_they_have():
         assert ours == wanted - {"model", "seed", "decoding", "stop_after"}
 
 
+@pytest.mark.slow
 def test_help_tells_all_benchmarks_and_policies():
     done = subprocess.run(
         [sys.executable, "-m", "jlrm.evaluate", "--help"],

@@ -28,6 +28,8 @@ from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
 from jlrm.weights import checkpoint, hf, hf_config, steps
 
+pytestmark = pytest.mark.slow  # each writes a tokenizer or a checkpoint
+
 MODEL = tiny_config(vocab_size=toy.VOCAB_SIZE, num_hidden_layers=1, max_position_embeddings=2048)
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
@@ -84,7 +86,6 @@ def read(file: pathlib.Path) -> dict[str, Any]:
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -154,6 +154,7 @@ def check_started(argv: list[str], words: list[str]) -> None:
 # --- all of them --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_syntax_and_shellcheck(script):
     subprocess.run(["bash", "-n", script], check=True)
@@ -191,6 +192,7 @@ def test_the_quickstart_ends_with_how_to_go_on(code):
     assert "\n  advise\n" in (LAUNCH / "test.sh").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_the_quickstart_reaches_its_command(tmp_path, signum, code):
     program = (
@@ -460,6 +462,7 @@ def test_a_host_that_does_not_start_is_named(cloud, step, code):
         assert len(cloud.calls("host.sh stop")) >= 2
 
 
+@pytest.mark.slow
 def test_local_results_are_warned_of_and_kept(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh status", out="exited 0 | done\n")
@@ -469,6 +472,7 @@ def test_local_results_are_warned_of_and_kept(cloud):
     assert not cloud.calls("delete") and "kept" in done.stderr
 
 
+@pytest.mark.slow
 def test_secrets_travel_on_stdin_only(cloud):
     cloud.states("ACTIVE")
     cloud.reply("host.sh status", out="none\n", times=2)
@@ -557,6 +561,7 @@ def test_a_job_on_two_hosts_from_start_to_stop(cloud):
     assert on_hosts(cloud, "stop").returncode == 0  # nothing to stop
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_attach_ends_as_the_command_does(cloud, code):
     cloud.states("ACTIVE")
@@ -565,6 +570,7 @@ def test_attach_ends_as_the_command_does(cloud, code):
     assert on_hosts(cloud, "attach").returncode == code
 
 
+@pytest.mark.slow
 def test_a_killed_host_is_lost(cloud):
     cloud.states("ACTIVE")
     cloud.reply("ssh", host=True)
@@ -722,6 +728,7 @@ def test_slurm(cloud, code, restarts, requeues):
     assert [argv[1:] for argv, _ in cloud.calls(tool="scontrol")] == [["requeue", "77"]] * requeues
 
 
+@pytest.mark.slow
 def test_slurm_outlives_sigterm(cloud):
     (cloud.bin / "srun").write_text(f"#!/bin/sh\ntouch {cloud.home}/begun\nsleep 0.6\nexit 143\n")
     env = cloud.env({"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": "/"})
@@ -768,6 +775,7 @@ def test_local_passes_arguments_through():
     assert done.stdout == f"[0] {HOSTILE}\n"
 
 
+@pytest.mark.slow
 def test_local_first_failure_ends_the_others():
     code = (
         "import os, signal, sys, time\n"

@@ -53,6 +53,7 @@ def test_help_imports_nothing_heavy():
     assert run("-c", code).stdout.endswith("[]\n")
 
 
+@pytest.mark.slow
 def test_a_command_runs_as_its_module_does(tmp_path):
     both = [run("-m", *module, str(tmp_path)) for module in (["jlrm", "report"], ["jlrm.report"])]
     assert both[0].returncode == both[1].returncode == 2

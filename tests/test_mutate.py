@@ -73,6 +73,7 @@ def test_a_sample_depends_on_the_seed_alone_and_takes_some_of_every_file(file):
     assert len(mutate.sample([file, other], 10**6, 0)) == len(mutate.mutants(file)) + 1
 
 
+@pytest.mark.slow
 def test_every_target_has_tests_in_its_room():
     for pattern in mutate.TARGETS:
         for path in mutate.ROOT.glob(pattern):

@@ -57,6 +57,7 @@ def settings(run_dir, **sections):
 # --- Counting ---
 
 
+@pytest.mark.slow
 def test_loops_count_as_often_as_they_run(mesh):
     """Five turns in each of three: products of 256 rows on a chip, 512 x 512."""
 

@@ -135,6 +135,7 @@ def test_many_shards_keep_the_order_and_stay_clear_of_tensorflow(tmp_path, monke
     assert len(names) > 3 and all(name.endswith(f"-of-{len(names):05}") for name in names)
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_bytes(tmp_path, pairs):
     flags = ("--swap", "--validation", "0.2")
     made(tmp_path / "one", pairs, flags=flags)
@@ -149,6 +150,7 @@ def test_another_process_writes_the_same_bytes(tmp_path, pairs):
     assert not any(str(tmp_path / "one").encode() in content for content in one.values())
 
 
+@pytest.mark.slow
 def test_neither_preparing_nor_reading_imports_tensorflow_or_jax(tmp_path, pairs):
     out = tmp_path / "out"
     script = f"""
@@ -413,6 +415,7 @@ def save_uneven_tokenizer(directory: pathlib.Path) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_overlong_rows_are_dropped_when_either_order_is(tmp_path):
     tokenizer_dir = tmp_path / "tokenizer"
     save_uneven_tokenizer(tokenizer_dir)
@@ -521,6 +524,7 @@ def test_killed_while_writing_it_leaves_no_dataset_and_starts_anew(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"x.jsonl", "out"}
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_sentence_and_leaves_no_dataset(tmp_path, pairs):
     process = spawn(
         *("-m", "jlrm.prepare", "--input", pairs, "--out", str(tmp_path / "out")),

@@ -135,6 +135,7 @@ def test_both_stages_show_every_panel_and_the_change_in_points(tmp_path):
     assert "1 h 2 min, 8,400 tokens" in render(tmp_path)[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_sft_alone(tmp_path):
     write_sft(tmp_path)
     run_summary.write(tmp_path, RunSummary({"sft": {"agreement": 60.0, "parse_rate": 90.0}}))
@@ -150,6 +151,7 @@ def test_a_run_under_way_shows_its_latest_evaluation(tmp_path):
     assert cells(text, "Agreement (%)") == ["51.0"] and "SFT" not in "".join(page.alts)
 
 
+@pytest.mark.slow
 def test_agreement_has_its_interval_where_the_number_of_pairs_is_known(tmp_path):
     summary = {
         "sft": {"agreement": 50.0, "pairs": 100.0},
@@ -170,6 +172,7 @@ def test_results_alone_make_a_report(tmp_path):
     assert cells(render(tmp_path)[0], "Agreement (%)") == ["48.0"]
 
 
+@pytest.mark.slow
 def test_values_that_are_not_finite_do_not_stop_it(tmp_path):
     write_stage(tmp_path, "grpo", 25, loss=0.0, reward=np.nan, kl=np.inf, grad_norm=1.0)
     run_summary.write(tmp_path, RunSummary({"grpo": {"agreement": 50.0, "reward": np.nan}}))
@@ -267,6 +270,7 @@ def test_outcomes_follow_the_order_of_the_scores(label, verdict, outcome):
     assert run_page._outcome({"label": label, "verdict": verdict}) == outcome
 
 
+@pytest.mark.slow
 def test_terms_that_are_always_zero_are_not_drawn_and_lines_differ_in_colour(tmp_path):
     terms = {f"rewards/term_{i}/mean": float(i % 10 != 0) for i in range(21)}
     with tracking.Tracker(tmp_path, **STAGE, num_steps=2) as tracker:

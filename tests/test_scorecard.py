@@ -497,6 +497,7 @@ def test_the_model_card_says_which_prompts_are_open_to_planting(tmp_path):
         assert ("an answer can plant a verdict" in text) == is_open
 
 
+@pytest.mark.slow
 def test_one_judge_has_no_judge_column(tmp_path):
     entry = dataclasses.replace(benchmark(0), published=())
     page = render(tmp_path, [judge("ours", pandalm=entry)])

@@ -29,10 +29,17 @@ def test_asleep():
 def laden():
     spin(0.6)
 
+@pytest.fixture(scope="module")
+def laden_once():
+    spin(0.6)
+
 def test_dear():
     spin(0.6)
 
 def test_dear_by_a_fixture(laden):
+    pass
+
+def test_first_of_a_shared_fixture(laden_once):
     pass
 
 def test_imports(tmp_path, monkeypatch):
@@ -66,7 +73,8 @@ def test_property(number):
 """
 )
 DEAR = {"test_dear", "test_dear_by_a_fixture"}
-QUICK = {"test_quick", "test_asleep", "test_imports", "test_property"}
+SHARING = {"test_imports", "test_first_of_a_shared_fixture"}
+QUICK = {"test_quick", "test_asleep", "test_property"} | SHARING
 MARKED = {"test_marked", "test_marked_for_one_case", "test_marked_and_quick"}
 pytest_plugins = ["pytester"]
 

@@ -12,6 +12,7 @@ would pass these limits is named at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import resource
@@ -30,7 +31,7 @@ MARKERS = {
 }
 MOST_SECONDS = 2.0  # of a processor, what child processes use included
 MOST_COMPILE = 1.0
-MOST_IN_ALL = 130.0  # of all tests of `fast`: some 90, and a third more on a busy machine
+MOST_IN_ALL = 100.0  # of all tests of `fast`: some 60, and half more on a busy machine
 # Files that take minutes begin first, the longest before the others: one that began last would be
 # waited for by itself.
 LONG_FILES = (
@@ -84,8 +85,11 @@ class CompileClock:
             self.longest = max(self.longest, min(duration, self._now() - self._lowered))
 
 
-class ImportClock:
-    """Adds up the seconds of imports: who is first to import a library is not slow for that."""
+class SharedClock:
+    """Adds up the seconds of what many tests share: whoever is first pays, and isn't slow for that.
+
+    These are imports, and fixtures of more than one test.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -93,19 +97,25 @@ class ImportClock:
         self._find_and_load = importlib._bootstrap._find_and_load  # type: ignore[attr-defined]
 
     def install(self) -> None:
-        importlib._bootstrap._find_and_load = self  # type: ignore[attr-defined]
+        importlib._bootstrap._find_and_load = self.importing  # type: ignore[attr-defined]
 
-    def __call__(self, *args: Any) -> Any:
-        began, self._depth = time.process_time(), self._depth + 1
-        try:
+    def importing(self, *args: Any) -> Any:
+        with self.running():
             return self._find_and_load(*args)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Time a block, and what is inside of it once."""
+        began, self._depth = processor_seconds(), self._depth + 1
+        try:
+            yield
         finally:
             self._depth -= 1
             if not self._depth:
-                self.seconds += time.process_time() - began
+                self.seconds += processor_seconds() - began
 
 
-COMPILES, IMPORTS = CompileClock(), ImportClock()
+COMPILES, SHARED = CompileClock(), SharedClock()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -120,7 +130,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     jax.monitoring.register_event_duration_secs_listener(COMPILES)
-    IMPORTS.install()
+    SHARED.install()
     if not hasattr(config, "workerinput"):  # of pytest-xdist
         config.pluginmanager.register(Ledger(config))
     if config.option.tier == "campaign":
@@ -151,13 +161,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _measured(item: pytest.Item) -> Iterator[None]:
     """Add what the wrapped phase costs to the test's, and fail in `fast` what is not fast."""
-    COMPILES.longest, began = 0.0, processor_seconds() - IMPORTS.seconds
+    COMPILES.longest, began = 0.0, processor_seconds() - SHARED.seconds
     try:
         return (yield)
     finally:
-        seconds = processor_seconds() - IMPORTS.seconds - began
+        seconds = processor_seconds() - SHARED.seconds - began
         cost = Cost(seconds, COMPILES.longest)
         item.stash[COST] = item.stash.get(COST, Cost()) + cost
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+    with SHARED.running() if fixturedef.scope != "function" else contextlib.nullcontext():
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -173,8 +189,8 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     if option.tier == "fast" and not cost.is_fast(option):
         pytest.fail(
             f"{cost.seconds:.1f} processor seconds (at most {option.fast_seconds}), and "
-            f"{cost.compile_seconds:.1f} for one program (at most {option.fast_compile}), fixtures "
-            "included, are too many for the fast tier. "
+            f"{cost.compile_seconds:.1f} for one program (at most {option.fast_compile}), its own "
+            "fixtures included, are too many for the fast tier. "
             "Make it quicker, or mark it: @pytest.mark.slow.",
             pytrace=False,
         )

@@ -31,6 +31,8 @@ from jlrm.judgement import prompts
 from jlrm.sampling.policy import open_policy
 from jlrm.sampling.stops import stop_tables
 
+pytestmark = pytest.mark.slow  # each writes a tokenizer or a checkpoint
+
 TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 HEADER = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEMPLATE = TURNS + HEADER

@@ -206,6 +206,7 @@ PIECES = (
 TEXT = st.lists(st.sampled_from(PIECES) | st.text("a{}’\n[", max_size=4), max_size=4).map("".join)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["judgelrm_train", "judgelrm_eval"])
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(question=TEXT, answer_1=TEXT, answer_2=TEXT)
@@ -384,6 +385,7 @@ def test_written_rows_read_back_equal(tmp_path):
     assert read(str(tmp_path / "y.json")).rows == ROWS
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     text=st.text(st.characters(codec="utf-8"), min_size=1),
@@ -761,6 +763,7 @@ def test_arbitrary_bytes_are_read_or_refused(tmp_path, content, name):
     is_read_or_said(tmp_path / name)
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     form=st.sampled_from([OURS, JUDGELM, TRL, verl(), PAIR, {}]),
@@ -782,6 +785,7 @@ def test_the_real_score_pairs_are_read_whole(reference):
     assert all(row.scores and row.meta["reasoning"] for row in comparisons.rows[:100])
 
 
+@pytest.mark.slow
 def test_the_real_preferences_are_read_whole(reference):
     comparisons = read(str(reference / "train" / "permissive_mix.jsonl.gz"))
     assert len(comparisons.rows) == 7930 and not comparisons.dropped

@@ -69,6 +69,7 @@ def test_sizes(qwen25, qwen3):
     assert control_tokens(qwen25) == set(qwen.CONTROL_TOKENS) - set(qwen.QWEN3_ONLY)
 
 
+@pytest.mark.slow
 def test_end_and_padding(tokenizer):
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert end_ids(tokenizer, qwen.directory("qwen3")) == (151_645,)
@@ -77,17 +78,20 @@ def test_end_and_padding(tokenizer):
     assert shown == "<think>a</think>"
 
 
+@pytest.mark.slow
 def test_decoding_is_the_inverse_of_encoding(tokenizer):
     texts = list(CLEAN.values())
     assert decode(tokenizer, encode(tokenizer, texts)) == texts
 
 
+@pytest.mark.slow
 def test_token_bytes_spell_the_text(tokenizer):
     text = "".join(CLEAN.values()) + "<|im_end|>"
     spelled = token_bytes(tokenizer)
     assert b"".join(spelled[i] for i in encode(tokenizer, [text])[0]) == text.encode()
 
 
+@pytest.mark.slow
 def test_chat_template_of_qwen3(qwen3):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     turns = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
@@ -98,6 +102,7 @@ def test_chat_template_of_qwen3(qwen3):
     assert rendered(qwen3, chat[1:]) == header.removeprefix("<|im_start|>system\nS<|im_end|>\n")
 
 
+@pytest.mark.slow
 def test_chat_template_of_qwen25(qwen25):
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     header = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
@@ -118,6 +123,7 @@ def test_equals_the_official_files(qwen3, qwen3_official):
     assert decode(qwen3, ids) == decode(qwen3_official, ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", [{}, {"enable_thinking": True}, {"enable_thinking": False}])
 def test_chat_equals_the_official_template(switch, qwen3, qwen3_official):
     for chat in CHATS:

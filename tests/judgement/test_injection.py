@@ -118,6 +118,7 @@ def test_hundred_kilobytes_add_no_control_token(tokenizer):
     check_structure(in_every_place([HOSTILE[name] for name in LONG]), tokenizer, "toy")
 
 
+@pytest.mark.slow
 @on(*TOKENIZERS)
 def test_the_check_sees_what_is_not_neutralised(tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "neutralise", lambda text, control: text)
@@ -183,6 +184,7 @@ def test_lone_surrogates_are_replaced(name, tokenizer):
     example.prompt.encode()  # can be written: no surrogate is left
 
 
+@pytest.mark.slow
 @on(*TOKENIZERS)
 def test_hostile_reasons_stay_text_in_targets(tokenizer):
     (row,) = toy.comparisons(seed=1, num_rows=1)
@@ -253,6 +255,7 @@ def completions(text: str) -> Iterator[str]:
     yield f"<think>{text}</think>{text}{WIN}"
 
 
+@pytest.mark.slow
 def test_every_text_has_a_verdict(record_property):
     start, num_texts = time.thread_time(), 0
     for text in itertools.chain(HOSTILE.values(), CLEAN.values()):

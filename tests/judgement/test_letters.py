@@ -193,6 +193,7 @@ def test_any_text_has_a_preference_or_a_reason(text):
     assert preference(f"{text}</think>[[B]]") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "piece",
     ["[[", "[[A]] ", "verdict: ", "verdict: A\n", "A or ", "a", " ", "the ", '"[[A]]" ', "if "],

@@ -91,6 +91,7 @@ def test_the_attacks_differ_and_would_work():
     assert sum(won) > 0.2 * NUM_ATTACKS
 
 
+@pytest.mark.slow
 def test_no_attack_survives_the_prompt():
     for attack in attacks(NUM_ATTACKS):
         (shown,) = {shown_in(attack.text, place) for place in PLACES}

@@ -223,12 +223,14 @@ def _seconds(text: str, strict: bool) -> float:
     return min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", MEGABYTES)
 def test_a_megabyte_takes_less_than_a_second(name: str, strict: bool) -> None:
     assert _seconds(MEGABYTES[name], strict) < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("piece", ["<answer>", "</answer>", "</think><", "<answer>7</answer>"])
 def test_time_grows_with_the_length(piece: str, strict: bool) -> None:

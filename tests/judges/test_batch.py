@@ -100,6 +100,7 @@ def test_the_same_requests_come_as_without_batches(service, serve, make, tmp_pat
     assert single.spent.num_requests == 0 and len(bodies) == 6
 
 
+@pytest.mark.slow
 def test_many_requests_are_several_batches_and_their_games_are_whole(service, make, monkeypatch):
     monkeypatch.setattr(batch, "MOST_REQUESTS", 4)
     server = service("--fault", "order")
@@ -108,6 +109,7 @@ def test_many_requests_are_several_batches_and_their_games_are_whole(service, ma
     assert all(len(set(each.texts or ())) == 3 for each in answers.values())
 
 
+@pytest.mark.slow
 def test_large_requests_are_several_batches(service, make, monkeypatch):
     monkeypatch.setattr(batch, "MOST_BYTES", 5_000)
     server = service()
@@ -115,6 +117,7 @@ def test_large_requests_are_several_batches(service, make, monkeypatch):
     assert 2 <= len(begun(server)) <= 6
 
 
+@pytest.mark.slow
 def test_what_fails_costs_its_game_and_is_asked_by_the_next_run(service, make, tmp_path):
     server = service()
     faults = ("s400", "batch_expired", "aborted", "filter", "cut", "blank")
@@ -139,6 +142,7 @@ def test_a_batch_that_expires_gives_what_it_has(service, make):
     assert errors == ["the batch ended without it"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["busy", "lost", "torn"])
 def test_nothing_is_begun_twice_when_a_call_breaks(service, make, fault):
     server = service("--fault", fault)
@@ -147,6 +151,7 @@ def test_nothing_is_begun_twice_when_a_call_breaks(service, make, fault):
     assert len(begun(server)) == 1
 
 
+@pytest.mark.slow
 def test_a_file_whose_batch_never_told_its_name_is_found(service, make, tmp_path, monkeypatch):
     """A command that was killed between the two, with other batches begun since."""
     server = service("--fault", "lost")
@@ -160,6 +165,7 @@ def test_a_file_whose_batch_never_told_its_name_is_found(service, make, tmp_path
     assert all(each.texts for each in answers.values()) and len(begun(server)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_stopped_goes_on_and_pays_nothing_twice(service, make, tmp_path, signum):
     server = service("--polls", "10")

@@ -65,6 +65,7 @@ with open(path, "a") as file:
 # -------------------------------------------------------------------------------- what is asked
 
 
+@pytest.mark.slow
 def test_every_vote_is_asked_once_and_concurrency_is_reached(serve):
     server = serve("--delay", "0.05", "--key", KEY)
     backend = make(server, votes=3, concurrency=6)
@@ -133,6 +134,7 @@ def test_chat_prompts_and_settings_go_out(serve):
     assert "top_p" not in second["body"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["judgelrm_train", "jlrm"])
 def test_hostile_text_has_no_control_tokens_and_only_where_asked(name):
     clean = requests.Template.of(name, (1, 10), True)
@@ -160,6 +162,7 @@ PASSING = (
 )
 
 
+@pytest.mark.slow
 def test_what_passes_is_asked_again(serve):
     """Neither are limits of a rate tries: more of them come than there are retries."""
     server = serve()
@@ -239,6 +242,7 @@ def test_a_refused_vote_refuses_its_game_and_a_missing_one_counts_more(serve):
     assert second.refused is None and (second.error or "").startswith("HTTP 400")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["endless", "bomb", "five_gigabytes", "endless_error"])
 def test_a_body_without_end_costs_one_game_and_no_memory(serve, fault):
     """A process of its own: what it held at most is known only when it has ended."""
@@ -272,6 +276,7 @@ print(json.dumps([before, used(), *(each.error for each in responses)]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", range(5))
 def test_a_storm_of_limits_loses_no_game(serve, shape):
     """40 games at 8 a window, the wait told in every way; far more refusals than retries."""
@@ -284,6 +289,7 @@ def test_a_storm_of_limits_loses_no_game(serve, shape):
     assert times[-1] - times[0] >= 4 * 0.8 - 0.1
 
 
+@pytest.mark.slow
 def test_a_limit_that_never_ends_stops_the_run_and_one_of_a_game_costs_the_game(serve, monkeypatch):
     monkeypatch.setattr(pace, "LONGEST_PATIENCE", 0.5)
     server = serve()
@@ -303,6 +309,7 @@ def test_a_request_larger_than_the_limit_is_not_waited_for(serve):
     assert "Request too large" in (answer.error or "") and len(server.requests) == 1
 
 
+@pytest.mark.slow
 def test_requests_per_minute_are_kept_by_all_together(serve):
     server = serve()
     judged(make(server, concurrency=8, requests_per_minute=1200), games(20))
@@ -358,6 +365,7 @@ def test_fields_are_added_changed_and_left_out(serve):
     assert (body["top_k"], body["stop"], body["max_tokens"]) == (5, ["a", None], 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "shape"), [("seed", 0), ("temperature", 1), ("seed", 2)])
 def test_a_field_that_a_server_refuses_is_named_with_the_flag_that_helps(serve, name, shape):
     server = serve("--refuse", name, "--refuse-shape", str(shape))
@@ -390,6 +398,7 @@ def test_a_usage_that_can_be_none_counts_as_the_most(serve, tmp_path, field, val
     assert again.spent.num_cached == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["late", "trickle", "trickled_head"])
 def test_a_slow_answer_ends_at_the_timeout(serve, fault):
     server = serve()
@@ -402,6 +411,7 @@ def test_a_slow_answer_ends_at_the_timeout(serve, fault):
     assert answers["1:0-1"].error is None
 
 
+@pytest.mark.slow
 def test_a_number_in_retry_after_holds_back_all_requests(serve):
     server = serve("--delay", "0.05")
     asked = [game("FAULT:seconds*1", 0), *(game(f"fine {i}", i) for i in range(1, 30))]
@@ -412,6 +422,7 @@ def test_a_number_in_retry_after_holds_back_all_requests(serve):
     assert len(times) == 31 and sum(seconds < 0.9 for seconds in times) <= 4
 
 
+@pytest.mark.slow
 def test_a_date_in_retry_after_is_obeyed(serve):
     server = serve()
     (answer,) = judged(make(server), [game("FAULT:date*1")]).values()
@@ -489,6 +500,7 @@ def test_an_error_in_record_comes_through(serve):
     assert len(server.requests) < 40
 
 
+@pytest.mark.slow
 def test_a_missing_vote_leaves_the_game_unjudged_and_the_others_kept(serve, tmp_path):
     server = serve("--fault", "2=s400")
     backend = make(server, votes=3, concurrency=1, cache=tmp_path / "cache")
@@ -502,6 +514,7 @@ def test_a_missing_vote_leaves_the_game_unjudged_and_the_others_kept(serve, tmp_
 # ------------------------------------------------------------------------------- what is stopped
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back(serve, tmp_path):
     cache = tmp_path / "cache"
     server = serve("--fault", "20=die", "--delay", "0.01")
@@ -531,6 +544,7 @@ def start_client(path: pathlib.Path, num_items: int, **kwargs: Any) -> subproces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_run_that_is_stopped_goes_on_and_pays_nothing_twice(serve, tmp_path, signum):
     server = serve("--delay", "0.05")
@@ -567,6 +581,7 @@ def test_a_run_that_is_stopped_goes_on_and_pays_nothing_twice(serve, tmp_path, s
 # ---------------------------------------------------------------------------------- what is paid
 
 
+@pytest.mark.slow
 def test_a_cache_file_that_is_broken_is_asked_for_again(serve, tmp_path, caplog):
     server = serve()
     cache = tmp_path / "cache"
@@ -627,6 +642,7 @@ def test_a_servers_text_cannot_steer_a_terminal(serve):
     assert quote(f"\x1b[2J {KEY}\ud800\n b") == "\ufffd[2J [key]\ufffd b"
 
 
+@pytest.mark.slow
 def test_what_shapes_an_answer_shapes_its_place_in_the_cache(serve, tmp_path):
     server = serve()
     cache = tmp_path / "cache"
@@ -674,6 +690,7 @@ def cost(server: Running) -> float:
     return charged / 1e6
 
 
+@pytest.mark.slow
 def test_a_budget_is_used_and_not_exceeded(serve, tmp_path):
     server = serve("--delay", "0.02")
     budget, cache = 0.015, tmp_path / "cache"
@@ -694,6 +711,7 @@ def test_a_budget_is_used_and_not_exceeded(serve, tmp_path):
     assert backend.spent.usd + rest.spent.usd == pytest.approx(cost(server))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["half", "late", "no_usage"])
 def test_an_unknown_cost_counts_as_the_highest(serve, fault):
     server = serve("--fault", f"all={fault}")

@@ -77,6 +77,7 @@ def test_every_form_of_a_judgement_is_read_at_once(evaluated, mode):
     assert evaluated(mode)[:4] == (100.0, 6, 6, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["upstream_error", "empty"])
 def test_what_was_not_finished_is_asked_again_then_unjudged_then_asked_by_the_next_run(
     evaluated, mode

@@ -222,6 +222,7 @@ def test_skipped_blocks_hold_nothing_visible(name):
         assert computed.sum() <= 1.25 * needed.sum()
 
 
+@pytest.mark.slow
 def test_number_of_slots_is_checked(layout):
     packing = Packing(
         jnp.ones((1, 96), jnp.int32), jnp.zeros((1, 96), jnp.int32), jnp.zeros(1, int)

@@ -663,6 +663,7 @@ def test_every_preset_but_the_toy_is_a_published_one():
     assert PRESETS.keys() == PUBLISHED.keys() | {"toy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_number_of_parameters(name):
     config = preset(name)

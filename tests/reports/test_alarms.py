@@ -111,6 +111,7 @@ def test_a_lean_that_is_seen_once_is_waited_for_and_one_that_passed_is_said_to_b
     assert not alarm.is_over
 
 
+@pytest.mark.slow
 def test_a_run_says_it_and_its_page_says_it_again_and_a_restart_does_not(tmp_path, capsys):
     settings: dict[str, Any] = dict(stage="grpo", tensorboard=False, wandb_project="", config={})
     made = rows(12, entropy=0.004)

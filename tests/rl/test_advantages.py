@@ -48,6 +48,7 @@ def test_equals_the_reference_packages(name, scale, eps):
     np.testing.assert_allclose(advantages(rewards, scale, eps), wanted, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @settings(deadline=None, max_examples=100)
 @given(value=st.floats(-1e4, 1e4, width=32))
@@ -74,6 +75,7 @@ def test_a_missing_reward_is_out_of_the_baseline_as_in_trl():
     np.testing.assert_allclose(advantages(rewards, "group", 1e-4), wanted, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**31), share=st.floats(0.0, 1.0))
@@ -96,12 +98,14 @@ def test_missing_rewards_count_in_nothing(scale, seed, share):
     np.testing.assert_allclose(advantages(rewards, scale), wanted, rtol=2e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_without_an_eps_a_uniform_or_missing_group_is_still_zero():
     rewards = np.array([[1.0, 1.0, 1.0], [np.nan, np.nan, np.nan], [np.nan, 5.0, np.nan]])
     for scale in SCALES:
         assert np.array_equal(advantages(rewards, scale, eps=0.0), np.zeros((3, 3)))
 
 
+@pytest.mark.slow
 def test_eps_is_added_to_the_deviation_and_one_degree_of_freedom_is_taken_off():
     rewards = np.array([[0.0, 2.0]])  # deviation sqrt(2) with ddof 1, 1 with ddof 0
     for eps in (1e-6, 0.5, 10.0):
@@ -111,6 +115,7 @@ def test_eps_is_added_to_the_deviation_and_one_degree_of_freedom_is_taken_off():
         np.testing.assert_allclose(advantages(rewards, "none", eps), [[-1.0, 1.0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", SCALES)
 def test_groups_have_mean_zero_and_the_deviation_of_their_scale(scale):
     rewards = random_rewards()

@@ -67,6 +67,7 @@ def random_logits(shape: tuple[int, ...], scale: float = 3.0, seed: int = 0) -> 
     return np.random.default_rng(seed).normal(0.0, scale, size=shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @each_distribution
 @pytest.mark.parametrize("vocab_size", [1000, 151936])
 def test_equals_a_float64_reference(distribution, vocab_size):
@@ -97,6 +98,7 @@ def test_keeps_ties_with_the_last_id_kept(distribution):
     np.testing.assert_allclose(np.asarray(found)[finite], wanted[finite], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [0, 1, 50])
 @pytest.mark.parametrize("top_p", [0.001, 0.9, 0.999, 1.0])
 def test_keeps_what_transformers_keeps(torch, top_k, top_p):
@@ -129,6 +131,7 @@ def test_a_top_p_just_below_one_leaves_top_k_as_it_is():
     assert np.all(is_kept(program(logits)).sum(axis=1) <= 50)
 
 
+@pytest.mark.slow
 def test_batch_axes_are_free():
     logits = random_logits((2, 3, 40))
     distribution = Distribution(0.7, 5, 0.9)
@@ -139,6 +142,7 @@ def test_batch_axes_are_free():
         )
 
 
+@pytest.mark.slow
 @each_distribution
 def test_keep_adds_its_id_to_those_kept(distribution):
     logits = random_logits((64, 1000))
@@ -207,6 +211,7 @@ def test_the_threshold_is_exactly_the_kth_largest_value(values, wanted):
     assert found[0, 0] == np.sort(row[0])[-wanted]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     values=st.lists(ordinary_floats(), min_size=16, max_size=16),
@@ -410,6 +415,7 @@ def test_loss_and_gradients_equal_those_of_the_plain_head(
     assert_near(undifferentiated, (wanted[0][0] / 3, wanted[0][1]))
 
 
+@pytest.mark.slow
 def test_gradients_equal_differences_of_the_loss_in_float64():
     """An oracle that shares no code: NumPy, along random directions of states and head."""
     states, head, tokens, weights = example_of()
@@ -487,6 +493,7 @@ def test_nothing_to_score_has_no_loss_and_no_gradient(mesh_shape):
         assert not np.any(np.asarray(leaf))
 
 
+@pytest.mark.slow
 def test_data_may_be_integers_and_masks_and_gets_no_gradient(small_chunks, mesh):
     states, head, tokens, weights = example_of()
     data = {"mask": tokens > 40, "choice": tokens % 2, "weights": weights}
@@ -507,6 +514,7 @@ def test_data_may_be_integers_and_masks_and_gets_no_gradient(small_chunks, mesh)
     assert np.any(np.asarray(gradients[0])) and not np.any(np.asarray(gradients[1]))
 
 
+@pytest.mark.slow
 def test_sums_carry_no_gradient(mesh):
     states, head, tokens, weights = example_of()
     layout = training_layout(mesh)
@@ -632,6 +640,7 @@ def test_states_travel_to_the_head_and_not_over_the_data_axis(mesh_shape):
         assert size <= NUM_ROWS * NUM_TOKENS * WIDTH
 
 
+@pytest.mark.slow
 def test_entropy_is_that_of_the_kept_ids(mesh):
     """A head of zeros makes every id alike: entropy is the log of how many there are."""
     states, head, tokens, _ = example_of()

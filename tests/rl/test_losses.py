@@ -207,6 +207,7 @@ def test_the_list_of_what_cannot_be_expressed_is_exact():
     assert set(CASES) - set(MAPPED) == NOT_EXPRESSIBLE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAPPED)
 def test_loss_gradient_and_metrics_equal_the_reference_packages(name):
     case, ours = CASES[name], MAPPED[name]
@@ -347,6 +348,7 @@ def test_the_dual_clip_bounds_losses_of_negative_advantages_only():
     np.testing.assert_allclose(losses(1.1), [-1.2, 1.2], rtol=1e-6)  # the clip is the larger loss
 
 
+@pytest.mark.slow
 def test_a_surrogate_sees_ratio_1_and_log_probability_0_in_padding(monkeypatch):
     seen = []
     monkeypatch.setitem(SURROGATES, "ppo", lambda _, tokens: seen.append(tokens) or tokens.logp)
@@ -372,6 +374,7 @@ def test_cispo_weighs_each_log_probability_by_its_clipped_ratio(aggregation):
     assert np.all(np.asarray(gradient)[np.asarray(inputs.mask)] != 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [np.inf, -np.inf, 3e38, -3e38])
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("surrogate", SURROGATES)
@@ -469,6 +472,7 @@ def test_an_unknown_aggregation_is_an_error():
         token_weights(jnp.ones((1, 1), bool), "token-mean")
 
 
+@pytest.mark.slow
 def test_clip_metrics_count_tokens_whose_gradient_the_clip_removes():
     ratios = jnp.array([0.5, 0.9, 1.1, 1.5])
     log_ratio = jnp.tile(jnp.log(ratios), (3, 1))
@@ -508,6 +512,7 @@ def test_the_loss_asks_for_what_its_settings_need():
         policy_loss(loss_of(ratio="sequence"), inputs.logp, inputs.entropy, targets)
 
 
+@pytest.mark.slow
 def test_sequences_of_one_row_have_their_own_mean_log_ratio():
     log_ratio = jnp.array([[1.0, 2.0, 6.0, 5.0, jnp.inf], [8.0, 4.0, 3.0, 1.0, 0.0]])
     sequence = jnp.array([[0, 0, 0, 1, 1], [0, 1, 1, 2, 2]])
@@ -533,6 +538,7 @@ def with_importance(inputs: Inputs, importance: Any) -> PolicyTargets:
     return PolicyTargets(*arrays, importance=importance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", list(SURROGATES))
 def test_importance_weighs_the_surrogate_and_no_other_term(surrogate):
     """As TRL and verl: the weight multiplies the policy loss before KL and entropy are added."""
@@ -566,6 +572,7 @@ def test_importance_weighs_the_surrogate_and_no_other_term(surrogate):
     assert jax.tree.map(float, sums) == jax.tree.map(float, plain_sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["trl/dapo_off_token_truncate_1.2", "verl/token-mean_off_tis_1.2"])
 def test_importance_of_the_surrogate_equals_the_reference_packages(name):
     case, ours = CASES[name], MAPPED[name]
@@ -597,6 +604,7 @@ def test_the_reference_is_measured_even_where_its_weight_is_zero():
     np.testing.assert_allclose(sums["kl"], wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_k3_is_the_divergence_on_average_and_never_negative():
     rng = np.random.default_rng(0)
     policy, reference = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(2, 50)), jnp.float32))

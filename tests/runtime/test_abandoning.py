@@ -26,6 +26,7 @@ sys.exit(commands.run(main))
 """
 
 
+@pytest.mark.slow
 def test_what_is_waited_for_comes_back_and_so_does_what_it_raises():
     ticks = []
     assert commands.abandonable(lambda: time.sleep(1.2) or 7, lambda: ticks.append(1)) == 7

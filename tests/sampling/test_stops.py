@@ -61,6 +61,7 @@ def check(
         assert end_by_table(tables, automaton, tokens) == wanted, (text, count)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(
     text=st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join),
@@ -132,6 +133,7 @@ END = "</think>"
 REASONING = [*FRAGMENTS, END, "</think", "</th", "ink>", "</", "think>", "<think>", "</</think>"]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(
     text=st.lists(st.sampled_from(REASONING), max_size=14).map("".join),

@@ -67,6 +67,7 @@ def test_a_checkpoint_binds_the_directory_to_its_config(run_dir):
         opened(settings(run_dir, grpo={"steps": 8, "optimizer": {"schedule": "linear"}}))
 
 
+@pytest.mark.slow
 def test_a_run_that_began_before_foldings_keeps_its_split_and_a_new_one_its_own(run_dir):
     """Two questions that differ by a comma: one question today, two when older runs began."""
     data = run_dir.parent / "pairs.jsonl"
@@ -109,6 +110,7 @@ def test_a_run_from_before_importance_terms_goes_on_with_all_or_not_at_all(run_d
     assert "importance_terms: all" in path.read_text()
 
 
+@pytest.mark.slow
 def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_they_are_gone(run_dir):
     opened(settings(run_dir))
     (run_dir / "checkpoints" / "grpo" / "2").mkdir(parents=True)
@@ -157,6 +159,7 @@ def test_a_stage_whose_checkpoints_are_gone_is_not_trained_under_a_later_one(run
     assert f"model.path={run_dir}@grpo/2 run.dir=NEW sft.steps=0" in str(told.value)
 
 
+@pytest.mark.slow
 def test_a_start_that_is_killed_leaves_no_half_of_a_model(run_dir, monkeypatch):
     opened(settings(run_dir))
     before = {path.name for path in (run_dir / "model").iterdir()}
@@ -172,6 +175,7 @@ def test_a_start_that_is_killed_leaves_no_half_of_a_model(run_dir, monkeypatch):
     assert not (run_dir / "model.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_directory_has_one_writer(run_dir):
     config = settings(run_dir / "run")
     with setup.open_run(config, jax.devices()[:1]):
@@ -184,6 +188,7 @@ def test_a_directory_has_one_writer(run_dir):
     opened(config)
 
 
+@pytest.mark.slow
 def test_a_writer_that_was_killed_holds_nothing(run_dir):
     code = (
         "import os, pathlib, sys\nfrom jlrm.runtime.lock import sole_writer\n"

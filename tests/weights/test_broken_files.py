@@ -199,6 +199,7 @@ def check_yaml(file: pathlib.Path, seed: int) -> bool:
     return bool(message)
 
 
+@pytest.mark.slow
 @FEW_OR_MANY
 def test_a_spoilt_config_is_read_or_refused_in_one_sentence(seeds, tmp_path):
     refused = sum(check_yaml(tmp_path / "c.yaml", seed) for seed in seeds)

@@ -91,6 +91,7 @@ def assert_equal(one: Any, other: Any) -> None:
 # ------------------------------------------------------------------ digests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_digest_is_the_same_on_every_mesh_and_on_the_host(dtype):
     values = np.random.default_rng(0).normal(size=(2, 8, 24)).astype(jax.numpy.dtype(dtype))
@@ -162,6 +163,7 @@ def test_what_was_saved_comes_back_on_any_mesh_and_in_either_precision(run):
     assert_equal(wanted, rounded)
 
 
+@pytest.mark.slow
 def test_an_old_step_goes_only_after_the_new_one_is_found_whole(run, monkeypatch):
     series = opened(run, keep_last=1, keep_best=0)
     series.save(6, state_of(6), META, None)
@@ -175,6 +177,7 @@ def test_an_old_step_goes_only_after_the_new_one_is_found_whole(run, monkeypatch
     series.close()
 
 
+@pytest.mark.slow
 def test_the_best_are_kept_beside_the_last(tmp_path):
     series = opened(tmp_path, keep_last=1, keep_best=1)
     for step, agreement in ((2, 60.0), (4, 50.0), (6, None)):
@@ -203,6 +206,7 @@ def test_numbers_that_are_not_finite_are_not_saved(run, part):
     assert steps.saved_steps(run)["grpo"] == [2, 4]
 
 
+@pytest.mark.slow
 def test_steps_of_older_programs_are_read_and_said_to_be_unchecked(run, caplog):
     for step in (2, 4):
         shutil.rmtree(step_dir(run, step) / "digests")
@@ -260,6 +264,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_newest_step_is_named_and_skipped(run, kind, caplog):
     harm, said = DAMAGE[kind]
@@ -287,6 +292,7 @@ def test_without_sizes_a_file_without_content_is_noticed_all_the_same(run):
         opened(run)
 
 
+@pytest.mark.slow
 def test_damage_of_an_older_step_stops_nothing(run, caplog):
     (step_dir(run, 2) / "metrics/metrics").write_bytes(b"\xff")
     assert restored(run)[0] == 4
@@ -303,6 +309,7 @@ def test_when_no_step_is_whole_nothing_begins_anew(run):
         steps.find(str(run))
 
 
+@pytest.mark.slow
 def test_a_save_that_did_not_finish_is_no_step(run, caplog):
     """As in a store, where a save has its final name from its beginning."""
     (step_dir(run) / steps.COMMITTED).unlink()
@@ -333,6 +340,7 @@ def flip_largest(step: pathlib.Path) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_named_and_another_step_taken_only_if_asked_for(run, capsys):
     flip_largest(step_dir(run))
     with pytest.raises(UsageError, match=r"grpo/4 is damaged: its item 'params'") as told:
@@ -357,6 +365,7 @@ def test_two_damaged_steps_leave_nothing_to_offer(run):
         restored(run, resume="previous")
 
 
+@pytest.mark.slow
 def test_a_step_that_is_asked_for_is_taken_once(run):
     asked = {"resume": "grpo/2"}
     assert restored(run, **asked)[0] == 2

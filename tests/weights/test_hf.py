@@ -266,6 +266,7 @@ def test_export_needs_memory_for_a_few_tensors_not_for_the_model(dtype, tmp_path
 # ------------------------------------------------------------------ onto devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [training_layout, rollout_layout])
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), (4, 1, 2)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
@@ -310,6 +311,7 @@ def test_several_files_load_as_one(tmp_path):
 # ------------------------------------------------------------------ transformers reads it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 9000])
 @pytest.mark.parametrize("name", NAMES)
 def test_transformers_loads_an_export_and_computes_the_same(name, shard_bytes, tmp_path, torch):
@@ -328,6 +330,7 @@ def test_transformers_loads_an_export_and_computes_the_same(name, shard_bytes, t
         assert torch.equal(model(input_ids=tokens).logits, source(input_ids=tokens).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_names_and_shapes_are_those_of_transformers_for_every_preset(name, torch):
     """Two layers of each, on the meta device: nothing is allocated."""

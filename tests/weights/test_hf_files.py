@@ -87,6 +87,7 @@ def with_extras(tensors: Tensors) -> None:
 # ------------------------------------------------------------------ which files
 
 
+@pytest.mark.slow
 def test_a_single_file_wins_over_a_stale_index_and_its_shards(tmp_path, caplog, torch):
     directory = write(tmp_path, "qwen3", lambda tensors: None)
     stale = {key: 2 * value for key, value in load_file(directory / WEIGHTS).items()}

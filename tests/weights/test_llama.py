@@ -14,6 +14,7 @@ from jlrm.runtime.mesh import training_layout
 from jlrm.weights import hf, hf_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_logits_and_files_are_those_of_transformers(torch, tmp_path, is_tied):
     import transformers

@@ -89,6 +89,7 @@ def test_it_is_read_as_any_source_is():
         readers.read("languages#unsen")
 
 
+@pytest.mark.slow
 def test_a_control_turns_gold_round_by_chance_and_leaves_all_else(caplog):
     config = {"train": "languages", "eval": "languages#heldout"}
     given = read_splits(DataConfig(**config), (1, 10), needs_scores=False)

@@ -218,6 +218,7 @@ def test_rewardbench_vectors(reference):
             assert sum(found.values()) / 4 == pytest.approx(mean, **EXACT)
 
 
+@pytest.mark.slow
 def test_rewardbench_of_whole_subsets_gives_the_published_vector(reference):
     """From verdicts on pairs to the sections, with as many right as the accuracies say."""
     sizes = {n: w for subsets in rewardbench.SECTIONS.values() for n, w in subsets.items()}
@@ -708,6 +709,7 @@ def test_votes_that_are_split_make_no_label():
         assert counted.label == label
 
 
+@pytest.mark.slow
 def test_every_field_of_a_policy_has_an_effect():
     """Some judge is scored otherwise for another value of each field."""
     for name in POLICIES:

@@ -76,6 +76,7 @@ def test_the_interval_of_a_share_is_the_binomial_one():
     assert (low, high) == pytest.approx((60 - half, 60 + half), abs=0.8)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_nineteen_times_in_twenty():
     rng = np.random.default_rng(3)
     covered = 0

@@ -86,6 +86,7 @@ def test_a_judge_without_a_verdict_is_compared_with_none(is_mine):
     assert found and found.difference == 0.0 and found.clusters == 12
 
 
+@pytest.mark.slow
 def test_metrics_that_are_means_are_those_of_the_slow_way():
     """Whatever way a figure is resampled, its interval is that of resamples of clusters."""
     rng = np.random.default_rng(0)
