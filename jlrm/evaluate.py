@@ -1,6 +1,6 @@
 """Let a judge judge benchmarks, and measure it by their own rules.
 
-    python -m jlrm.evaluate --model M --benchmark B[,B2] [--data PATH] [--backend jlrm|openai]
+    python -m jlrm.evaluate --model M --benchmark B[,B2] [--data PATH] [--backend jlrm|openai|rule]
     python -m jlrm.evaluate --verdicts FILE --benchmark B        what a judge has said already
 
     1  read     each benchmark's items, and make games of them: pairs of answers in an order
@@ -104,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
-        entries[name] = results.entry(evaluation, None if run.recorded else high - low)
+        entries[name] = results.entry(evaluation, high - low if "scale" in args.options else None)
 
         # 5. Compare.
         if args.compare:
@@ -304,7 +304,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"action": "append", "default": []}
-    add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, or a name there")
+    add(
+        "--model",
+        default="",
+        metavar="M",
+        help="RUN@STEP, directory, hub id, a name there, or a rule: longer, shorter, first, second",
+    )
     add("--benchmark", required=True, metavar="B,B2", help="one or more of those listed below")
     add(
         "--data",

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import MeshConfig, UsageError
+from jlrm.evaluation import rules
 from jlrm.evaluation.games import Backend
 from jlrm.judges import requests
 from jlrm.runtime.settings import load
 
 BATCHES = "batches.json"
-JLRM, OPENAI, VERDICTS = BACKENDS = ("jlrm", "openai", "verdicts")
+JLRM, OPENAI, VERDICTS, RULE = BACKENDS = ("jlrm", "openai", "verdicts", "rule")
 
 
 class Option(NamedTuple):
@@ -125,7 +126,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options of the backend, each with its value.
 
     Raises:
-      UsageError: an option was given that the backend does not have, or a value out of range.
+      UsageError: an option was given that the backend does not have, a value out of range, or a
+        rule that there is not.
     """
     chosen = {}
     for name, option in OPTIONS.items():
@@ -139,7 +141,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         _check_finite(flag, value)
     if chosen.get("request"):
         chosen["request"] = requests.parsed_fields(chosen["request"])
-    if args.backend != VERDICTS:
+    if args.backend == RULE:
+        rules.judge(args.model)
+    if args.backend in BOTH:
         prompt, scale = _trained_with(args.model) if args.backend == JLRM else ("jlrm", [1, 10])
         chosen["prompt"] = chosen["prompt"] or prompt
         chosen["scale"] = list(chosen["scale"]) or scale
@@ -192,7 +196,7 @@ def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> 
         for name, value in chosen.items()
         if OPTIONS[name].is_shaping and not (name in ADDED and value == OPTIONS[name].default)
     }
-    who = model if backend == OPENAI else _fingerprint(model)
+    who = _fingerprint(model) if backend == JLRM else model
     return {"backend": backend, "model": who, **shaping, "seed": seed}
 
 
@@ -232,7 +236,9 @@ def _files(directory: Any) -> Iterator[Any]:
 def make(
     backend: str, model: str, chosen: Mapping[str, Any], seed: int, out: pathlib.Path | None
 ) -> Backend:
-    """Load the model, or prepare to call it. out: where batches under way are kept."""
+    """Load the model, prepare to call it, or take a rule. out: where batches under way are kept."""
+    if backend == RULE:
+        return rules.judge(model)
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:
