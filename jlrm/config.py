@@ -21,6 +21,8 @@ Count = Annotated[int, 0]  # the number is the least value, see `_check_range`
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0.0]
 MOST = 2**31 - 1  # counts become int32 on the devices
+Metric = Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"]
+Part = Literal["base", "model", "train", "heldout", "plugins"]  # of a run: training/same_run.py
 Seed = Annotated[int, 0, 2**32 - 1]  # random keys hold 32 bits: a larger seed would repeat another
 
 
@@ -38,13 +40,11 @@ class RunConfig:
     seed: Seed = 0  # initial weights, order of the data, every sampled token
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
+    accept: list[Part] = field(default_factory=list)  # what may have changed since it was made
     resume: str = ""  # where to go on: [STAGE/]STEP, or "previous" where the newest is damaged
     keep_best: Count = 1  # checkpoints kept for the highest values of `best_metric`
-    # Held-out metric that ranks checkpoints. A response that the reward calls malformed has no
-    # verdict, and so is wrong, whatever a lenient reader makes of it.
-    best_metric: Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"] = (
-        "agreement"
-    )
+    # Held-out metric that ranks checkpoints. What the reward calls malformed is wrong here.
+    best_metric: Metric = "agreement"
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
     host_timeout: Positive = 1800  # seconds that a host may lag behind; then all stop and name it

@@ -44,6 +44,7 @@ from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
 from jlrm.runtime import cluster, commands, hosts, settings
+from jlrm.weights import steps
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     runs = [_read(name, args) for name in args.names]
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
-    model = options.pinned(args.backend, args.model)
+    model = steps.pinned(args.model) if args.backend == options.JLRM else args.model
     identity = options.identity(args.backend, model, args.options, args.seed)
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
@@ -304,12 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"action": "append", "default": []}
-    add(
-        "--model",
-        default="",
-        metavar="M",
-        help="RUN@STEP, directory, hub id, a name there, or a rule: longer, shorter, first, second",
-    )
+    add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, name there, or rule")
     add("--benchmark", required=True, metavar="B,B2", help="one or more of those listed below")
     add(
         "--data",

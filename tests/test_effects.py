@@ -34,7 +34,7 @@ from jlrm.judgement import rewards
 from jlrm.runtime import hosts
 from jlrm.runtime import mesh as mesh_module
 from jlrm.runtime.settings import load
-from jlrm.training import update
+from jlrm.training import same_run, update
 from jlrm.weights import presets
 
 QUICKSTART = pathlib.Path(__file__).parent.parent / "configs/quickstart.yaml"
@@ -100,6 +100,7 @@ CHANGES = {
     "run.dir": Change("{folder}/elsewhere"),
     "run.seed": Change(1),
     "run.save_every": Change(1),
+    "run.accept": Change("[train]"),
     "run.resume": Change("grpo/1"),  # where nothing is saved
     "run.keep_last": Change(1, ("run.save_every=1", "run.keep_best=0", "grpo.steps=3")),
     "run.keep_best": Change(0, (*EVERY_STEP, "run.keep_last=1", "run.best_metric=reward")),
@@ -427,11 +428,22 @@ def observed_timeout(*overrides: str) -> Any:
     return told
 
 
+def observed_acceptance(*overrides: str) -> Any:
+    """Return what a run says whose training rows have changed."""
+    config = load(QUICKSTART, [f"run.{text}" for text in overrides])
+    try:
+        return same_run.check_made_from(config, {"train": "a"}, {"train": "b"})
+    except UsageError as error:
+        return str(error)
+
+
 def observer(name: str) -> Callable[..., Any] | None:
     """Return what observes a field by itself; None: a run does."""
     section, _, field = name.rpartition(".")
     if name == "run.host_timeout":
         return observed_timeout
+    if name == "run.accept":
+        return observed_acceptance
     if section == "reward" and field in REWARD:
         return observed_rewards
     if section == "mesh":

@@ -29,10 +29,10 @@ from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
-from jlrm.training import update
+from jlrm.training import same_run, update
 from jlrm.training.scoring import judge_responses
 from jlrm.weights import checkpoint, hf, hf_config
-from jlrm.weights.steps import find, saved_steps
+from jlrm.weights.steps import find, read_meta, saved_steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -150,6 +150,11 @@ def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(
     assert json.loads((tmp_path / "r" / "summary.json").read_text()) == summary
     assert set(summary["grpo"]) >= {"agreement", "parse_rate", "reward"}
     assert summary["steps"] == 8 and summary["tokens"] > 0
+    made_from = {
+        json.dumps(read_meta(find(f"{tmp_path}/r@{stage}/4"))["made_from"])
+        for stage in ("sft", "grpo")
+    }
+    assert len(made_from) == 1 and json.loads(made_from.pop()).keys() == same_run.PARTS.keys()
 
 
 def test_a_run_says_what_it_compiles_and_judges_and_when_nothing_can_be_read(

@@ -6,12 +6,11 @@ Backends are imported when they are made, so that recorded verdicts need no acce
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import MeshConfig, UsageError
@@ -173,20 +172,6 @@ def _trained_with(model: str) -> tuple[str, list[int]]:
     return run.data.prompt, list(run.reward.scale)
 
 
-def pinned(backend: str, model: str) -> str:
-    """Return a run as RUN@STAGE/STEP, since its newest step may soon be another; others as given.
-
-    Raises:
-      UsageError: no such run or step, or it is not whole.
-    """
-    from jlrm.weights import steps
-
-    if backend != JLRM or not steps.is_run(model):
-        return model
-    step = steps.find(model)
-    return f"{steps.split(model)[0]}@{step.parent.name}/{step.name}"
-
-
 def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return everything that shapes the responses of a judge, apart from what it is asked."""
     if backend == VERDICTS:
@@ -196,41 +181,11 @@ def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> 
         for name, value in chosen.items()
         if OPTIONS[name].is_shaping and not (name in ADDED and value == OPTIONS[name].default)
     }
-    who = _fingerprint(model) if backend == JLRM else model
-    return {"backend": backend, "model": who, **shaping, "seed": seed}
+    if backend == JLRM:
+        from jlrm.weights import source
 
-
-def _fingerprint(model: str) -> str:
-    """Return a digest of a model's files: names, sizes, and the ends of each.
-
-    Reading all of the weights would take as long as loading them.
-    """
-    from jlrm.weights import hf, steps
-
-    if steps.is_run(model):
-        directory: Any = steps.find(model)  # may be in a store
-        files = _files(directory)
-    else:
-        directory = hf.resolve(model)  # where results of an evaluation may lie in a folder below
-        kinds = (".safetensors", ".json", ".jinja", ".txt")
-        files = (file for file in directory.iterdir() if file.name.endswith(kinds))
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
-        digest.update(f"{file.relative_to(directory)} {size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(1 << 20))
-            content.seek(max(0, size - (1 << 20)))
-            digest.update(content.read())
-    return digest.hexdigest()[:16]
-
-
-def _files(directory: Any) -> Iterator[Any]:
-    for path in directory.iterdir():  # paths in a store do not search below themselves
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
+        model = source.fingerprint(model)
+    return {"backend": backend, "model": model, **shaping, "seed": seed}
 
 
 def make(

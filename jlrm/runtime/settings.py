@@ -262,6 +262,12 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}[{_short(k)}]")
             for k, v in pairs.items()
         }
+    if origin is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list):
+            raise _wrong(where, value, kind)
+        items = [each.strip() if isinstance(each, str) else each for each in items]
+        return [_coerce(args[0], each, where) for each in items]
     if not isinstance(value, (str, int, float)) or isinstance(value, bool) is not (kind is bool):
         raise _wrong(where, value, kind)
     try:
@@ -279,6 +285,7 @@ def _wrong(where: str, value: Any, kind: Any) -> UsageError:
         float: "a number",
         bool: "true or false",
         str: "text",
+        list: "a list such as [NAME, NAME] or NAME,NAME",
         dict: "pairs such as {NAME: VALUE} or NAME=VALUE,NAME=VALUE",
     }
     wanted = names[typing.get_origin(kind) or kind]

@@ -112,6 +112,8 @@ def _spell(value: Any) -> str:
     """Return a default as an override spells it."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {item}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(str, value))}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -124,4 +126,6 @@ def _describe_type(hint: Any) -> str:
         return f"{names[args[0]]}, {f'{least} to {most[0]}' if most else low}"
     if origin is Literal:
         return " | ".join(map(str, args))
+    if origin is list:
+        return f"a list of {_describe_type(args[0])}"
     return "{NAME: VALUE} or NAME=VALUE,..." if origin is dict else names[hint]

@@ -9,19 +9,17 @@ without the checkpoint it began from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
 from etils import epath
 from jax.sharding import Mesh
 
-from jlrm.config import Config, DataConfig, UsageError, stage_titles, stages_of
+from jlrm.config import Config, UsageError, stage_titles, stages_of
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
@@ -33,15 +31,13 @@ from jlrm.model.qwen import Params
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.lock import sole_writer
 from jlrm.runtime.mesh import create_mesh
-from jlrm.runtime.settings import flatten, from_dict, parse_yaml, save, to_dict
+from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
+from jlrm.training import same_run
 from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import model_files, read_params
-
-# A resumed run may change these: they say when to look and where to run, not what is learned.
-FREE_FIELDS = ("run.", "mesh.", "sampling.eval_batch_size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +72,7 @@ class Run:
     directory: RunDir
     policy: TextPolicy
     data: RunData
+    made_from: Mapping[str, str] = field(default_factory=dict)  # digests: same_run.py
 
 
 @contextlib.contextmanager
@@ -86,17 +83,25 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
       UsageError: anything the user can mend.
     """
     with open_directory(config) as directory:
-        config = _with_its_split(config, directory)
+        trained = directory.is_trained
+        config = same_run.as_begun(config, directory.path) if trained else same_run.pinned(config)
         # If one of these fails, it fails at once, so they come before anything is downloaded.
         mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
         policy = open_policy_of(config, directory, mesh)
         data = open_data(config, policy, loaded)
         check_together(config, policy, data)
+        saved = same_run.newest_meta(config) if trained else {}
+        rows = {"train": data.train.rows, "heldout": data.heldout.rows}
+        before = saved.get("made_from", {})
+        made_from = same_run.made_from(config, directory.model, rows, before)
+        accepted = same_run.check_made_from(config, before, made_from)
         if hosts.is_main():
+            if trained:
+                same_run.note_changes(config, directory.path, saved, accepted)
             write_dropped(data.dropped, directory.path / "dropped.jsonl")
             save(config, directory.path / "config.yaml")
             directory.mirror.push()
-        yield Run(config, directory, policy, data)
+        yield Run(config, directory, policy, data, made_from)
 
 
 @contextlib.contextmanager
@@ -118,7 +123,7 @@ def open_directory(config: Config) -> Iterator[RunDir]:
         saved = steps.saved_steps(epath.Path(config.run.dir).expanduser())
         is_trained = not saved.keys().isdisjoint(stage_titles())
         if is_trained:  # a start that failed before its first checkpoint binds nothing
-            _check_same_run(config, directory)
+            same_run.check_settings(config, directory)
         yield RunDir(directory, mirror, is_trained)
 
 
@@ -210,87 +215,6 @@ def refuse_to_begin_before(config: Config, stage: str) -> None:
                 f"@{later}/{saved[later][-1]} run.dir=NEW {stage}.steps=0, where the KL reference "
                 "is another."
             )
-
-
-def _check_same_run(config: Config, directory: pathlib.Path) -> None:
-    if not (text := _config_before(config, directory)):
-        return
-    before, now = _settings_before(text, directory), flatten(to_dict(config))
-    changed = [
-        f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key, config)
-    ]
-    if changed:
-        raise UsageError(
-            f"{directory} holds a run with another config ({', '.join(changed)}). "
-            "Set run.dir to a new directory, or go back to the old values to resume."
-        )
-
-
-def _config_before(config: Config, directory: pathlib.Path) -> str:
-    """Return the YAML of the config that a trained run was made with; empty: nothing holds it.
-
-    It stands in every checkpoint too, for a run that has lost its config.yaml.
-
-    Raises:
-      UsageError: config.yaml is there, and is empty.
-    """
-    file = directory / "config.yaml"
-    if file.is_file():
-        text = file.read_text(encoding="utf-8")
-        if not text.strip():
-            raise UsageError(
-                f"{file} is empty: something has cut it short since it was written. Remove it, and "
-                "the settings are taken from the run's newest checkpoint."
-            )
-        return text
-    run = steps.absolute(config.run.dir)
-    for stage, saved in steps.saved_steps(run).items():
-        for step in reversed(saved):
-            if made_with := steps.config_of(run / "checkpoints" / stage / str(step)):
-                return yaml.safe_dump(made_with)
-    return ""
-
-
-def _settings_before(text: str, directory: pathlib.Path) -> dict[str, Any]:
-    """Return the settings that a run was made with, as dotted names."""
-    before = flatten(to_dict(from_dict(parse_yaml(text, f"{directory}/config.yaml"))))
-    # Before there was a choice, importance weights weighed every term of the loss.
-    if before["grpo.loss.importance_cap"] and "importance_terms:" not in text:
-        before["grpo.importance_terms"] = "all"
-    return before
-
-
-def _with_its_split(config: Config, directory: RunDir) -> Config:
-    """Keep what decides which rows a run holds out as it began, where the config leaves it open.
-
-    Older runs held out 200 rows however few there were, and wrote that number down. Runs without
-    `data.folding` in their config took questions for one only where punctuation was equal too. With
-    another number or folding they would go on with other rows: some they had held out.
-    """
-    text = _config_before(config, directory.path) if directory.is_trained else ""
-    if not text:
-        return config
-    tree = parse_yaml(text, f"{directory.path}/config.yaml")
-    before, data = from_dict(tree).data, config.data
-    if not data.eval_rows:
-        data = dataclasses.replace(data, eval_rows=before.eval_rows)
-    if data.folding == DataConfig.folding:
-        is_older = "folding" not in tree["data"]
-        data = dataclasses.replace(data, folding="text" if is_older else before.folding)
-    return dataclasses.replace(config, data=data)
-
-
-def _is_free(key: str, config: Config) -> bool:
-    if key == "data.eval_rows" and not config.data.eval_rows:
-        return True
-    if key == "data.folding" and config.data.folding == DataConfig.folding:
-        return True
-    last = stages_of(config)[-1]
-    if key == f"{last}.steps":  # a longer run is the same run, unless its schedule looks at its end
-        return getattr(config, last).optimizer.schedule == "constant"
-    return key.startswith(FREE_FIELDS) and key not in ("run.seed", "run.best_metric")
 
 
 def _fill_model(config: Config, directory: RunDir) -> None:

@@ -34,7 +34,7 @@ from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
-from jlrm.training import update
+from jlrm.training import same_run, update
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
@@ -232,7 +232,8 @@ class Stage:
             if not math.isfinite(values[name]):
                 raise RunError(
                     f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
-                    f"whole; {self._name}.optimizer.learning_rate may be too high."
+                    f"whole; {self._name}.optimizer.learning_rate may be too high. The same "
+                    "command with a lower one goes on from there."
                 )
 
     def _save(self, step: int, ranked_by: dict[str, float] | None) -> None:
@@ -250,6 +251,8 @@ class Stage:
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
             "config": to_dict(self._run.config),
+            "made_from": dict(self._run.made_from),
+            "libraries": same_run.libraries(),
         }
         self._checkpoints.save(step, self.state, meta, ranked_by)
         if hosts.is_main():

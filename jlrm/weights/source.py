@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from jlrm.config import Config, UsageError
 from jlrm.model import qwen
@@ -12,6 +15,8 @@ from jlrm.runtime import storage
 from jlrm.runtime.mesh import Layout
 from jlrm.weights import checkpoint, hf, hf_config, steps
 from jlrm.weights.presets import PRESETS, preset
+
+ENDS = 1 << 20  # bytes at each end of a file that stand for it
 
 
 def model_files(source: str) -> pathlib.Path:
@@ -58,6 +63,37 @@ def read_model(config: Config) -> QwenConfig:
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
         " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
     )
+
+
+def fingerprint(source: str) -> str:
+    """Return a digest of a model's files: names, sizes, and the ends of each.
+
+    Reading all of the weights would take as long as loading them. `source` as in `model.path`.
+    """
+    if steps.is_run(source):
+        directory: Any = steps.find(source)  # may be in a store
+        files = _files(directory)
+    else:
+        directory = hf.resolve(source)  # where results of an evaluation may lie in a folder below
+        kinds = (".safetensors", ".json", ".jinja", ".txt")
+        files = (file for file in directory.iterdir() if file.name.endswith(kinds))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
+        digest.update(f"{file.relative_to(directory)} {size}\n".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(ENDS))
+            content.seek(max(0, size - ENDS))
+            digest.update(content.read())
+    return digest.hexdigest()[:16]
+
+
+def _files(directory: Any) -> Iterator[Any]:
+    for path in directory.iterdir():  # paths in a store do not search below themselves
+        if path.is_dir():
+            yield from _files(path)
+        else:
+            yield path
 
 
 def side_files(source: str) -> pathlib.Path:

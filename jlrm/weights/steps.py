@@ -91,6 +91,18 @@ def find(source: str) -> epath.Path:
     return find_step(series, int(step))
 
 
+def pinned(source: str) -> str:
+    """Return a run as RUN@STAGE/STEP, since its newest step may soon be another; others as given.
+
+    Raises:
+      UsageError: no such run or step, or it is not whole.
+    """
+    if not is_run(source):
+        return source
+    step = find(source)
+    return f"{split(source)[0]}@{step.parent.name}/{step.name}"
+
+
 def find_step(series: epath.Path, step: int) -> epath.Path:
     """Return the directory of a step.
 
@@ -166,9 +178,9 @@ def read_digests(directory: epath.Path) -> dict[str, Any]:
     return _read(directory / "digests" / JSON_FILES["digests"])
 
 
-def config_of(directory: epath.Path) -> dict[str, Any]:
-    """Return the config that a step was saved with; empty: it is damaged, or an import."""
-    return {} if damage(directory) else read_meta(directory).get("config", {})
+def meta_of(directory: epath.Path) -> dict[str, Any]:
+    """Return what is said of a step; empty: it is damaged."""
+    return {} if damage(directory) else read_meta(directory)
 
 
 def note_sizes(directory: epath.Path) -> None:

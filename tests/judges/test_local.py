@@ -22,7 +22,7 @@ from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.data.worlds import toy
 from jlrm.evaluation.games import Game, Item, Response, both_orders
 from jlrm.judgement import prompts
-from jlrm.judges import local, options
+from jlrm.judges import local
 from jlrm.model.qwen import QwenConfig
 from jlrm.sampling import writer
 from jlrm.weights import hf, hf_config
@@ -315,8 +315,3 @@ def test_a_distribution_that_is_none_is_refused(changes):
 
 def test_a_game_may_be_named_by_anything():
     assert 0 <= writer.address("x\ud800") < 2**31
-
-
-def test_a_run_is_pinned_to_a_step_and_other_models_are_not(tmp_path):
-    assert options.pinned("openai", "gpt") == "gpt"
-    assert options.pinned("jlrm", str(tmp_path)) == str(tmp_path)
