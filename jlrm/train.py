@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,7 @@ from jlrm.reports.run_summary import RunSummary
 from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
+from jlrm.training import replay
 from jlrm.training.heldout import make_evaluation
 from jlrm.training.setup import open_run
 from jlrm.training.stages import STAGES
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.train", description=(__doc__ or "").split("\n")[0]
     )
-    add_settings(parser)
+    add_settings(parser, is_required=False)
     parser.add_argument(
         "--json", action="store_true", help="print summary.json on stdout at the end"
     )
@@ -82,7 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
     )
     cluster.add_arguments(parser)
+    parser.add_argument(
+        "--replay", type=pathlib.Path, metavar="FILE", help="run a step that was not applied alone"
+    )
     args = parser.parse_intermixed_args(argv)
+    if args.replay:
+        print("\n".join(replay.replay(args.replay)))
+        return
+    if not args.config:
+        parser.error("the following arguments are required: --config")
     config = load(args.config, args.overrides)
     with hosts.joined(args, to_dict(config), config.run.host_timeout):
         summary = train(config)

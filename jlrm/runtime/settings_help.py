@@ -25,9 +25,10 @@ INDENT = 34  # columns of a setting's name and default
 WIDEST = 100  # columns of a line, where the terminal is wider
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_settings(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
     """Add `--config`, and every setting to the end of the help."""
-    parser.add_argument("--config", required=True, help="YAML file; configs/ holds ready ones")
+    help_text = "YAML file; configs/ holds ready ones"
+    parser.add_argument("--config", required=is_required, help=help_text)
     width = min(shutil.get_terminal_size().columns, WIDEST)
     texts = [textwrap.fill(parser.epilog, width)] if parser.epilog else []
     parser.description = textwrap.fill(parser.description or "", width)

@@ -87,7 +87,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             values |= _of_batch(config, drawn, parts)
             values |= mean_logged(drawn.batch.logged, values)
             _log_completions(run, stage, step, drawn)
-            stage.finish(values, drawn.num_tokens, drawn.num_draws)
+            learned = [(part.rows, part.targets) for part in parts]
+            stage.finish(values, drawn.num_tokens, learned, drawn.num_draws)
     return stage.outcome()
 
 

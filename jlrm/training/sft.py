@@ -52,11 +52,11 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
             with stage.timed("update"):
                 weights = token_weights(packed.is_target.reshape(1, -1))
                 weights = weights.reshape(packed.is_target.shape)
-                stage.state, values = programs.update(
-                    stage.state, *packing.to_devices(policy.training, (packed.rows, weights))
-                )
+                learned = packing.to_devices(policy.training, (packed.rows, weights))
+                stage.state, values = programs.update(stage.state, *learned)
                 values = floats(values)
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
             values |= packed.metrics
-            stage.finish({**values, **floats({"learning_rate": programs.rate(step)})}, num_tokens)
+            values |= floats({"learning_rate": programs.rate(step)})
+            stage.finish(values, num_tokens, [learned])
     return stage.outcome()

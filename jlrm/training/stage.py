@@ -34,7 +34,7 @@ from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
-from jlrm.training import same_run, update
+from jlrm.training import replay, same_run, update
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
@@ -53,6 +53,7 @@ def floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
+MOST_UNAPPLIED = 3  # steps in a row that were not finite; then the run stops
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _num_compiles = 0
 
@@ -109,7 +110,7 @@ class Stage:
             self.state = update.init_state(network.model, network.training, optimizer, initial())
         self.tracker = _open_tracker(run, name, self._num_steps, self._done)
         self._seconds = collections.defaultdict[str, float](float)
-        self._signum = 0
+        self._signum = self._num_unapplied = 0
 
     def _restore(self, optimizer: optax.GradientTransformation) -> None:
         """Go on from the newest checkpoint."""
@@ -174,17 +175,29 @@ class Stage:
             self.start = self._evaluate(self.state.params, "before training", self.progress)
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
-    def finish(self, values: dict[str, float], num_tokens: int, num_draws: int = 1) -> None:
+    def finish(
+        self,
+        values: dict[str, float],
+        num_tokens: int,
+        batches: Sequence[replay.Batch],
+        num_draws: int = 1,
+    ) -> None:
         """Log the step, evaluate and save where it is time, and stop if asked to.
 
-        num_draws: batches of data that the step has used.
+        Args:
+          batches: what each optimiser step has learned from.
+          num_draws: batches of data that the step has used.
 
         Raises:
-          RunError: the loss or the gradient is no finite number; nothing of this step is saved.
+          RunError: the loss or the gradient was no finite number, several times in a row, or the
+            weights are not; they are saved in the first case.
           Interrupted: a signal came; the state is saved.
         """
         settings, step = self._run.config.run, self._done + 1
-        self._check_finite(step, values)
+        is_applied = all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
+        self._num_unapplied = 0 if is_applied else self._num_unapplied + 1
+        if not is_applied:
+            self._tell_unapplied(step, values, batches)
         # A signal comes to one process or to all: they stop after the same step.
         self._signum = hosts.highest(f"the end of {self._name} step {step}", self._signum)
         elapsed = time.monotonic() - self._step_began
@@ -205,9 +218,17 @@ class Stage:
             self.evaluation = self._evaluate(self.state.params, when, self.progress)
             values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
         self.tracker.log(step, values)
-        if is_evaluated or self._signum or _is_due(step, settings.save_every):
+        is_saved = is_evaluated or not is_applied or bool(self._signum)
+        if is_saved or _is_due(step, settings.save_every):
             # What was evaluated is saved too, since the best of these is kept.
             self._save(step, self.evaluation if is_evaluated else None)
+        if self._num_unapplied == MOST_UNAPPLIED:
+            self._checkpoints.wait()
+            raise RunError(
+                f"{self._name}: the last {MOST_UNAPPLIED} steps were not applied. Saved after step "
+                f"{step} with weights that are finite. {self._name}.optimizer.learning_rate may be "
+                "too high: the same command with a lower one goes on from there."
+            )
         if self._signum:
             self._checkpoints.wait()
             raise Interrupted(
@@ -227,14 +248,18 @@ class Stage:
         """Return what the stage came to."""
         return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
 
-    def _check_finite(self, step: int, values: dict[str, float]) -> None:
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values[name]):
-                raise RunError(
-                    f"{self._name} step {step}: {name} is {values[name]}. The last checkpoint is "
-                    f"whole; {self._name}.optimizer.learning_rate may be too high. The same "
-                    "command with a lower one goes on from there."
-                )
+    def _tell_unapplied(
+        self, step: int, values: dict[str, float], batches: Sequence[replay.Batch]
+    ) -> None:
+        run = self._run
+        devices = run.policy.mesh.size
+        where = run.directory.path, run.config, self._name, step
+        file = replay.write(*where, batches, devices)
+        self.tracker.note(
+            f"{self._name} step {step} was not applied: loss {values['loss']:.4g}, grad_norm "
+            f"{values['grad_norm']:.4g}. Its batch runs alone with: python -m jlrm.train "
+            f"--replay {file}"
+        )
 
     def _save(self, step: int, ranked_by: dict[str, float] | None) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ over their passes; how many there are is known at run time only. Passes are summ
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -223,6 +224,8 @@ def _step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Sum loss, gradients and metrics over passes in float32 and apply the optimiser once.
 
+    A step whose loss or gradient is not finite leaves the state as it is.
+
     Weights are cast once, before the passes: what moves between devices, and each pass's own
     gradients, are in compute precision.
     """
@@ -250,7 +253,9 @@ def _step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
-    return TrainState(new_params, opt_state, state.step + 1), metrics
+    is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
+    taken = TrainState(new_params, opt_state, state.step + 1)
+    return jax.tree.map(partial(jnp.where, is_finite), taken, state), metrics
 
 
 def _pass(batch: Any, i: Int[Array, ""] | int) -> Any:

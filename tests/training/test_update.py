@@ -349,6 +349,23 @@ def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient
         assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("sizes", [ONE_PASS, SEVERAL_PASSES])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])  # the last: of the gradient alone
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_is(value, sizes, optimizer):
+    state, batch = initial_state(optimizer), random_batch()
+    advantages = np.where(np.arange(NUM_ROWS) == 1, value, batch.advantages).astype(np.float32)
+    spoilt = batch._replace(advantages=advantages)
+    before = jax.tree.map(np.array, state)
+    after, metrics = grpo_step(spoilt, sizes, optimizer, state=state)
+    assert not np.isfinite(metrics["loss"] + metrics["grad_norm"])
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, jax.tree.map(np.array, after)))
+    taken, _ = grpo_step(batch, sizes, optimizer, state=state)
+    assert taken.step == before.step + 1
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), before.params, taken.params)
+    assert jax.tree.all(moved)
+
+
 def test_a_grpo_step_makes_rewarded_completions_likelier():
     state, batch = initial_state("sgd"), random_batch()
     before = by_completion(pack(batch), scores(batch)[0])

@@ -1,0 +1,175 @@
+"""The batch of a step that was not applied: kept in a file, and run again alone.
+
+    python -m jlrm.train --replay RUN/not_applied/grpo-7.npz
+
+A step whose loss or gradient is no finite number moves no weight. Its file holds what each of its
+optimiser steps learned from, with the run's config; the checkpoint of the step holds the weights.
+Run again, each optimiser step says its loss, and JAX says which operation gave the first NaN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.tree_util import keystr
+
+from jlrm.config import Config, UsageError
+from jlrm.model import qwen
+from jlrm.model.visibility import Packing
+from jlrm.rl.losses import PolicyTargets
+from jlrm.runtime import hosts
+from jlrm.runtime.mesh import compiler_options, create_mesh
+from jlrm.runtime.settings import from_dict, to_dict
+from jlrm.sampling.policy import TextPolicy, open_policy
+from jlrm.training import packing, update
+from jlrm.training.packing import Rows
+from jlrm.weights import checkpoint, hf_config, steps
+
+FOLDER = "not_applied"
+ABOUT = "about"  # the name in the file of what is no array: JSON
+Batch = tuple[Rows, Any]  # what a program of `update` takes: PolicyTargets, or weights for SFT
+
+
+def write(
+    directory: pathlib.Path,
+    config: Config,
+    stage: str,
+    step: int,
+    batches: Sequence[Batch],
+    num_devices: int,
+) -> pathlib.Path:
+    """Write the batches of a step, and return the file. All processes call this."""
+    arrays = {}
+    for number, batch in enumerate(batches):
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            whole = multihost_utils.process_allgather(leaf, tiled=True) if _is_shared() else leaf
+            arrays[f"{number}.{keystr(keys, simple=True, separator='.')}"] = np.asarray(whole)
+    told = {"stage": stage, "step": step, "devices": num_devices, "config": to_dict(config)}
+    file = directory / FOLDER / f"{stage}-{step}.npz"
+    if hosts.is_main():
+        file.parent.mkdir(exist_ok=True)
+        arrays[ABOUT] = np.array(json.dumps(told))
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file
+
+
+def read(file: pathlib.Path) -> tuple[dict[str, Any], list[Batch]]:
+    """Return the stage, the step and the config of a file, and its batches.
+
+    Raises:
+      UsageError: no such file, or none that `write` wrote.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+        about = json.loads(str(arrays.pop(ABOUT)))
+        return about, list(_batches(arrays))
+    except FileNotFoundError:
+        raise UsageError(f"--replay {file}: there is no such file.") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise UsageError(f"--replay {file} is no file of a step that was not applied.") from error
+
+
+def replay(file: pathlib.Path) -> list[str]:
+    """Run the optimiser steps of a file again, each from the step's weights; return what they say.
+
+    Raises:
+      UsageError: no such file; the checkpoint of its step is gone; or there are fewer devices than
+        the run had.
+    """
+    about, batches = read(file)
+    devices = jax.devices()[: about["devices"]]
+    if len(devices) < about["devices"]:
+        wanted = about["devices"]
+        raise UsageError(f"--replay {file}: wanted {wanted} devices, as many as the run had.")
+    stage, config = about["stage"], from_dict(about["config"])
+    directory = steps.find(f"{config.run.dir}@{stage}/{about['step']}")
+    model_dir = pathlib.Path(config.run.dir).expanduser() / "model"
+    policy = _policy(config, model_dir, create_mesh(config.mesh, devices))
+    params = checkpoint.restore_params(
+        directory, qwen.abstract_params(policy.model, policy.training)
+    )
+    step = jax.jit(_step(config, stage, policy), compiler_options=compiler_options(policy.mesh))
+    lines = [f"{stage} step {about['step']}, with the weights of {directory}:"]
+    for number, batch in enumerate(batches):
+        on_devices = packing.to_devices(policy.training, batch)
+        values = {name: float(value) for name, value in step(params, *on_devices).items()}
+        lines.append(f"  optimiser step {number}: {_told(values)}")
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
+            lines.append(f"    {_first_nan(step, params, on_devices)}")
+    return lines
+
+
+def _is_shared() -> bool:
+    return jax.process_count() > 1
+
+
+def _batches(arrays: dict[str, np.ndarray]) -> Iterator[Batch]:
+    """Yield the batches of a file: `0.0.tokens` is an array of the rows of batch 0."""
+    for number in range(1 + max(int(name.partition(".")[0]) for name in arrays)):
+        of_rows, of_targets = (_below(arrays, f"{number}.{part}") for part in (0, 1))
+        packed = {name: of_rows.pop(f"packing.{name}") for name in Packing._fields}
+        rows = Rows(**of_rows, packing=Packing(**packed))
+        if "" in of_targets:
+            yield rows, of_targets[""]
+        else:
+            yield rows, PolicyTargets(**{"ref_logp": None, **of_targets})
+
+
+def _below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
+    """Return the arrays whose names begin so, by the rest of their names."""
+    names = [name for name in arrays if name == prefix or name.startswith(f"{prefix}.")]
+    return {name[len(prefix) + 1 :]: arrays[name] for name in names}
+
+
+def _policy(config: Config, model_dir: pathlib.Path, mesh: Mesh) -> TextPolicy:
+    numerics = {
+        name: getattr(config.model, name) for name in ("param_dtype", "compute_dtype", "remat")
+    }
+    return open_policy(hf_config.read_config(model_dir, **numerics), mesh, model_dir)
+
+
+def _step(config: Config, stage: str, policy: TextPolicy) -> Any:
+    """Return `(params, rows, targets) -> metrics` of one optimiser step."""
+    model, layout = policy.model, policy.training
+    optimizer = update.make_optimizer(getattr(config, stage).optimizer, 1)
+    if stage == "sft":
+        take = partial(update.sft_update, model, layout, optimizer)
+    else:
+        fixed = model, layout, policy.distribution(config.sampling)
+        take = partial(update.grpo_update, *fixed, config.grpo.loss, optimizer)
+
+    def step(params: Any, rows: Rows, targets: Any) -> dict[str, jax.Array]:
+        state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0))
+        return take(state, rows, targets)[1]
+
+    return step
+
+
+def _told(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
+
+
+def _first_nan(step: Any, params: Any, batch: Batch) -> str:
+    """Return what of the batch is not finite, or else what JAX says of the first such result."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(batch[1]):
+        if not np.isfinite(np.asarray(leaf)).all():
+            name = keystr(keys, simple=True, separator=".") or "weights"
+            return f"what it learns from is not finite already: {name}"
+    with jax.debug_nans(True), contextlib.redirect_stdout(sys.stderr):  # JAX prints
+        try:
+            step(params, *batch)
+        except FloatingPointError as error:
+            return str(error).split("\n")[0]
+    return "no operation gave NaN: a number was too large"
