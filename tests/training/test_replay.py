@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 from training.test_damage import record, settings, trained
@@ -56,7 +58,9 @@ def test_a_step_of_sft_is_not_applied_and_the_run_goes_on(tmp_path, monkeypatch,
     train.main(["--replay", str(file)])
     printed = capsys.readouterr().out
     assert printed.startswith(f"sft step 2, with the weights of {run_dir}/checkpoints/sft/2:")
-    assert "optimiser step 0: grad_norm 0, loss nan" in printed and "nan" in printed.split("\n")[2]
+    lines = printed.split("\n")
+    assert "optimiser step 0: grad_norm 0, loss nan" in lines[1]
+    assert lines[2].strip() == "what it learns from is not finite already: weights"
 
 
 def test_a_step_of_grpo_is_not_applied_and_its_other_minibatch_is(tmp_path, monkeypatch, capsys):
@@ -78,6 +82,21 @@ def test_a_step_of_grpo_is_not_applied_and_its_other_minibatch_is(tmp_path, monk
     assert "nan" not in said[1] and "loss nan" in said[2]
     first, second = digests(run_dir, "grpo")
     assert first != second
+
+
+def test_the_operation_that_gave_the_first_nan_is_named(tmp_path, monkeypatch):
+    """Weights of the checkpoint that are too large: the batch itself is as it should be."""
+    run_dir = tmp_path / "r"
+    spoil(monkeypatch, sft, "token_weights", {2}, lambda weights: weights * np.nan)
+    trained(run_dir, sft_steps=2, grpo_steps=0)
+    file = run_dir / "not_applied" / "sft-2.npz"
+    about, ((rows, weights),) = replay.read(file)
+    monkeypatch.setattr(replay, "read", lambda _: (about, [(rows, np.nan_to_num(weights))]))
+    real = replay.checkpoint.restore_params
+    huge = lambda *given: jax.tree.map(lambda x: x * 1e30, real(*given))  # noqa: E731
+    monkeypatch.setattr(replay.checkpoint, "restore_params", huge)
+    said = replay.replay(file)
+    assert "nan" in said[1] and re.search(r"invalid value \(nan\) encountered in \w+", said[2])
 
 
 def test_three_in_a_row_end_the_run_which_goes_on_with_another_rate(tmp_path, monkeypatch):

@@ -349,9 +349,10 @@ def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient
         assert metrics["clip_ratio/low_mean"] > 0 and metrics["clip_ratio/high_mean"] > 0
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("sizes", [ONE_PASS, SEVERAL_PASSES])
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])  # the last: of the gradient alone
+@pytest.mark.parametrize(
+    ("value", "sizes", "optimizer"),
+    [(np.nan, ONE_PASS, "sgd"), (np.inf, SEVERAL_PASSES, "adamw"), (1e38, ONE_PASS, "adamw")],
+)
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_is(value, sizes, optimizer):
     state, batch = initial_state(optimizer), random_batch()
     advantages = np.where(np.arange(NUM_ROWS) == 1, value, batch.advantages).astype(np.float32)
