@@ -4,7 +4,7 @@
 
 A step whose loss or gradient is no finite number moves no weight. Its file holds what each of its
 optimiser steps learned from, with the run's config; the checkpoint of the step holds the weights.
-Run again, each optimiser step says its loss, and JAX says which operation gave the first NaN.
+Run again, each optimiser step says its loss; where that is not finite, what may be to blame.
 """
 
 from __future__ import annotations
@@ -162,7 +162,10 @@ def _told(values: dict[str, float]) -> str:
 
 
 def _first_nan(step: Any, params: Any, batch: Batch) -> str:
-    """Return what of the batch is not finite, or else what JAX says of the first such result."""
+    """Return what of the batch is not finite, or else what JAX says, and the largest weight.
+
+    Of arrays that are spread over a mesh JAX does not say by which operation.
+    """
     for keys, leaf in jax.tree_util.tree_leaves_with_path(batch[1]):
         if not np.isfinite(np.asarray(leaf)).all():
             name = keystr(keys, simple=True, separator=".") or "weights"
@@ -171,5 +174,14 @@ def _first_nan(step: Any, params: Any, batch: Batch) -> str:
         try:
             step(params, *batch)
         except FloatingPointError as error:
-            return str(error).split("\n")[0]
+            largest, name = max(_sizes(params))
+            first = str(error).splitlines()[0]
+            return f"JAX: {first} The largest weight is {largest:.3g}, in {name}."
     return "no operation gave NaN: a number was too large"
+
+
+def _sizes(params: Any) -> Iterator[tuple[float, str]]:
+    """Yield the largest magnitude in every array of weights, and its name."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        size = float(jax.numpy.max(jax.numpy.abs(leaf)))
+        yield size if math.isfinite(size) else math.inf, keystr(keys, simple=True, separator=".")
