@@ -188,6 +188,7 @@ def test_the_best_are_kept_beside_the_last(tmp_path):
     assert steps.saved_steps(tmp_path)["grpo"] == [2, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["params", "moments"])
 def test_numbers_that_are_not_finite_are_not_saved(run, part):
     state = state_of(6)
