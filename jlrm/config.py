@@ -40,7 +40,7 @@ class RunConfig:
     seed: Seed = 0  # initial weights, order of the data, every sampled token
     save_every: Positive = 50  # steps between checkpoints; the last step of a stage always has one
     keep_last: Positive = 2  # newest checkpoints kept
-    accept: list[Part] = field(default_factory=list)  # what may have changed since it was made
+    accept: list[Part] = field(default_factory=list)  # changed parts with which it goes on
     resume: str = ""  # where to go on: [STAGE/]STEP, or "previous" where the newest is damaged
     keep_best: Count = 1  # checkpoints kept for the highest values of `best_metric`
     # Held-out metric that ranks checkpoints. What the reward calls malformed is wrong here.

@@ -1,6 +1,6 @@
 """Let a judge judge benchmarks, and measure it by their own rules.
 
-    python -m jlrm.evaluate --model M --benchmark B[,B2] [--data PATH] [--backend jlrm|openai|rule]
+    python -m jlrm.evaluate --model M --benchmark B[,B2] [--data PATH] [--backend jlrm|openai|...]
     python -m jlrm.evaluate --verdicts FILE --benchmark B        what a judge has said already
 
     1  read     each benchmark's items, and make games of them: pairs of answers in an order
@@ -44,9 +44,10 @@ from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
 from jlrm.runtime import cluster, commands, hosts, settings
-from jlrm.weights import steps
 
 log = logging.getLogger(__name__)
+
+WHO = "RUN@STEP, directory, hub id, endpoint's name, or a heuristic: longer, shorter, first, second"
 
 
 class BenchmarkRun(NamedTuple):
@@ -78,7 +79,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     runs = [_read(name, args) for name in args.names]
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
-    model = steps.pinned(args.model) if args.backend == options.JLRM else args.model
+    model = options.pinned(args.backend, args.model)
     identity = options.identity(args.backend, model, args.options, args.seed)
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     several: dict[str, Any] = {"action": "append", "default": []}
-    add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, name there, or rule")
+    add("--model", default="", metavar="M", help=WHO)
     add("--benchmark", required=True, metavar="B,B2", help="one or more of those listed below")
     add(
         "--data",

@@ -733,3 +733,8 @@ def test_a_judge_of_recorded_verdicts_is_called_as_its_file(tmp_path, capsys, pa
     flags = ["--benchmark", "pairs", "--data", f"pairs={pairs}", "--policy", "order=as_given"]
     ran(capsys, *flags, "--verdicts", f"pairs={said}", "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "results.json").read_text())["judge"]["name"] == "said"
+
+
+def test_recorded_verdicts_and_heuristics_bring_no_jax():
+    code = "import sys; import jlrm.evaluate; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import MeshConfig, UsageError
-from jlrm.evaluation import rules
+from jlrm.evaluation import heuristics
 from jlrm.evaluation.games import Backend
 from jlrm.judges import requests
 from jlrm.runtime.settings import load
 
 BATCHES = "batches.json"
-JLRM, OPENAI, VERDICTS, RULE = BACKENDS = ("jlrm", "openai", "verdicts", "rule")
+JLRM, OPENAI, VERDICTS, HEURISTIC = "jlrm", "openai", "verdicts", "heuristic"
+BACKENDS = (JLRM, OPENAI, VERDICTS, HEURISTIC)
 
 
 class Option(NamedTuple):
@@ -126,7 +127,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
       UsageError: an option was given that the backend does not have, a value out of range, or a
-        rule that there is not.
+        heuristic that there is not.
     """
     chosen = {}
     for name, option in OPTIONS.items():
@@ -140,8 +141,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
         _check_finite(flag, value)
     if chosen.get("request"):
         chosen["request"] = requests.parsed_fields(chosen["request"])
-    if args.backend == RULE:
-        rules.judge(args.model)
+    if args.backend == HEURISTIC:
+        heuristics.judge(args.model)  # an unknown one is refused before any data is read
     if args.backend in BOTH:
         prompt, scale = _trained_with(args.model) if args.backend == JLRM else ("jlrm", [1, 10])
         chosen["prompt"] = chosen["prompt"] or prompt
@@ -172,6 +173,15 @@ def _trained_with(model: str) -> tuple[str, list[int]]:
     return run.data.prompt, list(run.reward.scale)
 
 
+def pinned(backend: str, model: str) -> str:
+    """Return a run at its step (`steps.pinned`); the model of another backend as given."""
+    if backend != JLRM:
+        return model
+    from jlrm.weights import steps
+
+    return steps.pinned(model)
+
+
 def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return everything that shapes the responses of a judge, apart from what it is asked."""
     if backend == VERDICTS:
@@ -191,9 +201,9 @@ def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> 
 def make(
     backend: str, model: str, chosen: Mapping[str, Any], seed: int, out: pathlib.Path | None
 ) -> Backend:
-    """Load the model, prepare to call it, or take a rule. out: where batches under way are kept."""
-    if backend == RULE:
-        return rules.judge(model)
+    """Load the model, or prepare to call it. out: where batches under way are kept."""
+    if backend == HEURISTIC:
+        return heuristics.judge(model)
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:

@@ -3,17 +3,21 @@
     python -m jlrm.train --replay RUN/not_applied/grpo-7.npz
 
 A step whose loss or gradient is no finite number moves no weight. Its file holds what each of its
-optimiser steps learned from, with the run's config; the checkpoint of the step holds the weights.
+optimiser steps learned from, with the run's config. The checkpoint of the step holds the weights
+after it: of several optimiser steps, those that were applied have moved them.
 Run again, each optimiser step says its loss; where that is not finite, what may be to blame.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import json
 import math
 import pathlib
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,20 +25,19 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jax.tree_util import keystr
 
 from jlrm.config import Config, UsageError
-from jlrm.model import qwen
 from jlrm.model.visibility import Packing
 from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime import hosts
 from jlrm.runtime.mesh import compiler_options, create_mesh
 from jlrm.runtime.settings import from_dict, to_dict
+from jlrm.runtime.storage import write_atomically
 from jlrm.sampling.policy import TextPolicy, open_policy
 from jlrm.training import packing, update
 from jlrm.training.packing import Rows
-from jlrm.weights import checkpoint, hf_config, steps
+from jlrm.weights import source, steps
 
 FOLDER = "not_applied"
 ABOUT = "about"  # the name in the file of what is no array: JSON
@@ -42,25 +45,22 @@ Batch = tuple[Rows, Any]  # what a program of `update` takes: PolicyTargets, or 
 
 
 def write(
-    directory: pathlib.Path,
-    config: Config,
-    stage: str,
-    step: int,
-    batches: Sequence[Batch],
-    num_devices: int,
+    directory: pathlib.Path, config: Config, stage: str, step: int, batches: Sequence[Batch]
 ) -> pathlib.Path:
     """Write the batches of a step, and return the file. All processes call this."""
-    arrays = {}
+    arrays, is_shared = {}, jax.process_count() > 1
     for number, batch in enumerate(batches):
         for keys, leaf in jax.tree_util.tree_leaves_with_path(batch):
-            whole = multihost_utils.process_allgather(leaf, tiled=True) if _is_shared() else leaf
+            whole = multihost_utils.process_allgather(leaf, tiled=True) if is_shared else leaf
             arrays[f"{number}.{keystr(keys, simple=True, separator='.')}"] = np.asarray(whole)
+    num_devices = batches[0][0].tokens.sharding.num_devices
     told = {"stage": stage, "step": step, "devices": num_devices, "config": to_dict(config)}
     file = directory / FOLDER / f"{stage}-{step}.npz"
     if hosts.is_main():
-        file.parent.mkdir(exist_ok=True)
         arrays[ABOUT] = np.array(json.dumps(told))
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        write_atomically(file, content.getvalue())
     return file
 
 
@@ -77,7 +77,7 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], list[Batch]]:
         return about, list(_batches(arrays))
     except FileNotFoundError:
         raise UsageError(f"--replay {file}: there is no such file.") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UsageError(f"--replay {file} is no file of a step that was not applied.") from error
 
 
@@ -94,14 +94,15 @@ def replay(file: pathlib.Path) -> list[str]:
         wanted = about["devices"]
         raise UsageError(f"--replay {file}: wanted {wanted} devices, as many as the run had.")
     stage, config = about["stage"], from_dict(about["config"])
-    directory = steps.find(f"{config.run.dir}@{stage}/{about['step']}")
-    model_dir = pathlib.Path(config.run.dir).expanduser() / "model"
-    policy = _policy(config, model_dir, create_mesh(config.mesh, devices))
-    params = checkpoint.restore_params(
-        directory, qwen.abstract_params(policy.model, policy.training)
-    )
+    saved = f"{config.run.dir}@{stage}/{about['step']}"
+    steps.find(saved)
+    where = dataclasses.replace(config.model, path=saved, preset="")
+    model = source.read_model(dataclasses.replace(config, model=where))
+    mesh = create_mesh(config.mesh, devices)
+    policy = open_policy(model, mesh, source.model_files(saved))
+    params = source.read_params(saved, model, policy.training)
     step = jax.jit(_step(config, stage, policy), compiler_options=compiler_options(policy.mesh))
-    lines = [f"{stage} step {about['step']}, with the weights of {directory}:"]
+    lines = [f"{stage} step {about['step']}, with the weights of {saved}:"]
     for number, batch in enumerate(batches):
         on_devices = packing.to_devices(policy.training, batch)
         values = {name: float(value) for name, value in step(params, *on_devices).items()}
@@ -109,10 +110,6 @@ def replay(file: pathlib.Path) -> list[str]:
         if not math.isfinite(values["loss"] + values["grad_norm"]):
             lines.append(f"    {_first_nan(step, params, on_devices)}")
     return lines
-
-
-def _is_shared() -> bool:
-    return jax.process_count() > 1
 
 
 def _batches(arrays: dict[str, np.ndarray]) -> Iterator[Batch]:
@@ -131,13 +128,6 @@ def _below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
     """Return the arrays whose names begin so, by the rest of their names."""
     names = [name for name in arrays if name == prefix or name.startswith(f"{prefix}.")]
     return {name[len(prefix) + 1 :]: arrays[name] for name in names}
-
-
-def _policy(config: Config, model_dir: pathlib.Path, mesh: Mesh) -> TextPolicy:
-    numerics = {
-        name: getattr(config.model, name) for name in ("param_dtype", "compute_dtype", "remat")
-    }
-    return open_policy(hf_config.read_config(model_dir, **numerics), mesh, model_dir)
 
 
 def _step(config: Config, stage: str, policy: TextPolicy) -> Any:

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from jaxtyping import UInt64
 
-from jlrm.config import Config, DataConfig, UsageError, stages_of
+from jlrm.config import Config, DataConfig, UsageError, stage_titles, stages_of
 from jlrm.data.comparisons import Comparison
 from jlrm.data.sharded import ShardedRows
 from jlrm.runtime import hosts
@@ -39,7 +39,9 @@ HISTORY = "config_history.jsonl"
 FREE_FIELDS = ("run.", "mesh.", "sampling.eval_batch_size")
 FREE_OF_A_STAGE = (
     "steps",
-    *(f"optimizer.{name}" for name in ("learning_rate", "warmup_steps", "schedule")),
+    "optimizer.learning_rate",
+    "optimizer.warmup_steps",
+    "optimizer.schedule",
 )
 PARTS = {  # what a run is made from, by the names that `run.accept` takes
     "base": "base (the weights of model.path)",
@@ -161,14 +163,15 @@ def _is_free(key: str, before: Any, now: Any) -> bool:
     if key == "model.path":
         return _is_step_of(before, now)
     stage, _, setting = key.partition(".")
-    if stage in ("sft", "grpo") and setting in FREE_OF_A_STAGE:
+    if stage in stage_titles() and setting in FREE_OF_A_STAGE:
         return True
     return key.startswith(FREE_FIELDS) and key not in ("run.seed", "run.best_metric")
 
 
-def _is_step_of(pinned_path: str, path: str) -> bool:
-    """Return whether one names a step of the run that the other names without a step."""
-    return pinned_path != path and bool(path) and pinned_path.startswith(f"{path}@")
+def _is_step_of(before: str, now: str) -> bool:
+    """Return whether a path that `pinned` has made may come of another: RUN, RUN@best, RUN@STEP."""
+    (run, step), (same, wanted) = steps.split(before), steps.split(now)
+    return run == same and "/" in step and wanted in ("", "best", step, step.rpartition("/")[2])
 
 
 # --------------------------------------------------------------------------- what it is made of

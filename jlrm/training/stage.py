@@ -252,9 +252,7 @@ class Stage:
         self, step: int, values: dict[str, float], batches: Sequence[replay.Batch]
     ) -> None:
         run = self._run
-        devices = run.policy.mesh.size
-        where = run.directory.path, run.config, self._name, step
-        file = replay.write(*where, batches, devices)
+        file = replay.write(run.directory.path, run.config, self._name, step, batches)
         self.tracker.note(
             f"{self._name} step {step} was not applied: loss {values['loss']:.4g}, grad_norm "
             f"{values['grad_norm']:.4g}. Its batch runs alone with: python -m jlrm.train "

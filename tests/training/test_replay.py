@@ -57,7 +57,7 @@ def test_a_step_of_sft_is_not_applied_and_the_run_goes_on(tmp_path, monkeypatch,
     assert f"--replay {file}" in said
     train.main(["--replay", str(file)])
     printed = capsys.readouterr().out
-    assert printed.startswith(f"sft step 2, with the weights of {run_dir}/checkpoints/sft/2:")
+    assert printed.startswith(f"sft step 2, with the weights of {run_dir}@sft/2:")
     lines = printed.split("\n")
     assert "optimiser step 0: grad_norm 0, loss nan" in lines[1]
     assert lines[2].strip() == "what it learns from is not finite already: weights"
@@ -92,9 +92,9 @@ def test_weights_that_are_too_large_are_named(tmp_path, monkeypatch):
     file = run_dir / "not_applied" / "sft-2.npz"
     about, ((rows, weights),) = replay.read(file)
     monkeypatch.setattr(replay, "read", lambda _: (about, [(rows, np.nan_to_num(weights))]))
-    real = replay.checkpoint.restore_params
+    real = replay.source.read_params
     huge = lambda *given: jax.tree.map(lambda x: x * 1e30, real(*given))  # noqa: E731
-    monkeypatch.setattr(replay.checkpoint, "restore_params", huge)
+    monkeypatch.setattr(replay.source, "read_params", huge)
     said = replay.replay(file)
     assert "nan" in said[1]
     assert re.search(r"JAX: .*nan.* The largest weight is \d(\.\d+)?e\+3\d, in \w", said[2])
@@ -117,7 +117,7 @@ def test_two_that_are_apart_do_not(tmp_path, monkeypatch):
     assert len(record(tmp_path / "r")) == 6
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no zip", "other"])
+@pytest.mark.parametrize("content", [None, b"", b"no zip", b"PK\x03\x04 cut", "other"])
 def test_what_is_no_such_file_is_one_sentence(content, tmp_path):
     file = tmp_path / "sft-2.npz"
     if content == "other":
@@ -131,9 +131,9 @@ def test_what_is_no_such_file_is_one_sentence(content, tmp_path):
 def test_a_step_whose_checkpoint_is_gone_is_named(tmp_path):
     config = settings(tmp_path / "r")
     (tmp_path / "r").mkdir()
-    zeros = np.zeros((1, 1, 1))
+    zeros = jax.numpy.zeros((1, 1, 1))
     rows = Rows(zeros, zeros, Packing(zeros, zeros, zeros), *[zeros] * 5)
-    file = replay.write(tmp_path / "r", config, "sft", 2, [(rows, zeros)], 1)
+    file = replay.write(tmp_path / "r", config, "sft", 2, [(rows, zeros)])
     assert file == tmp_path / "r" / "not_applied" / "sft-2.npz"
     with pytest.raises(UsageError, match=r"holds no checkpoints"):
         replay.replay(file)

@@ -6,12 +6,13 @@ import json
 import logging
 import pathlib
 import shutil
+import typing
 
 import pytest
 from judges.test_local import write_model
 from training.test_setup import opened, settings
 
-from jlrm.config import Config, UsageError
+from jlrm.config import Config, Part, UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.runtime.settings import load, to_dict
@@ -161,6 +162,9 @@ def test_a_run_that_another_begins_from_is_taken_at_the_step_that_it_had(run_dir
     later = earlier / "checkpoints" / "grpo"
     shutil.copytree(later / "2", later / "3")
     assert opened(settings(run_dir, **own)).config.model.path == f"{earlier}@grpo/2"
+    for path in (f"{earlier}@2", f"{earlier}@best", f"{earlier}@grpo/2"):
+        own["model"]["path"] = path
+        assert opened(settings(run_dir, **own)).config.model.path == f"{earlier}@grpo/2"
     own["model"]["path"] = f"{earlier}@grpo/3"
     with pytest.raises(UsageError, match=r"another config \(model.path '.*@grpo/2' -> '.*@grpo/3'"):
         opened(settings(run_dir, **own))
@@ -173,6 +177,10 @@ def test_other_versions_of_what_computes_are_said_and_written_down(run_dir, monk
         opened(settings(run_dir))
     assert "is 99.0: bits may differ" in caplog.text
     assert history(run_dir)[0]["libraries"]["jax"][1] == "99.0"
+
+
+def test_the_parts_are_those_that_a_config_may_name():
+    assert tuple(same_run.PARTS) == typing.get_args(Part)
 
 
 @pytest.mark.parametrize("text", ["train,base", "[train, base]", "[ train , base ]", "train, base"])

@@ -15,7 +15,7 @@ def _longer(first: str, second: str) -> int:
 
 
 # Each returns which of two texts wins, as they are shown: 1, 2, or 0 for a tie.
-RULES: dict[str, Callable[[str, str], int]] = {
+HEURISTICS: dict[str, Callable[[str, str], int]] = {
     "longer": _longer,  # in characters
     "shorter": lambda first, second: _longer(second, first),
     "first": lambda first, second: 1,
@@ -24,18 +24,18 @@ RULES: dict[str, Callable[[str, str], int]] = {
 
 
 def judge(name: str) -> Backend:
-    """Return the judge that follows a rule.
+    """Return the judge that follows a heuristic.
 
     Raises:
-      UsageError: there is no such rule.
+      UsageError: there is no such heuristic.
     """
-    if name not in RULES:
-        raise UsageError(f"--model {name} is no rule. Known: {', '.join(RULES)}.")
+    if name not in HEURISTICS:
+        raise UsageError(f"--model {name} is no heuristic. Known: {', '.join(HEURISTICS)}.")
 
     def judge_games(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         for game in games:
             answers = game.item.answers
-            winner = RULES[name](answers[game.first], answers[game.second])
+            winner = HEURISTICS[name](answers[game.first], answers[game.second])
             record(Response(game.id, preference=winner))
 
     return judge_games
