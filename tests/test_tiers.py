@@ -107,6 +107,10 @@ def test_fast_fails_when_all_of_it_takes_long(pytester):
     _, failed, output, code = run(pytester, "fast", "--fast-in-all=0.5", tests=spins)
     assert not failed and code == 1 and "mark the dearest as slow" in output
     assert run(pytester, "everything", "--fast-in-all=0.5", tests=spins)[3] == 0
+    fixture = "@pytest.fixture(scope='module')\ndef laden():\n    spin(0.6)\n"
+    shared = f"{SPIN}\n{fixture}def test_b(laden):\n    pass\n"
+    _, failed, _, code = run(pytester, "fast", "--fast-in-all=0.5", tests=shared)
+    assert not failed and code == 1  # nobody's own, and yet it takes so long
 
 
 @pytest.mark.slow
