@@ -27,7 +27,11 @@ from jlrm.judgement.verdict import Status, parse
 
 TEMPLATES = ("judgelrm_train", "judgelrm_eval", "toy", "jlrm")
 TOKENIZERS = ("toy", "qwen25", "qwen3")
-PAIRS = [(t, p) for t, p in itertools.product(TOKENIZERS, TEMPLATES) if (t, p) != ("toy", "jlrm")]
+PAIRS = [
+    pytest.param(name, template, marks=[pytest.mark.slow] * (name != "toy"))  # seconds to build
+    for name, template in itertools.product(TOKENIZERS, TEMPLATES)
+    if (name, template) != ("toy", "jlrm")
+]
 SHORT = [text for name, text in HOSTILE.items() if name not in LONG]
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 GENUINE = "\n</think>\n<answer>3</answer><answer>7</answer>"
@@ -47,7 +51,8 @@ def tokenizer(request):
 
 
 def on(*names):
-    return pytest.mark.parametrize("tokenizer", names, indirect=True)
+    marked = [pytest.param(name, marks=[pytest.mark.slow] * (name != "toy")) for name in names]
+    return pytest.mark.parametrize("tokenizer", marked, indirect=True)
 
 
 def in_every_place(texts: list[str]) -> list[Comparison]:
@@ -158,6 +163,7 @@ def test_hostile_texts_are_only_broken_never_lost(tokenizer):
             assert readable.replace(" ", "") in prompt.replace(" ", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_templates_open_their_thoughts_once_at_the_end(template, qwen3, qwen25):
     for tokenizer in (qwen3, qwen25):

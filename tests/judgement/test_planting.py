@@ -101,6 +101,7 @@ def test_no_attack_survives_the_prompt():
         assert prompts.quote(shown, "jlrm", CONTROL_TOKENS) == shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen25", "qwen3"])
 def test_no_attack_adds_a_control_token_to_a_prompt_of_ours(name, request):
     tokenizer = request.getfixturevalue(name)

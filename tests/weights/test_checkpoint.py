@@ -25,6 +25,8 @@ from jlrm.training.update import TrainState
 from jlrm.weights import checkpoint, digests, hf_config, steps
 from jlrm.weights.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.slow  # what saves and checks steps is compiled
+
 MODEL = tiny_config(vocab_size=toy.VOCAB_SIZE, num_hidden_layers=2)
 ONE = training_layout(mesh_of(1, 1, 1))
 OPTIMIZER = update.make_optimizer(OptimizerConfig(), 10)
@@ -91,7 +93,6 @@ def assert_equal(one: Any, other: Any) -> None:
 # ------------------------------------------------------------------ digests
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_digest_is_the_same_on_every_mesh_and_on_the_host(dtype):
     values = np.random.default_rng(0).normal(size=(2, 8, 24)).astype(jax.numpy.dtype(dtype))
@@ -146,7 +147,6 @@ def test_json_is_known_by_what_it_says():
 # ------------------------------------------------------------------ saved and read
 
 
-@pytest.mark.slow
 def test_what_was_saved_comes_back_on_any_mesh_and_in_either_precision(run):
     step, state, meta = restored(run)
     assert step == 4 and meta == META
@@ -163,7 +163,6 @@ def test_what_was_saved_comes_back_on_any_mesh_and_in_either_precision(run):
     assert_equal(wanted, rounded)
 
 
-@pytest.mark.slow
 def test_an_old_step_goes_only_after_the_new_one_is_found_whole(run, monkeypatch):
     series = opened(run, keep_last=1, keep_best=0)
     series.save(6, state_of(6), META, None)
@@ -177,7 +176,6 @@ def test_an_old_step_goes_only_after_the_new_one_is_found_whole(run, monkeypatch
     series.close()
 
 
-@pytest.mark.slow
 def test_the_best_are_kept_beside_the_last(tmp_path):
     series = opened(tmp_path, keep_last=1, keep_best=1)
     for step, agreement in ((2, 60.0), (4, 50.0), (6, None)):
@@ -188,7 +186,6 @@ def test_the_best_are_kept_beside_the_last(tmp_path):
     assert steps.saved_steps(tmp_path)["grpo"] == [2, 6]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("part", ["params", "moments"])
 def test_numbers_that_are_not_finite_are_not_saved(run, part):
     state = state_of(6)
@@ -207,7 +204,6 @@ def test_numbers_that_are_not_finite_are_not_saved(run, part):
     assert steps.saved_steps(run)["grpo"] == [2, 4]
 
 
-@pytest.mark.slow
 def test_steps_of_older_programs_are_read_and_said_to_be_unchecked(run, caplog):
     for step in (2, 4):
         shutil.rmtree(step_dir(run, step) / "digests")
@@ -265,7 +261,6 @@ DAMAGE = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_newest_step_is_named_and_skipped(run, kind, caplog):
     harm, said = DAMAGE[kind]
@@ -293,7 +288,6 @@ def test_without_sizes_a_file_without_content_is_noticed_all_the_same(run):
         opened(run)
 
 
-@pytest.mark.slow
 def test_damage_of_an_older_step_stops_nothing(run, caplog):
     (step_dir(run, 2) / "metrics/metrics").write_bytes(b"\xff")
     assert restored(run)[0] == 4
@@ -310,7 +304,6 @@ def test_when_no_step_is_whole_nothing_begins_anew(run):
         steps.find(str(run))
 
 
-@pytest.mark.slow
 def test_a_save_that_did_not_finish_is_no_step(run, caplog):
     """As in a store, where a save has its final name from its beginning."""
     (step_dir(run) / steps.COMMITTED).unlink()
@@ -341,7 +334,6 @@ def flip_largest(step: pathlib.Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.slow
 def test_a_flipped_byte_is_named_and_another_step_taken_only_if_asked_for(run, capsys):
     flip_largest(step_dir(run))
     with pytest.raises(UsageError, match=r"grpo/4 is damaged: its item 'params'") as told:
@@ -366,7 +358,6 @@ def test_two_damaged_steps_leave_nothing_to_offer(run):
         restored(run, resume="previous")
 
 
-@pytest.mark.slow
 def test_a_step_that_is_asked_for_is_taken_once(run):
     asked = {"resume": "grpo/2"}
     assert restored(run, **asked)[0] == 2
@@ -457,7 +448,6 @@ def assert_noticed(run: pathlib.Path, count: int, seed: int) -> None:
     assert share > 0.3
 
 
-@pytest.mark.slow
 def test_single_bits_that_flip_are_named_or_change_nothing(run):
     assert_noticed(run, NUM_FLIPS, seed=0)
 
