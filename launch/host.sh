@@ -40,7 +40,8 @@ setup() {
 }
 
 # The command and what it started hold the lock (file 9), so a process id that is reused can't mislead.
-is_running() { [ -e "$STATE/lock" ] && ! flock --nonblock "$STATE/lock" true; }
+# Asking takes it shared: two who ask at once don't take each other for the command.
+is_running() { [ -e "$STATE/lock" ] && ! flock --shared --nonblock "$STATE/lock" true; }
 
 start() {
   umask 077
@@ -90,13 +91,16 @@ _run() {
 }
 
 status() {
-  local last=""
+  local last="" running=""
+  # Asked before the exit code is looked for, which is written before the lock is let go: a command that
+  # ends in between has its code, and isn't lost.
+  if is_running; then running=1; fi
   if [ -f "$STATE/log" ]; then
     last="$(tail -c 2000 "$STATE/log" | tr '\r' '\n' | grep -v '^ *$' | tail -n 1 | cut -c -160 || true)"
   fi
   if [ -f "$STATE/exit" ]; then
     printf 'exited %s | %s\n' "$(cat "$STATE/exit")" "$last"
-  elif is_running; then
+  elif [ -n "$running" ]; then
     printf 'running | %s\n' "$last"
   elif [ -f "$STATE/pid" ]; then
     printf 'lost | %s\n' "$last" # the host was restarted, or the command and its parent were killed

@@ -570,6 +570,26 @@ def test_attach_ends_as_the_command_does(cloud, code):
     assert on_hosts(cloud, "attach").returncode == code
 
 
+def test_a_command_that_ends_while_it_is_asked_for_is_not_lost(tmp_path):
+    """It lets go of its lock just after it wrote its exit code: both, between any two looks."""
+    state, fake = tmp_path / "state", tmp_path / "bin"
+    state.mkdir(), fake.mkdir()
+    (state / "pid").write_text("1\n"), (state / "lock").touch()
+    (fake / "flock").write_text(f"#!/bin/sh\necho 7 > {shlex.quote(str(state))}/exit\n")
+    (fake / "flock").chmod(0o755)
+    env = os.environ | {"JLRM_STATE": str(state), "PATH": f"{fake}:{os.environ['PATH']}"}
+    command = ["bash", LAUNCH / "host.sh", "status"]
+    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == "exited 7 | \n"
+
+
+def test_who_asks_for_a_command_is_not_taken_for_it(tmp_path):
+    (tmp_path / "pid").write_text("1\n"), (tmp_path / "lock").touch()
+    command = ["bash", LAUNCH / "host.sh", "status"]
+    env = os.environ | {"JLRM_STATE": str(tmp_path)}
+    asking = ["flock", "--shared", tmp_path / "lock", *command]
+    assert subprocess.run(asking, env=env, capture_output=True, text=True).stdout == "lost | \n"
+
+
 @pytest.mark.slow
 def test_a_killed_host_is_lost(cloud):
     cloud.states("ACTIVE")
