@@ -16,7 +16,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import slowness
+from conftest import COMPILE_FAST, slowness
 
 from jlrm.config import UsageError
 from jlrm.data.comparisons import write_comparisons
@@ -26,7 +26,6 @@ from jlrm.reports.tracking import read_metrics
 from jlrm.runtime import cluster, hosts
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 STEPS = int(os.environ.get("JLRM_POD_STEPS", "6"))
 # A model that has learned nothing parses nothing: any text must be worth something else.
 PLUGIN = """
@@ -66,7 +65,7 @@ class Pod:
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(8 // count),
-                "XLA_FLAGS": FAST,
+                "XLA_FLAGS": COMPILE_FAST,
                 "PYTHONPATH": f"{folder.parent}:{ROOT}",
                 "JLRM_COORDINATOR": f"127.0.0.1:{port}",
                 "JLRM_NUM_PROCESSES": str(count),
