@@ -15,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 IS_OLD_JAX = importlib.metadata.version("jax").startswith("0.10.")
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
 
-# Programs here run for milliseconds; what costs is compiling them well. The emitters of fusions take
-# two fifths of that; later versions have no other ones, and refuse the flag.
+# Programs here run for milliseconds; what costs is compiling them well. The emitters of fusions
+# take two fifths of that; later versions have no other ones, and refuse the flag.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if IS_OLD_JAX:
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"

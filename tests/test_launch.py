@@ -579,7 +579,8 @@ def test_a_command_that_ends_while_it_is_asked_for_is_not_lost(tmp_path):
     (fake / "flock").chmod(0o755)
     env = os.environ | {"JLRM_STATE": str(state), "PATH": f"{fake}:{os.environ['PATH']}"}
     command = ["bash", LAUNCH / "host.sh", "status"]
-    assert subprocess.run(command, env=env, capture_output=True, text=True).stdout == "exited 7 | \n"
+    shown = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    assert shown == "exited 7 | \n"
 
 
 def test_who_asks_for_a_command_is_not_taken_for_it(tmp_path):
