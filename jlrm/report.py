@@ -7,7 +7,8 @@ browser can lay them out for a phone or a desktop.
 
 Left out: comparing runs (TensorBoard and W&B do that).
 
-    python -m jlrm.report RUN_DIR        renders again from what the directory holds
+    python -m jlrm.report RUN_DIR            renders again from what the directory holds
+    python -m jlrm.report RUN_DIR --audit    tells which rows were drawn, and whether each was once
 """
 
 from __future__ import annotations
@@ -17,8 +18,13 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from jlrm.config import RunError, UsageError
+from jlrm.data import audit
 from jlrm.reports.run_page import write_report
+from jlrm.reports.tables import table
 from jlrm.runtime import commands
+
+MOST_FAULTS = 10  # lines of them that are shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,9 +33,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m jlrm.report", description="Write report.html and report.png of a run again."
     )
     parser.add_argument("run_dir", type=pathlib.Path, help="run.dir of the run's configuration")
-    run_dir = parser.parse_args(argv).run_dir
-    write_report(run_dir)
-    print(run_dir / "report.html")
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="check that every row of an epoch was drawn exactly once; exit code 1 if not",
+    )
+    args = parser.parse_args(argv)
+    if args.audit:
+        show_audit(args.run_dir)
+        return
+    write_report(args.run_dir)
+    print(args.run_dir / "report.html")
+
+
+def show_audit(run_dir: pathlib.Path) -> None:
+    """Print what each stage drew and what became of it.
+
+    Raises:
+      UsageError: the directory holds no record of it.
+      RunError: a row of an epoch was drawn twice, or a step or a batch is missing.
+    """
+    if not (lines := audit.read(run_dir)):
+        raise UsageError(f"{run_dir} holds no {audit.FILE}: no step of it has ended.")
+    stages = audit.check(lines)
+    rows = [stage._asdict() | stage.counts for stage in stages]
+    print(table(rows, ["stage", "steps", "rows", "epochs", *audit.FATES]))
+    faults = [f"{stage.stage}: {fault}" for stage in stages for fault in stage.faults]
+    if faults:
+        more = f"\nand {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+        shown = "\n".join(faults[:MOST_FAULTS])
+        raise RunError(f"Not every row of an epoch was drawn exactly once:\n{shown}{more}")
+    print("No step is missing, and no row was drawn twice in an epoch.")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ IS_OLD_JAX = importlib.metadata.version("jax").startswith("0.10.")
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
 
 # Programs here run for milliseconds; what costs is compiling them well. The emitters of fusions
-# take two fifths of that; later versions have no other ones, and refuse the flag.
-COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if IS_OLD_JAX:
-    COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", COMPILE_FAST)
+# take two fifths of that; jax 0.11 has no other ones, and refuses the flag, as libtpu does.
+COMPILE_FAST = os.environ.get(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+COMPILE_FASTEST = COMPILE_FAST + IS_OLD_JAX * " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = COMPILE_FASTEST
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,8 @@ from qwen import qwen3, qwen3_official, qwen25  # noqa: F401 (fixtures)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.devices()  # reads the flags
+os.environ["XLA_FLAGS"] = COMPILE_FAST  # for libtpu in this process, and in those it starts
 
 from endpoints import serve  # noqa: F401 (a fixture)
 

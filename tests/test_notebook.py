@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pathlib
 import re
 import shutil
 
 import pytest
+from conftest import COMPILE_FASTEST
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -62,7 +62,7 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("JLRM_SMOKE", SMOKE)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
+    monkeypatch.setenv("XLA_FLAGS", COMPILE_FASTEST)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = nbclient.NotebookClient(
         notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}

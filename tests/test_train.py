@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import mesh_of
+from conftest import COMPILE_FASTEST, mesh_of
 
 from jlrm import config, evaluate, export, train
 from jlrm.config import RewardConfig, RunError, UsageError
@@ -357,7 +357,7 @@ def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
     run(tmp_path / "whole", data, *options, num_devices=8)
     settings(tmp_path / "r", data)
     argv = [sys.executable, "-m", "jlrm.train", "--config", str(tmp_path / "r.yaml"), *options]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": COMPILE_FASTEST}
     process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

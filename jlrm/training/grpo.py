@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool
 
 from jlrm.config import Config, GRPOConfig, LossConfig
 from jlrm.model.qwen import Params
@@ -62,7 +63,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
             drawn = rollouts.draw(run, begin, started, stage.timed, stage.progress)
-            parts = _minibatches(run, programs.sizes, drawn)
+            parts, is_trained = _minibatches(run, programs.sizes, drawn)
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
@@ -88,7 +89,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             values |= mean_logged(drawn.batch.logged, values)
             _log_completions(run, stage, step, drawn)
             learned = [(part.rows, part.targets) for part in parts]
-            stage.finish(values, drawn.num_tokens, learned, drawn.num_draws)
+            stage.finish(values, drawn.num_tokens, learned, drawn.draws(is_trained))
     return stage.outcome()
 
 
@@ -113,8 +114,12 @@ def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> Non
         stage.tracker.log_completions(step + 1, table_rows(drawn.batch))
 
 
-def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch]:
+def _minibatches(
+    run: Run, sizes: list[int], drawn: StepBatch
+) -> tuple[list[Minibatch], Bool[np.ndarray, " B"]]:
     """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled.
+
+    Also returns which rows of the batch are trained on.
 
     A minibatch with nothing to learn from is left out: a step on it would have no gradient, and yet
     weight decay and momentum would move the weights.
@@ -123,7 +128,7 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
     is_kept = drawn.is_learned
     if config.loss.mask_truncated:
         is_kept = is_kept & batch.sampled.is_finished
-    parts = []
+    parts, is_trained = [], np.zeros_like(is_kept)
     for chosen in np.split(np.arange(len(batch.examples)), config.minibatches):
         sampled = batch.sampled.take(chosen.tolist())
         whole = [
@@ -132,10 +137,11 @@ def _minibatches(run: Run, sizes: list[int], drawn: StepBatch) -> list[Minibatch
         ]
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
         if has_gradient(config.loss, known):
+            is_trained[chosen] = known.is_kept
             parts.append(
                 pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
             )
-    return parts
+    return parts, is_trained
 
 
 def has_gradient(loss: LossConfig, known: Known) -> bool:

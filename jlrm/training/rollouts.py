@@ -22,7 +22,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config, RunError
-from jlrm.data import batches
+from jlrm.data import audit, batches
+from jlrm.data.audit import Draws
 from jlrm.data.batches import Example
 from jlrm.data.tokenizer import token_bytes
 from jlrm.judgement.notes import TrainerState
@@ -157,19 +158,34 @@ class RolloutBatch(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """The batch of a step, how many batches were drawn for it, and metrics of all of them."""
+    """The batch of a step, all that was drawn for it, and metrics of that."""
 
     batch: RolloutBatch
     is_learned: Bool[np.ndarray, " B"]  # False: out of the loss
-    num_draws: int
+    num_rows: int  # that are drawn from: pairs, under both orders
+    drawn: list[list[int]]  # which of them, batch by batch: a group of each
+    chosen: Int[np.ndarray, " groups"]  # of all groups drawn, those in `batch`
     num_tokens: int
     metrics: dict[str, float]
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.drawn)
+
+    def draws(self, is_trained: Bool[np.ndarray, " B"]) -> Draws:
+        """Return what became of the rows drawn, if these of the batch were trained on."""
+        fates = np.full(sum(map(len, self.drawn)), audit.DISCARDED, dtype=object)
+        by_group = is_trained.reshape(len(self.chosen), -1).any(axis=1)
+        fates[self.chosen] = np.where(by_group, audit.TRAINED, audit.SKIPPED)
+        ends = np.cumsum([len(rows) for rows in self.drawn])[:-1]
+        return Draws(self.num_rows, self.drawn, [part.tolist() for part in np.split(fates, ends)])
 
 
 class Started(NamedTuple):
     """A rollout that is under way on the devices."""
 
     position: int
+    rows: list[int]  # or pairs
     prompts: list[Example]
     collect: Callable[[], Sampled]
 
@@ -180,7 +196,9 @@ def start(run: Run, sample: SampleFn, weights: Params, position: int, stream: in
     pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
     rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train), stream)
     prompts = run.data.train.take(rows)
-    return Started(position, prompts, sample(weights, prompts, position))
+    together = _together(run)
+    numbers = (rows[::together] // together).tolist()
+    return Started(position, numbers, prompts, sample(weights, prompts, position))
 
 
 def draw(
@@ -190,23 +208,28 @@ def draw(
     config = run.config.grpo
     is_resampling = config.zero_variance == "resample"
     drawn: list[RolloutBatch] = []
+    rows: list[list[int]] = []
     num_informative = 0
     for i in range(config.max_draws if is_resampling else 1):
         if i:
             with timed("rollout"):
                 started = begin(started.position + 1)
+        rows.append(started.rows)
         drawn.append(_finish(run, started, timed, state))
         num_informative += int(_is_informative(run, drawn[-1]).sum())
         if num_informative >= _num_groups(run):
             break
-    batch = _choose(run, drawn) if is_resampling else drawn[0]
+    batch, chosen = drawn[0], np.arange(_num_groups(run))
+    if is_resampling:
+        batch, chosen = _choose(run, drawn)
     is_learned = np.ones(_num_groups(run), bool)
     if config.zero_variance != "keep":
         is_learned = _is_informative(run, batch)
     by_row = np.repeat(is_learned, len(batch.examples) // len(is_learned))
     by_row &= ~np.isnan(rewards_of(batch.judgements))
     values = _metrics(run, drawn, is_learned)
-    return StepBatch(batch, by_row, len(drawn), _num_tokens(drawn), values)
+    num_rows = len(run.data.train) // _together(run)
+    return StepBatch(batch, by_row, num_rows, rows, chosen, _num_tokens(drawn), values)
 
 
 def _finish(run: Run, started: Started, timed: Timed, state: TrainerState) -> RolloutBatch:
@@ -238,7 +261,12 @@ def _partner(run: Run) -> list[int]:
 
 
 def _num_groups(run: Run) -> int:
-    return run.config.grpo.prompts // (2 if run.config.data.orders == "both" else 1)
+    return run.config.grpo.prompts // _together(run)
+
+
+def _together(run: Run) -> int:
+    """Return how many prompts make a group."""
+    return 2 if run.config.data.orders == "both" else 1
 
 
 def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"]:
@@ -248,8 +276,10 @@ def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"
     return np.fmax.reduce(grouped, axis=1) > np.fmin.reduce(grouped, axis=1)
 
 
-def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
+def _choose(run: Run, drawn: list[RolloutBatch]) -> tuple[RolloutBatch, Int[np.ndarray, " groups"]]:
     """Return the first groups that teach something, filled up by others if there are too few.
+
+    Also returns which they are, of all that were drawn.
 
     Advantages are those of the choice: what fills up is out of the loss, and so counts in no
     deviation of `grpo.advantage_scale: batch`.
@@ -267,7 +297,8 @@ def _choose(run: Run, drawn: list[RolloutBatch]) -> RolloutBatch:
     counted = np.where(np.repeat(is_informative[groups], size), rewards_of(chosen), np.nan)
     advantages = _advantages(run, counted)
     logged = [each for batch in drawn for each in batch.logged]
-    return RolloutBatch([examples[row] for row in rows], sampled, chosen, advantages, logged)
+    batch = RolloutBatch([examples[row] for row in rows], sampled, chosen, advantages, logged)
+    return batch, groups
 
 
 def _num_tokens(drawn: list[RolloutBatch]) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from jlrm.data import batches
+from jlrm.data import audit, batches
+from jlrm.data.audit import Draws
 from jlrm.data.comparisons import describe_dropped, write_dropped
 from jlrm.rl.losses import token_weights
 from jlrm.runtime import hosts
@@ -58,5 +59,6 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
             num_tokens = sum(len(e.prompt_ids) + len(e.target_ids) for e in chosen)
             values |= packed.metrics
             values |= floats({"learning_rate": programs.rate(step)})
-            stage.finish(values, num_tokens, [learned])
+            draws = Draws(len(examples), [rows.tolist()], [[audit.TRAINED] * len(rows)])
+            stage.finish(values, num_tokens, [learned], draws)
     return stage.outcome()

@@ -28,6 +28,8 @@ import numpy as np
 import optax
 
 from jlrm.config import RunConfig, RunError, stage_titles, stages_of
+from jlrm.data import audit
+from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.reports.tracking import Tracker
@@ -109,6 +111,8 @@ class Stage:
             network = run.policy
             self.state = update.init_state(network.model, network.training, optimizer, initial())
         self.tracker = _open_tracker(run, name, self._num_steps, self._done)
+        if hosts.is_main() and self._done < self._num_steps:
+            audit.forget_after(run.directory.path, name, self._done)
         self._seconds = collections.defaultdict[str, float](float)
         self._signum = self._num_unapplied = 0
 
@@ -180,13 +184,13 @@ class Stage:
         values: dict[str, float],
         num_tokens: int,
         batches: Sequence[replay.Batch],
-        num_draws: int = 1,
+        draws: Draws,
     ) -> None:
         """Log the step, evaluate and save where it is time, and stop if asked to.
 
         Args:
           batches: what each optimiser step has learned from.
-          num_draws: batches of data that the step has used.
+          draws: the rows that the step has used.
 
         Raises:
           RunError: the loss or the gradient was no finite number, several times in a row, or the
@@ -198,6 +202,7 @@ class Stage:
         self._num_unapplied = 0 if is_applied else self._num_unapplied + 1
         if not is_applied:
             self._tell_unapplied(step, values, batches)
+            draws = draws.unapplied()
         # A signal comes to one process or to all: they stop after the same step.
         self._signum = hosts.highest(f"the end of {self._name} step {step}", self._signum)
         elapsed = time.monotonic() - self._step_began
@@ -208,8 +213,10 @@ class Stage:
             "perf/tokens_per_second": num_tokens / elapsed,
             "perf/compiles": _num_compiles,
         }
+        if hosts.is_main():
+            audit.write(self._run.directory.path, self._name, step, self.position, draws)
         self._done = step
-        self.position += num_draws
+        self.position += len(draws.rows)
         self.num_tokens += num_tokens
         is_last = step == self._num_steps
         is_evaluated = is_last or _is_due(step, settings.eval_every)

@@ -162,7 +162,12 @@ def _loss(
     return -jnp.sum(logp * pairs) / jnp.sum(pairs), hidden
 
 
-value_and_grad = jax.jit(jax.value_and_grad(_loss, argnums=2, has_aux=True), static_argnums=(0, 1))
+value_and_grad = jax.jit(
+    jax.value_and_grad(_loss, argnums=2, has_aux=True),
+    static_argnums=(0, 1),
+    # As users' programs: how fusions are emitted moves the last bits of what is recomputed.
+    compiler_options={"xla_cpu_use_fusion_emitters": True} if IS_OLD_JAX else None,
+)
 
 
 def assert_trees_close(actual: Any, wanted: Any, atol: float) -> None:

@@ -16,7 +16,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import COMPILE_FAST, slowness
+from conftest import COMPILE_FASTEST, slowness
 
 from jlrm.config import UsageError
 from jlrm.data.comparisons import write_comparisons
@@ -65,7 +65,7 @@ class Pod:
                 **os.environ,
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(8 // count),
-                "XLA_FLAGS": COMPILE_FAST,
+                "XLA_FLAGS": COMPILE_FASTEST,
                 "PYTHONPATH": f"{folder.parent}:{ROOT}",
                 "JLRM_COORDINATOR": f"127.0.0.1:{port}",
                 "JLRM_NUM_PROCESSES": str(count),

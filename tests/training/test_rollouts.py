@@ -75,7 +75,8 @@ def opened(tokenizer):
             }
         )
         policy = types.SimpleNamespace(tokenizer=tokenizer)
-        data = RunData(cast(Examples, None), cast(Examples, None), plugins.load(weights), [])
+        examples = cast(Examples, ROWS)
+        data = RunData(examples, examples, plugins.load(weights), [])
         return Run(config, cast(Any, None), cast(Any, policy), data)
 
     return run
@@ -91,9 +92,10 @@ def drawn(run: Run, *batches: Sequence[Any], state: TrainerState = BEGIN) -> Ste
         logps = np.full((len(ids), 16), -float(position + 1), np.float32)
         sampled = Sampled(ids, logps, lengths, np.ones(len(ids), bool))
         first = position * run.config.grpo.prompts
-        rows = [ROWS[(first + i) % len(ROWS)] for i in range(run.config.grpo.prompts)]
-        prompts = [Example(row, "prompt", [1, 2]) for row in rows]
-        return Started(position, prompts, lambda: sampled)
+        rows = [(first + i) % len(ROWS) for i in range(run.config.grpo.prompts)]
+        prompts = [Example(ROWS[row], "prompt", [1, 2]) for row in rows]
+        together = 2 if run.config.data.orders == "both" else 1
+        return Started(position, rows[::together], prompts, lambda: sampled)
 
     return rollouts.draw(run, started, started(0), lambda _: contextlib.nullcontext(), state)
 
@@ -221,7 +223,7 @@ def test_a_rows_own_columns_reach_a_plug_in(opened, monkeypatch):
     run = dataclasses.replace(run, data=data)
     rows = [dataclasses.replace(row, meta={"difficulty": i}) for i, row in enumerate(ROWS[:2])]
     sampled = Sampled([[1]] * 6, np.zeros((6, 16)), np.ones(6, int), np.ones(6, bool))
-    started = Started(0, [Example(row, "p", [1]) for row in rows], lambda: sampled)
+    started = Started(0, [0, 1], [Example(row, "p", [1]) for row in rows], lambda: sampled)
     step = rollouts.draw(run, lambda _: started, started, lambda _: contextlib.nullcontext(), BEGIN)
     assert seen == [[0, 0, 0, 1, 1, 1]]
     assert [each.reward for each in step.batch.judgements] == [0.0] * 3 + [2.0] * 3
