@@ -19,6 +19,7 @@ from conftest import COMPILE_FASTEST, mesh_of
 
 from jlrm import config, evaluate, export, train
 from jlrm.config import RewardConfig, RunError, UsageError
+from jlrm.data import audit
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison, write_comparisons
 from jlrm.data.worlds import toy
@@ -104,6 +105,14 @@ def comparable(rows: list[dict]) -> list[dict]:
     ]
 
 
+def assert_same_record(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Compare metrics, and what was drawn, which must add up."""
+    assert comparable(read_metrics(one)) == comparable(read_metrics(other))
+    lines = audit.read(one)
+    assert lines == audit.read(other)
+    assert lines and not any(stage.faults for stage in audit.check(lines))
+
+
 def steps(run_dir: pathlib.Path) -> list[dict]:
     """The metrics of training steps alone, without those of an evaluation before the first."""
     return [row for row in read_metrics(run_dir) if "loss" in row]
@@ -176,9 +185,7 @@ def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path
     run(tmp_path / "broken", data, *options, "grpo.steps=2")
     run(tmp_path / "broken", data, *options, "grpo.steps=4")
     assert any(row.get("reward_std", 0) > 0.1 for row in read_metrics(tmp_path / "whole"))
-    assert comparable(read_metrics(tmp_path / "whole")) == comparable(
-        read_metrics(tmp_path / "broken")
-    )
+    assert_same_record(tmp_path / "whole", tmp_path / "broken")
     assert_equal_trees(final_params(tmp_path / "whole"), final_params(tmp_path / "broken"))
 
 
@@ -371,7 +378,7 @@ def test_a_stopped_run_loses_nothing_and_goes_on(tmp_path, data, warm, signum):
         assert "Stopped after grpo step" in error and "The same command goes on" in error
     assert len(read_metrics(tmp_path / "r")) < 6
     run(tmp_path / "r", data, *options, num_devices=8)
-    assert comparable(read_metrics(tmp_path / "r")) == comparable(read_metrics(tmp_path / "whole"))
+    assert_same_record(tmp_path / "r", tmp_path / "whole")
     assert_equal_trees(final_params(tmp_path / "r"), final_params(tmp_path / "whole"))
 
 
@@ -459,7 +466,7 @@ def test_a_run_keeps_its_held_out_rows_where_their_number_is_left_open(tmp_path,
     run(tmp_path / "r", data, "grpo.steps=1", "data.eval_rows=40")
     goes_on = run(tmp_path / "r", data, "grpo.steps=2", "data.eval_rows=0")
     assert goes_on["grpo"] == whole["grpo"]
-    assert comparable(read_metrics(tmp_path / "r")) == comparable(read_metrics(tmp_path / "whole"))
+    assert_same_record(tmp_path / "r", tmp_path / "whole")
     saved = load(tmp_path / "r/config.yaml")
     assert saved.data.eval_rows == 40
     with pytest.raises(UsageError, match=r"data\.eval_rows 40 -> 9"):
@@ -513,9 +520,7 @@ def test_resampling_goes_on_exactly_after_a_stop(tmp_path, data, warm, parity):
     run(tmp_path / "whole", data, *options)
     run(tmp_path / "broken", data, *options, "grpo.steps=2")
     run(tmp_path / "broken", data, *options)
-    assert comparable(read_metrics(tmp_path / "whole")) == comparable(
-        read_metrics(tmp_path / "broken")
-    )
+    assert_same_record(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_dropped_rows_are_listed_in_the_run_directory(tmp_path, data):

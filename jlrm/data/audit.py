@@ -28,6 +28,8 @@ DISCARDED = "discarded"  # drawn, and not taken into the batch
 UNAPPLIED = "not_applied"  # trained on by a step that was not finite
 FATES = (TRAINED, SKIPPED, DISCARDED, UNAPPLIED)
 
+FIELDS = {"stage", "step", "position", "of", "rows", "fates"}
+
 Line = Mapping[str, Any]
 
 
@@ -58,17 +60,21 @@ def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Return the lines in order; a last one torn by a kill is left out.
 
     Raises:
-      UsageError: another line is no JSON.
+      UsageError: another line is no JSON, or not one that `write` has written.
     """
     path = run_dir / FILE
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     lines = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError as error:
-            if number < len(texts):
-                raise UsageError(f"{path}, line {number} is no JSON: {error}.") from error
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(texts):
+                break
+            raise UsageError(f"{path}, line {number} is no JSON: {error}.") from error
+        if not isinstance(line, dict) or not line.keys() >= FIELDS:
+            raise UsageError(f"{path}, line {number} is no step of a run.")
+        lines.append(line)
     return lines
 
 
@@ -125,6 +131,8 @@ def _repeats(lines: Sequence[Line]) -> Iterator[str]:
         num_rows = line["of"]
         for number, rows in enumerate(line["rows"], start=line["position"]):
             for place, row in enumerate(rows, start=number * len(rows)):
+                if not 0 <= row < num_rows:
+                    yield f"step {line['step']} drew row {row}, of {num_rows}"
                 key = num_rows, place // num_rows, row
                 if key in seen:
                     yield f"step {line['step']} drew row {row} again in epoch {key[1] + 1}"

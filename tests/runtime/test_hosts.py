@@ -19,6 +19,7 @@ import pytest
 from conftest import COMPILE_FASTEST, slowness
 
 from jlrm.config import UsageError
+from jlrm.data import audit
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.worlds import toy
@@ -416,6 +417,7 @@ def test_several_processes_train_as_one_does(settings, count):
         numbers = [name for name in mine if name != "stage"]
         assert [mine[n] for n in numbers] == pytest.approx([theirs[n] for n in numbers], abs=1e-5)
     assert completions(settings / f"of_{count}") == completions(settings / "of_1")
+    assert audit.read(settings / f"of_{count}") == audit.read(settings / "of_1")
 
 
 @pytest.mark.slow
@@ -460,6 +462,8 @@ def test_a_killed_process_costs_nothing_but_time(settings):
     assert "going on after step 3" in again.said(0)
     assert values(settings / "killed") == values(settings / "of_2")
     assert completions(settings / "killed") == completions(settings / "of_2")
+    lines = audit.read(settings / "killed")
+    assert lines == audit.read(settings / "of_2") and not audit.check(lines)[0].faults
 
 
 @pytest.mark.slow

@@ -174,6 +174,21 @@ def test_resampling_scales_by_the_groups_it_chose(opened, scale):
     assert step.batch.sampled.logps[:, 0].tolist() == [-1.0] * 3 + [-3.0] * 3
 
 
+def test_what_became_of_each_row_is_told(opened):
+    uniform, first, second, third = [7.0] * 3, [0.0, 1.0, 5.0], [40.0, 10.0, 2.0], [0.0, 9.0, 3.0]
+    again = drawn(opened(zero_variance="resample"), uniform + uniform, first + uniform, second * 2)
+    told = again.draws(again.is_learned)
+    assert told.of == len(ROWS) and told.rows == [[0, 1], [2, 3], [4, 5]]
+    assert told.fates == [["discarded"] * 2, ["trained", "discarded"], ["trained", "discarded"]]
+
+    skipped = drawn(opened(zero_variance="skip"), uniform + third)
+    assert skipped.draws(skipped.is_learned).fates == [["skipped", "trained"]]
+    assert skipped.draws(skipped.is_learned).unapplied().fates == [["skipped", "not_applied"]]
+
+    pair = drawn(opened(orders="both"), first + third)
+    assert pair.draws(pair.is_learned) == (len(ROWS) // 2, [[0]], [["trained"]])
+
+
 def test_a_group_that_only_fills_up_counts_in_no_deviation(opened):
     run = opened(zero_variance="resample", advantage_scale="batch", max_draws=2)
     step = drawn(run, [7.0] * 3 + [0.0, 1.0, 5.0], [9.0] * 6)
