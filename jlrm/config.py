@@ -47,6 +47,8 @@ class RunConfig:
     best_metric: Metric = "agreement"
     eval_every: Count = 50  # steps between held-out evaluations; 0: only at the end of a stage
     completions_every: Count = 10  # steps between parquet files of sampled judgements; 0: none
+    # Alarms that end the run, saved, with exit code 1 (names: reports/alarms.py), e.g. [kl, place].
+    stop_on: list[str] = field(default_factory=list)
     host_timeout: Positive = 1800  # seconds that a host may lag behind; then all stop and name it
     tensorboard: bool = True  # write event files for TensorBoard
     wandb_project: str = ""  # project on Weights & Biases; empty: not used
@@ -391,9 +393,7 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
     if reward.mode == "judgelrm" and reward.brier:
-        raise UsageError(
-            "reward.brier does not apply to reward.mode=judgelrm. Use judgelrm_symmetric."
-        )
+        raise UsageError("reward.mode=judgelrm takes no reward.brier. Use judgelrm_symmetric.")
     if reward.min_score >= reward.max_score:
         raise UsageError(
             f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jlrm import train
-from jlrm.config import Config, MeshConfig, OptimizerConfig, RewardConfig, UsageError
+from jlrm.config import Config, MeshConfig, OptimizerConfig, RewardConfig, RunError, UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.judgement import rewards
@@ -107,6 +107,7 @@ CHANGES = {
     "run.best_metric": Change("reward", (*EVERY_STEP, "run.keep_last=1")),
     "run.eval_every": Change(1),
     "run.completions_every": Change(0),
+    "run.stop_on": Change("[no_verdict]", ("grpo.steps=6",)),
     "run.host_timeout": Change(7),
     "run.tensorboard": Change(True),
     "run.wandb_project": Change("somewhere"),
@@ -320,7 +321,7 @@ def observed(folder, base, programs, overrides) -> dict[str, Any]:
     message = ""
     try:
         train.train(config, jax.devices()[:1])
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         message = str(error)
     run_dir = pathlib.Path(config.run.dir)
     return {

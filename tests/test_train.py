@@ -179,6 +179,19 @@ def test_a_run_says_what_it_compiles_and_judges_and_when_nothing_can_be_read(
     assert "parsed=0" in said
 
 
+def test_an_alarm_ends_a_run_that_asks_for_it_and_the_same_command_goes_on(tmp_path, data):
+    small = ["grpo.prompts=2", "grpo.rollouts=2", "sampling.max_new_tokens=4", "grpo.steps=6"]
+    with pytest.raises(UsageError, match="no alarm 'silence'"):
+        run(tmp_path / "r", data, *small, "run.stop_on=[silence]")
+    asked = [*small, "run.save_every=10", "run.stop_on=[kl,no_verdict]"]
+    with pytest.raises(RunError, match=r"grpo step 5 has raised .* no_verdict\. Saved"):
+        run(tmp_path / "r", data, *asked)
+    assert saved_steps(tmp_path / "r")["grpo"] == [5]
+    run(tmp_path / "r", data, *asked)
+    run(tmp_path / "whole", data, *small)
+    assert_same_record(tmp_path / "r", tmp_path / "whole")
+
+
 def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, data, warm):
     options = [*warm, "sft.steps=2"]
     run(tmp_path / "whole", data, *options)

@@ -1,8 +1,9 @@
 """What goes wrong when a judge is trained, as its metrics show it, and which settings help.
 
 `Alarms` sees a run's rows one by one, as `metrics.jsonl` holds them. A run says on the console what
-they show while it trains, and its page says it again from the file. The limits told good from bad
-stretches of runs of a 135M and a 0.5B judge (README, "When it does not learn").
+they show while it trains, and its page says it again from the file; those of `run.stop_on` end it.
+The limits told good from bad stretches of runs of a 135M and a 0.5B judge (README, "When it does
+not learn"); that of the KL divergence is ten times what the toy's runs reach.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from jlrm.config import UsageError, nearest
 
 Row = Mapping[str, Any]
 Rule = Callable[[Sequence[Row]], str]
@@ -23,6 +26,8 @@ LEARNED = 90.0  # percent of agreement above which equal rewards and certainty a
 CERTAIN = 0.01  # nats per token
 BY_HEART = 15.0  # points of agreement between training and held-out pairs
 CUT = 0.5  # share of completions
+FAR = 1.0  # nats per token between the policy and the reference
+LONGER = 2.0  # times the completions of the first steps
 
 
 class Alarm(NamedTuple):
@@ -30,8 +35,8 @@ class Alarm(NamedTuple):
 
     stage: str
     step: int
+    name: str  # of its rule
     text: str
-    rule: Rule
     is_over: bool = False  # it no longer held when the held-out pairs were last judged
 
 
@@ -40,7 +45,7 @@ class Alarms:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []  # of the stage under way
-        self._has_spoken: set[Rule] = set()
+        self._has_spoken: set[str] = set()
 
     def see(self, row: Row) -> list[Alarm]:
         """Take the next row; return what has gone wrong with it."""
@@ -48,11 +53,18 @@ class Alarms:
             self._rows, self._has_spoken = [], set()
         self._rows.append(row)
         raised = []
-        for rule in RULES:
-            if rule not in self._has_spoken and (text := rule(self._rows)):
-                self._has_spoken.add(rule)
-                raised.append(Alarm(row["stage"], row["step"], text, rule))
+        for name, rule in RULES.items():
+            if name not in self._has_spoken and (text := rule(self._rows)):
+                self._has_spoken.add(name)
+                raised.append(Alarm(row["stage"], row["step"], name, text))
         return raised
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse what is the name of no alarm, as UsageError."""
+    for name in names:
+        if name not in RULES:
+            raise UsageError(f"run.stop_on: no alarm {name!r}. {nearest(name, RULES)}")
 
 
 def alarms(rows: Sequence[Row]) -> list[Alarm]:
@@ -67,7 +79,7 @@ def _is_over(alarm: Alarm, rows: Sequence[Row]) -> bool:
     judged = [
         i for i, row in enumerate(own) if "eval/agreement" in row and row["step"] > alarm.step
     ]
-    return bool(judged) and not alarm.rule(own[: judged[-1] + 1])
+    return bool(judged) and not RULES[alarm.name](own[: judged[-1] + 1])
 
 
 # --- Rules: rows of a stage, the newest last -> what is wrong, "" if nothing is or can be told ---
@@ -158,7 +170,54 @@ def _cut(rows: Sequence[Row]) -> str:
     )
 
 
-RULES = (_silent, _loses_its_form, _leans, _nothing_to_compare, _certain, _by_heart, _cut)
+def _far(rows: Sequence[Row]) -> str:
+    kl = _mean(_last(rows, "kl", SHORT))
+    return _if(
+        kl >= FAR,
+        f"the policy is far from its reference (KL divergence {kl:.2f} nats per token). What "
+        "helps: a higher grpo.loss.kl_weight, or a lower grpo.optimizer.learning_rate.",
+    )
+
+
+def _reward_falls(rows: Sequence[Row]) -> str:
+    reward, spread = _all(rows, "reward"), _all(rows, "reward_std")
+    if len(reward) < 2 * LONG or len(spread) != len(reward):
+        return ""
+    now, at_first = _mean(reward[-LONG:]), _mean(spread[:LONG])
+    best = max(_mean(reward[i : i + LONG]) for i in range(len(reward) - 2 * LONG + 1))
+    return _if(
+        best - now > at_first,
+        f"the reward has fallen from {best:.2f} to {now:.2f} (means of {LONG} steps), more than it "
+        f"varied at the beginning ({at_first:.2f}). What helps: to begin again from this run's "
+        "best checkpoint with a lower grpo.optimizer.learning_rate or a higher "
+        "grpo.loss.kl_weight.",
+    )
+
+
+def _grows(rows: Sequence[Row]) -> str:
+    length, right = _all(rows, "completions/mean_length"), _all(rows, "judge/agreement")
+    if len(length) < 2 * LONG or len(right) != len(length):
+        return ""
+    first, now = _mean(length[:LONG]), _mean(length[-LONG:])
+    return _if(
+        now >= LONGER * first and _mean(right[-LONG:]) <= _mean(right[:LONG]),
+        f"completions grow from {first:.0f} to {now:.0f} tokens, and no more verdicts are right. "
+        "What helps: reward.length, reward.limit=-1.0, or a smaller sampling.max_new_tokens.",
+    )
+
+
+RULES = {
+    "no_verdict": _silent,
+    "form": _loses_its_form,
+    "place": _leans,
+    "zero_variance": _nothing_to_compare,
+    "entropy": _certain,
+    "overfit": _by_heart,
+    "clipped": _cut,
+    "kl": _far,
+    "reward": _reward_falls,
+    "length": _grows,
+}
 
 
 def _if(is_so: bool, text: str) -> str:

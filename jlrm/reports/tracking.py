@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jlrm.config import UsageError
-from jlrm.reports.alarms import Alarms
+from jlrm.reports.alarms import Alarm, Alarms
 from jlrm.runtime.storage import explain_full_disk, write_atomically
 
 CONSOLE_METRICS = {  # shown beside the step; label: metric
@@ -76,13 +76,13 @@ class Tracker:
             self._alarms.see(row)  # and what they show has been said
         self._bar = progress_bar(stage, num_steps, "step", initial=first_step, stays=True)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record all metrics of one step, once, and say what they show to be wrong; steps go up.
+    def log(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Record all metrics of one step, once; say, and return, what they show to be wrong.
 
-        A full disk raises OSError.
+        Steps go up. A full disk raises OSError.
         """
         if not self._is_writer:
-            return
+            return []
         if step <= self._last_step:
             raise ValueError(f"{self._stage}: step {step} logged after step {self._last_step}")
         self._last_step = step
@@ -96,8 +96,10 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({**values, "step": step})
         self._show(step, values)
-        for alarm in self._alarms.see({"stage": self._stage, "step": step, **values}):
-            self.note(f"{alarm.stage} step {alarm.step}: {alarm.text}")
+        raised = self._alarms.see({"stage": self._stage, "step": step, **values})
+        for alarm in raised:
+            self.note(f"{alarm.stage} step {alarm.step}, alarm {alarm.name}: {alarm.text}")
+        return raised
 
     def log_completions(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write sampled judgements to `completions/<stage>_<step>.parquet`, one column per key.

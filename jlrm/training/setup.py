@@ -28,6 +28,7 @@ from jlrm.judgement import plugins
 from jlrm.judgement.plugins import Plugin
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
+from jlrm.reports import alarms
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.lock import sole_writer
 from jlrm.runtime.mesh import create_mesh
@@ -86,6 +87,7 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
         trained = directory.is_trained
         config = same_run.as_begun(config, directory.path) if trained else same_run.pinned(config)
         # If one of these fails, it fails at once, so they come before anything is downloaded.
+        alarms.check_names(config.run.stop_on)
         mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
         policy = open_policy_of(config, directory, mesh)
         data = open_data(config, policy, loaded)

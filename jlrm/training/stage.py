@@ -32,6 +32,7 @@ from jlrm.data import audit
 from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
+from jlrm.reports.alarms import Alarm
 from jlrm.reports.tracking import Tracker
 from jlrm.runtime import hosts
 from jlrm.runtime.commands import Interrupted
@@ -193,8 +194,9 @@ class Stage:
           draws: the rows that the step has used.
 
         Raises:
-          RunError: the loss or the gradient was no finite number, several times in a row, or the
-            weights are not; they are saved in the first case.
+          RunError: the loss or the gradient was no finite number, several times in a row, an alarm
+            of `run.stop_on` was raised (the state is saved in both cases), or the weights are not
+            finite.
           Interrupted: a signal came; the state is saved.
         """
         settings, step = self._run.config.run, self._done + 1
@@ -224,8 +226,8 @@ class Stage:
             when = f"after {self._name} step {step}"
             self.evaluation = self._evaluate(self.state.params, when, self.progress)
             values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
-        self.tracker.log(step, values)
-        is_saved = is_evaluated or not is_applied or bool(self._signum)
+        alarm = self._alarm_to_stop_on(self.tracker.log(step, values))
+        is_saved = is_evaluated or not is_applied or bool(self._signum) or bool(alarm)
         if is_saved or _is_due(step, settings.save_every):
             # What was evaluated is saved too, since the best of these is kept.
             self._save(step, self.evaluation if is_evaluated else None)
@@ -236,6 +238,13 @@ class Stage:
                 f"{step} with weights that are finite. {self._name}.optimizer.learning_rate may be "
                 "too high: the same command with a lower one goes on from there."
             )
+        if alarm:
+            self._checkpoints.wait()
+            raise RunError(
+                f"{self._name} step {step} has raised an alarm of run.stop_on: {alarm}. Saved. The "
+                "same command goes on, and this alarm, once raised, ends the stage no more; its "
+                "line above says what helps."
+            )
         if self._signum:
             self._checkpoints.wait()
             raise Interrupted(
@@ -243,6 +252,16 @@ class Stage:
                 f"Stopped after {self._name} step {step}, saved in {settings.dir}. "
                 "The same command goes on from there.",
             )
+
+    def _alarm_to_stop_on(self, raised: Sequence[Alarm]) -> str:
+        """Return the name of a raised alarm that ends the run, or ""; the same on all hosts."""
+        names = self._run.config.run.stop_on
+        if not names:
+            return ""
+        mine = [names.index(alarm.name) + 1 for alarm in raised if alarm.name in names]
+        where = f"the alarms of {self._name} step {self._done}"
+        number = hosts.highest(where, max(mine, default=0))
+        return names[number - 1] if number else ""
 
     @property
     def progress(self) -> TrainerState:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from jlrm.config import UsageError
 from jlrm.reports import alarms, run_page, tracking
 
 GOOD = {
@@ -53,6 +54,7 @@ def said(made: list[dict[str, Any]]) -> list[tuple[int, str]]:
         ({"entropy": 0.004}, 10, "explores no more"),
         ({"judge__agreement": 89.0, "eval__agreement": 74.0}, 10, "learned by heart"),
         ({"completions__clipped_ratio": 0.5}, 5, "50 % of the completions are cut"),
+        ({"kl": 1.0}, 5, "KL divergence 1.00 nats"),
     ],
 )
 def test_a_rule_speaks_when_its_steps_are_full_and_once(changes, step, text):
@@ -74,6 +76,7 @@ def test_a_rule_speaks_when_its_steps_are_full_and_once(changes, step, text):
         {"entropy": 0.0, "judge__agreement": 90.0, "eval__agreement": 88.0},
         {"judge__agreement": 89.0, "eval__agreement": 74.5},
         {"completions__clipped_ratio": 0.49},
+        {"kl": 0.99},
     ],
 )
 def test_a_run_just_inside_the_limits_hears_nothing(changes):
@@ -130,3 +133,35 @@ def test_a_run_says_it_and_its_page_says_it_again_and_a_restart_does_not(tmp_pat
     run_page.write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count("explores no more") == 1 and "grpo, step 10" in page
+
+
+def turning(count: int, at: int, before: dict[str, float], after: dict[str, float]):
+    """Return steps whose metrics change after so many."""
+    made = rows(count)
+    return [row | (before if i < at else after) for i, row in enumerate(made)]
+
+
+def test_a_reward_that_falls_by_more_than_it_varied_is_told():
+    good, worse = {"reward": 3.0, "reward_std": 1.5}, {"reward": 1.4, "reward_std": 0.0}
+    ((step, text),) = said(turning(40, 20, good, worse))
+    assert step == 30 and "fallen from 3.00 to 1.40" in text and "(1.50)" in text
+    assert not said(turning(40, 20, good, {"reward": 1.5, "reward_std": 0.0}))
+    assert not said(turning(40, 20, {"reward": 1.4, "reward_std": 1.5}, good))  # it rises
+    # A dip of some steps, as every run has, tells nothing.
+    dip = turning(40, 20, good, worse)
+    assert not said(dip[:25] + [row | good for row in dip[25:]])
+
+
+def test_completions_that_grow_and_win_nothing_are_told():
+    length, agreement = "completions/mean_length", "judge/agreement"
+    short = {length: 100.0, agreement: 75.0}
+    ((step, text),) = said(turning(40, 15, short, {length: 200.0, agreement: 75.0}))
+    assert step == 25 and "grow from 100 to 200 tokens" in text
+    assert not said(turning(40, 15, short, {length: 199.0, agreement: 75.0}))
+    assert not said(turning(40, 15, short, {length: 300.0, agreement: 76.0}))  # it is worth it
+
+
+def test_a_name_that_is_no_alarms_is_refused():
+    alarms.check_names(list(alarms.RULES))
+    with pytest.raises(UsageError, match=r"run\.stop_on: no alarm 'klx'\. Did you mean 'kl'\?"):
+        alarms.check_names(["place", "klx"])
