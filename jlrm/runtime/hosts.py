@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 from jlrm.config import UsageError
-from jlrm.runtime import cluster
+from jlrm.runtime import cluster, preemption
 from jlrm.runtime.settings import flatten
 from jlrm.runtime.storage import first_line
 
@@ -77,6 +77,7 @@ def joined(
     Raises:
       UsageError: impossible flags; no other process came; one of them has other settings.
     """
+    preemption.watch()
     _initialise(args)
     if count() > 1:
         # Watching begins before the first exchange, which may be the first to wait for ever. A

@@ -34,7 +34,7 @@ from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.reports.alarms import Alarm
 from jlrm.reports.tracking import Tracker
-from jlrm.runtime import hosts
+from jlrm.runtime import hosts, preemption
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import replay, same_run, update
@@ -116,6 +116,7 @@ class Stage:
             audit.forget_after(run.directory.path, name, self._done)
         self._seconds = collections.defaultdict[str, float](float)
         self._signum = self._num_unapplied = 0
+        self._signalled = 0.0  # when, if so
 
     def _restore(self, optimizer: optax.GradientTransformation) -> None:
         """Go on from the newest checkpoint."""
@@ -249,7 +250,7 @@ class Stage:
             self._checkpoints.wait()
             raise Interrupted(
                 self._signum,
-                f"Stopped after {self._name} step {step}, saved in {settings.dir}. "
+                f"Stopped after {self._name} step {step}, saved in {settings.dir}{self._took()}. "
                 "The same command goes on from there.",
             )
 
@@ -307,8 +308,16 @@ class Stage:
         if hosts.is_main():
             self._run.directory.mirror.push()
 
+    def _took(self) -> str:
+        """Return how long it took from the signal to the end of saving, for people to read."""
+        if not self._signalled:  # another process got it
+            return ""
+        allowed = preemption.seconds_allowed()
+        of = "" if allowed is None else f" of {allowed:.0f} s allowed"
+        return f", {time.monotonic() - self._signalled:.0f} s after the signal{of}"
+
     def _on_signal(self, signum: int, frame: Any) -> None:
-        self._signum = signum
+        self._signum, self._signalled = signum, time.monotonic()
         signal.signal(signum, self._old_handlers[signum])
         self.tracker.note("Stopping after this step and saving; the same again stops at once.")
 
