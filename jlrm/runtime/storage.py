@@ -55,6 +55,7 @@ def explain_full_disk(path: pathlib.Path) -> Iterator[None]:
 LAST_FILES = ("features.json", "dataset_info.json")
 # Fields that tell two versions of a remote file apart. Each file system has some of them.
 STAMPS = ("size", "etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "created")
+LOCK_FILE = ".writer"  # whose directory it is, see lock.py
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
@@ -243,7 +244,8 @@ def mirror(name: str) -> Mirror:
 
 
 def _is_small(name: str) -> bool:
-    return not name.startswith("checkpoints/") and not name.endswith(".partial")
+    is_own = name == LOCK_FILE or name.endswith(".partial")
+    return not name.startswith("checkpoints/") and not is_own
 
 
 def _stamp(path: pathlib.Path) -> tuple[int, int]:

@@ -30,7 +30,7 @@ from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.reports import alarms
 from jlrm.runtime import hosts, storage
-from jlrm.runtime.lock import sole_writer
+from jlrm.runtime.lock import sole_writer, sole_writer_of_store
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
@@ -118,9 +118,10 @@ def open_directory(config: Config) -> Iterator[RunDir]:
     directory = mirror.local
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"run.dir={directory} is a file. Name a directory.")
-    # A store knows no locks, and the other processes of a run leave writing to the first.
-    is_locked = not mirror.url and hosts.is_main()
-    with sole_writer(directory) if is_locked else contextlib.nullcontext():
+    held = contextlib.nullcontext()
+    if hosts.is_main():  # the other processes of a run leave writing to the first
+        held = sole_writer_of_store(mirror.url) if mirror.url else sole_writer(directory)
+    with held:
         mirror.pull()
         saved = steps.saved_steps(epath.Path(config.run.dir).expanduser())
         is_trained = not saved.keys().isdisjoint(stage_titles())
