@@ -648,7 +648,10 @@ def test_jobset(cloud):
     # Kubernetes reads $$ as $, and expands $(NAME).
     assert all("$(" not in word.replace("$$", "") for word in container["command"])
     assert [word.replace("$$", "$") for word in container["command"]] == words
-    for variable in container["env"]:
+    grace, *secrets = container["env"]
+    period = pod["terminationGracePeriodSeconds"]
+    assert grace == {"name": "JLRM_GRACE_SECONDS", "value": str(period)} and period == 300
+    for variable in secrets:
         reference = variable["valueFrom"]["secretKeyRef"]
         assert reference == {"name": "my-secrets", "key": variable["name"], "optional": True}
 

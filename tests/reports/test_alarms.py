@@ -128,7 +128,7 @@ def test_a_run_says_it_and_its_page_says_it_again_and_a_restart_does_not(tmp_pat
                 tracker.log(row["step"], metrics)
         return capsys.readouterr().err
 
-    assert go_on(0, 11).count("grpo step 10: the judge writes the same whatever is drawn") == 1
+    assert go_on(0, 11).count("grpo step 10, alarm entropy: the judge writes the same") == 1
     assert "explores no more" not in go_on(11, 12)
     run_page.write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()

@@ -230,7 +230,7 @@ def test_a_summary_from_before_there_were_versions_is_read(tmp_path):
 def test_log_files_get_few_plain_lines(tmp_path, capsys):
     with make_tracker(tmp_path, num_steps=200) as tracker:
         for step in range(1, 201):
-            tracker.log(step, {"reward": 1.5, "judge/agreement": 70.0, "loss": 0.1, "kl": 9.0})
+            tracker.log(step, {"reward": 1.5, "judge/agreement": 70.0, "loss": 0.1, "kl": 0.9})
             if step == 100:
                 tracker.note("checkpoint written")
     lines = capsys.readouterr().err.splitlines()
