@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
-from jlrm.runtime.storage import explain_full_disk, write_atomically
+from jlrm.runtime.storage import explain_full_disk, read_json_lines, write_atomically
 
 FILE = "audit.jsonl"
 TRAINED = "trained"
@@ -27,8 +27,6 @@ SKIPPED = "skipped"  # in the step's batch, and out of its loss
 DISCARDED = "discarded"  # drawn, and not taken into the batch
 UNAPPLIED = "not_applied"  # trained on by a step that was not finite
 FATES = (TRAINED, SKIPPED, DISCARDED, UNAPPLIED)
-
-FIELDS = {"stage", "step", "position", "of", "rows", "fates"}
 
 Line = Mapping[str, Any]
 
@@ -60,22 +58,33 @@ def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
     """Return the lines in order; a last one torn by a kill is left out.
 
     Raises:
-      UsageError: another line is no JSON, or not one that `write` has written.
+      UsageError: another line is not one that `write` has written.
     """
-    path = run_dir / FILE
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     lines = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError as error:
-            if number == len(texts):
-                break
-            raise UsageError(f"{path}, line {number} is no JSON: {error}.") from error
-        if not isinstance(line, dict) or not line.keys() >= FIELDS:
-            raise UsageError(f"{path}, line {number} is no step of a run.")
+    for where, line in read_json_lines(run_dir / FILE):
+        if not _is_step(line):
+            raise UsageError(f"{where} is no step of a run.")
         lines.append(line)
     return lines
+
+
+def _is_step(line: Line) -> bool:
+    """Return whether a line holds what `write` writes."""
+    numbers = [line.get(name) for name in ("step", "position", "of")]
+    rows, fates = line.get("rows"), line.get("fates")
+    if not (isinstance(rows, list) and isinstance(fates, list) and len(rows) == len(fates)):
+        return False
+    parts = [*rows, *fates]
+    if not all(isinstance(part, list) for part in parts):
+        return False
+    numbers += [row for part in rows for row in part]
+    return (
+        isinstance(line.get("stage"), str)
+        and all(type(number) is int for number in numbers)
+        and line["of"] > 0
+        and all(fate in FATES for part in fates for fate in part)
+        and [len(part) for part in rows] == [len(part) for part in fates]
+    )
 
 
 def forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:

@@ -128,7 +128,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, Any] | None, dict[str, Response
             else:
                 response = _response(row)
                 responses[response.game] = response
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UsageError(
                 f"{path}, line {number} is no response ({error}). Remove the line, or the file to "
                 "start again."

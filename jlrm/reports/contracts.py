@@ -93,7 +93,7 @@ def read(path: pathlib.Path, version: int, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is no JSON: {error}. {remedy}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no JSON object. {remedy}")

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jlrm.config import UsageError
 from jlrm.reports import contracts
 from jlrm.reports.tracking import jsonable
-from jlrm.runtime.storage import write_atomically
+from jlrm.runtime.storage import first_line, write_atomically
 
 VERSION = 1
 NAME = "summary.json"
@@ -56,14 +57,19 @@ def read(run_dir: pathlib.Path) -> RunSummary | None:
     path = run_dir / NAME
     if not path.exists():
         return None
-    content = contracts.read(path, VERSION, "Run the training again: it goes on and writes it.")
-    return RunSummary(
-        stages={
-            stage: {name: None if v is None else float(v) for name, v in metrics.items()}
-            for stage, metrics in content.items()
-            if isinstance(metrics, dict)
-        },
-        steps=int(content.get("steps") or 0),
-        seconds=float(content.get("seconds") or 0),
-        tokens=int(content.get("tokens") or 0),
-    )
+    remedy = "Run the training again: it goes on and writes it."
+    content = contracts.read(path, VERSION, remedy)
+    try:
+        return RunSummary(
+            stages={
+                stage: {name: None if v is None else float(v) for name, v in metrics.items()}
+                for stage, metrics in content.items()
+                if isinstance(metrics, dict)
+            },
+            steps=int(content.get("steps") or 0),
+            seconds=float(content.get("seconds") or 0),
+            tokens=int(content.get("tokens") or 0),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        reason = first_line(error)
+        raise UsageError(f"{path} is no summary of a run: {reason}. {remedy}") from None

@@ -24,7 +24,12 @@ from tqdm import tqdm
 
 from jlrm.config import UsageError
 from jlrm.reports.alarms import Alarm, Alarms
-from jlrm.runtime.storage import explain_full_disk, write_atomically
+from jlrm.runtime.storage import (
+    explain_full_disk,
+    first_line,
+    read_json_lines,
+    write_atomically,
+)
 
 CONSOLE_METRICS = {  # shown beside the step; label: metric
     "reward": "reward",
@@ -146,19 +151,22 @@ class Tracker:
 
 
 def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
-    """Return the rows of `metrics.jsonl` in order; a last line torn by a kill is left out."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    """Return the rows of `metrics.jsonl` in order; a last line torn by a kill is left out.
+
+    Raises:
+      UsageError: another line is no step of a stage with its metrics.
+    """
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for where, row in read_json_lines(run_dir / "metrics.jsonl"):
+        stage, step = row.pop("stage", None), row.pop("step", None)
+        if not isinstance(stage, str) or type(step) is not int:
+            raise UsageError(f"{where} names no stage and step. Remove it.")
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise UsageError(f"{path}, line {number} is no JSON: {error}. Remove it.") from error
-        metrics = {name: float(v) for name, v in row.items() if name not in ("stage", "step")}
-        rows.append({"stage": row["stage"], "step": row["step"], **metrics})
+            metrics = {name: float(value) for name, value in row.items()}
+        except (TypeError, ValueError, OverflowError) as error:
+            reason = first_line(error)
+            raise UsageError(f"{where} holds what is no metric: {reason}. Remove it.") from None
+        rows.append({"stage": stage, "step": step, **metrics})
     return rows
 
 

@@ -347,7 +347,12 @@ def _best_step(run: epath.Path, stage: str, steps: list[int]) -> int:
     for step in steps:
         file = run / "checkpoints" / stage / str(step) / "metrics" / "metrics"
         if file.is_file():
-            ranked[step] = json.loads(file.read_text())[metric]
+            try:
+                ranked[step] = float(json.loads(file.read_text())[metric])
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise UsageError(
+                    f"{file} does not say the {metric} of its step. Name a step."
+                ) from None
     if not ranked:
         raise UsageError(f"No {stage} checkpoint of {run} was saved with a held-out metric.")
     return max(ranked, key=lambda step: ranked[step])

@@ -90,7 +90,11 @@ def test_the_command_shows_it(tmp_path, capsys):
     with pytest.raises(RunError, match="again in epoch 1"):
         report.main([str(tmp_path), "--audit"])
     assert commands.run(lambda: report.main([str(tmp_path), "--audit"])) == 1
-    for text, why in {"x": "is no JSON", "[1]": "is no step", '{"step": 1}': "is no step"}.items():
+    for text, why in {
+        "x": "is no JSON",
+        "[1]": "is no JSON object",
+        '{"step": 1}': "is no step",
+    }.items():
         (tmp_path / audit.FILE).write_text(f"{text}\n{lines[0]}\n")
         with pytest.raises(UsageError, match=f"line 1 {why}"):
             report.main([str(tmp_path), "--audit"])
