@@ -239,8 +239,7 @@ class GRPOConfig:
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
     # the new weights ("next"), or before the update, with weights one step old ("stale": rewards
-    # cost no device time, and loss.importance_cap corrects for them; a run that goes on after a
-    # stop takes its first step on-policy).
+    # cost no device time, and loss.importance_cap corrects for them).
     ahead: Literal["none", "next", "stale"] = "next"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 

@@ -51,6 +51,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             return rollouts.start(run, sample, weights, position, stage.stream)
 
         started = None
+        if stage.carried:
+            started = rollouts.restored(run, stage.carried, stage.stream)
         for step in stage:
             is_last = step + 1 == config.steps
 
@@ -75,6 +77,10 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             if config.ahead == "next" and not is_last:
                 ahead = begin(stage.position + drawn.num_draws)
             started = ahead
+            # The weights that a stale one is drawn from are no more: a checkpoint holds it.
+            stage.carry = None
+            if started is not None and config.ahead == "stale":
+                stage.carry = partial(rollouts.saved, started)
             with stage.timed("update"):
                 num_tokens = [part.num_tokens for part in parts] * config.epochs
                 # Waits for the devices.

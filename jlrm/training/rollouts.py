@@ -13,6 +13,7 @@ its group's baseline and no part of the loss.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from itertools import chain
@@ -192,13 +193,44 @@ class Started(NamedTuple):
 
 def start(run: Run, sample: SampleFn, weights: Params, position: int, stream: int) -> Started:
     """Begin the rollout of the batch at a position in the data."""
+    numbers, prompts = _prompts(run, position, stream)
+    # What is collected for a checkpoint is collected again by the next step.
+    collect = functools.cache(sample(weights, prompts, position))
+    return Started(position, numbers, prompts, collect)
+
+
+def saved(started: Started) -> dict[str, Any]:
+    """Return a rollout as JSON holds it, for a checkpoint; waits for it."""
+    ids, logps, lengths, is_finished = started.collect()
+    return {
+        "position": started.position,
+        "ids": ids,
+        "logps": [row[: len(each)].tolist() for row, each in zip(logps, ids, strict=True)],
+        "width": logps.shape[1],
+        "lengths": lengths.tolist(),
+        "is_finished": is_finished.tolist(),
+    }
+
+
+def restored(run: Run, content: dict[str, Any], stream: int) -> Started:
+    """Return the rollout that `saved` has made JSON of: what it was drawn from is no more."""
+    logps = np.zeros((len(content["ids"]), content["width"]), np.float32)
+    for row, each in zip(logps, content["logps"], strict=True):
+        row[: len(each)] = each
+    arrays = np.array(content["lengths"], np.int32), np.array(content["is_finished"], bool)
+    sampled = Sampled(content["ids"], logps, *arrays)
+    position = content["position"]
+    return Started(position, *_prompts(run, position, stream), lambda: sampled)
+
+
+def _prompts(run: Run, position: int, stream: int) -> tuple[list[int], list[Example]]:
+    """Return which rows (or pairs) stand at a position in the data, and their prompts."""
     config, data = run.config.grpo, run.config.data
     pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
     rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train), stream)
     prompts = run.data.train.take(rows)
     together = _together(run)
-    numbers = (rows[::together] // together).tolist()
-    return Started(position, numbers, prompts, sample(weights, prompts, position))
+    return (rows[::together] // together).tolist(), prompts
 
 
 def draw(

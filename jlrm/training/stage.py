@@ -101,6 +101,8 @@ class Stage:
         self.evaluation: dict[str, float] = {}
         self.num_tokens, self.seconds = 0, 0.0
         self.position = 0  # in the data, in batches drawn
+        self.carried: dict[str, Any] | None = None  # by the checkpoint, for the first step
+        self.carry: Callable[[], dict[str, Any]] | None = None  # what the next one is to carry
         self.num_rows = len(run.data.train)  # that a stage draws from; SFT sets its own
         # Which order of the data is this stage's: by its place among the stages.
         self.stream = list(stage_titles()).index(name)
@@ -127,7 +129,7 @@ class Stage:
             refuse_to_begin_before(self._run.config, self._name)
         self.start, self.evaluation = meta["start"], meta["evaluation"]
         self.num_tokens, self.seconds = meta["num_tokens"], meta["seconds"]
-        self.position = meta["position"]
+        self.position, self.carried = meta["position"], meta.get("carried")
         # A run from before streams goes on in the order that all its stages had.
         self.stream = meta.get("stream", 0)
 
@@ -300,6 +302,7 @@ class Stage:
             "evaluation": self.evaluation,
             "num_tokens": self.num_tokens,
             "seconds": self.seconds,
+            "carried": self.carry() if self.carry else None,
             "config": to_dict(self._run.config),
             "made_from": dict(self._run.made_from),
             "libraries": same_run.libraries(),

@@ -273,3 +273,32 @@ def test_a_row_that_stands_twice_in_a_batch_is_drawn_twice(tmp_path):
         assert len(set(texts)) == 9, "random weights: no two of nine completions are alike"
         assert beside[:3] == twice[:3] and later[:3] != twice[:3]
     assert written[1] == written[4]
+
+
+def test_a_rollout_comes_back_from_a_checkpoint_as_it_was(opened):
+    run = opened()
+    ids = [[5, 6, 7], [8], [9, 10], [11], [12], [13]]
+    logps = np.zeros((6, 16), np.float32)
+    for row, each in enumerate(ids):
+        logps[row, : len(each)] = -np.pi / (1 + row)
+    lengths, is_finished = np.array([3, 1, 2, 1, 1, 1]), np.array([True, False] * 3)
+    sampled = Sampled(ids, logps, lengths, is_finished)
+    run = dataclasses.replace(run, data=dataclasses.replace(run.data, train=cast(Any, Rows())))
+    numbers, prompts = rollouts._prompts(run, 3, 1)
+    content = json.loads(json.dumps(rollouts.saved(Started(3, numbers, prompts, lambda: sampled))))
+    again = rollouts.restored(run, content, 1)
+    assert (again.position, again.rows, again.prompts) == (3, numbers, prompts)
+    found = again.collect()
+    assert found.ids == ids and found.logps.dtype == np.float32
+    for before, after in zip(sampled[1:], found[1:], strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+class Rows:
+    """Examples that are their numbers."""
+
+    def __len__(self) -> int:
+        return len(ROWS)
+
+    def take(self, rows: Any) -> list[int]:
+        return list(rows)
