@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import glob
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from jlrm.config import RunError, UsageError
 
 T = TypeVar("T")
+GRACE = 2.0  # seconds in which a handler may end the process in its own way
 
 
 class Interrupted(Exception):
@@ -66,13 +69,52 @@ def run(main: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
     logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
-    code, message = _outcome(main)
+    with _second_signal_ends():
+        code, message = _outcome(main)
     if message:
         print(message, file=sys.stderr, flush=True)
     # A run of several processes ends in all of them. Imported: this one may be part of such a run.
     if (hosts := sys.modules.get("jlrm.runtime.hosts")) is not None:
         hosts.leave(code, message.removeprefix("error: "))
     return code
+
+
+@contextlib.contextmanager
+def _second_signal_ends() -> Iterator[None]:
+    """Let a second Ctrl-C or SIGTERM end the process, wherever the main thread is.
+
+    Python runs handlers between two of its own instructions, and so not before a compiler returns.
+    The number of a signal is written to a pipe at once; a thread reads it there, leaves the handler
+    `GRACE` seconds, and ends the process if that did not.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_count_signals, args=(heard,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        told.close()  # which ends the thread
+
+
+def _count_signals(heard: socket.socket) -> None:
+    asked = 0
+    with heard:
+        while signum := heard.recv(1):
+            asked += signum[0] in (signal.SIGINT, signal.SIGTERM)
+            if asked < 2:
+                continue
+            heard.settimeout(GRACE)
+            with contextlib.suppress(TimeoutError):
+                while heard.recv(1):
+                    pass
+                return  # the command has ended by itself
+            os.write(2, b"Ended at once. What was saved before is whole.\n")
+            os._exit(128 + signum[0])
 
 
 def quieten() -> None:

@@ -51,6 +51,48 @@ def test_ctrl_c_does_not_wait_for_it():
     assert process.returncode == 130 and error == "Stopped at once.\n"
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_what_no_handler_can(signum):
+    """A hash that takes minutes stands for a compiler: no handler runs meanwhile."""
+    program = (
+        "import hashlib, signal, sys\nfrom jlrm.runtime import commands\ncommands.GRACE = 0.2\n"
+        f"signal.signal({int(signum)}, lambda *_: None)\n"
+        "def main():\n    print('begun', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+        "sys.exit(commands.run(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signum)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signum)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + signum and error.startswith("Ended at once.")
+
+
+def test_a_command_that_ends_by_itself_after_two_signals_is_left_to():
+    program = (
+        "import signal, sys, time\nfrom jlrm.runtime import commands\ncommands.GRACE = 5.0\n"
+        "seen = []\nsignal.signal(signal.SIGTERM, lambda *_: seen.append(1))\n"
+        "def main():\n    print('begun', flush=True)\n"
+        "    while len(seen) < 2:\n        time.sleep(0.01)\n"
+        "    raise commands.Interrupted(15, 'saved')\n"
+        "sys.exit(commands.run(main))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (143, "saved\n")
+
+
 def test_work_that_times_out_says_so():
     def fail():
         raise TimeoutError("too late")
