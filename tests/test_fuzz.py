@@ -136,7 +136,11 @@ READERS: dict[str, Reader] = {
         lambda: b'question,answer_1,answer_2,score_1,score_2\nq,"a\n,",b,7,4\n',
         rows("r.csv"),
     ),
-    "TSV": ("r.tsv", lambda: b"question\tanswer_1\tanswer_2\tlabel\nq\ta\tb\t1\n", rows("r.tsv")),
+    "TSV": (
+        "r.tsv",
+        lambda: b"question\tanswer_1\tanswer_2\tpreference\nq\ta\tb\t1\n",
+        rows("r.tsv"),
+    ),
     "Parquet": ("r.parquet", table, rows("r.parquet")),
     "HF config": ("config.json", lambda: json.dumps(HF).encode(), hf_config.read_config),
     "safetensors": ("model.safetensors", tensors, read_tensors),
