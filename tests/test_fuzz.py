@@ -69,10 +69,10 @@ RESPONSE = {"game": "1:ab", "outputs": ["<answer>1</answer>"], "scores": [1.0, 2
 REPLY = {"texts": ["<answer>1</answer>"], "finish_reason": "stop"}
 SUMMARY = {"sft": {"agreement": 50.0}, "steps": 3, "seconds": 1.5, "tokens": 9, "version": 1}
 CONFIG = """
-run: {dir: r, save_every: 010, keep_last: 1:30}
+run: {dir: r, save_every: 10, keep_last: 2}
 model: {preset: toy, tokenizer: toy}
 data: &d {train: toy, columns: {question: q}, rescale: {0: 1, 100: 10}}
-grpo: {steps: 1e1, loss: {clip_low: .2}, optimizer: {learning_rate: 1e-6}}
+grpo: {steps: 10, loss: {clip_low: 0.2}, optimizer: {learning_rate: 1e-6}}
 """
 TEXT = (
     "so</think><answer>7</answer><answer>4</answer> <think> \\boxed{3} [[A]] 7/10 ½ ٣ 1,5 1e400"
