@@ -74,6 +74,12 @@ model: {preset: toy, tokenizer: toy}
 data: &d {train: toy, columns: {question: q}, rescale: {0: 1, 100: 10}}
 grpo: {steps: 10, loss: {clip_low: 0.2}, optimizer: {learning_rate: 1e-6}}
 """
+WHOLE = """
+run: {dir: r}
+model: {preset: toy, tokenizer: toy}
+data: {train: toy}
+grpo: {steps: 1}
+"""
 TEXT = (
     "so</think><answer>7</answer><answer>4</answer> <think> \\boxed{3} [[A]] 7/10 ½ ٣ 1,5 1e400"
     "</answer><answer><answer></think>"
@@ -214,16 +220,41 @@ def _other_bytes(content: bytes, rng: random.Random) -> bytes:
     return content[:at] + rng.choice(pieces) + (content[at:] if kind == 2 else content[end:])
 
 
-def attempt(name: str, directory: pathlib.Path, content: bytes) -> float:
-    """Read the content; return the seconds. Only the errors of commands may come out."""
+Attempt = Callable[[bytes], None]
+
+
+def attempts(name: str, folder: pathlib.Path) -> Attempt:
+    """Return what writes a content where its reader looks for it, and reads it."""
     file, _, read = READERS[name]
-    for old in directory.iterdir():
-        old.unlink()
-    (directory / file).write_bytes(content)
-    began = time.perf_counter()
-    with contextlib.suppress(UsageError, RunError):
+    (folder / "whole.yaml").write_text(WHOLE)
+    directory = folder / "files"
+    directory.mkdir(exist_ok=True)
+
+    def attempt(content: bytes) -> None:
+        for old in directory.iterdir():
+            old.unlink()
+        (directory / file).write_bytes(content)
         read(directory)
-    return time.perf_counter() - began
+
+    return attempt
+
+
+def faults(attempt: Attempt, content: bytes, num_damages: int) -> list[str]:
+    """Return which damages raised anything but the errors of commands; print the slowest."""
+    found, slowest = [], (0.0, 0)
+    for number in range(num_damages):
+        changed = damaged(content, number)
+        began = time.perf_counter()
+        try:
+            with contextlib.suppress(UsageError, RunError):
+                attempt(changed)
+        except Exception as error:
+            found.append(f"{number}: {type(error).__name__}: {error}: {changed[:500]!r}")
+        slowest = max(slowest, (time.perf_counter() - began, number))
+    print(
+        f"{num_damages} damages, {len(found)} faults, the slowest took {slowest[0]:.3f} s", slowest
+    )
+    return found
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -232,33 +263,9 @@ def attempt(name: str, directory: pathlib.Path, content: bytes) -> float:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_files_get_a_sentence(tmp_path, name, num_damages):
-    (tmp_path / "whole.yaml").write_text("run: {dir: r}\nmodel: {preset: toy, tokenizer: toy}\n"
-                                         "data: {train: toy}\ngrpo: {steps: 1}\n")  # fmt: skip
-    directory = tmp_path / "files"
-    directory.mkdir()
-    content = READERS[name][1]()
-    attempt(name, directory, content)
-    slowest = (0.0, 0)
-    for number in range(num_damages):
-        changed = damaged(content, number)
-        try:
-            slowest = max(slowest, (attempt(name, directory, changed), number))
-        except Exception as error:
-            pytest.fail(f"damage {number}: {type(error).__name__}: {error}\n{changed[:2000]!r}")
-    print(f"{name}: {num_damages} damages, the slowest took {slowest[0]:.3f} s ({slowest[1]})")
-
-
-def test_whole_files_are_read(tmp_path):
-    """Else the damages above would all be refused for one reason."""
-    (tmp_path / "whole.yaml").write_text("run: {dir: r}\nmodel: {preset: toy, tokenizer: toy}\n"
-                                         "data: {train: toy}\ngrpo: {steps: 1}\n")  # fmt: skip
-    directory = tmp_path / "files"
-    directory.mkdir()
-    for name, (file, make, read) in READERS.items():
-        for old in directory.iterdir():
-            old.unlink()
-        (directory / file).write_bytes(make())
-        read(directory), name
+    attempt, content = attempts(name, tmp_path), READERS[name][1]()
+    attempt(content)  # undamaged, it is read: else all would be refused for one reason
+    assert faults(attempt, content, num_damages) == []
 
 
 @pytest.mark.slow  # reads whole tokenizers
@@ -276,12 +283,10 @@ def test_damaged_tokenizers_get_a_sentence(tmp_path, file, num_damages):
     if not (tmp_path / file).exists():
         (tmp_path / file).write_text('{"eos_token_id": [1, 2]}\n')
     content = (tmp_path / file).read_bytes()
-    end_ids(load_tokenizer(tmp_path), tmp_path)
-    for number in range(num_damages):
-        changed = damaged(content, number)
+
+    def attempt(changed: bytes) -> None:
         (tmp_path / file).write_bytes(changed)
-        try:
-            with contextlib.suppress(UsageError, RunError):
-                end_ids(load_tokenizer(tmp_path), tmp_path)
-        except Exception as error:
-            pytest.fail(f"damage {number}: {type(error).__name__}: {error}")
+        end_ids(load_tokenizer(tmp_path), tmp_path)
+
+    attempt(content)
+    assert faults(attempt, content, num_damages) == []

@@ -35,10 +35,6 @@ pytestmark = pytest.mark.slow  # whole models are compiled
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("JLRM_KILLS", "25"))
 A_RUN = 6  # kills of one run; then it may end, and another one begins
-PLUGIN = """
-def vowels(completions, **columns):
-    return [sum(map(text.count, "aeiou")) / 10 for text in completions]
-"""
 SETTINGS = """
 run: {dir: unset, save_every: 1, eval_every: 4, completions_every: 3, tensorboard: false}
 model: {preset: toy, tokenizer: toy, compute_dtype: float32, remat: none}
@@ -88,7 +84,6 @@ class Start:
 def folder(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("kills")
     write_comparisons(toy.comparisons(seed=3, num_rows=24), path / "rows.jsonl")
-    (path / "payers.py").write_text(PLUGIN)
     (path / "settings.yaml").write_text(SETTINGS.replace("ROWS", str(path / "rows.jsonl")))
     return path
 
@@ -101,7 +96,7 @@ def start(folder: pathlib.Path, name: str, *settings: str) -> Start:
             [*command, *settings],
             env={
                 **os.environ,
-                "PYTHONPATH": f"{ROOT}:{folder}",
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
                 "JAX_NUM_CPU_DEVICES": "1",
                 "XLA_FLAGS": COMPILE_FASTEST,
             },

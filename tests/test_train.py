@@ -184,7 +184,7 @@ def test_an_alarm_ends_a_run_that_asks_for_it_and_the_same_command_goes_on(tmp_p
     with pytest.raises(UsageError, match="no alarm 'silence'"):
         run(tmp_path / "r", data, *small, "run.stop_on=[silence]")
     asked = [*small, "run.save_every=10", "run.stop_on=[kl,no_verdict]"]
-    with pytest.raises(RunError, match=r"grpo step 5 has raised .* no_verdict\. Saved"):
+    with pytest.raises(RunError, match=r"Stopped after grpo step 5, and saved: .* no_verdict"):
         run(tmp_path / "r", data, *asked)
     assert saved_steps(tmp_path / "r")["grpo"] == [5]
     run(tmp_path / "r", data, *asked)

@@ -13,13 +13,12 @@ holds them after it left some out; for GRPO with `data.orders: both` a pair is o
 from __future__ import annotations
 
 import collections
-import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
-from jlrm.runtime.storage import explain_full_disk, read_json_lines, write_atomically
+from jlrm.runtime import step_log
 
 FILE = "audit.jsonl"
 TRAINED = "trained"
@@ -49,9 +48,7 @@ class Draws(NamedTuple):
 def write(run_dir: pathlib.Path, stage: str, step: int, position: int, draws: Draws) -> None:
     """Append the line of a step. A full disk raises OSError."""
     line = {"stage": stage, "step": step, "position": position, **draws._asdict()}
-    path = run_dir / FILE
-    with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    step_log.append(run_dir / FILE, line)
 
 
 def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
@@ -61,7 +58,7 @@ def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
       UsageError: another line is not one that `write` has written.
     """
     lines = []
-    for where, line in read_json_lines(run_dir / FILE):
+    for where, line in step_log.read(run_dir / FILE):
         if not _is_step(line):
             raise UsageError(f"{where} is no step of a run.")
         lines.append(line)
@@ -70,7 +67,7 @@ def read(run_dir: pathlib.Path) -> list[dict[str, Any]]:
 
 def _is_step(line: Line) -> bool:
     """Return whether a line holds what `write` writes."""
-    numbers = [line.get(name) for name in ("step", "position", "of")]
+    numbers = [line.get(name) for name in ("position", "of")]
     rows, fates = line.get("rows"), line.get("fates")
     if not (isinstance(rows, list) and isinstance(fates, list) and len(rows) == len(fates)):
         return False
@@ -79,8 +76,7 @@ def _is_step(line: Line) -> bool:
         return False
     numbers += [row for part in rows for row in part]
     return (
-        isinstance(line.get("stage"), str)
-        and all(type(number) is int for number in numbers)
+        all(type(number) is int for number in numbers)
         and line["of"] > 0
         and all(fate in FATES for part in fates for fate in part)
         and [len(part) for part in rows] == [len(part) for part in fates]
@@ -89,12 +85,7 @@ def _is_step(line: Line) -> bool:
 
 def forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
     """Drop what stands behind a step of a stage, as going back to it does with all records."""
-    lines = read(run_dir)
-    begin = next((i for i, line in enumerate(lines) if line["stage"] == stage), len(lines))
-    end = begin + sum(line["stage"] == stage and line["step"] <= last_step for line in lines)
-    if (run_dir / FILE).exists():  # a torn last line goes too: the next would join it
-        text = "".join(json.dumps(line) + "\n" for line in lines[:end])
-        write_atomically(run_dir / FILE, text.encode())
+    step_log.go_back(run_dir / FILE, stage, last_step)
 
 
 class StageAudit(NamedTuple):

@@ -12,7 +12,6 @@ Left out: what the metrics mean (run_page.py draws them) and remote file systems
 from __future__ import annotations
 
 import io
-import json
 import math
 import pathlib
 import sys
@@ -24,13 +23,10 @@ from tqdm import tqdm
 
 from jlrm.config import UsageError
 from jlrm.reports.alarms import Alarm, Alarms
-from jlrm.runtime.storage import (
-    explain_full_disk,
-    first_line,
-    read_json_lines,
-    write_atomically,
-)
+from jlrm.runtime import step_log
+from jlrm.runtime.storage import explain_full_disk, first_line, write_atomically
 
+METRICS = "metrics.jsonl"
 CONSOLE_METRICS = {  # shown beside the step; label: metric
     "reward": "reward",
     "agreement": "judge/agreement",
@@ -93,9 +89,7 @@ class Tracker:
         self._last_step = step
         values = {name: float(value) for name, value in metrics.items()}
         row = {"stage": self._stage, "step": int(step), **jsonable(values)}
-        path = self._run_dir / "metrics.jsonl"
-        with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        step_log.append(self._run_dir / METRICS, row)
         if self._tensorboard is not None:
             self._tensorboard.log(step, values)
         if self._wandb is not None:
@@ -157,16 +151,13 @@ def read_metrics(run_dir: pathlib.Path) -> list[dict[str, Any]]:
       UsageError: another line is no step of a stage with its metrics.
     """
     rows = []
-    for where, row in read_json_lines(run_dir / "metrics.jsonl"):
-        stage, step = row.pop("stage", None), row.pop("step", None)
-        if not isinstance(stage, str) or type(step) is not int:
-            raise UsageError(f"{where} names no stage and step. Remove it.")
+    for where, row in step_log.read(run_dir / METRICS):
+        named = {"stage": row.pop("stage"), "step": row.pop("step")}
         try:
-            metrics = {name: float(value) for name, value in row.items()}
+            rows.append(named | {name: float(value) for name, value in row.items()})
         except (TypeError, ValueError, OverflowError) as error:
             reason = first_line(error)
             raise UsageError(f"{where} holds what is no metric: {reason}. Remove it.") from None
-        rows.append({"stage": stage, "step": step, **metrics})
     return rows
 
 
@@ -176,14 +167,11 @@ def completions_path(run_dir: pathlib.Path, stage: str, step: int) -> pathlib.Pa
 
 def _forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
     """Cut the record after `last_step` of `stage`, and the completions of what is cut."""
-    rows = read_metrics(run_dir)
-    begin = next((i for i, row in enumerate(rows) if row["stage"] == stage), len(rows))
-    end = begin + sum(row["stage"] == stage and row["step"] <= last_step for row in rows)
-    for row in rows[end:]:  # before the record itself, which alone knows of them
+
+    def forget(row: Mapping[str, Any]) -> None:
         completions_path(run_dir, row["stage"], row["step"]).unlink(missing_ok=True)
-    if (run_dir / "metrics.jsonl").exists():  # a torn last line goes too: the next would join it
-        text = "".join(json.dumps(jsonable(row)) + "\n" for row in rows[:end])
-        write_atomically(run_dir / "metrics.jsonl", text.encode())
+
+    step_log.go_back(run_dir / METRICS, stage, last_step, forget)
 
 
 def progress_bar(

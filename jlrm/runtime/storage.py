@@ -38,26 +38,6 @@ def write_atomically(path: pathlib.Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_json_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the JSON objects of a log, and where each stands; a torn last line is left out.
-
-    Raises:
-      UsageError: another line is no JSON object.
-    """
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):
-                return
-            raise UsageError(f"{where} is no JSON: {first_line(error)}. Remove it.") from None
-        if not isinstance(row, dict):
-            raise UsageError(f"{where} is no JSON object. Remove it.")
-        yield where, row
-
-
 @contextlib.contextmanager
 def explain_full_disk(path: pathlib.Path) -> Iterator[None]:
     """Add to the error of a full disk what to do about it."""

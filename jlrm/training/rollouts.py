@@ -201,24 +201,24 @@ def start(run: Run, sample: SampleFn, weights: Params, position: int, stream: in
 
 def saved(started: Started) -> dict[str, Any]:
     """Return a rollout as JSON holds it, for a checkpoint; waits for it."""
-    ids, logps, lengths, is_finished = started.collect()
+    ids, logps, _, is_finished = started.collect()
     return {
         "position": started.position,
         "ids": ids,
         "logps": [row[: len(each)].tolist() for row, each in zip(logps, ids, strict=True)],
         "width": logps.shape[1],
-        "lengths": lengths.tolist(),
         "is_finished": is_finished.tolist(),
     }
 
 
 def restored(run: Run, content: dict[str, Any], stream: int) -> Started:
     """Return the rollout that `saved` has made JSON of: what it was drawn from is no more."""
-    logps = np.zeros((len(content["ids"]), content["width"]), np.float32)
+    ids: list[list[int]] = content["ids"]
+    logps = np.zeros((len(ids), content["width"]), np.float32)
     for row, each in zip(logps, content["logps"], strict=True):
         row[: len(each)] = each
-    arrays = np.array(content["lengths"], np.int32), np.array(content["is_finished"], bool)
-    sampled = Sampled(content["ids"], logps, *arrays)
+    lengths = np.array([len(each) for each in ids], np.int32)
+    sampled = Sampled(ids, logps, lengths, np.array(content["is_finished"], bool))
     position = content["position"]
     return Started(position, *_prompts(run, position, stream), lambda: sampled)
 

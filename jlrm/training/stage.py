@@ -234,27 +234,31 @@ class Stage:
         if is_saved or _is_due(step, settings.save_every):
             # What was evaluated is saved too, since the best of these is kept.
             self._save(step, self.evaluation if is_evaluated else None)
+        self._end_if_asked(step, alarm)
+
+    def _end_if_asked(self, step: int, alarm: str) -> None:
+        """Leave after a step that is logged and saved, if there is a reason to."""
+        if not (self._num_unapplied == MOST_UNAPPLIED or alarm or self._signum):
+            return
+        self._checkpoints.wait()
         if self._num_unapplied == MOST_UNAPPLIED:
-            self._checkpoints.wait()
             raise RunError(
                 f"{self._name}: the last {MOST_UNAPPLIED} steps were not applied. Saved after step "
                 f"{step} with weights that are finite. {self._name}.optimizer.learning_rate may be "
                 "too high: the same command with a lower one goes on from there."
             )
         if alarm:
-            self._checkpoints.wait()
             raise RunError(
-                f"{self._name} step {step} has raised an alarm of run.stop_on: {alarm}. Saved. The "
-                "same command goes on, and this alarm, once raised, ends the stage no more; its "
-                "line above says what helps."
+                f"Stopped after {self._name} step {step}, and saved: run.stop_on names the alarm "
+                f"{alarm}, and the line above says what helps. The same command goes on from "
+                "there, and is stopped by this alarm no more."
             )
-        if self._signum:
-            self._checkpoints.wait()
-            raise Interrupted(
-                self._signum,
-                f"Stopped after {self._name} step {step}, saved in {settings.dir}{self._took()}. "
-                "The same command goes on from there.",
-            )
+        run_dir = self._run.config.run.dir
+        raise Interrupted(
+            self._signum,
+            f"Stopped after {self._name} step {step}, saved in {run_dir}{self._took()}. The same "
+            "command goes on from there.",
+        )
 
     def _alarm_to_stop_on(self, raised: Sequence[Alarm]) -> str:
         """Return the name of a raised alarm that ends the run, or ""; the same on all hosts."""

@@ -92,8 +92,8 @@ def test_the_command_shows_it(tmp_path, capsys):
     assert commands.run(lambda: report.main([str(tmp_path), "--audit"])) == 1
     for text, why in {
         "x": "is no JSON",
-        "[1]": "is no JSON object",
-        '{"step": 1}': "is no step",
+        "[1]": "names no stage",
+        '{"stage": "sft", "step": 1}': "is no step of a run",
     }.items():
         (tmp_path / audit.FILE).write_text(f"{text}\n{lines[0]}\n")
         with pytest.raises(UsageError, match=f"line 1 {why}"):

@@ -27,6 +27,15 @@ sys.exit(commands.run(main))
 
 
 @pytest.mark.slow
+def begun(program: str) -> subprocess.Popen[str]:
+    """Start a program, and return when it has said that it has begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    return process
+
+
 def test_what_is_waited_for_comes_back_and_so_does_what_it_raises():
     ticks = []
     assert commands.abandonable(lambda: time.sleep(1.2) or 7, lambda: ticks.append(1)) == 7
@@ -40,10 +49,7 @@ def test_what_is_waited_for_comes_back_and_so_does_what_it_raises():
 
 
 def test_ctrl_c_does_not_wait_for_it():
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process = begun(SLEEPER)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
@@ -61,10 +67,7 @@ def test_a_second_signal_ends_what_no_handler_can(signum):
         "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
         "sys.exit(commands.run(main))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process = begun(program)
     process.send_signal(signum)
     time.sleep(0.5)
     assert process.poll() is None
@@ -82,10 +85,7 @@ def test_a_command_that_ends_by_itself_after_two_signals_is_left_to():
         "    raise commands.Interrupted(15, 'saved')\n"
         "sys.exit(commands.run(main))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process = begun(program)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)

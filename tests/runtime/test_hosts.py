@@ -28,17 +28,6 @@ from jlrm.runtime import cluster, hosts
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 STEPS = int(os.environ.get("JLRM_POD_STEPS", "6"))
-# A model that has learned nothing parses nothing: any text must be worth something else.
-PLUGIN = """
-import os
-import pathlib
-
-def vowels(completions, **columns):
-    trap = pathlib.Path(os.environ.get("TRAP", "/nowhere"))
-    if trap.exists() and os.environ["JLRM_PROCESS_ID"] == "1":
-        raise ValueError("the reward model is out")
-    return [sum(map(text.count, "aeiou")) / 10 for text in completions]
-"""
 SETTINGS = """
 run: {dir: unset, save_every: 3, eval_every: 0, completions_every: 5, tensorboard: false}
 model: {preset: toy, tokenizer: toy, compute_dtype: float32, remat: none}
@@ -67,7 +56,7 @@ class Pod:
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(8 // count),
                 "XLA_FLAGS": COMPILE_FASTEST,
-                "PYTHONPATH": f"{folder.parent}:{ROOT}",
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
                 "JLRM_COORDINATOR": f"127.0.0.1:{port}",
                 "JLRM_NUM_PROCESSES": str(count),
                 "JLRM_PROCESS_ID": str(number),
@@ -368,7 +357,6 @@ def test_a_host_that_hangs_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("pods")
-    (folder / "payers.py").write_text(PLUGIN)
     write_comparisons(toy.comparisons(1, 80), folder / "rows.jsonl")
     settings = SETTINGS.replace("ROWS", str(folder / "rows.jsonl")).replace("STEPS", str(STEPS))
     (folder / "config.yaml").write_text(settings)
