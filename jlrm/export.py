@@ -32,7 +32,7 @@ from jlrm.data.tokenizer import (
 from jlrm.judgement import prompts
 from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
-from jlrm.weights import checkpoint, hf, hf_config, steps
+from jlrm.weights import checkpoint, hf, hf_config, reading, steps
 from jlrm.weights.source import side_files
 
 CARD = """---
@@ -108,6 +108,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
       UsageError: no such checkpoint, or something is at `out`.
     """
     step_dir = steps.find(source)
+    reading.check_files(step_dir)
     wanted = steps.read_digests(step_dir)
     model_dir = side_files(source) / "model"
     config = hf_config.read_config(model_dir)
@@ -122,7 +123,7 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     (partial / "README.md").write_text(card, encoding="utf-8")
 
     def read(tensor: hf.Tensor) -> Any:
-        return checkpoint.read_tensor(step_dir, tensor.path, tensor.layer, wanted)
+        return reading.read_tensor(step_dir, tensor.path, tensor.layer, wanted)
 
     total = len(hf.tensors(config))
     for _ in tqdm(hf.save_tensors(read, config, partial, dtype), total=total, desc="export"):

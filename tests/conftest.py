@@ -40,6 +40,7 @@ from endpoints import serve  # noqa: F401 (a fixture)
 from jlrm.config import MeshConfig
 from jlrm.model.qwen import QwenConfig, hidden_states
 from jlrm.model.visibility import BLOCK, Packing
+from jlrm.runtime import storage
 from jlrm.runtime.mesh import AXES, create_mesh
 
 pytest_plugins = ["tiers"]
@@ -89,6 +90,12 @@ def cases(reference) -> pathlib.Path:
     if not path.is_dir():
         required("JLRM_REQUIRE_REFERENCE", f"there are no cases at {path}")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Let a test whose disk fails see it at once."""
+    monkeypatch.setattr(storage, "PAUSES", ())
 
 
 @pytest.fixture(scope="module", autouse=True)

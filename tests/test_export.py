@@ -26,7 +26,7 @@ from jlrm.data.worlds import toy
 from jlrm.model import qwen
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
-from jlrm.weights import checkpoint, hf, hf_config, steps
+from jlrm.weights import checkpoint, hf, hf_config, reading, steps
 
 pytestmark = pytest.mark.slow  # each writes a tokenizer or a checkpoint
 
@@ -290,7 +290,7 @@ def cpu_alone(monkeypatch):
 def test_a_dtype_is_read_as_torch_spells_it(dtype, stored, tmp_path, cpu_alone):
     write_hf(tmp_path / "hf", dtype)
     export.import_from_hf(str(tmp_path / "hf"), tmp_path / "run")
-    tensor = checkpoint.read_tensor(steps.find(str(tmp_path / "run")), "embed", None)
+    tensor = reading.read_tensor(steps.find(str(tmp_path / "run")), "embed", None)
     assert tensor.dtype.name == stored
 
 
@@ -335,8 +335,8 @@ def test_a_checkpoint_that_is_not_finite_is_named_when_it_is_restored(run_dir, p
     with pytest.raises(
         UsageError, match=r"NaN or infinite numbers in layers\.attn\.q: its training"
     ):
-        checkpoint.restore_params(steps.find(str(save_to)), abstract)
-    fine = checkpoint.restore_params(steps.find(str(run_dir)), abstract)
+        reading.restore_params(steps.find(str(save_to)), abstract)
+    fine = reading.restore_params(steps.find(str(run_dir)), abstract)
     jax.tree.map(np.testing.assert_array_equal, fine, params)
 
 

@@ -118,3 +118,23 @@ def test_modules_named_in_strings_exist():
             ):
                 place = ROOT / text.replace(".", "/")
                 assert place.is_dir() or place.with_suffix(".py").exists(), f"{path}: {text}"
+
+
+def test_of_a_save_that_failed_only_what_we_say_is_printed():
+    code = """
+import logging, sys, types
+from jlrm.config import RunError
+from jlrm.runtime import commands
+
+def main():
+    log = logging.getLogger("absl")
+    log.handle(logging.LogRecord("absl", 40, "/lib/orbax/future.py", 1, "a part failed", (), None))
+    log.warning("orbax: requested `tracked_metric`")
+    log.warning("something else")
+    sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
+    raise RunError("No space is left.")
+
+sys.exit(commands.run(main))
+"""
+    ended = run("-c", code)
+    assert (ended.returncode, ended.stderr) == (1, "something else\nerror: No space is left.\n")

@@ -32,7 +32,7 @@ from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
 from jlrm.training import same_run, update
 from jlrm.training.scoring import judge_responses
-from jlrm.weights import checkpoint, hf, hf_config
+from jlrm.weights import hf, hf_config, reading
 from jlrm.weights.steps import find, read_meta, saved_steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
@@ -95,7 +95,7 @@ def run(run_dir: pathlib.Path, data: pathlib.Path, *overrides: str, num_devices:
 def final_params(run_dir: pathlib.Path):
     model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
     abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
-    return checkpoint.restore_params(find(str(run_dir)), abstract)
+    return reading.restore_params(find(str(run_dir)), abstract)
 
 
 def comparable(rows: list[dict]) -> list[dict]:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import regex
 
 from jlrm.judgement.verdict import preferred, swap_preference
+from jlrm.runtime.storage import write_atomically
 
 # Why a row is left out: the word in `dropped.jsonl`, and what people are told.
 REASONS = {
@@ -262,7 +263,5 @@ def write_dropped(dropped: Sequence[Dropped], path: pathlib.Path) -> None:
 
 
 def _write_lines(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, text.encode())

@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jlrm.config import RunError, UsageError
 
@@ -67,8 +67,9 @@ def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
     quieten()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
-    # Orbax says this of every checkpoint saved without a held-out metric, which is most of them.
-    logging.getLogger("absl").addFilter(lambda record: "tracked_metric" not in record.getMessage())
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_news)
+    sys.unraisablehook = _tell
     with _second_signal_ends():
         code, message = _outcome(main)
     if message:
@@ -77,6 +78,23 @@ def run(main: Callable[[], None]) -> int:
     if (hosts := sys.modules.get("jlrm.runtime.hosts")) is not None:
         hosts.leave(code, message.removeprefix("error: "))
     return code
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a line of a library says something that the command does not say itself.
+
+    Orbax logs each part of a save that fails with its traceback, and then raises the error. And it
+    warns of every checkpoint without a held-out metric, which is most of them.
+    """
+    text = record.getMessage()
+    is_of_orbax = "orbax" in record.pathname or "orbax" in text
+    return not (is_of_orbax and (record.levelno >= logging.ERROR or "tracked_metric" in text))
+
+
+def _tell(lost: Any) -> None:
+    """Print an error that nobody could catch, but not those of the rest of a save that failed."""
+    if str(lost.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(lost)
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.runtime.storage import explain_full_disk, first_line, write_atomically
+from jlrm.runtime import storage
+from jlrm.runtime.storage import first_line, write_atomically
 
 
 def append(path: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Add a line. A full disk raises OSError."""
-    with explain_full_disk(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a line. A disk that stays full raises OSError."""
+    storage.append(path, json.dumps(row) + "\n")
 
 
 def read(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:

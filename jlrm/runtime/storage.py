@@ -11,11 +11,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,19 +25,78 @@ from tqdm import tqdm
 
 from jlrm.config import RunError, UsageError
 
+log = logging.getLogger(__name__)
+
+
+# A disk that is full or away may come back: seconds between tries to write.
+PAUSES = (5.0, 15.0, 40.0)
+PASSING = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
+    *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV),
+)
+
+FAILURES = {  # marks in the errors of tensorstore, which are all ValueErrors
+    **{text: text for text in map(os.strerror, (*PASSING, errno.EROFS))},
+    "RESOURCE_EXHAUSTED": os.strerror(errno.ENOSPC),
+    "UNAVAILABLE": "the store does not answer",
+    "DEADLINE_EXCEEDED": "the store does not answer in time",
+}
+
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Replace a file as a whole: a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with explain_full_disk(path), partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+    patiently(path, write)
+
+
+def append(path: pathlib.Path, text: str) -> None:
+    """Add to a file, whole or not at all."""
+
+    def write() -> None:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+    patiently(path, write)
+
+
+def patiently(path: pathlib.Path, write: Callable[[], None]) -> None:
+    """Write, and try again for a minute where the disk is full or away; then OSError."""
+    for pause in PAUSES:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in PASSING:
+                raise
+            log.warning("%s: %s. Trying again in %.0f s.", path, error.strerror, pause)
+            time.sleep(pause)
+    with explain_full_disk(path):
+        return write()
+
+
+def failure(error: Exception) -> str:
+    """Return what storage fails by, in the words of a system or of tensorstore; "": it does not."""
+    if isinstance(error, OSError) and error.errno in (*PASSING, errno.EROFS, errno.ENOENT):
+        return error.strerror or first_line(error)
+    return next((said for mark, said in FAILURES.items() if mark in str(error)), "")
 
 
 @contextlib.contextmanager

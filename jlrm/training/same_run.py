@@ -34,11 +34,12 @@ from jlrm.weights import source, steps
 log = logging.getLogger(__name__)
 
 HISTORY = "config_history.jsonl"
-# A run that goes on may change these: they say when to look, where to run, and how far and how fast
-# to learn. What is learned stays.
-FREE_FIELDS = ("run.", "mesh.", "sampling.eval_batch_size")
+# A run that goes on may change these: they say when to look, where to run and in how much memory,
+# and how far and how fast to learn. What is learned stays, but for the order of sums.
+FREE_FIELDS = ("run.", "mesh.", "model.remat", "sampling.eval_batch_size")
 FREE_OF_A_STAGE = (
     "steps",
+    "pack_tokens",
     "optimizer.learning_rate",
     "optimizer.warmup_steps",
     "optimizer.schedule",

@@ -36,7 +36,7 @@ from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
-from jlrm.weights import checkpoint, hf, hf_config, steps
+from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import model_files, read_params
 
@@ -195,7 +195,7 @@ def initial_params(run: Run, stage: str) -> Params:
         before = names[place - 1]
         series = steps.absolute(config.run.dir) / "checkpoints" / before
         saved = steps.find_step(series, getattr(config, before).steps)
-        return checkpoint.restore_params(saved, qwen.abstract_params(policy.model, policy.training))
+        return reading.restore_params(saved, qwen.abstract_params(policy.model, policy.training))
     if not config.model.path:
         return qwen.init(policy.model, policy.training, config.run.seed)
     return read_params(config.model.path, policy.model, policy.training)

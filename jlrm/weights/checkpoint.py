@@ -4,8 +4,9 @@ A run keeps one series per stage under `checkpoints/<stage>/<step>`, each with f
 `opt_state`, `meta` and `digests` (both JSON). Parameters are a separate item so that evaluation and
 export read nothing else, and stacked layers are stored in chunks of one layer so that export can
 read one tensor at a time. Saving is asynchronous; a save that did not finish leaves no checkpoint
-behind. What is read is compared with the digests of what was saved (digests.py). A run may be at
-gs://; Orbax reads and writes there itself, each host its own shards.
+behind. What is read is compared with the digests of what was saved (digests.py), and its files with
+their checksums (file_list.py), which are taken in the background while training goes on. A run may
+be at gs://; Orbax reads and writes there itself, each host its own shards.
 """
 
 from __future__ import annotations
@@ -13,28 +14,34 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from jlrm.config import RunError, UsageError
-from jlrm.runtime import hosts
-from jlrm.weights import digests, steps
+from jlrm.runtime import hosts, storage
+from jlrm.weights import digests, file_list, steps
+from jlrm.weights.reading import Damaged, compare, reading, restore_args, some
 from jlrm.weights.steps import read_digests
 
 log = logging.getLogger(__name__)
 
 MIN_CHUNK_BYTES = 2**20  # smaller chunks cost more than they save
+MOST_MISSED = 3  # saves in a row of which nothing came; then the run stops
+LEFT = " Those before it are whole: see to the disk, and repeat the command."
 
 
-class Damaged(UsageError):
-    """What a step holds is not what was saved; the message is a part of a sentence."""
+class _Save(NamedTuple):
+    """A save that is under way, to be repeated if it fails."""
+
+    step: int
+    state: Any
+    begin: Callable[[], None]
 
 
 class Checkpoints:
@@ -69,7 +76,10 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
         self._metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        self._under_way: _Save | None = None
+        self._num_missed = 0  # saves in a row of which nothing came
         self._settled: int | None = None
+        self._listing: file_list.Listing | None = None  # of the step that is being saved
 
     def prepare(self, state: Any) -> None:
         """Compile what a save runs on the devices."""
@@ -81,8 +91,7 @@ class Checkpoints:
         """Begin to save, return when the arrays are copied; a step saved before is left alone.
 
         Raises:
-          RunError: a number is NaN or infinite, and nothing is saved; what went wrong in the save
-            before.
+          RunError: a number is not finite, and nothing is saved; or the save before went wrong.
         """
         if step in self._manager.all_steps():
             return
@@ -90,23 +99,25 @@ class Checkpoints:
         if broken:
             raise RunError(self._diverged(step, broken))
         self.wait()
-        kept_metrics = metrics if self._keep_best else None
-        with self._explain():
-            args = _saved(state, meta, digested, kept_metrics)
+        self._metrics[step] = metrics if self._keep_best else None
+
+        def begin() -> None:
+            args = _saved(state, meta, digested, self._metrics[step])
             self._manager.save(step, args=args, metrics=metrics)
-        self._metrics[step] = kept_metrics
+
+        self._under_way = _Save(step, state, begin)
+        self._insist(until_saved=False)
+        if hosts.is_main() and "://" not in str(self._directory):
+            self._listing = file_list.Listing(self._directory / str(step))
 
     def latest_step(self) -> int | None:
         """Return the newest step that was saved whole."""
         return self._manager.latest_step()
 
     def restore_newest(self, abstract: Any) -> tuple[int, Any, dict[str, Any]]:
-        """Restore the newest step onto the shardings of `abstract` (`ShapeDtypeStruct`s).
+        """Return the newest step, its state and what was saved beside it.
 
-        The mesh may be another than the one that saved it.
-
-        Returns:
-          The step, the state and what was saved beside it.
+        The state lies as `abstract` (`ShapeDtypeStruct`s) does, whatever mesh has saved it.
 
         Raises:
           UsageError: it is not what was saved, and `resume` takes no other.
@@ -130,8 +141,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for saves under way and let go of the directory."""
-        with self._explain():
+        try:
             self._manager.close()
+        except (ValueError, OSError) as error:
+            raise RunError(self._failure(error) + LEFT) from None
 
     def wait(self) -> None:
         """Wait until saves under way are on disk, and let go of old steps; all processes do so.
@@ -139,25 +152,68 @@ class Checkpoints:
         Raises:
           RunError: what went wrong in them.
         """
-        with self._explain():
-            self._manager.wait_until_finished()
-            self._settle()
+        self._insist(until_saved=True)
+        self._under_way = None
+        self._settle()
+
+    def _insist(self, *, until_saved: bool) -> None:
+        """Begin a save, or wait for the one that has begun; try again where the disk may come back.
+
+        Where a save fails whose arrays are already given up to the next step, the next save makes
+        up for it, but not three times in a row. Several processes do not try again: those to which
+        it happened would wait for the others.
+        """
+        save, is_begun = self._under_way, until_saved
+        if save is None:
+            return
+        for pause in (*storage.PAUSES, None):
+            try:
+                if not is_begun:
+                    save.begin()
+                if until_saved:
+                    self._manager.wait_until_finished()
+                    self._num_missed = 0
+                return
+            except (ValueError, OSError) as error:
+                failure = self._failure(error)
+            is_gone = any(leaf.is_deleted() for leaf in jax.tree.leaves(save.state))
+            self._num_missed += is_gone
+            self._remove_unfinished(save.step)
+            if pause is None or hosts.count() > 1 or self._num_missed == MOST_MISSED:
+                raise RunError(failure + LEFT)
+            if is_gone:
+                log.warning("%s Step %d is not saved, the next one will be.", failure, save.step)
+                return
+            log.warning("%s Trying again in %.0f s.", failure, pause)
+            time.sleep(pause)
+            is_begun = False
+
+    def _remove_unfinished(self, step: int) -> None:
+        """Give back the space of a save that has failed."""
+        with contextlib.suppress(OSError):
+            for partial in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                partial.rmtree()
+
+    def _failure(self, error: Exception) -> str:
+        """Return how storage has failed, as a sentence; another error is raised as it is."""
+        if reason := storage.failure(error):
+            return f"A checkpoint in {self._directory} can't be written: {reason}."
+        raise error
 
     def _settle(self) -> None:
         """Look whether the newest step is whole, and only then let go of those it replaces."""
-        step = self.latest_step()
-        if step is None or step == self._settled:
+        if (step := self.latest_step()) in (None, self._settled):
             return
         directory = self._directory / str(step)
-        reason = steps.damage(directory) if hosts.is_main() else ""
-        (reason, *_) = hosts.gather("whether the checkpoint is whole", reason)
-        if reason:
+        if reason := _on_main(lambda: steps.damage(directory)):
             raise RunError(
                 f"{directory} was saved and is not whole: {reason}. Those before it are kept: look "
                 "after the disk, and repeat the command."
             )
-        if hosts.is_main():
-            steps.note_sizes(directory)
+        if hosts.is_main() and not file_list.is_written(directory):
+            listed = self._listing.finish() if self._listing else {}
+            file_list.write(directory, listed or file_list.read_files(directory))
+        self._listing = None
         self._settled = step
         saved = list(self._manager.all_steps())
         ranked = [each for each in saved if self._metrics.get(each)]
@@ -173,26 +229,25 @@ class Checkpoints:
     def _is_whole(self, step: int, abstract: Any) -> bool:
         if hosts.count() > 1:  # processes that restore must all succeed or all fail
             return not steps.damage(self._directory / str(step))
-        try:
+        with contextlib.suppress(UsageError):
             self._restore(step, abstract)
-        except UsageError:
-            return False
-        return True
+            return True
+        return False
 
     def _restore(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any]]:
         directory = self._directory / str(step)
-        if reason := steps.damage(directory):
+        if reason := _on_main(lambda: steps.damage(directory) or file_list.changed(directory)):
             raise Damaged(reason)
         items, wanted = _items(abstract), read_digests(directory)
         restored, broken = {}, []
         for name, item in items.items():
-            with _reading(name):
-                args = ocp.args.Composite(**{name: _restore(item)})
+            with reading(name):
+                args = ocp.args.Composite(**{name: restore_args(item)})
                 restored[name] = self._manager.restore(step, args=args)[name]
-            broken += _compare(name, restored[name], wanted)
+            broken += compare(name, restored[name], wanted)
         if broken:
             raise UsageError(
-                f"{directory} holds NaN or infinite numbers in {_some(broken)}: training had "
+                f"{directory} holds NaN or infinite numbers in {some(broken)}: training had "
                 f"diverged. {self._way_out(step)}"
             )
         state = abstract._replace(params=restored["params"], **restored["opt_state"])
@@ -200,52 +255,17 @@ class Checkpoints:
 
     def _diverged(self, step: int, broken: list[str]) -> str:
         return (
-            f"{self._directory.name} step {step}: {_some(broken)} hold NaN or infinite numbers, so "
+            f"{self._directory.name} step {step}: {some(broken)} hold NaN or infinite numbers, so "
             f"nothing of this step is saved. {self._way_out(step)}"
         )
 
     def _way_out(self, step: int) -> str:
         stage = self._directory.name
         rate = f"a lower {stage}.optimizer.learning_rate"
-        before = [each for each in self._manager.all_steps() if each < step]
-        if not before:
+        if not (before := [each for each in self._manager.all_steps() if each < step]):
             return f"No checkpoint was before it: begin anew with {rate}."
         source = f"{self._directory.parent.parent}@{stage}/{before[-1]}"
         return f"Go on from the one before: model.path={source} run.dir=NEW, and {rate}."
-
-    @contextlib.contextmanager
-    def _explain(self) -> Iterator[None]:
-        try:
-            yield
-        except (ValueError, OSError) as error:  # tensorstore's full disk is a ValueError
-            reason = str(error)
-            if "RESOURCE_EXHAUSTED" not in reason and "No space left" not in reason:
-                raise
-            raise RunError(
-                f"No space is left for a checkpoint in {self._directory}. Those before it are "
-                "whole: free some space and repeat the command."
-            ) from None
-
-
-def restore_params(step_dir: epath.Path, params: Any) -> Any:
-    """Restore the parameters alone onto the shardings of the given `ShapeDtypeStruct`s.
-
-    Raises:
-      UsageError: they are not what was saved; some are NaN or infinite.
-    """
-    wanted, handler = read_digests(step_dir), ocp.PyTreeCheckpointHandler()
-    with _naming(step_dir), ocp.Checkpointer(handler) as checkpointer:
-        with _reading("params"):
-            args = _restore(params)
-            restored = checkpointer.restore(steps.absolute(step_dir) / "params", args=args)
-        broken = _compare("params", restored, wanted)
-    if broken:
-        names = [name.removeprefix(digests.PARAMS) for name in broken]
-        raise UsageError(
-            f"{step_dir} holds NaN or infinite numbers in {_some(names)}: its training had "
-            "diverged. Take weights from an earlier step, as RUN@STEP."
-        )
-    return restored
 
 
 def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str, Any]) -> None:
@@ -255,34 +275,10 @@ def save_params(run_dir: epath.PathLike, stage: str, params: Any, meta: dict[str
         manager.save(0, args=_saved(params, meta, digested, None))
 
 
-def read_tensor(
-    step_dir: epath.Path, path: str, layer: int | None, wanted: dict[str, Any] | None = None
-) -> np.ndarray:
-    """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device.
-
-    wanted: what `read_digests` returns.
-
-    Raises:
-      UsageError: it can't be read, or is not what was saved.
-    """
-    spec = {
-        "driver": "zarr",
-        "kvstore": {
-            "driver": "ocdbt",
-            "base": _store(step_dir / "params"),
-            "path": f"{path}/",
-        },
-        # Without a cache limit of its own every read opens afresh and keeps nothing.
-        "context": {"cache_pool": {"total_bytes_limit": 0}},
-    }
-    name = digests.PARAMS + path
-    with _naming(step_dir):
-        with _reading("params"):
-            stored = tensorstore.open(spec).result()
-            array = np.asarray((stored if layer is None else stored[layer]).read().result())
-        if wanted and not digests.is_stored(array, layer, wanted["params"].get(name, {})):
-            raise Damaged(f"its item 'params' is not what was saved, in {name}")
-    return array
+def _on_main(look: Callable[[], str]) -> str:
+    """Return to all processes what process 0 finds wrong with a step."""
+    (reason, *_) = hosts.gather("is the checkpoint whole", look() if hosts.is_main() else "")
+    return reason
 
 
 def _items(state: Any) -> dict[str, Any]:
@@ -315,56 +311,6 @@ def _saved(
     )
 
 
-def _compare(item: str, value: Any, wanted: dict[str, Any]) -> list[str]:
-    """Compare one restored item with its digests; return the names of what is not finite.
-
-    Raises:
-      Damaged: it is not what was saved.
-    """
-    if not wanted:
-        return digests.look({item: value})[1]
-    if item not in wanted:
-        raise Damaged(f"its digests do not name the item '{item}'")
-    wrong, broken = digests.changed({item: value}, wanted[item])
-    if wrong:
-        raise Damaged(f"its item '{item}' is not what was saved, in {_some(wrong)}")
-    return broken
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' * (len(names) > 3)}"
-
-
-@contextlib.contextmanager
-def _naming(step_dir: epath.Path) -> Iterator[None]:
-    """Say which step is damaged, and what to do."""
-    try:
-        yield
-    except Damaged as error:
-        raise UsageError(
-            f"{step_dir} is damaged: {error}. Bring its files back, or name another step as "
-            "RUN@STEP."
-        ) from None
-
-
-@contextlib.contextmanager
-def _reading(item: str) -> Iterator[None]:
-    """Turn whatever a damaged file makes a reader raise into `Damaged`."""
-    try:
-        yield
-    except (Damaged, jax.errors.JaxRuntimeError):  # the latter: no memory
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".")[:200]
-        raise Damaged(f"its item '{item}' can't be read ({reason})") from None
-
-
-def _store(path: epath.Path) -> Any:
-    """Return a directory as tensorstore names it. In a url, # and % would not be of the name."""
-    absolute = str(steps.absolute(path))
-    return f"{absolute}/" if "://" in absolute else {"driver": "file", "path": f"{absolute}/"}
-
-
 def _by_layer(params: Any) -> Any:
     """Ask for chunks of one layer in stacked arrays large enough for it to matter."""
 
@@ -374,10 +320,5 @@ def _by_layer(params: Any) -> Any:
             return ocp.SaveArgs()
         return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
 
-    whole = jax.tree.map(lambda _: ocp.SaveArgs(), params)
-    return {**whole, "layers": jax.tree.map(chunked, params["layers"])}
-
-
-def _restore(abstract: Any) -> Any:
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    return ocp.args.PyTreeRestore(abstract, restore_args=restore_args)
+    layers = jax.tree.map(chunked, params["layers"])
+    return {**jax.tree.map(lambda _: ocp.SaveArgs(), params), "layers": layers}

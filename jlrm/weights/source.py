@@ -13,7 +13,7 @@ from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime import storage
 from jlrm.runtime.mesh import Layout
-from jlrm.weights import checkpoint, hf, hf_config, steps
+from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
 ENDS = 1 << 20  # bytes at each end of a file that stand for it
@@ -35,7 +35,7 @@ def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
     """Read a model's weights onto the devices; `source` as in `model.path`."""
     if steps.is_run(source):
         abstract = qwen.abstract_params(model, layout)
-        return checkpoint.restore_params(steps.find(source), abstract)
+        return reading.restore_params(steps.find(source), abstract)
     return hf.load_params(hf.resolve(source), model, layout)
 
 

@@ -1,30 +1,28 @@
 """The saved steps of a run: which there are, which are whole, and which one `RUN@STEP` names.
 
 A step is a directory `checkpoints/<stage>/<step>`. It is whole when its save has finished, all its
-items are there, its files have the sizes that they had when it was saved, and its JSON says what
-was written. What the arrays hold is checked where they are read (checkpoint.py). Steps of older
-programs list no sizes and carry no digests, and are taken as they are.
+items are there, its files have the sizes that they had when it was saved (file_list.py), and its
+JSON says what was written. What files and arrays hold is checked where they are read
+(checkpoint.py). Steps of older programs list no files and carry no digests, and are taken as they
+are.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pathlib
 from typing import Any
 
 from etils import epath
 
 from jlrm.config import UsageError, stage_titles
 from jlrm.runtime.settings import from_dict, parse_yaml
-from jlrm.runtime.storage import write_atomically
-from jlrm.weights import digests
+from jlrm.weights import digests, file_list
 
 log = logging.getLogger(__name__)
 
 IMPORTED = "import"  # the series of weights that came from elsewhere
 COMMITTED = "commit_success.txt"  # Orbax writes it last
-SIZES = "files.json"  # name: bytes of every file of a step, once that was found whole
 ABOUT = "_CHECKPOINT_METADATA"
 JSON_FILES = {"meta": "metadata", "metrics": "metrics", "digests": "metadata"}  # of items
 
@@ -167,7 +165,7 @@ def damage(directory: epath.Path) -> str:
     for name in sorted(names):
         if not (directory / name).is_dir() or not any((directory / name).iterdir()):
             return f"its item '{name}' is missing or empty"
-    return _wrong_file(directory) or _wrong_json(directory, names)
+    return file_list.damage(directory) or _wrong_json(directory, names)
 
 
 def read_digests(directory: epath.Path) -> dict[str, Any]:
@@ -181,17 +179,6 @@ def read_digests(directory: epath.Path) -> dict[str, Any]:
 def meta_of(directory: epath.Path) -> dict[str, Any]:
     """Return what is said of a step; empty: it is damaged."""
     return {} if damage(directory) else read_meta(directory)
-
-
-def note_sizes(directory: epath.Path) -> None:
-    """Write down, once, which files a whole step has and of what size: a lost one is missed."""
-    if (directory / SIZES).exists():
-        return
-    listed = json.dumps(_sizes(directory), sort_keys=True).encode()
-    if "://" in str(directory):
-        (directory / SIZES).write_bytes(listed)  # a store writes a file whole or not at all
-    else:
-        write_atomically(pathlib.Path(directory) / SIZES, listed)
 
 
 def wanted_step(run: epath.Path, stage: str, resume: str) -> str:
@@ -280,23 +267,6 @@ def _others(series: epath.Path, step: int) -> str:
     return f"{listed} Bring its files back, or name another step."
 
 
-def _wrong_file(directory: epath.Path) -> str:
-    sizes = _sizes(directory)
-    if not (directory / SIZES).exists():
-        empty = [name for name, size in sizes.items() if not size]
-        return f"{empty[0]} is empty" if empty else ""
-    try:
-        wanted = {str(name): int(size) for name, size in _read(directory / SIZES).items()}
-    except (ValueError, OverflowError, AttributeError, TypeError):
-        return f"{SIZES} can't be read"
-    for name, size in wanted.items():
-        if name not in sizes:
-            return f"{name} is missing"
-        if sizes[name] != size:
-            return f"{name} has {sizes[name]} bytes, not {size}"
-    return ""
-
-
 def _wrong_json(directory: epath.Path, items: set[str]) -> str:
     """Return which JSON does not say what was saved."""
     content = {}
@@ -316,16 +286,6 @@ def _wrong_json(directory: epath.Path, items: set[str]) -> str:
         if digests.of_json(held) != wanted.get(name):
             return f"its item '{name}' is not what was saved"
     return ""
-
-
-def _sizes(directory: epath.Path) -> dict[str, int]:
-    sizes = {}
-    for entry in sorted(directory.iterdir()):
-        if entry.is_dir():
-            sizes |= {f"{entry.name}/{name}": size for name, size in _sizes(entry).items()}
-        elif entry.name not in (SIZES, f"{SIZES}.partial"):
-            sizes[entry.name] = int(entry.stat().length)
-    return sizes
 
 
 def _read(file: epath.Path) -> Any:

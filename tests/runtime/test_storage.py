@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import pathlib
+from typing import Any
+
 import pytest
 
 from jlrm.config import UsageError
@@ -76,3 +80,74 @@ def test_a_reader_does_not_touch_what_training_writes(tmp_path):
 @pytest.mark.parametrize("text", ["", "  ", "lost.\nand more"])
 def test_an_error_says_something_whatever_it_holds(text):
     assert storage.first_line(ValueError(text)) in ("ValueError", "lost")
+
+
+# ------------------------------------------------------------------ a disk that fails
+
+
+def full_at_first(monkeypatch, times: int) -> list[int]:
+    """Let syncing to disk, the last part of a write, fail so many times."""
+    calls: list[int] = []
+
+    def sync(_: int) -> None:
+        calls.append(1)
+        if len(calls) <= times:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", sync)
+    return calls
+
+
+def test_what_a_full_disk_refused_is_written_when_there_is_space(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    calls = full_at_first(monkeypatch, 2)
+    storage.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"new" and len(calls) == 3
+    assert caplog.text.count("No space left on device. Trying again") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_disk_that_stays_full_leaves_the_old_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    (tmp_path / "a").write_bytes(b"old")
+    full_at_first(monkeypatch, 9)
+    with pytest.raises(OSError, match="No space is left"):
+        storage.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_a_line_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    path, real, tries = tmp_path / "log", pathlib.Path.open, []
+    storage.append(path, "first\n")
+
+    class Half:
+        """A file of which half a line is written, as on a disk that is full."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            tries.append(text)
+            self.file.write(text if len(tries) > 1 else text[: len(text) // 2])
+            self.file.flush()
+            if len(tries) == 1:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "open", lambda self, *a, **k: Half(real(self, *a, **k)))
+    storage.append(path, "second\n")
+    monkeypatch.undo()
+    assert path.read_text() == "first\nsecond\n" and len(tries) == 2
+
+
+def test_a_path_that_can_never_be_written_is_not_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (3600.0,))
+    (tmp_path / "a").mkdir()
+    with pytest.raises(IsADirectoryError):
+        storage.write_atomically(tmp_path / "a", b"new")

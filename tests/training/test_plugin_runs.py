@@ -22,7 +22,7 @@ from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import load
 from jlrm.training import rollouts, sft
-from jlrm.weights import checkpoint, hf_config, steps
+from jlrm.weights import file_list, hf_config, reading, steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -97,7 +97,7 @@ def state(run_dir: pathlib.Path, step: int):
     """Return the parameters of a step."""
     model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
     abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
-    return checkpoint.restore_params(steps.find(f"{run_dir}@grpo/{step}"), abstract)
+    return reading.restore_params(steps.find(f"{run_dir}@grpo/{step}"), abstract)
 
 
 def test_a_step_that_nothing_is_paid_for_moves_no_weight(run, asked):
@@ -158,7 +158,7 @@ def test_grpo_has_the_rows_in_another_order_than_sft_and_an_older_run_keeps_its_
         meta.write_text(json.dumps(content))
         # Nor had it digests, which would tell that the file was changed.
         shutil.rmtree(step / "digests")
-        (step / steps.SIZES).unlink()
+        (step / file_list.NAME).unlink()
         about = step / steps.ABOUT
         described = json.loads(about.read_text())
         del described["item_handlers"]["digests"]

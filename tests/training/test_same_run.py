@@ -56,14 +56,17 @@ def test_how_fast_and_how_long_it_learns_may_change_and_is_written_down(run_dir)
     opened(settings(run_dir))
     assert history(run_dir) == []
     rate = {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 1}
-    run = opened(settings(run_dir, grpo={"steps": 8, "optimizer": rate}))
+    changed = {"steps": 8, "optimizer": rate, "pack_tokens": 256}
+    run = opened(settings(run_dir, grpo=changed, model={"remat": "dots"}))
     assert run.config.grpo.steps == 8
     (line,) = history(run_dir)
     assert line["after"] == "grpo/2" and line["changed"] == {
         "grpo.optimizer.learning_rate": [1e-6, 1e-3],
         "grpo.optimizer.schedule": ["constant", "linear"],
         "grpo.optimizer.warmup_steps": [0, 1],
+        "grpo.pack_tokens": [0, 256],
         "grpo.steps": [4, 8],
+        "model.remat": ["full", "dots"],
     }
     with pytest.raises(UsageError, match=r"another config \(grpo.optimizer.clip_norm 1.0 -> 2.0\)"):
         opened(settings(run_dir, grpo={"optimizer": {**rate, "clip_norm": 2.0}}))
