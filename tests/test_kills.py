@@ -1,16 +1,18 @@
 """Runs are killed again and again, in the middle of anything, and end where undisturbed ones do.
 
 Everything runs one kill, inside a save. The campaign kills each kind of run as often as JLRM_KILLS
-says (25), every third time inside a save:
+says (25), every third time inside a save, and of several processes any:
 
     JLRM_KILLS=25 python -m pytest --tier campaign tests/test_kills.py -s
 
 Equal are, bit for bit: weights and moments (by the digests that checkpoints carry), all metrics but
-times, the sampled completions, and the record of what was drawn, which must add up.
+times, the sampled completions, and the record of what was drawn, which must add up. Where the
+number of processes changes between kills, sums have another order: tokens and the record are equal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -19,10 +21,12 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import COMPILE_FASTEST, slowness
+from etils import epath
 
 from jlrm.data import audit
 from jlrm.data.comparisons import write_comparisons
@@ -44,19 +48,30 @@ reward: {mode: none, plugins: {"payers:vowels": 1.0}}
 sft: {batch_size: 4, max_target_tokens: 48}
 grpo: {steps: 12, prompts: 4, rollouts: 4, optimizer: {learning_rate: 1e-3}}
 """
+
+
+class Kind(NamedTuple):
+    """Settings of a run, and the processes of its successive starts, each with its devices."""
+
+    settings: tuple[str, ...]
+    processes: tuple[tuple[int, int], ...] = ((1, 1),)
+
+
 KINDS = {
-    "both stages": ("sft.steps=6", "grpo.steps=6"),
-    "a step old": ("grpo.ahead=stale", "grpo.loss.importance_cap=2"),
-    "both orders, drawn anew": ("grpo.zero_variance=resample", "data.orders=both"),
+    "both stages": Kind(("sft.steps=6", "grpo.steps=6")),
+    "a step old": Kind(("grpo.ahead=stale", "grpo.loss.importance_cap=2")),
+    "both orders, drawn anew": Kind(("grpo.zero_variance=resample", "data.orders=both")),
+    "two processes": Kind(("sft.steps=6", "grpo.steps=6"), ((2, 2),)),
+    "one, two and four processes": Kind(("grpo.steps=8",), ((1, 4), (2, 2), (4, 1))),
 }
 
 
 @dataclasses.dataclass
 class Start:
-    """One start of a run, in a process of its own."""
+    """One start of a run, in a process of its own or in several."""
 
     run_dir: pathlib.Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]  # the run's, or that which looks after its processes
 
     def num_steps(self) -> int:
         path = self.run_dir / "metrics.jsonl"
@@ -66,16 +81,28 @@ class Start:
         """Return whether a checkpoint is being written at this moment."""
         return any(self.run_dir.glob("checkpoints/*/*.orbax-checkpoint-tmp*"))
 
+    def trainers(self) -> list[int]:
+        """Return the processes that train, of all on this machine."""
+        wanted, found = f"run.dir={self.run_dir}".encode(), []
+        for directory in pathlib.Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command = (directory / "cmdline").read_bytes().split(b"\0")
+                if wanted in command and b"python" in command[0]:
+                    found.append(int(directory.name))
+        return sorted(found)
+
     def kill(self, rng: random.Random, inside_save: bool) -> bool:
         """Kill it at some moment after its next step, or inside a save; False: it ended before."""
         first = self.num_steps()
         while self.process.poll() is None and self.num_steps() <= first:
             time.sleep(0.002)
+        trainers = self.trainers()
         moment = time.monotonic() + rng.uniform(0, 1.0)
-        while self.process.poll() is None:
+        while trainers and self.process.poll() is None:
             if self.is_saving() if inside_save else time.monotonic() > moment:
-                self.process.send_signal(signal.SIGKILL)
-                return self.process.wait() == -signal.SIGKILL
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(trainers), signal.SIGKILL)
+                return self.process.wait() != 0
             time.sleep(0.0005)
         return False
 
@@ -88,16 +115,21 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def start(folder: pathlib.Path, name: str, *settings: str) -> Start:
+def start(folder: pathlib.Path, name: str, kind: Kind, number: int = 0) -> Start:
+    """Start a run for the `number`th time."""
     config = str(folder / "settings.yaml")
+    num_processes, num_devices = kind.processes[number % len(kind.processes)]
     command = [sys.executable, "-m", "jlrm.train", "--config", config, f"run.dir={folder / name}"]
+    if num_processes > 1:
+        launcher = ["bash", str(ROOT / "launch/local.sh"), str(num_processes), str(num_devices)]
+        command = [*launcher, "--", *command]
     with (folder / f"{name}.log").open("ab") as said:
         process = subprocess.Popen(
-            [*command, *settings],
+            [*command, *kind.settings],
             env={
                 **os.environ,
                 "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-                "JAX_NUM_CPU_DEVICES": "1",
+                "JAX_NUM_CPU_DEVICES": str(num_devices),
                 "XLA_FLAGS": COMPILE_FASTEST,
             },
             stdout=said,
@@ -107,17 +139,17 @@ def start(folder: pathlib.Path, name: str, *settings: str) -> Start:
     return Start(folder / name, process)
 
 
-def finish(folder: pathlib.Path, name: str, *settings: str) -> None:
-    code = start(folder, name, *settings).process.wait(300 * slowness())
+def finish(folder: pathlib.Path, name: str, kind: Kind, number: int = 0) -> None:
+    code = start(folder, name, kind, number).process.wait(300 * slowness())
     assert code == 0, (folder / f"{name}.log").read_text()[-3000:]
 
 
-def outcome(run_dir: pathlib.Path) -> dict[str, object]:
+def outcome(run_dir: pathlib.Path) -> dict[str, Any]:
     """Return all that a run must have in common with another one of the same config."""
     times = ("time/", "perf/tokens_per_second", "perf/compiles")
-    steps = {stage: numbers[-1] for stage, numbers in saved_steps(run_dir).items()}
+    steps = {stage: numbers[-1] for stage, numbers in saved_steps(epath.Path(run_dir)).items()}
     weights = {
-        stage: read_digests(run_dir / "checkpoints" / stage / str(step))
+        stage: read_digests(epath.Path(run_dir) / "checkpoints" / stage / str(step))
         for stage, step in steps.items()
     }
     return {
@@ -136,31 +168,43 @@ def outcome(run_dir: pathlib.Path) -> dict[str, object]:
     }
 
 
+def alike(kind: Kind, found: dict[str, Any]) -> dict[str, Any]:
+    """Return what of an outcome must be equal, however many processes its starts had."""
+    if len(kind.processes) == 1:
+        return found
+    tokens = {
+        name: [(row["id"], row["order"], row["response"]) for row in rows]
+        for name, rows in found["completions"].items()
+    }
+    kept = {part: found[part] for part in ("steps", "audit", "files", "left over")}
+    return {**kept, "tokens": tokens}
+
+
 @pytest.mark.parametrize(
-    ("kind", "num_kills"),
+    ("name", "num_kills"),
     [
         ("both stages", 1),
-        *(pytest.param(kind, KILLS, marks=pytest.mark.campaign, id=kind) for kind in KINDS),
+        *(pytest.param(name, KILLS, marks=pytest.mark.campaign, id=name) for name in KINDS),
     ],
 )
-def test_a_killed_run_ends_as_an_undisturbed_one(folder, kind, num_kills):
-    settings, rng = KINDS[kind], random.Random(f"{kind} {num_kills}")
-    if not (folder / kind).exists():
-        finish(folder, kind, *settings)
-    wanted = outcome(folder / kind)
+def test_a_killed_run_ends_as_an_undisturbed_one(folder, name, num_kills):
+    kind, rng = KINDS[name], random.Random(f"{name} {num_kills}")
+    if not (folder / name).exists():
+        finish(folder, name, kind)
+    wanted = outcome(folder / name)
     assert not wanted["left over"] and not any(s.faults for s in audit.check(wanted["audit"]))
     killed = saving = runs = 0
     while killed < num_kills:
         runs += 1
-        name = f"{kind} {num_kills} {runs}"
-        for _ in range(min(A_RUN, num_kills - killed)):
+        run, number = f"{name} {num_kills} {runs}", 0
+        for number in range(min(A_RUN, num_kills - killed)):
             inside_save = (killed + (num_kills == 1)) % 3 == 1
-            if not start(folder, name, *settings).kill(rng, inside_save):
+            if not start(folder, run, kind, number).kill(rng, inside_save):
                 break
             killed += 1
             saving += inside_save
-        finish(folder, name, *settings)
-        found = outcome(folder / name)
-        for part, value in wanted.items():
-            assert found[part] == value, f"{part} of {name}, killed {killed} times so far"
-    print(f"{kind}: killed {killed} times, {saving} inside a save, over {runs} runs: all equal")
+        finish(folder, run, kind, number + 1)
+        found = alike(kind, outcome(folder / run))
+        for part, value in alike(kind, wanted).items():
+            assert found[part] == value, f"{part} of {run}, killed {killed} times so far"
+    print(f"{name}: killed {killed} times, {saving} inside a save, over {runs} runs: all equal")
