@@ -42,7 +42,7 @@ from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
 from jlrm.planning.figures import BenchResult, Measured, MeasuredAgainst, PhaseFigures, Ratio
 from jlrm.reports import contracts, tables
-from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime import cluster, commands, devices, hosts
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
@@ -388,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{name} has grpo.steps=0, and what is measured is GRPO. Set grpo.steps=1."
             )
     with hosts.joined(args, to_dict(configs[0]), configs[0].run.host_timeout):
+        devices.ready()
         result = bench(configs, args.repeats)
     if hosts.is_main():
         print(json.dumps(contracts.encode(result)) if args.json else describe(result, names))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import signal
+import tempfile
 
+if "JLRM_CACHE" not in os.environ:  # one for all processes of these tests, and none before them
+    os.environ["JLRM_CACHE"] = tempfile.mkdtemp(prefix="jlrm-tests-")
+    atexit.register(shutil.rmtree, os.environ["JLRM_CACHE"], ignore_errors=True)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 
 from jlrm.config import MeshConfig
@@ -25,6 +26,7 @@ from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.judgement import prompts
 from jlrm.model.qwen import Params
+from jlrm.runtime import devices, hosts
 from jlrm.runtime.mesh import create_mesh
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import check_positions, open_policy
@@ -68,7 +70,11 @@ def make(
         max_prompt_tokens + decoding.max_new_tokens,
         "--max-prompt-tokens or --max-new-tokens",
     )
-    policy = open_policy(config, create_mesh(mesh), directory)
+    devices.ready()
+    spread = create_mesh(mesh)
+    if hosts.is_main():
+        print(devices.described(spread), file=sys.stderr)
+    policy = open_policy(config, spread, directory)
     write = make_writer(policy, decoding, widths(max_prompt_tokens))
     encode = prompt_encoder(policy.tokenizer, prompt, scale)
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from jlrm.config import UsageError
+from jlrm.runtime import devices, google
 
 MODES = ("auto", "on", "off")
 
@@ -74,34 +76,29 @@ def settings(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _are_several() -> bool:
-    """Return whether the environment belongs to a run of several hosts."""
+    """Return whether the environment, or the metadata of a VM, belong to a run of several hosts."""
     env = os.environ
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
         return True
-    if int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1:
+    if _number_in(env, "MEGASCALE_NUM_SLICES") > 1:
         return True
     if "," in env.get("TPU_WORKER_HOSTNAMES", "") + env.get("TPU_PROCESS_ADDRESSES", ""):
         return True  # GKE
-    return _tpu_vm_workers() > 1
+    if not devices.tpu_files() or env.get("TPU_SKIP_MDS_QUERY"):
+        return False
+    # Slices of one host each are told of each other by their metadata alone.
+    return _tpu_vm_workers() > 1 or _number_in(google.tpu_environment(), "MEGASCALE_NUM_SLICES") > 1
+
+
+def _number_in(settings: Mapping[str, str], name: str) -> int:
+    text = settings.get(name, "")
+    return int(text) if text.isdigit() else 1
 
 
 def _tpu_vm_workers() -> int:
-    """Return the number of hosts in the slice of a Cloud TPU VM; 1 on other machines.
-
-    The metadata server knows it.
-    """
-    is_tpu_vm = any(os.path.exists(path) for path in ("/dev/accel0", "/dev/vfio/0"))
-    if not is_tpu_vm or os.environ.get("TPU_SKIP_MDS_QUERY"):
-        return 1
-    import urllib.request
-
-    request = urllib.request.Request(
-        "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
-        "worker-network-endpoints",
-        headers={"Metadata-Flavor": "Google"},
-    )
+    """Return the number of hosts in the slice of a Cloud TPU VM; 1 on other machines."""
     try:
-        with urllib.request.urlopen(request, timeout=5) as reply:
-            return len(reply.read().decode().split(","))
-    except OSError:  # Colab and Kaggle have the devices, and no such server
+        listed = google.metadata("instance/attributes/worker-network-endpoints", 5.0)
+    except (google.Unknown, OSError):  # Colab and Kaggle have the devices, and no such server
         return 1
+    return len(listed.split(","))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import glob
 import logging
 import os
 import signal
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from jlrm.config import RunError, UsageError
+from jlrm.runtime import devices
 
 T = TypeVar("T")
 GRACE = 2.0  # seconds in which a handler may end the process in its own way
@@ -144,7 +144,7 @@ def quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Where libtpu is installed for `plan` but no chip is there, it prints "Failed to find host
     # bounds" as soon as JAX looks for devices. Told of any one host, it finds no chip silently.
-    if not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
+    if not devices.tpu_files():
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 

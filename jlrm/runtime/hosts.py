@@ -78,7 +78,7 @@ def joined(
       UsageError: impossible flags; no other process came; one of them has other settings.
     """
     preemption.watch()
-    _initialise(args)
+    _initialise(args, timeout)
     if count() > 1:
         # Watching begins before the first exchange, which may be the first to wait for ever. A
         # daemon thread, so that it does not keep a process alive whose main thread has ended.
@@ -207,27 +207,46 @@ def _fail(code: int, message: str) -> NoReturn:
     _exit(code)
 
 
-def _initialise(args: argparse.Namespace) -> None:
-    """Start `jax.distributed` if this process is one of several."""
+def _initialise(args: argparse.Namespace, timeout: float) -> None:
+    """Start `jax.distributed` if this process is one of several.
+
+    The others may be `timeout` seconds late. JAX's own limit comes after that: it ends the process
+    by a signal, and without a word that a user can act on.
+    """
     settings = cluster.settings(args)
     if settings is None:
         return
     import jax
 
+    late = threading.Timer(timeout, _end_alone, [timeout])
+    late.daemon = True
+    late.start()
+
     # Processes agree here on the step to stop at. JAX's own handler would hold back SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**settings)
+        jax.distributed.initialize(**settings, initialization_timeout=int(timeout) + 60)
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise UsageError(
             f"Could not join the other processes ({reason}). Start all of them with the same "
             "--coordinator, or use --distributed off to run one process alone."
         ) from None
+    finally:
+        late.cancel()
     from jax._src import distributed  # JAX has no public interface to the key-value store
 
     _state.client = distributed.global_state.client
     _state.count, _state.index = jax.process_count(), jax.process_index()
+
+
+def _end_alone(timeout: float) -> NoReturn:
+    message = (
+        f"error: Not all processes of the run have come within {timeout:.0f} s "
+        "(run.host_timeout). Look for hosts where the command has failed or does not run."
+    )
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _check_same(settings: Mapping[str, Any]) -> None:

@@ -193,13 +193,13 @@ def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
             f"mesh.data={data} on {num_slices} slices: every slice must hold complete copies of "
             f"the weights. Set mesh.data={num_slices}, or a multiple of it."
         )
-    if num_slices > 1:
-        shape = (data // num_slices, *rest)
-        return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
     try:
+        if num_slices > 1:
+            shape = (data // num_slices, *rest)
+            return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
         return mesh_utils.create_device_mesh(sizes, devices)
     except NotImplementedError:
-        ordered = sorted(devices, key=lambda device: device.id)
+        ordered = sorted(devices, key=lambda each: (getattr(each, "slice_index", 0), each.id))
         return np.array(ordered).reshape(sizes)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +30,7 @@ from jlrm.judgement.plugins import Plugin
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.reports import alarms
-from jlrm.runtime import hosts, storage
+from jlrm.runtime import devices, hosts, storage
 from jlrm.runtime.lock import sole_writer, sole_writer_of_store
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import save
@@ -77,8 +78,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[Run]:
-    """Open a run, and hold its directory while the context lasts.
+def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Run]:
+    """Open a run on all devices or the chosen ones, and hold its directory meanwhile.
 
     Raises:
       UsageError: anything the user can mend.
@@ -88,7 +89,11 @@ def open_run(config: Config, devices: Sequence[Any] | None = None) -> Iterator[R
         config = same_run.as_begun(config, directory.path) if trained else same_run.pinned(config)
         # If one of these fails, it fails at once, so they come before anything is downloaded.
         alarms.check_names(config.run.stop_on)
-        mesh, loaded = create_mesh(config.mesh, devices), plugins.load(config.reward.plugins)
+        if chosen is None:
+            devices.ready(directory.mirror.url)
+        mesh, loaded = create_mesh(config.mesh, chosen), plugins.load(config.reward.plugins)
+        if hosts.is_main():
+            print(devices.described(mesh), file=sys.stderr)
         policy = open_policy_of(config, directory, mesh)
         data = open_data(config, policy, loaded)
         check_together(config, policy, data)

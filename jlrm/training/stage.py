@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import logging
 import math
 import signal
@@ -34,7 +33,7 @@ from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.reports.alarms import Alarm
 from jlrm.reports.tracking import Tracker
-from jlrm.runtime import hosts, preemption
+from jlrm.runtime import devices, hosts, preemption
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import replay, same_run, update
@@ -56,9 +55,8 @@ def floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
+SLOW_COMPILE = 5.0  # seconds; what compiles faster is not worth a line
 MOST_UNAPPLIED = 3  # steps in a row that were not finite; then the run stops
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-_num_compiles = 0
 
 
 class StageResult(NamedTuple):
@@ -155,7 +153,7 @@ class Stage:
 
     def __iter__(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 0; `finish` belongs to each."""
-        _count_compiles()
+        self._compiled = devices.watch_compiling()
         if self._done < self._num_steps:
             self.tracker.note(f"{self._name}: the first step compiles {', '.join(self._programs)}")
             self._checkpoints.prepare(self.state)  # so that no later step compiles anything
@@ -216,7 +214,8 @@ class Stage:
             **{f"time/{phase}": seconds for phase, seconds in self._seconds.items()},
             "time/step": elapsed,
             "perf/tokens_per_second": num_tokens / elapsed,
-            "perf/compiles": _num_compiles,
+            "time/compile": self._tell_compiled(step),
+            "perf/compiles": self._compiled.count,
         }
         if hosts.is_main():
             audit.write(self._run.directory.path, self._name, step, self.position, draws)
@@ -280,6 +279,15 @@ class Stage:
     def outcome(self) -> StageResult:
         """Return what the stage came to."""
         return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
+
+    def _tell_compiled(self, step: int) -> float:
+        """Say what a step has compiled, if that took long; return how long it all took."""
+        seconds = self._compiled.take()
+        slow = {name: took for name, took in seconds.items() if took >= SLOW_COMPILE}
+        if slow and hosts.is_main():
+            listed = ", ".join(f"{name} {took:.0f} s" for name, took in slow.items())
+            self.tracker.note(f"{self._name} step {step} compiled: {listed}")
+        return sum(seconds.values())
 
     def _tell_unapplied(
         self, step: int, values: dict[str, float], batches: Sequence[replay.Batch]
@@ -356,14 +364,3 @@ def _open_tracker(run: Run, name: str, num_steps: int, first_step: int) -> Track
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@functools.cache  # one listener per process
-def _count_compiles() -> None:
-    """Begin to count the programs that XLA compiles."""
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        global _num_compiles
-        _num_compiles += event == COMPILE_EVENT
-
-    jax.monitoring.register_event_duration_secs_listener(listen)

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from jlrm.runtime import preemption
+from jlrm.runtime import google, preemption
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -76,11 +76,11 @@ def test_where_nothing_is_known_of_it_nobody_goes_on_asking(metadata):
 
 def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "none")
+    monkeypatch.setattr(google, "VENDOR", tmp_path / "none")
     preemption.watch()
     assert not threads()
     (tmp_path / "vendor").write_text("Google Compute Engine\n")
-    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "vendor")
+    monkeypatch.setattr(google, "VENDOR", tmp_path / "vendor")
     monkeypatch.setattr(preemption, "_wait", lambda: time.sleep(0.2))
     preemption.watch()
     assert threads()
@@ -88,7 +88,7 @@ def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
 
 def test_the_time_allowed_is_the_schedulers_word_or_googles(monkeypatch, tmp_path):
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(preemption, "VENDOR", tmp_path / "none")
+    monkeypatch.setattr(google, "VENDOR", tmp_path / "none")
     assert preemption.seconds_allowed() is None
     monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
     assert preemption.seconds_allowed() == 30
