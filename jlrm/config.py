@@ -3,9 +3,8 @@
 The dataclasses below *are* the documentation of every setting. A field's comment (behind it or
 above it) says its meaning and unit, and `--help` prints that comment. Its annotation carries the
 least value (`Count`, `Positive`, `NonNegative`) or the choices. `runtime/settings.py` reads YAML
-files and `key=value` overrides onto these classes. There is no inheritance and no registry, and no
-field without an effect. `_check` compares sections with each other; checks that need the model or
-the devices happen where those are known.
+files and `key=value` overrides onto these classes. `_check` compares sections with each other;
+checks that need the model or the devices happen where those are known.
 """
 
 from __future__ import annotations
@@ -50,6 +49,8 @@ class RunConfig:
     # Alarms that end the run, saved, with exit code 1 (names: reports/alarms.py), e.g. [kl, place].
     stop_on: list[str] = field(default_factory=list)
     host_timeout: Positive = 1800  # seconds that a host may lag behind; then all stop and name it
+    # Compile every program before the first step; "auto": where there are several hosts.
+    precompile: Literal["auto", "always", "never"] = "auto"
     tensorboard: bool = True  # write event files for TensorBoard
     wandb_project: str = ""  # project on Weights & Biases; empty: not used
 

@@ -26,7 +26,7 @@ from jlrm.data.worlds import toy
 from jlrm.judgement import prompts, rewards
 from jlrm.model import qwen
 from jlrm.reports.tracking import read_metrics
-from jlrm.runtime import commands
+from jlrm.runtime import commands, devices
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
@@ -120,6 +120,32 @@ def steps(run_dir: pathlib.Path) -> list[dict]:
 
 def assert_equal_trees(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+def test_what_is_compiled_ahead_is_all_that_any_step_needs(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(train.run_page, "write_report", lambda directory: None)
+    compiled = []
+
+    def listen(event: str, duration_secs: float, **about: str | int) -> None:
+        if event == devices.COMPILE_EVENT and about["fun_name"] in OF_STEPS:
+            compiled.append(len(read_metrics(tmp_path / "r")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    config = settings(
+        tmp_path / "r",
+        data,
+        "run.precompile=always",
+        *("run.eval_every=2", "sft.steps=3", "grpo.loss.kl_weight=0.1", "grpo.steps=4"),
+        *("sft.pack_tokens=256", "grpo.pack_tokens=256", "grpo.epochs=2"),
+    )
+    train.train(config, jax.devices()[:2])
+    # Before the first step of a stage, and never after one: by the number of steps logged then.
+    assert set(compiled) == {0, 3}
+    num_shapes = len({row["perf/row_tokens"] for row in read_metrics(tmp_path / "r")})
+    assert len(compiled) > 2 * num_shapes
+
+
+OF_STEPS = [f"jit({name})" for name in ("sft_update", "grpo_update", "logprobs", "generate")]
 
 
 def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(

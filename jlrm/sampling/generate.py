@@ -35,6 +35,7 @@ def lay_out_program(model: QwenConfig, decoding: Layout, quantise: bool = False)
     return jax.jit(partial(decode_params, model, decoding, quantise=quantise))
 
 
+@functools.lru_cache(maxsize=8)  # so that what is compiled ahead is what runs
 def rollout_program(network: Network, settings: SamplerSettings) -> Any:
     """Return the jitted sampler; `rollout_arguments` lists what it takes after the weights."""
     return jax.jit(partial(sampler.generate, network.model, network.decoding, settings))

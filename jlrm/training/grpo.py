@@ -22,6 +22,7 @@ from jlrm.training.programs import (
     GRPOPrograms,
     Known,
     Minibatch,
+    grpo_calls,
     grpo_programs,
     needs_old_logprobs,
     pack_minibatch,
@@ -41,6 +42,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
+        stage.compile_ahead(lambda: grpo_calls(run.config, run.policy, width, programs))
         reference = None
         if config.loss.kl_weight:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)

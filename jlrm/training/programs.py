@@ -6,7 +6,7 @@ Training calls these programs with arrays; a plan compiles the same ones for abs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class LongestRows(NamedTuple):
     rows: Rows
     num_passes: int
     num_targets: int  # of the fullest row
+    shapes: list[tuple[int, int]]  # every (A, T) that a batch may have
 
 
 class SFTPrograms(NamedTuple):
@@ -128,10 +129,21 @@ def sft_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
     )
 
 
-def sft_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
-    """Return every program that SFT runs beside those of the held-out set, by name."""
-    longest = longest_prompt, config.sft.max_target_tokens
-    programs = sft_programs(config, network, longest)
+def sft_calls(
+    config: Config,
+    network: Network,
+    longest_prompt: int,
+    programs: SFTPrograms | None = None,
+    longest_target: int = 0,
+) -> dict[str, Call]:
+    """Return every program that SFT runs beside those of the held-out set, by name.
+
+    Args:
+      programs: the run's own; None: others like them, for a plan.
+      longest_target: 0: as long as the config allows.
+    """
+    longest = longest_prompt, longest_target or config.sft.max_target_tokens
+    programs = programs or sft_programs(config, network, longest)
     state = update.abstract_state(network.model, network.training, programs.optimizer)
     group = Group(range(longest[0]), [range(longest[1])])
     rows = longest_rows(network.training, programs.sizes, [group] * config.sft.batch_size)
@@ -174,10 +186,16 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     )
 
 
-def grpo_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
-    """Return every program that GRPO runs beside those of the held-out set, by name."""
+def grpo_calls(
+    config: Config, network: Network, longest_prompt: int, programs: GRPOPrograms | None = None
+) -> dict[str, Call]:
+    """Return every program that GRPO runs beside those of the held-out set, by name.
+
+    Args:
+      programs: as of `sft_calls`.
+    """
     grpo, sampling, layout = config.grpo, config.sampling, network.training
-    programs = grpo_programs(config, network, longest_prompt)
+    programs = programs or grpo_programs(config, network, longest_prompt)
     state = update.abstract_state(network.model, layout, programs.optimizer)
     group = Group(range(longest_prompt), [range(sampling.max_new_tokens)] * grpo.rollouts)
     groups = [group] * (grpo.prompts // grpo.minibatches)
@@ -249,10 +267,45 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
     }
 
 
+def compilations(calls: Mapping[str, Call]) -> dict[str, Callable[[], Any]]:
+    """Return what compiles each program for each shape that it may be called with, by name.
+
+    JAX keeps it for calls with arrays. `lay_out` is compiled here: it decides how weights lie.
+    """
+    tasks, laid_out = {}, {}
+    for name, call in calls.items():
+        if name.startswith("init"):  # runs before any step
+            continue
+        if call.weights:
+            tasks[name] = partial(
+                _compiled, call.program, (laid_out[call.weights], *call.arguments)
+            )
+        elif name.startswith("lay_out"):
+            compiled = _compiled(call.program, call.arguments)
+            laid_out[name] = jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                jax.eval_shape(call.program, *call.arguments),
+                compiled.output_shardings,
+            )
+        elif call.longest is None:
+            tasks[name] = partial(_compiled, call.program, call.arguments)
+        else:
+            for shape in call.longest.shapes:
+                shaped = packing.in_shape(call.arguments, *shape)
+                tasks[f"{name} {shape}"] = partial(_compiled, call.program, shaped)
+    return tasks
+
+
+def _compiled(program: Any, arguments: tuple[Any, ...]) -> Any:
+    return program.lower(*arguments).compile()
+
+
 def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) -> LongestRows:
     """Return the rows of these groups in the longest of the row lengths.
 
-    If any packing of them has several passes, theirs is the program that is returned.
+    If any packing of them has several passes, that program is meant.
     """
     num_rows = layout.mesh.size
     usual, longest = (packing.pack(groups, lengths, num_rows) for lengths in (sizes, sizes[-1:]))
@@ -263,7 +316,10 @@ def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) 
         return jax.ShapeDtypeStruct(shape, x.dtype, sharding=packing.spread(layout, x.ndim))
 
     rows = jax.tree.map(abstract, longest.rows)
-    return LongestRows(rows, int(longest.rows.num_passes), int(np.max(longest.rows.count)))
+    num_completions = sum(len(group.completions) for group in groups)
+    shapes = packing.shapes(sizes, num_completions, num_rows)
+    num_passes, num_targets = int(longest.rows.num_passes), int(np.max(longest.rows.count))
+    return LongestRows(rows, num_passes, num_targets, shapes)
 
 
 def abstract_targets(

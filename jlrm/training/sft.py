@@ -13,7 +13,7 @@ from jlrm.runtime import hosts
 from jlrm.training import packing
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
-from jlrm.training.programs import sft_programs
+from jlrm.training.programs import sft_calls, sft_programs
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats
 
@@ -38,6 +38,8 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
     initial = partial(initial_params, run, "sft")
     with Stage(run, "sft", programs.optimizer, initial, evaluate, ["update"]) as stage:
         stage.num_rows = len(examples)
+        prompt, target = examples.longest
+        stage.compile_ahead(lambda: sft_calls(run.config, policy, prompt, programs, target))
         stage.evaluate_start()
         for step in stage:
             seed, position = run.config.run.seed, stage.position

@@ -16,10 +16,12 @@ import collections
 import contextlib
 import logging
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +34,13 @@ from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
 from jlrm.reports.alarms import Alarm
-from jlrm.reports.tracking import Tracker
+from jlrm.reports.tracking import Tracker, progress_bar
 from jlrm.runtime import devices, hosts, preemption
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import replay, same_run, update
 from jlrm.training.heldout import EvaluateFn
+from jlrm.training.programs import Call, compilations, heldout_calls
 from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
 from jlrm.weights.checkpoint import Checkpoints
@@ -55,6 +58,7 @@ def floats(values: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(values).items()}
 
 
+MOST_COMPILERS = 8  # at a time: each takes some gigabytes
 SLOW_COMPILE = 5.0  # seconds; what compiles faster is not worth a line
 MOST_UNAPPLIED = 3  # steps in a row that were not finite; then the run stops
 
@@ -115,6 +119,7 @@ class Stage:
         if hosts.is_main() and self._done < self._num_steps:
             audit.forget_after(run.directory.path, name, self._done)
         self._seconds = collections.defaultdict[str, float](float)
+        self._compiled = devices.watch_compiling()
         self._signum = self._num_unapplied = 0
         self._signalled = 0.0  # when, if so
 
@@ -153,7 +158,6 @@ class Stage:
 
     def __iter__(self) -> Iterator[int]:
         """Yield the remaining steps, counted from 0; `finish` belongs to each."""
-        self._compiled = devices.watch_compiling()
         if self._done < self._num_steps:
             self.tracker.note(f"{self._name}: the first step compiles {', '.join(self._programs)}")
             self._checkpoints.prepare(self.state)  # so that no later step compiles anything
@@ -162,6 +166,32 @@ class Stage:
             self._seconds.clear()
             yield step
             assert self._done == step + 1, "finish was not called"
+
+    def compile_ahead(self, calls: Callable[[], Mapping[str, Call]]) -> None:
+        """Compile all that the steps may run, several at a time, if `run.precompile` says so.
+
+        Otherwise a program is compiled by the step that first needs it.
+        """
+        wanted = self._run.config.run.precompile
+        is_wanted = wanted == "always" or (wanted == "auto" and hosts.count() > 1)
+        if not is_wanted or self._done >= self._num_steps:
+            return
+        heldout = heldout_calls(
+            self._run.config, self._run.policy, self._run.data.heldout.longest[0]
+        )
+        tasks = compilations({**calls(), **heldout})
+        label, workers = f"{self._name}: compiling ahead", max(1, (os.cpu_count() or 1) // 4)
+        with (
+            progress_bar(label, len(tasks), "program", is_shown=hosts.is_main()) as bar,
+            futures.ThreadPoolExecutor(min(workers, MOST_COMPILERS)) as pool,
+        ):
+            names = {pool.submit(task): name for name, task in tasks.items()}
+            for done in futures.as_completed(names):
+                done.result()
+                hosts.at(f"{label} ({names[done]})")
+                bar.update()
+        seconds = sum(self._compiled.take().values())
+        self.tracker.note(f"{self._name}: compiled {len(tasks)} programs ahead, {seconds:.0f} s")
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
