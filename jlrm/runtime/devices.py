@@ -130,7 +130,7 @@ def _why_not(files: list[str]) -> str:
     return "another process may hold it, or the VM's libtpu is too old for this JAX."
 
 
-class Compiled:
+class Compilations:
     """Programs compiled since the process began to watch, and seconds by name."""
 
     def __init__(self) -> None:
@@ -152,10 +152,10 @@ class Compiled:
 
 
 @functools.cache  # one listener per process
-def watch_compiling() -> Compiled:
+def watch_compiling() -> Compilations:
     """Begin to note what is compiled."""
     import jax
 
-    compiled = Compiled()
-    jax.monitoring.register_event_duration_secs_listener(compiled.listen)
-    return compiled
+    noted = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(noted.listen)
+    return noted

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jlrm.model.visibility import prefix_align
 from jlrm.runtime.mesh import training_layout
-from jlrm.training.packing import GROWTH, Group, Packed, pack, row_sizes, spread
+from jlrm.training.packing import GROWTH, Group, Packed, pack, row_sizes, shapes, spread
 
 IDS = st.integers(1, 99)
 GROUPS = st.lists(
@@ -187,10 +187,28 @@ def test_the_longest_row(longest, most_tokens, pack_tokens, platform, largest):
 
 def test_lengths_grow_by_blocks_then_by_a_share():
     sizes = row_sizes(40, 24, 20000, 6144)
-    assert sizes[:3] == [128, 256, 384] and sizes[-2:] == [5632, 6144]
+    assert sizes[:3] == [768, 896, 1024] and sizes[-2:] == [5632, 6144]  # from an eighth on
     for smaller, larger in itertools.pairwise(sizes):
         # The next block below a GROWTH-th: no length is left out, none is too near.
         assert smaller == max(int(larger / GROWTH) // 128 * 128, 128)
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups=GROUPS, sizes=SIZES, num_rows=st.integers(1, 4))
+def test_every_shape_that_a_batch_has_is_known_before(groups, sizes, num_rows):
+    packed = pack(groups, sizes, num_rows)
+    num_passes, _, size = packed.rows.tokens.shape
+    num_completions = sum(len(group.completions) for group in groups)
+    assert (num_passes, size) in shapes(sizes, num_completions, num_rows)
+
+
+def test_several_passes_are_of_long_rows_alone():
+    """Two passes of short rows would be one of long ones, so their programs are never needed."""
+    assert shapes([128, 256, 384, 512], 6, 2) == [
+        *((3, 512), (3, 384)),
+        *((1, 512), (1, 384), (1, 256), (1, 128)),
+    ]
+    assert shapes([128, 256], 2, 2) == [(1, 256), (1, 128)]
 
 
 @pytest.fixture(scope="module")
