@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jlrm.config import RunError, UsageError
@@ -31,11 +31,15 @@ SETTLE = 2.0  # seconds in which two that take over at once see each other
 
 
 @contextlib.contextmanager
-def sole_writer(directory: pathlib.Path) -> Iterator[None]:
+def sole_writer(directory: pathlib.Path) -> Iterator[Callable[[], bool]]:
     """Hold a directory for this process, so that no other one writes there meanwhile.
 
     The kernel releases the lock when the process ends, even when it is killed. A platform or a file
     system without locks holds nothing.
+
+    Yields:
+      A function that returns whether the directory is still there: its disk may have vanished, and
+      a path is made anew by whoever writes to it.
 
     Raises:
       UsageError: another process holds it; the message names its number and its host.
@@ -43,7 +47,7 @@ def sole_writer(directory: pathlib.Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield lambda: True
         return
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK_FILE, "a+", encoding="utf-8") as file:
@@ -61,12 +65,21 @@ def sole_writer(directory: pathlib.Path) -> Iterator[None]:
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+
+        def is_there() -> bool:
+            try:
+                return os.path.samestat(os.stat(directory / LOCK_FILE), os.fstat(file.fileno()))
+            except OSError:
+                return False
+
+        yield is_there
 
 
 @contextlib.contextmanager
-def sole_writer_of_store(url: str) -> Iterator[None]:
+def sole_writer_of_store(url: str) -> Iterator[Callable[[], bool]]:
     """Hold a directory of a store for this process, as `sole_writer` does a local one.
+
+    A writer whose store vanishes hears of it when it writes, so that is not asked here.
 
     Raises:
       UsageError: another process writes there; the message names its number and its host.
@@ -84,7 +97,7 @@ def sole_writer_of_store(url: str) -> Iterator[None]:
     beating = threading.Thread(target=_beat, args=(place, path, mine, has_ended), daemon=True)
     beating.start()
     try:
-        yield
+        yield lambda: True
     finally:
         has_ended.set()
         beating.join()

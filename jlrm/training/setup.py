@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
 from jax.sharding import Mesh
 
-from jlrm.config import Config, UsageError, stage_titles, stages_of
+from jlrm.config import Config, RunError, UsageError, stage_titles, stages_of
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
@@ -41,6 +43,8 @@ from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import model_files, read_params
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class RunDir:
@@ -49,11 +53,29 @@ class RunDir:
     path: pathlib.Path
     mirror: Mirror
     is_trained: bool  # it held a checkpoint when it was opened
+    is_there: Callable[[], bool]  # False: its disk has vanished, or something else has its name
 
     @property
     def model(self) -> pathlib.Path:
         """The model's files but its weights."""
         return self.path / "model"
+
+    def check(self) -> None:
+        """Wait for a minute, if need be, until the directory is there to be written to.
+
+        Raises:
+          RunError: it is not.
+        """
+        for pause in storage.PAUSES:
+            if self.is_there():
+                return
+            log.warning("%s has vanished. Waiting for it %.0f s.", self.path, pause)
+            time.sleep(pause)
+        if not self.is_there():
+            raise RunError(
+                f"{self.path} has vanished, so this step is not written. What was saved lies where "
+                "the directory is now: bring it back and repeat the command."
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,16 +145,16 @@ def open_directory(config: Config) -> Iterator[RunDir]:
     directory = mirror.local
     if directory.exists() and not directory.is_dir():
         raise UsageError(f"run.dir={directory} is a file. Name a directory.")
-    held = contextlib.nullcontext()
+    held = contextlib.nullcontext(lambda: True)
     if hosts.is_main():  # the other processes of a run leave writing to the first
         held = sole_writer_of_store(mirror.url) if mirror.url else sole_writer(directory)
-    with held:
+    with held as is_there:
         mirror.pull()
         saved = steps.saved_steps(epath.Path(config.run.dir).expanduser())
         is_trained = not saved.keys().isdisjoint(stage_titles())
         if is_trained:  # a start that failed before its first checkpoint binds nothing
             same_run.check_settings(config, directory)
-        yield RunDir(directory, mirror, is_trained)
+        yield RunDir(directory, mirror, is_trained, is_there)
 
 
 def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:

@@ -231,6 +231,7 @@ class Stage:
           Interrupted: a signal came; the state is saved.
         """
         settings, step = self._run.config.run, self._done + 1
+        self._run.directory.check()
         is_applied = all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
         self._num_unapplied = 0 if is_applied else self._num_unapplied + 1
         if not is_applied:

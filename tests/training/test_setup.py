@@ -12,10 +12,11 @@ import sys
 import jax
 import pytest
 
-from jlrm.config import Config, UsageError
+from jlrm.config import Config, RunError, UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.splits import read_splits
 from jlrm.data.worlds import toy
+from jlrm.runtime import storage
 from jlrm.runtime.settings import from_dict, to_dict
 from jlrm.training import setup
 from jlrm.weights import steps
@@ -197,11 +198,34 @@ def test_a_writer_that_was_killed_holds_nothing(run_dir):
     opened(settings(run_dir / "run"))
 
 
+def test_a_directory_that_vanishes_is_waited_for_and_then_missed(run_dir, monkeypatch, caplog):
+    waited = []
+    monkeypatch.setattr(storage, "PAUSES", (1.0, 2.0))
+    with setup.open_directory(settings(run_dir / "run")) as directory:
+        directory.check()
+        (run_dir / "run").rename(run_dir / "away")
+        (run_dir / "run").mkdir()  # as a mount point without its disk
+
+        def bring_back(pause: float) -> None:
+            waited.append(pause)
+            if len(waited) == 2:
+                (run_dir / "run").rmdir()
+                (run_dir / "away").rename(run_dir / "run")
+
+        monkeypatch.setattr(setup.time, "sleep", bring_back)
+        directory.check()
+        assert waited == [1.0, 2.0] and "has vanished. Waiting for it" in caplog.text
+        (run_dir / "run").rename(run_dir / "away")
+        waited.append(0.0)
+        with pytest.raises(RunError, match="has vanished, so this step is not written"):
+            directory.check()
+
+
 @pytest.mark.slow
 def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
     run = opened(settings(run_dir))
     monkeypatch.setattr(setup.steps, "find_step", lambda series, step: f"{series}/{step}")
-    monkeypatch.setattr(setup.checkpoint, "restore_params", lambda source, _: source)
+    monkeypatch.setattr(setup.reading, "restore_params", lambda source, _: source)
     assert set(setup.initial_params(run, "grpo")) >= {"embed", "layers"}
     both = settings(run_dir, grpo={"steps": 4})
     both = from_dict({**to_dict(both), "sft": {"steps": 7}})
