@@ -83,9 +83,11 @@ def _is_step(line: Line) -> bool:
     )
 
 
-def forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
+def forget_after(
+    run_dir: pathlib.Path, stage: str, last_step: int, keep_later: bool = False
+) -> None:
     """Drop what stands behind a step of a stage, as going back to it does with all records."""
-    step_log.go_back(run_dir / FILE, stage, last_step)
+    step_log.go_back(run_dir / FILE, stage, last_step, keep_later=keep_later)
 
 
 class StageAudit(NamedTuple):

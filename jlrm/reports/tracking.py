@@ -65,13 +65,13 @@ class Tracker:
         if not is_writer:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        if first_step < num_steps:  # a finished stage is opened again when a later one resumes
-            if wandb_project:  # before anything is dropped, because it can refuse
-                self._wandb = _start_wandb(run_dir, stage, wandb_project, config, first_step > 0)
-            _forget_after(run_dir, stage, self._last_step)
-            if tensorboard:
-                log_dir = run_dir / "tensorboard" / stage
-                self._tensorboard = _TensorBoard(log_dir, self._last_step + 1)
+        is_finished = first_step >= num_steps  # and is opened again when a later stage resumes
+        if wandb_project and not is_finished:  # before anything is dropped, because it can refuse
+            self._wandb = _start_wandb(run_dir, stage, wandb_project, config, first_step > 0)
+        _forget_after(run_dir, stage, self._last_step, is_finished)
+        if tensorboard and not is_finished:
+            log_dir = run_dir / "tensorboard" / stage
+            self._tensorboard = _TensorBoard(log_dir, self._last_step + 1)
         self._alarms = Alarms()
         for row in read_metrics(run_dir):
             self._alarms.see(row)  # and what they show has been said
@@ -165,13 +165,13 @@ def completions_path(run_dir: pathlib.Path, stage: str, step: int) -> pathlib.Pa
     return run_dir / "completions" / f"{stage}_{step:06d}.parquet"
 
 
-def _forget_after(run_dir: pathlib.Path, stage: str, last_step: int) -> None:
+def _forget_after(run_dir: pathlib.Path, stage: str, last_step: int, keep_later: bool) -> None:
     """Cut the record after `last_step` of `stage`, and the completions of what is cut."""
 
     def forget(row: Mapping[str, Any]) -> None:
         completions_path(run_dir, row["stage"], row["step"]).unlink(missing_ok=True)
 
-    step_log.go_back(run_dir / METRICS, stage, last_step, forget)
+    step_log.go_back(run_dir / METRICS, stage, last_step, forget, keep_later)
 
 
 def progress_bar(

@@ -46,17 +46,21 @@ def go_back(
     stage: str,
     last_step: int,
     forget: Callable[[dict[str, Any]], object] = lambda row: None,
+    keep_later: bool = False,
 ) -> None:
     """Cut off the rows behind a step of a stage, and those of later stages.
 
     Args:
+      keep_later: leave those of later stages: they go on, from this stage's last step.
       forget: removes what belongs to such a row, before the log, which alone knows of it.
     """
     rows = [row for _, row in read(path)]
     begin = next((i for i, row in enumerate(rows) if row["stage"] == stage), len(rows))
     end = begin + sum(row["stage"] == stage and row["step"] <= last_step for row in rows)
+    kept = [row for row in rows[end:] if keep_later and row["stage"] != stage]
     for row in rows[end:]:
-        forget(row)
+        if row not in kept:
+            forget(row)
     if path.exists():  # a torn last line goes too: the next would join it
-        text = "".join(json.dumps(row) + "\n" for row in rows[:end])
+        text = "".join(json.dumps(row) + "\n" for row in [*rows[:end], *kept])
         write_atomically(path, text.encode())

@@ -116,8 +116,9 @@ class Stage:
             network = run.policy
             self.state = update.init_state(network.model, network.training, optimizer, initial())
         self.tracker = _open_tracker(run, name, self._num_steps, self._done)
-        if hosts.is_main() and self._done < self._num_steps:
-            audit.forget_after(run.directory.path, name, self._done)
+        if hosts.is_main():
+            is_finished = self._done >= self._num_steps
+            audit.forget_after(run.directory.path, name, self._done, is_finished)
         self._seconds = collections.defaultdict[str, float](float)
         self._compiled = devices.watch_compiling()
         self._signum = self._num_unapplied = 0

@@ -96,6 +96,13 @@ def test_a_finished_stage_opened_again_drops_nothing(tmp_path):
     assert len(steps_of(tmp_path)) == 4
 
 
+def test_a_stage_that_was_made_shorter_forgets_what_it_has_no_checkpoint_of(tmp_path):
+    log_steps(tmp_path, range(1, 5), stage="sft", num_steps=4)
+    log_steps(tmp_path, range(1, 3))
+    log_steps(tmp_path, range(0), stage="sft", num_steps=2, first_step=2)
+    assert steps_of(tmp_path) == [("sft", 1), ("sft", 2), ("grpo", 1), ("grpo", 2)]
+
+
 def test_resume_removes_completions_of_forgotten_steps(tmp_path):
     with make_tracker(tmp_path) as tracker:
         for step in (2, 4):
