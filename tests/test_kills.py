@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
@@ -208,3 +209,84 @@ def test_a_killed_run_ends_as_an_undisturbed_one(folder, name, num_kills):
         for part, value in alike(kind, wanted).items():
             assert found[part] == value, f"{part} of {run}, killed {killed} times so far"
     print(f"{name}: killed {killed} times, {saving} inside a save, over {runs} runs: all equal")
+
+
+# ------------------------------------------------------------------ other commands
+
+
+def contents(directory: pathlib.Path) -> dict[str, Any]:
+    """Return what a command wrote, but for times, and the journal's lines in any order."""
+    found: dict[str, Any] = {}
+    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+        name = str(path.relative_to(directory))
+        if path.suffix == ".jsonl":
+            found[name] = sorted(path.read_text().splitlines())
+        elif path.suffix == ".json":
+            found[name] = timeless(json.loads(path.read_text()))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def timeless(value: Any) -> Any:
+    """Leave out what a clock has said, in any depth."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in CLOCKS}
+    return [timeless(each) for each in value] if isinstance(value, list) else value
+
+
+CLOCKS = ("seconds", "date", "created", "games_per_second", "tokens_per_second", "moduleInfo")
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "evaluate": (
+        *("--model", "RUN", "--benchmark", "pairs", "--data", "ROWS", "--out", "OUT"),
+        *("--batch-size", "4", "--max-prompt-tokens", "48", "--max-new-tokens", "8"),
+        *("--compute-dtype", "float32", "--prompt", "toy", "--no-report"),
+    ),
+    "prepare": ("--input", "ROWS", "--out", "OUT", "--swap", "--validation", "0.1"),
+    "export": ("--checkpoint", "RUN", "--out", "OUT", "--dtype", "float32"),
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_killed_command_ends_as_an_undisturbed_one(folder, command):
+    run, rows = folder / "exported", folder / "rows.jsonl"
+    if not run.exists():
+        finish(folder, run.name, Kind(("grpo.steps=1",)))
+
+    def begin(out: pathlib.Path) -> subprocess.Popen[str]:
+        places = {"RUN": run, "ROWS": rows, "OUT": out}
+        words = [str(places.get(word, word)) for word in COMMANDS[command]]
+        return subprocess.Popen(
+            [sys.executable, "-m", f"jlrm.{command}", *words],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+        )
+
+    began = time.monotonic()
+    whole = begin(folder / f"{command} whole")
+    said, _ = whole.communicate()
+    assert whole.returncode == 0, said[-3000:]
+    wanted, took = contents(folder / f"{command} whole"), time.monotonic() - began
+    rng, killed, outs = random.Random(command), 0, 0
+    while killed < min(KILLS, 20):
+        outs += 1
+        out = folder / f"{command} {outs}"
+        while True:
+            process = begin(out)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0.3, 1.0) * took if killed < min(KILLS, 20) else None)
+            if process.poll() is not None:
+                break
+            process.kill()
+            process.communicate()
+            killed += 1
+        said, _ = process.communicate()
+        assert process.returncode == 0, said[-3000:]
+        assert contents(out) == wanted
+        left = [path.name for path in folder.iterdir() if path.name.startswith(f"{command} {outs}")]
+        assert left == [out.name]
+    print(f"{command}: killed {killed} times over {outs} outputs: all equal")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import COMPILE_FASTEST
@@ -50,6 +53,69 @@ def test_every_config_it_names_is_there():
     constants = [n.value for c in cells("code") for n in nodes(c) if isinstance(n, ast.Constant)]
     named = [str(value) for value in constants if str(value).startswith("configs/")]
     assert len(named) >= 3 and all((ROOT / name).is_file() for name in named)
+
+
+HOSTS = {"Colab": "COLAB_RELEASE_TAG", "Kaggle": "KAGGLE_KERNEL_RUN_TYPE"}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_the_first_cell_installs_wherever_it_is_hosted_and_may_run_twice(tmp_path, host):
+    """With stand-ins for git and pip, which write down what they were asked."""
+    home, stubs = tmp_path / "my drive", tmp_path / "stubs"
+    home.mkdir()
+    (stubs / "pip").mkdir(parents=True)
+    said = "import os, sys\nprint('pip', os.getcwd(), *sys.argv[1:], flush=True)\n"
+    (stubs / "pip" / "__init__.py").touch()
+    (stubs / "pip" / "__main__.py").write_text(said)
+    (stubs / "git").write_text(
+        '#!/bin/sh\necho git "$@"; mkdir -p jlrm/jlrm; touch jlrm/setup.py\n'
+    )
+    (stubs / "git").chmod(0o755)
+    first = cells("code")[0]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{first}\n{first}\nprint('went on')"],
+        env={
+            "PATH": f"{stubs}:{os.environ['PATH']}",
+            "PYTHONPATH": str(stubs),
+            HOSTS[host]: "1",
+            "JLRM_REPOSITORY": "https://example.org/jlrm",
+        },
+        cwd=home,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    installed = f"pip {home / 'jlrm'} install -q -U -e .[tpu]"
+    cloned = "git clone -q --depth 1 https://example.org/jlrm jlrm"
+    assert done.stdout.splitlines() == [cloned, installed, installed, "went on"]
+
+
+def test_an_install_that_fails_stops_the_first_cell(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", cells("code")[0] + "\nprint('went on')"],
+        env={"PATH": str(tmp_path), "COLAB_RELEASE_TAG": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0 and "went on" not in done.stdout
+
+
+def test_a_hosted_training_has_data(monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(**named: str) -> str:
+        asked.update(named)
+        return "/cache/rows.jsonl"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.delenv("JLRM_SMOKE", raising=False)
+    space = {"os": os, "IS_HOSTED": True}
+    exec(cells("code")[2], space)
+    assert "data.train=/cache/rows.jsonl" in space["CHANGES"]
+    assert asked["repo_type"] == "dataset" and asked["filename"].endswith(".jsonl")
 
 
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
