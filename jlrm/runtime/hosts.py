@@ -42,6 +42,7 @@ Value = TypeVar("Value")
 
 BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) does not name the process
+LOADING_SECONDS = 60.0  # in which processes that were started together come together
 GONE = 137  # 128 + SIGKILL (9): a scheduler may start such a run again
 NEVER = 7 * 24 * 3600 * 1000  # ms; the watch thread names a late process long before
 
@@ -210,14 +211,16 @@ def _fail(code: int, message: str) -> NoReturn:
 def _initialise(args: argparse.Namespace, timeout: float) -> None:
     """Start `jax.distributed` if this process is one of several.
 
-    The others may be `timeout` seconds late. JAX's own limit comes after that: it ends the process
-    by a signal, and without a word that a user can act on.
+    The others may be `timeout` seconds late, or a minute if that is less: a program has to load
+    first. JAX's own limit comes after that. It ends the process by a signal, and without a word
+    that a user can act on.
     """
     settings = cluster.settings(args)
     if settings is None:
         return
     import jax
 
+    timeout = max(timeout, LOADING_SECONDS)
     late = threading.Timer(timeout, _end_alone, [timeout])
     late.daemon = True
     late.start()

@@ -196,6 +196,7 @@ from jlrm.runtime import cluster, hosts
 parser = argparse.ArgumentParser()
 cluster.add_arguments(parser)
 flags = ["--coordinator", "127.0.0.1:{port}", "--num-processes", "2", "--process-id", "0"]
+hosts.LOADING_SECONDS = 1.0
 with hosts.joined(parser.parse_args(flags), {{}}, 3.0):
     print("went on")
 """
