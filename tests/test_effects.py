@@ -35,6 +35,7 @@ from jlrm.runtime import hosts
 from jlrm.runtime import mesh as mesh_module
 from jlrm.runtime.settings import load
 from jlrm.training import same_run, update
+from jlrm.training.stage import is_compiled_ahead
 from jlrm.weights import presets
 
 QUICKSTART = pathlib.Path(__file__).parent.parent / "configs/quickstart.yaml"
@@ -109,6 +110,7 @@ CHANGES = {
     "run.completions_every": Change(0),
     "run.stop_on": Change("[no_verdict]", ("grpo.steps=6",)),
     "run.host_timeout": Change(7),
+    "run.precompile": Change("always"),
     "run.tensorboard": Change(True),
     "run.wandb_project": Change("somewhere"),
     "model.path": Change("{earlier}", also=("model.preset=", "model.tokenizer=")),
@@ -438,6 +440,11 @@ def observed_acceptance(*overrides: str) -> Any:
         return str(error)
 
 
+def observed_compiling(*overrides: str) -> bool:
+    """Return whether a run on one host compiles ahead; test_train.py holds what it compiles."""
+    return is_compiled_ahead(load(QUICKSTART, [f"run.{text}" for text in overrides]).run)
+
+
 def observer(name: str) -> Callable[..., Any] | None:
     """Return what observes a field by itself; None: a run does."""
     section, _, field = name.rpartition(".")
@@ -445,6 +452,8 @@ def observer(name: str) -> Callable[..., Any] | None:
         return observed_timeout
     if name == "run.accept":
         return observed_acceptance
+    if name == "run.precompile":
+        return observed_compiling
     if section == "reward" and field in REWARD:
         return observed_rewards
     if section == "mesh":

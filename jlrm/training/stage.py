@@ -169,13 +169,8 @@ class Stage:
             assert self._done == step + 1, "finish was not called"
 
     def compile_ahead(self, calls: Callable[[], Mapping[str, Call]]) -> None:
-        """Compile all that the steps may run, several at a time, if `run.precompile` says so.
-
-        Otherwise a program is compiled by the step that first needs it.
-        """
-        wanted = self._run.config.run.precompile
-        is_wanted = wanted == "always" or (wanted == "auto" and hosts.count() > 1)
-        if not is_wanted or self._done >= self._num_steps:
+        """Compile all that the steps may run, several at a time, if `run.precompile` says so."""
+        if not is_compiled_ahead(self._run.config.run) or self._done >= self._num_steps:
             return
         heldout = heldout_calls(
             self._run.config, self._run.policy, self._run.data.heldout.longest[0]
@@ -367,6 +362,11 @@ class Stage:
         self._signum, self._signalled = signum, time.monotonic()
         signal.signal(signum, self._old_handlers[signum])
         self.tracker.note("Stopping after this step and saving; the same again stops at once.")
+
+
+def is_compiled_ahead(settings: RunConfig) -> bool:
+    """Return whether programs are compiled before the first step that needs them."""
+    return {"always": True, "never": False, "auto": hosts.count() > 1}[settings.precompile]
 
 
 def _open_checkpoints(settings: RunConfig, name: str) -> Checkpoints:
