@@ -42,8 +42,8 @@ from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
 from jlrm.planning.figures import BenchResult, Measured, MeasuredAgainst, PhaseFigures, Ratio
 from jlrm.reports import contracts, tables
-from jlrm.runtime import cluster, commands, devices, hosts
-from jlrm.runtime.mesh import create_mesh
+from jlrm.runtime import cluster, commands, hosts
+from jlrm.runtime.mesh import open_mesh
 from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
 from jlrm.sampling.generate import Generate, fetch, make_generator
@@ -84,7 +84,7 @@ COLUMNS = {  # of the table: key of a phase's figures, unit of the column
 
 def open_network(config: Config) -> Network:
     """Return the model of a config on a mesh of all devices."""
-    return bare_network(read_model(config), create_mesh(config.mesh))
+    return bare_network(read_model(config), open_mesh(config.mesh))
 
 
 def draw_batch(config: Config) -> BatchSizes:
@@ -388,7 +388,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{name} has grpo.steps=0, and what is measured is GRPO. Set grpo.steps=1."
             )
     with hosts.joined(args, to_dict(configs[0]), configs[0].run.host_timeout):
-        devices.ready()
         result = bench(configs, args.repeats)
     if hosts.is_main():
         print(json.dumps(contracts.encode(result)) if args.json else describe(result, names))

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Sequence
 
 from jlrm.config import MeshConfig
@@ -26,8 +25,8 @@ from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.judgement import prompts
 from jlrm.model.qwen import Params
-from jlrm.runtime import devices, hosts
-from jlrm.runtime.mesh import create_mesh
+from jlrm.runtime import devices
+from jlrm.runtime.mesh import open_mesh
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import check_positions, open_policy
 from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
@@ -70,11 +69,8 @@ def make(
         max_prompt_tokens + decoding.max_new_tokens,
         "--max-prompt-tokens or --max-new-tokens",
     )
-    devices.ready()
-    spread = create_mesh(mesh)
-    if hosts.is_main():
-        print(devices.described(spread), file=sys.stderr)
-    policy = open_policy(config, spread, directory)
+    policy = open_policy(config, open_mesh(mesh), directory)
+    devices.tell(policy.mesh)
     write = make_writer(policy, decoding, widths(max_prompt_tokens))
     encode = prompt_encoder(policy.tokenizer, prompt, scale)
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from jlrm.config import Config, stages_of
@@ -43,7 +42,13 @@ from jlrm.planning.slices import Compiled, shard_bytes
 from jlrm.rl import logprobs
 from jlrm.sampling.policy import Network, bare_network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.programs import Call, first_calls, heldout_calls, rollout_settings
+from jlrm.training.programs import (
+    Call,
+    first_calls,
+    heldout_calls,
+    laid_out_weights,
+    rollout_settings,
+)
 from jlrm.training.stages import STAGES
 from jlrm.training.update import TrainState
 
@@ -84,12 +89,8 @@ class Plan(NamedTuple):
         call = self.programs[name].call
         if not call.weights:
             return call.arguments
-        before = self.programs[call.weights].call
-        weights = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(before.program, *before.arguments),
-            compiled[call.weights].output_shardings,
-        )
+        lay_out = self.programs[call.weights].call
+        weights = laid_out_weights(lay_out, compiled[call.weights].output_shardings)
         return weights, *call.arguments
 
 

@@ -16,6 +16,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import sys
 from typing import TYPE_CHECKING, Any
 
 import jlrm
@@ -45,6 +46,14 @@ def ready(url: str = "") -> None:
     """
     _keep_programs(url)
     _refuse_cpu()
+
+
+def tell(mesh: Mesh) -> None:
+    """Print, once for all processes, what a command computes on."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(described(mesh), file=sys.stderr)
 
 
 def described(mesh: Mesh) -> str:

@@ -16,7 +16,7 @@ class Unknown(Exception):
 
 
 def is_here() -> bool:
-    """Return whether this is a VM of Google Cloud. Colab and Kaggle are none to those inside."""
+    """Return whether this is a VM of Google Cloud."""
     if os.environ.get("GCE_METADATA_HOST"):
         return True
     try:

@@ -38,6 +38,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from jlrm.config import MeshConfig, UsageError
+from jlrm.runtime import devices
 
 ALPHABET = frozenset("BMPRTSVDFNKHL")
 AXES = ("data", "fsdp", "tensor")
@@ -155,13 +156,28 @@ def rollout_layout(mesh: Mesh) -> Layout:
     )
 
 
-def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arrange the devices as `data x fsdp x tensor`; one size may be -1: all remaining devices.
+def open_mesh(config: MeshConfig, url: str = "") -> Mesh:
+    """Return a mesh of all devices, for a command that computes there.
+
+    Args:
+      url: of the run directory, if that is in a store; see `devices.ready`.
+
+    Raises:
+      UsageError: as of `create_mesh`; or a TPU is here, and JAX has only found the CPU.
+    """
+    devices.ready(url)
+    return create_mesh(config)
+
+
+def create_mesh(config: MeshConfig, chosen: Sequence[Any] | None = None) -> Mesh:
+    """Arrange all devices, or the chosen ones, as `data x fsdp x tensor`.
+
+    One size may be -1: all remaining devices.
 
     Raises:
       UsageError: the sizes do not multiply to the number of devices.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    chips = list(jax.devices() if chosen is None else chosen)
     sizes = [config.data, config.fsdp, config.tensor]
     wanted = f"mesh.data={config.data}, mesh.fsdp={config.fsdp}, mesh.tensor={config.tensor}"
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
@@ -169,24 +185,24 @@ def create_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mes
             f"{wanted}: sizes must be at least 1. One of them may be -1 (all remaining devices)."
         )
     fixed = math.prod(size for size in sizes if size != -1)
-    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
-        count = f"{len(devices)} devices" if len(devices) > 1 else "1 device"
+    if len(chips) % fixed or (-1 not in sizes and fixed != len(chips)):
+        count = f"{len(chips)} devices" if len(chips) > 1 else "1 device"
         raise UsageError(
             f"{wanted} does not fit {count}: the product of the three sizes must be the number of "
             "devices, where one size may be -1 (all remaining devices)."
         )
-    sizes = [len(devices) // fixed if size == -1 else size for size in sizes]
-    return Mesh(_arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sizes = [len(chips) // fixed if size == -1 else size for size in sizes]
+    return Mesh(_arranged(sizes, chips), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
+def _arranged(sizes: list[int], chips: list[Any]) -> np.ndarray:
     """Place devices so that neighbours on a mesh axis are neighbours on the network.
 
     Between slices there is only the data-centre network. So `data` runs over them, the axis that is
     summed over once a step. If the network of a slice does not have the wanted shape, its chips are
     taken in the order of their numbers.
     """
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    num_slices = len({getattr(device, "slice_index", 0) for device in chips})
     data, *rest = sizes
     if data % num_slices:
         raise UsageError(
@@ -196,10 +212,10 @@ def _arranged(sizes: list[int], devices: list[Any]) -> np.ndarray:
     try:
         if num_slices > 1:
             shape = (data // num_slices, *rest)
-            return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), devices)
-        return mesh_utils.create_device_mesh(sizes, devices)
+            return mesh_utils.create_hybrid_device_mesh(shape, (num_slices, 1, 1), chips)
+        return mesh_utils.create_device_mesh(sizes, chips)
     except NotImplementedError:
-        ordered = sorted(devices, key=lambda each: (getattr(each, "slice_index", 0), each.id))
+        ordered = sorted(chips, key=lambda each: (getattr(each, "slice_index", 0), each.id))
         return np.array(ordered).reshape(sizes)
 
 

@@ -281,14 +281,8 @@ def compilations(calls: Mapping[str, Call]) -> dict[str, Callable[[], Any]]:
                 _compiled, call.program, (laid_out[call.weights], *call.arguments)
             )
         elif name.startswith("lay_out"):
-            compiled = _compiled(call.program, call.arguments)
-            laid_out[name] = jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                jax.eval_shape(call.program, *call.arguments),
-                compiled.output_shardings,
-            )
+            shardings = _compiled(call.program, call.arguments).output_shardings
+            laid_out[name] = laid_out_weights(call, shardings)
         elif call.longest is None:
             tasks[name] = partial(_compiled, call.program, call.arguments)
         else:
@@ -296,6 +290,15 @@ def compilations(calls: Mapping[str, Call]) -> dict[str, Callable[[], Any]]:
                 shaped = packing.in_shape(call.arguments, *shape)
                 tasks[f"{name} {shape}"] = partial(_compiled, call.program, shaped)
     return tasks
+
+
+def laid_out_weights(call: Call, shardings: Any) -> Any:
+    """Return what a call of `lay_out` makes, as abstract arrays; `shardings` is its compiler's."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(call.program, *call.arguments),
+        shardings,
+    )
 
 
 def _compiled(program: Any, arguments: tuple[Any, ...]) -> Any:

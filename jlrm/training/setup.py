@@ -13,7 +13,6 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from jlrm.model.qwen import Params
 from jlrm.reports import alarms
 from jlrm.runtime import devices, hosts, storage
 from jlrm.runtime.lock import sole_writer, sole_writer_of_store
-from jlrm.runtime.mesh import create_mesh
+from jlrm.runtime.mesh import create_mesh, open_mesh
 from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
@@ -111,12 +110,13 @@ def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Ru
         config = same_run.as_begun(config, directory.path) if trained else same_run.pinned(config)
         # If one of these fails, it fails at once, so they come before anything is downloaded.
         alarms.check_names(config.run.stop_on)
+        loaded = plugins.load(config.reward.plugins)
         if chosen is None:
-            devices.ready(directory.mirror.url)
-        mesh, loaded = create_mesh(config.mesh, chosen), plugins.load(config.reward.plugins)
-        if hosts.is_main():
-            print(devices.described(mesh), file=sys.stderr)
+            mesh = open_mesh(config.mesh, directory.mirror.url)
+        else:
+            mesh = create_mesh(config.mesh, chosen)
         policy = open_policy_of(config, directory, mesh)
+        devices.tell(mesh)
         data = open_data(config, policy, loaded)
         check_together(config, policy, data)
         saved = same_run.newest_meta(config) if trained else {}

@@ -112,8 +112,10 @@ def test_the_process_that_holds_the_tpu_is_named(chip, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("asked", ["cpu", "tpu,cpu"])
 def test_who_asks_for_the_cpu_gets_it(chip, asked):
+    with pytest.raises(UsageError):
+        devices._refuse_cpu()
     jax.config.update("jax_platforms", asked)
-    devices._refuse_cpu()
+    devices._refuse_cpu()  # raises nothing
 
 
 def test_a_vfio_file_is_a_tpus_at_google_alone(chip, monkeypatch):
