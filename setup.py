@@ -37,7 +37,7 @@ REQUIRED = [
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
-    "plan": ["libtpu"],  # compiles for TPU topologies on a machine without one
+    "plan": ["jax[tpu]>=0.10.0"],  # its libtpu compiles for TPU topologies on any machine
     "gcs": ["gcsfs"],  # data at gs://
     "notebook": ["ipykernel>=6.29"],
     "wandb": ["wandb"],

@@ -12,8 +12,12 @@ enforces it. FLOPs, bytes and collectives are counted in the compiled programs (
     evaluation  held-out rollouts
     checkpoint  a save, and a rollout that is under way then
 
+Compiled programs lie in HBM too, one for each shape of rows. A run fits if 8 % of the limit is left
+over (`--headroom`), since temporary memory must be in one piece. What a VM's own memory holds is
+counted beside that.
+
 Nothing here is a speed. Lower bounds are FLOPs and bytes over data-sheet rates: no program is
-faster, and how much slower it is only a run can tell.
+faster, and how much slower it is only a run can tell. `planning/duration.py` estimates that.
 """
 
 from __future__ import annotations
@@ -25,270 +29,93 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
-
-from tqdm import tqdm
 
 from jlrm.config import Config, RunError, UsageError, stages_of
-from jlrm.model.qwen import QwenConfig
-from jlrm.planning import memory, phases, slices
-from jlrm.planning.counting import Counts
-from jlrm.planning.figures import DecodeStep, Moved, PhasePlan, ProgramPlan, SlicePlan, Work
-from jlrm.planning.memory import KINDS, Point
+from jlrm.planning import phases, slices
+from jlrm.planning.figures import SlicePlan
 from jlrm.planning.page import describe, verdict, write
-from jlrm.planning.phases import Plan, PlannedProgram
-from jlrm.planning.slices import GIB, Compiled, Generation
+from jlrm.planning.slice_plan import NO_WISHES, Wishes, held, make_plan, open_model
+from jlrm.planning.slices import GIB, Compiled
 from jlrm.reports import contracts
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import load
 from jlrm.runtime.settings_help import add_settings
-from jlrm.weights import hf, hf_config
-from jlrm.weights.source import read_model
-from jlrm.weights.steps import split
 
 NOT_AHEAD = "grpo.ahead=none"  # changes what is held, and no program
 
 
-def make_plan(
-    config: Config,
-    topology: str,
-    num_slices: int = 1,
-    only: Sequence[str] = (),
-    known: dict[str, Compiled] | None = None,
-) -> SlicePlan:
-    """Compile a run's programs for a slice, and add up what they hold.
-
-    Args:
-      only: names of the programs to compile; empty: all.
-      known: programs that were compiled before, for the same slice; others are added.
-
-    Raises:
-      UsageError: no such slice, or a model that the mesh can't divide.
-    """
-    generation = slices.find(topology)
-    mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
-    model, source = open_model(config)
-    plan = phases.plan(config, model, mesh)
-    compiled = {} if known is None else known
-    if plan.resident <= generation.hbm_gib * GIB:  # else nothing need be compiled to know
-        wanted = [name for name in plan.programs if not only or name in only]
-        _compile_all(plan, wanted, compiled, mesh.size // num_slices if num_slices > 1 else 0)
-    by_phase = {
-        name: _phase(points, plan, compiled)
-        for name, points in plan.phases.items()
-        if any(not point.program or point.program in compiled for point in points)
-    }
-    peaks = [phase.peak_gib for phase in by_phase.values()]
-    peak = max(*peaks, *(program.peak / GIB for program in compiled.values()))
-    is_refused = any(program.needed for program in compiled.values())
-    return SlicePlan(
-        fits=peak <= generation.hbm_gib and not is_refused,
-        peak_gib=peak,
-        limit_gib=generation.hbm_gib,
-        topology=topology,
-        slices=num_slices,
-        devices=mesh.size,
-        mesh=dict(mesh.shape),
-        model=source,
-        programs={
-            name: _program(planned, compiled[name], generation)
-            for name, planned in plan.programs.items()
-            if name in compiled
-        },
-        phases=by_phase,
-        not_compiled=tuple(name for name in plan.programs if name not in compiled),
-    )
-
-
-def open_model(config: Config) -> tuple[QwenConfig, str]:
-    """Return the architecture, and where it was read; of a hub model, its config.json alone."""
-    source = config.model
-    try:
-        model = read_model(config)
-    except UsageError:
-        if not source.path:
-            raise
-        numerics = {n: getattr(source, n) for n in ("param_dtype", "compute_dtype", "remat")}
-        directory = hf.resolve(source.path, ("config.json",))
-        return hf_config.read_config(directory, **numerics), f"config.json of {source.path}"
-    if source.path and not pathlib.Path(split(source.path)[0]).expanduser().exists():
-        return model, f"{source.path}, as the built-in shape of that name (nothing is downloaded)"
-    return model, source.path or f"preset {source.preset}"
-
-
-# --- Compiling and adding up ---
-
-
-def _compile_all(
-    plan: Plan, wanted: Sequence[str], compiled: dict[str, Compiled], slice_devices: int
-) -> None:
-    """Compile what is wanted and not yet compiled; a bar shows which program it is at."""
-    names = [name for name in wanted if name not in compiled]
-    form = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
-    with tqdm(total=len(names), file=sys.stderr, bar_format=form, dynamic_ncols=True) as bar:
-        for name in names:
-            weights = plan.programs[name].call.weights
-            if not weights or (weights in compiled and not compiled[weights].needed):
-                bar.set_description_str(f"{name}: compiling")
-                compiled[name] = commands.abandonable(
-                    partial(_compile, plan, name, compiled, slice_devices), bar.refresh
-                )
-                is_refused, seconds = compiled[name].needed, compiled[name].seconds
-                size = "does not fit" if is_refused else f"{compiled[name].peak / GIB:.2f} GiB"
-                bar.write(f"{name}: {size}, compiled in {seconds:.0f} s", file=sys.stderr)
-            bar.update()
-
-
-def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
-    planned, arguments = plan.programs[name], plan.arguments(name, compiled)
-    return slices.compile_program(planned.call.program, arguments, planned.assumed, slice_devices)
-
-
-def _phase(points: list[Point], plan: Plan, compiled: dict[str, Compiled]) -> PhasePlan:
-    """Return the moment of a phase at which most memory is held, by kind, in GiB of a device."""
-    moments = [
-        _moment(point, plan, compiled)
-        for point in points
-        if not point.program or point.program in compiled
-    ]
-    program, kinds, own = max(moments, key=lambda moment: sum(moment[1].values()))
-    total = sum(kinds.values())
-    return PhasePlan(
-        program=program or None,
-        resident_gib=(total - own) / GIB,
-        peak_gib=total / GIB,
-        kinds_gib={kind: kinds[kind] / GIB for kind in KINDS if kinds.get(kind)},
-    )
-
-
-def _moment(
-    point: Point, plan: Plan, compiled: dict[str, Compiled]
-) -> tuple[str, dict[str, int], int]:
-    """Return a program, all that is held while it runs, and how much of that is its own."""
-    if not point.program:
-        return "", dict(point.beside), 0
-    planned, program = plan.programs[point.program], compiled[point.program]
-    own = max(program.peak - sum(planned.kinds.values()), 0)
-    caches = min(planned.caches, own)
-    extra = {memory.CACHES: caches, memory.TEMPORARY: own - caches}
-    return point.program, memory.total(point.beside, planned.kinds, extra), own
-
-
-def _program(planned: PlannedProgram, program: Compiled, generation: Generation) -> ProgramPlan:
-    counts, is_refused = program.counts, bool(program.needed)
-    plan = ProgramPlan(
-        argument_gib=program.argument / GIB,
-        temp_gib=None if is_refused else program.temp / GIB,
-        output_gib=None if is_refused else (program.output - program.alias) / GIB,
-        peak_gib=program.peak / GIB,
-        flops=None,
-        bytes=None,
-        collectives=None,
-        compile_s=round(program.seconds, 1),
-        assumed=planned.note,
-        note=program.note,
-    )
-    if counts is None:
-        return plan
-    plan = replace(
-        plan,
-        **_work(counts.total, generation),
-        pallas_kernels=counts.total.kernels,
-        unknown_loops=counts.total.unknown_loops,
-    )
-    if not counts.loops or not planned.caches:
-        return plan
-    # A program that decodes: what is not in its loops is prefill, and a step is a turn of the last.
-    prefill, steps = Counts(), 0
-    prefill.add(counts.total)
-    for turns, one in counts.loops:
-        prefill.add(one, -turns)
-        steps += turns
-    last = counts.loops[-1][1]
-    return replace(
-        plan,
-        prefill=Work(**_work(prefill, generation)),
-        decode_step=DecodeStep(**_work(last, generation), steps=steps),
-    )
-
-
-def _work(counts: Counts, generation: Generation) -> dict[str, Any]:
-    """Return the fields of `Work`."""
-    bounds = {
-        "flops": counts.flops / generation.flops,
-        "bytes": counts.bytes / generation.bandwidth,
-    }
-    return {
-        "flops": counts.flops,
-        "bytes": counts.bytes,
-        "collectives": {kind: Moved(**moved) for kind, moved in counts.collectives.items()},
-        "lower_bound_s": bounds,
-        "compiler_estimate_cycles": counts.cycles,
-    }
-
-
-# --- Searching ---
+MORE_SLICES = 2  # after the smallest that fits, when hours and cost are asked for
 
 
 def search(
-    config: Config, path: str, overrides: Sequence[str], kind: str, num_slices: int
-) -> SlicePlan:
-    """Return the plan of the smallest slice that fits, with the settings to add to the config.
+    path: str, overrides: Sequence[str], kind: str, num_slices: int, wishes: Wishes
+) -> Iterator[SlicePlan]:
+    """Yield the plan of the smallest slice that fits, with the settings to add to the config.
+
+    Where hours are asked for, the next slices follow, each with its own.
 
     Raises:
       RunError: no slice of this generation is large enough.
     """
+    num_found, wanted = 0, 1 if wishes.num_steps is None else 1 + MORE_SLICES
     for name in slices.GENERATIONS[kind].slices:
-        topology = f"{kind}:{name}"
-        compiled: dict[tuple[str, ...], dict[str, Compiled]] = {}
-        for added in _settings(config, topology, num_slices):
-            changed = load(path, [*overrides, *added])
-            label = f"{topology} {' '.join(added)}"
-            programs = tuple(setting for setting in added if setting != NOT_AHEAD)
-            known = compiled.setdefault(programs, {})
-            try:
-                plan = _attempt(changed, topology, num_slices, label, known)
-            except UsageError as error:
-                print(f"{label}: {error}", file=sys.stderr)
-                continue
-            if plan is not None:
-                return replace(plan, overrides=tuple(added))
-    raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
+        plan = _smallest(path, overrides, f"{kind}:{name}", num_slices, wishes)
+        if plan is not None:
+            yield plan
+            num_found += 1
+        if num_found == wanted:
+            return
+    if not num_found:
+        raise RunError(f"No slice of {kind} that is known here is large enough for {path}.")
+
+
+def _smallest(
+    path: str, overrides: Sequence[str], topology: str, num_slices: int, wishes: Wishes
+) -> SlicePlan | None:
+    """Return the plan with the first settings with which a run fits a slice; None: with none."""
+    compiled: dict[tuple[str, ...], dict[str, Compiled]] = {}
+    for added in _settings(load(path, overrides), topology, num_slices):
+        changed = load(path, [*overrides, *added])
+        label = f"{topology} {' '.join(added)}"
+        programs = tuple(setting for setting in added if setting != NOT_AHEAD)
+        known = compiled.setdefault(programs, {})
+        try:
+            plan = _attempt(changed, topology, num_slices, label, known, wishes)
+        except UsageError as error:
+            print(f"{label}: {error}", file=sys.stderr)
+            continue
+        if plan is not None:
+            return replace(plan, overrides=tuple(added))
+    return None
 
 
 def _attempt(
-    config: Config, topology: str, num_slices: int, label: str, known: dict[str, Compiled]
+    config: Config,
+    topology: str,
+    num_slices: int,
+    label: str,
+    known: dict[str, Compiled],
+    wishes: Wishes,
 ) -> SlicePlan | None:
     """Check what needs no compiling, then what most often does not fit, then the rest."""
     mesh = create_mesh(config.mesh, slices.devices(topology, num_slices))
     model, _ = open_model(config)
-    limit, plan = slices.find(topology).hbm_gib, phases.plan(config, model, mesh)
-    held = _held(plan) / GIB
-    if held > limit:
-        print(f"{label}: no, {held:.2f} GiB are held without what programs need", file=sys.stderr)
+    plan = phases.plan(config, model, mesh)
+    needed = held(plan) / GIB
+    if needed > slices.find(topology).hbm_gib * (1 - wishes.headroom):
+        print(f"{label}: no, {needed:.2f} GiB are held without what programs need", file=sys.stderr)
         return None
     # Updates first: they are what most often does not fit.
     result: SlicePlan | None = None
     for only in (plan.updates(), ()):
-        result = make_plan(config, topology, num_slices, only, known)
+        result = make_plan(config, topology, num_slices, only, known, wishes)
         outcome = "fits" if result.fits else "no"
         part = "/".join(only) or "all"
         print(f"{label}: {outcome} ({part}: {result.peak_gib:.2f} GiB)", file=sys.stderr)
         if not result.fits:
             return None
     return result
-
-
-def _held(plan: Plan) -> int:
-    """Return the most that is held at any moment, apart from programs' temporaries."""
-    return max(
-        sum(point.beside.values())
-        + (sum(plan.programs[point.program].kinds.values()) if point.program else 0)
-        for points in plan.phases.values()
-        for point in points
-    )
 
 
 def _settings(config: Config, topology: str, num_slices: int) -> Iterator[list[str]]:
@@ -326,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="Exit code: 0 fits, 1 does not fit, 2 wrong input.",
     )
     add_settings(parser)
-    parser.add_argument("--topology", metavar="SLICE", help="e.g. v5e:4x4, v5p:2x2x2, v6e:2x4")
+    parser.add_argument(
+        "--topology", metavar="SLICE", help="e.g. v5e:4x4, v5p:2x2x2, v6e:2x4; here: this machine"
+    )
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="equal slices (1)")
     parser.add_argument(
         "--search",
@@ -334,6 +163,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         const="",
         metavar="GENERATION",
         help="find the smallest slice that fits, and a mesh for it",
+    )
+    parser.add_argument(
+        "--headroom",
+        type=_share,
+        default=NO_WISHES.headroom,
+        metavar="SHARE",
+        help="of the memory, to stay free (0.08)",
+    )
+    parser.add_argument(
+        "--steps", type=_positive, metavar="N", help="of the last stage: how long they take"
+    )
+    parser.add_argument(
+        "--dollars-per-chip-hour", type=float, metavar="X", help="price, to say what the run costs"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--out", metavar="DIR", help="write plan.json, .md, .html and .png there")
@@ -349,17 +191,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     if kind is None and not args.topology:
         raise UsageError("Name a slice, e.g. --topology v5e:4x4, or --search v5e.")
     config = load(args.config, args.overrides)
-    slices.prepare()
+    wishes = Wishes(args.headroom, args.steps, args.dollars_per_chip_hour)
+    if args.topology != slices.HERE:
+        slices.prepare()
     if kind is None:
-        result = make_plan(config, args.topology, args.slices)
+        results = iter([make_plan(config, args.topology, args.slices, wishes=wishes)])
     else:
-        result = search(config, args.config, args.overrides, kind, args.slices)
-    text = json.dumps(contracts.encode(result)) if args.json else describe(result)
-    print(text, flush=True)
-    if args.out:
-        write(result, pathlib.Path(args.out))
-    if not result.fits:
-        raise RunError(verdict(result))
+        results = search(args.config, args.overrides, kind, args.slices, wishes)
+    first: SlicePlan | None = None
+    for result in results:
+        text = json.dumps(contracts.encode(result)) if args.json else describe(result)
+        print(text, flush=True)
+        if first is None:
+            first = result
+            if args.out:
+                write(result, pathlib.Path(args.out))
+    if first is not None and not first.fits:
+        raise RunError(verdict(first))
+
+
+def _share(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and less than 1")
+    return float(text)
+
+
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from typing import Any
 
 from jlrm.config import Config, stages_of
 from jlrm.judgement import rewards
+from jlrm.planning import slice_plan
 from jlrm.reports import run_page, run_summary, tables
 from jlrm.reports.run_summary import RunSummary
 from jlrm.runtime import cluster, commands, hosts
@@ -38,7 +39,7 @@ from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
 from jlrm.training import replay
 from jlrm.training.heldout import make_evaluation
-from jlrm.training.setup import open_run
+from jlrm.training.setup import Run, open_run
 from jlrm.training.stages import STAGES
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,8 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
       The content of `summary.json`: held-out metrics per stage, and what the run cost.
     """
     with open_run(config, devices) as run:
-        if config.grpo.steps and hosts.is_main():
-            for doubt in rewards.doubts(config.reward):
-                log.warning(doubt)
+        if hosts.is_main():
+            _tell_doubts(run)
         evaluate, names = make_evaluation(run), stages_of(config)
         results = {name: STAGES[name].recipe(run, evaluate) for name in names}
         start = results[names[0]].start
@@ -69,6 +69,14 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
             run_page.write_report(run.directory.path)
             run.directory.mirror.push()
     return summary.as_json()
+
+
+def _tell_doubts(run: Run) -> None:
+    """Warn of what is going to go wrong, before anything is computed."""
+    doubts = rewards.doubts(run.config.reward) if run.config.grpo.steps else []
+    memory = slice_plan.doubt(run.config, run.policy.model, run.policy.mesh)
+    for doubt in [*doubts, *([memory] if memory else [])]:
+        log.warning(doubt)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -60,6 +60,7 @@ class ProgramPlan:
     note: str
     lower_bound_s: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     compiler_estimate_cycles: float | None = field(default=None, metadata=LEFT_OUT)
+    code_gib: float | None = field(default=None, metadata=LEFT_OUT)  # in HBM, of all its shapes
     pallas_kernels: float | None = field(default=None, metadata=LEFT_OUT)
     unknown_loops: int | None = field(default=None, metadata=LEFT_OUT)
     prefill: Work | None = field(default=None, metadata=LEFT_OUT)
@@ -77,8 +78,31 @@ class PhasePlan:
 
 
 @dataclass(frozen=True)
+class HostPlan:
+    """What one VM of the slice holds in its own memory, by phase."""
+
+    chips: int
+    limit_gib: float
+    phases_gib: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Duration:
+    """How long a run takes and what it costs, from the least to the most; an estimate."""
+
+    steps: dict[str, int]  # by stage
+    step_s: dict[str, tuple[float, float]]
+    hours: tuple[float, float]
+    dollars: tuple[float, float] | None
+    basis: str
+
+
+@dataclass(frozen=True)
 class SlicePlan:
-    """Whether a run fits a slice, and why."""
+    """Whether a run fits a slice, and why.
+
+    `usable_gib` is the limit without the headroom, and what the peak is held against.
+    """
 
     fits: bool
     peak_gib: float
@@ -92,6 +116,10 @@ class SlicePlan:
     phases: dict[str, PhasePlan]
     not_compiled: tuple[str, ...]
     overrides: tuple[str, ...] | None = field(default=None, metadata=LEFT_OUT)  # of a search
+    usable_gib: float | None = field(default=None, metadata=LEFT_OUT)
+    versions: dict[str, str] | None = field(default=None, metadata=LEFT_OUT)  # what compiled it
+    host: HostPlan | None = field(default=None, metadata=LEFT_OUT)
+    duration: Duration | None = field(default=None, metadata=LEFT_OUT)
     version: int = PLAN_VERSION
 
 

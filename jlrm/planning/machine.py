@@ -5,6 +5,9 @@ No data sheet enters: a share of these limits is a share of what this machine re
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -89,3 +92,28 @@ def peak_bytes(mesh: Mesh) -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def device_limit(device: Any) -> int:
+    """Return the bytes that programs may use on a device; CPUs share what the machine has."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return _of_machine("MemTotal") // jax.local_device_count()
+
+
+def device_free(device: Any) -> int:
+    """Return the bytes of a device that are not in use now, by this process or another."""
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return _of_machine("MemAvailable") // jax.local_device_count()
+
+
+def _of_machine(name: str) -> int:
+    """Return a figure of Linux's /proc/meminfo, or all memory where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,8 @@ from jlrm.training.update import TrainState
 
 WEIGHTS, MOMENTS, REFERENCE = "master weights", "optimiser", "reference"
 LAID_OUT, CACHES, BATCH, TEMPORARY = "rollout weights", "KV caches", "batch", "temporary"
-KINDS = (WEIGHTS, MOMENTS, REFERENCE, LAID_OUT, CACHES, BATCH, TEMPORARY)
+CODE = "programs"
+KINDS = (WEIGHTS, MOMENTS, REFERENCE, LAID_OUT, CACHES, BATCH, TEMPORARY, CODE)
 
 Held = Mapping[str, int]  # bytes of one device, by kind
 
@@ -87,6 +88,16 @@ def cache_bytes(model: QwenConfig, layout: Layout, prompts: Any, slots: int, num
         for letters, shape in shapes
     ]
     return 2 * model.num_hidden_layers * shard_bytes(arrays)
+
+
+def host_bytes(params: Any, state: Held) -> dict[str, int]:
+    """Return what a VM holds in its own memory for each of its devices, by phase.
+
+    Reading takes one parameter at a time, as the file has it and as the device gets it. A save
+    copies the weights and the moments, and writes the copy beside the steps that follow.
+    """
+    largest = max(shard_bytes(leaf) for leaf in jax.tree.leaves(params))
+    return {"load": 2 * largest, "checkpoint": state[WEIGHTS] + state[MOMENTS]}
 
 
 def num_slots(settings: SamplerSettings, num_rollouts: int) -> int:

@@ -37,8 +37,14 @@ def _subject(plan: SlicePlan) -> str:
     sizes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     return (
         f"{plan.topology} x {plan.slices}: {plan.devices} devices ({sizes}), "
-        f"{plan.limit_gib:.2f} GiB each. Model: {plan.model}."
+        f"{plan.limit_gib:.2f} GiB each. Model: {plan.model}.{_versions(plan)}"
     )
+
+
+def _versions(plan: SlicePlan) -> str:
+    if not plan.versions:
+        return ""
+    return f" Compiled by {', '.join(f'{name} {each}' for name, each in plan.versions.items())}."
 
 
 def _tables(plan: SlicePlan) -> list[PlanTable]:
@@ -54,7 +60,16 @@ def _tables(plan: SlicePlan) -> list[PlanTable]:
         }
         for name, phase in plan.phases.items()
     ]
-    columns = ["program", "argument GiB", "temp GiB", "peak GiB", "TFLOP", "HBM GiB", "bound s"]
+    columns = [
+        "program",
+        "argument GiB",
+        "temp GiB",
+        "peak GiB",
+        "code GiB",
+        "TFLOP",
+        "HBM GiB",
+        "bound s",
+    ]
     moves = [row for name, program in programs.items() for row in _moves(name, program)]
     return [
         PlanTable(["phase", "resident GiB", "peak GiB", "of limit %", "during"], phases),
@@ -70,24 +85,57 @@ def _notes(plan: SlicePlan) -> list[str]:
         if program.assumed or program.note
     ]
     notes.append(NOTE)
+    if plan.host:
+        held = ", ".join(f"{name} {gib:.1f}" for name, gib in plan.host.phases_gib.items())
+        notes.append(
+            f"A VM of {plan.host.chips} chips has {plan.host.limit_gib:.0f} GiB of its own and "
+            f"holds, beside Python and what compiling takes, GiB: {held}."
+        )
+    notes += _duration(plan)
     if plan.not_compiled:
         notes.append(f"Not compiled: {', '.join(plan.not_compiled)}.")
     return notes
 
 
+def _duration(plan: SlicePlan) -> list[str]:
+    """Return how long the run takes, and what that rests on."""
+    took = plan.duration
+    if took is None:
+        return []
+    steps = ", ".join(
+        f"{name} {took.steps[name]} steps of {_from_to(*took.step_s[name])} s"
+        for name in took.step_s
+    )
+    cost = f", {_from_to(*took.dollars)} dollars" if took.dollars else ""
+    return [f"Estimate: {_from_to(*took.hours)} hours{cost} ({steps}). {took.basis}"]
+
+
+def _from_to(least: float, most: float) -> str:
+    return f"{least:.3g} to {most:.3g}"
+
+
 def verdict(plan: SlicePlan) -> str:
     """Return whether the run fits, as a sentence."""
-    over = plan.peak_gib - plan.limit_gib
+    usable = plan.limit_gib if plan.usable_gib is None else plan.usable_gib
+    over = plan.peak_gib - usable
+    sizes = f"{plan.peak_gib:.2f} of {usable:.2f} GiB"
+    if usable < plan.limit_gib:
+        share = 100 * usable / plan.limit_gib
+        sizes += f" ({share:.0f} % of {plan.limit_gib:.2f})"
     if plan.fits:
-        return f"Fits: {plan.peak_gib:.2f} of {plan.limit_gib:.2f} GiB."
+        return f"Fits: {sizes}."
+    host = plan.host
+    if host and max(host.phases_gib.values()) > host.limit_gib * usable / plan.limit_gib:
+        phase = max(host.phases_gib, key=lambda name: host.phases_gib[name])
+        return (
+            f"Does not fit: phase {phase} needs {host.phases_gib[phase]:.1f} of "
+            f"{host.limit_gib:.1f} GiB of the VM's own memory on {plan.topology}."
+        )
     worst = max(plan.phases, key=lambda name: plan.phases[name].peak_gib)
     refused = [name for name, each in plan.programs.items() if each.temp_gib is None]
     where = f"the compiler refuses {', '.join(refused)}" if refused else f"phase {worst}"
     amount = f"by {over:.2f} GiB" if over > 0 else "and the compiler names no HBM size"
-    return (
-        f"Does not fit, {amount}: {where} needs {plan.peak_gib:.2f} of "
-        f"{plan.limit_gib:.2f} GiB on {plan.topology}."
-    )
+    return f"Does not fit, {amount}: {where} needs {sizes} on {plan.topology}."
 
 
 def _row(name: str, program: ProgramPlan) -> dict[str, Any]:
@@ -96,6 +144,7 @@ def _row(name: str, program: ProgramPlan) -> dict[str, Any]:
         "argument GiB": program.argument_gib,
         "temp GiB": program.temp_gib,
         "peak GiB": program.peak_gib,
+        "code GiB": program.code_gib,
         "compile s": program.compile_s,
     }
     if program.flops is not None and program.bytes is not None and program.lower_bound_s:

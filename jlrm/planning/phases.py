@@ -13,7 +13,7 @@ Shapes are those of the longest batch: every prompt `data.max_prompt_tokens` lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,7 +23,6 @@ from jlrm.config import Config, stages_of
 from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning.counting import Assumed
-from jlrm.planning.grpo_phases import grpo_points
 from jlrm.planning.memory import (
     BATCH,
     LAID_OUT,
@@ -34,9 +33,11 @@ from jlrm.planning.memory import (
     Point,
     cache_bytes,
     decode_turns,
+    host_bytes,
     laid_out_bytes,
     num_slots,
     state_kinds,
+    total,
 )
 from jlrm.planning.slices import Compiled, shard_bytes
 from jlrm.rl import logprobs
@@ -55,10 +56,6 @@ from jlrm.training.update import TrainState
 # Phases of every run; a stage adds its own between the first and the last two.
 FIRST_PHASES, LAST_PHASES = ("load",), ("evaluation", "checkpoint")
 
-StagePoints = Callable[[Config, Network, Mapping[str, Held]], dict[str, list[Point]]]
-# Stages whose steps do more than update, and what they hold then.
-POINTS: Mapping[str, StagePoints] = MappingProxyType({"grpo": grpo_points})
-
 
 class PlannedProgram(NamedTuple):
     """A program to compile, and its arguments by kind."""
@@ -76,6 +73,8 @@ class Plan(NamedTuple):
     programs: dict[str, PlannedProgram]
     phases: dict[str, list[Point]]
     resident: int  # bytes that are there for all of a stage: a bound that needs no compiling
+    host: Held  # bytes that a VM holds for each of its devices, by phase
+    is_tpu: bool = True
 
     def updates(self) -> list[str]:
         """Return the programs that take optimiser steps."""
@@ -99,15 +98,16 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
     network, longest = bare_network(model, mesh), config.data.max_prompt_tokens
     calls = first_calls(config, network)
     points = {"load": [Point("init", {}) if calls else _read(network)]}
-    resident = 0
+    resident, state = 0, dict[str, int]()
     for stage in stages_of(config):
         own = STAGES[stage].calls(config, network, longest)
         kinds = {name: _kinds(config, network, name, call) for name, call in own.items()}
-        stage_points = POINTS.get(stage)
-        added = stage_points(config, network, kinds) if stage_points else _points(stage, kinds)
+        added = POINTS.get(stage, _points)(stage, config, network, kinds)
         for phase, more in added.items():
             points.setdefault(phase, []).extend(more)
-        resident = max(resident, sum(_always(kinds).values()))
+        always = _always(kinds)
+        resident = max(resident, sum(always.values()))
+        state = max(state, always, key=lambda each: sum(each.values()))
         calls |= own
     calls |= heldout_calls(config, network, longest)
     phases = {phase: points[phase] for phase in points if phase not in LAST_PHASES}
@@ -115,6 +115,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
         {name: _planned(config, network, name, call) for name, call in calls.items()},
         phases | {phase: points[phase] for phase in LAST_PHASES},
         resident,
+        host_bytes(qwen.abstract_params(network.model, network.training), state),
+        network.training.platform == "tpu",
     )
 
 
@@ -124,7 +126,9 @@ def _read(network: Network) -> Point:
     return Point("", {WEIGHTS: shard_bytes(params)})
 
 
-def _points(stage: str, kinds: Mapping[str, Held]) -> dict[str, list[Point]]:
+def _points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
     """Return the moments of a stage whose steps are one program, named as the stage."""
     held = _always(kinds)
     init = next(name for name in kinds if name.startswith("init"))
@@ -134,6 +138,62 @@ def _points(stage: str, kinds: Mapping[str, Held]) -> dict[str, list[Point]]:
         "evaluation": [Point("evaluation", held)],
         "checkpoint": [Point("", held)],
     }
+
+
+def _grpo_points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
+    """Return the moments of GRPO's phases, as the loop of training/grpo.py keeps things."""
+    grpo = config.grpo
+    held = {kind: kinds["update"][kind] for kind in (WEIGHTS, MOMENTS)}
+    moments = {MOMENTS: held[MOMENTS]}
+    one = kinds["update"][BATCH]
+    others, batch = {BATCH: (grpo.minibatches - 1) * one}, {BATCH: grpo.minibatches * one}
+    reference = {}
+    if "logprobs_reference" in kinds:
+        reference = {REFERENCE: kinds["logprobs_reference"][REFERENCE]}
+    always = {**held, **reference}
+    laid_out = {LAID_OUT: laid_out_bytes(network, config.sampling.weights == "int8")}
+    during = _during_rollout(config, network, always, laid_out, batch)
+    return {
+        "load": [
+            Point("init_optimizer", {}),
+            Point("", always),
+            # A run that goes on reads its first weights once more, for the reference.
+            *([Point("freeze", moments), Point("freeze", held)] if reference else []),
+        ],
+        "rollout": [Point("lay_out", {**moments, **reference}), Point("rollout", during)],
+        "logprobs": [*_logprobs(kinds, held, reference, batch), Point("", total(always, batch))],
+        "update": [
+            Point("update", total(reference, laid_out if grpo.ahead == "next" else {}, others))
+        ],
+        "evaluation": [Point("evaluation", always)],
+        "checkpoint": [Point("", always) if grpo.ahead == "none" else Point("rollout", during)],
+    }
+
+
+def _during_rollout(
+    config: Config, network: Network, always: Held, laid_out: Held, batch: Held
+) -> Held:
+    """Return what is there while a rollout runs, with what has been dispatched behind it."""
+    during = dict(always)
+    if config.grpo.ahead != "none":  # evaluation's weights, or those of a second rollout
+        behind = {LAID_OUT: laid_out_bytes(network, False)}
+        during = total(during, max(behind, laid_out, key=lambda kinds: kinds[LAID_OUT]))
+    return total(during, batch) if config.grpo.ahead == "stale" else during
+
+
+def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Held) -> list[Point]:
+    """Return the moments at which log-probabilities are computed, one minibatch at a time."""
+    beside = {
+        "logprobs_reference": held,
+        "logprobs_policy": {MOMENTS: held[MOMENTS], **reference},
+    }
+    return [
+        Point(name, {**others, BATCH: batch[BATCH] - kinds[name][BATCH]})
+        for name, others in beside.items()
+        if name in kinds
+    ]
 
 
 def _always(kinds: Mapping[str, Held]) -> dict[str, int]:
@@ -192,3 +252,7 @@ def _rollout(
     )
     assumed = {"jit(generate)/while": decode_turns(settings, num_rollouts)}
     return PlannedProgram(call, kinds, assumed, caches, "longest completions")
+
+
+# Stages whose steps do more than update, and what they hold then.
+POINTS = MappingProxyType({"grpo": _grpo_points})

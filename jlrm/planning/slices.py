@@ -7,21 +7,26 @@ result, not an error.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import math
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
 
 from jlrm.config import RunError, UsageError, nearest
-from jlrm.planning import counting
+from jlrm.planning import counting, machine
 from jlrm.planning.counting import Assumed
 
 GIB = 2**30
+HERE = "here"  # in place of a slice's name: the devices of this machine
+CHIPS_PER_HOST = 4  # at least, of slices of several chips
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class Generation:
     flops: float  # bfloat16 products a second, data sheet
     bandwidth: float  # HBM bytes a second, data sheet
     slices: dict[str, int]  # name: devices, ascending
+    host_gb: float  # of a VM's own memory for each chip, by Google's table of machine types
+    kinds: tuple[str, ...] = ()  # what JAX calls such a device
+    is_megacore: bool = False  # a chip's two cores are one device, if the compiler is told so
+    devices_per_chip: int = 1
 
 
 FLAT = {"1x1": 1, "2x2": 4, "2x4": 8, "4x4": 16, "4x8": 32, "8x8": 64, "8x16": 128, "16x16": 256}
@@ -47,12 +56,29 @@ CUBES = {
 }
 TWO_CORES = {name: 2 * number for name, number in CUBES.items()}
 GENERATIONS = {
-    "v4": Generation(15.25, 137.5e12, 614e9, TWO_CORES),
-    "v5e": Generation(15.75, 197e12, 819e9, FLAT),
-    "v5p": Generation(95.73, 459e12, 2765e9, CUBES),
-    "v6e": Generation(31.24, 918e12, 1640e9, FLAT),
-    "tpu7x": Generation(94.74, 1153.5e12, 3690e9, TWO_CORES),
+    "v4": Generation(30.75, 275e12, 1228e9, CUBES, 101, ("TPU v4",), is_megacore=True),
+    "v5e": Generation(15.75, 197e12, 819e9, FLAT, 48, ("TPU v5 lite", "TPU v5e")),
+    "v5p": Generation(95.73, 459e12, 2765e9, CUBES, 112, ("TPU v5", "TPU v5p")),
+    "v6e": Generation(31.24, 918e12, 1640e9, FLAT, 180, ("TPU v6 lite", "TPU v6e")),
+    "tpu7x": Generation(
+        94.74, 1153.5e12, 3690e9, TWO_CORES, 240, ("TPU7x", "TPU v7x"), devices_per_chip=2
+    ),
 }
+
+
+def versions(is_tpu: bool) -> dict[str, str]:
+    """Return the versions of what compiles here."""
+    names = ("jax", "libtpu") if is_tpu else ("jax",)
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def pinned() -> str:
+    """Return the version of libtpu that this JAX runs with on a TPU, e.g. "0.0.42"; "": unknown."""
+    for requirement in importlib.metadata.requires("jax") or ():
+        match = re.match(r"libtpu==([0-9.]+?)\.\*;.*extra", requirement)
+        if match:
+            return match[1]
+    return ""
 
 
 class Compiled(NamedTuple):
@@ -62,6 +88,7 @@ class Compiled(NamedTuple):
     output: int
     alias: int  # of the output, what takes over an argument's memory
     temp: int
+    code: int  # the program itself, which stays in HBM as long as it may run again
     needed: int  # 0, or what a program wanted that the compiler refused
     counts: counting.Program | None  # None: refused, or its text can't be had
     seconds: float
@@ -82,6 +109,12 @@ def prepare() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("Compiling for a TPU needs libtpu: pip install 'jlrm[plan]'.")
+    if not importlib.metadata.version("libtpu").startswith(pinned()):
+        print(
+            f"libtpu {importlib.metadata.version('libtpu')} is installed, and this JAX runs with "
+            f"libtpu {pinned()}, which may need more memory: pip install 'jlrm[plan]'.",
+            file=sys.stderr,
+        )
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_WORKER_HOSTNAMES="localhost"
     )
@@ -89,11 +122,13 @@ def prepare() -> None:
 
 
 def find(topology: str) -> Generation:
-    """Return the generation of a named slice such as "v5e:4x4".
+    """Return the generation of a named slice such as "v5e:4x4", or of this machine's devices.
 
     Raises:
       UsageError: no such slice.
     """
+    if topology == HERE:
+        return _here()
     generation, _, name = topology.partition(":")
     if generation in GENERATIONS and name in GENERATIONS[generation].slices:
         return GENERATIONS[generation]
@@ -104,18 +139,33 @@ def find(topology: str) -> Generation:
     raise UsageError(f"--topology {topology}: no such slice. {suggestion}Known: {listed}.")
 
 
+def _here() -> Generation:
+    device = jax.devices()[0]
+    for known in GENERATIONS.values():
+        if device.device_kind in known.kinds:
+            return replace(known, hbm_gib=machine.device_limit(device) / GIB)
+    return Generation(machine.device_limit(device) / GIB, math.nan, math.nan, {}, math.inf)
+
+
 def devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
-    """Return the devices of one or more equal slices, which are not here.
+    """Return the devices of one or more equal slices, which need not be here.
 
     Raises:
       UsageError: no such slice, or no slices at all.
     """
-    find(topology)
+    generation = find(topology)
+    if topology == HERE:
+        return jax.devices()
     if num_slices < 1:
         raise UsageError(f"--slices {num_slices} is too small: at least 1.")
     from jax.experimental import topologies
 
-    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    more: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
+    chips = [int(size) for size in topology.partition(":")[2].split("x")]
+    if math.prod(chips) < CHIPS_PER_HOST:  # a host of its own kind; else the compiler wants four
+        more["chips_per_host_bounds"] = [*chips, 1, 1][:3]
+    if generation.is_megacore:
+        more["chip_config_name"] = "megacore"
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)
     except jax.errors.JaxRuntimeError as error:
@@ -124,9 +174,13 @@ def devices(topology: str, num_slices: int = 1) -> Sequence[Any]:
 
 
 def compile_program(
-    program: Any, arguments: Sequence[Any], assumed: Assumed, slice_devices: int = 0
+    program: Any,
+    arguments: Sequence[Any],
+    assumed: Assumed,
+    slice_devices: int = 0,
+    is_tpu: bool = True,
 ) -> Compiled:
-    """Compile a jitted program for its abstract arguments' devices, and count what it does.
+    """Compile a jitted program for its abstract arguments' devices, and count what it does on TPUs.
 
     Raises:
       RunError: the compiler failed for another reason than memory.
@@ -141,12 +195,13 @@ def compile_program(
             raise RunError(f"The compiler failed: {_first_line(error)}") from error
         seconds, note = time.monotonic() - began, _first_line(error)
         argument = shard_bytes(arguments)
-        return Compiled(argument, 0, 0, 0, max(needed, 1), None, seconds, None, note)
+        return Compiled(argument, 0, 0, 0, 0, max(needed, 1), None, seconds, None, note)
     seconds = time.monotonic() - began
     memory = compiled.memory_analysis()
     counts, note = None, ""
     try:
-        counts = counting.analyse(compiled.as_text(), assumed, slice_devices)
+        if is_tpu:
+            counts = counting.analyse(compiled.as_text(), assumed, slice_devices)
     except jax.errors.JaxRuntimeError as error:
         if "RET_CHECK" not in str(error):
             raise
@@ -156,6 +211,7 @@ def compile_program(
         memory.output_size_in_bytes,
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
         0,
         counts,
         seconds,
