@@ -105,7 +105,7 @@ def test_update_and_scoring(num_passes):
     smallest_matrix = config.hidden_size * config.num_key_value_heads * config.head_dim
     assert max(sizes("all-reduce", "\n".join(others))) < smallest_matrix / 2
     assert "all-reduce-scatter" in text or " reduce-scatter(" in text
-    if num_passes > 1:  # of one pass it is the same loop, run once
+    if num_passes > 1:  # of one pass it is the same loop
         score = partial(update.logprobs, config, layout, DISTRIBUTION)
         jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
 

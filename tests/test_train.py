@@ -153,7 +153,6 @@ def test_a_run_writes_what_it_promises_and_its_second_step_compiles_nothing(
 ):
     monkeypatch.setattr(train.run_page, "write_report", pages)
     several = ["grpo.epochs=2", "grpo.minibatches=2", "grpo.pack_tokens=128", "sft.pack_tokens=128"]
-    # So many that no minibatch fits one pass, which has a program of its own.
     several += ["grpo.rollouts=16"]
     summary = run(tmp_path / "r", data, "sft.steps=4", *several, "run.completions_every=2")
     rows = read_metrics(tmp_path / "r")

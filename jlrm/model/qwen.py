@@ -26,6 +26,7 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jlrm.model import gradient_sums
 from jlrm.model.attention import attend_packed
 from jlrm.model.rope import Rope, Yarn, angles, rotate
 from jlrm.model.visibility import Packing
@@ -201,10 +202,14 @@ def hidden_states(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     packing: Packing,
+    sums: Params | None = None,
 ) -> Float[Array, "B T D"]:
     """Return final hidden states of packed rows; T is a multiple of `visibility.BLOCK`.
 
     The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
+
+    With `sums` the gradients of the layers are added to these (gradient_sums.py), and the layers
+    are computed anew in the backward pass, as with `remat` "full".
 
     What each device does is written out here, not left to the compiler. A device runs its own rows,
     and gathers the weights of one layer at a time, axis by axis. The gradient of such a gather is a
@@ -216,27 +221,37 @@ def hidden_states(
     attend = partial(_attend_packed, layout.platform)
     block = Block(config, LOCAL, attend)
 
-    def run(params: Params, tokens: Array, positions: Array, packing: Packing) -> Array:
+    def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
+        x, _ = apply(block, _gather(layout, weights, letters["layers"]), x, *context)
+        return x
+
+    def run(
+        params: Params, tokens: Array, positions: Array, packing: Packing, sums: Params | None
+    ) -> Array:
         x = _look_up(layout, params["embed"], tokens).astype(config.compute_dtype)
         angles_ = rope(config, positions)
 
         def layer(x: Array, weights: Params) -> tuple[Array, None]:
-            return apply(block, _gather(layout, weights, letters["layers"]), x, angles_, packing)
+            return one_layer(weights, x, (angles_, packing)), None
 
-        x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
+        if sums is None:
+            x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
+        else:
+            x = gradient_sums.run(one_layer, params["layers"], sums, x, (angles_, packing))
         norm = _gather(layout, params["final_norm"], letters["final_norm"])
         return apply(RMSNorm(config, "D"), norm, x)
 
     cells, rows = layout.activation("B -").spec, layout.activation("B").spec
     packed: Any = Packing(cells, cells, rows)  # pyright: ignore[reportArgumentType]
     weights = {name: jax.tree.map(lambda x: layout.param(x).spec, letters[name]) for name in names}
+    spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, letters["layers"])
     return jax.shard_map(
         run,
         mesh=layout.mesh,
-        in_specs=(weights, cells, cells, packed),
+        in_specs=(weights, cells, cells, packed, None if sums is None else spread),
         out_specs=layout.activation("B - -").spec,
         check_vma=False,  # the TPU kernels do not say over which axes their results vary
-    )({name: params[name] for name in names}, tokens, positions, packing)
+    )({name: params[name] for name in names}, tokens, positions, packing, sums)
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:

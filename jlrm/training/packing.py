@@ -139,7 +139,8 @@ def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int) -> Packed
         raise ValueError(f"A completion with its prompt is longer than {max(sizes)} slots.")
     _, size, bins = best
     num_completions = sum(len(group.completions) for group in groups)
-    return _lay_out(bins, size, num_rows, most_passes(num_completions, num_rows))
+    most = most_passes(num_completions, num_rows) if may_repeat(size, sizes) else 1
+    return _lay_out(bins, size, num_rows, most)
 
 
 def may_repeat(size: int, sizes: Sequence[int]) -> bool:
@@ -150,8 +151,7 @@ def may_repeat(size: int, sizes: Sequence[int]) -> bool:
 def shapes(sizes: Sequence[int], num_completions: int, num_rows: int) -> list[tuple[int, int]]:
     """Return every (A, T) that `pack` may give to so many completions, the largest first."""
     most = most_passes(num_completions, num_rows)
-    several = [(most, size) for size in sizes if most > 1 and may_repeat(size, sizes)]
-    return [*reversed(several), *((1, size) for size in reversed(sizes))]
+    return [(most if may_repeat(size, sizes) else 1, size) for size in reversed(sizes)]
 
 
 def most_passes(num_completions: int, num_rows: int) -> int:
@@ -248,8 +248,8 @@ def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
 def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: int) -> Packed:
     """Write the rows of all passes into arrays."""
     num_passes = -(-len(bins) // num_rows)
-    # One pass has a program without a loop over passes; any other number shares one shape.
-    shape = (1 if num_passes == 1 else most_passes, num_rows, size)
+    # Any number of passes shares one shape, so that each length of rows is one program.
+    shape = (most_passes, num_rows, size)
     names = "tokens", "positions", "group", "start", "sources", "targets", "sequence", "offset"
     cells = {name: np.zeros(shape, np.int32) for name in names}
     completion = np.full(shape, -1, np.int32)

@@ -306,17 +306,12 @@ def _compiled(program: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) -> LongestRows:
-    """Return the rows of these groups in the longest of the row lengths.
-
-    If any packing of them has several passes, that program is meant.
-    """
+    """Return the rows of these groups in the longest of the row lengths."""
     num_rows = layout.mesh.size
-    usual, longest = (packing.pack(groups, lengths, num_rows) for lengths in (sizes, sizes[-1:]))
-    most = max(packed.rows.tokens.shape[0] for packed in (usual, longest))
+    longest = packing.pack(groups, sizes[-1:], num_rows)
 
     def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        shape = (most, *x.shape[1:]) if x.ndim else ()
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=packing.spread(layout, x.ndim))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=packing.spread(layout, x.ndim))
 
     rows = jax.tree.map(abstract, longest.rows)
     num_completions = sum(len(group.completions) for group in groups)

@@ -17,13 +17,16 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlrm.config import LossConfig, OptimizerConfig
-from jlrm.model import qwen
+from jlrm.model import gradient_sums, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
 from jlrm.rl.losses import PolicyTargets, policy_loss, sequence_log_ratio
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
+
+# loss(params, sums of the layers' gradients or None, one pass) -> (loss, further sums)
+Loss = Callable[[Params, Params | None, tuple[Rows, Any]], tuple[Array, dict[str, Array]]]
 
 
 class TrainState(NamedTuple):
@@ -157,9 +160,11 @@ def sft_update(
     def token_loss(logp: Array, entropy: Array, weights: Array) -> tuple[Array, dict[str, Array]]:
         return -jnp.sum(weights * jnp.where(weights > 0, logp, 0.0)), {}
 
-    def loss(params: Params, part: tuple[Rows, Array]) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Params, sums: Params | None, part: tuple[Rows, Array]
+    ) -> tuple[Array, dict[str, Array]]:
         rows, weights = part
-        states, head = _states(config, layout, params, rows), qwen.head(config, params)
+        states, head = _states(config, layout, params, rows, sums), qwen.head(config, params)
         where = rows.targets, rows.count
         return summed_token_loss(token_loss, states, head, *where, weights, Distribution(), layout)
 
@@ -181,9 +186,11 @@ def grpo_update(
     def token_loss(logp: Array, entropy: Array, targets: PolicyTargets) -> Any:
         return policy_loss(settings, logp, entropy, targets)
 
-    def loss(params: Params, part: tuple[Rows, PolicyTargets]) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Params, sums: Params | None, part: tuple[Rows, PolicyTargets]
+    ) -> tuple[Array, dict[str, Array]]:
         rows, targets = part
-        states, head = _states(config, layout, params, rows), qwen.head(config, params)
+        states, head = _states(config, layout, params, rows, sums), qwen.head(config, params)
         where = rows.targets, rows.count
         if settings.ratio == "sequence":  # known before the loss of any of its tokens
             logp, _ = completion_logps(
@@ -200,10 +207,11 @@ def grpo_update(
 
 
 def _states(
-    config: QwenConfig, layout: Layout, params: Params, rows: Rows
+    config: QwenConfig, layout: Layout, params: Params, rows: Rows, sums: Params | None = None
 ) -> Float[Array, "B C D"]:
     """Run one pass and return the states that predict its targets."""
-    hidden = qwen.hidden_states(config, layout, params, rows.tokens, rows.positions, rows.packing)
+    places = rows.tokens, rows.positions, rows.packing
+    hidden = qwen.hidden_states(config, layout, params, *places, sums)
     # Each device takes from its own rows. The compiler would not see that, and gather them all.
     take = jax.shard_map(
         lambda hidden, sources: jnp.take_along_axis(hidden, sources[..., None], axis=1),
@@ -218,7 +226,7 @@ def _step(
     config: QwenConfig,
     layout: Layout,
     optimizer: optax.GradientTransformation,
-    loss: Callable[[Params, tuple[Rows, Any]], tuple[Array, dict[str, Array]]],
+    loss: Loss,
     state: TrainState,
     batch: tuple[Rows, Any],
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
@@ -229,33 +237,71 @@ def _step(
     Weights are cast once, before the passes: what moves between devices, and each pass's own
     gradients, are in compute precision.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, qwen.abstract_params(config, layout))
-
-    def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
-        value_and_sums, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)
-
+    abstract = qwen.abstract_params(config, layout)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     params = qwen.to_compute_dtype(config, state.params)
     params = jax.lax.with_sharding_constraint(params, shardings)
     if batch[0].tokens.shape[0] == 1:
-        (value, sums), grads = value_and_grad(params, _pass(batch, 0))
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        (value, sums), grads = value_and_grad(params, None, _pass(batch, 0))
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
+    elif config.remat == "full":
+        (value, sums), grads = _summed_in_place(loss, params, abstract, batch)
     else:
-        shapes = jax.eval_shape(value_and_grad, params, _pass(batch, 0))
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
-        )
-
-        def add(i: Array, total: Any) -> Any:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, _pass(batch, i)))
-
-        (value, sums), grads = jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
+        (value, sums), grads = _summed(loss, params, shardings, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
     is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
     taken = TrainState(new_params, opt_state, state.step + 1)
     return jax.tree.map(partial(jnp.where, is_finite), taken, state), metrics
+
+
+def _summed(loss: Loss, params: Params, shardings: Any, batch: tuple[Rows, Any]) -> Any:
+    """Return loss, further sums and gradients of all passes, added up pass by pass."""
+
+    def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
+        value_and_sums, grads = jax.value_and_grad(loss, has_aux=True)(params, None, part)
+        return value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)
+
+    def add(i: Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, _pass(batch, i)))
+
+    zeros = _zeros(jax.eval_shape(value_and_grad, params, _pass(batch, 0)))
+    return jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
+
+
+def _summed_in_place(loss: Loss, params: Params, abstract: Any, batch: tuple[Rows, Any]) -> Any:
+    """Return the same, with layers' gradients added up as they come (model/gradient_sums.py)."""
+    outer = {name: tree for name, tree in params.items() if name != "layers"}
+    shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in outer}
+
+    def value_and_grad(outer: Params, sums: Params, part: tuple[Rows, Any]) -> Any:
+        def of_both(outer: Params, sums: Params) -> tuple[Array, dict[str, Array]]:
+            return loss({**outer, "layers": params["layers"]}, sums, part)
+
+        both = jax.value_and_grad(of_both, argnums=(0, 1), has_aux=True)
+        value_and_sums, (grads, sums) = both(outer, sums)
+        return (value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)), sums
+
+    def add(i: Array, total: Any) -> Any:
+        others, sums = total
+        more, sums = value_and_grad(outer, sums, _pass(batch, i))
+        return jax.tree.map(jnp.add, others, more), sums
+
+    sums = gradient_sums.zeros(abstract["layers"])
+    zeros = _zeros(jax.eval_shape(value_and_grad, outer, sums, _pass(batch, 0))[0])
+    others, sums = jax.lax.fori_loop(0, batch[0].num_passes, add, (zeros, sums))
+    value_and_sums, grads = others
+    return value_and_sums, {**grads, "layers": gradient_sums.total(sums, abstract["layers"])}
+
+
+def _zeros(shapes: Any) -> Any:
+    """Return zeros of these shapes, at least in float32."""
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
+    )
 
 
 def _pass(batch: Any, i: Int[Array, ""] | int) -> Any:

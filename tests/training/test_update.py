@@ -250,6 +250,19 @@ def test_a_grpo_step_does_not_depend_on_the_number_of_passes(ratio):
     check_same(several, one)
 
 
+@pytest.mark.parametrize("mesh_shape", [ONE, (2, 2, 2), (1, 2, 2)])
+def test_layers_gradients_summed_in_place_are_those_summed_pass_by_pass(mesh_shape):
+    """On devices that share norm scales between some, and with two slices all weights."""
+    batch = random_batch(60, 2)
+    assert int(pack(batch, SEVERAL_PASSES, math.prod(mesh_shape)).rows.num_passes) > 1
+    config = dataclasses.replace(CONFIG, remat="none")
+    state = initial_state("sgd", ONE, config)
+    wanted = grpo_step(batch, SEVERAL_PASSES, state=state, config=config)
+    assert CONFIG.remat == "full"
+    found = grpo_step(batch, SEVERAL_PASSES, mesh_shape=mesh_shape)
+    check_same(found, wanted)
+
+
 def test_a_sft_step_does_not_depend_on_the_number_of_passes():
     batch = random_batch().plain()
     check_same(sft_step(batch, SEVERAL_PASSES), sft_step(batch, [1024]))
