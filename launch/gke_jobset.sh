@@ -23,6 +23,7 @@
 #   --namespace NAME       default
 #   --max-restarts N       after preemption, SIGTERM or a lost host (50). Exit codes 1 and 2 end the job.
 #   --grace SECONDS        from SIGTERM to SIGKILL (300)
+#   --replace              end a job of this name that still runs; one that has ended is replaced without it
 #   --dry-run              print the manifest and the kubectl command, run none
 #
 # Then: kubectl get jobset NAME; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME; kubectl delete jobset NAME
@@ -32,11 +33,12 @@ LAUNCH="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$LAUNCH/lib.sh"
 
 name="" type="" topology="" image="" slices=1 chips_per_host="" spot="" secret=jlrm-secrets queue=""
-service_account=default namespace=default max_restarts=50 grace=300
+service_account=default namespace=default max_restarts=50 grace=300 replace=""
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help) usage "${BASH_SOURCE[0]}" && exit ;;
     --dry-run) DRY_RUN=1 && shift ;;
+    --replace) replace=1 && shift ;;
     --spot) spot='cloud.google.com/gke-spot: "true"' && shift ;;
     --name) name="$(value "$1" "$@")"; shift 2 ;;
     --type) type="$(value "$1" "$@")"; shift 2 ;;
@@ -81,6 +83,9 @@ if [ -z "$chips_per_host" ]; then
 fi
 check --chips-per-host "$chips_per_host" '^[1248]$' "1, 2, 4 or 8"
 ((chips % chips_per_host == 0)) || wrong "--topology=$topology has $chips chips, no multiple of $chips_per_host a host."
+((slices == 1 || chips > chips_per_host)) ||
+  wrong "--slices=$slices: slices of one host each share a node pool, and JobSet gives a slice a pool of its own." \
+    "Take a topology of several hosts."
 [ $# -gt 0 ] || wrong "no command. Give one after --, such as: -- python -m jlrm.train --config FILE"
 run_dir="$(setting run.dir "$@")"
 [[ "$run_dir" == gs://* ]] || say "warning: run.dir=${run_dir:-(not given)} is lost with its pod. Use run.dir=gs://BUCKET/NAME."
@@ -118,5 +123,15 @@ fill CHIPS_PER_HOST "$chips_per_host"
 manifest="$(grep -vE '^ *(#|$)' <<< "$manifest")"
 fill COMMAND "$words" # last, so that its words are not taken for placeholders
 
+# A JobSet can't be changed, so one of this name goes first: at once if it has ended.
+of_name=(jobset "$name" --namespace="$namespace")
+if [ -z "$DRY_RUN" ]; then
+  state="$(kubectl get "${of_name[@]}" --ignore-not-found --output='jsonpath={.metadata.name} {.status.terminalState}')" ||
+    fail "kubectl can't ask the cluster; see above."
+  if [ "$state" = "$name " ] && [ -z "$replace" ]; then
+    wrong "$name exists and has not ended. Look: kubectl get ${of_name[*]}; end it with --replace."
+  fi
+  if [ -n "$state" ]; then kubectl delete "${of_name[@]}" --wait=true --timeout="$((grace + 60))s"; fi
+fi
 if [ -n "$DRY_RUN" ]; then printf '%s\n---\n# on stdin of:\n# ' "$manifest"; fi
 execute kubectl apply --filename=- <<< "$manifest"

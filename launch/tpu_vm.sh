@@ -14,7 +14,8 @@
 #   status   the slice's state and, for each host, the job's
 #   stop     SIGTERM on all hosts (jlrm saves and exits 143), then SIGKILL
 #   delete   stop paying
-#   up       create, wait, setup, run, attach, save the logs (runs/launch/NAME), delete. A preempted or
+#   down     the same, and delete every node that bears NAME and is left; says when nothing is (no --type)
+#   up       look whether the command can run (checkout, config, bucket), create, wait, setup, run, attach, save the logs (runs/launch/NAME), delete. A preempted or
 #            lost slice is made again, and the command is run again: jlrm goes on by itself from
 #            run.dir, which must be on gs:// for that.
 #
@@ -40,6 +41,8 @@
 #   --max-restarts N       of `up`, for whatever reason (20)
 #   --poll SECONDS         between looks at the slice and its hosts (30)
 #   --keep                 `up` does not delete the slice at its end
+#   --lifetime DURATION    the slice is deleted that long after its first command began, by its first
+#                          host if nobody watches (7d; 0: never). What was not saved by then is lost.
 #   --dry-run              print every gcloud command, run none
 #
 # Exit codes of attach and up: 0 done; 2 wrong input, never retried; 1 or another for a command that
@@ -50,6 +53,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/launch/lib.sh"
 
 ACTION="" NAME="" ZONE="" TYPE="" PROJECT="" RUNTIME="" SLICES=1 TIER=demand FLEX="" VALID_UNTIL=""
+LIFETIME=7d LEFT_BEHIND=""
 GIT_URL="" COMMIT="" EXTRAS=tpu,gcs MAX_RESTARTS=20 POLL=30 KEEP="" HOST=0/0 FOLLOW=""
 SECRETS=(HF_TOKEN WANDB_API_KEY) CREATE_FLAGS=() SSH_FLAGS=() COMMAND=()
 RETRY=200   # our own code for: start again
@@ -77,6 +81,7 @@ parse() {
       --env) SECRETS+=("$(value "$1" "$@")"); shift 2 ;;
       --max-restarts) MAX_RESTARTS="$(value "$1" "$@")"; shift 2 ;;
       --poll) POLL="$(value "$1" "$@")"; shift 2 ;;
+      --lifetime) LIFETIME="$(value "$1" "$@")"; shift 2 ;;
       --host) HOST="$(value "$1" "$@")"; shift 2 ;;
       --keep) KEEP=1 && shift ;;
       --follow) FOLLOW=1 && shift ;;
@@ -131,6 +136,8 @@ validate() {
   check_positive --slices "$SLICES"
   check_number --max-restarts "$MAX_RESTARTS"
   check --poll "$POLL" '^[0-9]+(\.[0-9]+)?$' "a number of seconds"
+  check --lifetime "$LIFETIME" '^(0|[1-9][0-9]*[smhd])$' "a duration such as 12h, or 0"
+  if [ "$ACTION" = down ]; then TYPE="${TYPE:-v6e-1}"; fi # of any type
   read_type
   check --runtime "$RUNTIME" '^[a-z0-9][a-z0-9.-]*$' "a runtime version"
   check --extras "$EXTRAS" '^[a-z0-9]+(,[a-z0-9]+)*$' "a comma-separated list such as tpu,gcs"
@@ -167,12 +174,47 @@ list_hosts() {
 }
 host() { printf '%s, worker %s' "${NODES[$1]}" "${WORKERS[$1]}"; }
 
+# check_gcloud: nothing works without it.
+check_gcloud() {
+  [ -n "$DRY_RUN" ] || command -v gcloud > /dev/null ||
+    wrong "gcloud is not installed here. See https://cloud.google.com/sdk/docs/install, then: gcloud auth login."
+}
+
+# check_source: find before anything is paid for what would end the command on every host.
+check_source() {
+  local config="" previous="" word
+  if [ -n "$GIT_URL" ]; then return; fi
+  git -C "$ROOT" rev-parse --git-dir > /dev/null 2>&1 ||
+    wrong "$ROOT is not a git checkout; use --git URL --commit SHA."
+  for word in "${COMMAND[@]}"; do
+    if [[ "$word" == --config=* ]]; then config="${word#*=}"; fi
+    if [ "$previous" = --config ]; then config="$word"; fi
+    previous="$word"
+  done
+  if [ -n "$config" ] && [[ "$config" != /* ]] &&
+    [ -z "$(git -C "$ROOT" ls-files --cached --others --exclude-standard -- "$config")" ]; then
+    wrong "--config $(quote "$config") is not in $ROOT, or git ignores it: no host would have it."
+  fi
+}
+
+# check_bucket RUN_DIR: a bucket that is not there would end the command after minutes of set-up.
+check_bucket() {
+  local bucket="${1#gs://}"
+  bucket="gs://${bucket%%/*}"
+  if [ -n "$DRY_RUN" ] || gcloud storage ls "$bucket" "${WHERE[@]:1}" > /dev/null 2> "$SCRATCH/error"; then return; fi
+  if grep -qiE '404|not found' "$SCRATCH/error"; then
+    wrong "run.dir=$1: there is no bucket $bucket. Make it: gcloud storage buckets create $bucket --location=${ZONE%-*}"
+  fi
+  say "warning: $bucket can't be looked at from here: $(tail -n 1 "$SCRATCH/error")"
+}
+
 check_run_dir() {
   local run_dir
   run_dir="$(setting run.dir "${COMMAND[@]}")"
   HAS_BUCKET=""
   if [[ "$run_dir" == gs://* ]]; then
     HAS_BUCKET=1
+    check_bucket "$run_dir"
   elif [ "$TIER" = spot ] || ((${#NODES[@]} > 1)); then
     say "warning: run.dir=${run_dir:-(not given)} is local to each host: what a preempted or deleted slice" \
       "had saved is lost, and hosts can't share a checkpoint. Use run.dir=gs://BUCKET/NAME."
@@ -280,7 +322,35 @@ get_state() {
 is_gone() { [[ "$STATE" =~ ^(SUSPENDING|SUSPENDED|FAILED|ABSENT)$ ]]; }
 
 delete() {
-  execute gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force
+  execute gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force || return
+  LEFT_BEHIND=""
+}
+
+# down: delete the queued resource, wait until it is gone, and delete what nodes of its are left.
+down() {
+  local node nodes
+  if [ -n "$DRY_RUN" ]; then
+    delete
+    return
+  fi
+  get_state
+  [ "$STATE" != UNKNOWN ] || explain "$SCRATCH/error"
+  if [ "$STATE" != ABSENT ]; then delete || fail "$NAME could not be deleted; it is $STATE."; fi
+  while [ "$STATE" != ABSENT ]; do
+    sleep "$POLL"
+    get_state
+    [ "$STATE" != UNKNOWN ] || explain "$SCRATCH/error"
+  done
+  nodes="$(gcloud compute tpus tpu-vm list "${WHERE[@]}" --format='value(name)' 2> "$SCRATCH/error")" ||
+    explain "$SCRATCH/error"
+  for node in $nodes; do
+    node="${node##*/}"
+    if [ "$node" = "$NAME" ] || [[ "$node" =~ ^"$NAME"-[0-9]+$ ]]; then
+      say "node $node is left"
+      gcloud compute tpus tpu-vm delete "$node" "${WHERE[@]}" || fail "node $node could not be deleted."
+    fi
+  done
+  say "nothing named $NAME is left in $ZONE"
 }
 
 # settle: poll while the slice is on its way, until ACTIVE, SUSPENDED, FAILED or ABSENT.
@@ -309,10 +379,14 @@ acquire() {
   fi
   settle
   case "$STATE" in
-    ACTIVE) return ;;
+    ACTIVE)
+      LEFT_BEHIND=1
+      return
+      ;;
     SUSPENDED | FAILED) delete || fail "$NAME ($STATE) could not be deleted." ;;
   esac
   create
+  LEFT_BEHIND=1
   settle
   case "$STATE" in
     ACTIVE) ;;
@@ -335,8 +409,6 @@ setup() {
     everywhere "{ test -d jlrm/.git || git clone --no-checkout $(quote "$GIT_URL") jlrm; } && \
 git -C jlrm fetch origin && git -C jlrm checkout --force --detach $COMMIT && $install"
   else
-    git -C "$ROOT" rev-parse --git-dir > /dev/null 2>&1 ||
-      wrong "$ROOT is not a git checkout; use --git URL --commit SHA."
     if [ -n "$DRY_RUN" ]; then
       echo "# on stdin: a .tgz of $(quote "$ROOT"), as git sees it"
     else
@@ -403,6 +475,17 @@ run() {
     return "$code"
   fi
   say "started on ${#NODES[@]} hosts: $(quote "${COMMAND[@]}")"
+  limit_life
+}
+
+# limit_life: let the first host delete the slice when its time is over, once, whoever watches.
+limit_life() {
+  local end
+  if [ "$LIFETIME" = 0 ]; then return; fi
+  end="sleep $LIFETIME; gcloud compute tpus queued-resources delete $NAME --zone=$ZONE --quiet --force --async"
+  remote 0 "test -e .jlrm/lifetime || { mkdir -p .jlrm; touch .jlrm/lifetime; \
+nohup setsid sh -c $(quote "$end") > .jlrm/lifetime 2>&1 < /dev/null & }" < /dev/null ||
+    say "warning: the first host could not be told to delete the slice after $LIFETIME."
 }
 
 # judge_jobs: from JOBS, set VERDICT (go_on, done, retry, wrong, failed, unreachable) and CULPRIT (a host).
@@ -532,6 +615,7 @@ finish() {
     say "logs are in $logs"
   fi
   if [ -n "$KEEP" ] || [ -z "$HAS_BUCKET" ]; then
+    LEFT_BEHIND=""
     say "$NAME is kept, and paid for${KEEP:+ (--keep)}: tpu_vm.sh delete ends that"
     return
   fi
@@ -563,23 +647,35 @@ logs() {
   remote "$index" "bash jlrm/launch/host.sh log ${FOLLOW:+follow}" < /dev/null
 }
 
+# leave: at every end of this script, by a signal too, say what is still paid for.
+leave() {
+  rm -rf "$SCRATCH"
+  if [ -n "$LEFT_BEHIND" ]; then
+    say "$NAME is there, and paid for. Look: tpu_vm.sh status; go on: the same command; end it: tpu_vm.sh down."
+  fi
+}
+
 main() {
   local code=0
   parse "$@"
-  [[ "$ACTION" =~ ^(create|setup|run|attach|logs|status|stop|delete|up)$ ]] ||
-    wrong "action=$(quote "$ACTION") is not one of create, setup, run, attach, logs, status, stop, delete, up. See --help."
+  [[ "$ACTION" =~ ^(create|setup|run|attach|logs|status|stop|delete|down|up)$ ]] ||
+    wrong "action=$(quote "$ACTION") is not one of create, setup, run, attach, logs, status, stop, delete, down, up. See --help."
   validate
   list_hosts
+  umask 077
+  SCRATCH="$(mktemp -d)"
+  trap leave EXIT
+  trap 'exit 129' HUP
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
   if [[ "$ACTION" =~ ^(run|up)$ ]]; then
     ((${#COMMAND[@]})) || wrong "$ACTION needs a command after --, such as: -- python -m jlrm.train --config FILE"
-    check_run_dir
   elif ((${#COMMAND[@]})); then
     wrong "$ACTION takes no command."
   fi
-  umask 077
-  SCRATCH="$(mktemp -d)"
-  trap 'rm -rf "$SCRATCH"' EXIT
-  trap 'say "left; the slice and its job go on. Look: tpu_vm.sh status; end: stop, delete."; exit 130' INT
+  check_gcloud
+  if [[ "$ACTION" =~ ^(setup|up)$ ]]; then check_source; fi
+  if ((${#COMMAND[@]})); then check_run_dir; fi
   declare -ga CODES=() JOBS=() LAST=()
   case "$ACTION" in
     stop)

@@ -29,7 +29,8 @@ EARLIER = {"quickstart.sh", "test.sh"}  # what follows them goes on to the comma
 HOSTILE = ["a b; $(rm -rf /)", "it's", '"q" \\ $HOME `id`', "& | > < * ? ~ #", "ü", "@NAME@", ""]
 TOKEN = "hf_very-secret'$value"
 TPU = ["--name", "judge", "--zone", "us-east5-b", "--poll", "0.02"]
-TRAIN = ["--", "python", "-m", "jlrm.train", "--config", "c.yaml", "run.dir=gs://bucket/run"]
+CONFIG = "configs/judgelrm_7b.yaml"
+TRAIN = ["--", "python", "-m", "jlrm.train", "--config", CONFIG, "run.dir=gs://bucket/run"]
 
 FAKE = """#!{python} -IS
 import fcntl, json, os, sys
@@ -134,6 +135,10 @@ class Cloud:
             for name, argv, text in rows
             if tool in (None, name) and all(m in " ".join([name, *argv]) for m in match)
         ]
+
+    def deletions(self) -> list[tuple[list[str], str]]:
+        """Return the calls that ask for the end of a slice."""
+        return self.calls("queued-resources delete")
 
 
 @pytest.fixture
@@ -291,6 +296,134 @@ def test_wrong_input_calls_nothing(cloud, args, said):
     assert not cloud.calls()
 
 
+@pytest.mark.parametrize("action", ["up", "setup"])
+def test_what_no_host_would_have_is_found_before_anything_is_paid_for(cloud, action):
+    command = ["--", "python", "-m", "jlrm.train", "--config", "configs/typo.yaml"]
+    words = [] if action == "setup" else command
+    if action == "up":
+        done = cloud.run("tpu_vm.sh", action, *TPU, "--type", "v6e-8", *words)
+        assert done.returncode == 2 and "--config configs/typo.yaml is not in" in done.stderr
+        assert not cloud.calls()
+    elsewhere = cloud.home / "copy"
+    shutil.copytree(LAUNCH, elsewhere / "launch")
+    done = subprocess.run(
+        ["bash", elsewhere / "launch/tpu_vm.sh", action, *TPU, "--type", "v6e-8", *words],
+        env=cloud.env({"GIT_CEILING_DIRECTORIES": str(cloud.home)}),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "is not a git checkout" in done.stderr, done.stderr
+    assert not cloud.calls()
+
+
+def test_a_bucket_that_is_not_there_is_found_before_anything_is_paid_for(cloud):
+    cloud.reply("storage ls gs://bucket", err="ERROR: gs://bucket not found: 404.\n", code=1)
+    done = cloud.up()
+    assert done.returncode == 2 and "there is no bucket gs://bucket" in done.stderr
+    assert len(cloud.calls()) == 1
+
+
+def test_a_bucket_that_may_not_be_listed_is_only_warned_of(cloud):
+    cloud.reply("storage ls", err="ERROR: 403 permission denied\n", code=1)
+    cloud.states("ACTIVE")
+    cloud.reply("host.sh status", out="exited 0 | done\n")
+    done = cloud.up()
+    assert done.returncode == 0 and "warning: gs://bucket can't be looked at" in done.stderr
+
+
+def test_without_gcloud_there_is_a_sentence(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "mktemp", "rm", "awk", "git"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    done = subprocess.run(
+        [shutil.which("bash"), LAUNCH / "tpu_vm.sh", "status", *TPU, "--type", "v6e-8"],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "gcloud is not installed here" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_who_leaves_is_told_what_is_paid_for(cloud, signum, code):
+    cloud.states("ACTIVE")
+    cloud.reply("host.sh status", out="running | step 1\n")
+    (cloud.home / "rules.json").write_text(json.dumps(cloud.rules))
+    words = ["up", *TPU, "--type", "v6e-8", *TRAIN]
+    started = subprocess.Popen(
+        ["env", "--default-signal=INT", "bash", LAUNCH / "tpu_vm.sh", *words],
+        env=cloud.env(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(lambda: len(cloud.calls("host.sh status")) > 2)
+    started.send_signal(signum)
+    _, said = started.communicate(timeout=30 * slowness())
+    assert started.returncode == code and "judge is there, and paid for" in said
+    assert not cloud.deletions()
+
+
+def test_a_failure_after_the_slice_was_made_says_what_is_paid_for(cloud):
+    cloud.states("ABSENT", "ACTIVE")
+    cloud.reply("host.sh status", out="none\n")
+    cloud.reply("host.sh start", err="another command is running\n", code=3)
+    done = cloud.up()
+    assert done.returncode == 1 and "judge is there, and paid for" in done.stderr
+
+
+def test_the_first_host_ends_the_slice_when_its_time_is_over(cloud):
+    cloud.states("ACTIVE")
+    cloud.reply("host.sh status", out="none\n", times=2)
+    cloud.reply("host.sh status", out="exited 0 | done\n")
+    assert cloud.up("--lifetime", "3h").returncode == 0
+    ((argv, _),) = cloud.calls("lifetime")
+    assert "--worker=0" in argv and "sleep\\ 3h" in flag(argv, "--command")
+    assert cloud.run("tpu_vm.sh", "up", *TPU, "--lifetime", "3").returncode == 2
+
+
+def test_a_host_asks_for_the_end_of_its_slice(cloud, tmp_path):
+    """What is sent to it, run here, with a lifetime of a moment; asked twice, it asks once."""
+    cloud.states("ACTIVE")
+    cloud.reply("host.sh status", out="none\n", times=2)
+    cloud.reply("host.sh status", out="exited 0 | done\n")
+    assert cloud.up("--lifetime", "1s", "--keep").returncode == 0
+    ((argv, _),) = cloud.calls("lifetime")
+    for _ in range(2):
+        subprocess.run(["bash", "-c", flag(argv, "--command")], cwd=tmp_path, env=cloud.env())
+    wait_for(lambda: cloud.calls("queued-resources delete", "--async"))
+    time.sleep(1)
+    ((argv, _),) = cloud.calls("queued-resources delete", "--async")
+    assert argv[4:6] == ["delete", "judge"]
+
+
+@pytest.mark.parametrize("state", ["ACTIVE", "ABSENT"])
+def test_down_finds_what_is_left(cloud, state):
+    if state == "ACTIVE":
+        cloud.state("ACTIVE", 1)
+        cloud.state("DELETING", 2)
+    cloud.states("ABSENT")
+    cloud.reply(
+        "tpu-vm list", out="judge-0\nprojects/p/locations/z/nodes/judge-1\njudge-2b\nother\n"
+    )
+    done = cloud.run("tpu_vm.sh", "down", *TPU)
+    assert done.returncode == 0, done.stderr
+    assert "nothing named judge is left in us-east5-b" in done.stderr
+    assert len(cloud.deletions()) == (state == "ACTIVE")
+    assert [argv[5] for argv, _ in cloud.calls("tpu-vm delete")] == ["judge-0", "judge-1"]
+
+
+def test_down_says_what_it_could_not_delete(cloud):
+    cloud.states("ABSENT")
+    cloud.reply("tpu-vm list", out="judge\n")
+    cloud.reply("tpu-vm delete", err="PERMISSION_DENIED\n", code=1)
+    done = cloud.run("tpu_vm.sh", "down", *TPU)
+    assert done.returncode == 1 and "node judge could not be deleted" in done.stderr
+
+
 def test_dry_run_prints_every_command_and_runs_none(cloud):
     words = ["python", "-m", "jlrm.train", "run.dir=gs://b/r", *HOSTILE]
     done = cloud.run(
@@ -304,7 +437,7 @@ def test_dry_run_prints_every_command_and_runs_none(cloud):
     assert [" ".join(argv[3:5]) for argv in argvs] == [
         "queued-resources create",
         "queued-resources describe",
-        *["tpu-vm ssh"] * 8,
+        *["tpu-vm ssh"] * 9,  # set-up and start on four hosts, and the end of the slice's life
         "queued-resources delete",
     ]
     for argv in argvs[6:10]:
@@ -383,7 +516,9 @@ def test_up_goes_on_with_a_job_that_runs_already(cloud):
     cloud.reply("host.sh status", out="exited 0 | done\n")
     done = cloud.up("--keep")
     assert done.returncode == 0, done.stderr
-    assert not any(cloud.calls(word) for word in ("create", "delete", "setup", "stop"))
+    assert not any(
+        cloud.calls(word) for word in ("create", "queued-resources delete", "setup", "stop")
+    )
 
 
 @pytest.mark.slow
@@ -396,7 +531,7 @@ def test_wrong_input_of_the_command_is_not_retried(cloud):
     done = cloud.up()
     assert done.returncode == 2 and "restart" not in done.stderr
     assert "worker 1: exited 2" in done.stderr and "error: unknown key" in done.stderr
-    assert len(cloud.calls("host.sh start")) == 2 and len(cloud.calls("delete")) == 1
+    assert len(cloud.calls("host.sh start")) == 2 and len(cloud.deletions()) == 1
 
 
 @pytest.mark.slow
@@ -444,7 +579,7 @@ def test_a_host_out_of_reach_is_replaced(cloud):
     done = cloud.up()
     assert done.returncode == 0, done.stderr
     assert "worker 1 can't be reached (4 of 4; the slice is ACTIVE)" in done.stderr
-    assert len(cloud.calls("delete")) == 2 and len(cloud.calls("create")) == 1
+    assert len(cloud.deletions()) == 2 and len(cloud.calls("create")) == 1
 
 
 @pytest.mark.slow
@@ -469,7 +604,7 @@ def test_local_results_are_warned_of_and_kept(cloud):
     args = ["--type", "v6e-4", "--spot", "--", "python", "run.dir=runs/x"]
     done = cloud.run("tpu_vm.sh", "up", *TPU, *args)
     assert done.returncode == 0 and "warning: run.dir=runs/x is local" in done.stderr
-    assert not cloud.calls("delete") and "kept" in done.stderr
+    assert not cloud.deletions() and "kept" in done.stderr
 
 
 @pytest.mark.slow
@@ -620,7 +755,8 @@ def test_jobset(cloud):
     extra = ["--slices", "2", "--spot", "--queue", "q", "--secret", "my-secrets"]
     done = cloud.run("gke_jobset.sh", *JOBSET, *extra, "--", *words, env={"HF_TOKEN": TOKEN})
     assert done.returncode == 0 and not done.stderr
-    ((argv, text),) = cloud.calls()
+    (asked, _), (argv, text) = cloud.calls()
+    assert asked[:4] == ["kubectl", "get", "jobset", "judge"]
     assert argv == ["kubectl", "apply", "--filename=-"] and TOKEN not in text
     manifest = yaml.safe_load(text.encode("latin1"))
     assert manifest["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
@@ -657,6 +793,19 @@ def test_jobset(cloud):
 
 
 @pytest.mark.parametrize(
+    ("state", "flags", "code"),
+    [("judge Completed", [], 0), ("judge ", [], 2), ("judge ", ["--replace"], 0), ("", [], 0)],
+)
+def test_a_jobset_of_the_same_name_goes_first_if_it_may(cloud, state, flags, code):
+    cloud.reply("kubectl get", out=state)
+    done = cloud.run("gke_jobset.sh", *JOBSET, *flags, "--", "python", "run.dir=gs://b/r")
+    assert done.returncode == code, done.stderr
+    verbs = [argv[1] for argv, _ in cloud.calls()]
+    assert verbs == (["get", "delete", "apply"] if state else ["get", "apply"])[: 1 if code else 3]
+    assert ("--replace" in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize(
     ("kind", "topology", "hosts", "chips"),
     [("v5e", "2x4", 1, 8), ("v5e", "2x2", 1, 4), ("v5p", "2x2x2", 2, 4), ("tpu7x", "2x2x1", 1, 4)],
 )
@@ -678,6 +827,7 @@ def test_jobset_hosts(cloud, kind, topology, hosts, chips):
         (["--type", "v9"], "--type=v9"),
         (["--secret", "a}, x: {"], "--secret"),
         (["--topology", "3x3", "--type", "v5e"], "no multiple of 4"),
+        (["--topology", "2x4", "--slices", "2"], "several hosts"),
         (["--", "python", "a\nb"], "control character"),
         (["--"], "no command"),
     ],
