@@ -2,7 +2,13 @@
 
 import sys as _sys
 from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
+if _TYPE_CHECKING:
+    from jlrm.serving.judge import Judge
+
+__all__ = ["Judge"]
 __version__ = "0.1.0"
 
 # Python sets "-m" while it looks for the module of `python -m jlrm.train`, whose first imports
@@ -16,3 +22,12 @@ if _sys.argv[:1] == ["-m"]:
             file=_sys.stderr,
         )
         _sys.exit(2)
+
+
+def __getattr__(name: str) -> _Any:
+    """Import `Judge` when it is asked for, so that `import jlrm` takes no time."""
+    if name != "Judge":
+        raise AttributeError(f"module 'jlrm' has no attribute '{name}'")
+    from jlrm.serving.judge import Judge
+
+    return Judge

@@ -14,6 +14,7 @@ from jlrm.config import nearest
 
 COMMANDS = {
     "train": "train a judge: SFT on written judgements, then GRPO",
+    "judge": "judge pairs of answers",
     "evaluate": "let a judge judge benchmarks, and score it by their rules",
     "prepare": "make one checked data set of comparisons from anywhere",
     "export": "move weights between a run and Hugging Face's format",

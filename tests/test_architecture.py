@@ -25,13 +25,14 @@ RANKS = {
     "evaluation.benchmarks": 6,
     "evaluation.benchmarks.raters": 6,
     "judges": 7,
+    "serving": 8,
     "training": 8,
     "planning": 9,
 }
 COMMAND = 10
 COMMANDS = {
     *("train", "evaluate", "export", "prepare", "plan", "bench", "report", "scorecard"),
-    "notebook",
+    *("notebook", "judge"),
 }
 FORBIDDEN = {
     "judgement": {"jax", "numpy", "flax"},

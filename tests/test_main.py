@@ -61,7 +61,7 @@ def test_a_command_runs_as_its_module_does(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("trian", "Did you mean 'train'?"), ("x", "Known: train, evaluate, ")]
+    ("name", "said"), [("trian", "Did you mean 'train'?"), ("x", "Known: train, judge, evaluate, ")]
 )
 def test_an_unknown_command_is_answered_with_the_nearest(name, said):
     done = run("-m", "jlrm", name)

@@ -22,7 +22,7 @@ def ordered(item: Item, first: int, second: int, policy: Policy, seed: int) -> l
     as_given, swapped = Game(item, first, second), Game(item, second, first)
     if policy.order == "both":
         return [as_given, swapped]
-    is_swapped = policy.order == "random" and _coin(f"{seed}:{as_given.id}")
+    is_swapped = policy.order == "random" and coin(f"{seed}:{as_given.id}")
     return [swapped if is_swapped else as_given]
 
 
@@ -31,7 +31,7 @@ def pair_games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
     return [game for item in items for game in ordered(item, 0, 1, policy, seed)]
 
 
-def _coin(text: str) -> bool:
+def coin(text: str) -> bool:
     return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[0] % 2 == 1
 
 

@@ -1,0 +1,149 @@
+"""Judge pairs of answers: `python -m jlrm.judge pairs.jsonl --model M --out DIR`.
+
+    1  read    the pairs: a file, a directory, hf:ORG/NAME, or lines of JSON on stdin ("-")
+    2  judge   each in both orders (--orders); responses are kept as they come
+    3  write   DIR/verdicts.jsonl, a line for each line read, in order; DIR/summary.json
+
+The same command goes on where it was stopped, and gives the same lines. A row that can't be judged
+has its line too, with the reason. On several hosts all of them run the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from jlrm.config import RunError, UsageError
+from jlrm.evaluation.games import Game
+from jlrm.evaluation.journal import Journal
+from jlrm.evaluation.reading import PARSERS, reader
+from jlrm.evaluation.statistics import results
+from jlrm.judges import asking, options
+from jlrm.runtime import cluster, commands, hosts, settings
+from jlrm.runtime.storage import write_atomically
+from jlrm.serving import rows as row_files
+from jlrm.serving import tally
+from jlrm.serving.judge import ORDERS, Pair, doubt, games_of
+from jlrm.serving.results import JudgedPair, judged_pair
+from jlrm.serving.rows import Row
+
+VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
+
+
+def judge(args: argparse.Namespace) -> tally.JudgingSummary:
+    """Judge the pairs, write their verdicts, and return what they come to.
+
+    Raises:
+      UsageError: anything the user can mend.
+      Interrupted: Ctrl-C or SIGTERM; the responses so far are kept.
+    """
+    # 1. Read.
+    rows = row_files.read(args.pairs, args.reading["columns"], args.reading["values"])
+    name = pathlib.PurePath(args.pairs).name
+    games = {
+        number: games_of(number, Pair(*row[1:4]), args.orders, args.seed)
+        for number, row in enumerate(rows)
+        if not row.error
+    }
+    asked = [game for own in games.values() for game in own]
+
+    # 2. Judge.
+    model = options.pinned(args.backend, args.model)
+    texts = results.checksum([row[:4] for row in rows])
+    identity = options.identity(args.backend, model, args.options, args.seed)
+    header = {"data": texts, "orders": args.orders, **identity}
+    hosts.agree("pairs and models", header)
+    kept = Journal(args.out if hosts.is_main() else None, header)
+    done = hosts.gather("the responses so far", kept.done)[0]
+    if left := [game for game in asked if game.id not in done]:
+        backend = options.make(args.backend, model, args.options, args.seed, args.out)
+        asking.judge(backend, left, kept, name, len(asked))
+
+    # 3. Write.
+    low, high = args.options.get("scale") or (1, 10)
+    read = reader(args.parser, (low, high))
+    judged = [_judged(row, games.get(number), kept, read) for number, row in enumerate(rows)]
+    summary = tally.summary(rows, judged, list(games.values()), kept.responses, read)
+    if hosts.is_main():
+        lines = (json.dumps(each.to_dict()) + "\n" for each in judged)
+        write_atomically(args.out / VERDICTS, "".join(lines).encode())
+        tally.write(args.out / SUMMARY, summary)
+    return summary
+
+
+def _judged(row: Row, games: Sequence[Game] | None, kept: Journal, read: Any) -> JudgedPair:
+    if games is None:
+        return JudgedPair(None, None, None, None, "", "unjudged", (), None, row.id, row.error)
+    return judged_pair(row.id, games, [kept.responses.get(game.id) for game in games], read)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, judge, and print what came of it."""
+    args = _parser().parse_args(argv)
+    if not args.model:
+        raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
+    args.options = options.options(args)
+    args.reading = settings.pair_flags(args)
+    name = re.sub(r"[^\w.-]+", "-", pathlib.PurePath(args.model).name).strip("-.") or "judge"
+    args.out = (args.out or pathlib.Path("judged", name)).expanduser()
+    if args.out.exists() and not args.out.is_dir():
+        raise UsageError(f"--out {args.out} is a file. Name a directory.")
+    if args.pairs != "-":
+        _run(args)
+        return
+    with tempfile.TemporaryDirectory() as directory:  # readers want a file
+        file = pathlib.Path(directory, "stdin.jsonl")
+        file.write_bytes(sys.stdin.buffer.read())
+        args.pairs = str(file)
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
+    agreed = {name: getattr(args, name) for name in ("model", "options", "orders", "seed")}
+    with hosts.joined(args, agreed):
+        summary = judge(args)
+        hosts.gather("the verdicts", None)
+    if not hosts.is_main():
+        return
+    if args.json:
+        print(json.dumps(tally.as_json(summary)))
+    else:
+        print("\n".join([*tally.lines(summary), f"Written: {args.out / VERDICTS}"]))
+    if summary.games and 2 * summary.unread > summary.games:
+        print(f"warning: {doubt(args.model, summary.unread, summary.games)}", file=sys.stderr)
+    if summary.errors:
+        raise RunError(
+            f"{summary.errors} of {summary.rows} rows have no verdict, for a reason that stands in "
+            "their line. The same command asks again what was asked in vain."
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.judge", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("pairs", help="FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin")
+    add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, endpoint's name")
+    add("--out", type=pathlib.Path, metavar="DIR", help="of what is written (judged/NAME)")
+    backends = [name for name in options.BACKENDS if name != options.VERDICTS]
+    add("--backend", choices=backends, default=options.JLRM, help="who judges (jlrm)")
+    add("--orders", choices=ORDERS, default="both", help="of the answers (both)")
+    parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
+    add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
+    add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
+    add("--json", action="store_true", help="the summary as one JSON object on stdout")
+    settings.add_pair_flags(parser)
+    options.add_options(parser)
+    cluster.add_arguments(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(commands.run(main))

@@ -1,0 +1,1 @@
+"""How a judge is asked by others: from Python, and by files of pairs."""

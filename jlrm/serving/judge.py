@@ -1,0 +1,281 @@
+"""`Judge`: one class for a model of ours, an endpoint and a heuristic, asked from Python.
+
+    from jlrm import Judge
+
+    judge = Judge.load("runs/mine@best")
+    result = judge.compare("How many legs has a spider?", "Eight.", "Six.")
+    result.winner, result.confidence, result.is_consistent
+
+Each pair is judged in both orders unless `orders` says otherwise, all games of a call in the same
+batches. Nothing raises for what a judge wrote: a game without a verdict has a status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import logging
+import threading
+import urllib.request
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jlrm.config import UsageError, nearest
+from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.evaluation.reading import Reader, reader
+from jlrm.evaluation.scoring import coin
+from jlrm.judges import options
+from jlrm.serving import ranking
+from jlrm.serving.results import JudgedPair, Ranking, judged_pair
+
+log = logging.getLogger(__name__)
+
+Orders = Literal["both", "given", "random"]
+ORDERS = ("both", "given", "random")
+FEW_GAMES = 8  # below these nothing is said of a judge that writes no verdicts
+STREAM_PAIRS = 256  # pairs that an iterator form asks together
+FIELDS = ("question", "answer_1", "answer_2")
+
+
+class Pair(NamedTuple):
+    """A question and two answers to be judged."""
+
+    question: str
+    answer_1: str
+    answer_2: str
+    id: str = ""
+
+
+class Judge:
+    """Compares answers; made by `load`. Calls from several threads wait for one another."""
+
+    def __init__(self, backend: Backend, read: Reader, name: str, seed: int = 0) -> None:
+        self.name = name
+        self._backend, self._read, self._seed = backend, read, seed
+        self._lock, self._num_games, self._num_unread = threading.Lock(), 0, 0
+        self._is_told = False
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        backend: str = "",
+        parser: str = "lenient",
+        seed: int = 0,
+        **settings: Any,
+    ) -> Judge:
+        """Return a judge; weights are read when it is first asked.
+
+        Args:
+          model: RUN[@STEP], a Hugging Face directory or hub id, the address of an endpoint
+            (http://HOST:8000/v1, whose only model is asked), or what `backend` knows.
+          backend: jlrm, openai or heuristic; by default by the form of `model`.
+          settings: as the flags of `jlrm evaluate`: prompt, scale, votes, temperature,
+            max_new_tokens, batch_size, mesh, base_url, ...
+
+        Raises:
+          UsageError: anything the user can mend.
+        """
+        if unknown := settings.keys() - options.OPTIONS.keys():
+            name = min(unknown)
+            raise UsageError(f"Judge.load: no setting '{name}'. {nearest(name, options.OPTIONS)}")
+        is_address = model.startswith(("http://", "https://"))
+        backend = backend or (options.OPENAI if is_address else options.JLRM)
+        if backend not in options.BACKENDS or backend == options.VERDICTS:
+            raise UsageError(f"Judge.load: no backend '{backend}'. Known: jlrm, openai, heuristic.")
+        if is_address:
+            settings["base_url"] = model
+            model = only_model(model)
+        given = {name: settings.get(name) for name in options.OPTIONS}
+        chosen = options.options(argparse.Namespace(backend=backend, model=model, **given))
+        low, high = chosen.get("scale") or (1, 10)
+        pinned = options.pinned(backend, model)
+        made = options.make(backend, pinned, chosen, seed, None)
+        return cls(made, reader(parser, (low, high)), pinned, seed)
+
+    def __repr__(self) -> str:
+        return f"Judge({self.name!r})"
+
+    def compare(
+        self, question: Any, answer_1: Any = None, answer_2: Any = None, *, orders: Orders = "both"
+    ) -> Any:
+        """Judge one pair, many, or the rows of a table.
+
+        Args:
+          question, answer_1, answer_2: three texts, or three lists of them; or a pandas.DataFrame
+            with these columns alone.
+          orders: "both"; "given": answer 1 is shown first; "random": by the seed and the pair.
+
+        Returns:
+          A `JudgedPair`, or a list of them in order; of a DataFrame a copy with columns for the
+          verdicts.
+
+        Raises:
+          UsageError: texts of other types, lists of several lengths, an order that there is not.
+        """
+        if hasattr(question, "assign") and hasattr(question, "columns"):
+            return self._compare_frame(question, orders)
+        if isinstance(question, str):
+            return self._compare([Pair(question, answer_1, answer_2)], orders)[0]
+        columns = [list(column or ()) for column in (question, answer_1, answer_2)]
+        if len({len(column) for column in columns}) > 1:
+            named = zip(FIELDS, columns, strict=True)
+            sizes = ", ".join(f"{len(column)} of {name}" for name, column in named)
+            raise UsageError(f"Judge.compare: wanted lists of one length, got {sizes}.")
+        return self._compare([Pair(*texts) for texts in zip(*columns, strict=True)], orders)
+
+    def compare_each(
+        self, pairs: Iterable[Sequence[str] | Mapping[str, str]], *, orders: Orders = "both"
+    ) -> Iterator[JudgedPair]:
+        """Judge a stream of pairs, some hundred at a time, and yield the results in order."""
+        iterator = iter(pairs)
+        while part := list(itertools.islice(iterator, STREAM_PAIRS)):
+            yield from self._compare([_pair(each) for each in part], orders)
+
+    def rank(self, question: str, answers: Sequence[str], *, orders: Orders = "both") -> Ranking:
+        """Order several answers by comparing each with each.
+
+        Raises:
+          UsageError: fewer than two answers.
+        """
+        if len(answers) < 2:
+            raise UsageError(f"Judge.rank: wanted two answers at least, got {len(answers)}.")
+        places = list(itertools.combinations(range(len(answers)), 2))
+        pairs = [Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places]
+        judged = self._compare(pairs, orders)
+        return ranked(places, judged, len(answers))
+
+    async def acompare(self, *texts: Any, orders: Orders = "both") -> Any:
+        """`compare`, without holding the event loop."""
+        return await asyncio.to_thread(self.compare, *texts, orders=orders)
+
+    async def arank(
+        self, question: str, answers: Sequence[str], *, orders: Orders = "both"
+    ) -> Ranking:
+        """`rank`, without holding the event loop."""
+        return await asyncio.to_thread(self.rank, question, answers, orders=orders)
+
+    def _compare(self, pairs: Sequence[Pair], orders: Orders) -> list[JudgedPair]:
+        games = [games_of(number, pair, orders, self._seed) for number, pair in enumerate(pairs)]
+        responses: dict[str, Response] = {}
+        with self._lock:
+            self._backend(
+                [game for own in games for game in own],
+                lambda response: responses.update({response.game: response}),
+            )
+            results = [
+                judged_pair(pair.id, own, [responses.get(game.id) for game in own], self._read)
+                for pair, own in zip(pairs, games, strict=True)
+            ]
+            self._count(results)
+        return results
+
+    def _compare_frame(self, frame: Any, orders: Orders) -> Any:
+        missing = [name for name in FIELDS if name not in frame.columns]
+        if missing:
+            raise UsageError(
+                f"Judge.compare: the table has no column '{missing[0]}'. It has: "
+                f"{', '.join(map(str, frame.columns))}."
+            )
+        rows = zip(*(frame[name] for name in FIELDS), strict=True)
+        judged = self._compare([Pair(*texts) for texts in rows], orders)
+        return frame.assign(
+            winner=[each.winner for each in judged],
+            judged_score_1=[each.scores[0] if each.scores else None for each in judged],
+            judged_score_2=[each.scores[1] if each.scores else None for each in judged],
+            confidence=[each.confidence for each in judged],
+            is_consistent=[each.is_consistent for each in judged],
+            status=[each.status for each in judged],
+        )
+
+    def _count(self, results: Sequence[JudgedPair]) -> None:
+        """Say once of a judge that most of what it wrote is no verdict."""
+        played = [game for each in results for game in each.games if game.status != "unjudged"]
+        self._num_games += len(played)
+        self._num_unread += sum(game.winner is None for game in played)
+        is_most = 2 * self._num_unread > self._num_games >= FEW_GAMES
+        if is_most and not self._is_told:
+            self._is_told = True
+            log.warning("%s", doubt(self.name, self._num_unread, self._num_games))
+
+
+def doubt(name: str, num_unread: int, num_games: int) -> str:
+    """Return what to say of a judge most of whose responses hold no verdict."""
+    return (
+        f"{name} wrote no verdict in {num_unread} of {num_games} games. It may not be a judge of "
+        "this prompt: name the prompt that it was trained with, allow longer judgements "
+        "(max_new_tokens), or train it (jlrm train)."
+    )
+
+
+def games_of(number: int, pair: Pair, orders: str, seed: int) -> list[Game]:
+    """Return the games of a pair; `number` tells pairs of one call apart.
+
+    Raises:
+      UsageError: a text that is none, or an order that there is not.
+    """
+    if orders not in ORDERS:
+        raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
+    for name, text in zip(FIELDS, pair, strict=False):
+        if not isinstance(text, str):
+            raise UsageError(f"{name} must be text, got {text!r:.60}.")
+    item = Item(str(number), pair.question, (pair.answer_1, pair.answer_2))
+    both = [Game(item, 0, 1), Game(item, 1, 0)]
+    if orders == "both":
+        return both
+    return both[:1] if orders == "given" else [both[coin(f"{seed}:{json.dumps(pair[:3])}")]]
+
+
+def ranked(
+    places: Sequence[tuple[int, int]], judged: Sequence[JudgedPair], num_answers: int
+) -> Ranking:
+    """Return the ranking that comparisons of answers, counted from 0, come to.
+
+    Every game counts: two orders that disagree are a win for each.
+    """
+    outcomes, wins = [], [0.0] * num_answers
+    for (first, second), pair in zip(places, judged, strict=True):
+        for game in pair.games:
+            if game.winner is None:
+                continue
+            outcomes.append(ranking.Outcome(first, second, game.winner))
+            wins[first] += {1: 1.0, 2: 0.0, 0: 0.5}[game.winner]
+            wins[second] += {1: 0.0, 2: 1.0, 0: 0.5}[game.winner]
+    found = ranking.strengths(outcomes, num_answers)
+    order = sorted(range(num_answers), key=lambda i: (-found.values[i], i))
+    return Ranking(
+        tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
+    )
+
+
+def only_model(url: str) -> str:
+    """Return the name of an endpoint's model.
+
+    Raises:
+      UsageError: no such server, or it serves several.
+    """
+    address = f"{url.rstrip('/')}/models"
+    try:
+        with urllib.request.urlopen(address, timeout=30) as reply:
+            names = [each["id"] for each in json.load(reply)["data"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{address} names no model ({error}). Give its name, and the address as base_url."
+        ) from None
+    if len(names) != 1:
+        raise UsageError(
+            f"{url} serves {', '.join(names) or 'nothing'}: name one of them, and the address as "
+            "base_url."
+        )
+    return names[0]
+
+
+def _pair(row: Sequence[str] | Mapping[str, str]) -> Pair:
+    """Return a row of a stream as a pair; a mapping's other keys say nothing."""
+    texts = [row.get(name) for name in FIELDS] if isinstance(row, Mapping) else list(row)
+    if len(texts) != len(FIELDS):
+        raise UsageError(f"Judge.compare_each: wanted {', '.join(FIELDS)}, got {len(texts)} texts.")
+    return Pair(*texts)  # pyright: ignore[reportArgumentType]  # games_of checks them

@@ -1,0 +1,188 @@
+"""What a judge's user gets: a pair's verdict with the games behind it, and a ranking of answers.
+
+All are frozen, print in a line, become plain dictionaries by `to_dict`, and show as a table in
+notebooks, where what a judge wrote is text and never HTML.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jlrm.evaluation.games import Game, GameVerdict, Response
+from jlrm.evaluation.reading import Reader, read_response
+from jlrm.judgement.verdict import (
+    implied_probability,
+    is_consistent,
+    preferred,
+    swap_preference,
+)
+from jlrm.reports import contracts
+
+NAMES = {1: "answer 1", 2: "answer 2", 0: "a tie", None: "no verdict"}
+SHOWN = 300  # characters of a reason on a notebook's page
+
+
+class Showable:
+    """What every result can do."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain dictionaries and lists."""
+        return contracts.encode(self)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in self._cells()
+        )
+        return f"<table>{rows}</table>"
+
+    def _cells(self) -> list[tuple[str, str]]:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class JudgedGame:
+    """One order of a pair; `winner` and `scores` are of the answers as they were given.
+
+    order: the answer that was shown first and the one shown second, (1, 2) or (2, 1). texts: what
+    the judge wrote, one for each vote.
+    """
+
+    order: tuple[int, int]
+    winner: int | None
+    scores: tuple[float, float] | None
+    status: str
+    texts: tuple[str, ...]
+    num_tokens: int | None
+    error: str | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class JudgedPair(Showable):
+    """What a judge says of two answers.
+
+    winner: 1 or 2, 0 for a tie, None where no game has a verdict. With both orders it is what the
+      mean scores say; of verdicts without scores a tie, if they name different answers.
+    scores: means over the games that gave some.
+    confidence: from 0.5 to 1, the probability of the winner that the margin of the scores states,
+      on the judge's own scale: nothing has calibrated it. None without scores, or for a tie.
+    is_consistent: whether both orders name the same answer; None where one order was judged.
+    status: "ok", or why there is no verdict (of the games, the first that failed).
+    """
+
+    winner: int | None
+    scores: tuple[float, float] | None
+    confidence: float | None
+    is_consistent: bool | None
+    reason: str
+    status: str
+    games: tuple[JudgedGame, ...]
+    num_tokens: int | None
+    id: str = ""
+    error: str | None = None
+
+    def __repr__(self) -> str:
+        parts = [NAMES[self.winner]]
+        if self.scores:
+            parts.append(f"scores {self.scores[0]:g} and {self.scores[1]:g}")
+        if self.confidence is not None:
+            parts.append(f"confidence {self.confidence:.2f}")
+        if self.is_consistent is not None:
+            parts.append("both orders agree" if self.is_consistent else "the orders disagree")
+        if self.error or self.status != "ok":
+            parts.append(self.error or self.status)
+        return f"<{', '.join(parts)}>"
+
+    def _cells(self) -> list[tuple[str, str]]:
+        games = [
+            (f"shown {game.order[0]}, {game.order[1]}", NAMES[game.winner]) for game in self.games
+        ]
+        return [("verdict", repr(self)[1:-1]), *games, ("reason", self.reason[:SHOWN])]
+
+
+@dataclass(frozen=True, repr=False)
+class Ranking(Showable):
+    """Answers from the best to the worst.
+
+    order: the numbers of the answers, counted from 1. strengths: of each answer, the logarithm of
+    its odds against an average one (serving/ranking.py); intervals: of 95 %.
+    """
+
+    order: tuple[int, ...]
+    strengths: tuple[float, ...]
+    intervals: tuple[tuple[float, float], ...]
+    wins: tuple[float, ...]  # of each answer, a tie counting a half
+    pairs: tuple[JudgedPair, ...]
+
+    def __repr__(self) -> str:
+        listed = " > ".join(f"{i} ({self.strengths[i - 1]:+.2f})" for i in self.order)
+        return f"<ranking {listed}>"
+
+    def _cells(self) -> list[tuple[str, str]]:
+        return [
+            (
+                f"answer {i}",
+                f"{self.strengths[i - 1]:+.2f} [{self.intervals[i - 1][0]:+.2f}, "
+                f"{self.intervals[i - 1][1]:+.2f}], {self.wins[i - 1]:g} wins",
+            )
+            for i in self.order
+        ]
+
+
+def judged_pair(
+    identity: str, games: Sequence[Game], responses: Sequence[Response | None], read: Reader
+) -> JudgedPair:
+    """Put the games of one pair together."""
+    played = [judged_game(*each, read) for each in zip(games, responses, strict=True)]
+    scored = [game.scores for game in played if game.scores]
+    named = [game.winner for game in played if game.winner is not None]
+    failed = next((game for game in played if game.winner is None), None)
+    scores = winner = confidence = None
+    if scored:
+        first, second = (sum(column) / len(scored) for column in zip(*scored, strict=True))
+        scores, winner = (first, second), preferred(first, second)
+        span = read.scale[1] - read.scale[0]
+        if winner:
+            probability = implied_probability(first, second, span)
+            confidence = probability if winner == 1 else 1 - probability
+    elif named:
+        winner = named[0] if len(set(named)) == 1 else 0
+    counts = [game.num_tokens for game in played if game.num_tokens is not None]
+    return JudgedPair(
+        winner=winner,
+        scores=scores,
+        confidence=confidence,
+        is_consistent=is_consistent(*(game.winner for game in played))
+        if len(played) == 2
+        else None,
+        reason=next((reasoning(text) for game in played for text in game.texts), ""),
+        status=failed.status if failed else "ok",
+        games=tuple(played),
+        num_tokens=sum(counts) if counts else None,
+        id=identity,
+        error=next((game.error for game in played if game.error), None),
+    )
+
+
+def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGame:
+    """Read one game, and turn its verdict to the answers as they were given."""
+    order = game.first + 1, game.second + 1
+    if response is None or response.error is not None:
+        error = response.error if response else "it was not judged"
+        return JudgedGame(order, None, None, "unjudged", (), None, error)
+    verdict: GameVerdict = read_response(game, response, read)
+    is_swapped = game.first > game.second
+    scores = verdict.scores
+    if scores is not None and is_swapped:
+        scores = scores[1], scores[0]
+    winner = swap_preference(verdict.preference) if is_swapped else verdict.preference
+    texts, refused = response.texts or (), response.refused
+    return JudgedGame(order, winner, scores, verdict.status, texts, response.num_tokens, refused)
+
+
+def reasoning(text: str) -> str:
+    """Return what a judge wrote before its verdict."""
+    return text.rpartition("</think>")[0].strip() or text.partition("<answer>")[0].strip()

@@ -1,0 +1,78 @@
+"""Pairs to be judged, from anywhere that training reads from; a label is welcome but not needed.
+
+A row that can't be judged keeps its place, with the reason: one line in, one line out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jlrm.config import UsageError, nearest
+from jlrm.data import forms, readers
+from jlrm.data.comparisons import REASONS, Where
+from jlrm.judgement import labels
+from jlrm.judgement.labels import Unusable
+
+
+class Row(NamedTuple):
+    """A line of the input. error: why it can't be judged; "" if it can."""
+
+    id: str
+    question: str
+    answer_1: str
+    answer_2: str
+    label: int | None  # the better answer, 0 for a tie, None where nobody said
+    error: str = ""
+
+
+def read(source: str, columns: Mapping[str, str], values: Mapping[str, str]) -> list[Row]:
+    """Return every row of a source.
+
+    Raises:
+      UsageError: no such source, no row, or no row that can be judged (the first one's reason).
+    """
+    for name in columns:
+        if name not in forms.RENAMABLE:
+            raise UsageError(
+                f"--columns {name}={columns[name]}: there is no field '{name}'. "
+                f"{nearest(name, forms.RENAMABLE)}"
+            )
+    known, rows, lacking = labels.meanings(values), list[Row](), set(columns.values())
+    for place, raw in readers.checked_rows(source, columns):
+        lacking.difference_update(raw if isinstance(raw, dict) else ())
+        rows.append(_row(raw, place._replace(source=source), columns, known))
+    if rows and lacking:
+        raise UsageError(f"--columns: no row of {source} has a column '{min(lacking)}'.")
+    if not rows:
+        raise UsageError(f"{source} has no rows.")
+    if all(row.error for row in rows):
+        raise UsageError(f"{source} has no row that can be judged. The first: {rows[0].error}")
+    return rows
+
+
+def _row(raw: object, place: Where, columns: Mapping[str, str], known: Mapping[str, int]) -> Row:
+    where, identity = str(place), place.name
+    try:
+        if not isinstance(raw, dict):
+            raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
+        row = forms.respelled(forms.renamed(raw, columns, where))
+        own = next((key for key in forms.IDS if row.get(key) is not None), "id")
+        identity = place.name if row.get(own) is None else str(row[own])
+        row = {key: value for key, value in row.items() if key not in ("id", own)}
+        row = forms.in_our_form(labels.labelled(row, where), "score", where)
+        try:
+            found, label = forms.comparison(row, identity, place, known), True
+        except Unusable as reason:
+            if str(reason) not in ("no_label", "one_score"):
+                raise
+            found, label = forms.comparison({**row, "preference": 0}, identity, place, {}), False
+    except Unusable as reason:
+        return Row(
+            identity, "", "", "", None, f"{place._replace(source='')}: a row {REASONS[str(reason)]}"
+        )
+    except UsageError as error:
+        text = str(error).replace("data.columns=", "--columns ").replace("data.", "--")
+        return Row(identity, "", "", "", None, text)
+    texts = found.question, found.answer_1, found.answer_2
+    return Row(identity, *texts, found.label if label else None)
