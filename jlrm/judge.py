@@ -1,5 +1,7 @@
 """Judge pairs of answers: `python -m jlrm.judge pairs.jsonl --model M --out DIR`.
 
+    python -m jlrm.judge check judged/verdicts.jsonl     verdicts beside labels (serving/audit.py)
+
     1  read    the pairs: a file, a directory, hf:ORG/NAME, or lines of JSON on stdin ("-")
     2  judge   each in both orders (--orders); responses are kept as they come
     3  write   DIR/verdicts.jsonl, a line for each line read, in order; DIR/summary.json
@@ -17,19 +19,19 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game
 from jlrm.evaluation.journal import Journal
-from jlrm.evaluation.reading import PARSERS, reader
+from jlrm.evaluation.reading import PARSERS, Reader, reader
 from jlrm.evaluation.statistics import results
 from jlrm.judges import asking, options
 from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
+from jlrm.serving import audit, tally
 from jlrm.serving import rows as row_files
-from jlrm.serving import tally
-from jlrm.serving.judge import ORDERS, Pair, doubt, games_of
+from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.judge import ORDERS, Pair, doubt, find_map, games_of
 from jlrm.serving.results import JudgedPair, judged_pair
 from jlrm.serving.rows import Row
 
@@ -68,28 +70,49 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     # 3. Write.
     low, high = args.options.get("scale") or (1, 10)
     read = reader(args.parser, (low, high))
-    judged = [_judged(row, games.get(number), kept, read) for number, row in enumerate(rows)]
+    judged = [
+        _judged(row, games.get(number), kept, read, args.map) for number, row in enumerate(rows)
+    ]
     summary = tally.summary(rows, judged, list(games.values()), kept.responses, read)
     if hosts.is_main():
-        lines = (json.dumps(each.to_dict()) + "\n" for each in judged)
-        write_atomically(args.out / VERDICTS, "".join(lines).encode())
+        texts = (_line(*each) for each in zip(rows, judged, strict=True))
+        write_atomically(args.out / VERDICTS, "".join(texts).encode())
         tally.write(args.out / SUMMARY, summary)
     return summary
 
 
-def _judged(row: Row, games: Sequence[Game] | None, kept: Journal, read: Any) -> JudgedPair:
+def _line(row: Row, judged: JudgedPair) -> str:
+    """Return a line of verdicts: with the question and the label, all that an audit needs."""
+    answers = {"answer_1": row.answer_1, "answer_2": row.answer_2}
+    about = {"question": row.question, **answers, "label": row.label}
+    return json.dumps({"id": row.id, **about, **judged.to_dict()}) + "\n"
+
+
+def _judged(
+    row: Row,
+    games: Sequence[Game] | None,
+    kept: Journal,
+    read: Reader,
+    calibrated: ConfidenceMap | None,
+) -> JudgedPair:
     if games is None:
         return JudgedPair(None, None, None, None, "", "unjudged", (), None, row.id, row.error)
-    return judged_pair(row.id, games, [kept.responses.get(game.id) for game in games], read)
+    responses = [kept.responses.get(game.id) for game in games]
+    return judged_pair(row.id, games, responses, read, calibrated)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge, and print what came of it."""
-    args = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["check"]:
+        audit.main(words[1:])
+        return
+    args = _parser().parse_args(words)
     if not args.model:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
     args.options = options.options(args)
     args.reading = settings.pair_flags(args)
+    args.map = find_map(args.calibration, args.model)
     name = re.sub(r"[^\w.-]+", "-", pathlib.PurePath(args.model).name).strip("-.") or "judge"
     args.out = (args.out or pathlib.Path("judged", name)).expanduser()
     if args.out.exists() and not args.out.is_dir():
@@ -126,7 +149,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m jlrm.judge", description=(__doc__ or "").split("\n")[0]
+        prog="python -m jlrm.judge",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="jlrm judge check FILE compares verdicts with labels; see jlrm judge check --help.",
     )
     add = parser.add_argument
     add("pairs", help="FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin")
@@ -137,6 +162,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--orders", choices=ORDERS, default="both", help="of the answers (both)")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
+    add(
+        "--calibration",
+        default="",
+        metavar="FILE",
+        help="map of the confidence, or none (calibration.json of the model)",
+    )
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
     add("--json", action="store_true", help="the summary as one JSON object on stdout")
     settings.add_pair_flags(parser)

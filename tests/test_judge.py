@@ -120,6 +120,18 @@ def test_labels_are_compared_with_where_there_are_some(tmp_path, capsys, judged_
     assert agreement["n"] == 3 and agreement["percent"] == pytest.approx(100 / 3)
 
 
+def test_what_was_judged_is_checked_as_it_is(tmp_path, capsys, judged_by):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{**row, "preference": 1 + number % 2} for number, row in enumerate(ROWS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged_by(Judge())
+    assert run(capsys, path, *ENDPOINT, "--out", tmp_path / "o")[0] == 0
+    code, out, err = run(capsys, "check", tmp_path / "o" / "verdicts.jsonl", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["agreement"]["percent"] == 50.0, err
+    assert found["longer_judge"]["percent"] == 100.0 and found["ece"] is not None
+
+
 def test_pairs_on_stdin(tmp_path, capsys, judged_by, monkeypatch):
     judged_by(Judge())
     content = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

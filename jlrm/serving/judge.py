@@ -17,6 +17,7 @@ import asyncio
 import itertools
 import json
 import logging
+import pathlib
 import threading
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,9 @@ from jlrm.evaluation.games import Backend, Game, Item, Response
 from jlrm.evaluation.reading import Reader, reader
 from jlrm.evaluation.scoring import coin
 from jlrm.judges import options
+from jlrm.serving import calibration as maps
 from jlrm.serving import ranking
+from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import JudgedPair, Ranking, judged_pair
 
 log = logging.getLogger(__name__)
@@ -51,8 +54,15 @@ class Pair(NamedTuple):
 class Judge:
     """Compares answers; made by `load`. Calls from several threads wait for one another."""
 
-    def __init__(self, backend: Backend, read: Reader, name: str, seed: int = 0) -> None:
-        self.name = name
+    def __init__(
+        self,
+        backend: Backend,
+        read: Reader,
+        name: str,
+        seed: int = 0,
+        calibrated: ConfidenceMap | None = None,
+    ) -> None:
+        self.name, self.calibrated = name, calibrated
         self._backend, self._read, self._seed = backend, read, seed
         self._lock, self._num_games, self._num_unread = threading.Lock(), 0, 0
         self._is_told = False
@@ -65,6 +75,7 @@ class Judge:
         backend: str = "",
         parser: str = "lenient",
         seed: int = 0,
+        calibration: str = "",
         **settings: Any,
     ) -> Judge:
         """Return a judge; weights are read when it is first asked.
@@ -73,6 +84,8 @@ class Judge:
           model: RUN[@STEP], a Hugging Face directory or hub id, the address of an endpoint
             (http://HOST:8000/v1, whose only model is asked), or what `backend` knows.
           backend: jlrm, openai or heuristic; by default by the form of `model`.
+          calibration: a file of `jlrm judge check --calibrate`, or "none"; by default
+            calibration.json of the run or the directory, if there is one, which is told.
           settings: as the flags of `jlrm evaluate`: prompt, scale, votes, temperature,
             max_new_tokens, batch_size, mesh, base_url, ...
 
@@ -94,7 +107,8 @@ class Judge:
         low, high = chosen.get("scale") or (1, 10)
         pinned = options.pinned(backend, model)
         made = options.make(backend, pinned, chosen, seed, None)
-        return cls(made, reader(parser, (low, high)), pinned, seed)
+        calibrated = find_map(calibration, model)
+        return cls(made, reader(parser, (low, high)), pinned, seed, calibrated)
 
     def __repr__(self) -> str:
         return f"Judge({self.name!r})"
@@ -167,7 +181,13 @@ class Judge:
                 lambda response: responses.update({response.game: response}),
             )
             results = [
-                judged_pair(pair.id, own, [responses.get(game.id) for game in own], self._read)
+                judged_pair(
+                    pair.id,
+                    own,
+                    [responses.get(game.id) for game in own],
+                    self._read,
+                    self.calibrated,
+                )
                 for pair, own in zip(pairs, games, strict=True)
             ]
             self._count(results)
@@ -249,6 +269,28 @@ def ranked(
     return Ranking(
         tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
     )
+
+
+def find_map(named: str, model: str) -> ConfidenceMap | None:
+    """Return the map of a judge's confidence, by the file's name or beside the model.
+
+    Raises:
+      UsageError: the file is none.
+    """
+    if named == "none":
+        return None
+    path = pathlib.Path(named).expanduser()
+    if not named:
+        run = model.rpartition("@")[0]  # of RUN@STEP
+        places = [pathlib.Path(place).expanduser() / maps.NAME for place in (model, run) if place]
+        found = [place for place in places if place.is_file()]
+        if not found:
+            return None
+        path = found[0]
+        log.warning("%s: confidences go through this map", path)
+    elif not path.is_file():
+        raise UsageError(f"calibration {named}: there is no such file.")
+    return maps.read(path)
 
 
 def only_model(url: str) -> str:

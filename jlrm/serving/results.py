@@ -7,7 +7,7 @@ notebooks, where what a judge wrote is text and never HTML.
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,9 @@ class JudgedPair(Showable):
     winner: 1 or 2, 0 for a tie, None where no game has a verdict. With both orders it is what the
       mean scores say; of verdicts without scores a tie, if they name different answers.
     scores: means over the games that gave some.
-    confidence: from 0.5 to 1, the probability of the winner that the margin of the scores states,
-      on the judge's own scale: nothing has calibrated it. None without scores, or for a tie.
+    confidence: the probability of the winner that the margin of the scores states, from 0.5 to 1;
+      with `is_calibrated`, how often verdicts of such a margin were right where a map was fitted
+      (serving/calibration.py). None without scores, or for a tie.
     is_consistent: whether both orders name the same answer; None where one order was judged.
     status: "ok", or why there is no verdict (of the games, the first that failed).
     """
@@ -83,6 +84,7 @@ class JudgedPair(Showable):
     num_tokens: int | None
     id: str = ""
     error: str | None = None
+    is_calibrated: bool = False
 
     def __repr__(self) -> str:
         parts = [NAMES[self.winner]]
@@ -133,9 +135,13 @@ class Ranking(Showable):
 
 
 def judged_pair(
-    identity: str, games: Sequence[Game], responses: Sequence[Response | None], read: Reader
+    identity: str,
+    games: Sequence[Game],
+    responses: Sequence[Response | None],
+    read: Reader,
+    calibrated: Callable[[float], float] | None = None,
 ) -> JudgedPair:
-    """Put the games of one pair together."""
+    """Put the games of one pair together; `calibrated` maps the confidence that scores state."""
     played = [judged_game(*each, read) for each in zip(games, responses, strict=True)]
     scored = [game.scores for game in played if game.scores]
     named = [game.winner for game in played if game.winner is not None]
@@ -148,6 +154,7 @@ def judged_pair(
         if winner:
             probability = implied_probability(first, second, span)
             confidence = probability if winner == 1 else 1 - probability
+            confidence = calibrated(confidence) if calibrated else confidence
     elif named:
         winner = named[0] if len(set(named)) == 1 else 0
     counts = [game.num_tokens for game in played if game.num_tokens is not None]
@@ -164,6 +171,7 @@ def judged_pair(
         num_tokens=sum(counts) if counts else None,
         id=identity,
         error=next((game.error for game in played if game.error), None),
+        is_calibrated=calibrated is not None and confidence is not None,
     )
 
 

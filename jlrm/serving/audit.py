@@ -1,0 +1,292 @@
+"""Does a judge judge as people do: verdicts beside labels, `python -m jlrm.judge check FILE`.
+
+FILE is what `jlrm judge` writes, or any table with a column for the judge's verdicts and one for
+the labels. A row without a verdict counts as wrong; a row without a label does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jlrm.config import RunError, UsageError, nearest
+from jlrm.data import readers
+from jlrm.evaluation.statistics.intervals import of_share
+from jlrm.judgement import labels
+from jlrm.judgement.labels import Unusable
+from jlrm.reports import contracts
+from jlrm.reports.results_file import ItemRate, Rate
+from jlrm.serving import calibration
+from jlrm.serving.calibration import ConfidenceMap
+
+CLASSES = (1, 2, 0)  # the better answer; 0: a tie
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the rows that are answered, the surest first
+
+
+class Checked(NamedTuple):
+    """One row: the judge's verdict and the label, 1, 2 or 0; None where there is none."""
+
+    judge: int | None
+    human: int | None
+    confidence: float | None = None
+    question: str = ""
+    longer: int | None = None  # the longer answer; None where not known, or both are as long
+    is_calibrated: bool = False  # the confidence went through a map
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """Accuracy on the rows of which the judge is surest, of those where an answer is better."""
+
+    share: float
+    rows: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How a judge's verdicts stand to labels. Shares are in percent, intervals of 95 %.
+
+    kappa: Cohen's, of the rows with both; alpha: Krippendorff's, nominal. ece: of the stated
+    confidence, in points, on rows where verdict and label name an answer.
+    """
+
+    rows: int
+    unread: int
+    agreement: ItemRate
+    kappa: float | None
+    alpha: float | None
+    recall: dict[str, Rate]
+    longer_judge: Rate | None
+    longer_human: Rate | None
+    ece: float | None
+    abstention: tuple[Abstention, ...]
+    calibration: ConfidenceMap | None = None
+
+
+def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:
+    """Compare verdicts with labels; with `is_calibrated` fit a map of the confidence too.
+
+    Raises:
+      UsageError: no row has a label; too few rows to fit a map.
+    """
+    labelled = [row for row in rows if row.human is not None]
+    if not labelled:
+        raise UsageError("No row has a label, so there is nothing to compare the verdicts with.")
+    right = [float(row.judge == row.human) for row in labelled]
+    both = [(row.judge, row.human) for row in labelled if row.judge is not None]
+    sure = [r for r in labelled if r.confidence is not None and r.judge in (1, 2) and r.human]
+    stated = np.array([row.confidence for row in sure], float)
+    is_right = np.array([float(row.judge == row.human) for row in sure])
+    return Audit(
+        rows=len(labelled),
+        unread=sum(row.judge is None for row in labelled),
+        agreement=_clustered(labelled, right),
+        kappa=kappa(both),
+        alpha=alpha(both),
+        recall={
+            {1: "answer 1", 2: "answer 2", 0: "tie"}[label]: _rate(
+                [row.judge == label for row in labelled if row.human == label]
+            )
+            for label in CLASSES
+        },
+        longer_judge=_longer(labelled, "judge"),
+        longer_human=_longer(labelled, "human"),
+        ece=calibration.calibration_error(stated, is_right) if sure else None,
+        abstention=tuple(_abstentions(stated, is_right)) if sure else (),
+        calibration=calibration.fit(stated.tolist(), is_right.tolist(), [r.question for r in sure])
+        if is_calibrated
+        else None,
+    )
+
+
+def kappa(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
+    """Return Cohen's kappa of two raters; None where both always say the same one thing."""
+    if not pairs:
+        return None
+    num = len(pairs)
+    observed = sum(one == two for one, two in pairs) / num
+    ones, twos = Counter(one for one, _ in pairs), Counter(two for _, two in pairs)
+    expected = sum(ones[label] * twos[label] for label in CLASSES) / num**2
+    return (observed - expected) / (1 - expected) if expected < 1 else None
+
+
+def alpha(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
+    """Return Krippendorff's alpha for nominal data of two raters; None without disagreement to
+    expect.
+    """
+    values = Counter(value for pair in pairs for value in pair)
+    num = 2 * len(pairs)
+    if num < 2:
+        return None
+    expected = sum(n * (num - n) for n in values.values()) / (num - 1)
+    observed = 2 * sum(one != two for one, two in pairs)
+    return 1 - observed / expected if expected else None
+
+
+def _clustered(rows: Sequence[Checked], values: Sequence[float]) -> ItemRate:
+    """Return a mean in percent; rows of one question are drawn together."""
+    names: dict[str, int] = {}
+    keys = [row.question or f"row {number}" for number, row in enumerate(rows)]
+    clusters = np.array([names.setdefault(key, len(names)) for key in keys])
+    sizes = np.bincount(clusters).astype(float)
+    interval = of_share(np.bincount(clusters, values), sizes, len(rows))
+    return ItemRate(100 * float(np.mean(values)), len(rows), interval)
+
+
+def _rate(values: Sequence[bool]) -> Rate:
+    return Rate(100 * sum(values) / len(values) if values else None, len(values))
+
+
+def _longer(rows: Sequence[Checked], who: str) -> Rate | None:
+    named = [row for row in rows if row.longer and getattr(row, who) in (1, 2)]
+    return _rate([getattr(row, who) == row.longer for row in named]) if named else None
+
+
+def _abstentions(stated: np.ndarray, right: np.ndarray) -> Iterator[Abstention]:
+    order = np.argsort(-stated, kind="stable")
+    for share in SHARES:
+        kept = right[order[: max(round(share * len(order)), 1)]]
+        yield Abstention(share, len(kept), 100 * float(kept.mean()))
+
+
+# --- The command ---
+
+
+def read(source: str, judge: str, human: str) -> list[Checked]:
+    """Read verdicts and labels from a table.
+
+    Raises:
+      UsageError: no such file or column, or a value that names no class.
+    """
+    rows: list[Checked] = []
+    for place, raw in readers.checked_rows(source, {}):
+        where = str(place._replace(source=source))
+        if not isinstance(raw, dict):
+            raise UsageError(f"{where} must be an object, got {type(raw).__name__}.")
+        for flag, name in (("judge", judge), ("human", human)):
+            if name not in raw:
+                raise UsageError(
+                    f"{where} has no column '{name}'. {nearest(name, raw)} Name it by --{flag}."
+                )
+        rows.append(
+            Checked(
+                _class(raw[judge], where),
+                _class(raw[human], where),
+                _confidence(raw.get("confidence"), where),
+                str(raw.get("question") or ""),
+                _longer_of(raw),
+                raw.get("is_calibrated") is True,
+            )
+        )
+    if not rows:
+        raise UsageError(f"{source} has no rows.")
+    return rows
+
+
+def _class(value: Any, where: str) -> int | None:
+    try:
+        return labels.preference(value, {}, where)
+    except Unusable:  # a graded label between two classes
+        return None
+
+
+def _confidence(value: Any, where: str) -> float | None:
+    if labels.is_missing(value):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise UsageError(f"{where}: confidence must be a number from 0 to 1, got {value!r}.")
+    return number
+
+
+def _longer_of(row: Mapping[str, Any]) -> int | None:
+    one, two = row.get("answer_1"), row.get("answer_2")
+    if not isinstance(one, str) or not isinstance(two, str) or len(one) == len(two):
+        return None
+    return 1 if len(one) > len(two) else 2
+
+
+def lines(found: Audit) -> Iterator[str]:
+    """Yield an audit as text."""
+    low, high = found.agreement.interval or (float("nan"), float("nan"))
+    yield f"{found.rows} labelled rows, {found.unread} without a verdict"
+    yield (
+        f"  {'agreement':26}{found.agreement.percent:.1f} % [{low:.1f}, {high:.1f}]"
+        f", kappa {_number(found.kappa)}, alpha {_number(found.alpha)}"
+    )
+    for name, rate in found.recall.items():
+        if rate.percent is not None:
+            yield f"  {'recall of ' + name:26}{rate.percent:.1f} % of {rate.n}"
+    if found.longer_judge and found.longer_human:
+        yield (
+            f"  {'names the longer answer':26}{found.longer_judge.percent:.1f} %, "
+            f"the labels {found.longer_human.percent:.1f} %"
+        )
+    if found.ece is not None:
+        yield f"  {'calibration error':26}{found.ece:.1f} points"
+        told = ", ".join(f"{each.accuracy:.1f} % of {each.rows}" for each in found.abstention)
+        yield f"  {'right among the surest':26}{told}"
+    if found.calibration:
+        made = found.calibration
+        yield (
+            f"  {'after a fitted map':26}{made.ece[1]:.1f} points, on questions that it had not "
+            f"seen ({made.method}, {made.rows} rows)"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the command line of `judge check`, audit, and print."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.judge check", description=(__doc__ or "").split("\n")[0]
+    )
+    add = parser.add_argument
+    add("file", help="verdicts.jsonl of `jlrm judge`, or a table (.jsonl, .csv, .tsv, .parquet)")
+    add("--judge", default="winner", metavar="COLUMN", help="of the verdicts (winner)")
+    add("--human", default="label", metavar="COLUMN", help="of the labels (label)")
+    add("--at-least", type=float, metavar="SHARE", help="end with 1 if fewer agree, e.g. 0.6")
+    add("--calibrate", action="store_true", help="fit a map of the confidence, and save it")
+    add(
+        "--out",
+        type=pathlib.Path,
+        metavar="PATH",
+        help="of the map: a file, or the directory of the run or export whose judge is to use it "
+        "(calibration.json beside FILE)",
+    )
+    add("--json", action="store_true", help="print one JSON object")
+    args = parser.parse_args(argv)
+    if args.at_least is not None and not 0 <= args.at_least <= 1:
+        raise UsageError(f"--at-least={args.at_least}: wanted a share from 0 to 1.")
+    rows = read(args.file, args.judge, args.human)
+    if args.calibrate and any(row.is_calibrated for row in rows):
+        raise UsageError(
+            f"{args.file} holds confidences that went through a map already. Judge again with "
+            "--calibration none, and fit it to those."
+        )
+    found = audit(rows, args.calibrate)
+    print(json.dumps(contracts.encode(found)) if args.json else "\n".join(lines(found)))
+    if found.calibration:
+        path = args.out or pathlib.Path(args.file).parent
+        path = path / calibration.NAME if path.is_dir() else path
+        calibration.write(path, found.calibration)
+        if not args.json:
+            print(f"Written: {path}")
+    agreement = found.agreement.percent or 0.0
+    if args.at_least is not None and agreement < 100 * args.at_least:
+        raise RunError(
+            f"{agreement:.1f} % of the rows agree, fewer than {100 * args.at_least:g} %."
+        )

@@ -1,0 +1,136 @@
+"""From the confidence that a judge states to how often it is right: a monotone map, fitted.
+
+`isotonic` regression for many rows; Platt's logistic curve (Platt 1999, with his targets) for few.
+How well a map does is measured on questions that it was not fitted on.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize, special
+
+from jlrm.config import UsageError
+from jlrm.reports import contracts
+
+NAME, VERSION = "calibration.json", 1
+FEW_ROWS = 200  # below these a step function has too few rows a step
+NUM_FOLDS, NUM_BINS = 5, 10
+LEAST_ROWS = 20
+EDGE = 1e-6  # logits of 0 and 1 are infinite
+
+
+@dataclass(frozen=True)
+class ConfidenceMap:
+    """The content of `calibration.json`; `at` and `is_right` are the corners, linear between.
+
+    ece, brier: expected calibration error in points and mean square error, before the map and
+    after it, the latter on questions that the map used there had not seen.
+    """
+
+    method: str  # "isotonic" or "platt"
+    at: tuple[float, ...]
+    is_right: tuple[float, ...]
+    rows: int
+    accuracy: float
+    ece: tuple[float, float]
+    brier: tuple[float, float]
+    version: int = VERSION
+
+    def __call__(self, confidence: float) -> float:
+        """Return how often verdicts of this confidence were right."""
+        return float(np.interp(confidence, self.at, self.is_right))
+
+
+def fit(
+    confidence: Sequence[float], right: Sequence[bool], groups: Sequence[Hashable]
+) -> ConfidenceMap:
+    """Fit a map, and measure it by cross-validation over groups.
+
+    Raises:
+      UsageError: fewer than 20 rows, or rows of fewer than five groups.
+    """
+    x, y = np.asarray(confidence, float), np.asarray(right, float)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    if len(x) < LEAST_ROWS or len(numbers) < NUM_FOLDS:
+        raise UsageError(
+            f"--calibrate needs {LEAST_ROWS} rows of {NUM_FOLDS} questions at least, with a "
+            f"confidence, a verdict and a label that names an answer; got {len(x)} of "
+            f"{len(numbers)}."
+        )
+    method = "platt" if len(x) < FEW_ROWS else "isotonic"
+    fold = np.array([numbers[name] % NUM_FOLDS for name in groups])
+    unseen = np.empty_like(x)
+    for number in range(NUM_FOLDS):
+        corners = _corners(method, x[fold != number], y[fold != number])
+        unseen[fold == number] = np.interp(x[fold == number], *corners)
+    at, is_right = _corners(method, x, y)
+    return ConfidenceMap(
+        method,
+        tuple(map(float, at)),
+        tuple(map(float, is_right)),
+        len(x),
+        100 * float(y.mean()),
+        (calibration_error(x, y), calibration_error(unseen, y)),
+        (float(((x - y) ** 2).mean()), float(((unseen - y) ** 2).mean())),
+    )
+
+
+def calibration_error(confidence: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> float:
+    """Return the expected calibration error in points, over ten bins of equal width in 0 to 1."""
+    bins = np.minimum((confidence * NUM_BINS + 1e-9).astype(int), NUM_BINS - 1)
+    gaps = [abs((right - confidence)[bins == number].sum()) for number in range(NUM_BINS)]
+    return 100 * float(sum(gaps)) / len(right)
+
+
+def isotonic(
+    x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]
+) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
+    """Return the corners of the least-squares non-decreasing function of x, one for each value."""
+    at, places = np.unique(x, return_inverse=True)
+    weights = np.bincount(places).astype(float)
+    means = np.bincount(places, y) / weights
+    return at, optimize.isotonic_regression(means, weights=weights).x
+
+
+def platt(x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]) -> tuple[float, float]:
+    """Return a and b of 1 / (1 + exp(-(a logit(x) + b))); a is not negative."""
+    num_right, num_wrong = y.sum(), len(y) - y.sum()
+    targets = np.where(y > 0, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
+    logits = special.logit(np.clip(x, EDGE, 1 - EDGE))
+
+    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        z = theta[0] * logits + theta[1]
+        value = np.logaddexp(0, z) - targets * z
+        slope = special.expit(z) - targets
+        return float(value.sum()), np.array([(slope * logits).sum(), slope.sum()])
+
+    bounds = [(0.0, None), (None, None)]
+    found = optimize.minimize(loss, np.array([1.0, 0.0]), jac=True, bounds=bounds)
+    return float(found.x[0]), float(found.x[1])
+
+
+def _corners(
+    method: str, x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]
+) -> tuple[np.ndarray, np.ndarray]:
+    if method == "isotonic":
+        return isotonic(x, y)
+    slope, offset = platt(x, y)
+    at = np.linspace(0.5, 1.0, 51)
+    logits = special.logit(np.clip(at, EDGE, 1 - EDGE))
+    return at, special.expit(slope * logits + offset)
+
+
+def write(path: pathlib.Path, found: ConfidenceMap) -> None:
+    """Write `calibration.json`."""
+    contracts.write(path, found)
+
+
+def read(path: pathlib.Path) -> ConfidenceMap:
+    """Read a `calibration.json`. Raises UsageError for a file that is none."""
+    content = contracts.read(path, VERSION, "Fit it again: jlrm judge check FILE --calibrate.")
+    return contracts.decode(ConfidenceMap, {**content, "version": VERSION}, str(path))
