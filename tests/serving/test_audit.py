@@ -142,13 +142,13 @@ def test_a_bar_for_builds(table, capsys):
     assert run(capsys, table, *COLUMNS, "--at-least", "60")[0] == 2
 
 
-def test_a_map_is_saved_and_used(table, tmp_path, capsys, caplog):
+def test_a_map_is_saved_and_used(table, tmp_path, capsys):
     code, out, err = run(capsys, table, *COLUMNS, "--calibrate")
     assert code == 0 and "after a fitted map" in out, err
     path = tmp_path / "calibration.json"
     found = find_map("", str(tmp_path))
     assert calibration.read(path) == found == find_map("", f"{tmp_path}@12")
-    assert "confidences go through this map" in caplog.text
+    assert "confidences go through this map" in capsys.readouterr().err
     assert find_map("none", str(tmp_path)) is None and find_map("", "somewhere/else") is None
     with pytest.raises(UsageError, match="no such file"):
         find_map("nowhere.json", str(tmp_path))
