@@ -53,6 +53,12 @@ OPTIONS: dict[str, Option] = {
     "stop": Option((JLRM,), True, "end after the second score, or go on"),
     "compute_dtype": Option((JLRM,), "bfloat16", "precision of activations: bfloat16 or float32"),
     "batch_size": Option((JLRM,), 32, "games decoded together", False),
+    "fit_batches": Option(
+        (JLRM,),
+        False,
+        "smaller batches for few games: sooner done, but each size is one more program",
+        False,
+    ),
     "mesh": Option(
         (JLRM,),
         [],

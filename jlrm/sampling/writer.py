@@ -44,6 +44,8 @@ class DecodingSettings:
     repetition_penalty: float = 1.0  # the same
     stop_strings: Mapping[str, int] = field(default_factory=dict)
     stop_after: str = ""  # stop strings count behind the last one of this text; "": anywhere
+    # Batches of few prompts are smaller: the next power of two. Each size is one more program.
+    fit_batches: bool = False
 
 
 class Completion(NamedTuple):
@@ -82,7 +84,11 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
         for width, batch in _batches(examples, sizes, num_rows):
             start = time.monotonic()
-            filled = [*batch, *[batch[-1]] * (num_rows - len(batch))]
+            size = num_rows
+            if decoding.fit_batches:
+                shards = -(-len(batch) // num_shards)
+                size = min(num_shards << (shards - 1).bit_length(), num_rows)
+            filled = [*batch, *[batch[-1]] * (size - len(batch))]
             numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
             written = program(width)(weights, [each.prompt_ids for each in filled], numbers)
             seconds = (time.monotonic() - start) / len(batch)

@@ -102,6 +102,8 @@ class Judge:
         if is_address:
             settings["base_url"] = model
             model = only_model(model)
+        if backend == options.JLRM:
+            settings.setdefault("fit_batches", True)  # calls are of a pair as often as of hundreds
         given = {name: settings.get(name) for name in options.OPTIONS}
         chosen = options.options(argparse.Namespace(backend=backend, model=model, **given))
         low, high = chosen.get("scale") or (1, 10)

@@ -152,6 +152,25 @@ def test_mesh_and_batch_size_do_not_matter(judges, wanted, decoding):
 
 
 @pytest.mark.slow
+def test_batches_that_are_fitted_write_the_same(directory, wanted, monkeypatch):
+    sizes = []
+    sampling = writer._sampling
+
+    def watched(*args):
+        write = sampling(*args)
+        return lambda weights, prompts, numbers: (
+            sizes.append(len(prompts)) or write(weights, prompts, numbers)
+        )
+
+    monkeypatch.setattr(writer, "_sampling", watched)
+    judge = made(directory, fit_batches=True, mesh=MeshConfig(1, 4, 2))  # four take prompts
+    for num, expected in ((3, [4]), (9, [8, 4])):
+        sizes.clear()
+        assert texts(judge, GAMES[:num]) == {g.id: wanted("greedy")[g.id] for g in GAMES[:num]}
+        assert sizes == expected
+
+
+@pytest.mark.slow
 def test_a_run_gives_what_the_directory_gives_that_it_came_from(
     directory, wanted, tmp_path, monkeypatch
 ):

@@ -11,6 +11,7 @@ import sys
 import threading
 
 import pytest
+from judges.test_local import write_model
 
 import jlrm
 from jlrm.config import UsageError
@@ -245,6 +246,17 @@ def test_an_endpoint_is_asked_for_its_model(names, monkeypatch):
                 *(url, 3),
             )
         server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_model_of_ours(tmp_path):
+    """Random weights write no verdict; that is a status, and the same pair gives the same text."""
+    write_model(tmp_path)
+    settings = {"prompt": "toy", "compute_dtype": "float32", "max_prompt_tokens": 256}
+    judge = Judge.load(str(tmp_path), max_new_tokens=8, mesh=["fsdp=8"], **settings)
+    first, again = (judge.compare("Name birds.", "robin", "wren") for _ in range(2))
+    assert first == again and first.winner is None and first.status != "unjudged"
+    assert len(first.games) == 2 and first.num_tokens > 0
 
 
 def test_importing_it_takes_no_jax():
