@@ -153,8 +153,7 @@ def test_mesh_and_batch_size_do_not_matter(judges, wanted, decoding):
 
 @pytest.mark.slow
 def test_batches_that_are_fitted_write_the_same(directory, wanted, monkeypatch):
-    sizes = []
-    sampling = writer._sampling
+    greedy, sizes, sampling = wanted("greedy"), [], writer._sampling
 
     def watched(*args):
         write = sampling(*args)
@@ -166,7 +165,7 @@ def test_batches_that_are_fitted_write_the_same(directory, wanted, monkeypatch):
     judge = made(directory, fit_batches=True, mesh=MeshConfig(1, 4, 2))  # four take prompts
     for num, expected in ((3, [4]), (9, [8, 4])):
         sizes.clear()
-        assert texts(judge, GAMES[:num]) == {g.id: wanted("greedy")[g.id] for g in GAMES[:num]}
+        assert texts(judge, GAMES[:num]) == {g.id: greedy[g.id] for g in GAMES[:num]}
         assert sizes == expected
 
 
