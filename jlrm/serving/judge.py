@@ -27,6 +27,8 @@ from jlrm.config import UsageError, nearest
 from jlrm.evaluation.games import Backend, Game, Item, Response
 from jlrm.evaluation.reading import Reader, reader
 from jlrm.evaluation.scoring import coin
+from jlrm.judgement import conversations
+from jlrm.judgement.labels import Unusable
 from jlrm.judges import options
 from jlrm.serving import calibration as maps
 from jlrm.serving import ranking
@@ -43,11 +45,11 @@ FIELDS = ("question", "answer_1", "answer_2")
 
 
 class Pair(NamedTuple):
-    """A question and two answers to be judged."""
+    """A question and two answers to be judged: texts, or lists of messages {role, content}."""
 
-    question: str
-    answer_1: str
-    answer_2: str
+    question: Any
+    answer_1: Any
+    answer_2: Any
     id: str = ""
 
 
@@ -122,7 +124,8 @@ class Judge:
 
         Args:
           question, answer_1, answer_2: three texts, or three lists of them; or a pandas.DataFrame
-            with these columns alone.
+            with these columns alone. A conversation, a list of messages {role, content}, may stand
+            for any text.
           orders: "both"; "given": answer 1 is shown first; "random": by the seed and the pair.
 
         Returns:
@@ -134,14 +137,14 @@ class Judge:
         """
         if hasattr(question, "assign") and hasattr(question, "columns"):
             return self._compare_frame(question, orders)
-        if isinstance(question, str):
-            return self._compare([Pair(question, answer_1, answer_2)], orders)[0]
+        if isinstance(question, str) or _is_conversation(question):
+            return self.compare_all([Pair(question, answer_1, answer_2)], orders)[0]
         columns = [list(column or ()) for column in (question, answer_1, answer_2)]
         if len({len(column) for column in columns}) > 1:
             named = zip(FIELDS, columns, strict=True)
             sizes = ", ".join(f"{len(column)} of {name}" for name, column in named)
             raise UsageError(f"Judge.compare: wanted lists of one length, got {sizes}.")
-        return self._compare([Pair(*texts) for texts in zip(*columns, strict=True)], orders)
+        return self.compare_all([Pair(*texts) for texts in zip(*columns, strict=True)], orders)
 
     def compare_each(
         self, pairs: Iterable[Sequence[str] | Mapping[str, str]], *, orders: Orders = "both"
@@ -149,7 +152,7 @@ class Judge:
         """Judge a stream of pairs, some hundred at a time, and yield the results in order."""
         iterator = iter(pairs)
         while part := list(itertools.islice(iterator, STREAM_PAIRS)):
-            yield from self._compare([_pair(each) for each in part], orders)
+            yield from self.compare_all([_pair(each) for each in part], orders)
 
     def rank(self, question: str, answers: Sequence[str], *, orders: Orders = "both") -> Ranking:
         """Order several answers by comparing each with each.
@@ -161,7 +164,7 @@ class Judge:
             raise UsageError(f"Judge.rank: wanted two answers at least, got {len(answers)}.")
         places = list(itertools.combinations(range(len(answers)), 2))
         pairs = [Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places]
-        judged = self._compare(pairs, orders)
+        judged = self.compare_all(pairs, orders)
         return ranked(places, judged, len(answers))
 
     async def acompare(self, *texts: Any, orders: Orders = "both") -> Any:
@@ -174,7 +177,8 @@ class Judge:
         """`rank`, without holding the event loop."""
         return await asyncio.to_thread(self.rank, question, answers, orders=orders)
 
-    def _compare(self, pairs: Sequence[Pair], orders: Orders) -> list[JudgedPair]:
+    def compare_all(self, pairs: Sequence[Pair], orders: Orders = "both") -> list[JudgedPair]:
+        """Judge pairs together, and return the results in order."""
         games = [games_of(number, pair, orders, self._seed) for number, pair in enumerate(pairs)]
         responses: dict[str, Response] = {}
         with self._lock:
@@ -203,7 +207,7 @@ class Judge:
                 f"{', '.join(map(str, frame.columns))}."
             )
         rows = zip(*(frame[name] for name in FIELDS), strict=True)
-        judged = self._compare([Pair(*texts) for texts in rows], orders)
+        judged = self.compare_all([Pair(*texts) for texts in rows], orders)
         return frame.assign(
             winner=[each.winner for each in judged],
             judged_score_1=[each.scores[0] if each.scores else None for each in judged],
@@ -241,14 +245,16 @@ def games_of(number: int, pair: Pair, orders: str, seed: int) -> list[Game]:
     """
     if orders not in ORDERS:
         raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
-    for name, text in zip(FIELDS, pair, strict=False):
-        if not isinstance(text, str):
-            raise UsageError(f"{name} must be text, got {text!r:.60}.")
-    item = Item(str(number), pair.question, (pair.answer_1, pair.answer_2))
+    question, *answers = map(as_text, pair[:3], FIELDS)
+    item = Item(str(number), question, (answers[0], answers[1]))
     both = [Game(item, 0, 1), Game(item, 1, 0)]
     if orders == "both":
         return both
-    return both[:1] if orders == "given" else [both[coin(f"{seed}:{json.dumps(pair[:3])}")]]
+    return (
+        both[:1]
+        if orders == "given"
+        else [both[coin(f"{seed}:{json.dumps([question, *answers])}")]]
+    )
 
 
 def ranked(
@@ -271,6 +277,27 @@ def ranked(
     return Ranking(
         tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
     )
+
+
+def as_text(value: Any, name: str) -> str:
+    """Return a text, or a conversation written out.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if not _is_conversation(value):
+        raise UsageError(f"{name} must be text or a list of messages, got {value!r:.60}.")
+    try:
+        role = "user" if name == "question" else "assistant"
+        return conversations.conversation(conversations.messages(value, name, role, "a pair"))
+    except Unusable as reason:
+        raise UsageError(f"{name} holds {reason}: every message must have a text.") from None
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def find_map(named: str, model: str) -> ConfidenceMap | None:

@@ -169,6 +169,21 @@ def test_without_blocking_an_event_loop():
     assert (one.winner, two.winner, len(ranking.order)) == (1, 2, 2)
 
 
+def test_conversations_are_written_out():
+    seen = []
+
+    def say(first, second):
+        seen.append((first, second))
+        return says(7, 3)
+
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    judge = judge_of(say)
+    assert judge.compare(talk, "a", [{"role": "assistant", "content": "b"}], orders="given").winner
+    assert seen == [("a", "b")]
+    with pytest.raises(UsageError, match="every message must have a text"):
+        judge.compare("q", "a", [{"role": "assistant", "content": None}])
+
+
 def test_threads_wait_for_one_another():
     running, most = [0], [0]
 
@@ -203,7 +218,7 @@ def test_a_model_that_is_no_judge_is_said_so_once(caplog):
 @pytest.mark.parametrize(
     ("call", "says_"),
     [
-        (lambda j: j.compare("q", "a"), "answer_2 must be text, got None"),
+        (lambda j: j.compare("q", "a"), "answer_2 must be text or a list of messages, got None"),
         (lambda j: j.compare(["q"], ["a"], ["b", "c"]), "2 of answer_2"),
         (lambda j: j.compare("q", "a", "b", orders="twice"), "orders='twice'"),
         (lambda j: list(j.compare_each([("q", "a")])), "got 2 texts"),

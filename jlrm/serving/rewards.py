@@ -1,0 +1,123 @@
+"""A judge as a reward in the forms of TRL and verl, and as a source of pairs for DPO.
+
+    trainer = GRPOTrainer(..., reward_funcs=[trl(Judge.load("runs/mine@best"), reference="answer")])
+
+A completion is compared with a reference, or with the other completions of its prompt; its reward
+is the share of games that it wins, a tie counting a half, from 0 to 1. All games of a call are
+judged in one batch, in both orders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jlrm.config import UsageError
+from jlrm.serving.judge import Judge, Pair, as_text
+from jlrm.serving.results import JudgedPair
+
+POINTS = {1: 1.0, 2: 0.0, 0: 0.5}
+
+
+def trl(judge: Judge, reference: str = "") -> Callable[..., list[float | None]]:
+    """Return a reward function for TRL's trainers (`reward_funcs`).
+
+    Args:
+      reference: column of the data set with answers to compare with; "": completions of one prompt
+        are compared with each other.
+
+    A completion without any verdict gets None, which TRL leaves out.
+    """
+
+    def jlrm_judge(prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Any:
+        if not reference:
+            return among_themselves(judge, prompts, completions)
+        if reference not in columns:
+            known = ", ".join(sorted(columns))
+            raise UsageError(f"The data set has no column '{reference}'. It has: {known}.")
+        return against(judge, prompts, completions, columns[reference])
+
+    return jlrm_judge
+
+
+def verl(judge: Judge, question: str = "question") -> Callable[..., list[float]]:
+    """Return a `compute_score` for verl's BatchRewardManager; ground truths are answers.
+
+    Args:
+      question: name of the question in `extra_infos`.
+
+    A response without any verdict gets 0: verl knows no missing score.
+    """
+
+    def compute_score(
+        data_sources: Sequence[str],
+        solution_strs: Sequence[str],
+        ground_truths: Sequence[str],
+        extra_infos: Sequence[dict[str, Any]],
+        **_: Any,
+    ) -> list[float]:
+        for number, extra in enumerate(extra_infos):
+            if question not in (extra or {}):
+                raise UsageError(f"extra_info of response {number} has no '{question}'.")
+        questions = [extra[question] for extra in extra_infos]
+        scores = against(judge, questions, solution_strs, ground_truths)
+        return [score or 0.0 for score in scores]
+
+    return compute_score
+
+
+def against(
+    judge: Judge, questions: Sequence[Any], answers: Sequence[Any], references: Sequence[Any]
+) -> list[float | None]:
+    """Return for each answer the share of its games against the reference that it wins."""
+    pairs = [Pair(*texts) for texts in zip(questions, answers, references, strict=True)]
+    return [_share([POINTS[w] for w in _winners(each)]) for each in judge.compare_all(pairs)]
+
+
+def among_themselves(
+    judge: Judge, questions: Sequence[Any], answers: Sequence[Any]
+) -> list[float | None]:
+    """Return for each answer the share of its games that it wins against others to its question.
+
+    An answer without a rival gets None.
+    """
+    groups: dict[str, list[int]] = {}
+    for number, question in enumerate(questions):
+        groups.setdefault(as_text(question, "question"), []).append(number)
+    places = [(i, j) for own in groups.values() for i in own for j in own if i < j]
+    judged = judge.compare_all([Pair(questions[i], answers[i], answers[j]) for i, j in places])
+    won: list[list[float]] = [[] for _ in answers]
+    for (i, j), pair in zip(places, judged, strict=True):
+        for winner in _winners(pair):
+            won[i].append(POINTS[winner])
+            won[j].append(1 - POINTS[winner])
+    return [_share(each) for each in won]
+
+
+def preference_pairs(
+    judge: Judge, questions: Sequence[Any], answers: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Return rows for DPO: each question's best answer as `chosen`, its worst as `rejected`.
+
+    A question whose best and worst win equally often is left out.
+    """
+    flat = [
+        (question, each) for question, own in zip(questions, answers, strict=True) for each in own
+    ]
+    shares = iter(among_themselves(judge, *zip(*flat, strict=True)) if flat else ())
+    rows = []
+    for question, own in zip(questions, answers, strict=True):
+        ranked = sorted(((next(shares) or 0.0, text) for text in own), key=lambda each: each[0])
+        if len(ranked) > 1 and ranked[0][0] < ranked[-1][0]:
+            texts = {"chosen": ranked[-1][1], "rejected": ranked[0][1]}
+            scores = {"score_chosen": ranked[-1][0], "score_rejected": ranked[0][0]}
+            rows.append({"prompt": question, **texts, **scores})
+    return rows
+
+
+def _winners(pair: JudgedPair) -> list[int]:
+    return [game.winner for game in pair.games if game.winner is not None]
+
+
+def _share(points: Sequence[float]) -> float | None:
+    return sum(points) / len(points) if points else None
