@@ -176,7 +176,8 @@ def test_a_model_that_is_no_judge_is_said_so(pairs, tmp_path, capsys, judged_by)
         (["PAIRS", *ENDPOINT, "--columns", "question=q"], "has a column 'q'"),
     ],
 )
-def test_mistakes_end_with_2(pairs, tmp_path, capsys, flags, says):
+def test_mistakes_end_with_2(pairs, tmp_path, capsys, monkeypatch, flags, says):
+    monkeypatch.chdir(tmp_path)  # where what has no --out is written
     words = [{"PAIRS": str(pairs), "OUT": str(tmp_path / "o")}.get(flag, flag) for flag in flags]
     code, _, err = run(capsys, *words)
     assert code == 2 and says in err, err
