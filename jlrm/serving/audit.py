@@ -10,7 +10,7 @@ import argparse
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,7 +182,7 @@ def read(source: str, judge: str, human: str) -> list[Checked]:
                 _class(raw[human], where),
                 _confidence(raw.get("confidence"), where),
                 str(raw.get("question") or ""),
-                _longer_of(raw),
+                longer(raw.get("answer_1"), raw.get("answer_2")),
                 raw.get("is_calibrated") is True,
             )
         )
@@ -210,8 +210,8 @@ def _confidence(value: Any, where: str) -> float | None:
     return number
 
 
-def _longer_of(row: Mapping[str, Any]) -> int | None:
-    one, two = row.get("answer_1"), row.get("answer_2")
+def longer(one: Any, two: Any) -> int | None:
+    """Return which of two texts is longer; None if neither is, or one is no text."""
     if not isinstance(one, str) or not isinstance(two, str) or len(one) == len(two):
         return None
     return 1 if len(one) > len(two) else 2

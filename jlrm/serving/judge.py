@@ -21,7 +21,7 @@ import pathlib
 import threading
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.games import Backend, Game, Item, Response
@@ -34,6 +34,9 @@ from jlrm.serving import calibration as maps
 from jlrm.serving import ranking
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import JudgedPair, Ranking, judged_pair
+
+if TYPE_CHECKING:
+    from jlrm.serving.audit import Audit
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +169,40 @@ class Judge:
         pairs = [Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places]
         judged = self.compare_all(pairs, orders)
         return ranked(places, judged, len(answers))
+
+    def audit(
+        self,
+        questions: Sequence[Any],
+        answers_1: Sequence[Any],
+        answers_2: Sequence[Any],
+        labels: Sequence[int | None],
+        *,
+        orders: Orders = "both",
+    ) -> Audit:
+        """Judge pairs and compare the verdicts with labels: 1, 2, 0 for a tie, None for none.
+
+        Raises:
+          UsageError: no label at all, or another one.
+        """
+        from jlrm.serving import audit  # which reads files
+
+        if wrong := [each for each in labels if each not in (1, 2, 0, None)]:
+            raise UsageError(f"Judge.audit: labels are 1, 2, 0 or None, got {wrong[0]!r}.")
+        rows = zip(questions, answers_1, answers_2, strict=True)
+        pairs = [Pair(*map(as_text, texts, FIELDS)) for texts in rows]
+        judged = self.compare_all(pairs, orders)
+        return audit.audit(
+            [
+                audit.Checked(
+                    each.winner,
+                    label,
+                    each.confidence,
+                    pair.question,
+                    audit.longer(pair.answer_1, pair.answer_2),
+                )
+                for pair, each, label in zip(pairs, judged, labels, strict=True)
+            ]
+        )
 
     async def acompare(self, *texts: Any, orders: Orders = "both") -> Any:
         """`compare`, without holding the event loop."""

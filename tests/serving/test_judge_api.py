@@ -158,6 +158,15 @@ def test_answers_are_ranked():
         judge.rank("q", ["one"])
 
 
+def test_an_audit_against_labels():
+    questions, ones, twos = ["q", "q", "p"], [BEST, "x", "long answer"], ["x", BEST, BEST]
+    found = judge_of().audit(questions, ones, twos, [1, 1, None])
+    assert (found.rows, found.agreement.percent, found.recall["answer 1"].n) == (2, 50.0, 2)
+    assert found.longer_judge.percent == 100.0 and found.ece is not None
+    with pytest.raises(UsageError, match="labels are 1, 2, 0 or None, got 3"):
+        judge_of().audit(["q"], ["a"], ["b"], [3])
+
+
 def test_without_blocking_an_event_loop():
     async def ask():
         judge = judge_of()
