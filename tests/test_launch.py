@@ -355,7 +355,7 @@ def test_who_leaves_is_told_what_is_paid_for(cloud, signum, code):
     (cloud.home / "rules.json").write_text(json.dumps(cloud.rules))
     words = ["up", *TPU, "--type", "v6e-8", *TRAIN]
     started = subprocess.Popen(
-        ["env", "--default-signal=INT", "bash", LAUNCH / "tpu_vm.sh", *words],
+        ["env", "--default-signal=INT,HUP", "bash", LAUNCH / "tpu_vm.sh", *words],
         env=cloud.env(),
         stderr=subprocess.PIPE,
         text=True,
