@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -389,7 +388,7 @@ def _out(args: argparse.Namespace) -> pathlib.Path | None:
     """Return where responses are kept; recorded verdicts are kept nowhere unless it is named."""
     if args.out is not None:
         return args.out.expanduser()
-    name = re.sub(r"[^\w.-]+", "-", args.name or args.model).strip("-.") or "judge"
+    name = options.as_folder(args.name or args.model)
     return None if args.backend == options.VERDICTS else pathlib.Path("evaluations", name)
 
 

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import pathlib
-import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -29,10 +28,10 @@ from jlrm.evaluation.statistics import results
 from jlrm.judges import asking, options
 from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
-from jlrm.serving import audit, tally
+from jlrm.serving import audit, calibration, tally
 from jlrm.serving import rows as row_files
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.judge import ORDERS, Pair, doubt, find_map, games_of
+from jlrm.serving.judge import ORDERS, Pair, doubt, games_of
 from jlrm.serving.results import JudgedPair, judged_pair
 from jlrm.serving.rows import Row
 
@@ -58,12 +57,12 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
 
     # 2. Judge.
     model = options.pinned(args.backend, args.model)
-    texts = results.checksum([row[:4] for row in rows])
+    data = results.checksum([row[:4] for row in rows])
     identity = options.identity(args.backend, model, args.options, args.seed)
-    header = {"data": texts, "orders": args.orders, **identity}
+    header = {"data": data, "orders": args.orders, **identity}
     hosts.agree("pairs and models", header)
     kept = Journal(args.out if hosts.is_main() else None, header)
-    done = hosts.gather("the responses so far", kept.done)[0]
+    done = hosts.gather("the responses so far", kept.done - kept.refused)[0]
     if left := [game for game in asked if game.id not in done]:
         backend = options.make(args.backend, model, args.options, args.seed, args.out)
         asking.judge(backend, left, kept, name, len(asked))
@@ -113,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
     args.options = options.options(args)
     args.reading = settings.pair_flags(args)
-    args.map = find_map(args.calibration, args.model)
-    name = re.sub(r"[^\w.-]+", "-", pathlib.PurePath(args.model).name).strip("-.") or "judge"
+    args.map = calibration.find(args.calibration, args.model)
+    name = options.as_folder(pathlib.PurePath(args.model).name)
     args.out = (args.out or pathlib.Path("judged", name)).expanduser()
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file. Name a directory.")

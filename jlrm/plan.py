@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dollars-per-chip-hour", type=float, metavar="X", help="price, to say what the run costs"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    parser.add_argument("--json", action="store_true", help="JSON on stdout, a line for a slice")
     parser.add_argument("--out", metavar="DIR", help="write plan.json, .md, .html and .png there")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="change a setting"
@@ -192,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError("Name a slice, e.g. --topology v5e:4x4, or --search v5e.")
     config = load(args.config, args.overrides)
     wishes = Wishes(args.headroom, args.steps, args.dollars_per_chip_hour)
-    if args.topology != slices.HERE:
+    if kind is not None or args.topology != slices.HERE:
         slices.prepare()
     if kind is None:
         results = iter([make_plan(config, args.topology, args.slices, wishes=wishes)])

@@ -59,19 +59,26 @@ value() {
   printf '%s' "$3"
 }
 
-# setting KEY "$@": the value of KEY=VALUE among a command's words (the last one counts), or of
-# run.dir in its --config file.
-setting() {
-  local key="$1" word value_given="" config="" previous=""
-  shift
+# config_of "$@": the FILE of a command's --config (the last one counts).
+config_of() {
+  local word config="" previous=""
   for word in "$@"; do
-    case "$word" in
-      "$key="*) value_given="${word#*=}" ;;
-      --config=*) config="${word#*=}" ;;
-    esac
+    if [[ "$word" == --config=* ]]; then config="${word#*=}"; fi
     if [ "$previous" = --config ]; then config="$word"; fi
     previous="$word"
   done
+  printf '%s' "$config"
+}
+
+# setting KEY "$@": the value of KEY=VALUE among a command's words (the last one counts), or of
+# run.dir in its --config file.
+setting() {
+  local key="$1" word value_given="" config
+  shift
+  for word in "$@"; do
+    if [[ "$word" == "$key="* ]]; then value_given="${word#*=}"; fi
+  done
+  config="$(config_of "$@")"
   if [ -z "$value_given" ] && [ -f "$config" ]; then
     value_given="$(awk -v section="${key%%.*}:" -v name="${key##*.}:" '
       /^[^ #]/ { inside = ($1 == section) } inside && $1 == name { print $2; exit }' "$config")"

@@ -42,7 +42,8 @@
 #   --poll SECONDS         between looks at the slice and its hosts (30)
 #   --keep                 `up` does not delete the slice at its end
 #   --lifetime DURATION    the slice is deleted that long after its first command began, by its first
-#                          host if nobody watches (7d; 0: never). What was not saved by then is lost.
+#                          host if nobody watches (7d; 0: never), which the VM's service account must be
+#                          allowed to. What was not saved by then is lost.
 #   --dry-run              print every gcloud command, run none
 #
 # Exit codes of attach and up: 0 done; 2 wrong input, never retried; 1 or another for a command that
@@ -182,15 +183,11 @@ check_gcloud() {
 
 # check_source: find before anything is paid for what would end the command on every host.
 check_source() {
-  local config="" previous="" word
+  local config
   if [ -n "$GIT_URL" ]; then return; fi
   git -C "$ROOT" rev-parse --git-dir > /dev/null 2>&1 ||
     wrong "$ROOT is not a git checkout; use --git URL --commit SHA."
-  for word in "${COMMAND[@]}"; do
-    if [[ "$word" == --config=* ]]; then config="${word#*=}"; fi
-    if [ "$previous" = --config ]; then config="$word"; fi
-    previous="$word"
-  done
+  config="$(config_of "${COMMAND[@]}")"
   if [ -n "$config" ] && [[ "$config" != /* ]] &&
     [ -z "$(git -C "$ROOT" ls-files --cached --others --exclude-standard -- "$config")" ]; then
     wrong "--config $(quote "$config") is not in $ROOT, or git ignores it: no host would have it."

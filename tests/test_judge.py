@@ -13,6 +13,7 @@ from test_evaluate import Judge
 
 from jlrm import judge
 from jlrm.config import RunError
+from jlrm.evaluation.games import Response
 from jlrm.judges import options
 from jlrm.runtime import commands
 
@@ -102,6 +103,21 @@ def test_what_a_server_fails_is_asked_again(pairs, tmp_path, capsys, judged_by):
     code, _, err = run(capsys, pairs, *ENDPOINT, "--out", tmp_path / "o")
     assert code == 1 and "6 of 6 rows" in err
     assert lines(tmp_path / "o")[0]["error"] == "timeout"
+    teller = judged_by(Judge())
+    assert run(capsys, pairs, *ENDPOINT, "--out", tmp_path / "o")[0] == 0
+    assert len(teller.asked) == 12
+
+
+def test_what_is_refused_is_asked_again(pairs, tmp_path, capsys, judged_by):
+    class Refuses(Judge):
+        def __call__(self, games, record):
+            for game in games:
+                self.asked.append(game.id)
+                record(Response(game.id, refused="filter"))
+
+    judged_by(Refuses())
+    code, _, err = run(capsys, pairs, *ENDPOINT, "--out", tmp_path / "o")
+    assert code == 1 and "6 of 6 rows" in err and lines(tmp_path / "o")[0]["status"] == "refused"
     teller = judged_by(Judge())
     assert run(capsys, pairs, *ENDPOINT, "--out", tmp_path / "o")[0] == 0
     assert len(teller.asked) == 12

@@ -356,26 +356,6 @@ def test_another_libtpu_than_jax_runs_with_is_said(monkeypatch, capsys):
     assert "this JAX runs with libtpu 0.0.1" in capsys.readouterr().err
 
 
-def test_a_vm_that_is_too_small_does_not_fit():
-    plan = figures.SlicePlan(
-        fits=False,
-        peak_gib=1.0,
-        limit_gib=16.0,
-        topology="v5e:2x2",
-        slices=1,
-        devices=4,
-        mesh={},
-        model="",
-        programs={},
-        phases={},
-        not_compiled=(),
-        usable_gib=14.4,
-        host=figures.HostPlan(4, 100.0, {"load": 3.0, "checkpoint": 95.0}),
-    )
-    said = "Does not fit: phase checkpoint needs 95.0 of 100.0 GiB of the VM's own memory"
-    assert page.verdict(plan).startswith(said)
-
-
 # --- How long, how much ---
 
 

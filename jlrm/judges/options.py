@@ -179,6 +179,11 @@ def _trained_with(model: str) -> tuple[str, list[int]]:
     return run.data.prompt, list(run.reward.scale)
 
 
+def as_folder(name: str) -> str:
+    """Return a judge's name as one of a folder."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "judge"
+
+
 def pinned(backend: str, model: str) -> str:
     """Return a run at its step (`steps.pinned`); the model of another backend as given."""
     if backend != JLRM:

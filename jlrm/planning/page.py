@@ -60,16 +60,8 @@ def _tables(plan: SlicePlan) -> list[PlanTable]:
         }
         for name, phase in plan.phases.items()
     ]
-    columns = [
-        "program",
-        "argument GiB",
-        "temp GiB",
-        "peak GiB",
-        "code GiB",
-        "TFLOP",
-        "HBM GiB",
-        "bound s",
-    ]
+    memory = [f"{name} GiB" for name in ("argument", "temp", "peak", "code")]
+    columns = ["program", *memory, "TFLOP", "HBM GiB", "bound s"]
     moves = [row for name, program in programs.items() for row in _moves(name, program)]
     return [
         PlanTable(["phase", "resident GiB", "peak GiB", "of limit %", "during"], phases),
@@ -88,7 +80,7 @@ def _notes(plan: SlicePlan) -> list[str]:
     if plan.host:
         held = ", ".join(f"{name} {gib:.1f}" for name, gib in plan.host.phases_gib.items())
         notes.append(
-            f"A VM of {plan.host.chips} chips has {plan.host.limit_gib:.0f} GiB of its own and "
+            f"A VM's own memory: {plan.host.limit_gib:.0f} GiB (chips: {plan.host.chips}). It "
             f"holds, beside Python and what compiling takes, GiB: {held}."
         )
     notes += _duration(plan)

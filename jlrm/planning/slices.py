@@ -109,9 +109,10 @@ def prepare() -> None:
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UsageError("Compiling for a TPU needs libtpu: pip install 'jlrm[plan]'.")
-    if not importlib.metadata.version("libtpu").startswith(pinned()):
+    installed = importlib.metadata.version("libtpu")
+    if pinned() and not f"{installed}.".startswith(f"{pinned()}."):
         print(
-            f"libtpu {importlib.metadata.version('libtpu')} is installed, and this JAX runs with "
+            f"libtpu {installed} is installed, and this JAX runs with "
             f"libtpu {pinned()}, which may need more memory: pip install 'jlrm[plan]'.",
             file=sys.stderr,
         )

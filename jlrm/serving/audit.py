@@ -18,13 +18,16 @@ import numpy as np
 
 from jlrm.config import RunError, UsageError, nearest
 from jlrm.data import readers
-from jlrm.evaluation.statistics.intervals import of_share
+from jlrm.evaluation.heuristics import HEURISTICS
+from jlrm.evaluation.scoring import kappa
+from jlrm.evaluation.statistics.diagnostics import calibration_error
 from jlrm.judgement import labels
 from jlrm.judgement.labels import Unusable
 from jlrm.reports import contracts
 from jlrm.reports.results_file import ItemRate, Rate
 from jlrm.serving import calibration
 from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.tally import rate_by_question
 
 CLASSES = (1, 2, 0)  # the better answer; 0: a tie
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the rows that are answered, the surest first
@@ -81,6 +84,8 @@ def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:
     if not labelled:
         raise UsageError("No row has a label, so there is nothing to compare the verdicts with.")
     right = [float(row.judge == row.human) for row in labelled]
+    agreement = rate_by_question([row.question for row in labelled], right)
+    assert agreement is not None  # there are rows
     both = [(row.judge, row.human) for row in labelled if row.judge is not None]
     sure = [r for r in labelled if r.confidence is not None and r.judge in (1, 2) and r.human]
     stated = np.array([row.confidence for row in sure], float)
@@ -88,8 +93,8 @@ def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:
     return Audit(
         rows=len(labelled),
         unread=sum(row.judge is None for row in labelled),
-        agreement=_clustered(labelled, right),
-        kappa=kappa(both),
+        agreement=agreement,
+        kappa=kappa(*zip(*both, strict=True)) if both else None,
         alpha=alpha(both),
         recall={
             {1: "answer 1", 2: "answer 2", 0: "tie"}[label]: _rate(
@@ -99,23 +104,12 @@ def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:
         },
         longer_judge=_longer(labelled, "judge"),
         longer_human=_longer(labelled, "human"),
-        ece=calibration.calibration_error(stated, is_right) if sure else None,
+        ece=calibration_error(stated, is_right) if sure else None,
         abstention=tuple(_abstentions(stated, is_right)) if sure else (),
         calibration=calibration.fit(stated.tolist(), is_right.tolist(), [r.question for r in sure])
         if is_calibrated
         else None,
     )
-
-
-def kappa(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
-    """Return Cohen's kappa of two raters; None where both always say the same one thing."""
-    if not pairs:
-        return None
-    num = len(pairs)
-    observed = sum(one == two for one, two in pairs) / num
-    ones, twos = Counter(one for one, _ in pairs), Counter(two for _, two in pairs)
-    expected = sum(ones[label] * twos[label] for label in CLASSES) / num**2
-    return (observed - expected) / (1 - expected) if expected < 1 else None
 
 
 def alpha(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
@@ -129,16 +123,6 @@ def alpha(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
     expected = sum(n * (num - n) for n in values.values()) / (num - 1)
     observed = 2 * sum(one != two for one, two in pairs)
     return 1 - observed / expected if expected else None
-
-
-def _clustered(rows: Sequence[Checked], values: Sequence[float]) -> ItemRate:
-    """Return a mean in percent; rows of one question are drawn together."""
-    names: dict[str, int] = {}
-    keys = [row.question or f"row {number}" for number, row in enumerate(rows)]
-    clusters = np.array([names.setdefault(key, len(names)) for key in keys])
-    sizes = np.bincount(clusters).astype(float)
-    interval = of_share(np.bincount(clusters, values), sizes, len(rows))
-    return ItemRate(100 * float(np.mean(values)), len(rows), interval)
 
 
 def _rate(values: Sequence[bool]) -> Rate:
@@ -212,9 +196,9 @@ def _confidence(value: Any, where: str) -> float | None:
 
 def longer(one: Any, two: Any) -> int | None:
     """Return which of two texts is longer; None if neither is, or one is no text."""
-    if not isinstance(one, str) or not isinstance(two, str) or len(one) == len(two):
+    if not isinstance(one, str) or not isinstance(two, str):
         return None
-    return 1 if len(one) > len(two) else 2
+    return HEURISTICS["longer"](one, two) or None
 
 
 def lines(found: Audit) -> Iterator[str]:

@@ -6,6 +6,7 @@ How well a map does is measured on questions that it was not fitted on.
 
 from __future__ import annotations
 
+import logging
 import pathlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from jaxtyping import Float
 from scipy import optimize, special
 
 from jlrm.config import UsageError
+from jlrm.evaluation.statistics.diagnostics import calibration_error
 from jlrm.reports import contracts
+
+log = logging.getLogger(__name__)
 
 NAME, VERSION = "calibration.json", 1
 FEW_ROWS = 200  # below these a step function has too few rows a step
-NUM_FOLDS, NUM_BINS = 5, 10
+NUM_FOLDS = 5
 LEAST_ROWS = 20
 EDGE = 1e-6  # logits of 0 and 1 are infinite
 
@@ -80,13 +84,6 @@ def fit(
     )
 
 
-def calibration_error(confidence: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> float:
-    """Return the expected calibration error in points, over ten bins of equal width in 0 to 1."""
-    bins = np.minimum((confidence * NUM_BINS + 1e-9).astype(int), NUM_BINS - 1)
-    gaps = [abs((right - confidence)[bins == number].sum()) for number in range(NUM_BINS)]
-    return 100 * float(sum(gaps)) / len(right)
-
-
 def isotonic(
     x: Float[np.ndarray, " N"], y: Float[np.ndarray, " N"]
 ) -> tuple[Float[np.ndarray, " M"], Float[np.ndarray, " M"]]:
@@ -128,6 +125,32 @@ def _corners(
 def write(path: pathlib.Path, found: ConfidenceMap) -> None:
     """Write `calibration.json`."""
     contracts.write(path, found)
+
+
+def find(named: str, model: str) -> ConfidenceMap | None:
+    """Return the map of a judge's confidence: of a file, or beside the model, which is told.
+
+    Args:
+      named: a file, "none", or "" for calibration.json of the run or directory.
+      model: RUN[@STEP] or a directory; others have none.
+
+    Raises:
+      UsageError: the file is none.
+    """
+    if named == "none":
+        return None
+    if named:
+        path = pathlib.Path(named).expanduser()
+        if not path.is_file():
+            raise UsageError(f"calibration {named}: there is no such file.")
+        return read(path)
+    places = [model, model.rpartition("@")[0]]  # weights/steps.py takes it apart, with JAX
+    files = (pathlib.Path(place).expanduser() / NAME for place in places if place)
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        return None
+    log.warning("%s: confidences go through this map", found)
+    return read(found)
 
 
 def read(path: pathlib.Path) -> ConfidenceMap:

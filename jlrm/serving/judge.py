@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import json
 import logging
-import pathlib
+import os
 import threading
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,14 +26,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.games import Backend, Game, Item, Response
 from jlrm.evaluation.reading import Reader, reader
-from jlrm.evaluation.scoring import coin
+from jlrm.evaluation.scoring import ordered
 from jlrm.judgement import conversations
 from jlrm.judgement.labels import Unusable
 from jlrm.judges import options
 from jlrm.serving import calibration as maps
 from jlrm.serving import ranking
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.results import JudgedPair, Ranking, judged_pair
+from jlrm.serving.results import POINTS, JudgedPair, Ranking, judged_pair
 
 if TYPE_CHECKING:
     from jlrm.serving.audit import Audit
@@ -101,12 +101,14 @@ class Judge:
             name = min(unknown)
             raise UsageError(f"Judge.load: no setting '{name}'. {nearest(name, options.OPTIONS)}")
         is_address = model.startswith(("http://", "https://"))
-        backend = backend or (options.OPENAI if is_address else options.JLRM)
+        is_endpoint = is_address or "base_url" in settings
+        backend = backend or (options.OPENAI if is_endpoint else options.JLRM)
         if backend not in options.BACKENDS or backend == options.VERDICTS:
             raise UsageError(f"Judge.load: no backend '{backend}'. Known: jlrm, openai, heuristic.")
         if is_address:
             settings["base_url"] = model
-            model = only_model(model)
+            variable = settings.get("api_key_env") or options.OPTIONS["api_key_env"].default
+            model = only_model(model, os.environ.get(variable, ""))
         if backend == options.JLRM:
             settings.setdefault("fit_batches", True)  # calls are of a pair as often as of hundreds
         given = {name: settings.get(name) for name in options.OPTIONS}
@@ -114,7 +116,7 @@ class Judge:
         low, high = chosen.get("scale") or (1, 10)
         pinned = options.pinned(backend, model)
         made = options.make(backend, pinned, chosen, seed, None)
-        calibrated = find_map(calibration, model)
+        calibrated = maps.find(calibration, model)
         return cls(made, reader(parser, (low, high)), pinned, seed, calibrated)
 
     def __repr__(self) -> str:
@@ -284,14 +286,8 @@ def games_of(number: int, pair: Pair, orders: str, seed: int) -> list[Game]:
         raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
     question, *answers = map(as_text, pair[:3], FIELDS)
     item = Item(str(number), question, (answers[0], answers[1]))
-    both = [Game(item, 0, 1), Game(item, 1, 0)]
-    if orders == "both":
-        return both
-    return (
-        both[:1]
-        if orders == "given"
-        else [both[coin(f"{seed}:{json.dumps([question, *answers])}")]]
-    )
+    order = "as_given" if orders == "given" else orders  # a policy's word for it
+    return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
 
 
 def ranked(
@@ -307,8 +303,8 @@ def ranked(
             if game.winner is None:
                 continue
             outcomes.append(ranking.Outcome(first, second, game.winner))
-            wins[first] += {1: 1.0, 2: 0.0, 0: 0.5}[game.winner]
-            wins[second] += {1: 0.0, 2: 1.0, 0: 0.5}[game.winner]
+            wins[first] += POINTS[game.winner]
+            wins[second] += 1 - POINTS[game.winner]
     found = ranking.strengths(outcomes, num_answers)
     order = sorted(range(num_answers), key=lambda i: (-found.values[i], i))
     return Ranking(
@@ -337,37 +333,17 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def find_map(named: str, model: str) -> ConfidenceMap | None:
-    """Return the map of a judge's confidence, by the file's name or beside the model.
-
-    Raises:
-      UsageError: the file is none.
-    """
-    if named == "none":
-        return None
-    path = pathlib.Path(named).expanduser()
-    if not named:
-        run = model.rpartition("@")[0]  # of RUN@STEP
-        places = [pathlib.Path(place).expanduser() / maps.NAME for place in (model, run) if place]
-        found = [place for place in places if place.is_file()]
-        if not found:
-            return None
-        path = found[0]
-        log.warning("%s: confidences go through this map", path)
-    elif not path.is_file():
-        raise UsageError(f"calibration {named}: there is no such file.")
-    return maps.read(path)
-
-
-def only_model(url: str) -> str:
-    """Return the name of an endpoint's model.
+def only_model(url: str, key: str = "") -> str:
+    """Return the name of an endpoint's model; `key` is what it wants to see, if anything.
 
     Raises:
       UsageError: no such server, or it serves several.
     """
     address = f"{url.rstrip('/')}/models"
     try:
-        with urllib.request.urlopen(address, timeout=30) as reply:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
             names = [each["id"] for each in json.load(reply)["data"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(

@@ -22,29 +22,20 @@ from jlrm.judgement.verdict import (
 from jlrm.reports import contracts
 
 NAMES = {1: "answer 1", 2: "answer 2", 0: "a tie", None: "no verdict"}
+POINTS = {1: 1.0, 2: 0.0, 0: 0.5}  # of answer 1, by the winner
 SHOWN = 300  # characters of a reason on a notebook's page
 
 
-class Showable:
-    """What every result can do."""
+class Plain:
+    """What becomes plain values."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain dictionaries and lists."""
         return contracts.encode(self)
 
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
-            for name, text in self._cells()
-        )
-        return f"<table>{rows}</table>"
-
-    def _cells(self) -> list[tuple[str, str]]:
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
-class JudgedGame:
+class JudgedGame(Plain):
     """One order of a pair; `winner` and `scores` are of the answers as they were given.
 
     order: the answer that was shown first and the one shown second, (1, 2) or (2, 1). texts: what
@@ -61,7 +52,7 @@ class JudgedGame:
 
 
 @dataclass(frozen=True, repr=False)
-class JudgedPair(Showable):
+class JudgedPair(Plain):
     """What a judge says of two answers.
 
     winner: 1 or 2, 0 for a tie, None where no game has a verdict. With both orders it is what the
@@ -98,15 +89,15 @@ class JudgedPair(Showable):
             parts.append(self.error or self.status)
         return f"<{', '.join(parts)}>"
 
-    def _cells(self) -> list[tuple[str, str]]:
+    def _repr_html_(self) -> str:
         games = [
             (f"shown {game.order[0]}, {game.order[1]}", NAMES[game.winner]) for game in self.games
         ]
-        return [("verdict", repr(self)[1:-1]), *games, ("reason", self.reason[:SHOWN])]
+        return _table([("verdict", repr(self)[1:-1]), *games, ("reason", self.reason[:SHOWN])])
 
 
 @dataclass(frozen=True, repr=False)
-class Ranking(Showable):
+class Ranking(Plain):
     """Answers from the best to the worst.
 
     order: the numbers of the answers, counted from 1. strengths: of each answer, the logarithm of
@@ -123,15 +114,24 @@ class Ranking(Showable):
         listed = " > ".join(f"{i} ({self.strengths[i - 1]:+.2f})" for i in self.order)
         return f"<ranking {listed}>"
 
-    def _cells(self) -> list[tuple[str, str]]:
-        return [
-            (
-                f"answer {i}",
-                f"{self.strengths[i - 1]:+.2f} [{self.intervals[i - 1][0]:+.2f}, "
-                f"{self.intervals[i - 1][1]:+.2f}], {self.wins[i - 1]:g} wins",
-            )
-            for i in self.order
-        ]
+    def _repr_html_(self) -> str:
+        return _table(
+            [
+                (
+                    f"answer {i}",
+                    f"{self.strengths[i - 1]:+.2f} [{self.intervals[i - 1][0]:+.2f}, "
+                    f"{self.intervals[i - 1][1]:+.2f}], {self.wins[i - 1]:g} wins",
+                )
+                for i in self.order
+            ]
+        )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
+    )
+    return f"<table>{cells}</table>"
 
 
 def judged_pair(

@@ -14,9 +14,7 @@ from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.serving.judge import Judge, Pair, as_text
-from jlrm.serving.results import JudgedPair
-
-POINTS = {1: 1.0, 2: 0.0, 0: 0.5}
+from jlrm.serving.results import POINTS, JudgedPair
 
 
 def trl(judge: Judge, reference: str = "") -> Callable[..., list[float | None]]:

@@ -7,16 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import Reader, judged_items
 from jlrm.evaluation.statistics import diagnostics
 from jlrm.evaluation.statistics.clusters import cluster_items
-from jlrm.evaluation.statistics.intervals import of_share
 from jlrm.reports import contracts
 from jlrm.reports.results_file import ItemRate, Rate
-from jlrm.serving.results import JudgedPair
+from jlrm.serving.results import POINTS, JudgedPair
 from jlrm.serving.rows import Row
 
 VERSION = 1
@@ -28,7 +25,8 @@ class JudgingSummary:
 
     wins: of answer 1, of answer 2, and ties; of `rows`. unread: of `games`. errors: rows without a
     verdict because a game was not judged or the row can't be. first: verdicts that name the answer
-    shown first; longer: the longer one. agreement: rows whose verdict is their label.
+    shown first; longer: the longer one. agreement: rows whose verdict is their label; a row without
+    a verdict has another one.
     """
 
     rows: int
@@ -62,10 +60,12 @@ def summary(
         items, responses, clusters=cluster_items([each.item for each in items])
     )
     named = [each.winner for each in judged]
-    read_pairs = [number for number, winner in enumerate(named) if winner is not None]
-    credit = [{1: 1.0, 2: 0.0, 0: 0.5}[named[number] or 0] for number in read_pairs]
-    labelled = [number for number in read_pairs if rows[number].label is not None]
-    right = [float(named[number] == rows[number].label) for number in labelled]
+    won = [(row.question, POINTS[w]) for row, w in zip(rows, named, strict=True) if w is not None]
+    right = [
+        (row.question, float(winner == row.label))
+        for row, winner in zip(rows, named, strict=True)
+        if row.label is not None
+    ]
     given = [each for each in responses.values() if each.texts is not None]
     return JudgingSummary(
         rows=len(rows),
@@ -75,25 +75,26 @@ def summary(
         ties=named.count(0),
         unread=sum(g.winner is None and g.status != "unjudged" for e in judged for g in e.games),
         errors=sum(each.winner is None and each.error is not None for each in judged),
-        share_1=_rate(rows, read_pairs, credit),
+        share_1=rate_by_question(*_columns(won)),
         consistency=about.consistency,
         first=about.first,
         longer=about.length.verdicts if about.length else None,
-        agreement=_rate(rows, labelled, right),
+        agreement=rate_by_question(*_columns(right)),
         tokens=sum(each.num_tokens or 0 for each in given),
         seconds=round(sum(each.seconds or 0.0 for each in given), 3),
     )
 
 
-def _rate(rows: Sequence[Row], numbers: Sequence[int], values: Sequence[float]) -> ItemRate | None:
-    """Return the mean of values that some rows have, in percent, with an interval by question."""
-    if not numbers:
+def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[list[str], list[float]]:
+    return [question for question, _ in pairs], [value for _, value in pairs]
+
+
+def rate_by_question(questions: Sequence[str], values: Sequence[float]) -> ItemRate | None:
+    """Return the mean of values in percent, with an interval by question; None of none."""
+    if not values:
         return None
-    names: dict[str, int] = {}
-    clusters = np.array([names.setdefault(rows[n].question, len(names)) for n in numbers])
-    sizes = np.bincount(clusters).astype(float)
-    interval = of_share(np.bincount(clusters, values), sizes, len(numbers))
-    return ItemRate(100 * float(np.mean(values)), len(numbers), interval)
+    clusters = cluster_items([Item("", question, ()) for question in questions])
+    return diagnostics.item_rate(values, [1] * len(values), clusters, len(values))
 
 
 def write(path: pathlib.Path, found: JudgingSummary) -> None:

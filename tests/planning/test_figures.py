@@ -55,3 +55,10 @@ def test_a_plan_that_does_not_fit_says_so():
     text = page.describe(PLAN)
     assert "Does not fit, by 4.25 GiB: the compiler refuses update needs 20.00 of 15.75" in text
     assert "Not compiled: evaluation." in text and "Smallest that fits" not in text
+
+
+def test_a_vm_that_is_too_small_does_not_fit():
+    host = figures.HostPlan(4, 100.0, {"load": 3.0, "checkpoint": 95.0})
+    plan = dataclasses.replace(PLAN, peak_gib=1.0, usable_gib=14.4, host=host)
+    said = "Does not fit: phase checkpoint needs 95.0 of 100.0 GiB of the VM's own memory"
+    assert page.verdict(plan).startswith(said)

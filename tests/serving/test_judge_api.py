@@ -247,6 +247,7 @@ def test_mistakes_are_one_sentence(call, says_):
 def test_an_endpoint_is_asked_for_its_model(names, monkeypatch):
     class Models(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            seen.append(self.headers["Authorization"])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps({"data": [{"id": name} for name in names]}).encode())
@@ -254,7 +255,8 @@ def test_an_endpoint_is_asked_for_its_model(names, monkeypatch):
         def log_message(self, *args):
             pass
 
-    made = []
+    made, seen = [], []
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
     monkeypatch.setattr(options, "make", lambda *args: made.append(args) or Teller())
     with http.server.HTTPServer(("127.0.0.1", 0), Models) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -266,9 +268,14 @@ def test_an_endpoint_is_asked_for_its_model(names, monkeypatch):
             assert Judge.load(url, votes=3).compare("q", BEST, "x").winner == 1
             backend, model, chosen, *_ = made[0]
             assert (backend, model, chosen["base_url"], chosen["votes"]) == (
-                *("openai", "only"),
-                *(url, 3),
+                "openai",
+                "only",
+                url,
+                3,
             )
+            assert seen == ["Bearer k"]
+            Judge.load("only", base_url=url)  # an address is an endpoint's
+            assert made[1][:2] == ("openai", "only")
         server.shutdown()
 
 

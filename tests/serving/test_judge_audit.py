@@ -16,7 +16,7 @@ from jlrm.config import UsageError
 from jlrm.runtime import commands
 from jlrm.serving import audit, calibration
 from jlrm.serving.audit import Checked
-from jlrm.serving.judge import Judge, find_map
+from jlrm.serving.judge import Judge
 
 
 def drawn(num: int = 400, seed: int = 0) -> list[Checked]:
@@ -36,14 +36,16 @@ def drawn(num: int = 400, seed: int = 0) -> list[Checked]:
 def test_agreement_beyond_chance_is_that_of_others(seed):
     pairs = [(row.judge, row.human) for row in drawn(200, seed)]
     one, two = np.array(pairs).T
-    assert audit.kappa(pairs) == pytest.approx(cohen_kappa_score(one, two), abs=1e-9)
+    assert audit.audit([Checked(*pair) for pair in pairs]).kappa == pytest.approx(
+        cohen_kappa_score(one, two), abs=1e-9
+    )
     wanted = krippendorff.alpha(np.array([one, two]), level_of_measurement="nominal")
     assert audit.alpha(pairs) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_raters_who_say_one_thing_alone_have_no_agreement_beyond_chance():
-    assert audit.kappa([(1, 1)] * 4) is None and audit.alpha([(1, 1)] * 4) is None
-    assert audit.kappa([]) is None and audit.alpha([]) is None
+    assert audit.alpha([(1, 1)] * 4) is None and audit.alpha([]) is None
+    assert audit.audit([Checked(None, 1)]).kappa is None
 
 
 def test_isotonic_regression_is_that_of_scikit_learn():
@@ -146,12 +148,15 @@ def test_a_map_is_saved_and_used(table, tmp_path, capsys):
     code, out, err = run(capsys, table, *COLUMNS, "--calibrate")
     assert code == 0 and "after a fitted map" in out, err
     path = tmp_path / "calibration.json"
-    found = find_map("", str(tmp_path))
-    assert calibration.read(path) == found == find_map("", f"{tmp_path}@12")
+    found = calibration.find("", str(tmp_path))
+    assert calibration.read(path) == found == calibration.find("", f"{tmp_path}@12")
     assert "confidences go through this map" in capsys.readouterr().err
-    assert find_map("none", str(tmp_path)) is None and find_map("", "somewhere/else") is None
+    assert (
+        calibration.find("none", str(tmp_path)) is None
+        and calibration.find("", "somewhere/else") is None
+    )
     with pytest.raises(UsageError, match="no such file"):
-        find_map("nowhere.json", str(tmp_path))
+        calibration.find("nowhere.json", str(tmp_path))
 
     def backend(games, record):
         from jlrm.evaluation.games import Response

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, Response
 from jlrm.evaluation.statistics.intervals import Clusters, of_share
@@ -102,12 +103,12 @@ def _plays(judged: Sequence[ItemVerdicts]) -> Iterator[Play]:
     return (Play(each.item, verdict) for each in judged for verdict in each.verdicts)
 
 
-def _rate(count: int, n: int) -> Rate:
+def _rate(count: float, n: int) -> Rate:
     return Rate(100 * count / n if n else None, n)
 
 
-def _item_rate(
-    counts: Sequence[int], sizes: Sequence[int], clusters: Clusters, most: float = math.inf
+def item_rate(
+    counts: Sequence[float], sizes: Sequence[int], clusters: Clusters, most: float = math.inf
 ) -> ItemRate:
     """Return sum(counts) / sum(sizes) over items, with its interval; `most` as in `of_share`."""
     rate = _rate(sum(counts), sum(sizes))
@@ -120,7 +121,7 @@ def _item_rate(
 def _share_naming(judged: Sequence[ItemVerdicts], place: int, clusters: Clusters) -> ItemRate:
     """Return how many of all verdicts, ties among them, name the answer shown at a place."""
     said = [[o.preference for o in each.verdicts if o.preference is not None] for each in judged]
-    return _item_rate([row.count(place) for row in said], [len(row) for row in said], clusters)
+    return item_rate([row.count(place) for row in said], [len(row) for row in said], clusters)
 
 
 def _swaps(
@@ -153,7 +154,7 @@ def _swaps(
     lean = Lean(points, len(leans), num_first, len(leans) - num_first)
     if is_silent:
         return ItemRate(None, sum(sizes)), lean
-    return _item_rate(consistent, sizes, clusters, sum(sizes)), lean
+    return item_rate(consistent, sizes, clusters, sum(sizes)), lean
 
 
 def _length(plays: Sequence[Play]) -> LengthBias | None:
@@ -223,16 +224,10 @@ def _calibration(plays: Sequence[Play], span: float | None) -> Calibration | Non
     margins = np.array([abs(one - two) for (one, two), _ in told])
     confidence = np.array([implied_probability(margin, 0.0, span) for margin in margins])
     right = np.array([preferred(*pair) == label for pair, label in told], dtype=float)
-    # an edge belongs to the bin above it, whatever rounding says
-    numbers = np.minimum((margins / span * NUM_BINS + 1e-9).astype(int), NUM_BINS - 1)
+    numbers = _bin_numbers(confidence)
     bins = [
         _bin(number, confidence[numbers == number], right[numbers == number])
         for number in range(NUM_BINS)
-    ]
-    gaps = [
-        each.n * abs(each.accuracy - each.confidence)
-        for each in bins
-        if each.accuracy is not None and each.confidence is not None
     ]
     return Calibration(
         span=float(span),
@@ -240,10 +235,25 @@ def _calibration(plays: Sequence[Play], span: float | None) -> Calibration | Non
         ties=len(known) - len(told),
         confidence=100 * float(confidence.mean()),
         accuracy=100 * float(right.mean()),
-        ece=sum(gaps) / len(told),
+        ece=calibration_error(confidence, right),
         brier=float(((confidence - right) ** 2).mean()),
         bins=tuple(bins),
     )
+
+
+def calibration_error(confidence: Float[np.ndarray, " N"], right: Float[np.ndarray, " N"]) -> float:
+    """Return the mean distance of accuracy and confidence over bins, by their rows, in points.
+
+    Ten bins of equal width from 1/2 to 1; a confidence below is in the first.
+    """
+    gaps = np.bincount(_bin_numbers(confidence), right - confidence, minlength=NUM_BINS)
+    return 100 * float(np.abs(gaps).sum()) / len(right)
+
+
+def _bin_numbers(confidence: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    # An edge belongs to the bin above it, whatever rounding says.
+    numbers = ((2 * confidence - 1) * NUM_BINS + 1e-9).astype(int)
+    return np.clip(numbers, 0, NUM_BINS - 1)
 
 
 def _bin(number: int, confidence: np.ndarray, right: np.ndarray) -> CalibrationBin:
