@@ -32,7 +32,7 @@ from jlrm.serving import audit, calibration, tally
 from jlrm.serving import rows as row_files
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.judge import ORDERS, Pair, doubt, games_of
-from jlrm.serving.results import JudgedPair, judged_pair
+from jlrm.serving.results import JudgedPair, VerdictLine, judged_pair
 from jlrm.serving.rows import Row
 
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
@@ -82,10 +82,7 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
 
 
 def _line(row: Row, judged: JudgedPair) -> str:
-    """Return a line of verdicts: with the question and the label, all that an audit needs."""
-    answers = {"answer_1": row.answer_1, "answer_2": row.answer_2}
-    about = {"question": row.question, **answers, "label": row.label}
-    return json.dumps({"id": row.id, **about, **judged.to_dict()}) + "\n"
+    return json.dumps(VerdictLine(**{**row._asdict(), **vars(judged)}).to_dict()) + "\n"
 
 
 def _judged(

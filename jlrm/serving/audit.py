@@ -29,6 +29,7 @@ from jlrm.serving import calibration
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.tally import rate_by_question
 
+VERSION = 1  # of what --json prints
 CLASSES = (1, 2, 0)  # the better answer; 0: a tie
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the rows that are answered, the surest first
 
@@ -72,6 +73,7 @@ class Audit:
     ece: float | None
     abstention: tuple[Abstention, ...]
     calibration: ConfidenceMap | None = None
+    version: int = VERSION
 
 
 def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:

@@ -21,6 +21,7 @@ from jlrm.judgement.verdict import (
 )
 from jlrm.reports import contracts
 
+VERSION = 1  # of verdicts.jsonl
 NAMES = {1: "answer 1", 2: "answer 2", 0: "a tie", None: "no verdict"}
 POINTS = {1: 1.0, 2: 0.0, 0: 0.5}  # of answer 1, by the winner
 SHOWN = 300  # characters of a reason on a notebook's page
@@ -94,6 +95,17 @@ class JudgedPair(Plain):
             (f"shown {game.order[0]}, {game.order[1]}", NAMES[game.winner]) for game in self.games
         ]
         return _table([("verdict", repr(self)[1:-1]), *games, ("reason", self.reason[:SHOWN])])
+
+
+@dataclass(frozen=True, repr=False)
+class VerdictLine(JudgedPair):
+    """A line of `verdicts.jsonl`: a verdict with its pair and label, all that an audit needs."""
+
+    question: str = ""
+    answer_1: str = ""
+    answer_2: str = ""
+    label: int | None = None
+    version: int = VERSION
 
 
 @dataclass(frozen=True, repr=False)
