@@ -16,6 +16,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # A disk that is full or away may come back: seconds between tries to write.
 PAUSES = (5.0, 15.0, 40.0)
+SLOW = 60.0  # seconds in which a write should have ended
 PASSING = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE),
     *(errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV),
@@ -82,7 +84,8 @@ def patiently(path: pathlib.Path, write: Callable[[], None]) -> None:
     """Write, and try again for a minute where the disk is full or away; then OSError."""
     for pause in PAUSES:
         try:
-            return write()
+            with told_if_slow(path):
+                return write()
         except OSError as error:
             if error.errno not in PASSING:
                 raise
@@ -90,6 +93,36 @@ def patiently(path: pathlib.Path, write: Callable[[], None]) -> None:
             time.sleep(pause)
     with explain_full_disk(path):
         return write()
+
+
+@contextlib.contextmanager
+def told_if_slow(path: os.PathLike[str] | str) -> Iterator[None]:
+    """Say that a write is waited for after `SLOW` seconds, each time that the wait has doubled.
+
+    A disk that is frozen, or a store that does not answer, holds up whoever writes to it, and no
+    error ends that: another thread has to tell why nothing goes on.
+    """
+    began, has_ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        wait = SLOW
+        while not has_ended.wait(wait):
+            log.warning(
+                "Writing to %s has taken %.0f s: the disk or the store is slow, or does not "
+                "answer. What was saved before is whole; this goes on as soon as it does.",
+                path,
+                waited := time.monotonic() - began,
+            )
+            wait = waited
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        has_ended.set()
+        if (waited := time.monotonic() - began) >= SLOW:
+            log.warning("Writing to %s ended after %.0f s.", path, waited)
 
 
 def failure(error: Exception) -> str:
@@ -281,7 +314,7 @@ class Mirror:
         files = [path for path in sorted(self.local.rglob("*")) if path.is_file()]
         now = {str(path.relative_to(self.local)): _stamp(path) for path in files}
         now = {name: stamp for name, stamp in now.items() if _is_small(name)}
-        with _explained(self.url):
+        with _explained(self.url), told_if_slow(self.url):
             for name, stamp in now.items():
                 if self._pushed.get(name) != stamp:
                     system.makedirs(f"{root}/{name}".rpartition("/")[0], exist_ok=True)

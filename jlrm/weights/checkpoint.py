@@ -168,11 +168,12 @@ class Checkpoints:
             return
         for pause in (*storage.PAUSES, None):
             try:
-                if not is_begun:
-                    save.begin()
-                if until_saved:
-                    self._manager.wait_until_finished()
-                    self._num_missed = 0
+                with storage.told_if_slow(self._directory):
+                    if not is_begun:
+                        save.begin()
+                    if until_saved:
+                        self._manager.wait_until_finished()
+                        self._num_missed = 0
                 return
             except (ValueError, OSError) as error:
                 failure = self._failure(error)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pathlib
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -151,3 +154,22 @@ def test_a_path_that_can_never_be_written_is_not_tried_again(tmp_path, monkeypat
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError):
         storage.write_atomically(tmp_path / "a", b"new")
+
+
+def test_a_disk_that_does_not_answer_is_named_while_it_is_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "SLOW", 0.05)
+    monkeypatch.setattr(storage, "PAUSES", (0.0,))
+    pipe = tmp_path / "metrics.jsonl"
+    os.mkfifo(pipe)  # to open it for writing takes until somebody reads
+    writing = threading.Thread(target=storage.append, args=(pipe, "a line"))
+    writing.start()
+    while sum("does not answer" in message for message in caplog.messages) < 2:
+        assert writing.is_alive()
+        time.sleep(0.01)
+    assert str(pipe) in caplog.messages[0]
+    assert pipe.read_text() == "a line"
+    writing.join()
+    assert "ended after" in caplog.messages[-1]
+    said = len(caplog.messages)
+    storage.append(tmp_path / "fast", "a line")
+    assert len(caplog.messages) == said
