@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from jlrm.config import MeshConfig
 from jlrm.data.batches import Example, prompt_encoder
@@ -28,12 +29,46 @@ from jlrm.model.qwen import Params
 from jlrm.runtime import devices
 from jlrm.runtime.mesh import open_mesh
 from jlrm.sampling.generate import lay_out_program
-from jlrm.sampling.policy import check_positions, open_policy
+from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
 from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, read_params
 
 STOP = {"</answer>": 2}
+
+
+class LocalModel(NamedTuple):
+    """A model on a mesh, and its weights laid out for decoding, which are read when asked for."""
+
+    policy: TextPolicy
+    weights: Callable[[], Params]
+
+
+def open_model(
+    model: str, mesh: MeshConfig, compute_dtype: str, longest: tuple[int, int]
+) -> LocalModel:
+    """Open a Hugging Face directory or hub id, or RUN[@STEP].
+
+    Args:
+      longest: most tokens of a prompt and of a judgement.
+
+    Raises:
+      UsageError: anything the user can mend.
+    """
+    directory = model_files(model)
+    config = hf_config.read_config(directory, compute_dtype=compute_dtype)
+    if not steps.is_run(model):  # whose weights are masters, whatever it began from
+        config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
+    check_positions(config, sum(longest), "--max-prompt-tokens or --max-new-tokens")
+    policy = open_policy(config, open_mesh(mesh), directory)
+    devices.tell(policy.mesh)
+
+    @functools.cache
+    def weights() -> Params:
+        params = read_params(model, config, policy.training)
+        return lay_out_program(config, policy.decoding)(params)
+
+    return LocalModel(policy, weights)
 
 
 def make(
@@ -60,24 +95,10 @@ def make(
     """
     check_decoding(decoding)
     decoding = dataclasses.replace(decoding, stop_after=prompts.reasoning_end(prompt))
-    directory = model_files(model)
-    config = hf_config.read_config(directory, compute_dtype=compute_dtype)
-    if not steps.is_run(model):  # whose weights are masters, whatever it began from
-        config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
-    check_positions(
-        config,
-        max_prompt_tokens + decoding.max_new_tokens,
-        "--max-prompt-tokens or --max-new-tokens",
-    )
-    policy = open_policy(config, open_mesh(mesh), directory)
-    devices.tell(policy.mesh)
+    longest = max_prompt_tokens, decoding.max_new_tokens
+    policy, weights = open_model(model, mesh, compute_dtype, longest)
     write = make_writer(policy, decoding, widths(max_prompt_tokens))
     encode = prompt_encoder(policy.tokenizer, prompt, scale)
-
-    @functools.cache
-    def weights() -> Params:
-        params = read_params(model, config, policy.training)
-        return lay_out_program(config, policy.decoding)(params)
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         fitting = []

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -88,12 +89,16 @@ def rollout_keys(
     seed: int, step: Int[Array, ""], prompt_ids: Int[Array, " P"], num_rollouts: int
 ) -> Key[Array, "P R"]:
     """Return one key per sequence; it depends only on seed, step, prompt and rollout."""
-    base = jax.random.fold_in(jax.random.key(seed), step)
-
-    def key(prompt_id: Array, index: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(base, prompt_id), index)
-
+    key = partial(rollout_key, seed, step)
     return jax.vmap(jax.vmap(key, (None, 0)), (0, None))(prompt_ids, jnp.arange(num_rollouts))
+
+
+def rollout_key(
+    seed: int | Int[Array, ""], step: Int[Array, ""], prompt_id: Array, index: Array
+) -> Key[Array, ""]:
+    """Return the key of one sequence."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.fold_in(jax.random.fold_in(key, prompt_id), index)
 
 
 def generate(

@@ -1,0 +1,278 @@
+"""Decoding that prompts enter and leave while it goes on, as a server needs it.
+
+The sampler's batch (sampler.py) begins and ends as one. Here a fixed number of slots decodes on and
+on. `enter` runs new prompts and puts them into slots that are free; `advance` draws a block of
+tokens in all slots. Between two of these calls the host looks at what was drawn, and decides who
+comes next. A completion that ends inside a block leaves its slot idle until the block's end.
+
+What is drawn is what the sampler draws: the same decoding step, stop tables, and random numbers
+addressed by (seed, number of the prompt, completion, token). Each slot has a temperature of its
+own; the other cut-offs are the program's.
+
+The state is donated to both programs, so that they change it in place.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jlrm.model.qwen import Params, QwenConfig
+from jlrm.rl.distribution import Distribution
+from jlrm.runtime.mesh import Layout
+from jlrm.sampling import decode
+from jlrm.sampling.decode import KeysValues, NextTokens, Prefix, Prompts
+from jlrm.sampling.sampler import rollout_key, sample
+from jlrm.sampling.stops import StopTables, has_ended
+
+RUNNING, STOPPED, CUT = 0, 1, 2  # how a completion stands after a block
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """What the programs are compiled for."""
+
+    num_slots: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    distribution: Distribution  # without its temperature, which each slot has for itself
+    num_turns: int = 8  # tokens of a block
+
+
+class Sequences(NamedTuple):
+    """What is drawn in each slot; `count` 0: the slot is idle."""
+
+    token: Int[Array, " P"]  # drawn last, and not yet run through the model
+    count: Int[Array, " P"]  # tokens drawn
+    limit: Int[Array, " P"]  # most tokens
+    temperature: Float[Array, " P"]  # 0: greedy
+    address: Int[Array, "P 3"]  # of random numbers: seed, prompt's number, completion's number
+    stop_states: Int[Array, "A P 1"]
+
+
+class SlotState(NamedTuple):
+    """The prompts, the tokens so far and their caches, of all slots."""
+
+    turn: Int[Array, ""]  # decoding steps run since the beginning
+    sequences: Sequences
+    prefix: Prefix
+    caches: list[KeysValues]
+
+
+class Entering(NamedTuple):
+    """For each of P prompts, the R slots that its completions are drawn in, and how."""
+
+    slots: Int[Array, "P R"]
+    limits: Int[Array, " P"]
+    temperatures: Float[Array, " P"]
+    addresses: Int[Array, "P R 3"]
+
+
+class Block(NamedTuple):
+    """What a call has drawn in each slot: the first `lengths` of `tokens`."""
+
+    tokens: Int[Array, "P turns"]
+    lengths: Int[Array, " P"]
+    endings: Int[Array, " P"]  # RUNNING, STOPPED by an end, or CUT by its limit
+
+
+def empty(
+    config: QwenConfig, layout: Layout, settings: SlotSettings, stops: StopTables
+) -> SlotState:
+    """Return the state in which all slots are idle."""
+    num = settings.num_slots
+    shape = (num, config.num_key_value_heads, settings.max_prompt_tokens, config.head_dim)
+    zeros, row = jnp.zeros(num, jnp.int32), layout.shard(jnp.zeros(num, jnp.int32), "P")
+    keys = layout.shard(jnp.zeros(shape, config.compute_dtype), "P K T H")
+    mask = layout.shard(jnp.zeros((num, settings.max_prompt_tokens), bool), "P T")
+    states = jnp.zeros((len(stops.tables), num, 1), stops.tables.dtype)
+    addresses = jnp.zeros((num, 3), jnp.int32)
+    return SlotState(
+        jnp.int32(0),
+        Sequences(zeros, zeros, zeros, zeros.astype(jnp.float32), addresses, states),
+        Prefix([KeysValues(keys, keys)] * config.num_hidden_layers, row, mask),
+        decode.empty_caches(config, layout, (num, 1), settings.max_new_tokens),
+    )
+
+
+def enter(
+    config: QwenConfig,
+    layout: Layout,
+    settings: SlotSettings,
+    params: Params,
+    state: SlotState,
+    prompts: Prompts,
+    entering: Entering,
+    stops: StopTables,
+) -> tuple[SlotState, Block]:
+    """Run prompts, each once, put them into their slots, and draw their first tokens.
+
+    A slot may stand twice in `entering`, with the same prompt: so a call is filled up to a size
+    that is compiled. The block returned has one turn; slots that did not enter have length 0.
+    """
+    num_completions = entering.slots.shape[1]
+    ends, new = decode.run_prompts(config, layout, params, prompts)
+    slots = entering.slots.reshape(-1)
+
+    def each(x: Array) -> Array:
+        """Repeat what prompts have for all completions of each."""
+        return jnp.repeat(x, num_completions, axis=0)
+
+    def put(old: Array, values: Array) -> Array:
+        return old.at[slots].set(values.astype(old.dtype))
+
+    width = prompts.tokens.shape[1]
+    mask = jnp.arange(settings.max_prompt_tokens)[None] < new.lengths[:, None]
+    prefix = Prefix(
+        [
+            KeysValues(
+                *(
+                    layout.shard(old.at[slots, :, :width].set(each(part)), "P K T H")
+                    for old, part in zip(mine, theirs, strict=True)
+                )
+            )
+            for mine, theirs in zip(state.prefix.layers, new.layers, strict=True)
+        ],
+        put(state.prefix.lengths, each(new.lengths)),
+        put(state.prefix.mask, each(mask)),
+    )
+    old = state.sequences
+    sequences = Sequences(
+        old.token,
+        put(old.count, jnp.zeros_like(slots)),
+        put(old.limit, each(entering.limits)),
+        put(old.temperature, each(entering.temperatures)),
+        put(old.address, entering.addresses.reshape(-1, 3)),
+        old.stop_states.at[:, slots].set(0),
+    )
+    logits = decode.logits(config, layout, params, each(ends))
+    drawn = _draw(
+        layout,
+        settings,
+        logits,
+        jax.tree.map(
+            lambda x: x[slots], sequences._replace(stop_states=jnp.zeros(len(slots), jnp.int32))
+        ),
+    )
+    is_new = jnp.zeros_like(old.count, bool).at[slots].set(True)
+    sequences, block = _record(settings, sequences, put(old.token, drawn), is_new, stops)
+    return state._replace(sequences=sequences, prefix=prefix), block
+
+
+def advance(
+    config: QwenConfig,
+    layout: Layout,
+    settings: SlotSettings,
+    width: int,
+    params: Params,
+    state: SlotState,
+    is_wanted: Bool[Array, " P"],
+    stops: StopTables,
+) -> tuple[SlotState, Block]:
+    """Draw up to `num_turns` tokens in every slot that is not idle.
+
+    No prompt that is decoded is longer than `width`: what lies beyond is not read. A sequence that
+    is wanted no more ends here, before it draws anything.
+    """
+    sequences = state.sequences
+    count = jnp.where(is_wanted, sequences.count, 0)
+    state = state._replace(sequences=sequences._replace(count=count))
+    prefix = Prefix(
+        [
+            KeysValues(keys[:, :, :width], values[:, :, :width])
+            for keys, values in state.prefix.layers
+        ],
+        state.prefix.lengths,
+        state.prefix.mask[:, :width],
+    )
+    num_turns = settings.num_turns
+    empty = jnp.zeros((settings.num_slots, num_turns), jnp.int32)
+    nothing = jnp.zeros(settings.num_slots, jnp.int32)
+
+    def is_running(carry: tuple[SlotState, Block, Array]) -> Bool[Array, ""]:
+        state, _, turn = carry
+        return jnp.any(state.sequences.count > 0) & (turn < num_turns)
+
+    def draw(carry: tuple[SlotState, Block, Array]) -> tuple[SlotState, Block, Array]:
+        state, block, turn = carry
+        state = state._replace(turn=state.turn + 1)
+        new = _next_tokens(state)
+        hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
+        logits = decode.logits(config, layout, params, hidden)
+        old = state.sequences
+        token = _draw(layout, settings, logits, old)
+        sequences, drawn = _record(settings, old, token, old.count > 0, stops)
+        block = Block(
+            jax.lax.dynamic_update_slice(block.tokens, drawn.tokens, (0, turn)),
+            block.lengths + drawn.lengths,
+            block.endings + drawn.endings,
+        )
+        return state._replace(sequences=sequences, caches=caches), block, turn + 1
+
+    # The prompts stay outside of the loop: it does not change them.
+    kept, small = state.prefix, state._replace(prefix=prefix._replace(layers=[]))
+    small, block, _ = jax.lax.while_loop(
+        is_running, draw, (small, Block(empty, nothing, nothing), jnp.int32(0))
+    )
+    return small._replace(prefix=kept), block
+
+
+def _next_tokens(state: SlotState) -> NextTokens:
+    """Return the tokens drawn last, as a decoding step takes them; see the sampler's."""
+    sequences, num_cached = state.sequences, state.caches[0].values.shape[3]
+    ring = (state.turn - 1) % num_cached
+    age = (ring - jnp.arange(num_cached)) % num_cached
+    positions = state.prefix.lengths + sequences.count - 1
+    return NextTokens(sequences.token, positions, ring, age[None] < sequences.count[:, None])
+
+
+def _draw(
+    layout: Layout,
+    settings: SlotSettings,
+    logits: Float[Array, "B V"],
+    sequences: Sequences,
+) -> Int[Array, " B"]:
+    """Draw the next token of each sequence, whose `count` were drawn before."""
+
+    def uniform(address: Int[Array, "3"], count: Array) -> Array:
+        key = rollout_key(address[0], jnp.int32(0), address[1], address[2])
+        return jax.random.uniform(jax.random.fold_in(key, count))
+
+    temperature = sequences.temperature[:, None]
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+    uniforms = jax.vmap(uniform)(sequences.address, sequences.count)
+    drawn, _ = sample(layout, scaled, settings.distribution, layout.shard(uniforms, "M"))
+    is_id = jnp.arange(logits.shape[1])[None] < (settings.distribution.num_ids or math.inf)
+    likeliest = jnp.argmax(jnp.where(is_id, logits, -jnp.inf), axis=1).astype(jnp.int32)
+    return layout.shard(jnp.where(sequences.temperature > 0, drawn, likeliest), "B")
+
+
+def _record(
+    settings: SlotSettings,
+    sequences: Sequences,
+    token: Int[Array, " P"],
+    is_drawn: Bool[Array, " P"],
+    stops: StopTables,
+) -> tuple[Sequences, Block]:
+    """Count the tokens drawn where they count, and let sequences end that are over."""
+    states = jax.vmap(lambda table, states: table[states, token[:, None]])(
+        stops.tables, sequences.stop_states
+    )
+    is_end = has_ended(stops, settings.stop_ids, states, token[:, None])[:, 0] & is_drawn
+    count = jnp.where(is_drawn, sequences.count + 1, sequences.count)
+    is_cut = is_drawn & ~is_end & (count == sequences.limit)
+    block = Block(
+        jnp.where(is_drawn, token, 0)[:, None],
+        is_drawn.astype(jnp.int32),
+        jnp.where(is_end, STOPPED, 0) + jnp.where(is_cut, CUT, 0),
+    )
+    # Count 0 hides what the slot has cached from who comes next.
+    count = jnp.where(is_end | is_cut, 0, count)
+    states = jnp.where(is_drawn[None, :, None], states, sequences.stop_states)
+    return sequences._replace(token=token, count=count, stop_states=states), block
