@@ -34,14 +34,18 @@ REQUIRED = [
     "tensorstore>=0.1.70",
     "tqdm>=4.66",
 ]
+# Of `jlrm judge serve`.
+SERVE = ["prometheus-client>=0.20", "starlette>=0.40", "uvicorn>=0.30"]
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "plan": ["jax[tpu]>=0.10.0"],  # its libtpu compiles for TPU topologies on any machine
     "gcs": ["gcsfs"],  # data at gs://
     "notebook": ["ipykernel>=6.29"],
+    "serve": SERVE,
     "wandb": ["wandb"],
     "test": [
+        *SERVE,
         "beartype>=0.18",
         "hypothesis>=6.100",
         "ipykernel>=6.29",
@@ -66,7 +70,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["jlrm", "jlrm.*"]),
-    package_data={"jlrm.reports": ["templates/*"]},
+    package_data={"jlrm.reports": ["templates/*"], "jlrm.server": ["page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["jlrm = jlrm.__main__:main"]},

@@ -104,6 +104,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] == ["check"]:
         audit.main(words[1:])
         return
+    if words[:1] == ["serve"]:
+        from jlrm.server import command  # its packages are an extra
+
+        command.main(words[1:])
+        return
     args = _parser().parse_args(words)
     if not args.model:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")

@@ -26,6 +26,7 @@ RANKS = {
     "evaluation.benchmarks.raters": 6,
     "judges": 7,
     "serving": 8,
+    "server": 9,
     "training": 8,
     "planning": 9,
 }

@@ -13,7 +13,7 @@ import json
 import logging
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
@@ -166,9 +166,16 @@ def prompt_template(
             f"data.prompt={name} needs a chat template, which this tokenizer lacks. Set "
             "model.tokenizer to an instruct model's, or data.prompt=judgelrm_train."
         )
-    text = EMPTY_THINKING.sub("", _fill_chat(tokenizer, name, system, user))
-    if not text.rstrip().endswith("<think>"):
-        text += "<think>\n"
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    try:
+        text = _fill_chat(tokenizer, chat)
+    except Exception as error:  # a template is a program: it raises on purpose, or anything
+        raise UsageError(
+            f"The tokenizer's chat template can't write data.prompt={name}, a system and a user "
+            f"message ({_why(error)}). Use data.prompt=judgelrm_train, which needs no chat "
+            "template, or set model.tokenizer to one whose template has a system role."
+        ) from None
+    text = open_thinking(text)
     for message in (system, user):
         if text.count(message) != 1:
             raise UsageError(
@@ -178,26 +185,42 @@ def prompt_template(
     return text
 
 
-def _fill_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> str:
-    """Return the text of two messages and the header of an answer, with thinking switched on."""
-    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]], is_open: bool) -> str:
+    """Return the text of a conversation and the header of an answer; `is_open`: with `<think>`.
+
+    Raises:
+      UsageError: no chat template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("The model's tokenizer has no chat template.")
     try:
-        template = tokenizer.get_chat_template()
-        return tokenizer.apply_chat_template(
-            chat,
-            chat_template=(CLOCK if "strftime_now" in template else "") + template,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,  # Qwen, and most
-            thinking=True,  # DeepSeek, Granite
-        )
-    except Exception as error:  # a template is a program: it raises on purpose, or anything
-        why = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
-        raise UsageError(
-            f"The tokenizer's chat template can't write data.prompt={name}, a system and a user "
-            f"message ({why}). Use data.prompt=judgelrm_train, which needs no chat template, or "
-            "set model.tokenizer to one whose template has a system role."
-        ) from None
+        text = _fill_chat(tokenizer, chat)
+    except Exception as error:
+        raise UsageError(f"The chat template refuses these messages: {_why(error)}.") from None
+    return open_thinking(text) if is_open else text
+
+
+def open_thinking(text: str) -> str:
+    """Let a prompt end in one `<think>`, whatever its template has written there."""
+    text = EMPTY_THINKING.sub("", text)
+    return text if text.rstrip().endswith("<think>") else f"{text}<think>\n"
+
+
+def _fill_chat(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]]) -> str:
+    """Fill the chat template, with thinking switched on; it raises whatever it likes."""
+    template = tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(
+        list(chat),
+        chat_template=(CLOCK if "strftime_now" in template else "") + template,
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,  # Qwen, and most
+        thinking=True,  # DeepSeek, Granite
+    )
+
+
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:

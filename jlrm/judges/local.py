@@ -102,9 +102,9 @@ def make(
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         fitting = []
-        for example in encode([_comparison(game) for game in games]):
+        for example in encode([comparison(game) for game in games]):
             if len(example.prompt_ids) > max_prompt_tokens:
-                record(_too_long(example, max_prompt_tokens))
+                record(too_long(example, max_prompt_tokens))
             else:
                 fitting.append(example)
         for written in write(weights(), fitting) if fitting else ():
@@ -125,12 +125,14 @@ def answer(tokenizer: Tokenizer, written: Written) -> Response:
     )
 
 
-def _comparison(game: Game) -> Comparison:
+def comparison(game: Game) -> Comparison:
+    """Return a game as what prompts are made of; its id is the game's."""
     answers = game.item.answers
     return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])
 
 
-def _too_long(example: Example, max_prompt_tokens: int) -> Response:
+def too_long(example: Example, max_prompt_tokens: int) -> Response:
+    """Return the response of a game whose prompt is too long: an error, since none is cut."""
     length = len(example.prompt_ids)
     return Response(
         game=example.comparison.id,

@@ -111,9 +111,11 @@ AT_LEAST_ONE = (
 )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for every option; what is not given is None."""
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """Add a flag for every option, or for some of them; what is not given is None."""
     for name, option in OPTIONS.items():
+        if names and name not in names:
+            continue
         kind = type(option.default)
         element = {"prices": float, "scale": int, "mesh": str}.get(name, kind)
         settings: dict[str, Any] = {"type": element, **option.settings}
@@ -221,7 +223,7 @@ def make(
         from jlrm.judges import local
         from jlrm.sampling import writer
 
-        grid, stops = _mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
+        grid, stops = mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
         apart = {name: given.pop(name) for name in ("prompt", "max_prompt_tokens", "compute_dtype")}
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
         return local.make(model, scale=scale, decoding=decoding, mesh=grid, **apart)
@@ -243,7 +245,12 @@ def make(
     return openai.Endpoint(settings) if settings.batch is None else batch.BatchEndpoint(settings)
 
 
-def _mesh(pairs: Sequence[str]) -> MeshConfig:
+def mesh(pairs: Sequence[str]) -> MeshConfig:
+    """Return the mesh that pairs AXIS=N ask for.
+
+    Raises:
+      UsageError: another axis, or no number.
+    """
     sizes: dict[str, int] = {}
     for pair in pairs:
         axis, _, size = pair.partition("=")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +66,15 @@ class SlotState(NamedTuple):
 
 
 class Entering(NamedTuple):
-    """For each of P prompts, the R slots that its completions are drawn in, and how."""
+    """For each of P prompts, the R slots that its completions are drawn in, and how.
 
-    slots: Int[Array, "P R"]
-    limits: Int[Array, " P"]
-    temperatures: Float[Array, " P"]
-    addresses: Int[Array, "P R 3"]
+    NumPy arrays on the host, JAX arrays inside a program.
+    """
+
+    slots: Int[Any, "P R"]
+    limits: Int[Any, " P"]
+    temperatures: Float[Any, " P"]
+    addresses: Int[Any, "P R 3"]
 
 
 class Block(NamedTuple):

@@ -172,6 +172,10 @@ class Engine:
         if self._thread.is_alive():
             self._thread.join()
 
+    def wait(self) -> None:
+        """Wait until the engine has ended, by `close` or by a failure."""
+        self._thread.join()
+
     def _run(self) -> None:
         try:
             while self._wait():

@@ -276,7 +276,7 @@ def doubt(name: str, num_unread: int, num_games: int) -> str:
     )
 
 
-def games_of(number: int, pair: Pair, orders: str, seed: int) -> list[Game]:
+def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game]:
     """Return the games of a pair; `number` tells pairs of one call apart.
 
     Raises:

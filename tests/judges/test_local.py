@@ -100,7 +100,7 @@ def made(directory: pathlib.Path, **changes: Any):
 
 
 def encoded(games: Sequence[Game], tokenizer: Any) -> list[Example]:
-    return prompt_encoder(tokenizer, "toy")([local._comparison(game) for game in games])
+    return prompt_encoder(tokenizer, "toy")([local.comparison(game) for game in games])
 
 
 def answers(judge: Any, games: Sequence[Game]) -> dict[str, Response]:

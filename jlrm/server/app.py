@@ -1,0 +1,396 @@
+"""The routes: what a client may ask, how it is answered, and what is refused.
+
+    POST /v1/judge               pairs to judge, or answers to rank
+    POST /v1/chat/completions    OpenAI's form
+    POST /v1/rerank              the form of Cohere and Jina
+    GET  /v1/models  /healthz  /metrics  /openapi.json  /docs  /  (the page)
+
+Errors have OpenAI's form. A client that leaves cancels what it has asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import json
+import math
+import pathlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jlrm.config import RunError, UsageError
+from jlrm.evaluation.games import Game
+from jlrm.server import bodies, describe
+from jlrm.server.bodies import UnknownModel
+from jlrm.server.chat import Choices
+from jlrm.server.engine import Busy
+from jlrm.server.metrics import Metrics
+from jlrm.server.service import Piece, Service
+from jlrm.serving.judge import Pair, ranked
+from jlrm.serving.results import JudgedPair
+
+BODY_SECONDS = 30.0  # in which a body must have come
+SEND_SECONDS = 60.0  # in which a client must take a part of its reply
+WATCH = 0.25  # seconds between two looks whether a client is still there
+ASSETS = pathlib.Path(__file__).parent / "page"
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+POLICY = (  # nothing of the page comes from elsewhere, and no other page frames it
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is taken of clients. keys: one of them must be shown; none: nobody is asked."""
+
+    body_bytes: int = 2**20
+    keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()  # of pages that may ask from a browser
+    hosts: tuple[str, ...] = ("*",)  # names that the server answers to
+
+
+class TooLarge(Exception):
+    """A body over the limit."""
+
+
+class Left(Exception):
+    """The client has left."""
+
+
+def make(service: Service, limits: Limits, metrics: Metrics) -> Starlette:
+    """Return the application."""
+    routes = Routes(service, limits, metrics)
+    posts = {
+        "/v1/judge": routes.judge,
+        "/v1/chat/completions": routes.chat,
+        "/v1/rerank": routes.rerank,
+    }
+    gets = {
+        "/v1/models": routes.models,
+        "/healthz": routes.health,
+        "/metrics": routes.measured,
+        "/openapi.json": routes.description,
+        "/docs": routes.docs,
+    }
+    return Starlette(
+        routes=[
+            *(Route(path, routes.answered(do), methods=["POST"]) for path, do in posts.items()),
+            *(Route(path, routes.answered(do), methods=["GET"]) for path, do in gets.items()),
+            *(
+                Route("/" if name == "index.html" else f"/{name}", _asset(name), methods=["GET"])
+                for name in ("index.html", "page.js", "page.css")
+            ),
+        ],
+        middleware=[
+            Middleware(TrustedHostMiddleware, allowed_hosts=list(limits.hosts)),
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(limits.origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["authorization", "content-type"],
+            ),
+            Middleware(Guard, keys=limits.keys),
+        ],
+        exception_handlers={
+            404: lambda request, _: _error(404, f"No such route: {request.url.path}."),
+            405: lambda request, _: _error(405, f"{request.method} is not what this route takes."),
+        },
+    )
+
+
+class Guard:
+    """Asks for the key, and ends connections whose clients take nothing of their reply."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app, self._keys = app, [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def patiently(message: Message) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send(message)
+
+        is_open = not scope["path"].startswith(("/v1/", "/metrics"))
+        if is_open or not self._keys or self._has_key(scope):
+            with contextlib.suppress(TimeoutError):
+                await self._app(scope, receive, patiently)
+            return
+        refused = _error(401, "A key is wanted: Authorization: Bearer KEY.", "invalid_api_key")
+        refused.headers["WWW-Authenticate"] = "Bearer"
+        await refused(scope, receive, patiently)
+
+    def _has_key(self, scope: Scope) -> bool:
+        shown = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = shown.partition(b" ")
+        matches = [hmac.compare_digest(key.strip(), each) for each in self._keys]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Routes:
+    """The handlers."""
+
+    def __init__(self, service: Service, limits: Limits, metrics: Metrics) -> None:
+        self._service, self._limits, self._metrics = service, limits, metrics
+        self._started = int(time.time())
+
+    def answered(self, handler: Handler) -> Handler:
+        """Return a handler that turns what goes wrong into a reply, and is counted."""
+
+        async def answer(request: Request) -> Response:
+            with self._metrics.request(request.url.path) as outcome:
+                try:
+                    response = await handler(request)
+                except UnknownModel as error:
+                    response = _error(404, str(error), "model_not_found")
+                except UsageError as error:
+                    response = _error(400, str(error))
+                except TooLarge:
+                    most = self._limits.body_bytes
+                    response = _error(413, f"The body is larger than {most} bytes.")
+                except TimeoutError:
+                    response = _error(408, f"The body did not come in {BODY_SECONDS:.0f} s.")
+                except Busy as busy:
+                    response = _error(429, str(busy), "rate_limit_exceeded")
+                    response.headers["Retry-After"] = str(busy.retry_after)
+                except Left:
+                    response = Response(status_code=499)  # which nobody reads
+                except RunError as error:
+                    response = _error(503, str(error))
+                outcome.status = response.status_code
+            return response
+
+        return answer
+
+    async def judge(self, request: Request) -> Response:
+        """Judge pairs, each by itself or as a ranking of answers."""
+        body = bodies.judge_body(await self._body(request), self._service.defaults)
+
+        def reply(judged: Sequence[JudgedPair]) -> dict[str, Any]:
+            about = {"model": self._service.defaults.model, "usage": _usage(judged)}
+            if body.answers:
+                found = ranked(bodies.places(body.answers), judged, body.answers)
+                return found.to_dict() | about
+            if body.is_single:
+                return judged[0].to_dict() | about
+            return {"results": [each.to_dict() for each in judged]} | about
+
+        if not body.drawing.is_streamed:
+            judging = self._service.judge(body.pairs, body.orders, body.drawing)
+            return JSONResponse(reply(await _unless_left(request, judging)))
+        events: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
+        told: dict[tuple[str, int], int] = {}
+
+        def tell(game: Game, piece: Piece) -> None:
+            key = game.id, piece.completion
+            begin, told[key] = told.get(key, 0), len(piece.text)
+            place = int(game.item.id.rpartition("#")[2])
+            order = [game.first + 1, game.second + 1]
+            new = {"pair": place, "order": order, "vote": piece.completion}
+            events.put_nowait({**new, "text": piece.text[begin:], "ending": piece.ending})
+
+        async def work() -> Sequence[JudgedPair]:
+            try:
+                return await self._service.judge(body.pairs, body.orders, body.drawing, tell)
+            finally:
+                events.put_nowait(None)
+
+        task = asyncio.create_task(work())
+        first = await events.get()
+        if first is None:
+            await task  # raises what is wrong, before a byte is sent
+
+        async def stream() -> AsyncIterator[bytes]:
+            try:
+                event = first
+                while event is not None:
+                    yield _event(event)
+                    event = await events.get()
+                yield _event({"result": reply(await task)})
+            except RunError as error:
+                yield _event(_complaint(str(error), None))
+            finally:
+                task.cancel()
+            yield b"data: [DONE]\n\n"
+
+        return _stream(stream())
+
+    async def chat(self, request: Request) -> Response:
+        """Continue a conversation."""
+        body = bodies.chat_body(await self._body(request), self._service.defaults)
+        ids, is_open = self._service.chat_prompt(body.messages)
+        number = int(uuid.uuid5(uuid.NAMESPACE_OID, repr(body.messages))) % 2**31
+        pieces = self._service.write([(ids, number)], body.drawing)
+        choices = Choices(self._service, body, is_open, len(ids))
+        if not body.drawing.is_streamed:
+
+            async def work() -> dict[str, Any]:
+                async with contextlib.aclosing(pieces):
+                    async for piece in pieces:
+                        choices.add(piece)
+                        if choices.are_finished:
+                            break
+                return choices.whole()
+
+            return JSONResponse(await _unless_left(request, work()))
+        first = await anext(pieces)  # raises what is wrong, before a byte is sent
+
+        async def stream() -> AsyncIterator[bytes]:
+            async with contextlib.aclosing(pieces):
+                try:
+                    for chunk in (*choices.opening(), *choices.chunks(first)):
+                        yield _event(chunk)
+                    while not choices.are_finished:
+                        for chunk in choices.chunks(await anext(pieces)):
+                            yield _event(chunk)
+                    if body.has_usage:
+                        yield _event(choices.usage_chunk())
+                except RunError as error:
+                    yield _event(_complaint(str(error), None))
+            yield b"data: [DONE]\n\n"
+
+        return _stream(stream())
+
+    async def rerank(self, request: Request) -> Response:
+        """Order documents by how well they answer a query."""
+        body = bodies.rerank_body(await self._body(request), self._service.defaults)
+        documents, num = body.documents, len(body.documents)
+        pairs = [Pair(body.query, documents[i], documents[j]) for i, j in bodies.places(num)]
+        judged: list[JudgedPair] = []
+        if pairs:
+            work = self._service.judge(pairs, "both", body.drawing)
+            judged = await _unless_left(request, work)
+        found = ranked(bodies.places(num), judged, num) if judged else None
+        order = found.order if found else (1,)
+        results = []
+        for number in order[: body.top_n]:
+            strength = found.strengths[number - 1] if found else 0.0
+            # The chance to beat an average one of these.
+            result = {"index": number - 1, "relevance_score": 1 / (1 + math.exp(-strength))}
+            if body.has_documents:
+                result["document"] = {"text": documents[number - 1]}
+            results.append(result)
+        return JSONResponse(
+            {
+                "id": f"rerank-{uuid.uuid4().hex}",
+                "model": self._service.defaults.model,
+                "results": results,
+                "usage": _usage(judged),
+            }
+        )
+
+    async def models(self, request: Request) -> Response:
+        """Name the model that is served."""
+        model = {"id": self._service.defaults.model, "object": "model", "owned_by": "jlrm"}
+        return JSONResponse({"object": "list", "data": [{**model, "created": self._started}]})
+
+    async def health(self, request: Request) -> Response:
+        """Say whether judgements can be had."""
+        if failure := self._service.engine.failure:
+            return _error(503, failure)
+        return JSONResponse({"status": "ok"})
+
+    async def measured(self, request: Request) -> Response:
+        """Give the metrics in the text form of Prometheus."""
+        content, kind = self._metrics.text()
+        return Response(content, media_type=kind)
+
+    async def description(self, request: Request) -> Response:
+        """Describe the routes as OpenAPI does."""
+        return JSONResponse(describe.openapi(self._service.defaults))
+
+    async def docs(self, request: Request) -> Response:
+        """Describe the routes for people."""
+        return _page(describe.page(self._service.defaults).encode(), "text/html")
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        """Read a body of JSON, as far as it may go.
+
+        Raises:
+          TooLarge, TimeoutError, UsageError: as they say.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":  # what a page of others can send unasked is not
+            raise UsageError("Send the body as application/json.")
+        content = b""
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > self._limits.body_bytes:
+                    raise TooLarge
+        return bodies.parse(content)
+
+
+async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
+    """Return what work comes to, and cancel it if the client leaves."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=WATCH))[0]:
+            if await request.is_disconnected():
+                raise Left
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def _usage(judged: Sequence[JudgedPair]) -> dict[str, int]:
+    return {"completion_tokens": sum(each.num_tokens or 0 for each in judged)}
+
+
+def _event(value: Mapping[str, Any]) -> bytes:
+    return f"data: {json.dumps(value)}\n\n".encode()
+
+
+def _stream(events: AsyncIterator[bytes]) -> Response:
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+def _complaint(message: str, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "code": code}}
+
+
+def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
+    complaint = _complaint(message, code)
+    if status >= 500:
+        complaint["error"]["type"] = "server_error"
+    return JSONResponse(complaint, status)
+
+
+def _asset(name: str) -> Handler:
+    path = ASSETS / name
+
+    async def give(request: Request) -> Response:
+        return _page(path.read_bytes(), TYPES[path.suffix])
+
+    return functools.wraps(_asset)(give)
+
+
+def _page(content: bytes, kind: str) -> Response:
+    headers = {
+        "Content-Security-Policy": POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+    return Response(content, media_type=kind, headers=headers)

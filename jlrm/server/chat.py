@@ -1,0 +1,115 @@
+"""Completions of a conversation in OpenAI's form: as one reply, or in chunks as they grow.
+
+Reasoning stands apart from the content, as `reasoning_content`, which servers of open models have.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from jlrm.server.bodies import ChatBody
+from jlrm.server.service import THINK_END, Piece, Service, parts
+
+
+class Choices:
+    """The completions of one conversation, as they grow, in OpenAI's form."""
+
+    def __init__(self, service: Service, body: ChatBody, is_open: bool, num_prompt: int) -> None:
+        self._service, self._body, self._is_open = service, body, is_open
+        self._num_prompt = num_prompt
+        self._texts: dict[int, str] = {}  # without their end
+        self._endings: dict[int, str] = {}
+        self._num_tokens: dict[int, int] = {}
+        self._sent: dict[int, tuple[int, int]] = {}  # characters of the reasoning and of the rest
+        self._about = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": service.defaults.model,
+        }
+
+    @property
+    def are_finished(self) -> bool:
+        """Whether all completions have ended."""
+        return len(self._endings) == self._body.drawing.votes
+
+    def add(self, piece: Piece) -> None:
+        """Take in what has come; a stop string of the request ends a completion."""
+        index = piece.completion
+        if index in self._endings:
+            return
+        self._num_tokens[index] = piece.num_tokens
+        text, ending = piece.text, piece.ending
+        if ending == "stop":
+            text = self._service.without_end(text)
+        begins = [text.find(stop) for stop in self._body.stops if stop in text]
+        if begins:
+            text, ending = text[: min(begins)], "stop"
+        self._texts[index] = text
+        if ending:
+            self._endings[index] = ending
+
+    def whole(self) -> dict[str, Any]:
+        """Return the reply."""
+        listed = []
+        for index in sorted(self._texts):
+            reasoning, content = parts(self._texts[index], self._is_open)
+            message = {"role": "assistant", "content": content}
+            if reasoning:
+                message["reasoning_content"] = reasoning
+            ending = self._endings[index]
+            listed.append({"index": index, "message": message, "finish_reason": ending})
+        return {
+            **self._about,
+            "object": "chat.completion",
+            "choices": listed,
+            "usage": self._usage(),
+        }
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the first chunks of a stream: who speaks."""
+        role = {"role": "assistant", "content": ""}
+        return [self._chunk(index, role, None) for index in range(self._body.drawing.votes)]
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Take in what has come, and return what of it is new and can't change any more."""
+        index = piece.completion
+        if index in self._endings:
+            return []
+        self.add(piece)
+        ending = self._endings.get(index)
+        text = self._texts[index]
+        # The beginning of a stop string, or of the end of the reasoning, may be its end already.
+        held = (*self._body.stops, THINK_END)
+        safe = text if ending else text[: len(text) - max(_overlap(text, each) for each in held)]
+        reasoning, content = parts(safe, self._is_open)
+        was = self._sent.get(index, (0, 0))
+        new = {"reasoning_content": reasoning[was[0] :], "content": content[was[1] :]}
+        self._sent[index] = max(was[0], len(reasoning)), len(content)
+        delta = {name: text for name, text in new.items() if text}
+        found = [self._chunk(index, delta, None)] if delta else []
+        return [*found, self._chunk(index, {}, ending)] if ending else found
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """Return the last chunk of a stream that is to have the usage."""
+        chunk = self._chunk(0, {}, None)
+        return {**chunk, "choices": [], "usage": self._usage()}
+
+    def _chunk(self, index: int, delta: Mapping[str, str], ending: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": dict(delta), "finish_reason": ending}
+        return {**self._about, "object": "chat.completion.chunk", "choices": [choice]}
+
+    def _usage(self) -> dict[str, int]:
+        written = sum(self._num_tokens.values())
+        return {
+            "prompt_tokens": self._num_prompt,
+            "completion_tokens": written,
+            "total_tokens": self._num_prompt + written,
+        }
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return how many characters at the end of a text may begin a stop string."""
+    return max(n for n in range(len(stop)) if text.endswith(stop[:n]))

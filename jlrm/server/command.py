@@ -1,0 +1,225 @@
+"""`jlrm judge serve`: a judge behind HTTP.
+
+1  open      the port, so that one that is taken is heard of at once; then the model
+2  serve     until Ctrl-C or SIGTERM; then what has come is finished, and nothing more is taken
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from jlrm.config import RunError, UsageError
+from jlrm.evaluation.reading import PARSERS, reader
+from jlrm.judges import options
+from jlrm.serving import calibration
+
+# Of the options of a local judge, those of a server; others are its clients', or of a batch.
+OPTIONS = (
+    *("prompt", "scale", "max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "votes"),
+    *("stop", "compute_dtype", "mesh"),
+)
+MOST_NEW, MOST_PROMPT = 1024, 4096  # tokens, where the model has positions for them
+
+
+def main(words: Sequence[str]) -> None:
+    """Parse the command line, and serve until a signal comes.
+
+    Raises:
+      UsageError: anything the user can mend.
+    """
+    args = _parser().parse_args(words)
+    if not args.model:
+        raise UsageError("--model is missing: name a run, a directory or a hub id.")
+    if args.model.startswith(("http://", "https://")):
+        raise UsageError(f"--model {args.model}: an endpoint is served already. Name a model.")
+    for name in ("slots", "max_waiting", "max_body_kib", "drain"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: at least 1.")
+    try:
+        import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"{error.name} is missing. Do: pip install 'jlrm[serve]'") from None
+    listening = _bound(args.host, args.port)
+    try:
+        _serve(args, listening)
+    finally:
+        listening.close()
+
+
+def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
+    import uvicorn
+
+    from jlrm.server import app
+    from jlrm.server.metrics import Metrics
+
+    service = _open(args)
+    host, port = listening.getsockname()[:2]
+    keys = tuple(filter(None, (each.strip() for each in _keys(args.api_key_env).split(","))))
+    is_local = ipaddress.ip_address(host).is_loopback
+    if not is_local and not keys:
+        print(
+            f"warning: {args.host} can be reached from other machines, and nobody is asked for a "
+            f"key. Set the variable {args.api_key_env}.",
+            file=sys.stderr,
+        )
+    # A page of others can let a browser ask a local server by a name of its own.
+    hosts = ("localhost", "127.0.0.1", "[::1]", "::1") if is_local else ("*",)
+    limits = app.Limits(2**10 * args.max_body_kib, keys, tuple(args.allow_origin), hosts)
+    service.engine.start()
+    settings = service.engine.settings
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"Serving {service.defaults.model} at http://{shown}:{port} ({settings.num_slots} slots of "
+        f"{settings.max_prompt_tokens} + {settings.max_new_tokens} tokens, "
+        f"{service.engine.gib:.2f} GiB; prompt {service.prompt}). Routes: /docs. Ctrl-C ends it.",
+        file=sys.stderr,
+        flush=True,
+    )
+    config = uvicorn.Config(
+        app.make(service, limits, Metrics(service.engine)),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        limit_concurrency=args.max_connections,
+        timeout_graceful_shutdown=args.drain,
+        server_header=False,
+    )
+    server = uvicorn.Server(config)
+    # uvicorn sends itself once more the signal that has ended it, when all is done.
+    before = {each: signal.signal(each, _nothing) for each in (signal.SIGINT, signal.SIGTERM)}
+    watch = threading.Thread(target=_watch, args=(service.engine, server), daemon=True)
+    watch.start()
+    try:
+        server.run([listening])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    service.engine.close()
+    done = service.engine.counters
+    print(f"Ended: {done.completions} judgements, {done.tokens} tokens.", file=sys.stderr)
+    if service.engine.failure:
+        raise RunError(service.engine.failure)
+
+
+def _watch(engine: Any, server: Any) -> None:
+    """End the server when its engine has failed, so that whoever looks after it hears of it."""
+    engine.wait()
+    if engine.failure:
+        server.should_exit = True
+
+
+def _open(args: argparse.Namespace) -> Any:
+    """Open the model, and make ready what serves it."""
+    from jlrm.data.batches import prompt_encoder
+    from jlrm.data.tokenizer import token_bytes
+    from jlrm.judgement import prompts
+    from jlrm.judges import local
+    from jlrm.rl.distribution import Distribution
+    from jlrm.sampling.slots import SlotSettings
+    from jlrm.sampling.stops import stop_tables
+    from jlrm.server.bodies import Defaults
+    from jlrm.server.engine import Engine
+    from jlrm.server.service import Service
+    from jlrm.weights import hf_config
+    from jlrm.weights.source import model_files
+
+    model = options.pinned(options.JLRM, args.model)
+    positions = hf_config.read_config(model_files(model)).max_position_embeddings
+    if args.max_new_tokens is None:
+        args.max_new_tokens = min(MOST_NEW, positions // 2)
+    if args.max_prompt_tokens is None:
+        args.max_prompt_tokens = max(min(MOST_PROMPT, positions - args.max_new_tokens), 1)
+    given = {name: getattr(args, name) if name in OPTIONS else None for name in options.OPTIONS}
+    chosen = options.options(argparse.Namespace(backend=options.JLRM, model=args.model, **given))
+    longest = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
+    grid = options.mesh(chosen["mesh"])
+    policy, weights = local.open_model(model, grid, chosen["compute_dtype"], longest)
+    strings = local.STOP if chosen["stop"] else {}
+    spelled = token_bytes(policy.tokenizer) if strings else []
+    stops = stop_tables(
+        strings, spelled, policy.model.vocab_size, prompts.reasoning_end(chosen["prompt"])
+    )
+    shards = policy.decoding.num_shards("P")
+    settings = SlotSettings(
+        -(-args.slots // shards) * shards,
+        *longest,
+        policy.end_ids,
+        Distribution(top_p=chosen["top_p"], num_ids=policy.num_ids),
+        args.block,
+    )
+    low, high = chosen["scale"]
+    name = args.name or pathlib.PurePath(args.model).name or args.model
+    return Service(
+        policy,
+        Engine(policy, weights, settings, stops, args.max_waiting),
+        prompt_encoder(policy.tokenizer, chosen["prompt"], (low, high)),
+        reader(args.parser, (low, high)),
+        Defaults(name, chosen["temperature"], chosen["votes"], longest[1], args.seed),
+        chosen["prompt"],
+        calibration.find(args.calibration, args.model),
+    )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket at an address, not yet listening: a client is refused until all is ready.
+
+    Raises:
+      UsageError: no such address, or it is taken.
+    """
+    try:
+        (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--host {host} --port {port}: {reason}.") from None
+    return bound
+
+
+def _keys(variable: str) -> str:
+    return os.environ.get(variable, "")
+
+
+def _nothing(number: int, frame: Any) -> None:
+    pass
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m jlrm.judge serve",
+        description="Serve a judge over HTTP: /v1/judge, /v1/chat/completions, /v1/rerank; a page.",
+    )
+    add = parser.add_argument
+    add("--model", default="", metavar="M", help="RUN[@STEP], directory or hub id")
+    add("--name", default="", help="of the model, for clients (the last part of --model)")
+    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, help="0: any that is free (8000)")
+    shown = "variable with keys, parted by commas; clients must show one (JLRM_API_KEY)"
+    add("--api-key-env", default="JLRM_API_KEY", metavar="NAME", help=shown)
+    add("--allow-origin", action="append", default=[], metavar="URL",
+        help="whose pages may ask from a browser (none); repeatable")  # fmt: skip
+    add("--slots", type=int, default=32, help="completions that are decoded together (32)")
+    add("--block", type=int, default=8, help="tokens between two looks at who has come (8)")
+    add("--max-waiting", type=int, default=512, help="completions that may wait for a slot (512)")
+    add("--max-connections", type=int, default=1000, help="connections at a time (1000)")
+    add("--max-body-kib", type=int, default=1024, help="largest body, in KiB (1024)")
+    add("--drain", type=int, default=60, help="seconds to finish what has come, at the end (60)")
+    parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
+    add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
+    add("--calibration", default="", metavar="FILE",
+        help="map of the confidence, or none (calibration.json of the model)")  # fmt: skip
+    add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
+    options.add_options(parser, OPTIONS)
+    return parser

@@ -1,0 +1,224 @@
+"""The routes described: as OpenAPI for programs, and as a page for people."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jlrm.server.bodies import MOST_DOCUMENTS, MOST_PAIRS, MOST_VOTES, Defaults
+from jlrm.serving.judge import ORDERS
+
+TEXT = {"type": "string"}
+NUMBER = {"type": "number"}
+FLAG = {"type": "boolean"}
+CONVERSATION = {
+    "oneOf": [TEXT, {"type": "array", "items": {"$ref": "#/components/schemas/Message"}}],
+    "description": "a text, or a list of messages",
+}
+STATUSES = {
+    "400": "the body is wrong; the message names the field",
+    "401": "a key is wanted",
+    "404": "another model is asked for than the one that is served",
+    "408": "the body did not come in time",
+    "413": "the body is too large",
+    "429": "too many requests wait; Retry-After says for how long",
+    "503": "the server is stopping, or its engine has failed",
+}
+
+
+def openapi(defaults: Defaults) -> dict[str, Any]:
+    """Return the description of the routes in the form of OpenAPI 3.1."""
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": f"jlrm: {defaults.model}", "version": "1"},
+        "paths": {
+            "/v1/judge": _post("Judge pairs, or rank answers", "JudgeRequest", "JudgedPair"),
+            "/v1/chat/completions": _post("Continue a conversation", "ChatRequest", None),
+            "/v1/rerank": _post("Rank documents as answers to a query", "RerankRequest", None),
+            "/v1/models": _get("The model that is served"),
+            "/healthz": _get("Whether judgements can be had"),
+            "/metrics": _get("Metrics, in the text form of Prometheus"),
+        },
+        "components": {
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+            "schemas": _schemas(defaults),
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def page(defaults: Defaults) -> str:
+    """Return the description as a page of HTML."""
+    described, schemas = openapi(defaults), _schemas(defaults)
+    sections = []
+    for path, methods in described["paths"].items():
+        for method, about in methods.items():
+            heading = f"<h2><code>{method.upper()} {path}</code></h2><p>{about['summary']}.</p>"
+            body = about.get("requestBody", {}).get("content", {}).get("application/json", {})
+            name = body.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            rows = [
+                f"<tr><th scope='row'><code>{field}</code></th>"
+                f"<td>{html.escape(_said(of))}</td></tr>"
+                for field, of in schemas.get(name, {}).get("properties", {}).items()
+            ]
+            sections.append(heading + (f"<table>{''.join(rows)}</table>" if rows else ""))
+    errors = "".join(
+        f"<tr><th scope='row'>{status}</th><td>{what}</td></tr>"
+        for status, what in STATUSES.items()
+    )
+    example = json.dumps(
+        {"question": "How many legs has a spider?", "answer_1": "Eight.", "answer_2": "Six."}
+    )
+    return (
+        "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width'>"
+        f"<title>{html.escape(described['info']['title'])}</title>"
+        "<link rel='stylesheet' href='/page.css'><main><h1>Routes</h1>"
+        "<p>The same for programs: <a href='/openapi.json'>openapi.json</a>. "
+        "A first request:</p>"
+        "<pre>curl -s http://localhost:8000/v1/judge -H 'Content-Type: application/json' \\\n"
+        f"  -d '{html.escape(example)}'</pre>"
+        f"{''.join(sections)}<h2>Errors</h2><table>{errors}</table></main></html>"
+    )
+
+
+def _said(field: Mapping[str, Any]) -> str:
+    kind = field.get("type") or ("text or messages" if "oneOf" in field else "object")
+    default = f"; by default {field['default']}" if "default" in field else ""
+    return f"{kind}. {field.get('description', '')}{default}".rstrip(". ")
+
+
+def _post(summary: str, body: str, answer: str | None) -> dict[str, Any]:
+    reference = {"schema": {"$ref": f"#/components/schemas/{body}"}}
+    given: dict[str, Any] = {"description": "done"}
+    if answer:
+        schema = {"schema": {"$ref": f"#/components/schemas/{answer}"}}
+        given["content"] = {"application/json": schema, "text/event-stream": {}}
+    return {
+        "post": {
+            "summary": summary,
+            "requestBody": {"required": True, "content": {"application/json": reference}},
+            "responses": {"200": given, **_errors()},
+        }
+    }
+
+
+def _get(summary: str) -> dict[str, Any]:
+    return {"get": {"summary": summary, "responses": {"200": {"description": "done"}}}}
+
+
+def _errors() -> dict[str, Any]:
+    return {
+        status: {
+            "description": what,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+        }
+        for status, what in STATUSES.items()
+    }
+
+
+def _object(properties: Mapping[str, Any], *required: str) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "required": list(required)}
+
+
+def _whole(least: int, most: int, **more: Any) -> dict[str, Any]:
+    return {"type": "integer", "minimum": least, "maximum": most, **more}
+
+
+def _schemas(defaults: Defaults) -> dict[str, Any]:
+    pair = {
+        "question": CONVERSATION,
+        "answer_1": CONVERSATION,
+        "answer_2": CONVERSATION,
+        "id": {**TEXT, "description": "comes back with the verdict"},
+    }
+    model = {**TEXT, "default": defaults.model}
+    drawing = {
+        "temperature": {**NUMBER, "minimum": 0, "maximum": 10, "default": defaults.temperature},
+        "seed": {"type": "integer", "default": defaults.seed},
+        "stream": {**FLAG, "description": "server-sent events as tokens come", "default": False},
+    }
+    limit = _whole(1, defaults.max_new_tokens, default=defaults.max_new_tokens)
+    score = {"type": ["number", "null"]}
+    nullable = {"type": ["integer", "null"]}
+    return {
+        "Message": _object({"role": TEXT, "content": TEXT}, "role", "content"),
+        "Pair": _object(pair, "question", "answer_1", "answer_2"),
+        "JudgeRequest": _object(
+            {
+                **pair,
+                "pairs": {
+                    "type": "array",
+                    "items": {"$ref": "#/components/schemas/Pair"},
+                    "maxItems": MOST_PAIRS,
+                    "description": "in place of one pair",
+                },
+                "answers": {
+                    "type": "array",
+                    "items": CONVERSATION,
+                    "minItems": 2,
+                    "maxItems": MOST_DOCUMENTS,
+                    "description": "in place of two: all are compared with each other and ranked",
+                },
+                "orders": {**TEXT, "enum": list(ORDERS), "default": "both"},
+                "votes": _whole(1, MOST_VOTES, default=defaults.votes),
+                "max_new_tokens": limit,
+                "model": model,
+                **drawing,
+            }
+        ),
+        "JudgedPair": _object(
+            {
+                "winner": {**nullable, "description": "1 or 2, 0 a tie, null no verdict"},
+                "scores": {"type": ["array", "null"], "items": NUMBER},
+                "confidence": {**score, "description": "probability that the winner is better"},
+                "is_consistent": {"type": ["boolean", "null"]},
+                "reason": TEXT,
+                "status": {**TEXT, "description": "ok, or why there is no verdict"},
+                "games": {"type": "array", "items": {"type": "object"}},
+                "num_tokens": nullable,
+                "id": TEXT,
+                "error": {"type": ["string", "null"]},
+                "is_calibrated": FLAG,
+                "model": TEXT,
+                "usage": {"type": "object"},
+            }
+        ),
+        "ChatRequest": _object(
+            {
+                "messages": {
+                    "type": "array",
+                    "items": {"$ref": "#/components/schemas/Message"},
+                    "description": "of system, user and assistant; text only",
+                },
+                "n": _whole(1, MOST_VOTES, default=1),
+                "max_completion_tokens": {**limit, "description": "or max_tokens"},
+                "stop": {"description": "a text, or up to four"},
+                "model": model,
+                **drawing,
+            },
+            "messages",
+        ),
+        "RerankRequest": _object(
+            {
+                "query": TEXT,
+                "documents": {"type": "array", "items": TEXT, "maxItems": MOST_DOCUMENTS},
+                "top_n": {"type": "integer", "minimum": 1},
+                "return_documents": {**FLAG, "default": False},
+                "model": model,
+            },
+            "query",
+            "documents",
+        ),
+        "Error": _object(
+            {
+                "error": _object(
+                    {"message": TEXT, "type": TEXT, "code": {"type": ["string", "null"]}},
+                    "message",
+                )
+            },
+            "error",
+        ),
+    }

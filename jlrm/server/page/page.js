@@ -1,0 +1,301 @@
+// The page of a judge. What people and models write is text, and is never made into HTML.
+"use strict";
+
+const KEPT = 50; // earlier judgements in this browser
+const LETTERS = { 0: "A tie", null: "No verdict" };
+const of = (id) => document.getElementById(id);
+let running = null; // what ends the request under way
+
+function element(tag, text = "", name = "") {
+  const made = document.createElement(tag);
+  made.textContent = text;
+  if (name) made.className = name;
+  return made;
+}
+
+function answers() {
+  return [...document.querySelectorAll("#answers textarea")].map((each) => each.value);
+}
+
+function addAnswer(text = "") {
+  const number = document.querySelectorAll("#answers textarea").length + 1;
+  const box = element("div");
+  const label = element("label", `Answer ${number}`);
+  const area = element("textarea");
+  area.id = `answer-${number}`;
+  area.rows = 6;
+  area.required = true;
+  area.value = text;
+  label.htmlFor = area.id;
+  box.append(label, area);
+  of("answers").append(box);
+  return area;
+}
+
+function show(asked) {
+  of("question").value = asked.question ?? "";
+  of("answers").replaceChildren();
+  const texts = asked.answers ?? [];
+  for (let i = 0; i < Math.max(2, texts.length); i++) addAnswer(texts[i] ?? "");
+  for (const name of ["orders", "votes", "temperature", "seed"])
+    if (asked[name] !== undefined) of(name).value = asked[name];
+}
+
+function asked() {
+  return {
+    question: of("question").value,
+    answers: answers(),
+    orders: of("orders").value,
+    votes: Number(of("votes").value),
+    temperature: Number(of("temperature").value),
+    seed: Number(of("seed").value),
+  };
+}
+
+// --- asking ---------------------------------------------------------------------------------------
+
+function body(wanted) {
+  const { question, answers, ...settings } = wanted;
+  const texts =
+    answers.length === 2 ? { answer_1: answers[0], answer_2: answers[1] } : { answers };
+  return JSON.stringify({ question, ...texts, ...settings, stream: true });
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const lines = (rest + value).split("\n\n");
+    rest = lines.pop();
+    for (const line of lines) {
+      const data = line.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+
+async function judge(wanted) {
+  const control = new AbortController();
+  running = control;
+  of("go").disabled = true;
+  of("stop").hidden = false;
+  of("verdict").hidden = true;
+  of("games").replaceChildren();
+  tell("Judging …");
+  try {
+    const headers = { "Content-Type": "application/json" };
+    if (of("key").value) headers.Authorization = `Bearer ${of("key").value}`;
+    const response = await fetch("/v1/judge", {
+      method: "POST", headers, body: body(wanted), signal: control.signal,
+    });
+    if (!response.ok) throw new Error(await complaint(response));
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      if (event.result) finish(wanted, event.result);
+      else grow(event, wanted.answers.length);
+    }
+  } catch (error) {
+    tell(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
+  } finally {
+    running = null;
+    of("go").disabled = false;
+    of("stop").hidden = true;
+  }
+}
+
+async function complaint(response) {
+  try {
+    return (await response.json()).error.message;
+  } catch {
+    return `The server answered ${response.status}.`;
+  }
+}
+
+function tell(text, isWrong = false) {
+  of("told").textContent = text;
+  of("told").className = isWrong ? "wrong" : "";
+}
+
+// --- what comes back ------------------------------------------------------------------------------
+
+function grow(event, numAnswers) {
+  const id = `game-${event.pair}-${event.order.join("-")}-${event.vote}`;
+  let card = of(id);
+  if (!card) {
+    card = element("article", "", "card");
+    card.id = id;
+    card.append(element("h3", title(event, numAnswers)), element("div", "", "text"));
+    card.dataset.text = "";
+    of("games").append(card);
+  }
+  card.dataset.text += event.text;
+  card.lastChild.textContent = card.dataset.text.trim();
+}
+
+function title(event, numAnswers) {
+  let [first, second] = event.order;
+  if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
+  const vote = Number(of("votes").value) > 1 ? `, vote ${event.vote + 1}` : "";
+  return `Answer ${first} shown first, then ${second}${vote}`;
+}
+
+function places(num) {
+  const found = [];
+  for (let i = 1; i <= num; i++) for (let j = i + 1; j <= num; j++) found.push([i, j]);
+  return found;
+}
+
+function finish(wanted, result) {
+  const card = of("verdict");
+  card.replaceChildren();
+  card.className = "card";
+  card.hidden = false;
+  if (wanted.answers.length === 2) card.append(...verdict(result));
+  else card.append(...ranking(result));
+  const line = card.firstChild.textContent;
+  tell(`Done: ${line}.`);
+  keep({ ...wanted, line });
+}
+
+function verdict(result) {
+  const made = [element("p", winner(result.winner), "winner")];
+  if (result.scores) made.push(element("p", `Scores: ${result.scores.map(short).join(" and ")}`));
+  if (result.confidence !== null) {
+    const kind = result.is_calibrated ? "how often such verdicts were right" : "by the scores, not calibrated";
+    made.push(element("p", `Confidence ${Math.round(100 * result.confidence)} % (${kind})`));
+  }
+  if (result.is_consistent !== null)
+    made.push(
+      result.is_consistent
+        ? element("p", "Both orders name the same answer.", "agree")
+        : element("p", "The orders disagree: the verdict leans on the place of an answer.", "differ"),
+    );
+  if (result.status !== "ok") made.push(element("p", `Not all games have a verdict: ${result.error ?? result.status}`, "wrong"));
+  return made;
+}
+
+function winner(number) {
+  return LETTERS[number] ?? `Answer ${number} is better`;
+}
+
+function ranking(result) {
+  const table = element("table");
+  const head = element("tr");
+  for (const name of ["Place", "Answer", "Strength", "95 % interval", "Games won"]) {
+    const cell = element("th", name);
+    cell.scope = "col";
+    head.append(cell);
+  }
+  table.append(head);
+  result.order.forEach((number, place) => {
+    const row = element("tr");
+    const [low, high] = result.intervals[number - 1].map(short);
+    const cells = [place + 1, number, short(result.strengths[number - 1]), `${low} to ${high}`, result.wins[number - 1]];
+    row.append(...cells.map((each) => element("td", String(each))));
+    table.append(row);
+  });
+  return [element("p", `Answer ${result.order[0]} is best`, "winner"), table];
+}
+
+function short(number) {
+  return number.toFixed(2).replace(/\.?0+$/, "");
+}
+
+// --- history and links ----------------------------------------------------------------------------
+
+function history() {
+  try {
+    return JSON.parse(localStorage.getItem("jlrm.history") ?? "[]");
+  } catch {
+    return [];
+  }
+}
+
+function keep(entry) {
+  const list = [entry, ...history()].slice(0, KEPT);
+  try {
+    localStorage.setItem("jlrm.history", JSON.stringify(list));
+  } catch {
+    // a browser that keeps nothing
+  }
+  listHistory();
+}
+
+function listHistory() {
+  const list = history();
+  of("nothing").hidden = of("forget").hidden = false;
+  of("nothing").hidden = list.length > 0;
+  of("forget").hidden = list.length === 0;
+  of("history").replaceChildren(
+    ...list.map((entry) => {
+      const item = element("li");
+      const button = element("button", `${entry.question.slice(0, 80)}: ${entry.line}`);
+      button.type = "button";
+      button.addEventListener("click", () => {
+        show(entry);
+        of("question").focus();
+        scrollTo(0, 0);
+      });
+      item.append(button);
+      return item;
+    }),
+  );
+}
+
+function encoded(value) {
+  const bytes = new TextEncoder().encode(JSON.stringify(value));
+  return btoa(String.fromCharCode(...bytes));
+}
+
+function decoded(text) {
+  const bytes = Uint8Array.from(atob(text), (each) => each.charCodeAt(0));
+  return JSON.parse(new TextDecoder().decode(bytes));
+}
+
+async function copyLink() {
+  const link = `${location.origin}/#${encoded(asked())}`;
+  window.history.replaceState(null, "", link);
+  try {
+    await navigator.clipboard.writeText(link);
+    tell("The link is copied. It holds the question, the answers and the settings.");
+  } catch {
+    tell("The link stands in the address bar.");
+  }
+}
+
+// --- the page -------------------------------------------------------------------------------------
+
+function begin() {
+  let first = {};
+  try {
+    if (location.hash.length > 1) first = decoded(location.hash.slice(1));
+  } catch {
+    tell("The link can't be read.", true);
+  }
+  show(first);
+  listHistory();
+  of("asked").addEventListener("submit", (event) => {
+    event.preventDefault();
+    if (!running) judge(asked());
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) of("asked").requestSubmit();
+    if (event.key === "Escape" && running) running.abort();
+  });
+  of("more").addEventListener("click", () => addAnswer().focus());
+  of("stop").addEventListener("click", () => running?.abort());
+  of("link").addEventListener("click", copyLink);
+  of("forget").addEventListener("click", () => {
+    localStorage.removeItem("jlrm.history");
+    listHistory();
+    of("question").focus();
+  });
+  of("key").value = sessionStorage.getItem("jlrm.key") ?? "";
+  of("key").addEventListener("change", () => sessionStorage.setItem("jlrm.key", of("key").value));
+  fetch("/healthz").then((reply) => tell(reply.ok ? "" : "The judge is not ready.", !reply.ok));
+}
+
+begin();

@@ -1,0 +1,222 @@
+"""Text in, text out: what is asked is made into prompts, and what is drawn into judgements.
+
+Everything a client waits for is asked of the engine at once, and followed as one stream of pieces.
+A client that leaves cancels all of it. The texts, the reading and the seeds are those of the
+command, so that a pair is judged here as it is there; only its random numbers are addressed by what
+it says, and not by its place in a file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jlrm.config import RunError, UsageError
+from jlrm.data import tokenizer as tokenizers
+from jlrm.data.batches import Encode
+from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.reading import Reader
+from jlrm.judgement import prompts
+from jlrm.judges import local
+from jlrm.sampling.policy import TextPolicy
+from jlrm.sampling.slots import RUNNING
+from jlrm.sampling.writer import address
+from jlrm.server.bodies import Defaults, Drawing
+from jlrm.server.engine import Drawn, Engine, Writing, is_finished
+from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.judge import Pair, games_of
+from jlrm.serving.results import JudgedPair, judged_pair
+
+TORN = "\ufffd"  # stands for bytes of a character that is not drawn whole
+THINK_END = "</think>"
+
+
+class Piece(NamedTuple):
+    """What has come to the text of one completion of one prompt of a request."""
+
+    prompt: int
+    completion: int
+    text: str  # all of it so far, as far as its characters are whole
+    num_tokens: int
+    ending: str  # "stop", "length"; "": it goes on
+
+
+@dataclass(frozen=True)
+class Service:
+    """A model of ours, its engine, and how its judgements are asked for and read."""
+
+    policy: TextPolicy
+    engine: Engine
+    encode: Encode
+    read: Reader
+    defaults: Defaults
+    prompt: str  # the template's name
+    calibrated: ConfidenceMap | None = None
+
+    async def judge(
+        self,
+        pairs: Sequence[Pair],
+        orders: str,
+        drawing: Drawing,
+        tell: Callable[[Game, Piece], None] = lambda game, piece: None,
+    ) -> list[JudgedPair]:
+        """Judge pairs together; `tell` hears of every piece.
+
+        Raises:
+          UsageError: a text that is none.
+          Busy, RunError: as `Engine.submit`.
+        """
+        own = [games_of(_identity(pair, i), pair, orders, drawing.seed)
+               for i, pair in enumerate(pairs)]  # fmt: skip
+        games = [game for each in own for game in each]
+        examples = self.encode([local.comparison(game) for game in games])
+        limit = self.engine.settings.max_prompt_tokens
+        responses = {
+            example.comparison.id: local.too_long(example, limit)
+            for example in examples
+            if len(example.prompt_ids) > limit
+        }
+        fitting = [
+            (game, example)
+            for game, example in zip(games, examples, strict=True)
+            if game.id not in responses
+        ]
+        texts: list[dict[int, Piece]] = [{} for _ in fitting]
+        began = time.monotonic()
+        async for piece in self.write(
+            [(example.prompt_ids, _number(game)) for game, example in fitting], drawing
+        ):
+            texts[piece.prompt][piece.completion] = piece
+            tell(fitting[piece.prompt][0], piece)
+        for (game, example), pieces in zip(fitting, texts, strict=True):
+            ordered = [pieces[i] for i in sorted(pieces)]
+            responses[game.id] = Response(
+                game=game.id,
+                texts=tuple(piece.text for piece in ordered),
+                endings=tuple(piece.ending for piece in ordered),
+                prompt_tokens=len(example.prompt_ids),
+                num_tokens=sum(piece.num_tokens for piece in ordered),
+                seconds=time.monotonic() - began,
+            )
+        return [
+            judged_pair(
+                pair.id,
+                each,
+                [responses[game.id] for game in each],
+                self.read,
+                self.calibrated,
+            )
+            for pair, each in zip(pairs, own, strict=True)
+        ]
+
+    async def write(
+        self, asked: Sequence[tuple[Sequence[int], int]], drawing: Drawing
+    ) -> AsyncGenerator[Piece, None]:
+        """Write completions of prompts, given by their ids and a number each, piece by piece.
+
+        Raises:
+          Busy, RunError: as `Engine.submit`; or the engine has failed.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[tuple[int, Drawn | None]] = asyncio.Queue()
+
+        def listener(number: int) -> Callable[[Drawn | None], None]:
+            return lambda drawn: _hand_over(loop, pieces, (number, drawn))
+
+        writings = [
+            Writing(ids, drawing.max_new_tokens, drawing.temperature, drawing.seed, number,
+                    drawing.votes, listener(i))
+            for i, (ids, number) in enumerate(asked)
+        ]  # fmt: skip
+        self.engine.submit(*writings)
+        drawn: dict[tuple[int, int], list[int]] = {}
+        left = len(writings) * drawing.votes
+        try:
+            while left:
+                prompt, new = await pieces.get()
+                if new is None:
+                    raise RunError(self.engine.failure)
+                ids = drawn.setdefault((prompt, new.completion), [])
+                ids += new.ids
+                left -= new.ending != RUNNING
+                yield self._piece(prompt, new, ids)
+        finally:  # the client may have left
+            if left:
+                for writing in writings:
+                    self.engine.cancel(writing)
+
+    def _piece(self, prompt: int, new: Drawn, ids: Sequence[int]) -> Piece:
+        (text,) = tokenizers.decode(self.policy.tokenizer, [ids])
+        ending = ""
+        if new.ending != RUNNING:
+            ending = "stop" if is_finished(new.ending) else "length"
+        return Piece(
+            prompt, new.completion, text if ending else text.rstrip(TORN), len(ids), ending
+        )
+
+    def chat_prompt(self, messages: Iterable[tuple[str, str]]) -> tuple[list[int], bool]:
+        """Return the ids of a conversation's prompt, and whether it opens the reasoning.
+
+        As the judge's own prompt does, where that goes through the chat template. Control tokens in
+        what is not the system's are broken.
+
+        Raises:
+          UsageError: no chat template, one that refuses these messages, or too long a prompt.
+        """
+        control = tokenizers.control_tokens(self.policy.tokenizer)
+        chat = [
+            {
+                "role": role,
+                "content": text if role == "system" else prompts.neutralise(text, control),
+            }
+            for role, text in messages
+        ]
+        is_open = bool(prompts.reasoning_end(self.prompt))
+        text = tokenizers.chat_text(self.policy.tokenizer, chat, is_open)
+        (ids,) = tokenizers.encode(self.policy.tokenizer, [text])
+        limit = self.engine.settings.max_prompt_tokens
+        if len(ids) > limit:
+            raise UsageError(f"The prompt has {len(ids)} tokens, at most {limit} are taken.")
+        return ids, text.rstrip().endswith(prompts.THINK_TAGS[0])
+
+    def without_end(self, text: str) -> str:
+        """Return a text without the control token that ended it."""
+        for token in self.policy.end_ids:
+            (spelled,) = tokenizers.decode(self.policy.tokenizer, [[token]])
+            text = text.removesuffix(spelled)
+        return text
+
+
+def parts(text: str, is_open: bool) -> tuple[str, str]:
+    """Return the reasoning and the rest of a text whose prompt may have opened the reasoning."""
+    if not is_open and not text.lstrip().startswith(prompts.THINK_TAGS[0]):
+        return "", text
+    reasoning, _, rest = text.partition(THINK_END)
+    return reasoning if is_open else reasoning.lstrip().removeprefix(prompts.THINK_TAGS[0]), rest
+
+
+def _identity(pair: Pair, place: int) -> str:
+    """Return a name for a pair by what it says; twice the same pair is two names."""
+    said = json.dumps(pair[:3], default=str)
+    return f"{hashlib.sha256(said.encode()).hexdigest()[:16]}#{place}"
+
+
+def _number(game: Game) -> int:
+    """Return the number of a game's random numbers: by what it says, and not by its place."""
+    said, _, _ = game.item.id.partition("#")
+    return address(f"{said}:{game.first}-{game.second}")
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop,
+    pieces: asyncio.Queue[tuple[int, Drawn | None]],
+    piece: tuple[int, Drawn | None],
+) -> None:
+    """Put a piece into a queue of the event loop, from the engine's thread."""
+    if not loop.is_closed():  # a server that was ended at once
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)

@@ -1,0 +1,393 @@
+"""The server as clients meet it: a process of its own, asked over HTTP."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import http.client
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+from conftest import COMPILE_FASTEST, slowness
+from judges.test_local import CONFIG, write_model
+
+from jlrm.serving.judge import Judge
+
+pytestmark = pytest.mark.slow  # processes that compile whole models
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SIZES = ["--max-prompt-tokens", "256", "--max-new-tokens", "48", "--compute-dtype", "float32"]
+PAIRS = [(f"Name {i} tools.", f"hammer saw {i}", f"drill {'wrench ' * (i % 5)}") for i in range(6)]
+COLUMNS = list(zip(*PAIRS, strict=True))
+PAIR = dict(zip(("question", "answer_1", "answer_2"), PAIRS[0], strict=True))
+
+
+class Server(NamedTuple):
+    """A server that listens."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: pathlib.Path
+
+    def ask(
+        self, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        """Ask, and return the status, the reply and its headers."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120 * slowness())
+        content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json", **(headers or {})}
+        with contextlib.closing(connection):
+            connection.request("POST" if content is not None else "GET", path, content, headers)
+            reply = connection.getresponse()
+            read = reply.read()
+        is_json = reply.headers.get("content-type", "").startswith("application/json")
+        return reply.status, json.loads(read) if is_json else read, dict(reply.headers)
+
+    def measured(self, name: str) -> float:
+        """Return a metric."""
+        _, text, _ = self.ask("/metrics")
+        return float(re.search(rf"^{name} (\S+)$", text.decode(), re.M)[1])
+
+    def judged(self, *pairs: Sequence[str], **settings: Any) -> list[dict[str, Any]]:
+        rows = [
+            dict(zip(("question", "answer_1", "answer_2"), each, strict=True)) for each in pairs
+        ]
+        status, reply, _ = self.ask("/v1/judge", {"pairs": rows, **settings})
+        assert status == 200, reply
+        return reply["results"]
+
+
+@contextlib.contextmanager
+def started(tmp: pathlib.Path, *flags: str, **environment: str) -> Iterator[Server]:
+    """Start a server, and end it."""
+    log = tmp / f"server{len(list(tmp.iterdir()))}.log"
+    command = [sys.executable, "-m", "jlrm.judge", "serve", "--port", "0", *SIZES, *flags]
+    with log.open("w") as said:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=said,
+            stderr=said,
+            text=True,
+            env={**os.environ, "XLA_FLAGS": COMPILE_FASTEST, **environment},
+        )
+    try:
+        until = time.monotonic() + 120 * slowness()
+        while not (found := re.search(r"Serving .* at http://\S+:(\d+) ", log.read_text())):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()
+            time.sleep(0.1)
+        yield Server(process, int(found[1]), log)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("served")
+    write_model(path, config=dataclasses.replace(CONFIG, max_position_embeddings=4096))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": CHAT}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(model, tmp_path_factory) -> Iterator[Server]:
+    flags = ["--model", str(model), "--prompt", "toy", "--slots", "4", "--max-waiting", "64"]
+    with started(tmp_path_factory.mktemp("logs"), *flags) as each:
+        yield each
+
+
+@pytest.fixture(scope="module")
+def local(model) -> Judge:
+    return Judge.load(
+        str(model), prompt="toy", max_prompt_tokens=256, max_new_tokens=48, compute_dtype="float32"
+    )
+
+
+def texts(result: dict[str, Any]) -> list[list[str]]:
+    return [game["texts"] for game in result["games"]]
+
+
+# --- what is judged ------------------------------------------------------------------------------
+
+
+def test_a_pair_is_judged_as_the_python_class_judges_it(server, local):
+    wanted = [json.loads(json.dumps(each.to_dict())) for each in local.compare(*COLUMNS)]
+    assert [texts(each) for each in server.judged(*PAIRS)] == [texts(each) for each in wanted]
+    status, reply, _ = server.ask("/v1/judge", {**PAIR, "id": "mine"})
+    assert status == 200 and reply["id"] == "mine" and texts(reply) == texts(wanted[0])
+    assert reply["usage"]["completion_tokens"] == reply["num_tokens"] > 0
+
+
+def test_many_clients_get_each_their_own(server):
+    pairs = [(f"Name {i}.", f"saw {i}", "drill") for i in range(40)]
+    alone = server.judged(*pairs[:20]) + server.judged(*pairs[20:])
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        found = list(pool.map(lambda pair: server.judged(pair)[0], pairs))
+    assert [texts(each) for each in found] == [texts(each) for each in alone]
+    assert len({str(texts(each)) for each in found}) > 30
+
+
+def test_votes_are_drawn_by_the_seed_and_the_pair_and_not_by_their_place(server):
+    drawn = {"votes": 3, "temperature": 1.0}
+    first, second = server.judged(*PAIRS[:2], **drawn, seed=1)
+    assert texts(server.judged(PAIRS[1], **drawn, seed=1)[0]) == texts(second)
+    assert texts(server.judged(PAIRS[1], **drawn, seed=2)[0]) != texts(second)
+    assert all(len(set(votes)) == 3 for votes in texts(first))
+
+
+def test_a_stream_brings_the_same_text_in_pieces(server):
+    (wanted,) = server.judged(PAIRS[0])
+    _, body, headers = server.ask("/v1/judge", {**PAIR, "stream": True})
+    assert headers["content-type"].startswith("text/event-stream")
+    *events, end = [line[6:] for line in body.decode().split("\n\n") if line]
+    events = [json.loads(each) for each in events]
+    assert end == "[DONE]" and texts(events[-1]["result"]) == texts(wanted)
+    grown: dict[str, str] = {}
+    for event in events[:-1]:
+        order = str(event["order"])
+        grown[order] = grown.get(order, "") + event["text"]
+    assert [[grown["[1, 2]"]], [grown["[2, 1]"]]] == texts(wanted) and len(events) > 4
+
+
+def test_answers_are_ranked(server):
+    body = {"question": "Name tools.", "answers": ["saw", "hammer", "drill"]}
+    status, reply, _ = server.ask("/v1/judge", body)
+    assert status == 200 and sorted(reply["order"]) == [1, 2, 3] and len(reply["pairs"]) == 3
+    body = {"query": "Name tools.", "documents": ["saw", {"text": "hammer"}], "top_n": 1}
+    status, reply, _ = server.ask("/v1/rerank", {**body, "return_documents": True})
+    (result,) = reply["results"]
+    assert status == 200 and 0 <= result["relevance_score"] <= 1
+    assert result["document"]["text"] == ("saw", "hammer")[result["index"]]
+    status, reply, _ = server.ask("/v1/rerank", {"query": "q", "documents": ["one"]})
+    assert reply["results"] == [{"index": 0, "relevance_score": 0.5}]
+
+
+def test_too_long_a_prompt_is_an_error_of_its_own_game(server):
+    long, short = server.judged(("Name tools.", "saw " * 300, "drill"), PAIRS[0])
+    assert "max_prompt_tokens is 256" in long["error"] and short["error"] is None
+
+
+# --- OpenAI's form -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", max_retries=0
+    )
+
+
+MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "saw or drill?"}]
+
+
+def test_the_official_client_is_answered(client):
+    assert [each.id for each in client.models.list()]
+    reply = client.chat.completions.create(
+        model="default", messages=MESSAGES, n=2, temperature=1.0, seed=3, max_completion_tokens=20
+    )
+    assert [each.finish_reason for each in reply.choices] == ["length", "length"]
+    assert reply.usage.completion_tokens == 40
+    again = client.chat.completions.create(
+        model="default", messages=MESSAGES, n=2, temperature=1.0, seed=3, max_completion_tokens=20
+    )
+    said = [[each.message.reasoning_content for each in one.choices] for one in (reply, again)]
+    assert said[0] == said[1] and len(set(said[0])) == 2
+
+
+def test_a_stream_of_the_official_client_is_what_it_gets_at_once(client):
+    settings = {"model": "default", "messages": MESSAGES, "max_tokens": 30}
+    whole = client.chat.completions.create(**settings)
+    told, usage = "", None
+    for chunk in client.chat.completions.create(
+        **settings, stream=True, stream_options={"include_usage": True}
+    ):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            told += getattr(choice.delta, "reasoning_content", None) or ""
+    assert told == whole.choices[0].message.reasoning_content
+    assert usage == whole.usage
+
+
+def test_a_stop_string_of_a_request_ends_its_text(client):
+    settings = {"model": "default", "messages": MESSAGES, "max_tokens": 30}
+    whole = client.chat.completions.create(**settings).choices[0].message.reasoning_content
+    stop = whole[10:13]
+    reply = client.chat.completions.create(**settings, stop=[stop]).choices[0]
+    assert reply.message.reasoning_content == whole[: whole.find(stop)]
+    assert reply.finish_reason == "stop"
+    streamed = client.chat.completions.create(**settings, stop=stop, stream=True)
+    deltas = [chunk.choices[0].delta for chunk in streamed]
+    told = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert told == reply.message.reasoning_content
+
+
+def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
+    home = Judge.load(
+        str(model),
+        prompt="jlrm",
+        max_prompt_tokens=2000,
+        max_new_tokens=40,
+        compute_dtype="float32",
+    )
+    sizes = ["--max-prompt-tokens", "2000", "--max-new-tokens", "40"]
+    with started(tmp_path, "--model", str(model), "--slots", "2", *sizes) as served:
+        away = Judge.load(f"http://127.0.0.1:{served.port}/v1", max_new_tokens=40)
+        found = [judge.compare(*zip(*PAIRS[:2], strict=True)) for judge in (home, away)]
+    said = [[game.texts for each in judged for game in each.games] for judged in found]
+    assert said[0] == said[1]
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "says"),
+    [
+        ("/v1/judge", b"{", 400, "no JSON"),
+        ("/v1/judge", b"[" * 10**5, 400, "no JSON"),
+        ("/v1/judge", b"\xff", 400, "no JSON"),
+        ("/v1/judge", [], 400, "JSON object"),
+        ("/v1/judge", {}, 400, "Wanted one of"),
+        ("/v1/judge", {**PAIR, "vote": 2}, 400, "votes"),
+        ("/v1/judge", {**PAIR, "votes": 2}, 400, "temperature 0"),
+        ("/v1/judge", {**PAIR, "votes": 99, "temperature": 1}, 400, "from 1 to 16"),
+        ("/v1/judge", {**PAIR, "orders": "all"}, 400, "both, given, random"),
+        ("/v1/judge", {**PAIR, "max_new_tokens": 49}, 400, "from 1 to 48"),
+        ("/v1/judge", {**PAIR, "answer_2": None}, 400, "answer_2 is missing"),
+        ("/v1/judge", {**PAIR, "answer_2": 3}, 400, "answer_2 must be text"),
+        ("/v1/judge", {**PAIR, "temperature": "NaN"}, 400, "temperature"),
+        ("/v1/judge", b'{"pairs": [], "temperature": NaN}', 400, "temperature"),
+        ("/v1/judge", {"question": "q", "answers": ["one"]}, 400, "list of 2 to 16"),
+        ("/v1/judge", {"pairs": ["x"]}, 400, "pairs[0]"),
+        ("/v1/judge", {**PAIR, "model": "gpt-4"}, 404, "is not served here"),
+        ("/v1/rerank", {"query": "q", "documents": [3]}, 400, "documents[0]"),
+        ("/v1/rerank", {"query": "q", "documents": "d"}, 400, "documents"),
+        ("/v1/chat/completions", {"messages": []}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "tool", "content": ""}]}, 400, "role"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "top_p": 0.5}, 400, "top_p=0.5"),
+        ("/v1/chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, 400, "stop"),
+        ("/v1/chat/completions", {"messages": MESSAGES * 99}, 400, "at most 256"),
+        ("/v1/nothing", {}, 404, "No such route"),
+        ("/v1/judge", None, 405, "GET"),
+    ],
+)
+def test_what_is_wrong_is_named(server, path, body, status, says):
+    found, reply, _ = server.ask(path, body)
+    assert found == status and says in reply["error"]["message"]
+
+
+def test_limits_and_origins_are_kept(server):
+    large = {**PAIR, "answer_1": "x" * 2**20}
+    assert server.ask("/v1/judge", large)[0] == 413
+    assert server.ask("/v1/judge", PAIR, {"Content-Type": "text/plain"})[0] == 400
+    assert server.ask("/healthz", None, {"Host": "evil.example"})[0] == 400
+    _, _, headers = server.ask("/healthz", None, {"Origin": "http://evil.example"})
+    assert "access-control-allow-origin" not in headers
+
+
+def test_who_comes_when_too_many_wait_is_told_when_to_come_again(server):
+    body = {"pairs": [PAIR] * 40}  # 80 games, and 64 may wait
+    status, reply, headers = server.ask("/v1/judge", body)
+    assert status == 429 and int(headers["retry-after"]) >= 1
+    assert reply["error"]["code"] == "rate_limit_exceeded"
+    assert server.measured("jlrm_rejected_total") >= 1
+    assert server.judged(PAIRS[0])
+
+
+def test_a_client_that_leaves_frees_what_it_has_asked_for(server):
+    before = server.measured("jlrm_cancelled_total")
+    body = json.dumps({"pairs": [PAIR] * 30, "stream": True}).encode()
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /v1/judge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            b"Content-Length: %d\r\n\r\n" % len(body) + body
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    until = time.monotonic() + 30 * slowness()
+    while server.measured("jlrm_running") or server.measured("jlrm_waiting"):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert server.measured("jlrm_cancelled_total") > before
+
+
+def test_a_key_is_asked_for_where_there_is_one(model, tmp_path):
+    flags = ["--model", str(model), "--prompt", "toy", "--slots", "2"]
+    with started(tmp_path, *flags, JLRM_API_KEY="one, two") as served:
+        assert served.ask("/v1/judge", PAIR)[0] == 401
+        assert served.ask("/metrics")[0] == 401 and served.ask("/healthz")[0] == 200
+        assert served.ask("/v1/judge", PAIR, {"Authorization": "Bearer on"})[0] == 401
+        assert served.ask("/v1/judge", PAIR, {"Authorization": "Bearer two"})[0] == 200
+
+
+# --- its end, and what is drawn ------------------------------------------------------------------
+
+
+def test_what_has_come_is_finished_when_the_server_is_asked_to_end(model, tmp_path):
+    flags = ["--model", str(model), "--prompt", "toy", "--slots", "2"]
+    with started(tmp_path, *flags) as served:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(served.judged, *PAIRS * 5)
+            while not served.measured("jlrm_running"):
+                assert not asked.done()
+            served.process.send_signal(signal.SIGTERM)
+            assert len(asked.result()) == 30
+        assert served.process.wait(60 * slowness()) == 0
+        assert "Ended: 60 judgements" in served.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "http://host/v1"], "an endpoint is served already"),
+        ([], "--model is missing"),
+        (["--model", "m", "--slots", "0"], "--slots=0"),
+        (["--model", "m", "--host", "no.such.host.example"], "--host"),
+    ],
+)
+def test_a_start_that_fails_says_why(flags, says):
+    command = [sys.executable, "-m", "jlrm.judge", "serve", *flags]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and says in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_port_that_is_taken_is_heard_of_at_once(server, model):
+    command = [sys.executable, "-m", "jlrm.judge", "serve", "--model", str(model)]
+    ended = subprocess.run(
+        [*command, "--port", str(server.port)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 2 and "in use" in ended.stderr
+
+
+def test_the_page_and_the_description_need_nothing_from_elsewhere(server):
+    for path in ("/", "/page.js", "/page.css", "/docs"):
+        status, content, headers = server.ask(path)
+        assert status == 200 and "default-src 'none'" in headers["content-security-policy"]
+        links = re.findall(rb"""(?:src|href)=["']([^"']*)""", content)
+        assert all(link.startswith(b"/") for link in links)
+        assert b"innerHTML" not in content
+    _, described, _ = server.ask("/openapi.json")
+    references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described))
+    assert set(references) <= described["components"]["schemas"].keys()
