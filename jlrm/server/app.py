@@ -308,7 +308,7 @@ class Routes:
         """Say whether judgements can be had."""
         if failure := self._service.engine.failure:
             return _error(503, failure)
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "model": self._service.defaults.model})
 
     async def measured(self, request: Request) -> Response:
         """Give the metrics in the text form of Prometheus."""

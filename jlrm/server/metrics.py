@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -28,6 +28,7 @@ class Metrics:
     """The counters of one server; `text` gives them."""
 
     def __init__(self, engine: Engine) -> None:
+        disable_created_metrics()
         self._registry = CollectorRegistry()
         self._registry.register(_OfEngine(engine))
         self._requests = Counter(

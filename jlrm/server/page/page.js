@@ -127,12 +127,16 @@ function grow(event, numAnswers) {
   if (!card) {
     card = element("article", "", "card");
     card.id = id;
-    card.append(element("h3", title(event, numAnswers)), element("div", "", "text"));
+    const heading = element("h2", title(event, numAnswers));
+    card.append(heading, element("div", "", "text"), element("div", "", "text written"));
     card.dataset.text = "";
     of("games").append(card);
   }
   card.dataset.text += event.text;
-  card.lastChild.textContent = card.dataset.text.trim();
+  // What the judge thinks, and below it what it says.
+  const [thought, ...said] = card.dataset.text.replace(/^\s*<think>/, "").split("</think>");
+  card.children[1].textContent = thought.trim();
+  card.children[2].textContent = said.join("</think>").trim();
 }
 
 function title(event, numAnswers) {
@@ -170,7 +174,7 @@ function verdict(result) {
   if (result.is_consistent !== null)
     made.push(
       result.is_consistent
-        ? element("p", "Both orders name the same answer.", "agree")
+        ? element("p", "Both orders agree.", "agree")
         : element("p", "The orders disagree: the verdict leans on the place of an answer.", "differ"),
     );
   if (result.status !== "ok") made.push(element("p", `Not all games have a verdict: ${result.error ?? result.status}`, "wrong"));
@@ -206,7 +210,7 @@ function short(number) {
 
 // --- history and links ----------------------------------------------------------------------------
 
-function history() {
+function earlier() {
   try {
     return JSON.parse(localStorage.getItem("jlrm.history") ?? "[]");
   } catch {
@@ -215,7 +219,7 @@ function history() {
 }
 
 function keep(entry) {
-  const list = [entry, ...history()].slice(0, KEPT);
+  const list = [entry, ...earlier()].slice(0, KEPT);
   try {
     localStorage.setItem("jlrm.history", JSON.stringify(list));
   } catch {
@@ -225,7 +229,7 @@ function keep(entry) {
 }
 
 function listHistory() {
-  const list = history();
+  const list = earlier();
   of("nothing").hidden = of("forget").hidden = false;
   of("nothing").hidden = list.length > 0;
   of("forget").hidden = list.length === 0;
@@ -295,7 +299,10 @@ function begin() {
   });
   of("key").value = sessionStorage.getItem("jlrm.key") ?? "";
   of("key").addEventListener("change", () => sessionStorage.setItem("jlrm.key", of("key").value));
-  fetch("/healthz").then((reply) => tell(reply.ok ? "" : "The judge is not ready.", !reply.ok));
+  fetch("/healthz")
+    .then((reply) => (reply.ok ? reply.json() : Promise.reject(reply)))
+    .then(({ model }) => (of("model").textContent = model))
+    .catch(() => tell("The judge is not ready.", true));
 }
 
 begin();
