@@ -30,8 +30,9 @@ from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, tally
 from jlrm.serving import rows as row_files
+from jlrm.serving.asked import ORDERS, Pair, games_of
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.judge import ORDERS, Pair, doubt, games_of
+from jlrm.serving.judge import doubt
 from jlrm.serving.results import JudgedPair, VerdictLine, judged_pair
 from jlrm.serving.rows import Row
 

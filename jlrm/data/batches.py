@@ -17,7 +17,13 @@ from tqdm import tqdm
 from jlrm.config import DataConfig, UsageError
 from jlrm.data.comparisons import Comparison, Dropped
 from jlrm.data.sharded import Places, ShardedRows
-from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, prompt_template
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    control_tokens,
+    encode,
+    prompt_template,
+    single_template,
+)
 from jlrm.judgement import prompts
 
 ENCODE_ROWS = 256  # rows tokenised at a time: tokenizers keep some 200 bytes a token meanwhile
@@ -88,6 +94,29 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
                 question=prompts.quote(row.question, prompt, control),
                 answer_1=prompts.quote(row.answer_1, prompt, control),
                 answer_2=prompts.quote(row.answer_2, prompt, control),
+            )
+            for row in rows
+        ]
+        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+
+    return encode_rows
+
+
+def single_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (1, 10)) -> Encode:
+    """Return what asks for the score of answer 1 alone, as `prompt_encoder` asks for two.
+
+    Raises:
+      UsageError: no such template, or it has no form for one answer.
+    """
+    template = single_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
+    control = control_tokens(tokenizer)
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        texts = [
+            prompts.fill_single(
+                template,
+                question=prompts.quote(row.question, prompt, control),
+                answer=prompts.quote(row.answer_1, prompt, control),
             )
             for row in rows
         ]

@@ -160,7 +160,22 @@ def prompt_template(
     """
     if name in prompts.PAIR_TEMPLATES:
         return prompts.PAIR_TEMPLATES[name]
-    system, user = prompts.messages(name, min_score, max_score)
+    return _through_chat(tokenizer, name, *prompts.messages(name, min_score, max_score))
+
+
+def single_template(
+    tokenizer: Tokenizer, name: str, *, min_score: int = 1, max_score: int = 10
+) -> str:
+    """Return the text that asks for one answer's score, with its fields `{question}`, `{answer}`.
+
+    Raises:
+      UsageError: as `prompt_template`; or `name` has no such form.
+    """
+    system, text = prompts.single_messages(name, min_score, max_score)
+    return text if system is None else _through_chat(tokenizer, name, system, text)
+
+
+def _through_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> str:
     if not tokenizer.chat_template:
         raise UsageError(
             f"data.prompt={name} needs a chat template, which this tokenizer lacks. Set "

@@ -30,11 +30,19 @@ class Item:
 
 @dataclass(frozen=True)
 class Game:
-    """Two answers of an item, by their indices, in the order in which the judge sees them."""
+    """Two answers of an item, by their indices, in the order in which the judge sees them.
+
+    Or one of them, twice: it is judged by itself.
+    """
 
     item: Item
     first: int
     second: int
+
+    @property
+    def is_single(self) -> bool:
+        """Whether one answer is judged by itself; then `first` and `second` are the same."""
+        return self.first == self.second
 
     @property
     def id(self) -> str:

@@ -34,6 +34,10 @@ def judge(name: str) -> Backend:
 
     def judge_games(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         for game in games:
+            if game.is_single:
+                why = "A heuristic compares answers, and scores none by itself."
+                record(Response(game.id, error=why))
+                continue
             answers = game.item.answers
             winner = HEURISTICS[name](answers[game.first], answers[game.second])
             record(Response(game.id, preference=winner))

@@ -63,6 +63,14 @@ class Reader(NamedTuple):
         is_draft = ending is None and parsed.scores is not None and verdict.breaks_off(text)
         return Reading(None, None, "cut") if is_cut or is_draft else parsed
 
+    def read_one(self, text: str, ending: str | None = None) -> tuple[float | None, str]:
+        """Read the score of one answer; a parser that reads pairs only reads it as `lenient`."""
+        low, high = self.scale
+        score, status = verdict.parse_single(text, min_score=low, max_score=high)
+        is_reasoning = "</think>" not in text
+        is_cut = ending == "length" and (is_reasoning or status in MENDED_BY_MORE_TOKENS)
+        return (None, "cut") if is_cut else (score, status)
+
     def _read(self, text: str) -> Reading:
         if self.parser == "letters":
             named = letters.preference(text)

@@ -77,6 +77,16 @@ def last_pair(text: str, most: float) -> Pair | Failure:
     return outcome if blocks else json_scores(text, most) or outcome
 
 
+def last_score(text: str, most: float) -> float | Failure:
+    """Return the score of a text's last block that holds a number, or why there is none."""
+    spelt = _ANSWER_TAG.sub(r"<\1answer>", plain(html.unescape(text)))
+    blocks = answer_blocks(text) or answer_blocks(spelt)
+    for block in reversed(blocks):
+        if (found := score(block.text, most)) is not None:
+            return found
+    return "not_a_number" if blocks else "no_answer"
+
+
 def _last_pair(blocks: Sequence[AnswerBlock], most: float) -> Pair | Failure:
     """Blocks without a number are placeholders, such as `<answer>score of Answer 1</answer>`."""
     failure = without_pair(len(blocks))

@@ -17,7 +17,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from jlrm.judgement.blocks import BLOCK, answer_blocks, last_pair, split_tags, without_pair
+from jlrm.judgement.blocks import (
+    BLOCK,
+    answer_blocks,
+    last_pair,
+    last_score,
+    split_tags,
+    without_pair,
+)
 from jlrm.judgement.numbers import PLAIN_NUMBER
 from jlrm.judgement.spelling import without_end_tokens
 
@@ -105,6 +112,21 @@ def parse(
     """
     reasoning, scores, failure = _strict(completion) if strict else _lenient(completion, max_score)
     return _verdict(scores, failure, reasoning, min_score, max_score)
+
+
+def parse_single(
+    completion: str, *, min_score: float = 1, max_score: float = 10
+) -> tuple[float | None, Status]:
+    """Read the one score of a completion that judges one answer, leniently; None with a status.
+
+    It is the last answer block with a number behind the last `</think>`, or in the whole text where
+    there is none.
+    """
+    _, tail = _parts(completion)
+    outcome = last_score(without_end_tokens(tail), max_score)
+    if isinstance(outcome, str):
+        return None, outcome
+    return (outcome, "ok") if min_score <= outcome <= max_score else (None, "out_of_range")
 
 
 def parse_authors(completion: str) -> Verdict:

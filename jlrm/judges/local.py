@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jlrm.config import MeshConfig
-from jlrm.data.batches import Example, prompt_encoder
+from jlrm.data.batches import Encode, Example, prompt_encoder, single_encoder
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
@@ -30,11 +30,18 @@ from jlrm.runtime import devices
 from jlrm.runtime.mesh import open_mesh
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
-from jlrm.sampling.writer import DecodingSettings, Written, check_decoding, make_writer, widths
+from jlrm.sampling.writer import (
+    DecodingSettings,
+    Writer,
+    Written,
+    check_decoding,
+    make_writer,
+    widths,
+)
 from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, read_params
 
-STOP = {"</answer>": 2}
+STOP, STOP_SINGLE = {"</answer>": 2}, {"</answer>": 1}
 
 
 class LocalModel(NamedTuple):
@@ -97,18 +104,30 @@ def make(
     decoding = dataclasses.replace(decoding, stop_after=prompts.reasoning_end(prompt))
     longest = max_prompt_tokens, decoding.max_new_tokens
     policy, weights = open_model(model, mesh, compute_dtype, longest)
-    write = make_writer(policy, decoding, widths(max_prompt_tokens))
-    encode = prompt_encoder(policy.tokenizer, prompt, scale)
+    sizes = widths(max_prompt_tokens)
+    encode = prompt_encoder(policy.tokenizer, prompt, scale)  # what is wrong is heard of at once
+
+    @functools.cache
+    def tools(is_single: bool) -> tuple[Encode, Writer]:
+        if not is_single:
+            return encode, make_writer(policy, decoding, sizes)
+        one = dataclasses.replace(
+            decoding, stop_strings=STOP_SINGLE if decoding.stop_strings else {}
+        )
+        return single_encoder(policy.tokenizer, prompt, scale), make_writer(policy, one, sizes)
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
-        fitting = []
-        for example in encode([comparison(game) for game in games]):
-            if len(example.prompt_ids) > max_prompt_tokens:
-                record(too_long(example, max_prompt_tokens))
-            else:
-                fitting.append(example)
-        for written in write(weights(), fitting) if fitting else ():
-            record(answer(policy.tokenizer, written))
+        for is_single in {game.is_single for game in games}:
+            encode, write = tools(is_single)
+            own = [comparison(game) for game in games if game.is_single == is_single]
+            fitting = []
+            for example in encode(own):
+                if len(example.prompt_ids) > max_prompt_tokens:
+                    record(too_long(example, max_prompt_tokens))
+                else:
+                    fitting.append(example)
+            for written in write(weights(), fitting) if fitting else ():
+                record(answer(policy.tokenizer, written))
 
     return judge
 

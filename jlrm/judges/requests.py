@@ -52,15 +52,17 @@ class Template(NamedTuple):
     system: str | None
     text: str
     quote: Callable[[str], str]  # how the texts to be judged are written into it
+    single: Callable[[], tuple[str | None, str]]  # system and text where one answer is judged
 
     @classmethod
     def of(cls, name: str, scale: tuple[int, int], neutral: bool) -> Template:
         quote = partial(prompts.quote, name=name, control_tokens=CONTROL_TOKENS)
         if not neutral:
             quote = partial(prompts.neutralise, control_tokens=())
+        single = partial(prompts.single_messages, name, *scale)
         if name in prompts.PAIR_TEMPLATES:
-            return cls(None, prompts.PAIR_TEMPLATES[name], quote)
-        return cls(*prompts.messages(name, *scale), quote)
+            return cls(None, prompts.PAIR_TEMPLATES[name], quote, single)
+        return cls(*prompts.messages(name, *scale), quote, single)
 
     def fill(self, game: Game, is_apart: bool = True) -> dict[str, Any]:
         """Return the part of a request's body that holds the prompt.
@@ -68,17 +70,18 @@ class Template(NamedTuple):
         is_apart: the system text is a message of its own; else it begins the user's.
         """
         item = game.item
-        text = prompts.fill(
-            self.text,
-            question=self.quote(item.question),
-            answer_1=self.quote(item.answers[game.first]),
-            answer_2=self.quote(item.answers[game.second]),
-        )
-        if self.system is None:
+        question, first = self.quote(item.question), self.quote(item.answers[game.first])
+        if game.is_single:
+            system, template = self.single()
+            text = prompts.fill_single(template, question=question, answer=first)
+        else:
+            system, second = self.system, self.quote(item.answers[game.second])
+            text = prompts.fill(self.text, question=question, answer_1=first, answer_2=second)
+        if system is None:
             return {"prompt": text}
-        roles = {"system": self.system, "user": text}
+        roles = {"system": system, "user": text}
         if not is_apart:
-            roles = {"user": f"{self.system}\n\n{text}"}
+            roles = {"user": f"{system}\n\n{text}"}
         return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
 
 

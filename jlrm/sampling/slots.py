@@ -77,7 +77,7 @@ class Entering(NamedTuple):
     addresses: Int[Any, "P R 3"]
 
 
-class Block(NamedTuple):
+class Turns(NamedTuple):
     """What a call has drawn in each slot: the first `lengths` of `tokens`."""
 
     tokens: Int[Array, "P turns"]
@@ -113,7 +113,7 @@ def enter(
     prompts: Prompts,
     entering: Entering,
     stops: StopTables,
-) -> tuple[SlotState, Block]:
+) -> tuple[SlotState, Turns]:
     """Run prompts, each once, put them into their slots, and draw their first tokens.
 
     A slot may stand twice in `entering`, with the same prompt: so a call is filled up to a size
@@ -177,7 +177,7 @@ def advance(
     state: SlotState,
     is_wanted: Bool[Array, " P"],
     stops: StopTables,
-) -> tuple[SlotState, Block]:
+) -> tuple[SlotState, Turns]:
     """Draw up to `num_turns` tokens in every slot that is not idle.
 
     No prompt that is decoded is longer than `width`: what lies beyond is not read. A sequence that
@@ -198,11 +198,11 @@ def advance(
     empty = jnp.zeros((settings.num_slots, num_turns), jnp.int32)
     nothing = jnp.zeros(settings.num_slots, jnp.int32)
 
-    def is_running(carry: tuple[SlotState, Block, Array]) -> Bool[Array, ""]:
+    def is_running(carry: tuple[SlotState, Turns, Array]) -> Bool[Array, ""]:
         state, _, turn = carry
         return jnp.any(state.sequences.count > 0) & (turn < num_turns)
 
-    def draw(carry: tuple[SlotState, Block, Array]) -> tuple[SlotState, Block, Array]:
+    def draw(carry: tuple[SlotState, Turns, Array]) -> tuple[SlotState, Turns, Array]:
         state, block, turn = carry
         state = state._replace(turn=state.turn + 1)
         new = _next_tokens(state)
@@ -211,7 +211,7 @@ def advance(
         old = state.sequences
         token = _draw(layout, settings, logits, old)
         sequences, drawn = _record(settings, old, token, old.count > 0, stops)
-        block = Block(
+        block = Turns(
             jax.lax.dynamic_update_slice(block.tokens, drawn.tokens, (0, turn)),
             block.lengths + drawn.lengths,
             block.endings + drawn.endings,
@@ -221,7 +221,7 @@ def advance(
     # The prompts stay outside of the loop: it does not change them.
     kept, small = state.prefix, state._replace(prefix=prefix._replace(layers=[]))
     small, block, _ = jax.lax.while_loop(
-        is_running, draw, (small, Block(empty, nothing, nothing), jnp.int32(0))
+        is_running, draw, (small, Turns(empty, nothing, nothing), jnp.int32(0))
     )
     return small._replace(prefix=kept), block
 
@@ -262,7 +262,7 @@ def _record(
     token: Int[Array, " P"],
     is_drawn: Bool[Array, " P"],
     stops: StopTables,
-) -> tuple[Sequences, Block]:
+) -> tuple[Sequences, Turns]:
     """Count the tokens drawn where they count, and let sequences end that are over."""
     states = jax.vmap(lambda table, states: table[states, token[:, None]])(
         stops.tables, sequences.stop_states
@@ -270,7 +270,7 @@ def _record(
     is_end = has_ended(stops, settings.stop_ids, states, token[:, None])[:, 0] & is_drawn
     count = jnp.where(is_drawn, sequences.count + 1, sequences.count)
     is_cut = is_drawn & ~is_end & (count == sequences.limit)
-    block = Block(
+    block = Turns(
         jnp.where(is_drawn, token, 0)[:, None],
         is_drawn.astype(jnp.int32),
         jnp.where(is_end, STOPPED, 0) + jnp.where(is_cut, CUT, 0),

@@ -1,6 +1,6 @@
 """The routes: what a client may ask, how it is answered, and what is refused.
 
-    POST /v1/judge               pairs to judge, or answers to rank
+    POST /v1/judge               pairs to judge, answers to score or to rank
     POST /v1/chat/completions    OpenAI's form
     POST /v1/rerank              the form of Cohere and Jina
     GET  /v1/models  /healthz  /metrics  /openapi.json  /docs  /  (the page)
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import hmac
 import json
 import math
-import pathlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -34,24 +32,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game
-from jlrm.server import bodies, describe
-from jlrm.server.bodies import UnknownModel
+from jlrm.server import bodies, describe, pages
+from jlrm.server.bodies import JudgeBody, UnknownModel
 from jlrm.server.chat import Choices
 from jlrm.server.engine import Busy
 from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
-from jlrm.serving.judge import Pair, ranked
-from jlrm.serving.results import JudgedPair
+from jlrm.serving.asked import Pair
+from jlrm.serving.judge import ranked
+from jlrm.serving.results import JudgedPair, ScoredAnswer
 
 BODY_SECONDS = 30.0  # in which a body must have come
 SEND_SECONDS = 60.0  # in which a client must take a part of its reply
 WATCH = 0.25  # seconds between two looks whether a client is still there
-ASSETS = pathlib.Path(__file__).parent / "page"
-TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-POLICY = (  # nothing of the page comes from elsewhere, and no other page frames it
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,9 @@ def make(service: Service, limits: Limits, metrics: Metrics) -> Starlette:
             *(Route(path, routes.answered(do), methods=["POST"]) for path, do in posts.items()),
             *(Route(path, routes.answered(do), methods=["GET"]) for path, do in gets.items()),
             *(
-                Route("/" if name == "index.html" else f"/{name}", _asset(name), methods=["GET"])
+                Route(
+                    "/" if name == "index.html" else f"/{name}", pages.asset(name), methods=["GET"]
+                )
                 for name in ("index.html", "page.js", "page.css")
             ),
         ],
@@ -183,11 +178,13 @@ class Routes:
         return answer
 
     async def judge(self, request: Request) -> Response:
-        """Judge pairs, each by itself or as a ranking of answers."""
+        """Judge pairs, each by itself or as a ranking of answers; or score one answer."""
         body = bodies.judge_body(await self._body(request), self._service.defaults)
 
-        def reply(judged: Sequence[JudgedPair]) -> dict[str, Any]:
+        def reply(judged: Sequence[Any]) -> dict[str, Any]:
             about = {"model": self._service.defaults.model, "usage": _usage(judged)}
+            if body.single:
+                return judged[0].to_dict() | about
             if body.answers:
                 found = ranked(bodies.places(body.answers), judged, body.answers)
                 return found.to_dict() | about
@@ -196,7 +193,7 @@ class Routes:
             return {"results": [each.to_dict() for each in judged]} | about
 
         if not body.drawing.is_streamed:
-            judging = self._service.judge(body.pairs, body.orders, body.drawing)
+            judging = self._judging(body)
             return JSONResponse(reply(await _unless_left(request, judging)))
         events: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
         told: dict[tuple[str, int], int] = {}
@@ -209,9 +206,9 @@ class Routes:
             new = {"pair": place, "order": order, "vote": piece.completion}
             events.put_nowait({**new, "text": piece.text[begin:], "ending": piece.ending})
 
-        async def work() -> Sequence[JudgedPair]:
+        async def work() -> Sequence[Any]:
             try:
-                return await self._service.judge(body.pairs, body.orders, body.drawing, tell)
+                return await self._judging(body, tell)
             finally:
                 events.put_nowait(None)
 
@@ -234,6 +231,14 @@ class Routes:
             yield b"data: [DONE]\n\n"
 
         return _stream(stream())
+
+    def _judging(
+        self, body: JudgeBody, tell: Callable[[Game, Piece], None] = lambda game, piece: None
+    ) -> Awaitable[Sequence[Any]]:
+        """Return the work that a body asks for: results of pairs, or that of one answer."""
+        if body.single:
+            return self._service.score([body.single], body.drawing, tell)
+        return self._service.judge(body.pairs, body.orders, body.drawing, tell)
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -321,7 +326,7 @@ class Routes:
 
     async def docs(self, request: Request) -> Response:
         """Describe the routes for people."""
-        return _page(describe.page(self._service.defaults).encode(), "text/html")
+        return pages.page(describe.page(self._service.defaults).encode(), "text/html")
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """Read a body of JSON, as far as it may go.
@@ -353,7 +358,7 @@ async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
         task.cancel()
 
 
-def _usage(judged: Sequence[JudgedPair]) -> dict[str, int]:
+def _usage(judged: Sequence[JudgedPair | ScoredAnswer]) -> dict[str, int]:
     return {"completion_tokens": sum(each.num_tokens or 0 for each in judged)}
 
 
@@ -375,22 +380,3 @@ def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
     if status >= 500:
         complaint["error"]["type"] = "server_error"
     return JSONResponse(complaint, status)
-
-
-def _asset(name: str) -> Handler:
-    path = ASSETS / name
-
-    async def give(request: Request) -> Response:
-        return _page(path.read_bytes(), TYPES[path.suffix])
-
-    return functools.wraps(_asset)(give)
-
-
-def _page(content: bytes, kind: str) -> Response:
-    headers = {
-        "Content-Security-Policy": POLICY,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-        "Cache-Control": "no-cache",
-    }
-    return Response(content, media_type=kind, headers=headers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.serving.judge import ORDERS, Pair
+from jlrm.serving.asked import ORDERS, Pair
 
 MOST_VOTES = 16
 MOST_DOCUMENTS = 16  # of a ranking: each is compared with each
@@ -54,11 +54,12 @@ class Drawing:
 
 @dataclass(frozen=True)
 class JudgeBody:
-    """Pairs to judge, or answers to one question to be ranked."""
+    """Pairs to judge, answers to one question to be ranked, or one answer to be scored."""
 
     pairs: tuple[Pair, ...]
     answers: int  # of a ranking; 0: pairs are asked for
     is_single: bool  # one pair, which is answered by itself and not in a list
+    single: tuple[Any, Any] | None  # a question and its only answer
     orders: str
     drawing: Drawing
 
@@ -111,36 +112,42 @@ def parse(content: bytes) -> dict[str, Any]:
 
 
 def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
-    """Read a body of /v1/judge: a pair, `pairs`, or a `question` with `answers`.
+    """Read a body of /v1/judge: a pair, `pairs`, or a `question` with `answer` or `answers`.
 
     Raises:
       UsageError: what is wrong with it.
     """
     settings = {"model", "orders", "votes", "temperature", "max_new_tokens", "seed", "stream"}
-    known = settings | FIELDS_OF_PAIR | {"pairs", "answers"}
+    known = settings | FIELDS_OF_PAIR | {"pairs", "answer", "answers"}
     _refuse_unknown(body, known)
     orders = _one_of(body, "orders", ORDERS, "both")
     drawing = _drawing(body, defaults, "votes", ("max_new_tokens",))
     _check_model(body, defaults)
-    forms = [name for name in ("pairs", "answers", "answer_1") if body.get(name) is not None]
+    forms = [
+        name for name in ("pairs", "answer", "answers", "answer_1") if body.get(name) is not None
+    ]
     if len(forms) != 1:
         raise UsageError(
             "Wanted one of: question, answer_1 and answer_2; pairs, a list of these; question "
-            f"and answers, a list of texts. Got {', '.join(forms) or 'none of them'}."
+            "and answers, a list of texts; question and answer. "
+            f"Got {', '.join(forms) or 'none of them'}."
         )
     if forms == ["pairs"]:
         rows = _list(body, "pairs", 1, MOST_PAIRS)
         pairs = tuple(_pair(row, f"pairs[{i}]") for i, row in enumerate(rows))
-        return JudgeBody(pairs, 0, False, orders, drawing)
+        return JudgeBody(pairs, 0, False, None, orders, drawing)
+    if forms == ["answer"]:
+        single = _required(body, "question"), body["answer"]
+        return JudgeBody((), 0, False, single, orders, drawing)
     if forms == ["answer_1"]:
         texts = {name: body[name] for name in FIELDS_OF_PAIR & body.keys()}
-        return JudgeBody((_pair(texts, ""),), 0, True, orders, drawing)
+        return JudgeBody((_pair(texts, ""),), 0, True, None, orders, drawing)
     answers = _list(body, "answers", 2, MOST_DOCUMENTS)
     question = _required(body, "question")
     pairs = tuple(
         Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places(len(answers))
     )
-    return JudgeBody(pairs, len(answers), False, orders, drawing)
+    return JudgeBody(pairs, len(answers), False, None, orders, drawing)
 
 
 def places(num: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import ipaddress
 import os
 import pathlib
@@ -121,7 +122,7 @@ def _watch(engine: Any, server: Any) -> None:
 
 def _open(args: argparse.Namespace) -> Any:
     """Open the model, and make ready what serves it."""
-    from jlrm.data.batches import prompt_encoder
+    from jlrm.data.batches import prompt_encoder, single_encoder
     from jlrm.data.tokenizer import token_bytes
     from jlrm.judgement import prompts
     from jlrm.judges import local
@@ -164,6 +165,7 @@ def _open(args: argparse.Namespace) -> Any:
         policy,
         Engine(policy, weights, settings, stops, args.max_waiting),
         prompt_encoder(policy.tokenizer, chosen["prompt"], (low, high)),
+        functools.cache(lambda: single_encoder(policy.tokenizer, chosen["prompt"], (low, high))),
         reader(args.parser, (low, high)),
         Defaults(name, chosen["temperature"], chosen["votes"], longest[1], args.seed),
         chosen["prompt"],

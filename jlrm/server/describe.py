@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlrm.server.bodies import MOST_DOCUMENTS, MOST_PAIRS, MOST_VOTES, Defaults
-from jlrm.serving.judge import ORDERS
+from jlrm.serving.asked import ORDERS
 
 TEXT = {"type": "string"}
 NUMBER = {"type": "number"}
@@ -34,7 +34,9 @@ def openapi(defaults: Defaults) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": f"jlrm: {defaults.model}", "version": "1"},
         "paths": {
-            "/v1/judge": _post("Judge pairs, or rank answers", "JudgeRequest", "JudgedPair"),
+            "/v1/judge": _post(
+                "Judge pairs, score an answer, or rank answers", "JudgeRequest", "JudgedPair"
+            ),
             "/v1/chat/completions": _post("Continue a conversation", "ChatRequest", None),
             "/v1/rerank": _post("Rank documents as answers to a query", "RerankRequest", None),
             "/v1/models": _get("The model that is served"),
@@ -155,6 +157,7 @@ def _schemas(defaults: Defaults) -> dict[str, Any]:
                     "maxItems": MOST_PAIRS,
                     "description": "in place of one pair",
                 },
+                "answer": {**CONVERSATION, "description": "in place of two: it alone is scored"},
                 "answers": {
                     "type": "array",
                     "items": CONVERSATION,

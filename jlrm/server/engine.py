@@ -28,7 +28,7 @@ from jlrm.runtime.mesh import global_array
 from jlrm.sampling import slots
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.policy import TextPolicy
-from jlrm.sampling.slots import RUNNING, STOPPED, Block, Entering, SlotSettings
+from jlrm.sampling.slots import RUNNING, STOPPED, Turns, Entering, SlotSettings
 from jlrm.sampling.stops import StopTables
 from jlrm.sampling.writer import widths
 
@@ -230,7 +230,7 @@ class Engine:
     def _width(self, num_tokens: int) -> int:
         return next(width for width in self._widths if width >= num_tokens)
 
-    def _enter(self, group: Sequence[Writing]) -> Block:
+    def _enter(self, group: Sequence[Writing]) -> Turns:
         """Run the prompts of a group, and put each completion into a slot."""
         free = (slot for slot, held in enumerate(self._holds) if held is None)
         chosen = [list(itertools.islice(free, each.num_completions)) for each in group]
@@ -274,7 +274,7 @@ class Engine:
         )
         return jax.device_get(block)
 
-    def _advance(self) -> Block:
+    def _advance(self) -> Turns:
         """Draw a block of tokens in all slots that somebody waits for."""
         for slot, held in enumerate(self._holds):
             if held and held[0].is_cancelled:
@@ -296,7 +296,7 @@ class Engine:
         )
         return jax.jit(bound, donate_argnums=1)
 
-    def _take(self, block: Block) -> None:
+    def _take(self, block: Turns) -> None:
         """Tell each client what was drawn for it, and free the slots of what has ended."""
         for slot, held in enumerate(self._holds):
             length = int(block.lengths[slot])

@@ -18,7 +18,7 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 @dataclass
-class Outcome:
+class Answered:
     """How a request ended."""
 
     status: int = 500
@@ -43,9 +43,9 @@ class Metrics:
         )
 
     @contextlib.contextmanager
-    def request(self, route: str) -> Iterator[Outcome]:
+    def request(self, route: str) -> Iterator[Answered]:
         """Count a request, whose handler says how it ended."""
-        began, outcome = time.monotonic(), Outcome()
+        began, outcome = time.monotonic(), Answered()
         try:
             yield outcome
         finally:

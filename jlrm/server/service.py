@@ -9,12 +9,13 @@ it says, and not by its place in a file.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
 from jlrm.data import tokenizer as tokenizers
@@ -28,9 +29,9 @@ from jlrm.sampling.slots import RUNNING
 from jlrm.sampling.writer import address
 from jlrm.server.bodies import Defaults, Drawing
 from jlrm.server.engine import Drawn, Engine, Writing, is_finished
+from jlrm.serving.asked import Pair, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.judge import Pair, games_of
-from jlrm.serving.results import JudgedPair, judged_pair
+from jlrm.serving.results import JudgedPair, ScoredAnswer, judged_pair, scored_answer
 
 TORN = "\ufffd"  # stands for bytes of a character that is not drawn whole
 THINK_END = "</think>"
@@ -53,6 +54,7 @@ class Service:
     policy: TextPolicy
     engine: Engine
     encode: Encode
+    encode_single: Callable[[], Encode]  # where the prompt has a form for one answer
     read: Reader
     defaults: Defaults
     prompt: str  # the template's name
@@ -71,10 +73,47 @@ class Service:
           UsageError: a text that is none.
           Busy, RunError: as `Engine.submit`.
         """
-        own = [games_of(_identity(pair, i), pair, orders, drawing.seed)
-               for i, pair in enumerate(pairs)]  # fmt: skip
+        own = [
+            games_of(_identity(pair[:3], i), pair, orders, drawing.seed)
+            for i, pair in enumerate(pairs)
+        ]
         games = [game for each in own for game in each]
-        examples = self.encode([local.comparison(game) for game in games])
+        responses = await self._responses(games, self.encode, drawing, tell)
+        return [
+            judged_pair(
+                pair.id,
+                each,
+                [responses[game.id] for game in each],
+                self.read,
+                self.calibrated,
+            )
+            for pair, each in zip(pairs, own, strict=True)
+        ]
+
+    async def score(
+        self,
+        asked: Sequence[tuple[Any, Any]],
+        drawing: Drawing,
+        tell: Callable[[Game, Piece], None] = lambda game, piece: None,
+    ) -> list[ScoredAnswer]:
+        """Score answers to questions, each by itself; `tell` hears of every piece.
+
+        Raises:
+          UsageError: a text that is none, or a prompt without a form for one answer.
+          Busy, RunError: as `Engine.submit`.
+        """
+        games = [single_game(_identity(each, i), *each) for i, each in enumerate(asked)]
+        responses = await self._responses(games, self.encode_single(), drawing, tell)
+        return [scored_answer("", responses[game.id], self.read) for game in games]
+
+    async def _responses(
+        self,
+        games: Sequence[Game],
+        encode: Encode,
+        drawing: Drawing,
+        tell: Callable[[Game, Piece], None],
+    ) -> dict[str, Response]:
+        examples = encode([local.comparison(game) for game in games])
         limit = self.engine.settings.max_prompt_tokens
         responses = {
             example.comparison.id: local.too_long(example, limit)
@@ -88,11 +127,19 @@ class Service:
         ]
         texts: list[dict[int, Piece]] = [{} for _ in fitting]
         began = time.monotonic()
-        async for piece in self.write(
-            [(example.prompt_ids, _number(game)) for game, example in fitting], drawing
-        ):
-            texts[piece.prompt][piece.completion] = piece
-            tell(fitting[piece.prompt][0], piece)
+        asked = [(example.prompt_ids, _number(game)) for game, example in fitting]
+        left = len(fitting) * drawing.votes
+        async with contextlib.aclosing(self.write(asked, drawing)) as written:
+            async for piece in written:
+                game, own = fitting[piece.prompt][0], texts[piece.prompt]
+                if piece.completion in own and own[piece.completion].ending:
+                    continue  # it has its score, and goes on till nobody waits for the others
+                piece = _ended(piece) if game.is_single else piece
+                own[piece.completion] = piece
+                tell(game, piece)
+                left -= bool(piece.ending)
+                if not left:
+                    break
         for (game, example), pieces in zip(fitting, texts, strict=True):
             ordered = [pieces[i] for i in sorted(pieces)]
             responses[game.id] = Response(
@@ -103,16 +150,7 @@ class Service:
                 num_tokens=sum(piece.num_tokens for piece in ordered),
                 seconds=time.monotonic() - began,
             )
-        return [
-            judged_pair(
-                pair.id,
-                each,
-                [responses[game.id] for game in each],
-                self.read,
-                self.calibrated,
-            )
-            for pair, each in zip(pairs, own, strict=True)
-        ]
+        return responses
 
     async def write(
         self, asked: Sequence[tuple[Sequence[int], int]], drawing: Drawing
@@ -200,10 +238,19 @@ def parts(text: str, is_open: bool) -> tuple[str, str]:
     return reasoning if is_open else reasoning.lstrip().removeprefix(prompts.THINK_TAGS[0]), rest
 
 
-def _identity(pair: Pair, place: int) -> str:
+def _identity(texts: Sequence[Any], place: int) -> str:
     """Return a name for a pair by what it says; twice the same pair is two names."""
-    said = json.dumps(pair[:3], default=str)
+    said = json.dumps(texts, default=str)
     return f"{hashlib.sha256(said.encode()).hexdigest()[:16]}#{place}"
+
+
+def _ended(piece: Piece) -> Piece:
+    """Return a piece of one answer's judgement, at its end where its score is written."""
+    reasoning, mark, rest = piece.text.rpartition(THINK_END)
+    score, end, _ = rest.partition("</answer>")
+    if not mark or not end:
+        return piece
+    return piece._replace(text=f"{reasoning}{mark}{score}{end}", ending="stop")
 
 
 def _number(game: Game) -> int:

@@ -21,39 +21,41 @@ import os
 import threading
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.evaluation.games import Backend, Game, Item, Response
+from jlrm.evaluation.games import Backend, Response
 from jlrm.evaluation.reading import Reader, reader
-from jlrm.evaluation.scoring import ordered
-from jlrm.judgement import conversations
-from jlrm.judgement.labels import Unusable
 from jlrm.judges import options
 from jlrm.serving import calibration as maps
 from jlrm.serving import ranking
+from jlrm.serving.asked import (
+    FIELDS,
+    Orders,
+    Pair,
+    as_text,
+    games_of,
+    is_conversation,
+    pair_of,
+    single_game,
+)
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.results import POINTS, JudgedPair, Ranking, judged_pair
+from jlrm.serving.results import (
+    POINTS,
+    JudgedPair,
+    Ranking,
+    ScoredAnswer,
+    judged_pair,
+    scored_answer,
+)
 
 if TYPE_CHECKING:
     from jlrm.serving.audit import Audit
 
 log = logging.getLogger(__name__)
 
-Orders = Literal["both", "given", "random"]
-ORDERS = ("both", "given", "random")
 FEW_GAMES = 8  # below these nothing is said of a judge that writes no verdicts
 STREAM_PAIRS = 256  # pairs that an iterator form asks together
-FIELDS = ("question", "answer_1", "answer_2")
-
-
-class Pair(NamedTuple):
-    """A question and two answers to be judged: texts, or lists of messages {role, content}."""
-
-    question: Any
-    answer_1: Any
-    answer_2: Any
-    id: str = ""
 
 
 class Judge:
@@ -142,7 +144,7 @@ class Judge:
         """
         if hasattr(question, "assign") and hasattr(question, "columns"):
             return self._compare_frame(question, orders)
-        if isinstance(question, str) or _is_conversation(question):
+        if isinstance(question, str) or is_conversation(question):
             return self.compare_all([Pair(question, answer_1, answer_2)], orders)[0]
         columns = [list(column or ()) for column in (question, answer_1, answer_2)]
         if len({len(column) for column in columns}) > 1:
@@ -157,7 +159,37 @@ class Judge:
         """Judge a stream of pairs, some hundred at a time, and yield the results in order."""
         iterator = iter(pairs)
         while part := list(itertools.islice(iterator, STREAM_PAIRS)):
-            yield from self.compare_all([_pair(each) for each in part], orders)
+            yield from self.compare_all([pair_of(each) for each in part], orders)
+
+    def score(self, question: Any, answer: Any) -> Any:
+        """Score one answer by itself, or many: two texts (or conversations), or two lists of them.
+
+        Without another answer beside it a judge's scores spread more: to choose between answers,
+        `compare` them.
+
+        Raises:
+          UsageError: texts of other types, lists of two lengths, a prompt without such a form.
+        """
+        is_one = isinstance(question, str) or is_conversation(question)
+        questions, answers = ([question], [answer]) if is_one else (list(question), list(answer))
+        if len(questions) != len(answers):
+            raise UsageError(
+                f"Judge.score: wanted lists of one length, got {len(questions)} of question, "
+                f"{len(answers)} of answer."
+            )
+        scored = self.score_all(list(zip(questions, answers, strict=True)))
+        return scored[0] if is_one else scored
+
+    def score_all(self, asked: Sequence[tuple[Any, Any]]) -> list[ScoredAnswer]:
+        """Score answers to questions together, and return the results in order."""
+        games = [single_game(number, *each) for number, each in enumerate(asked)]
+        responses: dict[str, Response] = {}
+        with self._lock:
+            self._backend(games, lambda response: responses.update({response.game: response}))
+            results = [scored_answer("", responses.get(game.id), self._read) for game in games]
+            unread = [each.score is None for each in results if each.status != "unjudged"]
+            self._count(len(unread), sum(unread))
+        return results
 
     def rank(self, question: str, answers: Sequence[str], *, orders: Orders = "both") -> Ranking:
         """Order several answers by comparing each with each.
@@ -210,6 +242,10 @@ class Judge:
         """`compare`, without holding the event loop."""
         return await asyncio.to_thread(self.compare, *texts, orders=orders)
 
+    async def ascore(self, question: Any, answer: Any) -> Any:
+        """`score`, without holding the event loop."""
+        return await asyncio.to_thread(self.score, question, answer)
+
     async def arank(
         self, question: str, answers: Sequence[str], *, orders: Orders = "both"
     ) -> Ranking:
@@ -235,7 +271,8 @@ class Judge:
                 )
                 for pair, own in zip(pairs, games, strict=True)
             ]
-            self._count(results)
+            played = [game for each in results for game in each.games if game.status != "unjudged"]
+            self._count(len(played), sum(game.winner is None for game in played))
         return results
 
     def _compare_frame(self, frame: Any, orders: Orders) -> Any:
@@ -256,11 +293,10 @@ class Judge:
             status=[each.status for each in judged],
         )
 
-    def _count(self, results: Sequence[JudgedPair]) -> None:
+    def _count(self, num_games: int, num_unread: int) -> None:
         """Say once of a judge that most of what it wrote is no verdict."""
-        played = [game for each in results for game in each.games if game.status != "unjudged"]
-        self._num_games += len(played)
-        self._num_unread += sum(game.winner is None for game in played)
+        self._num_games += num_games
+        self._num_unread += num_unread
         is_most = 2 * self._num_unread > self._num_games >= FEW_GAMES
         if is_most and not self._is_told:
             self._is_told = True
@@ -274,20 +310,6 @@ def doubt(name: str, num_unread: int, num_games: int) -> str:
         "this prompt: name the prompt that it was trained with, allow longer judgements "
         "(max_new_tokens), or train it (jlrm train)."
     )
-
-
-def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game]:
-    """Return the games of a pair; `number` tells pairs of one call apart.
-
-    Raises:
-      UsageError: a text that is none, or an order that there is not.
-    """
-    if orders not in ORDERS:
-        raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
-    question, *answers = map(as_text, pair[:3], FIELDS)
-    item = Item(str(number), question, (answers[0], answers[1]))
-    order = "as_given" if orders == "given" else orders  # a policy's word for it
-    return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
 
 
 def ranked(
@@ -312,27 +334,6 @@ def ranked(
     )
 
 
-def as_text(value: Any, name: str) -> str:
-    """Return a text, or a conversation written out.
-
-    Raises:
-      UsageError: it is neither.
-    """
-    if isinstance(value, str):
-        return value
-    if not _is_conversation(value):
-        raise UsageError(f"{name} must be text or a list of messages, got {value!r:.60}.")
-    try:
-        role = "user" if name == "question" else "assistant"
-        return conversations.conversation(conversations.messages(value, name, role, "a pair"))
-    except Unusable as reason:
-        raise UsageError(f"{name} holds {reason}: every message must have a text.") from None
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
 def only_model(url: str, key: str = "") -> str:
     """Return the name of an endpoint's model; `key` is what it wants to see, if anything.
 
@@ -355,11 +356,3 @@ def only_model(url: str, key: str = "") -> str:
             "base_url."
         )
     return names[0]
-
-
-def _pair(row: Sequence[str] | Mapping[str, str]) -> Pair:
-    """Return a row of a stream as a pair; a mapping's other keys say nothing."""
-    texts = [row.get(name) for name in FIELDS] if isinstance(row, Mapping) else list(row)
-    if len(texts) != len(FIELDS):
-        raise UsageError(f"Judge.compare_each: wanted {', '.join(FIELDS)}, got {len(texts)} texts.")
-    return Pair(*texts)  # pyright: ignore[reportArgumentType]  # games_of checks them

@@ -98,6 +98,31 @@ class JudgedPair(Plain):
 
 
 @dataclass(frozen=True, repr=False)
+class ScoredAnswer(Plain):
+    """What a judge says of one answer.
+
+    score: the mean of the votes that give one; None where none does. status: "ok", or why there is
+    no score. texts: what the judge wrote, one for each vote.
+    """
+
+    score: float | None
+    reason: str
+    status: str
+    texts: tuple[str, ...]
+    num_tokens: int | None
+    id: str = ""
+    error: str | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<{f'score {self.score:g}' if self.score is not None else self.error or self.status}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return _table([("score", repr(self)[1:-1]), ("reason", self.reason[:SHOWN])])
+
+
+@dataclass(frozen=True, repr=False)
 class VerdictLine(JudgedPair):
     """A line of `verdicts.jsonl`: a verdict with its pair and label, all that an audit needs."""
 
@@ -201,6 +226,27 @@ def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGa
     winner = swap_preference(verdict.preference) if is_swapped else verdict.preference
     texts, refused = response.texts or (), response.refused
     return JudgedGame(order, winner, scores, verdict.status, texts, response.num_tokens, refused)
+
+
+def scored_answer(identity: str, response: Response | None, read: Reader) -> ScoredAnswer:
+    """Read what was said of one answer."""
+    if response is None or response.error is not None:
+        error = response.error if response else "it was not judged"
+        return ScoredAnswer(None, "", "unjudged", (), None, identity, error)
+    if response.refused is not None:
+        return ScoredAnswer(None, "", "refused", (), None, identity, response.refused)
+    texts = response.texts or ()
+    endings = response.endings or (None,) * len(texts)
+    votes = [read.read_one(*each) for each in zip(texts, endings, strict=True)]
+    scores = [score for score, _ in votes if score is not None]
+    return ScoredAnswer(
+        score=sum(scores) / len(scores) if scores else None,
+        reason=next(map(reasoning, texts), ""),
+        status="ok" if scores else next((status for _, status in votes), "no_answer"),
+        texts=texts,
+        num_tokens=response.num_tokens,
+        id=identity,
+    )
 
 
 def reasoning(text: str) -> str:

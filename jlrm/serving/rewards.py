@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
-from jlrm.serving.judge import Judge, Pair, as_text
+from jlrm.serving.asked import Pair, as_text
+from jlrm.serving.judge import Judge
 from jlrm.serving.results import POINTS, JudgedPair
 
 

@@ -19,6 +19,7 @@ from jlrm.judgement.verdict import (
     is_consistent,
     parse,
     parse_authors,
+    parse_single,
     swap_preference,
 )
 
@@ -300,3 +301,21 @@ def test_the_authors_rule_stays_what_it_was(text: str) -> None:
 )
 def test_a_draft_is_a_text_that_goes_on_and_stops_short(text: str, is_short: bool) -> None:
     assert breaks_off(text) == is_short
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "status"),
+    [
+        ("why</think><answer>7</answer>", 7, "ok"),
+        ("why</think>\n<answer> 7.5 </answer><|im_end|>", 7.5, "ok"),
+        ("<answer>3</answer> no</think><answer>8/10</answer>", 8, "ok"),
+        ("a draft <answer>3</answer>, then <answer>4</answer>", 4, "ok"),
+        ("why</think><ANSWER>6</ANSWER>", 6, "ok"),
+        ("why</think><answer>score</answer>", None, "not_a_number"),
+        ("why</think><answer>11</answer>", None, "out_of_range"),
+        ("why</think>7", None, "no_answer"),
+        ("", None, "no_answer"),
+    ],
+)
+def test_the_score_of_one_answer(text, score, status):
+    assert parse_single(text) == (score, status)

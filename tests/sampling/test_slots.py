@@ -17,7 +17,7 @@ from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import rollout_layout
 from jlrm.sampling import decode, slots
 from jlrm.sampling.decode import Prompts
-from jlrm.sampling.slots import CUT, RUNNING, STOPPED, Block, Entering, SlotSettings
+from jlrm.sampling.slots import CUT, RUNNING, STOPPED, Entering, SlotSettings, Turns
 from jlrm.sampling.stops import StopTables, stop_tables
 
 pytestmark = pytest.mark.slow  # whole models are compiled
@@ -81,7 +81,7 @@ class Slots:
         is_wanted = np.array([held is not None for held in self.holds])
         self._take(*self._advance(self.weights, self.state, is_wanted, self.stops))
 
-    def _take(self, state: Any, block: Block) -> None:
+    def _take(self, state: Any, block: Turns) -> None:
         self.state, block = state, jax.device_get(block)
         for slot, held in enumerate(self.holds):
             taken = block.tokens[slot, : block.lengths[slot]].tolist()

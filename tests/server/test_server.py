@@ -391,3 +391,16 @@ def test_the_page_and_the_description_need_nothing_from_elsewhere(server):
     _, described, _ = server.ask("/openapi.json")
     references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described))
     assert set(references) <= described["components"]["schemas"].keys()
+
+
+def test_one_answer_is_scored_as_the_python_class_scores_it(model, tmp_path):
+    sizes = {"max_prompt_tokens": 2000, "max_new_tokens": 40, "compute_dtype": "float32"}
+    home = Judge.load(str(model), prompt="jlrm", **sizes)
+    flags = ["--model", str(model), "--slots", "2", "--max-prompt-tokens", "2000"]
+    with started(tmp_path, *flags, "--max-new-tokens", "40") as served:
+        status, reply, _ = served.ask("/v1/judge", {"question": "q", "answer": "a"})
+        wanted = home.score("q", "a")
+        assert status == 200 and reply["texts"] == list(wanted.texts)
+        assert reply["usage"] == {"completion_tokens": 40}
+        away = Judge.load(f"http://127.0.0.1:{served.port}/v1", max_new_tokens=40)
+        assert away.score("q", "a").texts == wanted.texts

@@ -11,7 +11,7 @@ import sys
 import threading
 
 import pytest
-from judges.test_local import write_model
+from judges.test_local import CONFIG, write_model
 
 import jlrm
 from jlrm.config import UsageError
@@ -296,3 +296,51 @@ def test_importing_it_takes_no_jax():
     assert jlrm.Judge is Judge
     with pytest.raises(AttributeError, match="no attribute 'Jugde'"):
         _ = jlrm.Jugde
+
+
+# --- one answer by itself -------------------------------------------------------------------------
+
+
+class Scorer:
+    """A backend that judges single answers by their length."""
+
+    def __call__(self, games, record):
+        for game in games:
+            assert game.is_single and game.id.endswith(":0-0")
+            (answer,) = game.item.answers
+            text = f"so long</think><answer>{len(answer)}</answer>"
+            record(Response(game.id, texts=(text,), endings=("stop",), num_tokens=7))
+
+
+def test_answers_are_scored_one_by_one_and_in_lists():
+    judge = Judge(Scorer(), Reader(), "scorer")
+    one = judge.score("q", "abc")
+    assert (one.score, one.reason, one.status, one.num_tokens) == (3.0, "so long", "ok", 7)
+    assert repr(one) == "<score 3>" and "so long" in one._repr_html_()
+    assert [each.score for each in judge.score(["q", "q"], ["ab", "a" * 10])] == [2.0, 10.0]
+    assert judge.score("q", "a" * 11).status == "out_of_range"
+    assert asyncio.run(judge.ascore("q", "abcd")).score == 4.0
+    with pytest.raises(UsageError, match="2 of question, 1 of answer"):
+        judge.score(["q", "q"], ["a"])
+    with pytest.raises(UsageError, match="answer must be text"):
+        judge.score("q", 3)
+
+
+def test_a_heuristic_scores_nothing_by_itself():
+    scored = Judge.load("longer", backend="heuristic").score("q", "a")
+    assert scored.score is None and "scores none" in scored.error
+
+
+def test_a_local_judge_scores_as_its_chat_template_asks(tmp_path):
+    write_model(tmp_path, config=dataclasses.replace(CONFIG, max_position_embeddings=2048))
+    with pytest.raises(UsageError, match="'toy' has no form for one answer"):
+        Judge.load(str(tmp_path), prompt="toy", max_prompt_tokens=256, max_new_tokens=8).score(
+            "q", "a"
+        )
+    judge = Judge.load(
+        str(tmp_path), prompt="judgelrm_eval", max_prompt_tokens=1500, max_new_tokens=8
+    )
+    scored = judge.score("q", "a")
+    assert scored.status == "cut" and scored.num_tokens == 8
+    pair = judge.compare("q", "a", "b")  # the same judge, in its other form
+    assert pair.games[0].texts != scored.texts

@@ -1,0 +1,84 @@
+"""What a judge is asked: pairs of answers, or single ones, as the games that are played of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from jlrm.config import UsageError
+from jlrm.evaluation.games import Game, Item
+from jlrm.evaluation.scoring import ordered
+from jlrm.judgement import conversations
+from jlrm.judgement.labels import Unusable
+
+Orders = Literal["both", "given", "random"]
+ORDERS = ("both", "given", "random")
+FIELDS = ("question", "answer_1", "answer_2")
+
+
+class Pair(NamedTuple):
+    """A question and two answers to be judged: texts, or lists of messages {role, content}."""
+
+    question: Any
+    answer_1: Any
+    answer_2: Any
+    id: str = ""
+
+
+def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game]:
+    """Return the games of a pair; `number` tells pairs of one call apart.
+
+    Raises:
+      UsageError: a text that is none, or an order that there is not.
+    """
+    if orders not in ORDERS:
+        raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
+    question, *answers = map(as_text, pair[:3], FIELDS)
+    item = Item(str(number), question, (answers[0], answers[1]))
+    order = "as_given" if orders == "given" else orders  # a policy's word for it
+    return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
+
+
+def as_text(value: Any, name: str) -> str:
+    """Return a text, or a conversation written out.
+
+    Raises:
+      UsageError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if not is_conversation(value):
+        raise UsageError(f"{name} must be text or a list of messages, got {value!r:.60}.")
+    try:
+        role = "user" if name == "question" else "assistant"
+        return conversations.conversation(conversations.messages(value, name, role, "a pair"))
+    except Unusable as reason:
+        raise UsageError(f"{name} holds {reason}: every message must have a text.") from None
+
+
+def single_game(number: int | str, question: Any, answer: Any) -> Game:
+    """Return the game in which one answer is judged by itself.
+
+    Raises:
+      UsageError: a text that is none.
+    """
+    texts = as_text(question, "question"), (as_text(answer, "answer"),)
+    return Game(Item(str(number), *texts), 0, 0)
+
+
+def is_conversation(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def pair_of(row: Sequence[str] | Mapping[str, str]) -> Pair:
+    """Return a row of a stream as a pair; a mapping's other keys say nothing.
+
+    Raises:
+      UsageError: not three texts.
+    """
+    texts = [row.get(name) for name in FIELDS] if isinstance(row, Mapping) else list(row)
+    if len(texts) != len(FIELDS):
+        raise UsageError(f"Judge.compare_each: wanted {', '.join(FIELDS)}, got {len(texts)} texts.")
+    return Pair(*texts)  # pyright: ignore[reportArgumentType]  # games_of checks them
