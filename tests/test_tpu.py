@@ -23,8 +23,9 @@ from jlrm.model.visibility import Packing
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime.mesh import compiler_options, rollout_layout, training_layout
-from jlrm.sampling import decode, sampler
+from jlrm.sampling import decode, sampler, slots
 from jlrm.sampling.sampler import SMALLEST_CACHE, SamplerSettings
+from jlrm.sampling.slots import Entering, SlotSettings
 from jlrm.sampling.stops import StopTables
 from jlrm.training import packing, update
 from jlrm.training.packing import Rows
@@ -110,6 +111,16 @@ def test_update_and_scoring(num_passes):
         jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
 
 
+def placed(program, *arguments):
+    """Return what a program gives, as abstract arrays that lie where the compiler puts them."""
+    jitted = jax.jit(program)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(jitted, *arguments),
+        jitted.lower(*arguments).compile().output_shardings,
+    )
+
+
 def loop_bodies(text: str) -> str:
     """Return the bodies of a compiled program's loops."""
     names = set(re.findall(r"body=(%[\w.\-]+)", text))
@@ -125,12 +136,7 @@ def test_rollout(name, num_new, num_slots):
     grid = tpu_mesh("v5e:4x4", 1, 4, 4)
     training, layout = training_layout(grid), rollout_layout(grid)
     params = qwen.abstract_params(config, training)
-    place = jax.jit(partial(decode.decode_params, config, layout))
-    weights = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(place, params),
-        place.lower(params).compile().output_shardings,
-    )
+    weights = placed(partial(decode.decode_params, config, layout), params)
     settings = SamplerSettings(Distribution(num_ids=151665), num_new, (151645, 151643), num_slots)
     compiled = (
         jax.jit(partial(sampler.generate, config, layout, settings))
@@ -154,3 +160,39 @@ def test_rollout(name, num_new, num_slots):
     # Caches are written in place, in each of the loops between which they grow.
     num_cached = num_rows * SMALLEST_CACHE * config.num_key_value_heads * config.head_dim
     assert max(sizes("copy", body)) < num_cached / grid.size
+
+
+def test_slots_of_a_server():
+    """Prompts enter and leave, in place, and those of others stay where they are."""
+    config = model("qwen2.5-7b", compute_dtype="bfloat16")
+    layout = rollout_layout(tpu_mesh("v5e:4x4", 1, 4, 4))
+    settings = SlotSettings(32, 4096, 1024, (151645,), DISTRIBUTION)
+    stops = StopTables(np.zeros((1, 24, config.vocab_size), np.int16), np.zeros(1, np.int16))
+    params = qwen.abstract_params(config, training_layout(layout.mesh))
+    weights = placed(partial(decode.decode_params, config, layout), params)
+    state = placed(partial(slots.empty, config, layout, settings), stops)
+    prefix = state.prefix.layers[0].keys.size // layout.mesh.size
+    prompts = decode.Prompts(shaped(layout, "P T", 4, 512), shaped(layout, "P", 4))
+    entering = Entering(
+        np.zeros((4, 1), np.int32),
+        np.zeros(4, np.int32),
+        np.zeros(4, np.float32),
+        np.zeros((4, 1, 3), np.int32),
+    )
+    enter = jax.jit(partial(slots.enter, config, layout, settings), donate_argnums=1)
+    advance = jax.jit(partial(slots.advance, config, layout, settings, 512), donate_argnums=1)
+    is_wanted = np.zeros(32, bool)
+    for program in (
+        enter.lower(weights, state, prompts, entering, stops).compile(),
+        advance.lower(weights, state, is_wanted, stops).compile(),
+    ):
+        text, memory = program.as_text(), program.memory_analysis()
+        moved = [
+            size
+            for name in ("all-gather", "all-reduce", "collective-permute", "all-to-all")
+            for size in sizes(name, text)
+        ]
+        assert max(moved) <= 4 * 512 * config.hidden_size < 4 * prefix  # activations alone
+        kept = memory.argument_size_in_bytes - memory.alias_size_in_bytes
+        assert memory.alias_size_in_bytes > 2 * 2 * prefix * 2  # two layers, in place
+        assert kept + memory.temp_size_in_bytes < 2**31
