@@ -34,7 +34,7 @@ from jlrm.sampling.writer import widths
 
 log = logging.getLogger(__name__)
 
-GROUPS = (1, 2, 4)  # prompts that enter in one call; each is a program a width
+GROUPS = (1, 2, 4, 8)  # prompts that enter in one call; each is a program a width
 FORGET = 0.9  # weight of what was before in the mean time of a completion
 
 

@@ -129,7 +129,8 @@ class Service:
         began = time.monotonic()
         asked = [(example.prompt_ids, _number(game)) for game, example in fitting]
         left = len(fitting) * drawing.votes
-        async with contextlib.aclosing(self.write(asked, drawing)) as written:
+        is_growing = drawing.is_streamed or any(game.is_single for game in games)
+        async with contextlib.aclosing(self.write(asked, drawing, is_growing)) as written:
             async for piece in written:
                 game, own = fitting[piece.prompt][0], texts[piece.prompt]
                 if piece.completion in own and own[piece.completion].ending:
@@ -153,9 +154,14 @@ class Service:
         return responses
 
     async def write(
-        self, asked: Sequence[tuple[Sequence[int], int]], drawing: Drawing
+        self,
+        asked: Sequence[tuple[Sequence[int], int]],
+        drawing: Drawing,
+        is_growing: bool = True,
     ) -> AsyncGenerator[Piece, None]:
         """Write completions of prompts, given by their ids and a number each, piece by piece.
+
+        is_growing: each block is a piece; else a completion comes as one, at its end.
 
         Raises:
           Busy, RunError: as `Engine.submit`; or the engine has failed.
@@ -182,7 +188,8 @@ class Service:
                 ids = drawn.setdefault((prompt, new.completion), [])
                 ids += new.ids
                 left -= new.ending != RUNNING
-                yield self._piece(prompt, new, ids)
+                if is_growing or new.ending != RUNNING:
+                    yield self._piece(prompt, new, ids)
         finally:  # the client may have left
             if left:
                 for writing in writings:
