@@ -1,6 +1,8 @@
 """Judge pairs of answers: `python -m jlrm.judge pairs.jsonl --model M --out DIR`.
 
+    python -m jlrm.judge answers.jsonl --single ...      one answer a row, each scored by itself
     python -m jlrm.judge check judged/verdicts.jsonl     verdicts beside labels (serving/audit.py)
+    python -m jlrm.judge serve --model M                 a judge behind HTTP (server/command.py)
 
     1  read    the pairs: a file, a directory, hf:ORG/NAME, or lines of JSON on stdin ("-")
     2  judge   each in both orders (--orders); responses are kept as they come
@@ -19,6 +21,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game
@@ -30,10 +33,17 @@ from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, tally
 from jlrm.serving import rows as row_files
-from jlrm.serving.asked import ORDERS, Pair, games_of
+from jlrm.serving.asked import ORDERS, Pair, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.judge import doubt
-from jlrm.serving.results import JudgedPair, VerdictLine, judged_pair
+from jlrm.serving.results import (
+    JudgedPair,
+    ScoredAnswer,
+    ScoreLine,
+    VerdictLine,
+    judged_pair,
+    scored_answer,
+)
 from jlrm.serving.rows import Row
 
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
@@ -57,16 +67,8 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     asked = [game for own in games.values() for game in own]
 
     # 2. Judge.
-    model = options.pinned(args.backend, args.model)
     data = results.checksum([row[:4] for row in rows])
-    identity = options.identity(args.backend, model, args.options, args.seed)
-    header = {"data": data, "orders": args.orders, **identity}
-    hosts.agree("pairs and models", header)
-    kept = Journal(args.out if hosts.is_main() else None, header)
-    done = hosts.gather("the responses so far", kept.done - kept.refused)[0]
-    if left := [game for game in asked if game.id not in done]:
-        backend = options.make(args.backend, model, args.options, args.seed, args.out)
-        asking.judge(backend, left, kept, name, len(asked))
+    kept = _asked(args, asked, {"data": data, "orders": args.orders}, name)
 
     # 3. Write.
     low, high = args.options.get("scale") or (1, 10)
@@ -80,6 +82,56 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
         write_atomically(args.out / VERDICTS, "".join(texts).encode())
         tally.write(args.out / SUMMARY, summary)
     return summary
+
+
+def score(args: argparse.Namespace) -> tally.ScoringSummary:
+    """Score single answers, write their scores, and return what they come to.
+
+    Raises:
+      UsageError, Interrupted: as `judge`.
+    """
+    rows = row_files.read_single(args.pairs, args.reading["columns"])
+    games = {
+        number: single_game(number, row.question, row.answer)
+        for number, row in enumerate(rows)
+        if not row.error
+    }
+    data = results.checksum([row[:3] for row in rows])
+    name = pathlib.PurePath(args.pairs).name
+    kept = _asked(args, list(games.values()), {"data": data, "single": True}, name)
+    low, high = args.options.get("scale") or (1, 10)
+    read = reader(args.parser, (low, high))
+    scored = [
+        scored_answer(row.id, kept.responses.get(games[number].id), read)
+        if number in games
+        else ScoredAnswer(None, "", "unjudged", (), None, row.id, row.error)
+        for number, row in enumerate(rows)
+    ]
+    summary = tally.scoring_summary(scored, kept.responses)
+    if hosts.is_main():
+        lines = [
+            ScoreLine(**{**row._asdict(), **vars(each)}).to_dict()
+            for row, each in zip(rows, scored, strict=True)
+        ]
+        texts = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomically(args.out / VERDICTS, texts.encode())
+        tally.write(args.out / SUMMARY, summary)
+    return summary
+
+
+def _asked(
+    args: argparse.Namespace, games: Sequence[Game], header: dict[str, Any], name: str
+) -> Journal:
+    """Ask for the games that have no response yet, and return all responses."""
+    model = options.pinned(args.backend, args.model)
+    header |= options.identity(args.backend, model, args.options, args.seed)
+    hosts.agree("pairs and models", header)
+    kept = Journal(args.out if hosts.is_main() else None, header)
+    done = hosts.gather("the responses so far", kept.done - kept.refused)[0]
+    if left := [game for game in games if game.id not in done]:
+        backend = options.make(args.backend, model, args.options, args.seed, args.out)
+        asking.judge(backend, left, kept, name, len(games))
+    return kept
 
 
 def _line(row: Row, judged: JudgedPair) -> str:
@@ -134,7 +186,7 @@ def _run(args: argparse.Namespace) -> None:
     agreed = {name: getattr(args, name) for name in ("model", "options", "orders", "seed")}
     is_ours = args.backend == options.JLRM  # several hosts judge where their devices do
     with hosts.joined(args, agreed) if is_ours else contextlib.nullcontext():
-        summary = judge(args)
+        summary = score(args) if args.single else judge(args)
         hosts.gather("the verdicts", None)
     if not hosts.is_main():
         return
@@ -155,7 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.judge",
         description=(__doc__ or "").split("\n")[0],
-        epilog="jlrm judge check FILE compares verdicts with labels; see jlrm judge check --help.",
+        epilog="jlrm judge check FILE holds verdicts against labels, jlrm judge serve answers HTTP: "
+        "see their --help.",
     )
     add = parser.add_argument
     add("pairs", help="FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin")
@@ -163,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=pathlib.Path, metavar="DIR", help="of what is written (judged/NAME)")
     backends = [name for name in options.BACKENDS if name != options.VERDICTS]
     add("--backend", choices=backends, default=options.JLRM, help="who judges (jlrm)")
+    add("--single", action="store_true", help="rows hold a question and one answer, to be scored")
     add("--orders", choices=ORDERS, default="both", help="of the answers (both)")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")

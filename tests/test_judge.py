@@ -212,3 +212,52 @@ def test_failures_are_errors(pairs, tmp_path, judged_by):
     judged_by(Judge(lambda game: None))
     with pytest.raises(RunError):
         judge.main([str(pairs), *ENDPOINT, "--out", str(tmp_path / "o")])
+
+
+class Scorer:
+    """A backend that scores an answer by its length, and says nothing of those that are empty."""
+
+    asked = 0
+
+    def __call__(self, games, record):
+        for game in games:
+            self.asked += 1
+            (answer,) = game.item.answers
+            text = f"t</think><answer>{len(answer)}</answer>" if answer else "no"
+            record(Response(game.id, texts=(text,), endings=("stop",), num_tokens=3))
+
+
+def test_single_answers_are_scored_line_by_line(tmp_path, capsys, judged_by):
+    file, out = tmp_path / "answers.jsonl", tmp_path / "o"
+    rows = [
+        {"id": 7, "question": "q", "answer": "abc"},
+        {"prompt": "q", "response": "abcde"},
+        {"question": "q"},
+        {"question": "q", "answer": [{"role": "assistant", "content": "abcd"}]},
+        {"question": "q", "answer": ""},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scorer = judged_by(Scorer())
+    code, printed, err = run(capsys, file, "--single", *ENDPOINT, "--out", out)
+    found = lines(out)
+    assert code == 1 and "1 of 5 rows" in err  # the row without an answer
+    assert [row["score"] for row in found] == [3.0, 5.0, None, 4.0, None]
+    assert found[0]["id"] == "7" and found[1]["answer"] == "abcde"
+    assert "answer must be text" in found[2]["error"] and found[4]["status"] == "no_answer"
+    assert "mean score 4.00, without a score 1" in printed
+    assert run(capsys, file, "--single", *ENDPOINT, "--out", out)[0] == 1
+    assert scorer.asked == 4 and lines(out) == found  # nothing is asked again
+
+
+def test_single_answers_with_other_columns(tmp_path, capsys, judged_by):
+    file, out = tmp_path / "answers.csv", tmp_path / "o"
+    file.write_text("ask,said\nq,abc\n")
+    judged_by(Scorer())
+    names = ("--columns", "question=ask", "answer=said")
+    code, _, err = run(capsys, file, "--single", *ENDPOINT, "--out", out, *names)
+    assert code == 0, err
+    assert lines(out)[0]["score"] == 3.0
+    code, _, err = run(capsys, file, "--single", *ENDPOINT, "--columns", "answr=said")
+    assert code == 2 and "answer" in err
+    code, _, err = run(capsys, file, "--single", *ENDPOINT, "--out", tmp_path / "p")
+    assert code == 2 and "no row that can be judged" in err

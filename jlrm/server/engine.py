@@ -28,7 +28,7 @@ from jlrm.runtime.mesh import global_array
 from jlrm.sampling import slots
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.policy import TextPolicy
-from jlrm.sampling.slots import RUNNING, STOPPED, Turns, Entering, SlotSettings
+from jlrm.sampling.slots import RUNNING, STOPPED, Entering, SlotSettings, Turns
 from jlrm.sampling.stops import StopTables
 from jlrm.sampling.writer import widths
 

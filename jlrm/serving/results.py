@@ -134,6 +134,15 @@ class VerdictLine(JudgedPair):
 
 
 @dataclass(frozen=True, repr=False)
+class ScoreLine(ScoredAnswer):
+    """A line of `verdicts.jsonl` where single answers were scored."""
+
+    question: str = ""
+    answer: str = ""
+    version: int = VERSION
+
+
+@dataclass(frozen=True, repr=False)
 class Ranking(Plain):
     """Answers from the best to the worst.
 

@@ -13,6 +13,7 @@ from jlrm.data import forms, readers
 from jlrm.data.comparisons import REASONS, Where
 from jlrm.judgement import labels
 from jlrm.judgement.labels import Unusable
+from jlrm.serving.asked import as_text
 
 
 class Row(NamedTuple):
@@ -24,6 +25,63 @@ class Row(NamedTuple):
     answer_2: str
     label: int | None  # the better answer, 0 for a tie, None where nobody said
     error: str = ""
+
+
+class SingleRow(NamedTuple):
+    """A line of the input with one answer. error: why it can't be judged; "" if it can."""
+
+    id: str
+    question: str
+    answer: str
+    error: str = ""
+
+
+SINGLE = ("question", "answer", "id")  # columns of a row with one answer
+SPELLINGS = {
+    "question": forms.QUESTIONS,
+    "answer": ("answer", "response", "output", "completion"),
+    "id": forms.IDS,
+}
+
+
+def read_single(source: str, columns: Mapping[str, str]) -> list[SingleRow]:
+    """Return every row of a source that holds a question and one answer a row.
+
+    Raises:
+      UsageError: no such source, no row, or no row that can be judged (the first one's reason).
+    """
+    if unknown := sorted(columns.keys() - set(SINGLE)):
+        raise UsageError(
+            f"--columns: there is no field '{unknown[0]}' with --single. "
+            f"{nearest(unknown[0], SINGLE)}"
+        )
+    rows = [
+        _single(raw, place._replace(source=source), columns)
+        for place, raw in readers.checked_rows(source, columns)
+    ]
+    if not rows:
+        raise UsageError(f"{source} has no rows.")
+    if all(row.error for row in rows):
+        raise UsageError(f"{source} has no row that can be judged. The first: {rows[0].error}")
+    return rows
+
+
+def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
+    if not isinstance(raw, dict):
+        return SingleRow(place.name, "", "", f"{place} must be an object.")
+    known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
+    found = {
+        ours: raw.get(columns[ours])
+        if ours in columns
+        else next((known[name] for name in names if known.get(name) is not None), None)
+        for ours, names in SPELLINGS.items()
+    }
+    identity = place.name if found["id"] is None else str(found["id"])
+    try:
+        texts = [as_text(found[name], name) for name in ("question", "answer")]
+    except UsageError as error:
+        return SingleRow(identity, "", "", f"{place._replace(source='')}: {error}")
+    return SingleRow(identity, *texts)
 
 
 def read(source: str, columns: Mapping[str, str], values: Mapping[str, str]) -> list[Row]:

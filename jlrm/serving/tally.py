@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from jlrm.evaluation.statistics import diagnostics
 from jlrm.evaluation.statistics.clusters import cluster_items
 from jlrm.reports import contracts
 from jlrm.reports.results_file import ItemRate, Rate
-from jlrm.serving.results import POINTS, JudgedPair
+from jlrm.serving.results import POINTS, JudgedPair, ScoredAnswer
 from jlrm.serving.rows import Row
 
 VERSION = 1
@@ -97,18 +98,62 @@ def rate_by_question(questions: Sequence[str], values: Sequence[float]) -> ItemR
     return diagnostics.item_rate(values, [1] * len(values), clusters, len(values))
 
 
-def write(path: pathlib.Path, found: JudgingSummary) -> None:
+@dataclass(frozen=True)
+class ScoringSummary:
+    """The content of `summary.json` where single answers were scored.
+
+    unread: judgements without a score, of `games`. errors: rows without one because they were not
+    judged or can't be. mean: of the scores. counts: answers by their score, rounded.
+    """
+
+    rows: int
+    games: int
+    unread: int
+    errors: int
+    mean: float | None
+    counts: dict[str, int]
+    tokens: int
+    seconds: float
+    version: int = VERSION
+
+
+def scoring_summary(
+    scored: Sequence[ScoredAnswer], responses: Mapping[str, Response]
+) -> ScoringSummary:
+    """Return what the scores come to."""
+    scores = sorted(each.score for each in scored if each.score is not None)
+    given = [each for each in responses.values() if each.texts is not None]
+    rounded = [str(round(score)) for score in scores]
+    return ScoringSummary(
+        rows=len(scored),
+        games=len(given),
+        unread=sum(each.score is None and each.error is None for each in scored),
+        errors=sum(each.error is not None for each in scored),
+        mean=sum(scores) / len(scores) if scores else None,
+        counts=dict(Counter(rounded)),
+        tokens=sum(each.num_tokens or 0 for each in given),
+        seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+    )
+
+
+def write(path: pathlib.Path, found: JudgingSummary | ScoringSummary) -> None:
     """Write `summary.json`."""
     contracts.write(path, found)
 
 
-def as_json(found: JudgingSummary) -> dict[str, Any]:
+def as_json(found: JudgingSummary | ScoringSummary) -> dict[str, Any]:
     """Return a summary as what `--json` prints."""
     return contracts.encode(found)
 
 
-def lines(found: JudgingSummary) -> Iterator[str]:
+def lines(found: JudgingSummary | ScoringSummary) -> Iterator[str]:
     """Yield a summary as text."""
+    if isinstance(found, ScoringSummary):
+        mean = "none" if found.mean is None else f"{found.mean:.2f}"
+        yield f"{found.rows} answers: mean score {mean}, without a score {found.unread}"
+        for score, number in found.counts.items():
+            yield f"  {score:>4}  {number}"
+        return
     silent = found.rows - found.wins_1 - found.wins_2 - found.ties
     yield (
         f"{found.rows} pairs: answer 1 wins {found.wins_1}, answer 2 wins {found.wins_2}, "
