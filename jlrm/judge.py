@@ -207,8 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.judge",
         description=(__doc__ or "").split("\n")[0],
-        epilog="jlrm judge check FILE holds verdicts against labels, jlrm judge serve answers HTTP: "
-        "see their --help.",
+        epilog="jlrm judge check holds verdicts against labels, jlrm judge serve answers HTTP: see "
+        "their --help.",
     )
     add = parser.add_argument
     add("pairs", help="FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin")
