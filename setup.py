@@ -51,6 +51,7 @@ EXTRAS = {
         "ipykernel>=6.29",
         "krippendorff>=0.8",
         "nbclient>=0.10",
+        "openai>=1.60",
         "pyright>=1.1.380",
         "pytest>=8.0",
         "pytest-xdist>=3.5",

@@ -165,6 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(words)
     if not args.model:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
+    if args.single and (args.values or args.orders != "both" or args.calibration):
+        raise UsageError("--values, --orders and --calibration have no effect with --single.")
     args.options = options.options(args)
     args.reading = settings.pair_flags(args)
     args.map = calibration.find(args.calibration, args.model)

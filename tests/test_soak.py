@@ -64,6 +64,7 @@ def watch(command: Sequence[str], counted: pathlib.Path, log: pathlib.Path) -> I
         assert process.returncode == 0, log.read_text()[-3000:]
     finally:
         process.kill()
+        process.wait()
 
 
 def hold(uses: Sequence[Use], title: str) -> None:

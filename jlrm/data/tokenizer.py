@@ -200,8 +200,8 @@ def _through_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> st
     return text
 
 
-def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]], is_open: bool) -> str:
-    """Return the text of a conversation and the header of an answer; `is_open`: with `<think>`.
+def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]]) -> str:
+    """Return the text of a conversation and the header of an answer, which opens `<think>`.
 
     Raises:
       UsageError: no chat template, or it refuses these messages.
@@ -212,7 +212,7 @@ def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]], is_open: 
         text = _fill_chat(tokenizer, chat)
     except Exception as error:
         raise UsageError(f"The chat template refuses these messages: {_why(error)}.") from None
-    return open_thinking(text) if is_open else text
+    return open_thinking(text)
 
 
 def open_thinking(text: str) -> str:

@@ -59,7 +59,7 @@ class Sequences(NamedTuple):
 class SlotState(NamedTuple):
     """The prompts, the tokens so far and their caches, of all slots."""
 
-    turn: Int[Array, ""]  # decoding steps run since the beginning
+    turn: Int[Array, ""]  # decoding steps run so far, modulo the size of the caches
     sequences: Sequences
     prefix: Prefix
     caches: list[KeysValues]
@@ -204,7 +204,7 @@ def advance(
 
     def draw(carry: tuple[SlotState, Turns, Array]) -> tuple[SlotState, Turns, Array]:
         state, block, turn = carry
-        state = state._replace(turn=state.turn + 1)
+        state = state._replace(turn=(state.turn + 1) % settings.max_new_tokens)
         new = _next_tokens(state)
         hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         logits = decode.logits(config, layout, params, hidden)

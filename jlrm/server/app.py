@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import json
 import math
 import time
 import uuid
@@ -25,14 +24,14 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game
-from jlrm.server import bodies, describe, pages
+from jlrm.server import bodies, describe, pages, replies
 from jlrm.server.bodies import JudgeBody, UnknownModel
 from jlrm.server.chat import Choices
 from jlrm.server.engine import Busy
@@ -43,7 +42,6 @@ from jlrm.serving.judge import ranked
 from jlrm.serving.results import JudgedPair, ScoredAnswer
 
 BODY_SECONDS = 30.0  # in which a body must have come
-SEND_SECONDS = 60.0  # in which a client must take a part of its reply
 WATCH = 0.25  # seconds between two looks whether a client is still there
 
 
@@ -75,12 +73,13 @@ def make(service: Service, limits: Limits, metrics: Metrics) -> Starlette:
     }
     gets = {
         "/v1/models": routes.models,
+        "/v1/models/{name:path}": routes.model,
         "/healthz": routes.health,
         "/metrics": routes.measured,
         "/openapi.json": routes.description,
         "/docs": routes.docs,
     }
-    return Starlette(
+    app = Starlette(
         routes=[
             *(Route(path, routes.answered(do), methods=["POST"]) for path, do in posts.items()),
             *(Route(path, routes.answered(do), methods=["GET"]) for path, do in gets.items()),
@@ -102,14 +101,18 @@ def make(service: Service, limits: Limits, metrics: Metrics) -> Starlette:
             Middleware(Guard, keys=limits.keys),
         ],
         exception_handlers={
-            404: lambda request, _: _error(404, f"No such route: {request.url.path}."),
-            405: lambda request, _: _error(405, f"{request.method} is not what this route takes."),
+            404: lambda request, _: replies.error(404, f"No such route: {request.url.path}."),
+            405: lambda request, _: replies.error(
+                405, f"{request.method} is not what this route takes."
+            ),
         },
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 class Guard:
-    """Asks for the key, and ends connections whose clients take nothing of their reply."""
+    """Asks for the key, where there is one."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app, self._keys = app, [key.encode() for key in keys]
@@ -119,18 +122,15 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
-        async def patiently(message: Message) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send(message)
-
         is_open = not scope["path"].startswith(("/v1/", "/metrics"))
         if is_open or not self._keys or self._has_key(scope):
-            with contextlib.suppress(TimeoutError):
-                await self._app(scope, receive, patiently)
+            await self._app(scope, receive, send)
             return
-        refused = _error(401, "A key is wanted: Authorization: Bearer KEY.", "invalid_api_key")
+        refused = replies.error(
+            401, "A key is wanted: Authorization: Bearer KEY.", "invalid_api_key"
+        )
         refused.headers["WWW-Authenticate"] = "Bearer"
-        await refused(scope, receive, patiently)
+        await refused(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         shown = dict(scope["headers"]).get(b"authorization", b"")
@@ -147,7 +147,8 @@ class Routes:
 
     def __init__(self, service: Service, limits: Limits, metrics: Metrics) -> None:
         self._service, self._limits, self._metrics = service, limits, metrics
-        self._started = int(time.time())
+        about = {"object": "model", "owned_by": "jlrm", "created": int(time.time())}
+        self._model = {"id": service.defaults.model, **about}
 
     def answered(self, handler: Handler) -> Handler:
         """Return a handler that turns what goes wrong into a reply, and is counted."""
@@ -157,21 +158,26 @@ class Routes:
                 try:
                     response = await handler(request)
                 except UnknownModel as error:
-                    response = _error(404, str(error), "model_not_found")
+                    response = replies.error(404, str(error), "model_not_found")
                 except UsageError as error:
-                    response = _error(400, str(error))
+                    response = replies.error(400, str(error))
                 except TooLarge:
                     most = self._limits.body_bytes
-                    response = _error(413, f"The body is larger than {most} bytes.")
+                    response = replies.closing(
+                        replies.error(413, f"The body is larger than {most} bytes.")
+                    )
                 except TimeoutError:
-                    response = _error(408, f"The body did not come in {BODY_SECONDS:.0f} s.")
+                    late = f"The body did not come in {BODY_SECONDS:.0f} s."
+                    response = replies.closing(replies.error(408, late))
                 except Busy as busy:
-                    response = _error(429, str(busy), "rate_limit_exceeded")
+                    response = replies.error(429, str(busy), "rate_limit_exceeded")
                     response.headers["Retry-After"] = str(busy.retry_after)
-                except Left:
+                except (Left, ClientDisconnect):
                     response = Response(status_code=499)  # which nobody reads
                 except RunError as error:
-                    response = _error(503, str(error))
+                    response = replies.error(503, str(error))
+                except Exception as error:  # a fault of ours: the client hears of it in its form
+                    response = replies.error(500, replies.failure(error)["error"]["message"])
                 outcome.status = response.status_code
             return response
 
@@ -188,13 +194,13 @@ class Routes:
             if body.answers:
                 found = ranked(bodies.places(body.answers), judged, body.answers)
                 return found.to_dict() | about
-            if body.is_single:
+            if body.is_one_pair:
                 return judged[0].to_dict() | about
             return {"results": [each.to_dict() for each in judged]} | about
 
         if not body.drawing.is_streamed:
             judging = self._judging(body)
-            return JSONResponse(reply(await _unless_left(request, judging)))
+            return replies.Ascii(reply(await _unless_left(request, judging)))
         events: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue()
         told: dict[tuple[str, int], int] = {}
 
@@ -213,24 +219,28 @@ class Routes:
                 events.put_nowait(None)
 
         task = asyncio.create_task(work())
-        first = await events.get()
-        if first is None:
-            await task  # raises what is wrong, before a byte is sent
+        try:
+            first = await _unless_left(request, events.get())
+            if first is None:
+                await task  # raises what is wrong, before a byte is sent
+        except BaseException:
+            task.cancel()
+            raise
 
         async def stream() -> AsyncIterator[bytes]:
             try:
                 event = first
                 while event is not None:
-                    yield _event(event)
+                    yield replies.event(event)
                     event = await events.get()
-                yield _event({"result": reply(await task)})
-            except RunError as error:
-                yield _event(_complaint(str(error), None))
+                yield replies.event({"result": reply(await task)})
+            except Exception as error:
+                yield replies.event(replies.failure(error))
             finally:
                 task.cancel()
             yield b"data: [DONE]\n\n"
 
-        return _stream(stream())
+        return replies.stream(stream())
 
     def _judging(
         self, body: JudgeBody, tell: Callable[[Game, Piece], None] = lambda game, piece: None
@@ -243,10 +253,11 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
         body = bodies.chat_body(await self._body(request), self._service.defaults)
-        ids, is_open = self._service.chat_prompt(body.messages)
+        ids = self._service.chat_prompt(body.messages)
         number = int(uuid.uuid5(uuid.NAMESPACE_OID, repr(body.messages))) % 2**31
-        pieces = self._service.write([(ids, number)], body.drawing)
-        choices = Choices(self._service, body, is_open, len(ids))
+        is_growing = body.drawing.is_streamed or bool(body.stops)
+        pieces = self._service.write([(ids, number)], body.drawing, is_growing)
+        choices = Choices(self._service, body, len(ids))
         if not body.drawing.is_streamed:
 
             async def work() -> dict[str, Any]:
@@ -257,24 +268,25 @@ class Routes:
                             break
                 return choices.whole()
 
-            return JSONResponse(await _unless_left(request, work()))
-        first = await anext(pieces)  # raises what is wrong, before a byte is sent
+            return replies.Ascii(await _unless_left(request, work()))
+        # Raises what is wrong, before a byte is sent.
+        first = await _unless_left(request, anext(pieces))
 
         async def stream() -> AsyncIterator[bytes]:
             async with contextlib.aclosing(pieces):
                 try:
                     for chunk in (*choices.opening(), *choices.chunks(first)):
-                        yield _event(chunk)
+                        yield replies.event(chunk)
                     while not choices.are_finished:
                         for chunk in choices.chunks(await anext(pieces)):
-                            yield _event(chunk)
+                            yield replies.event(chunk)
                     if body.has_usage:
-                        yield _event(choices.usage_chunk())
-                except RunError as error:
-                    yield _event(_complaint(str(error), None))
+                        yield replies.event(choices.usage_chunk())
+                except Exception as error:
+                    yield replies.event(replies.failure(error))
             yield b"data: [DONE]\n\n"
 
-        return _stream(stream())
+        return replies.stream(stream())
 
     async def rerank(self, request: Request) -> Response:
         """Order documents by how well they answer a query."""
@@ -285,6 +297,9 @@ class Routes:
         if pairs:
             work = self._service.judge(pairs, "both", body.drawing)
             judged = await _unless_left(request, work)
+        if pairs and all(each.winner is None for each in judged):
+            why = next((each.error for each in judged if each.error), judged[0].status)
+            raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
         found = ranked(bodies.places(num), judged, num) if judged else None
         order = found.order if found else (1,)
         results = []
@@ -295,25 +310,31 @@ class Routes:
             if body.has_documents:
                 result["document"] = {"text": documents[number - 1]}
             results.append(result)
-        return JSONResponse(
+        return replies.Ascii(
             {
                 "id": f"rerank-{uuid.uuid4().hex}",
                 "model": self._service.defaults.model,
                 "results": results,
+                "unjudged": sum(each.winner is None for each in judged),  # pairs of documents
                 "usage": _usage(judged),
             }
         )
 
     async def models(self, request: Request) -> Response:
         """Name the model that is served."""
-        model = {"id": self._service.defaults.model, "object": "model", "owned_by": "jlrm"}
-        return JSONResponse({"object": "list", "data": [{**model, "created": self._started}]})
+        return replies.Ascii({"object": "list", "data": [self._model]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the model that is served."""
+        if request.path_params["name"] != self._model["id"]:
+            raise UnknownModel(f"Only {self._model['id']} is served here.")
+        return replies.Ascii(self._model)
 
     async def health(self, request: Request) -> Response:
         """Say whether judgements can be had."""
         if failure := self._service.engine.failure:
-            return _error(503, failure)
-        return JSONResponse({"status": "ok", "model": self._service.defaults.model})
+            return replies.error(503, failure)
+        return replies.Ascii({"status": "ok", "model": self._service.defaults.model})
 
     async def measured(self, request: Request) -> Response:
         """Give the metrics in the text form of Prometheus."""
@@ -322,7 +343,7 @@ class Routes:
 
     async def description(self, request: Request) -> Response:
         """Describe the routes as OpenAPI does."""
-        return JSONResponse(describe.openapi(self._service.defaults))
+        return replies.Ascii(describe.openapi(self._service.defaults))
 
     async def docs(self, request: Request) -> Response:
         """Describe the routes for people."""
@@ -360,23 +381,3 @@ async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
 
 def _usage(judged: Sequence[JudgedPair | ScoredAnswer]) -> dict[str, int]:
     return {"completion_tokens": sum(each.num_tokens or 0 for each in judged)}
-
-
-def _event(value: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(value)}\n\n".encode()
-
-
-def _stream(events: AsyncIterator[bytes]) -> Response:
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-
-
-def _complaint(message: str, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "code": code}}
-
-
-def _error(status: int, message: str, code: str | None = None) -> JSONResponse:
-    complaint = _complaint(message, code)
-    if status >= 500:
-        complaint["error"]["type"] = "server_error"
-    return JSONResponse(complaint, status)

@@ -7,7 +7,6 @@ a setting that the server could not keep to.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +19,15 @@ MOST_DOCUMENTS = 16  # of a ranking: each is compared with each
 MOST_PAIRS = 256  # of one request
 MOST_STOPS = 4
 FIELDS_OF_PAIR = {"question", "answer_1", "answer_2", "id"}
-IGNORED = {  # of OpenAI's form: they say who asks, or ask for what is the case
+FIELDS_OF = {  # of the forms of /v1/judge, by the field that tells them
+    "answer_1": FIELDS_OF_PAIR,
+    "pairs": {"pairs"},
+    "answer": {"question", "answer", "id"},
+    "answers": {"question", "answers"},
+}
+IGNORED = {  # of OpenAI's form: they say who asks, or how it is paid for
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("stream_options", "reasoning_effort", "chat_template_kwargs"),
+    *("stream_options", "parallel_tool_calls"),
 }
 NEUTRAL: Mapping[str, Any] = {  # fields of OpenAI's form that must have the value of none
     "top_p": 1,
@@ -34,6 +39,7 @@ NEUTRAL: Mapping[str, Any] = {  # fields of OpenAI's form that must have the val
     "tools": [],
     "tool_choice": "none",
     "response_format": {"type": "text"},
+    "chat_template_kwargs": {"enable_thinking": True},
 }
 
 
@@ -58,8 +64,8 @@ class JudgeBody:
 
     pairs: tuple[Pair, ...]
     answers: int  # of a ranking; 0: pairs are asked for
-    is_single: bool  # one pair, which is answered by itself and not in a list
-    single: tuple[Any, Any] | None  # a question and its only answer
+    is_one_pair: bool  # which is answered by itself, and not in a list
+    single: tuple[Any, Any, str] | None  # a question, its only answer, an id
     orders: str
     drawing: Drawing
 
@@ -118,8 +124,7 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
       UsageError: what is wrong with it.
     """
     settings = {"model", "orders", "votes", "temperature", "max_new_tokens", "seed", "stream"}
-    known = settings | FIELDS_OF_PAIR | {"pairs", "answer", "answers"}
-    _refuse_unknown(body, known)
+    _refuse_unknown(body, settings | FIELDS_OF_PAIR | {"pairs", "answer", "answers"})
     orders = _one_of(body, "orders", ORDERS, "both")
     drawing = _drawing(body, defaults, "votes", ("max_new_tokens",))
     _check_model(body, defaults)
@@ -132,12 +137,15 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
             "and answers, a list of texts; question and answer. "
             f"Got {', '.join(forms) or 'none of them'}."
         )
+    for name in sorted(body.keys() - settings - FIELDS_OF[forms[0]]):
+        if body[name] is not None:
+            raise UsageError(f"{name} has no place beside {forms[0]}.")
     if forms == ["pairs"]:
         rows = _list(body, "pairs", 1, MOST_PAIRS)
         pairs = tuple(_pair(row, f"pairs[{i}]") for i, row in enumerate(rows))
         return JudgeBody(pairs, 0, False, None, orders, drawing)
     if forms == ["answer"]:
-        single = _required(body, "question"), body["answer"]
+        single = _required(body, "question"), body["answer"], _identity(body, "")
         return JudgeBody((), 0, False, single, orders, drawing)
     if forms == ["answer_1"]:
         texts = {name: body[name] for name in FIELDS_OF_PAIR & body.keys()}
@@ -171,7 +179,7 @@ def chat_body(body: Mapping[str, Any], defaults: Defaults) -> ChatBody:
     messages = tuple(
         _message(each, f"messages[{i}]") for i, each in enumerate(_list(body, "messages", 1, 1000))
     )
-    stops = body.get("stop") or []
+    stops = [] if body.get("stop") is None else body["stop"]
     stops = [stops] if isinstance(stops, str) else stops
     is_list = isinstance(stops, list) and all(isinstance(each, str) and each for each in stops)
     if not is_list or len(stops) > MOST_STOPS:
@@ -217,7 +225,9 @@ def _drawing(
     if temperature == 0 and num > 1:
         raise UsageError(f"{votes}={num} at temperature 0 would be one text {num} times.")
     named = next((name for name in limits if body.get(name) is not None), limits[0])
-    most = _whole(body, named, defaults.max_new_tokens, 1, defaults.max_new_tokens)
+    # In OpenAI's form it is a bound, and a text that meets ours ends by "length".
+    most = defaults.max_new_tokens if named == "max_new_tokens" else 10**9
+    most = min(_whole(body, named, defaults.max_new_tokens, 1, most), defaults.max_new_tokens)
     seed = _whole(body, "seed", defaults.seed, -(2**63), 2**63 - 1)
     return Drawing(num, temperature, most, seed % 2**31, _flag(body, "stream"))
 
@@ -229,10 +239,14 @@ def _pair(row: Any, where: str) -> Pair:
     question, first, second = (
         _required(row, name, where) for name in ("question", "answer_1", "answer_2")
     )
-    identity = row.get("id") or ""
-    if not isinstance(identity, str | int):
-        raise UsageError(f"{where}id: wanted a text, got {identity!r:.60}.")
-    return Pair(question, first, second, str(identity))
+    return Pair(question, first, second, _identity(row, where))
+
+
+def _identity(row: Mapping[str, Any], where: str) -> str:
+    identity = "" if row.get("id") is None else row["id"]
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        raise UsageError(f"{where}{'.' if where else ''}id: wanted a text, got {identity!r:.60}.")
+    return str(identity)
 
 
 def _message(value: Any, where: str) -> tuple[str, str]:
@@ -240,6 +254,7 @@ def _message(value: Any, where: str) -> tuple[str, str]:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise UsageError(f"{where}: wanted {{'role': ..., 'content': ...}}, got {value!r:.60}.")
     role, content = value["role"], value.get("content")
+    content = "" if content is None and role == "assistant" else content
     if isinstance(content, list):
         texts = [each.get("text") if isinstance(each, Mapping) else None for each in content]
         if not all(isinstance(each, str) for each in texts):
@@ -255,7 +270,8 @@ def _message(value: Any, where: str) -> tuple[str, str]:
 def _refuse_unknown(body: Mapping[str, Any], known: set[str], where: str = "") -> None:
     if unknown := sorted(body.keys() - known):
         prefix = f"{where}." if where else ""
-        raise UsageError(f"No field '{prefix}{unknown[0]}'. {nearest(unknown[0], sorted(known))}")
+        name = repr(unknown[0])[1:60].strip("'")
+        raise UsageError(f"No field '{prefix}{name}'. {nearest(name, sorted(known))}")
 
 
 def _check_model(body: Mapping[str, Any], defaults: Defaults) -> None:
@@ -294,7 +310,7 @@ def _number(body: Mapping[str, Any], name: str, default: float, least: float, mo
     value = body.get(name)
     value = default if value is None else value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not least <= value <= most:
+    if not is_number or not least <= value <= most:  # NaN is neither
         raise UsageError(f"{name}: wanted a number from {least} to {most}, got {value!r:.60}.")
     return float(value)
 

@@ -17,9 +17,8 @@ from jlrm.server.service import THINK_END, Piece, Service, parts
 class Choices:
     """The completions of one conversation, as they grow, in OpenAI's form."""
 
-    def __init__(self, service: Service, body: ChatBody, is_open: bool, num_prompt: int) -> None:
-        self._service, self._body, self._is_open = service, body, is_open
-        self._num_prompt = num_prompt
+    def __init__(self, service: Service, body: ChatBody, num_prompt: int) -> None:
+        self._service, self._body, self._num_prompt = service, body, num_prompt
         self._texts: dict[int, str] = {}  # without their end
         self._endings: dict[int, str] = {}
         self._num_tokens: dict[int, int] = {}
@@ -55,7 +54,7 @@ class Choices:
         """Return the reply."""
         listed = []
         for index in sorted(self._texts):
-            reasoning, content = parts(self._texts[index], self._is_open)
+            reasoning, content = parts(self._texts[index])
             message = {"role": "assistant", "content": content}
             if reasoning:
                 message["reasoning_content"] = reasoning
@@ -84,7 +83,7 @@ class Choices:
         # The beginning of a stop string, or of the end of the reasoning, may be its end already.
         held = (*self._body.stops, THINK_END)
         safe = text if ending else text[: len(text) - max(_overlap(text, each) for each in held)]
-        reasoning, content = parts(safe, self._is_open)
+        reasoning, content = parts(safe)
         was = self._sent.get(index, (0, 0))
         new = {"reasoning_content": reasoning[was[0] :], "content": content[was[1] :]}
         self._sent[index] = max(was[0], len(reasoning)), len(content)

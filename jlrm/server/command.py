@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import ipaddress
 import os
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jlrm.config import RunError, UsageError
@@ -28,6 +29,7 @@ OPTIONS = (
     *("prompt", "scale", "max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "votes"),
     *("stop", "compute_dtype", "mesh"),
 )
+KEYS = "JLRM_API_KEY"
 MOST_NEW, MOST_PROMPT = 1024, 4096  # tokens, where the model has positions for them
 
 
@@ -42,7 +44,7 @@ def main(words: Sequence[str]) -> None:
         raise UsageError("--model is missing: name a run, a directory or a hub id.")
     if args.model.startswith(("http://", "https://")):
         raise UsageError(f"--model {args.model}: an endpoint is served already. Name a model.")
-    for name in ("slots", "max_waiting", "max_body_kib", "drain"):
+    for name in ("slots", "block", "max_waiting", "max_connections", "max_body_kib", "drain"):
         if getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')}={getattr(args, name)}: at least 1.")
     try:
@@ -63,49 +65,60 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
     from jlrm.server import app
     from jlrm.server.metrics import Metrics
+    from jlrm.server.protocol import Impatient
 
+    keys = _keys(args.api_key_env)
     service = _open(args)
     host, port = listening.getsockname()[:2]
-    keys = tuple(filter(None, (each.strip() for each in _keys(args.api_key_env).split(","))))
     is_local = ipaddress.ip_address(host).is_loopback
     if not is_local and not keys:
         print(
             f"warning: {args.host} can be reached from other machines, and nobody is asked for a "
-            f"key. Set the variable {args.api_key_env}.",
+            f"key. Set the variable {args.api_key_env or KEYS}.",
             file=sys.stderr,
         )
     # A page of others can let a browser ask a local server by a name of its own.
-    hosts = ("localhost", "127.0.0.1", "[::1]", "::1") if is_local else ("*",)
+    local = ("localhost", "127.0.0.1", "[::1]", "::1", args.host, host, *args.allow_host)
+    hosts = tuple(dict.fromkeys(local)) if is_local else ("*",)
     limits = app.Limits(2**10 * args.max_body_kib, keys, tuple(args.allow_origin), hosts)
     service.engine.start()
     settings = service.engine.settings
     shown = f"[{host}]" if ":" in host else host
-    print(
+    said = (
         f"Serving {service.defaults.model} at http://{shown}:{port} ({settings.num_slots} slots of "
         f"{settings.max_prompt_tokens} + {settings.max_new_tokens} tokens, "
-        f"{service.engine.gib:.2f} GiB; prompt {service.prompt}). Routes: /docs. Ctrl-C ends it.",
-        file=sys.stderr,
-        flush=True,
+        f"{service.engine.gib:.2f} GiB; prompt {service.prompt}). Routes: /docs. Ctrl-C ends it."
     )
     config = uvicorn.Config(
         app.make(service, limits, Metrics(service.engine)),
         log_level="warning",
         access_log=False,
         lifespan="off",
+        http=Impatient,
         limit_concurrency=args.max_connections,
         timeout_graceful_shutdown=args.drain,
         server_header=False,
     )
-    server = uvicorn.Server(config)
-    # uvicorn sends itself once more the signal that has ended it, when all is done.
-    before = {each: signal.signal(each, _nothing) for each in (signal.SIGINT, signal.SIGTERM)}
-    watch = threading.Thread(target=_watch, args=(service.engine, server), daemon=True)
-    watch.start()
-    try:
-        server.run([listening])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+    class Announced(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets=sockets)
+            print(said, file=sys.stderr, flush=True)
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """End by a signal, and not by a second one that uvicorn would send itself."""
+            both = (signal.SIGINT, signal.SIGTERM)
+            before = {each: signal.signal(each, self.handle_exit) for each in both}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    server = Announced(config)
+    threading.Thread(target=_watch, args=(service.engine, server), daemon=True).start()
+    server.run([listening])
     service.engine.close()
     done = service.engine.counters
     print(f"Ended: {done.completions} judgements, {done.tokens} tokens.", file=sys.stderr)
@@ -129,7 +142,8 @@ def _open(args: argparse.Namespace) -> Any:
     from jlrm.rl.distribution import Distribution
     from jlrm.sampling.slots import SlotSettings
     from jlrm.sampling.stops import stop_tables
-    from jlrm.server.bodies import Defaults
+    from jlrm.sampling.writer import DecodingSettings, check_decoding
+    from jlrm.server.bodies import MOST_VOTES, Defaults
     from jlrm.server.engine import Engine
     from jlrm.server.service import Service
     from jlrm.weights import hf_config
@@ -144,6 +158,10 @@ def _open(args: argparse.Namespace) -> Any:
     given = {name: getattr(args, name) if name in OPTIONS else None for name in options.OPTIONS}
     chosen = options.options(argparse.Namespace(backend=options.JLRM, model=args.model, **given))
     longest = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
+    votes, temperature, top_p = (chosen[each] for each in ("votes", "temperature", "top_p"))
+    check_decoding(DecodingSettings(longest[1], 1, 0, temperature, top_p, votes))
+    if votes > min(MOST_VOTES, args.slots):
+        raise UsageError(f"--votes {votes}: at most {MOST_VOTES}, and one for each of --slots.")
     grid = options.mesh(chosen["mesh"])
     policy, weights = local.open_model(model, grid, chosen["compute_dtype"], longest)
     strings = local.STOP if chosen["stop"] else {}
@@ -156,7 +174,7 @@ def _open(args: argparse.Namespace) -> Any:
         -(-args.slots // shards) * shards,
         *longest,
         policy.end_ids,
-        Distribution(top_p=chosen["top_p"], num_ids=policy.num_ids),
+        Distribution(top_p=top_p, num_ids=policy.num_ids),
         args.block,
     )
     low, high = chosen["scale"]
@@ -167,8 +185,9 @@ def _open(args: argparse.Namespace) -> Any:
         prompt_encoder(policy.tokenizer, chosen["prompt"], (low, high)),
         functools.cache(lambda: single_encoder(policy.tokenizer, chosen["prompt"], (low, high))),
         reader(args.parser, (low, high)),
-        Defaults(name, chosen["temperature"], chosen["votes"], longest[1], args.seed),
+        Defaults(name, temperature, votes, longest[1], args.seed % 2**31),
         chosen["prompt"],
+        chosen["stop"],
         calibration.find(args.calibration, args.model),
     )
 
@@ -190,12 +209,17 @@ def _bound(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _keys(variable: str) -> str:
-    return os.environ.get(variable, "")
+def _keys(variable: str) -> tuple[str, ...]:
+    """Return the keys in a variable, or in `KEYS` if none is named.
 
-
-def _nothing(number: int, frame: Any) -> None:
-    pass
+    Raises:
+      UsageError: one is named that holds no key: a server without keys is not what was meant.
+    """
+    listed = os.environ.get(variable or KEYS, "").split(",")
+    keys = tuple(key.strip() for key in listed if key.strip())
+    if variable and not keys:
+        raise UsageError(f"--api-key-env {variable}: this variable holds no key.")
+    return keys
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -208,8 +232,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default="", help="of the model, for clients (the last part of --model)")
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
     add("--port", type=int, default=8000, help="0: any that is free (8000)")
-    shown = "variable with keys, parted by commas; clients must show one (JLRM_API_KEY)"
-    add("--api-key-env", default="JLRM_API_KEY", metavar="NAME", help=shown)
+    shown = f"variable with keys, parted by commas; clients must show one ({KEYS}, if set)"
+    add("--api-key-env", default="", metavar="NAME", help=shown)
+    named = "further name that this machine's own server is asked by, as a proxy's; repeatable"
+    add("--allow-host", action="append", default=[], metavar="NAME", help=named)
     add("--allow-origin", action="append", default=[], metavar="URL",
         help="whose pages may ask from a browser (none); repeatable")  # fmt: skip
     add("--slots", type=int, default=32, help="completions that are decoded together (32)")

@@ -15,13 +15,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jlrm.config import RunError
+from jlrm.config import RunError, UsageError
 from jlrm.data.batches import pad
 from jlrm.model.qwen import Params
 from jlrm.runtime.mesh import global_array
@@ -70,8 +70,7 @@ class Writing:
     num_completions: int
     tell: Callable[[Drawn | None], None]
     is_cancelled: bool = False
-    num_running: int = 0
-    began: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # when it entered its slots
 
 
 @dataclass
@@ -84,7 +83,6 @@ class Counters:
     tokens: int = 0
     cancelled: int = 0
     rejected: int = 0
-    blocks: int = 0
     seconds: float = 0.0  # with something to decode
 
 
@@ -112,7 +110,7 @@ class Engine:
         self._waiting: collections.deque[Writing] = collections.deque()
         self._changed = threading.Condition()
         self._is_closing, self.failure = False, ""
-        self._seconds_each = 1.0  # of a completion, from its prompt's coming to its end
+        self._seconds_each = 1.0  # of a completion in its slot
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._state: Any = None
 
@@ -133,7 +131,8 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Completions that have no slot yet."""
-        return sum(each.num_completions for each in self._waiting)
+        with self._changed:
+            return sum(each.num_completions for each in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -144,19 +143,39 @@ class Engine:
         """Take in prompts together, or none of them.
 
         Raises:
+          UsageError, Busy, RunError: as `check`.
+        """
+        with self._changed:
+            coming = [each.num_completions for each in writings]
+            self.check(sum(coming), max(coming, default=0))
+            self._waiting.extend(writings)
+            self._changed.notify()
+
+    def check(self, coming: int, most: int) -> None:
+        """Refuse completions that can't be taken in, of which a prompt has `most`.
+
+        Raises:
+          UsageError: more completions than there are slots for a prompt, or than may wait at all.
           Busy: too many wait.
           RunError: the engine has failed, or is closing.
         """
+        num_slots = self.settings.num_slots
+        if most > num_slots:
+            raise UsageError(
+                f"{most} texts at once are asked for, and the server has {num_slots} slots."
+            )
+        if coming > self._most_waiting:
+            raise UsageError(
+                f"{coming} judgements are asked for at once, and at most {self._most_waiting} are "
+                "taken. Ask for fewer."
+            )
         with self._changed:
             if self.failure or self._is_closing:
                 raise RunError(self.failure or "The server is stopping.")
-            coming = sum(each.num_completions for each in writings)
             if self.num_waiting + coming > self._most_waiting:
                 self.counters.rejected += 1
-                rounds = (self.num_waiting + coming) / self.settings.num_slots
+                rounds = (self.num_waiting + coming) / num_slots
                 raise Busy(max(1, math.ceil(rounds * self._seconds_each)))
-            self._waiting.extend(writings)
-            self._changed.notify()
 
     def cancel(self, writing: Writing) -> None:
         """Let go of a prompt: nobody waits for it any more."""
@@ -185,7 +204,6 @@ class Engine:
                     self._take(self._enter(entering))
                 else:
                     self._take(self._advance())
-                    self.counters.blocks += 1
                 self.counters.seconds += time.monotonic() - began
         except Exception as error:  # the devices may raise anything
             log.exception("The engine has failed.")
@@ -201,7 +219,8 @@ class Engine:
         with self._changed:
             while True:
                 kept = [each for each in self._waiting if not each.is_cancelled]
-                self.counters.cancelled += len(self._waiting) - len(kept)
+                gone = [each for each in self._waiting if each.is_cancelled]
+                self.counters.cancelled += sum(each.num_completions for each in gone)
                 self._waiting = collections.deque(kept)
                 if self._waiting or self.num_running:
                     return True
@@ -235,7 +254,7 @@ class Engine:
         free = (slot for slot, held in enumerate(self._holds) if held is None)
         chosen = [list(itertools.islice(free, each.num_completions)) for each in group]
         for writing, places in zip(group, chosen, strict=True):
-            writing.num_running = len(places)
+            writing.began = time.monotonic()
             for completion, slot in enumerate(places):
                 self._holds[slot] = writing, completion
             self.counters.prompts += 1
@@ -307,7 +326,6 @@ class Engine:
             self.counters.tokens += length
             if ending != RUNNING:
                 self._holds[slot] = None
-                writing.num_running -= 1
                 self.counters.completions += 1
                 took = time.monotonic() - writing.began
                 self._seconds_each += (1 - FORGET) * (took - self._seconds_each)

@@ -70,7 +70,7 @@ class _OfEngine(Collector):
             "prompt_tokens": (done.prompt_tokens, "Tokens of prompts run"),
             "completions": (done.completions, "Completions ended"),
             "completion_tokens": (done.tokens, "Tokens drawn"),
-            "cancelled": (done.cancelled, "Completions whose clients left"),
+            "cancelled": (done.cancelled, "Completions that nobody waited for any more"),
             "rejected": (done.rejected, "Requests refused because too many waited"),
             "busy_seconds": (done.seconds, "Seconds with something to decode"),
         }

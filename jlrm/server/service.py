@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
@@ -33,8 +33,9 @@ from jlrm.serving.asked import Pair, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import JudgedPair, ScoredAnswer, judged_pair, scored_answer
 
+LETTERS = 32  # of a token: texts with more than that for each are too long, and not tokenised
 TORN = "\ufffd"  # stands for bytes of a character that is not drawn whole
-THINK_END = "</think>"
+THINK_END = prompts.THINK_TAGS[1]
 
 
 class Piece(NamedTuple):
@@ -58,7 +59,9 @@ class Service:
     read: Reader
     defaults: Defaults
     prompt: str  # the template's name
+    is_stopping: bool  # a text ends where its verdict does
     calibrated: ConfidenceMap | None = None
+    encoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # a tokenizer serves one thread
 
     async def judge(
         self,
@@ -92,19 +95,22 @@ class Service:
 
     async def score(
         self,
-        asked: Sequence[tuple[Any, Any]],
+        asked: Sequence[tuple[Any, Any, str]],
         drawing: Drawing,
         tell: Callable[[Game, Piece], None] = lambda game, piece: None,
     ) -> list[ScoredAnswer]:
-        """Score answers to questions, each by itself; `tell` hears of every piece.
+        """Score answers to questions, each with an id, by themselves; `tell` hears of every piece.
 
         Raises:
           UsageError: a text that is none, or a prompt without a form for one answer.
           Busy, RunError: as `Engine.submit`.
         """
-        games = [single_game(_identity(each, i), *each) for i, each in enumerate(asked)]
+        games = [single_game(_identity(each[:2], i), *each[:2]) for i, each in enumerate(asked)]
         responses = await self._responses(games, self.encode_single(), drawing, tell)
-        return [scored_answer("", responses[game.id], self.read) for game in games]
+        return [
+            scored_answer(identity, responses[game.id], self.read)
+            for (_, _, identity), game in zip(asked, games, strict=True)
+        ]
 
     async def _responses(
         self,
@@ -113,9 +119,19 @@ class Service:
         drawing: Drawing,
         tell: Callable[[Game, Piece], None],
     ) -> dict[str, Response]:
-        examples = encode([local.comparison(game) for game in games])
         limit = self.engine.settings.max_prompt_tokens
         responses = {
+            game.id: Response(game.id, error=f"The texts have over {LETTERS * limit} characters.")
+            for game in games
+            if _size(game) > LETTERS * limit
+        }
+        games = [game for game in games if game.id not in responses]
+        self.engine.check(len(games) * drawing.votes, drawing.votes)
+        # In a thread: hundreds of prompts take a while, and others are answered meanwhile.
+        rows = [local.comparison(game) for game in games]
+        async with self.encoding:
+            examples = await asyncio.to_thread(encode, rows)
+        responses |= {
             example.comparison.id: local.too_long(example, limit)
             for example in examples
             if len(example.prompt_ids) > limit
@@ -135,7 +151,7 @@ class Service:
                 game, own = fitting[piece.prompt][0], texts[piece.prompt]
                 if piece.completion in own and own[piece.completion].ending:
                     continue  # it has its score, and goes on till nobody waits for the others
-                piece = _ended(piece) if game.is_single else piece
+                piece = _ended(piece) if game.is_single and self.is_stopping else piece
                 own[piece.completion] = piece
                 tell(game, piece)
                 left -= bool(piece.ending)
@@ -204,11 +220,10 @@ class Service:
             prompt, new.completion, text if ending else text.rstrip(TORN), len(ids), ending
         )
 
-    def chat_prompt(self, messages: Iterable[tuple[str, str]]) -> tuple[list[int], bool]:
-        """Return the ids of a conversation's prompt, and whether it opens the reasoning.
+    def chat_prompt(self, messages: Iterable[tuple[str, str]]) -> list[int]:
+        """Return the ids of a conversation's prompt, which opens the reasoning as a judge's does.
 
-        As the judge's own prompt does, where that goes through the chat template. Control tokens in
-        what is not the system's are broken.
+        Control tokens in what is not the system's are broken.
 
         Raises:
           UsageError: no chat template, one that refuses these messages, or too long a prompt.
@@ -217,17 +232,16 @@ class Service:
         chat = [
             {
                 "role": role,
-                "content": text if role == "system" else prompts.neutralise(text, control),
+                "content": prompts.neutralise(text, () if role == "system" else control),
             }
             for role, text in messages
         ]
-        is_open = bool(prompts.reasoning_end(self.prompt))
-        text = tokenizers.chat_text(self.policy.tokenizer, chat, is_open)
+        text = tokenizers.chat_text(self.policy.tokenizer, chat)
         (ids,) = tokenizers.encode(self.policy.tokenizer, [text])
         limit = self.engine.settings.max_prompt_tokens
         if len(ids) > limit:
             raise UsageError(f"The prompt has {len(ids)} tokens, at most {limit} are taken.")
-        return ids, text.rstrip().endswith(prompts.THINK_TAGS[0])
+        return ids
 
     def without_end(self, text: str) -> str:
         """Return a text without the control token that ended it."""
@@ -237,18 +251,21 @@ class Service:
         return text
 
 
-def parts(text: str, is_open: bool) -> tuple[str, str]:
-    """Return the reasoning and the rest of a text whose prompt may have opened the reasoning."""
-    if not is_open and not text.lstrip().startswith(prompts.THINK_TAGS[0]):
-        return "", text
+def parts(text: str) -> tuple[str, str]:
+    """Return the reasoning, which the prompt has opened, and what follows it."""
     reasoning, _, rest = text.partition(THINK_END)
-    return reasoning if is_open else reasoning.lstrip().removeprefix(prompts.THINK_TAGS[0]), rest
+    return reasoning, rest
 
 
 def _identity(texts: Sequence[Any], place: int) -> str:
     """Return a name for a pair by what it says; twice the same pair is two names."""
     said = json.dumps(texts, default=str)
     return f"{hashlib.sha256(said.encode()).hexdigest()[:16]}#{place}"
+
+
+def _size(game: Game) -> int:
+    answers = (game.item.answers[i] for i in {game.first, game.second})
+    return len(game.item.question) + sum(map(len, answers))
 
 
 def _ended(piece: Piece) -> Piece:
@@ -272,5 +289,5 @@ def _hand_over(
     piece: tuple[int, Drawn | None],
 ) -> None:
     """Put a piece into a queue of the event loop, from the engine's thread."""
-    if not loop.is_closed():  # a server that was ended at once
+    with contextlib.suppress(RuntimeError):  # the loop of a server that was ended at once
         loop.call_soon_threadsafe(pieces.put_nowait, piece)

@@ -55,10 +55,12 @@ def read_single(source: str, columns: Mapping[str, str]) -> list[SingleRow]:
             f"--columns: there is no field '{unknown[0]}' with --single. "
             f"{nearest(unknown[0], SINGLE)}"
         )
-    rows = [
-        _single(raw, place._replace(source=source), columns)
-        for place, raw in readers.checked_rows(source, columns)
-    ]
+    rows, lacking = list[SingleRow](), set(columns.values())
+    for place, raw in readers.checked_rows(source, columns):
+        lacking.difference_update(raw if isinstance(raw, dict) else ())
+        rows.append(_single(raw, place._replace(source=source), columns))
+    if rows and lacking:
+        raise UsageError(f"--columns: no row of {source} has a column '{min(lacking)}'.")
     if not rows:
         raise UsageError(f"{source} has no rows.")
     if all(row.error for row in rows):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,10 +124,10 @@ def scoring_summary(
     """Return what the scores come to."""
     scores = sorted(each.score for each in scored if each.score is not None)
     given = [each for each in responses.values() if each.texts is not None]
-    rounded = [str(round(score)) for score in scores]
+    rounded = [str(math.floor(score + 0.5)) for score in scores]
     return ScoringSummary(
         rows=len(scored),
-        games=len(given),
+        games=len(responses),
         unread=sum(each.score is None and each.error is None for each in scored),
         errors=sum(each.error is not None for each in scored),
         mean=sum(scores) / len(scores) if scores else None,

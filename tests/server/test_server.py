@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -15,14 +16,18 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 from conftest import COMPILE_FASTEST, slowness
 from judges.test_local import CONFIG, write_model
+from starlette.requests import Request
 
+from jlrm.server import app, bodies
 from jlrm.serving.judge import Judge
+from jlrm.serving.results import JudgedGame, JudgedPair
 
 pytestmark = pytest.mark.slow  # processes that compile whole models
 
@@ -170,18 +175,49 @@ def test_answers_are_ranked(server):
     body = {"question": "Name tools.", "answers": ["saw", "hammer", "drill"]}
     status, reply, _ = server.ask("/v1/judge", body)
     assert status == 200 and sorted(reply["order"]) == [1, 2, 3] and len(reply["pairs"]) == 3
-    body = {"query": "Name tools.", "documents": ["saw", {"text": "hammer"}], "top_n": 1}
-    status, reply, _ = server.ask("/v1/rerank", {**body, "return_documents": True})
-    (result,) = reply["results"]
-    assert status == 200 and 0 <= result["relevance_score"] <= 1
-    assert result["document"]["text"] == ("saw", "hammer")[result["index"]]
     status, reply, _ = server.ask("/v1/rerank", {"query": "q", "documents": ["one"]})
     assert reply["results"] == [{"index": 0, "relevance_score": 0.5}]
+    # Random weights write no verdict, and that is no ranking.
+    status, reply, _ = server.ask("/v1/rerank", {"query": "q", "documents": ["saw", "drill"]})
+    assert status == 400 and "No two documents could be compared" in reply["error"]["message"]
+
+
+def test_documents_come_back_from_the_best_to_the_worst():
+    async def longer_wins(pairs, orders, drawing):
+        def game(pair, order):
+            winner = 1 if len(pair.answer_1) > len(pair.answer_2) else 2
+            return JudgedGame(order, winner, None, "ok", (), 5)
+
+        return [
+            JudgedPair(1, None, None, True, "", "ok", (game(p, (1, 2)), game(p, (2, 1))), 10)
+            for p in pairs
+        ]
+
+    async def receive():
+        documents = ["saw", {"text": "a longer one"}, "hammer"]
+        body = {"query": "q", "documents": documents, "top_n": 2, "return_documents": True}
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    defaults = bodies.Defaults("m", 0.0, 1, 8, 0)
+    service = types.SimpleNamespace(defaults=defaults, judge=longer_wins)
+    routes = app.Routes(service, app.Limits(), None)
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    reply = json.loads(asyncio.run(routes.rerank(request)).body)
+    assert [each["document"]["text"] for each in reply["results"]] == ["a longer one", "hammer"]
+    scores = [each["relevance_score"] for each in reply["results"]]
+    assert 1 > scores[0] > scores[1] > 0 and reply["unjudged"] == 0
+    assert reply["usage"] == {"completion_tokens": 30}
 
 
 def test_too_long_a_prompt_is_an_error_of_its_own_game(server):
-    long, short = server.judged(("Name tools.", "saw " * 300, "drill"), PAIRS[0])
+    overlong = ("Name tools.", "saw " * 300, "drill")
+    long, short = server.judged(overlong, PAIRS[0])
     assert "max_prompt_tokens is 256" in long["error"] and short["error"] is None
+    assert "max_prompt_tokens is 256" in server.judged(overlong)[0]["error"]
+    assert "over 8192 characters" in server.judged(("q", "x" * 9000, "y"))[0]["error"]
+    status, reply, _ = server.ask("/v1/rerank", {"query": "q", "documents": ["saw " * 300, "a"]})
+    assert status == 400 and "max_prompt_tokens is 256" in reply["error"]["message"]
 
 
 # --- OpenAI's form -------------------------------------------------------------------------------
@@ -249,7 +285,7 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
     )
     sizes = ["--max-prompt-tokens", "2000", "--max-new-tokens", "40"]
     with started(tmp_path, "--model", str(model), "--slots", "2", *sizes) as served:
-        away = Judge.load(f"http://127.0.0.1:{served.port}/v1", max_new_tokens=40)
+        away = Judge.load(f"http://127.0.0.1:{served.port}/v1")
         found = [judge.compare(*zip(*PAIRS[:2], strict=True)) for judge in (home, away)]
     said = [[game.texts for each in judged for game in each.games] for judged in found]
     assert said[0] == said[1]
@@ -269,7 +305,13 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
         ("/v1/judge", {**PAIR, "vote": 2}, 400, "votes"),
         ("/v1/judge", {**PAIR, "votes": 2}, 400, "temperature 0"),
         ("/v1/judge", {**PAIR, "votes": 99, "temperature": 1}, 400, "from 1 to 16"),
+        ("/v1/judge", {**PAIR, "votes": 5, "temperature": 1}, 400, "has 4 slots"),
         ("/v1/judge", {**PAIR, "orders": "all"}, 400, "both, given, random"),
+        ("/v1/judge", {"pairs": [PAIR], "question": "q"}, 400, "question has no place"),
+        ("/v1/judge", {"question": "q", "answer": "a", "id": True}, 400, "id: wanted"),
+        ("/v1/judge", b'{"pairs": [], "temperature": 1%s}' % (b"0" * 400), 400, "temperature"),
+        ("/v1/models/other", None, 404, "Only"),
+        ("/v1/judge/", {}, 404, "No such route"),
         ("/v1/judge", {**PAIR, "max_new_tokens": 49}, 400, "from 1 to 48"),
         ("/v1/judge", {**PAIR, "answer_2": None}, 400, "answer_2 is missing"),
         ("/v1/judge", {**PAIR, "answer_2": 3}, 400, "answer_2 must be text"),
@@ -304,28 +346,57 @@ def test_limits_and_origins_are_kept(server):
 
 
 def test_who_comes_when_too_many_wait_is_told_when_to_come_again(server):
-    body = {"pairs": [PAIR] * 40}  # 80 games, and 64 may wait
-    status, reply, headers = server.ask("/v1/judge", body)
-    assert status == 429 and int(headers["retry-after"]) >= 1
+    status, reply, _ = server.ask("/v1/judge", {"pairs": [PAIR] * 40})  # 80 games: 64 may wait
+    assert status == 400 and "at most 64" in reply["error"]["message"]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        body = {"pairs": [PAIR] * 32}
+        found = list(pool.map(lambda _: server.ask("/v1/judge", body), range(4)))
+    assert {status for status, _, _ in found} == {200, 429}
+    _, reply, headers = next(each for each in found if each[0] == 429)
+    assert 1 <= int(headers["retry-after"]) < 60
     assert reply["error"]["code"] == "rate_limit_exceeded"
     assert server.measured("jlrm_rejected_total") >= 1
     assert server.judged(PAIRS[0])
 
 
 def test_a_client_that_leaves_frees_what_it_has_asked_for(server):
-    before = server.measured("jlrm_cancelled_total")
-    body = json.dumps({"pairs": [PAIR] * 30, "stream": True}).encode()
+    def left(body: dict[str, Any], waits: bool) -> None:
+        content = json.dumps(body).encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(
+                b"POST /v1/judge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+                b"\r\nContent-Length: %d\r\n\r\n" % len(content) + content
+            )
+            if waits:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+            else:
+                time.sleep(0.3)
+
+    for waits, is_streamed in ((True, True), (False, True), (False, False)):
+        before = server.measured("jlrm_cancelled_total")
+        left({"pairs": [PAIR] * 32, "stream": is_streamed}, waits)
+        until = time.monotonic() + 30 * slowness()
+        while server.measured("jlrm_running") or server.measured("jlrm_waiting"):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert server.measured("jlrm_cancelled_total") > before or not waits
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(
             b"POST /v1/judge HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n" % len(body) + body
+            b"Content-Length: 1000\r\n\r\n{"
         )
-        assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    until = time.monotonic() + 30 * slowness()
-    while server.measured("jlrm_running") or server.measured("jlrm_waiting"):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    assert server.measured("jlrm_cancelled_total") > before
+    assert server.judged(PAIRS[0])
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_text_that_no_encoding_has_is_answered(server):
+    odd = {**PAIR, "id": "\ud800", "answer_1": "saw \ud800"}
+    status, reply, _ = server.ask("/v1/judge", odd)
+    assert status == 200 and reply["id"] == "\ud800"
+    status, reply, _ = server.ask("/v1/judge", {"\ud800": 1})
+    assert status == 400 and "No field" in reply["error"]["message"]
+    messages = [{"role": "system", "content": "\ud800"}, {"role": "user", "content": "q"}]
+    assert server.ask("/v1/chat/completions", {"messages": messages})[0] == 200
 
 
 def test_a_key_is_asked_for_where_there_is_one(model, tmp_path):
@@ -360,6 +431,8 @@ def test_what_has_come_is_finished_when_the_server_is_asked_to_end(model, tmp_pa
         (["--model", "http://host/v1"], "an endpoint is served already"),
         ([], "--model is missing"),
         (["--model", "m", "--slots", "0"], "--slots=0"),
+        (["--model", "m", "--block", "0"], "--block=0"),
+        (["--model", "m", "--api-key-env", "NO_SUCH"], "holds no key"),
         (["--model", "m", "--host", "no.such.host.example"], "--host"),
     ],
 )

@@ -2,7 +2,7 @@
 "use strict";
 
 const KEPT = 50; // earlier judgements in this browser
-const LETTERS = { 0: "A tie", null: "No verdict" };
+const OTHERS = { 0: "A tie", null: "No verdict" };
 const of = (id) => document.getElementById(id);
 let running = null; // what ends the request under way
 
@@ -38,7 +38,7 @@ function show(asked) {
   const texts = asked.answers ?? [];
   for (let i = 0; i < Math.max(2, texts.length); i++) addAnswer(texts[i] ?? "");
   for (const name of ["orders", "votes", "temperature", "seed"])
-    if (asked[name] !== undefined) of(name).value = asked[name];
+    of(name).value = asked[name] ?? (name === "orders" ? "both" : "");
 }
 
 function asked() {
@@ -46,9 +46,12 @@ function asked() {
     question: of("question").value,
     answers: answers(),
     orders: of("orders").value,
-    votes: Number(of("votes").value),
-    temperature: Number(of("temperature").value),
-    seed: Number(of("seed").value),
+    ...Object.fromEntries(
+      // What is left empty is the server's own.
+      ["votes", "temperature", "seed"]
+        .filter((name) => of(name).value !== "")
+        .map((name) => [name, Number(of(name).value)]),
+    ),
   };
 }
 
@@ -92,11 +95,14 @@ async function judge(wanted) {
       method: "POST", headers, body: body(wanted), signal: control.signal,
     });
     if (!response.ok) throw new Error(await complaint(response));
+    let isDone = false;
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
+      if (event.result) isDone = true;
       if (event.result) finish(wanted, event.result);
       else grow(event, wanted.answers.length);
     }
+    if (!isDone) throw new Error("The server has gone away.");
   } catch (error) {
     tell(error.name === "AbortError" ? "Stopped." : error.message, error.name !== "AbortError");
   } finally {
@@ -142,7 +148,7 @@ function grow(event, numAnswers) {
 function title(event, numAnswers) {
   let [first, second] = event.order;
   if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
-  const vote = Number(of("votes").value) > 1 ? `, vote ${event.vote + 1}` : "";
+  const vote = event.vote > 0 || of("votes").value > 1 ? `, vote ${event.vote + 1}` : "";
   return `Answer ${first} shown first, then ${second}${vote}`;
 }
 
@@ -182,7 +188,7 @@ function verdict(result) {
 }
 
 function winner(number) {
-  return LETTERS[number] ?? `Answer ${number} is better`;
+  return OTHERS[number] ?? `Answer ${number} is better`;
 }
 
 function ranking(result) {
@@ -251,7 +257,7 @@ function listHistory() {
 
 function encoded(value) {
   const bytes = new TextEncoder().encode(JSON.stringify(value));
-  return btoa(String.fromCharCode(...bytes));
+  return btoa(Array.from(bytes, (each) => String.fromCharCode(each)).join(""));
 }
 
 function decoded(text) {
@@ -297,8 +303,12 @@ function begin() {
     listHistory();
     of("question").focus();
   });
-  of("key").value = sessionStorage.getItem("jlrm.key") ?? "";
-  of("key").addEventListener("change", () => sessionStorage.setItem("jlrm.key", of("key").value));
+  try {
+    of("key").value = sessionStorage.getItem("jlrm.key") ?? "";
+    of("key").addEventListener("change", () => sessionStorage.setItem("jlrm.key", of("key").value));
+  } catch {
+    // a browser that keeps nothing
+  }
   fetch("/healthz")
     .then((reply) => (reply.ok ? reply.json() : Promise.reject(reply)))
     .then(({ model }) => (of("model").textContent = model))
