@@ -394,4 +394,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

@@ -24,7 +24,6 @@ import functools
 import json
 import logging
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -393,4 +392,4 @@ def _out(args: argparse.Namespace) -> pathlib.Path | None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

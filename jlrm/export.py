@@ -15,7 +15,6 @@ import json
 import os
 import pathlib
 import shutil
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -284,4 +283,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

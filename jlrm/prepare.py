@@ -387,4 +387,4 @@ def _table(statistics: dict[str, Any]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

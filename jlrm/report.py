@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from jlrm.config import RunError, UsageError
@@ -67,4 +66,4 @@ def show_audit(run_dir: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

@@ -25,7 +25,6 @@ import argparse
 import json
 import logging
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,4 +117,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(main))
+    commands.finish(main)

@@ -134,7 +134,7 @@ def main():
     sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed")))
     raise RunError("No space is left.")
 
-sys.exit(commands.run(main))
+commands.finish(main)
 """
     ended = run("-c", code)
     assert (ended.returncode, ended.stderr) == (1, "something else\nerror: No space is left.\n")

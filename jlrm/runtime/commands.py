@@ -15,12 +15,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jlrm.config import RunError, UsageError
 from jlrm.runtime import devices
 
 T = TypeVar("T")
+AT_ONCE = "Stopped at once. What was saved before is whole."
 GRACE = 2.0  # seconds in which a handler may end the process in its own way
 
 
@@ -63,8 +64,25 @@ def abandonable(work: Callable[[], T], tick: Callable[[], object] = lambda: None
         raise Abandoned from None
 
 
+def finish(main: Callable[[], None]) -> NoReturn:
+    """Run a command's `main`, and end the process with its exit code."""
+    code, is_at_once = _run(main)
+    if is_at_once:
+        # A thread may be in native code, and would be ended with the interpreter in the middle of
+        # it: of six trainings that Ctrl-C ended while XLA compiled, two died by a wrong address.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def run(main: Callable[[], None]) -> int:
     """Run a command's `main` and return its exit code."""
+    return _run(main)[0]
+
+
+def _run(main: Callable[[], None]) -> tuple[int, bool]:
+    """Return the exit code, and whether Ctrl-C has ended the command where it was."""
     quieten()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     for name in ("absl", "asyncio"):
@@ -77,7 +95,7 @@ def run(main: Callable[[], None]) -> int:
     # A run of several processes ends in all of them. Imported: this one may be part of such a run.
     if (hosts := sys.modules.get("jlrm.runtime.hosts")) is not None:
         hosts.leave(code, message.removeprefix("error: "))
-    return code
+    return code, message == AT_ONCE
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -167,7 +185,7 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         print("Stopped at once.", file=sys.stderr, flush=True)
         os._exit(128 + signal.SIGINT)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT, "Stopped at once. What was saved before is whole."
+        return 128 + signal.SIGINT, AT_ONCE
     except BrokenPipeError:  # the reader of our stdout has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""

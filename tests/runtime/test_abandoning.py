@@ -117,3 +117,19 @@ def test_a_reader_that_leaves_early_is_no_fault_of_ours():
     process.stdout.close()
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (1, b"")
+
+
+def test_a_command_that_was_stopped_waits_for_no_thread(tmp_path):
+    """The interpreter's end would wait for it, or pull the floor from under native code."""
+    program = (
+        "import threading, time\n"
+        "from jlrm.runtime import commands\n"
+        "def main():\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "    raise KeyboardInterrupt\n"
+        "commands.finish(main)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 130 and ended.stderr.startswith("Stopped at once. What was saved")
