@@ -36,7 +36,7 @@ def test_every_command_is_listed_and_has_an_entry_point():
     modules = {
         path.stem
         for path in (ROOT / "jlrm").glob("*.py")
-        if "commands.run(main)" in path.read_text()
+        if "commands.finish(main)" in path.read_text()
     }
     assert modules == commands.COMMANDS.keys()
     help_of_all = run("-m", "jlrm", "--help").stdout
