@@ -7,6 +7,7 @@ resumes anywhere, every host agrees on every batch, and no two stages have the r
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ class Example:
 
 
 Encode = Callable[[Sequence[Comparison]], list[Example]]
+Quote = Callable[[str], str]  # of untrusted text
 
 
 @dataclass(frozen=True)
@@ -85,21 +87,16 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
       UsageError: no such template.
     """
     template = prompt_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
-    control = control_tokens(tokenizer)
 
-    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
-        texts = [
-            prompts.fill(
-                template,
-                question=prompts.quote(row.question, prompt, control),
-                answer_1=prompts.quote(row.answer_1, prompt, control),
-                answer_2=prompts.quote(row.answer_2, prompt, control),
-            )
-            for row in rows
-        ]
-        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+    def write(row: Comparison, quote: Quote) -> str:
+        return prompts.fill(
+            template,
+            question=quote(row.question),
+            answer_1=quote(row.answer_1),
+            answer_2=quote(row.answer_2),
+        )
 
-    return encode_rows
+    return _encoder(tokenizer, prompt, write)
 
 
 def single_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (1, 10)) -> Encode:
@@ -109,17 +106,23 @@ def single_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
       UsageError: no such template, or it has no form for one answer.
     """
     template = single_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
-    control = control_tokens(tokenizer)
+
+    def write(row: Comparison, quote: Quote) -> str:
+        return prompts.fill_single(
+            template, question=quote(row.question), answer=quote(row.answer_1)
+        )
+
+    return _encoder(tokenizer, prompt, write)
+
+
+def _encoder(
+    tokenizer: Tokenizer, prompt: str, write: Callable[[Comparison, Quote], str]
+) -> Encode:
+    """Return what writes prompts, with the texts of others as `quote` gives them, and tokenises."""
+    quote = functools.partial(prompts.quote, name=prompt, control_tokens=control_tokens(tokenizer))
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
-        texts = [
-            prompts.fill_single(
-                template,
-                question=prompts.quote(row.question, prompt, control),
-                answer=prompts.quote(row.answer_1, prompt, control),
-            )
-            for row in rows
-        ]
+        texts = [write(row, quote) for row in rows]
         return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
 
     return encode_rows

@@ -29,7 +29,7 @@ from jlrm.rl.distribution import REMOVED, Distribution, log_distribution
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
 from jlrm.sampling.decode import KeysValues, NextTokens, Prompts
-from jlrm.sampling.stops import StopTables, has_ended
+from jlrm.sampling.stops import StopTables, follow, has_ended
 
 # Ids whose probabilities are summed together when a token is drawn. Of 152,064 ids that makes 297
 # blocks: a running sum over 297 numbers and one over 512, in place of one over the vocabulary.
@@ -306,9 +306,7 @@ def _record(
     """Write the drawn tokens, end rollouts that are over, and begin others in their slots."""
     slots, drawn, turn = state.slots, state.drawn, state.turn
     token, logp = token.reshape(slots.token.shape), logp.reshape(slots.token.shape)
-    stop_states = jax.vmap(lambda table, states: table[states, token])(
-        stops.tables, slots.stop_states
-    )
+    stop_states = follow(stops, slots.stop_states, token)
     is_end = has_ended(stops, settings.stop_ids, stop_states, token)
     count = slots.count + 1
     # An end in the last token still counts as finished: a completion is cut off only without one.

@@ -14,7 +14,7 @@ The state is donated to both programs, so that they change it in place.
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
 from jlrm.sampling.decode import KeysValues, NextTokens, Prefix, Prompts
 from jlrm.sampling.sampler import rollout_key, sample
-from jlrm.sampling.stops import StopTables, has_ended
+from jlrm.sampling.stops import StopTables, follow, has_ended
 
 RUNNING, STOPPED, CUT = 0, 1, 2  # how a completion stands after a block
 
@@ -145,24 +145,19 @@ def enter(
         put(state.prefix.lengths, each(new.lengths)),
         put(state.prefix.mask, each(mask)),
     )
+    addresses = entering.addresses.reshape(-1, 3)
+    temperatures = each(entering.temperatures)
     old = state.sequences
     sequences = Sequences(
         old.token,
         put(old.count, jnp.zeros_like(slots)),
         put(old.limit, each(entering.limits)),
-        put(old.temperature, each(entering.temperatures)),
-        put(old.address, entering.addresses.reshape(-1, 3)),
+        put(old.temperature, temperatures),
+        put(old.address, addresses),
         old.stop_states.at[:, slots].set(0),
     )
     logits = decode.logits(config, layout, params, each(ends))
-    drawn = _draw(
-        layout,
-        settings,
-        logits,
-        jax.tree.map(
-            lambda x: x[slots], sequences._replace(stop_states=jnp.zeros(len(slots), jnp.int32))
-        ),
-    )
+    drawn = _draw(layout, settings, logits, temperatures, addresses, jnp.zeros_like(slots))
     is_new = jnp.zeros_like(old.count, bool).at[slots].set(True)
     sequences, block = _record(settings, sequences, put(old.token, drawn), is_new, stops)
     return state._replace(sequences=sequences, prefix=prefix), block
@@ -209,7 +204,7 @@ def advance(
         hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         logits = decode.logits(config, layout, params, hidden)
         old = state.sequences
-        token = _draw(layout, settings, logits, old)
+        token = _draw(layout, settings, logits, old.temperature, old.address, old.count)
         sequences, drawn = _record(settings, old, token, old.count > 0, stops)
         block = Turns(
             jax.lax.dynamic_update_slice(block.tokens, drawn.tokens, (0, turn)),
@@ -239,21 +234,22 @@ def _draw(
     layout: Layout,
     settings: SlotSettings,
     logits: Float[Array, "B V"],
-    sequences: Sequences,
+    temperature: Float[Array, " B"],
+    addresses: Int[Array, "B 3"],
+    counts: Int[Array, " B"],
 ) -> Int[Array, " B"]:
-    """Draw the next token of each sequence, whose `count` were drawn before."""
+    """Draw the next token of each sequence, of which `counts` were drawn before."""
 
     def uniform(address: Int[Array, "3"], count: Array) -> Array:
         key = rollout_key(address[0], jnp.int32(0), address[1], address[2])
         return jax.random.uniform(jax.random.fold_in(key, count))
 
-    temperature = sequences.temperature[:, None]
-    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
-    uniforms = jax.vmap(uniform)(sequences.address, sequences.count)
-    drawn, _ = sample(layout, scaled, settings.distribution, layout.shard(uniforms, "M"))
-    is_id = jnp.arange(logits.shape[1])[None] < (settings.distribution.num_ids or math.inf)
-    likeliest = jnp.argmax(jnp.where(is_id, logits, -jnp.inf), axis=1).astype(jnp.int32)
-    return layout.shard(jnp.where(sequences.temperature > 0, drawn, likeliest), "B")
+    uniforms = layout.shard(jax.vmap(uniform)(addresses, counts), "M")
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+    drawn, _ = sample(layout, scaled, settings.distribution, uniforms)
+    greedy = dataclasses.replace(settings.distribution, temperature=0.0)
+    likeliest, _ = sample(layout, logits, greedy, uniforms)
+    return layout.shard(jnp.where(temperature > 0, drawn, likeliest), "B")
 
 
 def _record(
@@ -264,9 +260,7 @@ def _record(
     stops: StopTables,
 ) -> tuple[Sequences, Turns]:
     """Count the tokens drawn where they count, and let sequences end that are over."""
-    states = jax.vmap(lambda table, states: table[states, token[:, None]])(
-        stops.tables, sequences.stop_states
-    )
+    states = follow(stops, sequences.stop_states, token[:, None])
     is_end = has_ended(stops, settings.stop_ids, states, token[:, None])[:, 0] & is_drawn
     count = jnp.where(is_drawn, sequences.count + 1, sequences.count)
     is_cut = is_drawn & ~is_end & (count == sequences.limit)

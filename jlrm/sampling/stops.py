@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -50,6 +51,13 @@ def stop_tables(
     for table, automaton in zip(tables, automata, strict=True):
         table[: len(automaton)] = _lift(automaton, token_bytes, vocab_size)
     return StopTables(tables, np.array([len(automaton) - 1 for automaton in automata], np.int16))
+
+
+def follow(
+    stops: StopTables, states: Int[Array, "A P Z"], tokens: Int[Array, "P Z"]
+) -> Int[Array, "A P Z"]:
+    """Return the automata's states after these tokens."""
+    return jax.vmap(lambda table, states: table[states, tokens])(stops.tables, states)
 
 
 def has_ended(

@@ -121,7 +121,6 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-
         is_open = not scope["path"].startswith(("/v1/", "/metrics"))
         if is_open or not self._keys or self._has_key(scope):
             await self._app(scope, receive, send)
@@ -177,7 +176,7 @@ class Routes:
                 except RunError as error:
                     response = replies.error(503, str(error))
                 except Exception as error:  # a fault of ours: the client hears of it in its form
-                    response = replies.error(500, replies.failure(error)["error"]["message"])
+                    response = replies.Ascii(replies.failure(error), 500)
                 outcome.status = response.status_code
             return response
 

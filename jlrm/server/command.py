@@ -1,28 +1,40 @@
 """`jlrm judge serve`: a judge behind HTTP.
 
-1  open      the port, so that one that is taken is heard of at once; then the model
-2  serve     until Ctrl-C or SIGTERM; then what has come is finished, and nothing more is taken
+    1  open      the port, where another server may listen already; then the model
+    2  serve     until Ctrl-C or SIGTERM; then what has come is finished, and nothing more is taken
+
+What HTTP needs is an extra, and is imported when it is known to be there.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import ipaddress
 import os
 import pathlib
-import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import RunError, UsageError
+from jlrm.data.batches import prompt_encoder, single_encoder
+from jlrm.data.tokenizer import token_bytes
 from jlrm.evaluation.reading import PARSERS, reader
-from jlrm.judges import options
+from jlrm.judgement import prompts
+from jlrm.judges import local, options
+from jlrm.rl.distribution import Distribution
+from jlrm.sampling.slots import SlotSettings
+from jlrm.sampling.stops import stop_tables
+from jlrm.sampling.writer import DecodingSettings, check_decoding
+from jlrm.server.bodies import MOST_VOTES, Defaults
+from jlrm.server.engine import Engine
+from jlrm.server.service import Service
 from jlrm.serving import calibration
+from jlrm.weights import hf_config
+from jlrm.weights.source import model_files
 
 # Of the options of a local judge, those of a server; others are its clients', or of a batch.
 OPTIONS = (
@@ -65,7 +77,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
     from jlrm.server import app
     from jlrm.server.metrics import Metrics
-    from jlrm.server.protocol import Impatient
+    from jlrm.server.protocol import Announced, Impatient
 
     keys = _keys(args.api_key_env)
     service = _open(args)
@@ -100,23 +112,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
         server_header=False,
     )
 
-    class Announced(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets=sockets)
-            print(said, file=sys.stderr, flush=True)
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """End by a signal, and not by a second one that uvicorn would send itself."""
-            both = (signal.SIGINT, signal.SIGTERM)
-            before = {each: signal.signal(each, self.handle_exit) for each in both}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    server = Announced(config)
+    server = Announced(config, said)
     threading.Thread(target=_watch, args=(service.engine, server), daemon=True).start()
     server.run([listening])
     service.engine.close()
@@ -126,29 +122,15 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
         raise RunError(service.engine.failure)
 
 
-def _watch(engine: Any, server: Any) -> None:
+def _watch(engine: Engine, server: Any) -> None:
     """End the server when its engine has failed, so that whoever looks after it hears of it."""
     engine.wait()
     if engine.failure:
         server.should_exit = True
 
 
-def _open(args: argparse.Namespace) -> Any:
+def _open(args: argparse.Namespace) -> Service:
     """Open the model, and make ready what serves it."""
-    from jlrm.data.batches import prompt_encoder, single_encoder
-    from jlrm.data.tokenizer import token_bytes
-    from jlrm.judgement import prompts
-    from jlrm.judges import local
-    from jlrm.rl.distribution import Distribution
-    from jlrm.sampling.slots import SlotSettings
-    from jlrm.sampling.stops import stop_tables
-    from jlrm.sampling.writer import DecodingSettings, check_decoding
-    from jlrm.server.bodies import MOST_VOTES, Defaults
-    from jlrm.server.engine import Engine
-    from jlrm.server.service import Service
-    from jlrm.weights import hf_config
-    from jlrm.weights.source import model_files
-
     model = options.pinned(options.JLRM, args.model)
     positions = hf_config.read_config(model_files(model)).max_position_embeddings
     if args.max_new_tokens is None:

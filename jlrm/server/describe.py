@@ -17,6 +17,32 @@ CONVERSATION = {
     "oneOf": [TEXT, {"type": "array", "items": {"$ref": "#/components/schemas/Message"}}],
     "description": "a text, or a list of messages",
 }
+PAIR = {
+    "question": CONVERSATION,
+    "answer_1": CONVERSATION,
+    "answer_2": CONVERSATION,
+    "id": {**TEXT, "description": "comes back with the verdict"},
+}
+OPTIONAL_TEXT, OPTIONAL_WHOLE = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
+JUDGED_PAIR = {
+    "winner": {**OPTIONAL_WHOLE, "description": "1 or 2, 0 a tie, null no verdict"},
+    "scores": {"type": ["array", "null"], "items": NUMBER},
+    "confidence": {
+        "type": ["number", "null"],
+        "description": "probability that the winner is better",
+    },
+    "is_consistent": {"type": ["boolean", "null"]},
+    "reason": TEXT,
+    "status": {**TEXT, "description": "ok, or why there is no verdict"},
+    "games": {"type": "array", "items": {"type": "object"}},
+    "num_tokens": OPTIONAL_WHOLE,
+    "id": TEXT,
+    "error": OPTIONAL_TEXT,
+    "is_calibrated": FLAG,
+    "model": TEXT,
+    "usage": {"type": "object"},
+}
+ERROR = {"message": TEXT, "type": TEXT, "code": OPTIONAL_TEXT}
 STATUSES = {
     "400": "the body is wrong; the message names the field",
     "401": "a key is wanted",
@@ -130,98 +156,84 @@ def _whole(least: int, most: int, **more: Any) -> dict[str, Any]:
 
 
 def _schemas(defaults: Defaults) -> dict[str, Any]:
-    pair = {
-        "question": CONVERSATION,
-        "answer_1": CONVERSATION,
-        "answer_2": CONVERSATION,
-        "id": {**TEXT, "description": "comes back with the verdict"},
+    return {
+        "Message": _object({"role": TEXT, "content": TEXT}, "role", "content"),
+        "Pair": _object(PAIR, "question", "answer_1", "answer_2"),
+        "JudgeRequest": _judge_request(defaults),
+        "JudgedPair": _object(JUDGED_PAIR),
+        "ChatRequest": _chat_request(defaults),
+        "RerankRequest": _rerank_request(defaults),
+        "Error": _object({"error": _object(ERROR, "message")}, "error"),
     }
-    model = {**TEXT, "default": defaults.model}
-    drawing = {
+
+
+def _drawing(defaults: Defaults) -> dict[str, Any]:
+    """Return the fields that requests of judgements and conversations share."""
+    return {
+        "model": {**TEXT, "default": defaults.model},
         "temperature": {**NUMBER, "minimum": 0, "maximum": 10, "default": defaults.temperature},
         "seed": {"type": "integer", "default": defaults.seed},
         "stream": {**FLAG, "description": "server-sent events as tokens come", "default": False},
     }
-    limit = _whole(1, defaults.max_new_tokens, default=defaults.max_new_tokens)
-    score = {"type": ["number", "null"]}
-    nullable = {"type": ["integer", "null"]}
-    return {
-        "Message": _object({"role": TEXT, "content": TEXT}, "role", "content"),
-        "Pair": _object(pair, "question", "answer_1", "answer_2"),
-        "JudgeRequest": _object(
-            {
-                **pair,
-                "pairs": {
-                    "type": "array",
-                    "items": {"$ref": "#/components/schemas/Pair"},
-                    "maxItems": MOST_PAIRS,
-                    "description": "in place of one pair",
-                },
-                "answer": {**CONVERSATION, "description": "in place of two: it alone is scored"},
-                "answers": {
-                    "type": "array",
-                    "items": CONVERSATION,
-                    "minItems": 2,
-                    "maxItems": MOST_DOCUMENTS,
-                    "description": "in place of two: all are compared with each other and ranked",
-                },
-                "orders": {**TEXT, "enum": list(ORDERS), "default": "both"},
-                "votes": _whole(1, MOST_VOTES, default=defaults.votes),
-                "max_new_tokens": limit,
-                "model": model,
-                **drawing,
-            }
-        ),
-        "JudgedPair": _object(
-            {
-                "winner": {**nullable, "description": "1 or 2, 0 a tie, null no verdict"},
-                "scores": {"type": ["array", "null"], "items": NUMBER},
-                "confidence": {**score, "description": "probability that the winner is better"},
-                "is_consistent": {"type": ["boolean", "null"]},
-                "reason": TEXT,
-                "status": {**TEXT, "description": "ok, or why there is no verdict"},
-                "games": {"type": "array", "items": {"type": "object"}},
-                "num_tokens": nullable,
-                "id": TEXT,
-                "error": {"type": ["string", "null"]},
-                "is_calibrated": FLAG,
-                "model": TEXT,
-                "usage": {"type": "object"},
-            }
-        ),
-        "ChatRequest": _object(
-            {
-                "messages": {
-                    "type": "array",
-                    "items": {"$ref": "#/components/schemas/Message"},
-                    "description": "of system, user and assistant; text only",
-                },
-                "n": _whole(1, MOST_VOTES, default=1),
-                "max_completion_tokens": {**limit, "description": "or max_tokens"},
-                "stop": {"description": "a text, or up to four"},
-                "model": model,
-                **drawing,
+
+
+def _limit(defaults: Defaults) -> dict[str, Any]:
+    return _whole(1, defaults.max_new_tokens, default=defaults.max_new_tokens)
+
+
+def _judge_request(defaults: Defaults) -> dict[str, Any]:
+    ranked = "in place of two: all are compared with each other and ranked"
+    return _object(
+        {
+            **PAIR,
+            "pairs": {
+                "type": "array",
+                "items": {"$ref": "#/components/schemas/Pair"},
+                "maxItems": MOST_PAIRS,
+                "description": "in place of one pair",
             },
-            "messages",
-        ),
-        "RerankRequest": _object(
-            {
-                "query": TEXT,
-                "documents": {"type": "array", "items": TEXT, "maxItems": MOST_DOCUMENTS},
-                "top_n": {"type": "integer", "minimum": 1},
-                "return_documents": {**FLAG, "default": False},
-                "model": model,
+            "answer": {**CONVERSATION, "description": "in place of two: it alone is scored"},
+            "answers": {
+                "type": "array",
+                "items": CONVERSATION,
+                "minItems": 2,
+                "maxItems": MOST_DOCUMENTS,
+                "description": ranked,
             },
-            "query",
-            "documents",
-        ),
-        "Error": _object(
-            {
-                "error": _object(
-                    {"message": TEXT, "type": TEXT, "code": {"type": ["string", "null"]}},
-                    "message",
-                )
+            "orders": {**TEXT, "enum": list(ORDERS), "default": "both"},
+            "votes": _whole(1, MOST_VOTES, default=defaults.votes),
+            "max_new_tokens": _limit(defaults),
+            **_drawing(defaults),
+        }
+    )
+
+
+def _chat_request(defaults: Defaults) -> dict[str, Any]:
+    return _object(
+        {
+            "messages": {
+                "type": "array",
+                "items": {"$ref": "#/components/schemas/Message"},
+                "description": "of system, user and assistant; text only",
             },
-            "error",
-        ),
-    }
+            "n": _whole(1, MOST_VOTES, default=1),
+            "max_completion_tokens": {**_limit(defaults), "description": "or max_tokens"},
+            "stop": {"description": "a text, or up to four"},
+            **_drawing(defaults),
+        },
+        "messages",
+    )
+
+
+def _rerank_request(defaults: Defaults) -> dict[str, Any]:
+    return _object(
+        {
+            "query": TEXT,
+            "documents": {"type": "array", "items": TEXT, "maxItems": MOST_DOCUMENTS},
+            "top_n": {"type": "integer", "minimum": 1},
+            "return_documents": {**FLAG, "default": False},
+            "model": {**TEXT, "default": defaults.model},
+        },
+        "query",
+        "documents",
+    )

@@ -28,7 +28,7 @@ from jlrm.runtime.mesh import global_array
 from jlrm.sampling import slots
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.policy import TextPolicy
-from jlrm.sampling.slots import RUNNING, STOPPED, Entering, SlotSettings, Turns
+from jlrm.sampling.slots import RUNNING, Entering, SlotSettings, Turns
 from jlrm.sampling.stops import StopTables
 from jlrm.sampling.writer import widths
 
@@ -332,8 +332,3 @@ class Engine:
             if not writing.is_cancelled:
                 ids = block.tokens[slot, :length].tolist()
                 writing.tell(Drawn(completion, ids, ending))
-
-
-def is_finished(ending: int) -> bool:
-    """Return whether a completion ended by itself, and not by its limit of tokens."""
-    return ending == STOPPED

@@ -1,10 +1,19 @@
-"""Connections that end: uvicorn's own wait as long as a client likes, and each counts as one."""
+"""What of uvicorn is done otherwise: connections that end, and signals that come once.
+
+Its own connections wait as long as a client likes, and each counts as one that is open.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import signal
+import socket
+import sys
+from collections.abc import Iterator
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEADER_SECONDS = 30.0  # in which a request's headers must have come
@@ -44,3 +53,26 @@ class Impatient(H11Protocol):
             if timer:
                 timer.cancel()
         super().connection_lost(exc)
+
+
+class Announced(uvicorn.Server):
+    """Says `text` once it listens, and ends by the first signal."""
+
+    def __init__(self, config: uvicorn.Config, text: str) -> None:
+        super().__init__(config)
+        self._text = text
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        print(self._text, file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """End by a signal; uvicorn would then send it to itself, and be ended in the middle."""
+        both = (signal.SIGINT, signal.SIGTERM)
+        before = {each: signal.signal(each, self.handle_exit) for each in both}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -25,10 +25,10 @@ from jlrm.evaluation.reading import Reader
 from jlrm.judgement import prompts
 from jlrm.judges import local
 from jlrm.sampling.policy import TextPolicy
-from jlrm.sampling.slots import RUNNING
+from jlrm.sampling.slots import CUT, RUNNING, STOPPED
 from jlrm.sampling.writer import address
 from jlrm.server.bodies import Defaults, Drawing
-from jlrm.server.engine import Drawn, Engine, Writing, is_finished
+from jlrm.server.engine import Drawn, Engine, Writing
 from jlrm.serving.asked import Pair, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import JudgedPair, ScoredAnswer, judged_pair, scored_answer
@@ -213,9 +213,7 @@ class Service:
 
     def _piece(self, prompt: int, new: Drawn, ids: Sequence[int]) -> Piece:
         (text,) = tokenizers.decode(self.policy.tokenizer, [ids])
-        ending = ""
-        if new.ending != RUNNING:
-            ending = "stop" if is_finished(new.ending) else "length"
+        ending = {RUNNING: "", STOPPED: "stop", CUT: "length"}[new.ending]
         return Piece(
             prompt, new.completion, text if ending else text.rstrip(TORN), len(ids), ending
         )

@@ -5,8 +5,8 @@ A row that can't be judged keeps its place, with the reason: one line in, one li
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 from jlrm.config import UsageError, nearest
 from jlrm.data import forms, readers
@@ -36,6 +36,7 @@ class SingleRow(NamedTuple):
     error: str = ""
 
 
+RowT = TypeVar("RowT", Row, SingleRow)
 SINGLE = ("question", "answer", "id")  # columns of a row with one answer
 SPELLINGS = {
     "question": forms.QUESTIONS,
@@ -55,17 +56,7 @@ def read_single(source: str, columns: Mapping[str, str]) -> list[SingleRow]:
             f"--columns: there is no field '{unknown[0]}' with --single. "
             f"{nearest(unknown[0], SINGLE)}"
         )
-    rows, lacking = list[SingleRow](), set(columns.values())
-    for place, raw in readers.checked_rows(source, columns):
-        lacking.difference_update(raw if isinstance(raw, dict) else ())
-        rows.append(_single(raw, place._replace(source=source), columns))
-    if rows and lacking:
-        raise UsageError(f"--columns: no row of {source} has a column '{min(lacking)}'.")
-    if not rows:
-        raise UsageError(f"{source} has no rows.")
-    if all(row.error for row in rows):
-        raise UsageError(f"{source} has no row that can be judged. The first: {rows[0].error}")
-    return rows
+    return _rows(source, columns, lambda raw, place: _single(raw, place, columns))
 
 
 def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
@@ -98,10 +89,17 @@ def read(source: str, columns: Mapping[str, str], values: Mapping[str, str]) -> 
                 f"--columns {name}={columns[name]}: there is no field '{name}'. "
                 f"{nearest(name, forms.RENAMABLE)}"
             )
-    known, rows, lacking = labels.meanings(values), list[Row](), set(columns.values())
+    known = labels.meanings(values)
+    return _rows(source, columns, lambda raw, place: _row(raw, place, columns, known))
+
+
+def _rows(
+    source: str, columns: Mapping[str, str], read_row: Callable[[object, Where], RowT]
+) -> list[RowT]:
+    rows, lacking = list[RowT](), set(columns.values())
     for place, raw in readers.checked_rows(source, columns):
         lacking.difference_update(raw if isinstance(raw, dict) else ())
-        rows.append(_row(raw, place._replace(source=source), columns, known))
+        rows.append(read_row(raw, place._replace(source=source)))
     if rows and lacking:
         raise UsageError(f"--columns: no row of {source} has a column '{min(lacking)}'.")
     if not rows:

@@ -130,4 +130,7 @@ def test_an_error_of_the_server_is_shown(page):
     page.locator("summary").click()
     page.locator("#votes").fill("3")  # at temperature 0
     page.locator("#go").click()
-    page.locator("#told.wrong", has_text="temperature 0").wait_for()
+    said = page.locator("#told.wrong")
+    said.wait_for()
+    assert said.inner_text() == "votes=3 at temperature 0 would be one text 3 times."
+    assert page.locator("#verdict").is_hidden() and page.locator("#go").is_enabled()
