@@ -14,7 +14,7 @@ from jlrm.config import nearest
 
 COMMANDS = {
     "train": "train a judge: SFT on written judgements, then GRPO",
-    "judge": "judge pairs of answers",
+    "judge": "judge answers: those of a file, or of whoever asks a server",
     "evaluate": "let a judge judge benchmarks, and score it by their rules",
     "prepare": "make one checked data set of comparisons from anywhere",
     "export": "move weights between a run and Hugging Face's format",

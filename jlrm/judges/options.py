@@ -112,7 +112,7 @@ AT_LEAST_ONE = (
 
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """Add a flag for every option, or for some of them; what is not given is None."""
+    """Add a flag for every option, or for those named, of one backend; not given, it is None."""
     for name, option in OPTIONS.items():
         if names and name not in names:
             continue
@@ -125,7 +125,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> N
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             default=None,
-            help=f"{'/'.join(option.backends)}: {option.help}{note}",
+            help=("" if names else f"{'/'.join(option.backends)}: ") + option.help + note,
             **settings,
         )
 

@@ -37,8 +37,9 @@ from jlrm.weights import hf_config
 from jlrm.weights.source import model_files
 
 # Of the options of a local judge, those of a server; others are its clients', or of a batch.
+SIZES = ("max_prompt_tokens", "max_new_tokens")  # whose defaults are the server's own
 OPTIONS = (
-    *("prompt", "scale", "max_prompt_tokens", "max_new_tokens", "temperature", "top_p", "votes"),
+    *("prompt", "scale", "temperature", "top_p", "votes"),
     *("stop", "compute_dtype", "mesh"),
 )
 KEYS = "JLRM_API_KEY"
@@ -137,7 +138,10 @@ def _open(args: argparse.Namespace) -> Service:
         args.max_new_tokens = min(MOST_NEW, positions // 2)
     if args.max_prompt_tokens is None:
         args.max_prompt_tokens = max(min(MOST_PROMPT, positions - args.max_new_tokens), 1)
-    given = {name: getattr(args, name) if name in OPTIONS else None for name in options.OPTIONS}
+    given = {
+        name: getattr(args, name) if name in (*OPTIONS, *SIZES) else None
+        for name in options.OPTIONS
+    }
     chosen = options.options(argparse.Namespace(backend=options.JLRM, model=args.model, **given))
     longest = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
     votes, temperature, top_p = (chosen[each] for each in ("votes", "temperature", "top_p"))
@@ -231,5 +235,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--calibration", default="", metavar="FILE",
         help="map of the confidence, or none (calibration.json of the model)")  # fmt: skip
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
+    positions = "fewer where the model has no positions for them"
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest prompt ({MOST_PROMPT}; {positions})",
+    )
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest judgement ({MOST_NEW}; {positions})",
+    )
     options.add_options(parser, OPTIONS)
     return parser
