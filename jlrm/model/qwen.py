@@ -94,12 +94,12 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config, "H", name="q_norm")(q)
             k = RMSNorm(config, "H", name="k_norm")(k)
-        q = shard(rotate(q, rope), "B T N H")
-        k = shard(rotate(k, rope).swapaxes(1, 2), "B K T H")
-        v = shard(v.swapaxes(1, 2), "B K T H")
+        q = shard(rotate(q, rope), "A T N H")
+        k = shard(rotate(k, rope).swapaxes(1, 2), "A K T H")
+        v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
         kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
-        return shard(jnp.einsum("BTNH,NHD->BTD", out, kernel), "B T D"), extra
+        return _sum_heads(self.layout, out, kernel), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
@@ -158,7 +158,7 @@ class Block(nn.Module):
         normed = RMSNorm(self.config, "D", name="attn_norm")(x)
         attention = Attention(self.config, self.layout, self.attend, name="attn")
         attended, extra = attention(normed, rope, context)
-        x = x + attended
+        x = self.layout.shard(x + attended, "B T D")
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
         return x + MLP(self.config, self.layout, name="mlp")(normed), extra
 
@@ -322,6 +322,35 @@ def _look_up(layout: Layout, table: Array, tokens: Int[Array, "B T"]) -> Float[A
     everyones = jax.lax.all_gather(tokens, axes, axis=0, tiled=True)
     columns = jnp.take(turned, everyones, axis=0)
     return jax.lax.all_to_all(columns, axes, split_axis=0, concat_axis=2, tiled=True)
+
+
+def _sum_heads(
+    layout: Layout | Local, out: Float[Array, "A T N H"], kernel: Float[Array, "N H D"]
+) -> Float[Array, "B T D"]:
+    """Return the sum over heads of their outputs times their weights."""
+
+    if isinstance(layout, Local) or _stays(layout, len(out)):
+        return layout.shard(jnp.einsum("ATNH,NHD->ATD", out, kernel), "B T D")
+    rows = tuple(axis for axis in layout.axes("A") if axis not in layout.axes("B"))
+    num_parts = layout.num_shards("A") // layout.num_shards("B")
+
+    def run(out: Array, kernel: Array) -> Array:
+        # One sum over all devices, to which each gives its own rows, and zeros for others'. Left to
+        # itself, the compiler sums over heads and then gathers rows.
+        is_own = jnp.arange(num_parts) == jax.lax.axis_index(rows)
+        everyones = jnp.where(is_own[:, None, None, None, None], out[None], 0)
+        everyones = everyones.reshape(-1, *out.shape[1:])
+        product = jnp.einsum("BTNH,NHD->BTD", everyones, kernel)
+        return jax.lax.psum(product, (*rows, *layout.axes("N")))
+
+    specs = layout.activation("A T N H").spec, layout.param(("N", "H", "D")).spec
+    spec = layout.activation("B T D").spec
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=spec)(out, kernel)
+
+
+def _stays(layout: Layout, num_rows: int) -> bool:
+    """Return whether rows lie the same inside and outside of attention, or can't be divided."""
+    return layout.axes("A") == layout.axes("B") or num_rows % layout.num_shards("A") > 0
 
 
 def _last_axis(vector: Array, like: Array) -> Array:

@@ -5,6 +5,7 @@ The alphabet is the same in einsums, annotations, parameter declarations and tab
     B sequences = P·R   T query positions   S cache positions   V vocabulary   L layers
     P prompts           R rollouts/prompt   D width             F MLP width
     N query heads       K key/value heads   H head width
+    A the sequences again, where their heads attend
     M the sequences again, inside products whose F or V is spread
 
 A `Layout` is a mesh with two such tables, one for parameters and one for activations. There are two
@@ -14,7 +15,8 @@ layouts:
   gathered layer by layer.
 * In a rollout weights stay in place and activations move, because these are small there. Heads lie
   on `tensor` and the batch on the other axes. MLP and vocabulary lie on `fsdp` and `tensor`, so
-  inside them (letter M) the batch lies on `data` only.
+  inside them (letter M) the batch lies on `data` only. In a decoding step it does so everywhere but
+  in attention (`step_layout`).
 
 Whatever shards takes the layout as an argument. So no constraint is lost because a context is
 missing, and constraints act on fake CPU devices as on a slice.
@@ -27,7 +29,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -40,7 +42,7 @@ from jaxtyping import Array
 from jlrm.config import MeshConfig, UsageError
 from jlrm.runtime import devices
 
-ALPHABET = frozenset("BMPRTSVDFNKHL")
+ALPHABET = frozenset("ABMPRTSVDFNKHL")
 AXES = ("data", "fsdp", "tensor")
 Table = Mapping[str, tuple[str, ...]]
 
@@ -85,7 +87,11 @@ class Layout:
 
     def num_shards(self, letter: str) -> int:
         """Return the number of devices that this letter of an activation is spread over."""
-        return math.prod(self.mesh.shape[axis] for axis in self.activations.get(letter, ()))
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(letter))
+
+    def axes(self, letter: str) -> tuple[str, ...]:
+        """Return the mesh axes that this letter of an activation is spread over."""
+        return self.activations.get(letter, ())
 
     def param_axes(self, letters: Sequence[str | None]) -> list[tuple[str, ...]]:
         """Return the mesh axes that each dimension of a parameter lies on."""
@@ -129,7 +135,7 @@ def training_layout(mesh: Mesh) -> Layout:
         params=MappingProxyType(
             {**dict.fromkeys("DVF", ("fsdp", "tensor")), "N": ("tensor",), "H": ("fsdp",)}
         ),
-        activations=MappingProxyType({"B": AXES, "M": AXES}),
+        activations=MappingProxyType({"A": AXES, "B": AXES, "M": AXES}),
     )
 
 
@@ -148,12 +154,21 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
 def rollout_layout(mesh: Mesh) -> Layout:
     """Return the layout of prefill and decoding: every matrix is spread, and none moves."""
     split = {"N": ("tensor",), "K": ("tensor",), "F": ("fsdp", "tensor"), "V": ("fsdp", "tensor")}
-    batch = {"B": ("data", "fsdp"), "P": ("data", "fsdp"), "M": ("data",)}
+    batch = {**dict.fromkeys("ABP", ("data", "fsdp")), "M": ("data",)}
     return Layout(
         mesh,
         params=MappingProxyType(split),
         activations=MappingProxyType({**batch, **split}),
     )
+
+
+def step_layout(rollout: Layout) -> Layout:
+    """Return the layout of one decoding step: between attentions all devices hold all rows.
+
+    A step has one token a row, so what a layer adds is small: it is summed over all devices at
+    once, after attention and after the MLP, where rows that stay spread would take four transfers.
+    """
+    return replace(rollout, activations={**rollout.activations, "B": rollout.activations["M"]})
 
 
 def open_mesh(config: MeshConfig, url: str = "") -> Mesh:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.model import qwen
 from jlrm.model.qwen import Block, Params, QwenConfig
-from jlrm.runtime.mesh import Layout
+from jlrm.runtime.mesh import Layout, step_layout
 
 # Input dimensions of each matrix. Int8 scales are per output, so these are reduced over.
 INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "down"), (0,)), "o": (0, 1)}
@@ -231,11 +231,14 @@ def decode_step(
     new: NextTokens,
 ) -> tuple[Float[Array, "B D"], list[KeysValues]]:
     """Run one token of every row; return its hidden state and the caches that hold it."""
-    rope = qwen.rope(config, new.positions[:, None])
-    x = qwen.embed(config, layout, params["embed"], new.tokens[:, None])
+    layout = step_layout(layout)
+    tokens, positions = layout.shard(new.tokens, "B"), layout.shard(new.positions, "B")
+    slot_mask = layout.shard(new.slot_mask, "B S")
+    rope = qwen.rope(config, positions[:, None])
+    x = qwen.embed(config, layout, params["embed"], tokens[:, None])
     block, new_caches = Block(config, layout, _attend_cached), []
     for layer, keys_values, cache in zip(params["layers"], prefix.layers, caches, strict=True):
-        context = _Context(keys_values, prefix.mask, cache, new.slot, new.slot_mask)
+        context = _Context(keys_values, prefix.mask, cache, new.slot, slot_mask)
         x, cache = qwen.apply(block, dequantise(config, layer), x, rope, context)
         new_caches.append(cache)
     return qwen.final_norm(config, params, x)[:, 0], new_caches

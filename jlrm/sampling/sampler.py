@@ -118,9 +118,10 @@ def generate(
     num_rollouts, num_new = keys.shape[1], settings.max_new_tokens
     num_slots = min(settings.num_slots or num_rollouts, num_rollouts)
     ends, prefix = decode.run_prompts(config, layout, params, prompts)
-    ends = jnp.repeat(ends, num_slots, axis=0)
+    ends = layout.shard(jnp.repeat(ends, num_slots, axis=0), "M D")
     # All of them before the loop: 1 MiB for 128 rollouts of 2,048 tokens.
-    uniforms = layout.shard(_uniforms(keys, num_new), "P R T")
+    uniforms = layout.shard(_uniforms(keys, num_new), "M - -")
+    lengths = layout.shard(prefix.lengths, "M")
 
     def draw(state: SamplingState, hidden: Float[Array, "B D"]) -> SamplingState:
         # A rollout may begin in any turn. Its first token follows the prompt, not the slot's last.
@@ -128,10 +129,10 @@ def generate(
         logits = decode.logits(config, layout, params, jnp.where(is_first, ends, hidden))
         uniform = layout.shard(_uniform(state.slots, uniforms), "M")
         token, logp = sample(layout, logits, settings.distribution, uniform)
-        return _record(settings, state, layout.shard(token, "B"), layout.shard(logp, "B"), stops)
+        return _everywhere(layout, _record(settings, state, token, logp, stops))
 
     def advance(state: SamplingState) -> SamplingState:
-        new = _next_tokens(state, prefix.lengths)
+        new = _next_tokens(state, lengths)
         hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         return draw(state._replace(caches=caches), hidden)
 
@@ -151,6 +152,17 @@ def generate(
 
         state = jax.lax.while_loop(is_running, advance, state)
     return _completions(state.drawn, num_new)
+
+
+def _everywhere(layout: Layout, state: SamplingState) -> SamplingState:
+    """Keep what is drawn on every device of its row (letter M): it is small, and never moves."""
+
+    def keep(x: Array, axis: int = 0) -> Array:
+        return layout.shard(x, " ".join("M" if i == axis else "-" for i in range(x.ndim)))
+
+    slots = state.slots._asdict().items()
+    slots = Slots(*(keep(x, int(name == "stop_states")) for name, x in slots))
+    return state._replace(slots=slots, drawn=jax.tree.map(keep, state.drawn))
 
 
 def _next_tokens(state: SamplingState, prompt_lengths: Int[Array, " P"]) -> NextTokens:

@@ -249,7 +249,7 @@ def _draw(
     drawn, _ = sample(layout, scaled, settings.distribution, uniforms)
     greedy = dataclasses.replace(settings.distribution, temperature=0.0)
     likeliest, _ = sample(layout, logits, greedy, uniforms)
-    return layout.shard(jnp.where(temperature > 0, drawn, likeliest), "B")
+    return layout.shard(jnp.where(temperature > 0, drawn, likeliest), "M")
 
 
 def _record(
