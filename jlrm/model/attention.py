@@ -6,10 +6,10 @@ thousand positions.
 
 A packed row holds several groups. Each is a prompt and its completions, which see the prompt but
 not one another: `[prompt 1 | prompt 2 | .. | completions of 1 | completions of 2 | .. | padding]`.
-Few pairs of slots see each other, and which ones is data (visibility.py). So both forms of
-`attend_packed` skip blocks at run time: on TPUs JAX's own kernel (splash.py), elsewhere a loop over
-the visible blocks in plain XLA (this file). Neither form holds an array of T x T, and a row stays
-on its device.
+Few pairs of slots see each other, and which ones is data (visibility.py). So two forms of
+`attend_packed` skip blocks at run time: on TPUs JAX's own kernel (splash.py), on CPUs a loop over
+the visible blocks in plain XLA (this file). Neither holds an array of T x T. On GPUs cuDNN's kernel
+(cudnn.py) takes the mask as such an array. A row stays on its device.
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ def attend_packed(
         from jlrm.model.splash import splash  # imports Pallas, which other platforms do without
 
         return splash(q, k, v, packing)
+    if platform == "gpu" and q.dtype != jnp.float32:  # cuDNN has no kernel for float32
+        from jlrm.model.cudnn import cudnn
+
+        return cudnn(q, k, v, packing)
     return _blockwise(q, k, v, packing)
 
 

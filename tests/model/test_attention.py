@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import dense_attention, mesh_of, tpu_mesh
+from jax._src.cudnn import fused_attention_stablehlo
 
 from jlrm.model.attention import MASKED, attend_packed
+from jlrm.model.cudnn import cudnn
 from jlrm.model.splash import splash
 from jlrm.model.visibility import Packing, prefix_align, visible_blocks
 from jlrm.runtime.mesh import training_layout
@@ -249,6 +251,35 @@ def test_splash_equals_dense(name):
     assert_equal(
         mine, jax.jit(partial(output_and_gradients, partial(dense, packing=packing)))(*inputs)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["many groups", "rows of padding", "ragged"])
+def test_mask_for_cudnn(name):
+    packing = packed(*PACKINGS[name])
+    inputs = random_inputs(packing, 6, 2, 64)
+    attend = partial(cudnn, packing=packing, implementation="xla")
+    mine = jax.jit(partial(output_and_gradients, attend))(*inputs)
+    assert_equal(
+        mine, jax.jit(partial(output_and_gradients, partial(dense, packing=packing)))(*inputs)
+    )
+
+
+def test_cudnn_is_lowered_for_gpus(monkeypatch):
+    """No GPU is here: what is checked is that JAX takes the shapes, and calls the fused kernels."""
+    for name, answer in (
+        ("check_cudnn_version", 91000),
+        ("check_compute_capability", True),
+        ("is_cuda_compute_capability_equal", False),
+    ):
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+    packing = packed(*PACKINGS["ragged"])
+    inputs = [x.astype(jnp.bfloat16) for x in random_inputs(packing, 6, 2, 64)]
+    step = partial(output_and_gradients, partial(attend_packed, packing=packing, platform="gpu"))
+    kernels = [f"__cudnn$fmhaScaleBiasSoftmax{which}" for which in ("", "Backward")]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in kernels]
+    lowered = jax.export.export(jax.jit(step), platforms=["cuda"], disabled_checks=allowed)(*inputs)
+    assert set(re.findall(r"__cudnn\$\w+", lowered.mlir_module())) == set(kernels)
 
 
 @pytest.mark.slow
