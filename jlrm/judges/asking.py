@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ from jlrm.evaluation.journal import Journal
 from jlrm.runtime import commands, hosts
 
 SHOWN = 3  # reasons why games have no response
+POLL_SECONDS = 0.2
+_numbers = itertools.count()  # of shared lists of games, in the same order on all hosts
 
 
 def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_games: int) -> None:
@@ -56,6 +60,42 @@ def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_
                 f"Stopped: {num_done} of {num_games} games of {name} are judged. "
                 "The same command goes on.",
             ) from None
+
+
+def in_blocks(judge: Backend, size: int) -> Backend:
+    """Return a judge that each host has for itself, of `size` games at a time.
+
+    A host takes the next block when it is done with its last, so a slow one does not hold the
+    others. Process 0 records what all of them judge.
+    """
+
+    def shared(games: Sequence[Game], record: Callable[[Response], None]) -> None:
+        # Prompts of a block are padded to one length, and the longest take longest: first.
+        ordered = sorted(games, key=_length, reverse=True)
+        blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        name, left = f"games-{next(_numbers)}", len(blocks)
+
+        def collect() -> int:
+            arrived = hosts.received(name)
+            for response in itertools.chain(*arrived):
+                record(response)
+            return len(arrived)
+
+        for number in hosts.taken(name, len(blocks)):
+            responses: list[Response] = []
+            judge(blocks[number], responses.append)
+            hosts.send(name, number, responses)
+            left -= collect() if hosts.is_main() else 0
+        while hosts.is_main() and left:
+            time.sleep(POLL_SECONDS)
+            left -= collect()
+        hosts.gather("the end of the games", None)
+
+    return shared if hosts.count() > 1 else judge
+
+
+def _length(game: Game) -> int:
+    return len(game.item.question) + sum(map(len, game.item.answers))
 
 
 def drive(

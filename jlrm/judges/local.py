@@ -25,6 +25,7 @@ from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import Tokenizer, decode
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.judgement import prompts
+from jlrm.judges import asking
 from jlrm.model.qwen import Params
 from jlrm.runtime import devices
 from jlrm.runtime.mesh import open_mesh
@@ -52,12 +53,17 @@ class LocalModel(NamedTuple):
 
 
 def open_model(
-    model: str, mesh: MeshConfig, compute_dtype: str, longest: tuple[int, int]
+    model: str,
+    mesh: MeshConfig,
+    compute_dtype: str,
+    longest: tuple[int, int],
+    apart: bool = False,
 ) -> LocalModel:
     """Open a Hugging Face directory or hub id, or RUN[@STEP].
 
     Args:
       longest: most tokens of a prompt and of a judgement.
+      apart: on the devices of this host alone.
 
     Raises:
       UsageError: anything the user can mend.
@@ -67,7 +73,7 @@ def open_model(
     if not steps.is_run(model):  # whose weights are masters, whatever it began from
         config = dataclasses.replace(config, param_dtype=hf_config.stored_dtype(directory))
     check_positions(config, sum(longest), "--max-prompt-tokens or --max-new-tokens")
-    policy = open_policy(config, open_mesh(mesh), directory)
+    policy = open_policy(config, open_mesh(mesh, apart=apart), directory)
     devices.tell(policy.mesh)
 
     @functools.cache
@@ -87,12 +93,15 @@ def make(
     decoding: DecodingSettings,
     mesh: MeshConfig,
     compute_dtype: str,
+    apart: bool = False,
 ) -> Backend:
     """Return a judge; its weights are read when it is first asked.
 
     Args:
       model: a Hugging Face directory or hub id, or RUN[@STEP].
       prompt, scale: the template's name, and the scores that it asks for if it states any.
+      apart: each host holds the model on its own devices, and takes the next games when it is done
+        with its last (`asking.in_blocks`). Otherwise all hosts judge each batch together.
 
     A prompt over `max_prompt_tokens` is answered with an error, and so never cut. At most
     `len(widths(max_prompt_tokens))` programs are compiled, each when a prompt first needs it.
@@ -103,7 +112,7 @@ def make(
     check_decoding(decoding)
     decoding = dataclasses.replace(decoding, stop_after=prompts.reasoning_end(prompt))
     longest = max_prompt_tokens, decoding.max_new_tokens
-    policy, weights = open_model(model, mesh, compute_dtype, longest)
+    policy, weights = open_model(model, mesh, compute_dtype, longest, apart)
     sizes = widths(max_prompt_tokens)
     encode = prompt_encoder(policy.tokenizer, prompt, scale)  # what is wrong is heard of at once
 
@@ -129,7 +138,10 @@ def make(
             for written in write(weights(), fitting) if fitting else ():
                 record(answer(policy.tokenizer, written))
 
-    return judge
+    if not apart:
+        return judge
+    weights()  # by all hosts: some read together, and one may find no games left
+    return asking.in_blocks(judge, decoding.batch_size)
 
 
 def answer(tokenizer: Tokenizer, written: Written) -> Response:

@@ -66,6 +66,12 @@ OPTIONS: dict[str, Option] = {
         False,
         {"nargs": "+", "metavar": "AXIS=N"},
     ),
+    "apart": Option(
+        (JLRM,),
+        False,
+        "of several hosts: each has the whole model, and takes games as it is done with others",
+        False,
+    ),
     "base_url": Option((OPENAI,), "https://api.openai.com/v1", "address of the endpoint"),
     "system": Option(
         (OPENAI,),
@@ -224,9 +230,10 @@ def make(
         from jlrm.sampling import writer
 
         grid, stops = mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
-        apart = {name: given.pop(name) for name in ("prompt", "max_prompt_tokens", "compute_dtype")}
+        own = ("prompt", "max_prompt_tokens", "compute_dtype", "apart")
+        others = {name: given.pop(name) for name in own}
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
-        return local.make(model, scale=scale, decoding=decoding, mesh=grid, **apart)
+        return local.make(model, scale=scale, decoding=decoding, mesh=grid, **others)
     from jlrm.judges import batch, openai
 
     variable, cache = given.pop("api_key_env"), given.pop("cache")

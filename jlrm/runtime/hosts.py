@@ -141,6 +141,34 @@ def gather(what: str, mine: Value) -> list[Value]:
     return [pickle.loads(zlib.decompress(values[key])) for key in sorted(values)]
 
 
+def taken(name: str, size: int) -> Iterator[int]:
+    """Yield numbers below `size`, each of them in one process: the next to who asks next.
+
+    All processes call it with the same `name`, which no call had before.
+    """
+    if count() == 1:
+        yield from range(size)
+        return
+    # The store counts from 1.
+    while (number := _state.client.key_value_increment(f"jlrm/taken/{name}", 1)) <= size:
+        yield number - 1
+
+
+def send(name: str, number: int, value: Any) -> None:
+    """Lay a value down for process 0, which `received` it; one for each number."""
+    packed = zlib.compress(pickle.dumps(value), level=1)
+    _state.client.key_value_set_bytes(f"jlrm/sent/{name}/{number}", packed)
+
+
+def received(name: str) -> list[Any]:
+    """Return the values sent by this name that were not received yet, without waiting."""
+    values = []
+    for key, packed in _state.client.key_value_dir_get_bytes(f"jlrm/sent/{name}"):
+        _state.client.key_value_delete(key)
+        values.append(pickle.loads(zlib.decompress(packed)))
+    return values
+
+
 def highest(what: str, value: int) -> int:
     """Return the highest of the values that the processes bring."""
     return max(gather(what, value))

@@ -171,17 +171,18 @@ def step_layout(rollout: Layout) -> Layout:
     return replace(rollout, activations={**rollout.activations, "B": rollout.activations["M"]})
 
 
-def open_mesh(config: MeshConfig, url: str = "") -> Mesh:
+def open_mesh(config: MeshConfig, url: str = "", apart: bool = False) -> Mesh:
     """Return a mesh of all devices, for a command that computes there.
 
     Args:
       url: of the run directory, if that is in a store; see `devices.ready`.
+      apart: of this host's devices alone.
 
     Raises:
       UsageError: as of `create_mesh`; or a TPU is here, and JAX has only found the CPU.
     """
     devices.ready(url)
-    return create_mesh(config)
+    return create_mesh(config, jax.local_devices() if apart else None)
 
 
 def create_mesh(config: MeshConfig, chosen: Sequence[Any] | None = None) -> Mesh:

@@ -1,9 +1,12 @@
-"""What is said of games that were refused, not judged, or cut off."""
+"""What is said of games that were refused, not judged, or cut off; and games in blocks."""
 
 from __future__ import annotations
 
+import itertools
+
 from jlrm.evaluation.games import Game, Item, Response
-from jlrm.judges.asking import remarks
+from jlrm.judges.asking import in_blocks, remarks
+from jlrm.runtime import hosts
 
 GAMES = [Game(Item(str(n), "q", ("one", "two")), 0, 1) for n in range(8)]
 
@@ -41,3 +44,37 @@ def test_a_game_is_cut_once_however_many_votes_were():
     (text,) = said(cut, whole)
     assert text.startswith("pairs: 1 of 8 games was cut off at the limit of tokens.")
     assert "--max-new-tokens" in text
+
+
+def test_a_slow_host_takes_fewer_blocks(monkeypatch):
+    """Process 0 of two, of which the other takes every block but the second."""
+    mine, theirs, recorded = [], {}, []
+    games = [Game(Item(str(n), "q" * n, ("one", "two")), 0, 1) for n in range(10)]
+
+    def judge(games, record):
+        mine.append([game.id for game in games])
+        for game in games:
+            record(Response(game.id, texts=("mine",)))
+
+    def taken(name, size):
+        for number in {0, *range(2, size)}:
+            answers = [Response(f"{number}.{n}", texts=("theirs",)) for n in range(2)]
+            theirs[name, number] = answers
+        yield 1
+
+    def received(name):
+        return [theirs.pop(key) for key in itertools.islice(list(theirs), 3) if key[0] == name]
+
+    monkeypatch.setattr(hosts, "count", lambda: 2)
+    monkeypatch.setattr(hosts, "taken", taken)
+    monkeypatch.setattr(hosts, "received", received)
+    monkeypatch.setattr(
+        hosts, "send", lambda name, number, value: theirs.update({(name, number): value})
+    )
+    monkeypatch.setattr(hosts, "gather", lambda what, value: [value])
+    in_blocks(judge, 2)(games, recorded.append)
+    # Blocks are of like lengths, the longest first: the second holds games 7 and 6.
+    assert mine == [[games[7].id, games[6].id]]
+    assert not theirs and [r.texts[0] for r in recorded].count("mine") == 2 and len(recorded) == 10
+    monkeypatch.undo()
+    assert in_blocks(judge, 2) is judge  # one process has nobody to share with

@@ -418,17 +418,19 @@ def test_several_hosts_judge_one_benchmark(settings):
     flags += ["--data", str(settings / "rows.jsonl"), "--limit", "12", "--batch-size", "8"]
     flags += ["--max-prompt-tokens", "48", "--max-new-tokens", "8", "--compute-dtype", "float32"]
     found = {}
-    for count in (1, 2):
-        out = settings / f"judged_by_{count}"
-        pod = Pod(settings / f"{out}.pod", count, *flags, "--out", str(out), "--no-report")
+    for count, apart in ((1, False), (2, False), (2, True)):
+        out, more = settings / f"judged_by_{count}_{apart}", ["--apart"] if apart else []
+        command = [*flags, *more, "--out", str(out), "--no-report"]
+        pod = Pod(settings / f"{out}.pod", count, *command)
         assert pod.wait() == [0] * count, pod.said(count - 1)
         assert ["Written" in pod.said(number) for number in range(count)] == [True, False][:count]
         lines = (out / "pairs" / "responses.jsonl").read_text().splitlines()[1:]
         rows = map(json.loads, lines)
-        found[count] = {row["game"]: row["outputs"] for row in rows}
+        found[count, apart] = {row["game"]: row["outputs"] for row in rows}
         results = json.loads((out / "results.json").read_text())
         assert results["benchmarks"]["pairs"]["n"] == 12
-    assert found[1] == found[2] and len(found[1]) == 24
+    one, together, blockwise = found.values()
+    assert one == together == blockwise and len(one) == 24
 
 
 @pytest.mark.slow
