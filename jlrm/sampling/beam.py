@@ -37,6 +37,7 @@ from jlrm.sampling.decode import KeysValues, NextTokens, Prompts
 from jlrm.sampling.sampler import cache_sizes
 from jlrm.sampling.stops import StopTables, has_ended
 
+BLOCK = 128  # ids of which `top_k` compares the maxima; a TPU register has as many lanes
 OUT = -1e9  # added to the sum of a hypothesis to exclude it; the number that transformers uses
 
 
@@ -275,7 +276,7 @@ def _best(
     num_shards = num_shards if num_ids % num_shards == 0 else 1
     size = num_ids // num_shards
     parts = layout.shard(sums.reshape(num_rows, num_shards, size), "M V -")
-    highest, ids = jax.lax.top_k(parts, min(num_candidates, size))
+    highest, ids = top_k(parts, min(num_candidates, size))
     ids += (jnp.arange(num_shards, dtype=jnp.int32) * size)[None, :, None]
     highest, ids = (
         layout.shard(x.reshape(num_rows // num_beams, -1), "P -") for x in (highest, ids)
@@ -283,6 +284,26 @@ def _best(
     of_beam = highest.shape[1] // num_beams
     best, index = jax.lax.top_k(highest, num_candidates)
     return best, index // of_beam, jnp.take_along_axis(ids, index, axis=1)
+
+
+def top_k(x: Float[Array, "*batch N"], k: int) -> tuple[Array, Array]:
+    """Return the k highest numbers of each row and their places, as `jax.lax.top_k` does.
+
+    That one sorts whole rows on TPUs. Here a row is cut into blocks: the k highest numbers lie in
+    the k blocks whose maxima are highest, and of equal ones the first do.
+    """
+    padded = jnp.pad(
+        x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)], constant_values=-jnp.inf
+    )
+    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    if blocks.shape[-2] <= k:
+        return jax.lax.top_k(x, k)
+    _, chosen = jax.lax.top_k(jnp.max(blocks, axis=-1), k)
+    chosen = jnp.sort(chosen, axis=-1)  # in their order, so that the first of equals stays first
+    inside = jnp.take_along_axis(blocks, chosen[..., None], axis=-2)
+    highest, index = jax.lax.top_k(inside.reshape(*x.shape[:-1], -1), k)
+    places = jnp.take_along_axis(chosen, index // BLOCK, axis=-1) * BLOCK + index % BLOCK
+    return highest, places
 
 
 def _see(

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.model import qwen
 from jlrm.model.qwen import Block, Params, QwenConfig
+from jlrm.model.visibility import BLOCK
 from jlrm.runtime.mesh import Layout, step_layout
 
 # Input dimensions of each matrix. Int8 scales are per output, so these are reduced over.
@@ -251,8 +252,21 @@ def _attend_prompt(
     v: Float[Array, "P K T H"],
     context: None,
 ) -> tuple[Float[Array, "P T N H"], KeysValues]:
-    """Attend causally, a block of queries at a time."""
-    num_tokens = q.shape[1]
+    """Attend causally: on TPUs by the kernel of training, elsewhere queries block by block."""
+    num_prompts, num_tokens = q.shape[:2]
+    is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
+    if layout.platform == "tpu" and is_even:
+        from jlrm.model.splash import splash_causal  # imports Pallas
+
+        queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
+        attend = jax.shard_map(
+            splash_causal,
+            mesh=layout.mesh,
+            in_specs=(queries, keys, keys),
+            out_specs=queries,
+            check_vma=False,  # the kernels do not say over which axes their results vary
+        )
+        return attend(q, k, v), KeysValues(k, v)
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)

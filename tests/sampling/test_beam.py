@@ -19,7 +19,7 @@ from jlrm.data.batches import pad
 from jlrm.model import qwen
 from jlrm.runtime.mesh import rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
-from jlrm.sampling.beam import Hypotheses, SearchSettings, search
+from jlrm.sampling.beam import BLOCK, Hypotheses, SearchSettings, search, top_k
 from jlrm.sampling.stops import StopTables, stop_tables
 from jlrm.weights import hf, hf_config
 from jlrm.weights.presets import preset
@@ -28,6 +28,18 @@ VOCAB, NUM_NEW, WIDTH = 96, 12, 9
 END_IDS = (5, 40, 77)
 NO_STOPS = stop_tables({}, [], VOCAB)
 FAST = {"xla_backend_optimization_level": 0}
+
+
+@pytest.mark.parametrize("size", [7, 128, 1000, 5 * 128, 12345])
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_the_highest_without_a_sort(size, k):
+    """As the library's, ties and their order included."""
+    rng = np.random.default_rng(size + k)
+    for numbers in (rng.normal(size=(3, 2, size)), rng.integers(0, 4, (3, 2, size))):
+        numbers = jnp.asarray(numbers, jnp.float32)
+        if k <= size:
+            for mine, theirs in zip(top_k(numbers, k), jax.lax.top_k(numbers, k), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +298,7 @@ def test_it_compiles_for_a_slice_and_moves_no_log_probabilities():
     sizes = [math.prod(map(int, shape.split(","))) for shape in shapes]
     # Activations of all rows at most, as in a rollout; log-probabilities of all ids are far more.
     assert max(sizes) <= num_rows * num_beams * config.hidden_size
+    # Nor is a row of them sorted.
+    sorts = re.findall(r"= (.*) sort\(", text)
+    rows = [int(shape.split(",")[-1]) for shape in re.findall(r"\[([0-9,]+)\]", "\n".join(sorts))]
+    assert max(rows, default=0) <= BLOCK * settings.num_candidates
