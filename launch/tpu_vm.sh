@@ -31,7 +31,7 @@
 #
 #   --gce                  Compute Engine's VMs, which Google advises, in place of the Cloud TPU API, which gets
 #                          no new TPUs (give it to each action, with --project). One slice; it waits for
-#                          capacity in a group (MIG). Needs gcloud of 2026 (gcloud components update).
+#                          capacity in a group (MIG). Needs gcloud 567 or newer (gcloud components update).
 #
 #   --project P            gcloud's own setting otherwise
 #   --slices N             several slices (multislice), named NAME-0, NAME-1, ...

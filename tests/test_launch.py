@@ -544,7 +544,9 @@ def test_setup_from_a_pinned_commit(cloud):
 
 
 def on_hosts(cloud, action: str, *args: str, env=None):
-    return cloud.run("tpu_vm.sh", action, *TPU, "--type", "v5e-4", "--slices", "2", *args, env=env)
+    # Without a lifetime: its sleep would outlive the tests.
+    kind = ["--type", "v5e-4", "--slices", "2", "--lifetime", "0"]
+    return cloud.run("tpu_vm.sh", action, *TPU, *kind, *args, env=env)
 
 
 @pytest.mark.slow

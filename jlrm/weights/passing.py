@@ -66,7 +66,7 @@ def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout, rea
             )
             return jax.block_until_ready(whole)  # then its memory here is free
 
-        return traverse_util.path_aware_map(fill, qwen.abstract_params(config, layout))
+        return dict(traverse_util.path_aware_map(fill, qwen.abstract_params(config, layout)))
 
 
 def pass_on(value: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
