@@ -11,7 +11,8 @@
 #   WORKDIR /jlrm
 #   RUN pip install -e '.[tpu,gcs]'
 #
-#   --type v5e|v5p|v6e|tpu7x  --topology  2x4 or 4x4 (v5e, v6e), 2x2x2 (v5p, tpu7x)
+#   --type v5e|v5p|v6e|tpu7x  --topology  2x4 or 4x4 (v5e, v6e); 2x2x1, 2x2x2, 2x2x4, 2x4x4 or multiples of
+#                          four such as 4x4x8 (v5p, tpu7x)
 #   --chips-per-host N     4; all of a v5e or v6e topology of up to 8 chips
 #   --slices N             1
 #   --spot                 on spot nodes
@@ -25,6 +26,13 @@
 #   --grace SECONDS        from SIGTERM to SIGKILL (300)
 #   --replace              end a job of this name that still runs; one that has ended is replaced without it
 #   --dry-run              print the manifest and the kubectl command, run none
+#
+# A VM of tpu7x has 4 chips, which JAX counts as 8 devices: mesh settings count devices, and 2x2x2 has 16. Its pools
+# of several hosts are made with a workload policy in place of --tpu-topology (GKE 1.34 or newer):
+#   gcloud compute resource-policies create workload-policy POLICY --region=REGION --type=HIGH_THROUGHPUT \
+#     --accelerator-topology=2x2x2
+#   gcloud container node-pools create POOL --cluster=CLUSTER --location=LOCATION --node-locations=ZONE \
+#     --machine-type=tpu7x-standard-4t --placement-policy=POLICY --num-nodes=2
 #
 # Then: kubectl get jobset NAME; kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=NAME; kubectl delete jobset NAME
 set -euo pipefail
@@ -74,7 +82,13 @@ case "$type" in
 esac
 case "$type" in
   v5e | v6e) check --topology "$topology" '^[1-9][0-9]?x[1-9][0-9]?$' "two sides such as 4x4" ;;
-  *) check --topology "$topology" '^[1-9][0-9]?x[1-9][0-9]?x[1-9][0-9]?$' "three sides such as 2x2x2" ;;
+  *) # Of any other a node pool can't be made, and pods would wait for one for ever.
+    check --topology "$topology" '^[1-9][0-9]?x[1-9][0-9]?x[1-9][0-9]?$' "three sides such as 2x2x2"
+    IFS=x read -r -a sides <<< "$topology"
+    [[ "$topology" =~ ^2x(2x[124]|4x4)$ ]] ||
+      ((!(sides[0] % 4 + sides[1] % 4 + sides[2] % 4) && sides[0] <= sides[1] && sides[1] <= sides[2])) ||
+      wrong "--topology=$topology is no slice of $type: 2x2x1, 2x2x2, 2x2x4, 2x4x4, or multiples of 4 in rising order."
+    ;;
 esac
 chips=$((${topology//x/*}))
 if [ -z "$chips_per_host" ]; then
@@ -82,6 +96,7 @@ if [ -z "$chips_per_host" ]; then
   if [[ "$type" =~ ^(v5e|v6e)$ ]] && ((chips <= 8)); then chips_per_host=$chips; fi
 fi
 check --chips-per-host "$chips_per_host" '^[1248]$' "1, 2, 4 or 8"
+[[ "$type" =~ ^(v5e|v6e)$ || "$chips_per_host" = 4 ]] || wrong "--chips-per-host=$chips_per_host: a VM of $type has 4."
 ((chips % chips_per_host == 0)) || wrong "--topology=$topology has $chips chips, no multiple of $chips_per_host a host."
 ((slices == 1 || chips > chips_per_host)) ||
   wrong "--slices=$slices: slices of one host each share a node pool, and JobSet gives a slice a pool of its own." \

@@ -6,7 +6,8 @@
 #       python -m jlrm.train --config configs/judgelrm_7b.yaml run.dir=gs://BUCKET/judge
 #
 # IMAGE holds jlrm and its configs (see gke_jobset.sh --help). TYPE is XPK's: v5litepod-16, v6e-16, v5p-16,
-# tpu7x-16 (TensorCores, 2 a chip, for v5p and tpu7x) or tpu7x-2x2x2.
+# tpu7x-16 (TensorCores, 2 a chip, for v5p and tpu7x) or tpu7x-2x2x2. A VM of tpu7x has 4 chips, for which XPK
+# starts two containers, so two processes of jlrm; JAX counts a chip as two devices.
 #
 #   --slices N         1
 #   --spot | --flex | --on-demand | --reservation NAME

@@ -22,7 +22,9 @@ setup() {
   sudo -n sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled' 2> /dev/null || true
   if [ ! -x "$ROOT/.venv/bin/python" ] && [ -z "${PYTHON:-}" ] &&
     ! command -v python3.12 python3.13 python3.11 > /dev/null; then
-    # TPU images carry Python 3.10.
+    # TPU images carry Python 3.10, and those of Compute Engine perhaps no pip.
+    python3 -m pip --version > /dev/null 2>&1 ||
+      sudo -n sh -c 'apt-get -qq update && apt-get -qq install -y python3-pip' > /dev/null
     python3 -m pip install --quiet --user --upgrade uv
     python3 -m uv python install --quiet 3.12
     PYTHON="$(python3 -m uv python find 3.12)"

@@ -39,6 +39,15 @@ execute() {
   fi
 }
 
+# interruptible ERROR COMMAND...: what it says goes to the file ERROR, if not "". A signal ends `wait` at once, and
+# a command in the foreground only when it is over. (Redirected here, since a trap writes where its line does.)
+interruptible() {
+  local error="$1"
+  shift
+  if [ -n "$error" ]; then "$@" <&0 2> "$error" & else "$@" <&0 & fi
+  wait "$!"
+}
+
 # check WHAT VALUE REGEX WANTED: end with exit code 2 unless the value matches.
 check() {
   [[ "$2" =~ $3 ]] || wrong "$1=$(quote "$2") is not $4."

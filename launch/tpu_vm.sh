@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Run jlrm on Cloud TPU VMs: one slice or several, all hosts, with restarts after preemption.
+# Run jlrm on TPU VMs of Google Cloud: one slice or several, all hosts, with restarts after preemption.
 #
 #   bash launch/tpu_vm.sh ACTION --name NAME --zone ZONE --type TYPE [flags] [-- COMMAND...]
 #   bash launch/tpu_vm.sh up --name judge --zone us-east5-b --type v6e-16 --spot -- \
 #       python -m jlrm.train --config configs/judgelrm_7b.yaml run.dir=gs://BUCKET/judge
 #
 # Actions (give each the same --name, --zone, --type and --slices):
-#   create   ask for the slice as a queued resource, and return
+#   create   ask for the slice (a queued resource; with --gce a group of VMs), and return
 #   setup    copy this checkout to ~/jlrm on all hosts and install it there; may be repeated
 #   run      start COMMAND on all hosts, detached; the same command again changes nothing
 #   attach   wait until it ends, and exit with its exit code
@@ -24,15 +24,24 @@
 #   v6e-N        N: 1 4 8 16 32 64 128 256  1 up to 8, then N/4  v2-alpha-tpuv6e
 #   v5p-N        N/2: N counts TensorCores  N/8                  v2-alpha-tpuv5
 #   v4-N         N/2: N counts TensorCores  N/8                  tpu-ubuntu2204-base
-#   tpu7x        not offered by the Cloud TPU API: launch/gke_jobset.sh or launch/gke_xpk.sh
+# With --gce:
+#   v6e-N        N: 1 4 8 16 32 64 128 256  1 up to 4, then N/4  ct6e-standard-1t, ct6e-standard-4t
+#   v5p-N        N/2: 8 16 32 64 ... 1024   N/8                  ct5p-hightpu-4t
+#   tpu7x-N      N/2: 8 16 32 64 ... 1024   N/8                  tpu7x-standard-4t: two devices a chip
+#
+#   --gce                  Compute Engine's VMs, which Google advises, in place of the Cloud TPU API, which gets
+#                          no new TPUs (give it to each action, with --project). One slice; it waits for
+#                          capacity in a group (MIG). Needs gcloud 567 or newer (gcloud components update).
 #
 #   --project P            gcloud's own setting otherwise
 #   --slices N             several slices (multislice), named NAME-0, NAME-1, ...
-#   --spot | --reserved | --flex DURATION (flex-start, such as 4h, gcloud alpha; v5e and v6e); on demand otherwise
+#   --spot | --reserved | --flex DURATION (flex-start, such as 4h, gcloud alpha; v5e and v6e; any with --gce); on demand
+#                          otherwise
 #   --valid-until DURATION give up waiting for capacity after that, such as 6h
-#   --runtime VERSION      in place of the table's
-#   --create-flag=FLAG     one more flag for `queued-resources create`, such as --create-flag=--network=x
-#   --ssh-flag=FLAG        one more flag for `tpu-vm ssh`, such as --ssh-flag=--internal-ip
+#   --runtime VERSION      in place of the table's; with --gce a family of images
+#   --create-flag=FLAG     one more flag for `queued-resources create` (`instance-templates create`), such as
+#                          --create-flag=--network=x
+#   --ssh-flag=FLAG        one more flag for `tpu-vm ssh` (`compute ssh`), such as --ssh-flag=--internal-ip
 #   --git URL --commit SHA clone that in place of copying this checkout (what git sees of it: tracked
 #                          and new files, not ignored ones)
 #   --extras LIST          pip extras (tpu,gcs)
@@ -43,7 +52,8 @@
 #   --keep                 `up` does not delete the slice at its end
 #   --lifetime DURATION    the slice is deleted that long after its first command began, by its first
 #                          host if nobody watches (7d; 0: never), which the VM's service account must be
-#                          allowed to. What was not saved by then is lost.
+#                          allowed to. With --gce Google deletes each VM, that long after it began.
+#                          What was not saved by then is lost.
 #   --dry-run              print every gcloud command, run none
 #
 # Exit codes of attach and up: 0 done; 2 wrong input, never retried; 1 or another for a command that
@@ -54,7 +64,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$ROOT/launch/lib.sh"
 
 ACTION="" NAME="" ZONE="" TYPE="" PROJECT="" RUNTIME="" SLICES=1 TIER=demand FLEX="" VALID_UNTIL=""
-LIFETIME=7d LEFT_BEHIND=""
+LIFETIME=7d LEFT_BEHIND="" GCE="" SELF=tpu_vm.sh REASON=""
 GIT_URL="" COMMIT="" EXTRAS=tpu,gcs MAX_RESTARTS=20 POLL=30 KEEP="" HOST=0/0 FOLLOW=""
 SECRETS=(HF_TOKEN WANDB_API_KEY) CREATE_FLAGS=() SSH_FLAGS=() COMMAND=()
 RETRY=200   # our own code for: start again
@@ -84,6 +94,7 @@ parse() {
       --poll) POLL="$(value "$1" "$@")"; shift 2 ;;
       --lifetime) LIFETIME="$(value "$1" "$@")"; shift 2 ;;
       --host) HOST="$(value "$1" "$@")"; shift 2 ;;
+      --gce) GCE=1 SELF="tpu_vm.sh --gce" && shift ;;
       --keep) KEEP=1 && shift ;;
       --follow) FOLLOW=1 && shift ;;
       --dry-run) DRY_RUN=1 && shift ;;
@@ -106,7 +117,7 @@ set_tier() {
 read_type() {
   local size="${TYPE##*-}" runtime
   case "$TYPE" in
-    tpu7x*) wrong "--type=$TYPE is not offered by the Cloud TPU API; use launch/gke_jobset.sh or launch/gke_xpk.sh." ;;
+    tpu7x*) wrong "--type=$TYPE is not offered by the Cloud TPU API; take --gce, launch/gke_jobset.sh or launch/gke_xpk.sh." ;;
     v5e-*) TYPE="v5litepod-$size" ;;
   esac
   check --type "$TYPE" '^(v5litepod|v6e|v5p|v4)-[1-9][0-9]*$' "one of v5litepod-N (v5e-N), v6e-N, v5p-N, v4-N"
@@ -134,6 +145,11 @@ validate() {
   check_name --name "$NAME"
   check_zone --zone "$ZONE"
   [ -z "$PROJECT" ] || check_project --project "$PROJECT"
+  if [ -n "$GCE" ]; then
+    # shellcheck source=SCRIPTDIR/gce.sh
+    source "$ROOT/launch/gce.sh"
+    check_choices
+  fi
   check_positive --slices "$SLICES"
   check_number --max-restarts "$MAX_RESTARTS"
   check --poll "$POLL" '^[0-9]+(\.[0-9]+)?$' "a number of seconds"
@@ -144,7 +160,7 @@ validate() {
   check --extras "$EXTRAS" '^[a-z0-9]+(,[a-z0-9]+)*$' "a comma-separated list such as tpu,gcs"
   [ -z "$FLEX" ] || check --flex "$FLEX" '^[1-9][0-9]*[smhd]$' "a duration such as 4h"
   [ -z "$VALID_UNTIL" ] || check --valid-until "$VALID_UNTIL" '^[1-9][0-9]*[smhd]$' "a duration such as 6h"
-  if [ "$TIER" = flex ] && [[ "$TYPE" != v5litepod-* && "$TYPE" != v6e-* ]]; then
+  if [ "$TIER" = flex ] && [ -z "$GCE" ] && [[ "$TYPE" != v5litepod-* && "$TYPE" != v6e-* ]]; then
     wrong "--flex is offered for v5e and v6e, not for $TYPE."
   fi
   for name in "${SECRETS[@]}"; do
@@ -163,7 +179,6 @@ validate() {
 # list_hosts: NODES[i] and WORKERS[i] are the TPU's name and the worker's number of host i.
 list_hosts() {
   local slice worker node
-  NODES=() WORKERS=()
   for ((slice = 0; slice < SLICES; slice++)); do
     node="$NAME"
     if ((SLICES > 1)); then node="$NAME-$slice"; fi
@@ -174,6 +189,7 @@ list_hosts() {
   done
 }
 host() { printf '%s, worker %s' "${NODES[$1]}" "${WORKERS[$1]}"; }
+find_hosts() { :; } # the names are ours
 
 # check_gcloud: nothing works without it.
 check_gcloud() {
@@ -288,38 +304,54 @@ create() {
     flex) track=(gcloud alpha) tier=(--provisioning-model=flex-start --max-run-duration="$FLEX") ;;
   esac
   if [ -n "$VALID_UNTIL" ]; then tier+=(--valid-until-duration="$VALID_UNTIL"); fi
-  execute "${track[@]}" compute tpus queued-resources create "$NAME" "${WHERE[@]}" --accelerator-type="$TYPE" \
-    --runtime-version="$RUNTIME" "${node[@]}" "${tier[@]}" "${CREATE_FLAGS[@]}" 2> "$SCRATCH/error" ||
+  interruptible "$SCRATCH/error" execute "${track[@]}" compute tpus queued-resources create "$NAME" "${WHERE[@]}" \
+    --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${node[@]}" "${tier[@]}" "${CREATE_FLAGS[@]}" || {
+    LEFT_BEHIND=""
     explain "$SCRATCH/error"
+  }
   say "asked for $TYPE x $SLICES ($TIER) in $ZONE as $NAME"
+}
+
+what_exists() {
+  printf 'What exists: gcloud compute tpus locations list, %s; the TPU API' \
+    "gcloud compute tpus accelerator-types list --zone=$ZONE"
 }
 
 # explain FILE: what gcloud said and what may be done about it; the script ends.
 explain() {
   local about="$TYPE ($TIER) in zone $ZONE"
   cat "$1" >&2
-  if grep -qiE 'quota|RESOURCE_EXHAUSTED' "$1"; then
+  if grep -qiE 'quota|EXHAUSTED' "$1"; then
     fail "no quota or capacity for $about. Spot, reserved and on-demand chips have quotas of their own, each per zone:" \
-      "look at IAM & Admin > Quotas (TPU API), try another tier or zone, or ask for more."
-  elif grep -qi 'ALREADY_EXISTS' "$1"; then
-    fail "$NAME exists in $ZONE. See: tpu_vm.sh status; or: tpu_vm.sh delete."
+      "look at IAM & Admin > Quotas, try another tier or zone, or ask for more."
+  elif grep -qiE 'ALREADY_?EXISTS|already exists' "$1"; then
+    fail "$NAME exists in $ZONE. See: $SELF status; or: $SELF down."
+  elif grep -qiE 'unrecognized arguments|Invalid choice' "$1"; then
+    fail "this gcloud does not know that flag. Bring it up to date: gcloud components update."
   elif grep -qiE 'PERMISSION_DENIED|NOT_FOUND|INVALID_ARGUMENT|location|zone|accelerator' "$1"; then
-    fail "$about was refused. What exists: gcloud compute tpus locations list," \
-      "gcloud compute tpus accelerator-types list --zone=$ZONE; the TPU API must be on in this project."
+    fail "$about was refused. $(what_exists) must be on in this project."
   fi
   fail "gcloud refused $about."
 }
 
 # get_state: set STATE to the queued resource's, ABSENT, or UNKNOWN (gcloud did not answer).
 get_state() {
-  STATE="$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)' \
-    2> "$SCRATCH/error")" || STATE=UNKNOWN
-  if [ "$STATE" = UNKNOWN ] && grep -qiE 'NOT_FOUND|was not found' "$SCRATCH/error"; then STATE=ABSENT; fi
+  STATE=UNKNOWN
+  if interruptible "$SCRATCH/error" gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" \
+    --format='value(state.state)' > "$SCRATCH/state"; then
+    STATE="$(cat "$SCRATCH/state")"
+  elif grep -qiE 'NOT_FOUND|was not found' "$SCRATCH/error"; then
+    STATE=ABSENT
+  fi
 }
-is_gone() { [[ "$STATE" =~ ^(SUSPENDING|SUSPENDED|FAILED|ABSENT)$ ]]; }
+is_gone() { [[ "$STATE" =~ ^(SUSPENDING|SUSPENDED|FAILED|ABSENT|LOST)$ ]]; }
+tell_reason() { :; } # the state does
+print_state() {
+  execute gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format="${1:-yaml(state)}"
+}
 
 delete() {
-  execute gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force || return
+  interruptible "" execute gcloud compute tpus queued-resources delete "$NAME" "${WHERE[@]}" --force || return
   LEFT_BEHIND=""
 }
 
@@ -347,7 +379,7 @@ down() {
       gcloud compute tpus tpu-vm delete "$node" "${WHERE[@]}" || fail "node $node could not be deleted."
     fi
   done
-  say "nothing named $NAME is left in $ZONE"
+  say "nothing named $NAME is left in $ZONE of the Cloud TPU API (of Compute Engine: tpu_vm.sh --gce down)"
 }
 
 # settle: poll while the slice is on its way, until ACTIVE, SUSPENDED, FAILED or ABSENT.
@@ -358,10 +390,11 @@ settle() {
     if [ "$STATE" != "$before" ]; then say "$NAME is $STATE"; fi
     before="$STATE"
     case "$STATE" in
-      ACTIVE | SUSPENDED | FAILED | ABSENT) return ;;
+      ACTIVE | SUSPENDED | FAILED | ABSENT | LOST) return ;;
       UNKNOWN) ((++silent <= PATIENCE)) || explain "$SCRATCH/error" ;;
       *) silent=0 ;;
     esac
+    tell_reason
     sleep "$POLL"
   done
 }
@@ -371,7 +404,7 @@ settle() {
 acquire() {
   if [ -n "$DRY_RUN" ]; then
     create
-    execute gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)'
+    print_state 'value(state.state)'
     return
   fi
   settle
@@ -380,17 +413,16 @@ acquire() {
       LEFT_BEHIND=1
       return
       ;;
-    SUSPENDED | FAILED) delete || fail "$NAME ($STATE) could not be deleted." ;;
+    SUSPENDED | FAILED | LOST) delete || fail "$NAME ($STATE) could not be deleted." ;;
   esac
+  LEFT_BEHIND=1 # before it is there: a signal may come while it is made
   create
-  LEFT_BEHIND=1
   settle
   case "$STATE" in
     ACTIVE) ;;
-    SUSPENDED) return "$RETRY" ;;
+    SUSPENDED | LOST) return "$RETRY" ;;
     *)
-      gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='yaml(state)' \
-        > "$SCRATCH/error" 2>&1 || true
+      print_state > "$SCRATCH/error" 2>&1 || true
       explain "$SCRATCH/error"
       ;;
   esac
@@ -463,7 +495,7 @@ run() {
   rm -f "$environment"
   if [[ " ${CODES[*]} " == *" 3 "* ]]; then
     blame start || true
-    fail "another command is running: tpu_vm.sh stop ends it."
+    fail "another command is running: $SELF stop ends it."
   fi
   if ! blame start; then
     if is_out_of_reach; then code=$RETRY; else code=1; fi
@@ -539,7 +571,7 @@ watch() {
       unreachable)
         say "host $(host "$CULPRIT") can't be reached ($((++silent)) of $PATIENCE; the slice is $STATE)"
         if ((silent >= PATIENCE)); then
-          [ "$STATE" != UNKNOWN ] || fail "no contact with Google Cloud; the job may go on. Later: tpu_vm.sh up or attach."
+          [ "$STATE" != UNKNOWN ] || fail "no contact with Google Cloud; the job may go on. Later: $SELF up or attach."
           stop 5
           DELETE=1
           return "$RETRY"
@@ -613,7 +645,7 @@ finish() {
   fi
   if [ -n "$KEEP" ] || [ -z "$HAS_BUCKET" ]; then
     LEFT_BEHIND=""
-    say "$NAME is kept, and paid for${KEEP:+ (--keep)}: tpu_vm.sh delete ends that"
+    say "$NAME is kept, and paid for${KEEP:+ (--keep)}: $SELF delete ends that"
     return
   fi
   delete
@@ -623,7 +655,7 @@ finish() {
 status() {
   local index
   if [ -n "$DRY_RUN" ]; then
-    execute gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)'
+    print_state 'value(state.state)'
     ask_jobs
     return
   fi
@@ -648,7 +680,7 @@ logs() {
 leave() {
   rm -rf "$SCRATCH"
   if [ -n "$LEFT_BEHIND" ]; then
-    say "$NAME is there, and paid for. Look: tpu_vm.sh status; go on: the same command; end it: tpu_vm.sh down."
+    say "$NAME is there, and paid for. Look: $SELF status; go on: the same command; end it: $SELF down."
   fi
 }
 
@@ -658,6 +690,7 @@ main() {
   [[ "$ACTION" =~ ^(create|setup|run|attach|logs|status|stop|delete|down|up)$ ]] ||
     wrong "action=$(quote "$ACTION") is not one of create, setup, run, attach, logs, status, stop, delete, down, up. See --help."
   validate
+  declare -ga NODES=() WORKERS=()
   list_hosts
   umask 077
   SCRATCH="$(mktemp -d)"
@@ -673,6 +706,7 @@ main() {
   check_gcloud
   if [[ "$ACTION" =~ ^(setup|up)$ ]]; then check_source; fi
   if ((${#COMMAND[@]})); then check_run_dir; fi
+  if [[ "$ACTION" =~ ^(setup|run|attach|logs|stop)$ ]]; then find_hosts; fi
   declare -ga CODES=() JOBS=() LAST=()
   case "$ACTION" in
     stop)

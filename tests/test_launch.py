@@ -1,7 +1,6 @@
 """The launch scripts against fake clouds: what they run, what they retry, what they never print.
 
-A fake `gcloud` (`kubectl`, `xpk`, `srun`, `scontrol`) notes its argv and stdin and answers from
-rules; hosts of a slice are folders in which the real `launch/host.sh` runs.
+The fakes are in clouds.py; those of Compute Engine's slices are tested in test_launch_gce.py.
 """
 
 from __future__ import annotations
@@ -19,141 +18,28 @@ import time
 
 import pytest
 import yaml
+from clouds import (
+    HOSTILE,
+    LAUNCH,
+    ROOT,
+    TOKEN,
+    TPU,
+    TRAIN,
+    Cloud,
+    check_started,
+    flag,
+    wait_for,
+)
 from conftest import slowness
 
-ROOT = pathlib.Path(__file__).parent.parent
-LAUNCH = ROOT / "launch"
 SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
-SOURCED = {"lib.sh", "setup.sh"}
+SOURCED = {"lib.sh", "setup.sh", "gce.sh"}
 EARLIER = {"quickstart.sh", "test.sh"}  # what follows them goes on to the command they run
-HOSTILE = ["a b; $(rm -rf /)", "it's", '"q" \\ $HOME `id`', "& | > < * ? ~ #", "ü", "@NAME@", ""]
-TOKEN = "hf_very-secret'$value"
-TPU = ["--name", "judge", "--zone", "us-east5-b", "--poll", "0.02"]
-CONFIG = "configs/judgelrm_7b.yaml"
-TRAIN = ["--", "python", "-m", "jlrm.train", "--config", CONFIG, "run.dir=gs://bucket/run"]
-
-FAKE = """#!{python} -IS
-import fcntl, json, os, sys
-home = {home!r}
-tool, argv = os.path.basename(sys.argv[0]), sys.argv[1:]
-text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read().decode("latin1")
-words = " ".join([tool, *argv])
-with open(home + "/lock", "w") as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    with open(home + "/calls.jsonl", "a") as log:
-        print(json.dumps([tool, argv, text]), file=log)
-    rules = json.load(open(home + "/rules.json"))
-    rule = next((r for r in rules if r["times"] and all(m in words for m in r["match"])), None)
-    if rule is not None:
-        rule["times"] -= 1
-        json.dump(rules, open(home + "/rules.json", "w"))
-if rule is None:
-    sys.exit(0)
-if rule["host"]:
-    import subprocess
-    node = argv[argv.index("ssh") + 1]
-    worker = next(a for a in argv if a.startswith("--worker="))[9:]
-    place = os.path.join(home, "hosts", node + "-" + worker)
-    os.makedirs(place, exist_ok=True)
-    if not os.path.lexists(place + "/jlrm"):
-        os.symlink({root!r}, place + "/jlrm")
-    environment = {{k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "WANDB_API_KEY")}}
-    command = next(a for a in argv if a.startswith("--command="))[10:]
-    done = subprocess.run(["bash", "-c", command], cwd=place, env=environment | {{"HOME": place}},
-                          input=text.encode("latin1"))
-    sys.exit(done.returncode)
-for path, content in rule["writes"].items():
-    flag = next(a for a in argv if a.startswith(path + "="))
-    open(flag.partition("=")[2], "w").write(content)
-sys.stdout.write(rule["out"])
-sys.stderr.write(rule["err"])
-sys.exit(rule["code"])
-"""
-
-
-class Cloud:
-    """Fakes on PATH, the rules they answer by, and what they were called with."""
-
-    def __init__(self, home: pathlib.Path) -> None:
-        self.home, self.bin, self.rules = home, home / "bin", []
-        self.bin.mkdir()
-        for tool in ("gcloud", "kubectl", "xpk", "srun", "scontrol"):
-            script = self.bin / tool
-            script.write_text(FAKE.format(python=sys.executable, home=str(home), root=str(ROOT)))
-            script.chmod(0o755)
-
-    def reply(self, *match, out="", err="", code=0, times=10**6, host=False, writes=None) -> None:
-        self.rules.append(
-            {
-                "match": match,
-                "out": out,
-                "err": err,
-                "code": code,
-                "times": times,
-                "host": host,
-                "writes": writes or {},
-            }
-        )
-
-    def states(self, *states: str) -> None:
-        """Let `describe` answer these in turn, and the last one from then on."""
-        for state in states[:-1]:
-            self.state(state, 1)
-        self.state(states[-1], 10**6)
-
-    def state(self, state: str, times: int) -> None:
-        if state == "ABSENT":
-            self.reply("describe", err="NOT_FOUND: no such resource\n", code=1, times=times)
-        else:
-            self.reply("describe", out=state + "\n", times=times)
-
-    def run(self, script: str, *args: str, env=None, timeout=30) -> subprocess.CompletedProcess:
-        (self.home / "rules.json").write_text(json.dumps(self.rules))
-        return subprocess.run(
-            ["bash", str(LAUNCH / script), *args],
-            env=self.env(env),
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=timeout * slowness(),
-            stdin=subprocess.DEVNULL,
-        )
-
-    def env(self, more=None) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "WANDB_API_KEY")}
-        return kept | {"PATH": f"{self.bin}:{os.environ['PATH']}"} | (more or {})
-
-    def up(self, *args: str, kind=("--type", "v5p-16", "--spot"), env=None):
-        return self.run("tpu_vm.sh", "up", *TPU, *kind, *args, *TRAIN, env=env)
-
-    def calls(self, *match: str, tool: str | None = None) -> list[tuple[list[str], str]]:
-        """Return argv and stdin of the calls whose words hold all of these."""
-        log = self.home / "calls.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [
-            ([name, *argv], text)
-            for name, argv, text in rows
-            if tool in (None, name) and all(m in " ".join([name, *argv]) for m in match)
-        ]
-
-    def deletions(self) -> list[tuple[list[str], str]]:
-        """Return the calls that ask for the end of a slice."""
-        return self.calls("queued-resources delete")
 
 
 @pytest.fixture
 def cloud(tmp_path):
     return Cloud(tmp_path)
-
-
-def flag(argv: list[str], name: str) -> str:
-    return next(word for word in argv if word.startswith(name + "="))[len(name) + 1 :]
-
-
-def check_started(argv: list[str], words: list[str]) -> None:
-    """Check what the remote shell, and nothing else, makes of a start command."""
-    remote = shlex.split(flag(argv, "--command"))
-    assert remote == ["bash", "jlrm/launch/host.sh", "start", "--", *words]
 
 
 # --- all of them --------------------------------------------------------------------------------
@@ -658,7 +544,9 @@ def test_setup_from_a_pinned_commit(cloud):
 
 
 def on_hosts(cloud, action: str, *args: str, env=None):
-    return cloud.run("tpu_vm.sh", action, *TPU, "--type", "v5e-4", "--slices", "2", *args, env=env)
+    # Without a lifetime: its sleep would outlive the tests.
+    kind = ["--type", "v5e-4", "--slices", "2", "--lifetime", "0"]
+    return cloud.run("tpu_vm.sh", action, *TPU, *kind, *args, env=env)
 
 
 @pytest.mark.slow
@@ -741,13 +629,6 @@ def test_a_killed_host_is_lost(cloud):
     assert on_hosts(cloud, "status").stdout.count("exited 143") == 1  # its peer was stopped
 
 
-def wait_for(is_true, seconds: float = 10) -> None:
-    end = time.monotonic() + seconds * slowness()
-    while not is_true():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-
-
 # --- GKE ----------------------------------------------------------------------------------------
 
 JOBSET = ["--name", "judge", "--type", "v6e", "--topology", "4x4", "--image", "host/p/jlrm:1"]
@@ -810,7 +691,14 @@ def test_a_jobset_of_the_same_name_goes_first_if_it_may(cloud, state, flags, cod
 
 @pytest.mark.parametrize(
     ("kind", "topology", "hosts", "chips"),
-    [("v5e", "2x4", 1, 8), ("v5e", "2x2", 1, 4), ("v5p", "2x2x2", 2, 4), ("tpu7x", "2x2x1", 1, 4)],
+    [
+        ("v5e", "2x4", 1, 8),
+        ("v5e", "2x2", 1, 4),
+        ("v5p", "2x2x2", 2, 4),
+        ("tpu7x", "2x2x1", 1, 4),
+        ("tpu7x", "2x4x4", 8, 4),
+        ("tpu7x", "4x4x8", 32, 4),
+    ],
 )
 def test_jobset_hosts(cloud, kind, topology, hosts, chips):
     flags = [*JOBSET[:2], "--type", kind, "--topology", topology, "--image", "i", "--dry-run"]
@@ -818,6 +706,12 @@ def test_jobset_hosts(cloud, kind, topology, hosts, chips):
     assert done.returncode == 0 and not cloud.calls()
     spec = yaml.safe_load(done.stdout.split("\n---\n")[0])["spec"]["replicatedJobs"][0]
     assert spec["template"]["spec"]["completions"] == hosts
+    selector = spec["template"]["spec"]["template"]["spec"]["nodeSelector"]
+    accelerator = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "tpu7x": "tpu7x"}[kind]
+    assert selector == {
+        "cloud.google.com/gke-tpu-accelerator": accelerator,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
     assert f"google.com/tpu: {chips}" in done.stdout and "@" not in done.stdout
 
 
@@ -831,6 +725,10 @@ def test_jobset_hosts(cloud, kind, topology, hosts, chips):
         (["--secret", "a}, x: {"], "--secret"),
         (["--topology", "3x3", "--type", "v5e"], "no multiple of 4"),
         (["--topology", "2x4", "--slices", "2"], "several hosts"),
+        (["--topology", "4x2x1", "--type", "tpu7x"], "no slice of tpu7x"),
+        (["--topology", "4x8x4", "--type", "tpu7x"], "rising order"),
+        (["--topology", "2x2x8", "--type", "v5p"], "no slice of v5p"),
+        (["--topology", "2x2x2", "--type", "tpu7x", "--chips-per-host", "8"], "of tpu7x has 4"),
         (["--", "python", "a\nb"], "control character"),
         (["--"], "no command"),
     ],
@@ -862,6 +760,13 @@ def test_xpk(cloud):
     assert argv[:4] == ["xpk", "workload", "create", "--cluster=c"]
     assert {"--num-slices=2", "--spot", "--max-restarts=50", "--tpu-type=v6e-16"} <= set(argv)
     assert shlex.split(flag(argv, "--command")) == words
+
+
+@pytest.mark.parametrize("kind", ["tpu7x-16", "tpu7x-2x2x2"])
+def test_xpk_on_tpu7x(cloud, kind):
+    done = cloud.run("gke_xpk.sh", *XPK, "--type", kind, *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert flag(cloud.calls()[0][0], "--tpu-type") == kind
 
 
 def test_xpk_takes_secrets_by_reference(cloud):

@@ -19,7 +19,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -32,6 +32,7 @@ from jaxtyping import Array
 from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
+from jlrm.runtime import hosts
 from jlrm.runtime.mesh import Layout
 from jlrm.runtime.storage import first_line
 from jlrm.weights.hf_files import INDEX, WEIGHTS, Stored, open_tensors
@@ -66,7 +67,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 MODEL_FILES = ("generation_config.json", "config.json")
-ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "adapter_config.json", "*.safetensors", INDEX)
+SHARDS = "*.safetensors"
+ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "adapter_config.json", SHARDS, INDEX)
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -128,6 +130,9 @@ def tensors(config: QwenConfig) -> list[Tensor]:
 def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
     """Return the local directory of a Hugging Face model; a hub id is downloaded.
 
+    Of several processes one downloads the weights; the others' directories hold the rest
+    (passing.py).
+
     Args:
       source: a directory or a hub id.
       files: names and patterns of the files that are needed.
@@ -146,8 +151,9 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
         )
     from huggingface_hub import snapshot_download
 
+    wanted = [file for file in files if hosts.is_main() or file != SHARDS]
     try:
-        return pathlib.Path(snapshot_download(source, allow_patterns=[*files]))
+        return pathlib.Path(snapshot_download(source, allow_patterns=wanted))
     except Exception as error:  # the client raises anything
         raise UsageError(
             f"{source} is no local directory, and the hub did not give it: {first_line(error)}."
@@ -253,8 +259,13 @@ def _read_part(
     return out
 
 
+def read_whole(files: Mapping[str, Stored], tensor: Tensor, dtype: Any) -> np.ndarray:
+    """Return one tensor in our shape."""
+    return _read_slice(files, tensor, [slice(0, size) for size in tensor.shape], dtype)
+
+
 def _read_slice(
-    files: dict[str, Stored], tensor: Tensor, bounds: list[slice], dtype: Any
+    files: Mapping[str, Stored], tensor: Tensor, bounds: list[slice], dtype: Any
 ) -> np.ndarray:
     stored = files[tensor.name]
     if tensor.num_inputs:

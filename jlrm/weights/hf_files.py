@@ -129,6 +129,11 @@ def open_tensors(
     return held
 
 
+def are_here(directory: pathlib.Path) -> bool:
+    """Return whether a directory holds all files of its weights."""
+    return all(os.path.isfile(directory / name) for name in _file_names(directory))
+
+
 def _full_name(name: str, known: Collection[str]) -> str:
     """Return the name in a language model of a tensor with a prefix too few or too many."""
     names = (name, PREFIX + name, name.removeprefix(PREFIX))

@@ -11,9 +11,9 @@ from typing import Any
 from jlrm.config import Config, UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.runtime import storage
+from jlrm.runtime import hosts, storage
 from jlrm.runtime.mesh import Layout
-from jlrm.weights import hf, hf_config, reading, steps
+from jlrm.weights import hf, hf_config, hf_files, passing, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
 ENDS = 1 << 20  # bytes at each end of a file that stand for it
@@ -32,11 +32,18 @@ def model_files(source: str) -> pathlib.Path:
 
 
 def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
-    """Read a model's weights onto the devices; `source` as in `model.path`."""
+    """Read a model's weights onto the devices; `source` as in `model.path`.
+
+    Each process reads its own parts, unless one alone has the files: then that one passes them on.
+    """
     if steps.is_run(source):
         abstract = qwen.abstract_params(model, layout)
         return reading.restore_params(steps.find(source), abstract)
-    return hf.load_params(hf.resolve(source), model, layout)
+    directory = hf.resolve(source)
+    have = hosts.gather("the weights", hf_files.are_here(directory))  # once all is downloaded
+    if all(have) or not any(have):  # where nobody has them, all say so
+        return hf.load_params(directory, model, layout)
+    return passing.load_params(directory, model, layout, reader=have.index(True))
 
 
 def read_model(config: Config) -> QwenConfig:
@@ -69,6 +76,7 @@ def fingerprint(source: str) -> str:
     """Return a digest of a model's files: names, sizes, and the ends of each.
 
     Reading all of the weights would take as long as loading them. `source` as in `model.path`.
+    Each process calls it; one without the weights takes the digest of the first that has them.
     """
     if steps.is_run(source):
         directory: Any = steps.find(source)  # may be in a store
@@ -77,6 +85,8 @@ def fingerprint(source: str) -> str:
         directory = hf.resolve(source)  # where results of an evaluation may lie in a folder below
         kinds = (".safetensors", ".json", ".jinja", ".txt")
         files = (file for file in directory.iterdir() if file.name.endswith(kinds))
+        if not hf_files.are_here(directory) and hosts.count() > 1:
+            return _of_others(None)
     digest = hashlib.sha256()
     for file in sorted(files):
         size = getattr(about := file.stat(), "st_size", None) or getattr(about, "length", 0)
@@ -85,7 +95,13 @@ def fingerprint(source: str) -> str:
             digest.update(content.read(ENDS))
             content.seek(max(0, size - ENDS))
             digest.update(content.read())
-    return digest.hexdigest()[:16]
+    return _of_others(digest.hexdigest()[:16])
+
+
+def _of_others(mine: str | None) -> str:
+    """Return this process's digest or, where it has none, that of the first that has one."""
+    digests = hosts.gather("the weights' digest", mine)
+    return mine or next((digest for digest in digests if digest), "")
 
 
 def _files(directory: Any) -> Iterator[Any]:
