@@ -1,5 +1,8 @@
 """`transformers` on torch, as in a loop of one's own: `generate`, log-probabilities, AdamW."""
 
+# Its packages are those of another Python.
+# pyright: reportMissingImports=false
+
 import copy
 
 import torch

@@ -1,7 +1,7 @@
 """A library's process: started in its own Python, asked for one turn at a time.
 
 The malloc of glibc gives large blocks back to the system and gets them anew, page by page, in every
-step. Told to keep its memory, it makes the big steps of torch a third faster, so both are measured.
+step. Told to keep its memory it spares these page faults, and needs more of it: both are measured.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 Without the flag "checkpointing" it keeps activations, which is faster than its default.
 """
 
+# Its packages are those of another Python.
+# pyright: reportMissingImports=false
+
 import torch
 import transformers
 import trl

@@ -1,5 +1,8 @@
 """Tunix on JAX: its own sampler, and its GRPO learner with the trainer that this has."""
 
+# Its packages are those of another Python.
+# pyright: reportMissingImports=false
+
 import json
 import pathlib
 
