@@ -17,6 +17,7 @@ sheet. Small models fit into caches, so the bandwidth of memory does not limit t
 
 Left out: rewards, data and checkpoints, which are the host's work. With `--compare` two configs are
 in memory side by side, and their repetitions alternate: what disturbs one disturbs the other.
+`--against` measures other libraries beside ours, on workloads of its own (peers/against.py).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tqdm import tqdm
 
 from jlrm.config import Config, UsageError
 from jlrm.model import qwen
+from jlrm.peers import against
 from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
 from jlrm.planning.figures import BenchResult, Measured, MeasuredAgainst, PhaseFigures, Ratio
@@ -328,7 +330,7 @@ def describe(result: BenchResult, names: Sequence[str]) -> str:
     parts: list[Measured] = [result, result.compare] if result.compare else [result]
     for name, part in zip(names, parts, strict=True):
         rows = [{"phase": phase, **_row(part.phase(phase))} for phase in PHASES]
-        lines += [name, tables.table(rows, ["phase", *COLUMNS]), _machine_line(part.machine)]
+        lines += [name, tables.table(rows, ["phase", *COLUMNS]), machine.describe(part.machine)]
     if result.compare:
         rows = [{"phase": p, **contracts.encode(result.compare.ratio[p])} for p in PHASES]
         lines += [
@@ -348,18 +350,12 @@ def _row(phase: PhaseFigures) -> dict[str, Any]:
     return cells
 
 
-def _machine_line(limits: dict[str, Any]) -> str:
-    return (
-        f"{limits['num_devices']} x {limits['device_kind']} ({limits['platform']}), "
-        f"{limits['num_processes']} process(es), jax {limits['jax']}; "
-        f"measured, no data-sheet values: {limits['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s "
-        f"({limits['dtype']} products of {limits['matmul_size']}), "
-        f"{limits['read_bytes_per_second'] / 1e9:.3g} GB/s"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, and print."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if against.is_asked(words):
+        against.main(words)
+        return
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.bench",
         description="Measure rollout, log-probabilities and update of a config on these devices, "
@@ -367,7 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog="MFU: needed FLOPs over the best rate of a matrix product. Roofline: least possible "
         "time, by FLOPs and bytes, over the time taken. Both limits are measured in the same run. "
         "Prefill: the share of a rollout up to its first tokens. plain/s: tokens a second, if "
-        "each rollout's prompt were counted.",
+        "each rollout's prompt were counted. Other libraries beside ours: --against NAMES --help.",
     )
     add_settings(parser)
     parser.add_argument("--compare", metavar="CONFIG", help="measure this one in turn with it")
@@ -377,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "overrides", nargs="*", metavar="section.key=value", help="change a setting, of both"
     )
     cluster.add_arguments(parser)
-    args = parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(words)
     if args.repeats < 1:
         raise UsageError(f"--repeats {args.repeats} measures nothing: at least 1.")
     names = [args.config, args.compare] if args.compare else [args.config]

@@ -29,6 +29,7 @@ RANKS = {
     "server": 9,
     "training": 8,
     "planning": 9,
+    "peers": 9,
 }
 COMMAND = 10
 COMMANDS = {

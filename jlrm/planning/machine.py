@@ -40,6 +40,17 @@ def limits(mesh: Mesh, dtype: str) -> dict[str, Any]:
     }
 
 
+def describe(limits: dict[str, Any]) -> str:
+    """Return the limits as a line of text."""
+    return (
+        f"{limits['num_devices']} x {limits['device_kind']} ({limits['platform']}), "
+        f"{limits['num_processes']} process(es), jax {limits['jax']}; "
+        f"measured, no data-sheet values: {limits['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s "
+        f"({limits['dtype']} products of {limits['matmul_size']}), "
+        f"{limits['read_bytes_per_second'] / 1e9:.3g} GB/s"
+    )
+
+
 def matmul_rate(layout: Layout, dtype: str) -> tuple[int, float]:
     """Return the size of the fastest square product in `dtype`, and all devices' FLOPs a second.
 

@@ -1,0 +1,157 @@
+"""jlrm beside the others: what `python -m jlrm.train` runs, in float32.
+
+The same programs, the same packing and the same work of the host. Rollouts are drawn as in a step
+of training, and rewards are read from text. The layers' matrix products are kept for the backward
+pass (`model.remat=dots`), as the others keep them.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import transformers
+
+from jlrm.config import Config
+from jlrm.rl.advantages import group_advantages
+from jlrm.runtime.mesh import create_mesh, host_array
+from jlrm.runtime.settings import from_dict
+from jlrm.sampling.generate import fetch, make_generator
+from jlrm.sampling.policy import Network
+from jlrm.sampling.sampler import Rollout
+from jlrm.sampling.stops import stop_tables
+from jlrm.training import packing
+from jlrm.training.packing import Group
+from jlrm.training.programs import Known, Minibatch, grpo_programs, pack_minibatch, rollout_settings
+from jlrm.training.update import init_state
+from jlrm.weights import hf, source
+
+PACKAGES = ("jax", "flax")
+
+
+class Trained:
+    """The programs of a GRPO run on the workload, and their state."""
+
+    def __init__(self, work: Any) -> None:
+        self.work = work
+        config = settings(work)
+        model = source.read_model(config)
+        network = Network(model, create_mesh(config.mesh, jax.devices()[:1]), 0, ())
+        self.training = network.training
+        self.programs = grpo_programs(config, network, work.prompt_tokens)
+        stops = stop_tables({}, [], model.vocab_size)
+        self.generate = make_generator(
+            network,
+            rollout_settings(config, network),
+            stops,
+            config.run.seed,
+            work.rollouts,
+            work.prompt_tokens,
+        )
+        params = hf.load_params(pathlib.Path(work.model), model, self.training)
+        self.state = init_state(model, self.training, self.programs.optimizer, params)
+
+    def draw(self, number: int) -> Rollout:
+        """Lay the weights out, generate all completions and fetch them."""
+        weights = self.programs.lay_out(self.state.params)
+        prompts = self.work.prompts
+        begun = self.generate(weights, prompts, np.arange(len(prompts)), number)
+        return fetch(begun, len(prompts))
+
+    def groups(self, completions: np.ndarray) -> list[Group]:
+        """Return the prompts with completions [B, T]."""
+        parts = np.split(completions, len(self.work.prompts))
+        return [
+            Group(prompt, part.tolist())
+            for prompt, part in zip(self.work.prompts, parts, strict=True)
+        ]
+
+    def pack(self, completions: np.ndarray, known: Known) -> Minibatch:
+        """Pack completions and send them to the device."""
+        sizes, groups = self.programs.sizes, self.groups(completions)
+        return pack_minibatch(self.training, sizes, groups, known, "sequence_mean")
+
+    def pack_batch(self) -> Minibatch:
+        """Pack the batch of the workload."""
+        batch = self.work.batch
+        is_kept = np.ones(len(batch["advantages"]), bool)
+        known = Known(batch["old_logps"], batch["advantages"], is_kept, batch["ref_logps"])
+        return self.pack(batch["completion_ids"], known)
+
+    def take_step(self, part: Minibatch, targets: Any) -> dict[str, Any]:
+        """Take an optimiser step, wait for it, and return its metrics."""
+        self.state, metrics = self.programs.update(self.state, part.rows, targets)
+        jax.block_until_ready(self.state)
+        return jax.device_get(metrics)
+
+
+def settings(work: Any) -> Config:
+    """Return the workload as a config."""
+    loss = {
+        "clip_low": work.clip,
+        "clip_high": work.clip,
+        "kl_weight": work.kl_weight,
+        "entropy_weight": 0.0,
+        "aggregation": "sequence_mean",
+    }
+    optimizer = {
+        "learning_rate": work.learning_rate,
+        "clip_norm": work.clip_norm,
+        "weight_decay": 0.0,
+    }
+    grpo = {"prompts": len(work.prompts), "rollouts": work.rollouts}
+    return from_dict(
+        {
+            "run": {"dir": "unused"},
+            "data": {"train": "unused", "max_prompt_tokens": work.prompt_tokens},
+            "model": {"path": work.model, "compute_dtype": "float32", "remat": "dots"},
+            "sampling": {"max_new_tokens": work.new_tokens},
+            "grpo": {**grpo, "steps": 1, "loss": loss, "optimizer": optimizer},
+        }
+    )
+
+
+def check(work: Any) -> tuple[np.ndarray, float]:
+    """Return log-probabilities [B, T] of the batch, and its loss."""
+    run, completions = Trained(work), work.batch["completion_ids"]
+    part = run.pack_batch()
+    packed = packing.pack(run.groups(completions), run.programs.sizes, 1)
+    found = host_array(run.programs.logprobs(run.state.params, part.rows)[0])
+    logps = np.zeros(completions.shape, np.float32)
+    where = packed.is_target
+    logps[packed.completion[where], packed.offset[where]] = found[where]
+    return logps, run.take_step(part, part.targets)["loss"]
+
+
+def rollout(work: Any, turns: Any) -> None:
+    """Draw completions."""
+    run = Trained(work)
+    for number in turns:
+        turns.tokens = run.draw(number).tokens
+
+
+def update(work: Any, turns: Any) -> None:
+    """Take optimiser steps on the batch, which is packed each time."""
+    run = Trained(work)
+    for _ in turns:
+        part = run.pack_batch()
+        run.take_step(part, part.targets)
+
+
+def iteration(work: Any, turns: Any) -> None:
+    """Draw, pay, score by the reference, and take a step."""
+    run = Trained(work)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
+    reference = run.programs.freeze(run.state.params)
+    for number in turns:
+        drawn = run.draw(number)
+        rewards = np.reshape(
+            work.reward(None, tokenizer.batch_decode(drawn.tokens)), (-1, work.rollouts)
+        )
+        advantages = np.ravel(group_advantages(rewards, eps=1e-4))
+        known = Known(drawn.logps, advantages, np.ones(len(advantages), bool))
+        part = run.pack(drawn.tokens, known)
+        ref_logp, _ = run.programs.logprobs(reference, part.rows)
+        run.take_step(part, part.targets._replace(ref_logp=ref_logp))
