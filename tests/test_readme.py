@@ -53,6 +53,10 @@ PYTHON = "from jlrm import Judge"
 RUN: dict[str, tuple[dict[str, str], str]] = {
     "jlrm report runs/mine": ({}, ""),
     "jlrm export --checkpoint runs/mine@best --out judge": ({}, ""),
+    "jlrm export --checkpoint runs/mine@best --out pushed": (
+        {"ORG/NAME": "org/judge"},
+        "--dry-run",  # test_card.py pushes to a hub of its own
+    ),
     "jlrm export --from-hf Qwen/Qwen3-0.6B": ({}, ""),
     "jlrm prepare --input pairs.jsonl more.parquet": ({}, ""),
     "jlrm judge pairs.jsonl --model runs/mine@best": ({}, ""),
