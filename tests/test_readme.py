@@ -72,9 +72,10 @@ RUN: dict[str, tuple[dict[str, str], str]] = {
     "jlrm scorecard OUT_1 OUT_2": ({}, ""),
     "bash launch/tpu_vm.sh up": ({"BUCKET": "bucket"}, "--dry-run"),
 }
-# Commands of which other tests of this file take care.
+# Commands of which other tests take care.
 APART = {
     "jlrm train --config configs/judge_pairs_0.5b.yaml": "makes runs/mine for all others",
+    "jlrm judge --model runs/mine@best": "is typed into (server/test_terminal.py)",
     "jlrm judge serve": "is started, and asked by the next one",
     "curl -s http://127.0.0.1:8000/v1/judge": "asks that server",
 }
