@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -35,6 +36,8 @@ from jlrm.serving.model_card import Trained
 from jlrm.weights import checkpoint, hf, hf_config, hub, reading, steps
 from jlrm.weights.hub import Target
 from jlrm.weights.source import fingerprint, side_files
+
+log = logging.getLogger(__name__)
 
 # What a chat template lacks that leaves it to the model to begin its reasoning.
 OPENING = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
@@ -234,13 +237,17 @@ def found_results(source: str, named: Sequence[pathlib.Path]) -> list[Results]:
     known = {directory.resolve() for directory in named}
     found = []
     for directory in sorted({place.parent.resolve() for place in places if place.is_file()}):
-        results = results_file.read(directory)
-        own = {
-            name: result
-            for name, result in results.benchmarks.items()
-            if journal.path_in(directory / name).exists()
-            and journal.read(directory / name)[0].get("model") == wanted
-        }
+        try:
+            results = results_file.read(directory)
+            own = {
+                name: result
+                for name, result in results.benchmarks.items()
+                if journal.path_in(directory / name).exists()
+                and journal.read(directory / name)[0].get("model") == wanted
+            }
+        except UsageError as error:  # perhaps of another program: nobody has named it
+            log.warning("%s It is not on the card.", error)
+            continue
         if own and directory not in known:
             found.append(replace(results, benchmarks=own))
     return found

@@ -336,7 +336,9 @@ def test_evaluations_of_these_weights_are_found_and_others_only_named(
     assert measured["pairs"]["metrics"][0]["value"] == 100.0
     assert "| by vLLM | pairs |" in card_of(pathlib.Path("named"))
     assert "| longer | pairs |" in card_of(pathlib.Path("named"))
-    # Of other weights nothing is found.
+    # Of other weights nothing is found, and what is no results.json of ours stops nothing.
+    pathlib.Path("evaluations", "other").mkdir()
+    pathlib.Path("evaluations", "other", "results.json").write_text("[]")
     retell(run_dir, qwen.init(MODEL, training_layout(mesh_of(1, 1, 1)), 1))
     assert "## Evaluation" not in card_of(exported(run_dir, "again"))
     assert commands.run(lambda: export.main([*named[:3], "new", "--results", "nowhere"])) == 2
