@@ -1,112 +1,64 @@
 """Move weights between a run and the Hugging Face format.
 
     python -m jlrm.export --checkpoint RUN[@STEP] --out DIR     a directory that transformers loads
+    python -m jlrm.export --checkpoint RUN --out DIR --push ORG/NAME      and upload it
     python -m jlrm.export --from-hf MODEL --out DIR             an Orbax checkpoint to train from
 
 Export reads one tensor at a time out of the checkpoint and appends it to a safetensors file, so its
 memory is that of the largest tensor, and it needs no accelerator. A directory appears whole or not
-at all.
+at all, and is uploaded when it is whole. Its card is serving/model_card.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
 from jlrm.config import UsageError
-from jlrm.data.tokenizer import (
-    Tokenizer,
-    control_tokens,
-    end_ids,
-    load_tokenizer,
-    prompt_template,
-)
+from jlrm.data.tokenizer import CLOCK, Tokenizer, end_ids, load_tokenizer, prompt_template
+from jlrm.evaluation import journal
 from jlrm.judgement import prompts
+from jlrm.reports import results_file
+from jlrm.reports.results_file import Results
 from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
-from jlrm.weights import checkpoint, hf, hf_config, reading, steps
-from jlrm.weights.source import side_files
+from jlrm.serving import calibration, model_card
+from jlrm.serving.model_card import Trained
+from jlrm.weights import checkpoint, hf, hf_config, hub, reading, steps
+from jlrm.weights.hub import Target
+from jlrm.weights.source import fingerprint, side_files
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [judge, grpo, jlrm]
----
-# {name}
+log = logging.getLogger(__name__)
 
-A judge: given a question and two answers it reasons and then scores both,
-`<think>...</think><answer>s1</answer><answer>s2</answer>`.
-Trained with jlrm ({stage}, step {step}); prompt template `{prompt}`, reward mode `{reward}`.
-Held-out metrics at that step: {evaluation}.
-{planting}"""
-USE = """
-## How to ask it
-
-{prompt_is}
-A server that takes messages writes another prompt than this: use its completions endpoint.
-
-```python
-import re
-
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-PROMPT = (
-{lines}
-)
-path = "."  # this directory, or its id on the hub
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-control = (
-{control}
-)
+# What a chat template lacks that leaves it to the model to begin its reasoning.
+OPENING = "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
 
 
-def quoted(text):  # control tokens in a judged text would steer the judge
-    for token in control:
-        text = text.replace(token, {broken})
-    return text
-
-
-texts = {{"question": "What is 2 + 2?", "answer_1": "4", "answer_2": "5"}}
-prompt = re.sub(r"\\{{(question|answer_1|answer_2)\\}}", lambda hit: quoted(texts[hit[1]]), PROMPT)
-ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-written = model.generate(ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens={max_tokens})
-print(tokenizer.decode(written[0, ids.shape[1]:]))
-```
-"""
-# How the program breaks a token: as `prompts.quote` does with its usual spelling.
-SPACED = 'token[0] + " " + token[1:]'
-BRACKETED = f'f"[{{token[1:-1]}}]" if token[0] + token[-1] == "<>" else {SPACED}'
-FIXED_PROMPT = (
-    "The prompt is a fixed text that ends in `<think>`. Fill it in and generate from there, without"
-    " a chat template."
-)
-CHAT_PROMPT = (
-    "The prompt is a system and a user message in this model's chat template, and then an open\n"
-    "`<think>`. Below is the text that this makes, as in training: fill it in and generate from"
-    " there.\nDon't put it through the chat template once more."
-)
-
-
-def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> None:
+def export_to_hf(
+    source: str, out: pathlib.Path, dtype: str = "bfloat16", results: Sequence[pathlib.Path] = ()
+) -> None:
     """Write the Hugging Face directory of a run's checkpoint.
 
     Args:
       source: `RUN`, `RUN@STEP`, `RUN@STAGE/STEP` or `RUN@best`.
       out: a directory that does not exist yet.
       dtype: "bfloat16" or "float32", of the stored weights.
+      results: directories of evaluations for the card; those that are found are on it too.
 
     Raises:
       UsageError: no such checkpoint, or something is at `out`.
     """
     step_dir = steps.find(source)
+    measured = [results_file.read(directory) for directory in results]
     reading.check_files(step_dir)
     wanted = steps.read_digests(step_dir)
     model_dir = side_files(source) / "model"
@@ -118,8 +70,19 @@ def export_to_hf(source: str, out: pathlib.Path, dtype: str = "bfloat16") -> Non
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
     meta = steps.read_meta(step_dir)
-    card = _card(out.name, meta) + _use(meta, tokenizer)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    calibrated = calibration.find("", source)
+    if calibrated:
+        calibration.write(partial / calibration.NAME, calibrated)
+    trained = Trained(
+        out.name,
+        meta,
+        tokenizer,
+        end_ids(tokenizer, partial),
+        _open_thinking(partial, tokenizer, meta.get("config", {})),
+        [*measured, *found_results(source, results)],
+        calibrated,
+    )
+    model_card.write(partial / "README.md", trained)
 
     def read(tensor: hf.Tensor) -> Any:
         return reading.read_tensor(step_dir, tensor.path, tensor.layer, wanted)
@@ -218,68 +181,173 @@ def _write_tokenizer_config(file: pathlib.Path) -> None:
         file.write_text(json.dumps(told, indent=2))
 
 
-def _card(name: str, meta: dict[str, Any]) -> str:
-    config = meta.get("config", {})
-    prompt = config.get("data", {}).get("prompt", "unknown")
-    planting = prompts.planting_note(prompt)
-    scores = meta.get("evaluation", {})
-    return CARD.format(
-        name=name,
-        stage=meta["stage"],
-        step=meta["step"],
-        prompt=prompt,
-        planting=f"\n{planting}\n" if planting else "",
-        reward=config.get("reward", {}).get("mode", "unknown"),
-        evaluation=", ".join(f"{key} {value:.4g}" for key, value in scores.items()) or "none",
-    )
+def _open_thinking(directory: pathlib.Path, tokenizer: Tokenizer, config: dict[str, Any]) -> bool:
+    """Let the exported chat template write the prompt of training; return whether it does.
+
+    A server fills the template without knowing of our prompt. What it lacks is the open `<think>`,
+    and a fixed date. It is changed only where that is all, which is tried. A prompt that is no
+    conversation leaves it as it is.
+    """
+    name, reward = config.get("data", {}).get("prompt"), config.get("reward", {})
+    if name not in prompts.PAIR_NAMES or name in prompts.PAIR_TEMPLATES:
+        return False
+    scale = reward.get("min_score", 1), reward.get("max_score", 10)
+    system, user = prompts.messages(name, *scale)
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    wanted = prompt_template(tokenizer, name, min_score=scale[0], max_score=scale[1])
+    own = tokenizer.get_chat_template()
+    dated = (CLOCK if "strftime_now" in own else "") + own
+    for template in (own, dated, dated.removesuffix("\n") + OPENING):
+        try:
+            text = tokenizer.apply_chat_template(
+                chat, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except Exception:  # a template is a program: it raises anything
+            continue
+        if text == wanted:
+            return template == own or _write_chat_template(directory, own, template)
+    return False
 
 
-def _use(meta: dict[str, Any], tokenizer: Tokenizer) -> str:
-    """Return how to ask a judge, with a program that does; "" where no prompt was trained on."""
-    config = meta.get("config", {})
-    name = config.get("data", {}).get("prompt")
-    if name not in prompts.PAIR_NAMES:
-        return ""
-    reward, is_fixed = config.get("reward", {}), name in prompts.PAIR_TEMPLATES
-    scale = {key: reward[key] for key in ("min_score", "max_score") if key in reward}
-    text = prompt_template(tokenizer, name, **scale)
-    tags = prompts.THINK_TAGS if is_fixed else prompts.TAGS
-    control = sorted({*control_tokens(tokenizer), *tags})
-    return USE.format(
-        broken=SPACED if is_fixed else BRACKETED,
-        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
-        lines="\n".join(f"    {line!r}" for line in text.splitlines(keepends=True)),
-        control="\n".join(f"    {token!r}," for token in control),
-        max_tokens=config.get("sampling", {}).get("max_new_tokens", 2048),
-    )
+def _write_chat_template(directory: pathlib.Path, own: str, template: str) -> bool:
+    """Put a template in the place of the tokenizer's own; return whether it stood anywhere."""
+    written, file = False, directory / "chat_template.jinja"
+    if file.is_file():
+        file.write_text(template, encoding="utf-8")
+        written = True
+    for named in ("tokenizer_config.json", "chat_template.json"):
+        place = directory / named
+        fields = read_json(place) if place.is_file() else {}
+        if fields.get("chat_template") == own:
+            place.write_text(json.dumps({**fields, "chat_template": template}, indent=2))
+            written = True
+    return written
+
+
+def found_results(source: str, named: Sequence[pathlib.Path]) -> list[Results]:
+    """Return the evaluations of a checkpoint that lie in its run or in `evaluations`.
+
+    A file counts for the benchmarks whose responses were given by these very weights; directories
+    that are `named` are left to whoever names them.
+    """
+    run, wanted = pathlib.Path(steps.split(source)[0]), fingerprint(steps.pinned(source))
+    places = [*run.glob(f"*/{results_file.NAME}"), run / results_file.NAME]
+    places += [*run.glob(f"*/*/{results_file.NAME}")]
+    places += pathlib.Path().glob(f"evaluations/*/{results_file.NAME}")
+    known = {directory.resolve() for directory in named}
+    found = []
+    for directory in sorted({place.parent.resolve() for place in places if place.is_file()}):
+        try:
+            results = results_file.read(directory)
+            own = {
+                name: result
+                for name, result in results.benchmarks.items()
+                if journal.path_in(directory / name).exists()
+                and journal.read(directory / name)[0].get("model") == wanted
+            }
+        except UsageError as error:  # perhaps of another program: nobody has named it
+            log.warning("%s It is not on the card.", error)
+            continue
+        if own and directory not in known:
+            found.append(replace(results, benchmarks=own))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and convert."""
+    """Parse the command line, convert, and push."""
+    args = _parser().parse_args(argv)
+    if "://" in args.out:
+        raise UsageError(f"--out {args.out}: wanted a local directory. Copy that to the store.")
+    out, target = pathlib.Path(args.out).expanduser(), _target(args)
+    if target and not args.dry_run:
+        hub.check(target)
+    if args.checkpoint:
+        export_to_hf(args.checkpoint, out, args.dtype or "bfloat16", args.results)
+    elif not args.from_hf:
+        _check_exported(out)
+    elif args.dtype or args.results:
+        flag = "--dtype" if args.dtype else "--results"
+        raise UsageError(f"{flag} has no effect with --from-hf, which keeps what the files hold.")
+    else:
+        import_from_hf(args.from_hf, out)
+    print(f"Written: {out}" if args.checkpoint or args.from_hf else f"Whole: {out}")
+    if target:
+        _push(out, target, args.dry_run)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jlrm.export",
-        description="Move weights between a run and Hugging Face's format.",
+        description="Move weights between a run and Hugging Face's format, and to the hub.",
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--checkpoint", metavar="RUN[@STEP]", help="@STEP: 100, sft/100 or best")
     source.add_argument("--from-hf", metavar="MODEL", help="directory or hub id")
-    parser.add_argument("--out", required=True, help="directory to be made")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--out", required=True, help="directory to be made; without the above, one to be pushed")
+    add(
         "--dtype",
         choices=["bfloat16", "float32"],
         help="of exported weights; --from-hf keeps what the files hold (bfloat16)",
     )
-    args = parser.parse_args(argv)
-    if "://" in args.out:
-        raise UsageError(f"--out {args.out}: wanted a local directory. Copy that to the store.")
-    out = pathlib.Path(args.out).expanduser()
-    if args.checkpoint:
-        export_to_hf(args.checkpoint, out, args.dtype or "bfloat16")
-    elif args.dtype:
-        raise UsageError("--dtype has no effect with --from-hf, which keeps what the files hold.")
-    else:
-        import_from_hf(args.from_hf, out)
-    print(f"Written: {out}")
+    add(
+        "--results",
+        action="append",
+        default=[],
+        type=pathlib.Path,
+        metavar="DIR",
+        help="--out of an evaluation, for the card; repeatable. Those of these weights that lie in "
+        "the run or in evaluations/ are found",
+    )
+    add("--push", metavar="ORG/NAME", help="upload to this repository of the hub, when all is done")
+    add("--private", action="store_true", help="make the repository private, if it is new")
+    add("--revision", default="", metavar="BRANCH", help="upload to this branch (main)")
+    add("--dry-run", action="store_true", help="list what would be uploaded, and ask no hub")
+    return parser
+
+
+def _target(args: argparse.Namespace) -> Target | None:
+    """Return where to push; None: nowhere.
+
+    Raises:
+      UsageError: flags that have no effect, or no name of a repository.
+    """
+    if not args.push:
+        for name in ("private", "revision", "dry_run"):
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no effect without --push.")
+        if not args.checkpoint and not args.from_hf:
+            raise UsageError("Nothing to do: name --checkpoint RUN or --from-hf MODEL.")
+        return None
+    if args.from_hf:
+        raise UsageError("--push has no effect with --from-hf: a run is no repository of the hub.")
+    hub.check_name(args.push)
+    return Target(args.push, args.revision, args.private)
+
+
+def _check_exported(out: pathlib.Path) -> None:
+    """Refuse to push what is no export."""
+    lacking = [name for name in ("config.json", "README.md") if not (out / name).is_file()]
+    if not [*out.glob("*.safetensors")]:
+        lacking.append("*.safetensors")
+    if lacking:
+        raise UsageError(
+            f"--out {out} is no export: it holds no {lacking[0]}. Make one: --checkpoint RUN."
+        )
+
+
+def _push(out: pathlib.Path, target: Target, is_dry: bool) -> None:
+    if is_dry:
+        for file in sorted(out.iterdir()):
+            print(f"  {file.stat().st_size:>14,}  {file.name}")
+        print(f"Nothing was uploaded (--dry-run). These files would go to {target}.")
+        return
+    try:
+        print(f"Pushed: {hub.push(out, target)}")
+    except UsageError as error:
+        again = f"jlrm export --out {out} --push {target.repo}"
+        again += f" --revision {target.branch}" if target.branch else ""
+        raise UsageError(f"{error} The export is whole; to upload it: {again}") from None
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
     python -m jlrm.judge answers.jsonl --single ...      one answer a row, each scored by itself
     python -m jlrm.judge check judged/verdicts.jsonl     verdicts beside labels (serving/audit.py)
     python -m jlrm.judge serve --model M                 a judge behind HTTP (server/command.py)
+    python -m jlrm.judge [--model M]                     pairs typed here (server/terminal.py)
 
     1  read    the pairs: a file, a directory, hf:ORG/NAME, or lines of JSON on stdin ("-")
     2  judge   each in both orders (--orders); responses are kept as they come
-    3  write   DIR/verdicts.jsonl, a line for each line read, in order; DIR/summary.json
+    3  write   DIR/verdicts.jsonl, a line for each line read, in order; DIR/summary.json; and
+               report.html, which shows them
 
 The same command goes on where it was stopped, and gives the same lines. A row that can't be judged
 has its line too, with the reason. On several hosts all of them run the command.
@@ -47,6 +49,9 @@ from jlrm.serving.results import (
 from jlrm.serving.rows import Row
 
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
+# Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
+UNTYPED = ("out", "single", "json", "columns", "values")
+UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches")
 
 
 def judge(args: argparse.Namespace) -> tally.JudgingSummary:
@@ -58,7 +63,6 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     """
     # 1. Read.
     rows = row_files.read(args.pairs, args.reading["columns"], args.reading["values"])
-    name = pathlib.PurePath(args.pairs).name
     games = {
         number: games_of(number, Pair(*row[1:4]), args.orders, args.seed)
         for number, row in enumerate(rows)
@@ -68,7 +72,7 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
 
     # 2. Judge.
     data = results.checksum([row[:4] for row in rows])
-    kept = _asked(args, asked, {"data": data, "orders": args.orders}, name)
+    kept = _asked(args, asked, {"data": data, "orders": args.orders}, args.name)
 
     # 3. Write.
     low, high = args.options.get("scale") or (1, 10)
@@ -76,11 +80,16 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     judged = [
         _judged(row, games.get(number), kept, read, args.map) for number, row in enumerate(rows)
     ]
-    summary = tally.summary(rows, judged, list(games.values()), kept.responses, read)
+    names = args.model, args.name
+    summary = tally.summary(names, rows, judged, list(games.values()), kept.responses, read)
     if hosts.is_main():
         texts = (_line(*each) for each in zip(rows, judged, strict=True))
         write_atomically(args.out / VERDICTS, "".join(texts).encode())
         tally.write(args.out / SUMMARY, summary)
+    if hosts.is_main() and args.report:
+        from jlrm.serving import judged_page  # brings matplotlib
+
+        judged_page.write(args.out)
     return summary
 
 
@@ -97,8 +106,7 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
         if not row.error
     }
     data = results.checksum([row[:3] for row in rows])
-    name = pathlib.PurePath(args.pairs).name
-    kept = _asked(args, list(games.values()), {"data": data, "single": True}, name)
+    kept = _asked(args, list(games.values()), {"data": data, "single": True}, args.name)
     low, high = args.options.get("scale") or (1, 10)
     read = reader(args.parser, (low, high))
     scored = [
@@ -163,6 +171,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.main(words[1:])
         return
     args = _parser().parse_args(words)
+    if not args.pairs:
+        _interact(args)
+        return
     if not args.model:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
     if args.single and (args.values or args.orders != "both" or args.calibration):
@@ -174,14 +185,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out = (args.out or pathlib.Path("judged", name)).expanduser()
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file. Name a directory.")
+    args.name = "stdin.jsonl" if args.pairs == "-" else pathlib.PurePath(args.pairs).name
     if args.pairs != "-":
         _run(args)
         return
     with tempfile.TemporaryDirectory() as directory:  # readers want a file
-        file = pathlib.Path(directory, "stdin.jsonl")
+        file = pathlib.Path(directory, args.name)
         file.write_bytes(sys.stdin.buffer.read())
         args.pairs = str(file)
         _run(args)
+
+
+def _interact(args: argparse.Namespace) -> None:
+    """Judge what is typed, where somebody types."""
+    if not sys.stdin.isatty():
+        raise UsageError("Name a file of pairs, or - to read them from stdin.")
+    for name in (*UNTYPED, *(UNSTREAMED if args.backend == options.JLRM else ())):
+        if getattr(args, name) not in (None, False, [], {}):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect on pairs that are typed. Name a file.")
+    from jlrm.server import terminal
+
+    terminal.run(args)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -213,7 +238,8 @@ def _parser() -> argparse.ArgumentParser:
         "their --help.",
     )
     add = parser.add_argument
-    add("pairs", help="FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin")
+    what = "FILE (.jsonl, .csv, .tsv, .parquet), directory, hf:ORG/NAME, or - for stdin; without "
+    add("pairs", nargs="?", help=f"{what}it, pairs are typed in the terminal")
     add("--model", default="", metavar="M", help="RUN@STEP, directory, hub id, endpoint's name")
     add("--out", type=pathlib.Path, metavar="DIR", help="of what is written (judged/NAME)")
     backends = [name for name in options.BACKENDS if name != options.VERDICTS]
@@ -229,6 +255,8 @@ def _parser() -> argparse.ArgumentParser:
         help="map of the confidence, or none (calibration.json of the model)",
     )
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
+    report = argparse.BooleanOptionalAction
+    add("--report", action=report, default=True, help="report.html, unless --single")
     add("--json", action="store_true", help="the summary as one JSON object on stdout")
     settings.add_pair_flags(parser)
     options.add_options(parser)

@@ -8,6 +8,7 @@ browser can lay them out for a phone or a desktop.
 Left out: comparing runs (TensorBoard and W&B do that).
 
     python -m jlrm.report RUN_DIR            renders again from what the directory holds
+    python -m jlrm.report JUDGED_DIR         the page of what `jlrm judge` wrote
     python -m jlrm.report RUN_DIR --audit    tells which rows were drawn, and whether each was once
 """
 
@@ -22,6 +23,7 @@ from jlrm.data import audit
 from jlrm.reports.run_page import write_report
 from jlrm.reports.tables import table
 from jlrm.runtime import commands
+from jlrm.serving import judged_page
 
 MOST_FAULTS = 10  # lines of them that are shown
 
@@ -29,9 +31,11 @@ MOST_FAULTS = 10  # lines of them that are shown
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(
-        prog="python -m jlrm.report", description="Write report.html and report.png of a run again."
+        prog="python -m jlrm.report",
+        description="Draw report.html of a run, or of judged pairs, again.",
     )
-    parser.add_argument("run_dir", type=pathlib.Path, help="run.dir of the run's configuration")
+    shown = "run.dir of the run's configuration, or --out of jlrm judge"
+    parser.add_argument("run_dir", type=pathlib.Path, help=shown)
     parser.add_argument(
         "--audit",
         action="store_true",
@@ -41,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.audit:
         show_audit(args.run_dir)
         return
-    write_report(args.run_dir)
+    if judged_page.is_judged(args.run_dir):
+        judged_page.write(args.run_dir)
+    else:
+        write_report(args.run_dir)
     print(args.run_dir / "report.html")
 
 

@@ -205,7 +205,8 @@ def test_a_heuristic_as_a_command(pairs, tmp_path):
         [sys.executable, "-m", "jlrm.judge", str(pairs), *words], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "verdicts for the longer answer        100.0 % of 12" in done.stdout
+    # Rows of three questions: intervals draw these.
+    assert "verdicts for the longer answer        100.0 % [29.2, 100.0] of 12" in done.stdout
 
 
 def test_failures_are_errors(pairs, tmp_path, judged_by):

@@ -24,8 +24,13 @@ TEMPLATES = pathlib.Path(__file__).parent / "templates"
 
 def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
     """Fill a template and write it; a value that the template asks for and lacks is an error."""
-    text = _environment(template.endswith(".md")).get_template(template).render(values)
+    text = page(template, **values)
     write_atomically(path, text.encode(errors="replace"))  # lone surrogates become "?"
+
+
+def page(template: str, **values: Any) -> str:
+    """Fill a template."""
+    return _environment(template.endswith(".md")).get_template(template).render(values)
 
 
 def markdown_text(value: Any) -> str:

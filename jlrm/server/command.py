@@ -81,7 +81,7 @@ def _serve(args: argparse.Namespace, listening: socket.socket) -> None:
     from jlrm.server.protocol import Announced, Impatient
 
     keys = _keys(args.api_key_env)
-    service = _open(args)
+    service = open_service(args)
     host, port = listening.getsockname()[:2]
     is_local = ipaddress.ip_address(host).is_loopback
     if not is_local and not keys:
@@ -130,7 +130,7 @@ def _watch(engine: Engine, server: Any) -> None:
         server.should_exit = True
 
 
-def _open(args: argparse.Namespace) -> Service:
+def open_service(args: argparse.Namespace) -> Service:
     """Open the model, and make ready what serves it."""
     model = options.pinned(options.JLRM, args.model)
     positions = hf_config.read_config(model_files(model)).max_position_embeddings

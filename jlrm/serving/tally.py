@@ -14,7 +14,7 @@ from jlrm.evaluation.reading import Reader, judged_items
 from jlrm.evaluation.statistics import diagnostics
 from jlrm.evaluation.statistics.clusters import cluster_items
 from jlrm.reports import contracts
-from jlrm.reports.results_file import ItemRate, Rate
+from jlrm.reports.results_file import Interval, ItemRate
 from jlrm.serving.results import POINTS, JudgedPair, ScoredAnswer
 from jlrm.serving.rows import Row
 
@@ -28,7 +28,7 @@ class JudgingSummary:
     wins: of answer 1, of answer 2, and ties; of `rows`. unread: of `games`. errors: rows without a
     verdict because a game was not judged or the row can't be. first: verdicts that name the answer
     shown first; longer: the longer one. agreement: rows whose verdict is their label; a row without
-    a verdict has another one.
+    a verdict has another one. judge, pairs: names of who judged, and of the file.
     """
 
     rows: int
@@ -41,21 +41,27 @@ class JudgingSummary:
     share_1: ItemRate | None  # of the wins, a tie counting a half
     consistency: ItemRate | None
     first: ItemRate | None
-    longer: Rate | None
+    longer: ItemRate | None
     agreement: ItemRate | None
     tokens: int
     seconds: float
+    judge: str = ""
+    pairs: str = ""
     version: int = VERSION
 
 
 def summary(
+    names: tuple[str, str],
     rows: Sequence[Row],
     judged: Sequence[JudgedPair],
     games: Sequence[Sequence[Game]],
     responses: Mapping[str, Response],
     read: Reader,
 ) -> JudgingSummary:
-    """Return what the verdicts on `rows` come to; `games` are those of the rows that have any."""
+    """Return what the verdicts on `rows` come to; `games` are those of the rows that have any.
+
+    names: of the judge, and of the file of pairs.
+    """
     flat = [game for own in games for game in own]
     items, _ = judged_items(flat, responses, read)
     about = diagnostics.summary(
@@ -80,11 +86,24 @@ def summary(
         share_1=rate_by_question(*_columns(won)),
         consistency=about.consistency,
         first=about.first,
-        longer=about.length.verdicts if about.length else None,
+        longer=rate_by_question(*_columns(_for_longer(rows, judged))),
         agreement=rate_by_question(*_columns(right)),
         tokens=sum(each.num_tokens or 0 for each in given),
         seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+        judge=names[0],
+        pairs=names[1],
     )
+
+
+def _for_longer(rows: Sequence[Row], judged: Sequence[JudgedPair]) -> list[tuple[str, float]]:
+    """Return of each verdict on answers of two lengths whether it names the longer one."""
+    lengths = [(len(row.answer_1), len(row.answer_2)) for row in rows]
+    return [
+        (row.question, float((game.winner == 1) == (first > second)))
+        for row, (first, second), each in zip(rows, lengths, judged, strict=True)
+        for game in each.games
+        if game.winner and first != second
+    ]
 
 
 def _columns(pairs: Sequence[tuple[str, float]]) -> tuple[list[str], list[float]]:
@@ -142,6 +161,16 @@ def write(path: pathlib.Path, found: JudgingSummary | ScoringSummary) -> None:
     contracts.write(path, found)
 
 
+def read(path: pathlib.Path) -> JudgingSummary:
+    """Read the `summary.json` of judged pairs.
+
+    Raises:
+      UsageError: it is none.
+    """
+    content = contracts.read(path, VERSION, "Run jlrm judge again.")
+    return contracts.decode(JudgingSummary, {**content, "version": VERSION}, str(path))
+
+
 def as_json(found: JudgingSummary | ScoringSummary) -> dict[str, Any]:
     """Return a summary as what `--json` prints."""
     return contracts.encode(found)
@@ -168,11 +197,10 @@ def lines(found: JudgingSummary | ScoringSummary) -> Iterator[str]:
         ("agreement with the labels", found.agreement),
     ):
         if rate is not None and rate.percent is not None:
-            yield f"  {label:38}{rate.percent:5.1f} %{_interval(rate)} of {rate.n}"
+            yield f"  {label:38}{rate.percent:5.1f} %{_interval(rate.interval)} of {rate.n}"
     if found.unread:
         yield f"  {'games without a readable verdict':38}{found.unread} of {found.games}"
 
 
-def _interval(rate: Rate) -> str:
-    interval = rate.interval if isinstance(rate, ItemRate) else None
-    return f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+def _interval(ends: Interval | None) -> str:
+    return f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
