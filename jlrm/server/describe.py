@@ -205,7 +205,7 @@ def _judge_request(defaults: Defaults) -> dict[str, Any]:
             },
             "rubric": {
                 "type": ["string", "object"],
-                "description": "a text, or criteria: description, or {description, weight}, by name",
+                "description": "a text, or criteria: by name a description, or one with a weight",
             },
             "expected_scores": {
                 **FLAG,

@@ -53,19 +53,23 @@ def weights(num_devices: int = 1) -> qwen.Params:
 
 @functools.cache
 def next_probabilities(ids: tuple[int, ...]) -> np.ndarray:
-    """The plain model's: one prompt, all of the head, and no branches."""
-    net = network()
+    """The plain model's: one prompt, and no branches."""
     tokens = np.zeros((1, 32), np.int32)
     tokens[0, : len(ids)] = ids
-    hidden, _ = _prefill()(weights(), tokens)
-    logits = decode.logits(net.model, net.decoding, weights(), hidden[:, len(ids) - 1])
-    return np.asarray(jax.nn.softmax(logits[0, : net.num_ids]), np.float64)
+    return np.asarray(_plain()(weights(), tokens, len(ids) - 1), np.float64)
 
 
 @functools.cache
-def _prefill():
+def _plain():
     net = network()
-    return jax.jit(functools.partial(decode.prefill, net.model, net.decoding))
+
+    @jax.jit
+    def probabilities(weights, tokens, last):
+        hidden, _ = decode.prefill(net.model, net.decoding, weights, tokens)
+        logits = decode.logits(net.model, net.decoding, weights, hidden[:, last])
+        return jax.nn.softmax(logits[0, : net.num_ids])
+
+    return probabilities
 
 
 def enumerated(context: tuple[int, ...], rest: bytes, scores=SCORES) -> float:
