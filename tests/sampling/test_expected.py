@@ -124,6 +124,7 @@ def context_of(ids: list[int], place: int) -> tuple[tuple[int, ...], bytes]:
     raise AssertionError("no such place")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITTEN)
 def test_they_are_what_writing_out_every_number_comes_to(name):
     ids, places = WRITTEN[name]
@@ -135,6 +136,7 @@ def test_they_are_what_writing_out_every_number_comes_to(name):
     assert len(set(found)) == len(found)  # of each place its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [(0, 5), (1, 100), (8, 12)])
 def test_other_scales(scale):
     ids, places = WRITTEN["in two tokens"]
@@ -146,6 +148,7 @@ def test_other_scales(scale):
     np.testing.assert_allclose(found, wanted, atol=1e-4 * scale[1] / 10, rtol=0)
 
 
+@pytest.mark.slow
 def test_votes_and_rows_that_run_together_are_what_they_are_alone():
     """Votes share the prompt and see nothing of one another; rows are filled up to the devices."""
     names = list(WRITTEN)

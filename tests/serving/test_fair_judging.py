@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -42,7 +43,7 @@ def by_criteria(first: str, second: str) -> str:
     return f"so</think>\n{lines}<answer>1</answer><answer>1</answer>"
 
 
-# --- rubrics and references ----------------------------------------------------------------------
+# --- rubrics and references ---------------------------------------------------------------------
 
 
 def test_criteria_are_in_the_result_of_the_answers_as_given():
@@ -117,7 +118,7 @@ def test_judges_that_have_no_prompt_or_no_probabilities_say_so():
         judge.compare("q", "a", "b", expected=True)
 
 
-# --- a model of ours -----------------------------------------------------------------------------
+# --- a model of ours ----------------------------------------------------------------------------
 
 
 def test_the_prompts_of_games_are_those_of_training(tmp_path):
@@ -157,21 +158,19 @@ def chain(tmp_path_factory):
         return found
 
     written = ["x", "<", "answer", ">", "8", "</", *"answer", "><"]
-    follows = {one: {two: 1.0} for one, two in zip(written[:-1], written[1:], strict=True)}
+    follows = {one: {two: 1.0} for one, two in itertools.pairwise(written)}
     follows |= {"><": {"answer": 1.0}, "1": {"0": 0.5, "</": 0.5}}
     follows[">"] = {"8": 0.5, "3": 0.25, "1": 0.2, "z": 0.05}
     codes, head = np.zeros((2, VOCAB, UNTIED.hidden_size))
     head[:] = -30.0
     for place, (last, chances) in enumerate(follows.items()):
-        codes[token(last), place] = 1.0
+        codes[token(last), place] = 100.0  # beside which the epsilon of the norm is nothing
         for text, chance in chances.items():
             head[token(text), place] = math.log(chance)
     shapes = {tensor.path: tensor.shape for tensor in hf.tensors(UNTIED)}
-    still = {
-        f"layers.{name}": np.zeros(shapes[f"layers.{name}"]) for name in ("attn.o", "mlp.down")
-    }
+    still = {path: np.zeros(shapes[path]) for path in ("layers.attn.o", "layers.mlp.down")}
     norm = {"final_norm.scale": np.ones(UNTIED.hidden_size)}
-    # The norm of a code is 1 / sqrt(D), by which the last norm divides it.
+    # The last norm makes sqrt(D) of a code's one number.
     weights = {"embed": codes, "head": head / math.sqrt(UNTIED.hidden_size), **still, **norm}
     write_model(path, weights, dataclasses.replace(UNTIED, max_position_embeddings=2048))
     return path, (8 * 0.5 + 3 * 0.25 + 10 * 0.1 + 1 * 0.1) / 0.95
@@ -184,6 +183,7 @@ def load(path, monkeypatch, **settings):
     return Judge.load(str(path), prompt="toy", mesh=["fsdp=8"], **sizes, **settings)
 
 
+@pytest.mark.slow
 def test_expected_scores_of_a_model_whose_probabilities_are_known(chain, monkeypatch):
     path, wanted = chain
     judge = load(path, monkeypatch, expected=True)
@@ -203,6 +203,7 @@ def test_expected_scores_of_a_model_whose_probabilities_are_known(chain, monkeyp
     assert bare == plain
 
 
+@pytest.mark.slow
 def test_expected_scores_do_not_depend_on_what_was_drawn(chain, monkeypatch):
     path, wanted = chain
     judge = load(path, monkeypatch, temperature=1.0, votes=4)
@@ -226,7 +227,7 @@ def test_expected_scores_of_criteria_are_theirs_by_weight():
     assert result.expected_scores == (4.875, 4.875)
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------
 
 
 @pytest.fixture
