@@ -26,16 +26,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import RunError, UsageError
+from jlrm.evaluation import rubrics
 from jlrm.evaluation.games import Game
 from jlrm.evaluation.journal import Journal
-from jlrm.evaluation.reading import PARSERS, Reader, reader
+from jlrm.evaluation.reading import PARSERS, Reader, check_rubric, reader
 from jlrm.evaluation.statistics import results
 from jlrm.judges import asking, options
+from jlrm.judges.requests import NO_PROBABILITIES
 from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, tally
 from jlrm.serving import rows as row_files
-from jlrm.serving.asked import ORDERS, Pair, games_of, single_game
+from jlrm.serving.asked import ORDERS, Pair, Single, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.judge import doubt
 from jlrm.serving.results import (
@@ -46,11 +48,11 @@ from jlrm.serving.results import (
     judged_pair,
     scored_answer,
 )
-from jlrm.serving.rows import Row
+from jlrm.serving.rows import Row, SingleRow
 
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
-UNTYPED = ("out", "single", "json", "columns", "values")
+UNTYPED = ("out", "single", "json", "columns", "values", "reference", "rubric", "expected_scores")
 UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches")
 
 
@@ -62,9 +64,12 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
       Interrupted: Ctrl-C or SIGTERM; the responses so far are kept.
     """
     # 1. Read.
-    rows = row_files.read(args.pairs, args.reading["columns"], args.reading["values"])
+    reading = args.reading
+    rows = row_files.read(args.pairs, reading["columns"], reading["values"], args.reference)
     games = {
-        number: games_of(number, Pair(*row[1:4]), args.orders, args.seed)
+        number: games_of(
+            number, Pair(*row[1:4], "", row.reference, *args.told), args.orders, args.seed
+        )
         for number, row in enumerate(rows)
         if not row.error
     }
@@ -72,7 +77,8 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
 
     # 2. Judge.
     data = results.checksum([row[:4] for row in rows])
-    kept = _asked(args, asked, {"data": data, "orders": args.orders}, args.name)
+    header = {"data": data, "orders": args.orders} | _told(args, rows)
+    kept = _asked(args, asked, header, args.name)
 
     # 3. Write.
     low, high = args.options.get("scale") or (1, 10)
@@ -99,18 +105,19 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
     Raises:
       UsageError, Interrupted: as `judge`.
     """
-    rows = row_files.read_single(args.pairs, args.reading["columns"])
+    rows = row_files.read_single(args.pairs, args.reading["columns"], args.reference)
     games = {
-        number: single_game(number, row.question, row.answer)
+        number: single_game(number, Single(*row[1:3], "", row.reference, *args.told))
         for number, row in enumerate(rows)
         if not row.error
     }
     data = results.checksum([row[:3] for row in rows])
-    kept = _asked(args, list(games.values()), {"data": data, "single": True}, args.name)
+    header = {"data": data, "single": True} | _told(args, rows)
+    kept = _asked(args, list(games.values()), header, args.name)
     low, high = args.options.get("scale") or (1, 10)
     read = reader(args.parser, (low, high))
     scored = [
-        scored_answer(row.id, kept.responses.get(games[number].id), read)
+        scored_answer(row.id, games[number], kept.responses.get(games[number].id), read)
         if number in games
         else ScoredAnswer(None, "", "unjudged", (), None, row.id, row.error)
         for number, row in enumerate(rows)
@@ -125,6 +132,19 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
         write_atomically(args.out / VERDICTS, texts.encode())
         tally.write(args.out / SUMMARY, summary)
     return summary
+
+
+def _told(args: argparse.Namespace, rows: Sequence[Row | SingleRow]) -> dict[str, Any]:
+    """Return what else shapes the responses; nothing where nothing else is told."""
+    rubric, is_expected = args.told
+    header: dict[str, Any] = {}
+    if rubric is not None:
+        header["rubric"] = rubrics.identity(rubric)
+    if args.reference:
+        header["references"] = results.checksum([row.reference for row in rows])
+    if is_expected:
+        header["expected_scores"] = True
+    return header
 
 
 def _asked(
@@ -179,6 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.single and (args.values or args.orders != "both" or args.calibration):
         raise UsageError("--values, --orders and --calibration have no effect with --single.")
     args.options = options.options(args)
+    rubric = rubrics.read(args.rubric) if args.rubric else None
+    check_rubric(reader(args.parser), rubric)
+    if args.expected_scores and args.backend == options.OPENAI:
+        raise UsageError(NO_PROBABILITIES)
+    args.told = rubric, args.expected_scores
     args.reading = settings.pair_flags(args)
     args.map = calibration.find(args.calibration, args.model)
     name = options.as_folder(pathlib.PurePath(args.model).name)
@@ -254,6 +279,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="map of the confidence, or none (calibration.json of the model)",
     )
+    add("--rubric", default="", metavar="FILE",
+        help="what to look at: a text, or criteria by name in YAML or JSON")  # fmt: skip
+    add("--reference", default="", metavar="COLUMN", help="of a reference answer that is shown")
+    expected = "add the scores to be expected by their probabilities (jlrm; one more pass)"
+    add("--expected-scores", action="store_true", help=expected)
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, unless --single")

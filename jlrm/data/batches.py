@@ -23,7 +23,6 @@ from jlrm.data.tokenizer import (
     control_tokens,
     encode,
     prompt_template,
-    single_template,
 )
 from jlrm.judgement import prompts
 
@@ -41,7 +40,6 @@ class Example:
 
 
 Encode = Callable[[Sequence[Comparison]], list[Example]]
-Quote = Callable[[str], str]  # of untrusted text
 
 
 @dataclass(frozen=True)
@@ -87,42 +85,18 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
       UsageError: no such template.
     """
     template = prompt_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
-
-    def write(row: Comparison, quote: Quote) -> str:
-        return prompts.fill(
-            template,
-            question=quote(row.question),
-            answer_1=quote(row.answer_1),
-            answer_2=quote(row.answer_2),
-        )
-
-    return _encoder(tokenizer, prompt, write)
-
-
-def single_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (1, 10)) -> Encode:
-    """Return what asks for the score of answer 1 alone, as `prompt_encoder` asks for two.
-
-    Raises:
-      UsageError: no such template, or it has no form for one answer.
-    """
-    template = single_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
-
-    def write(row: Comparison, quote: Quote) -> str:
-        return prompts.fill_single(
-            template, question=quote(row.question), answer=quote(row.answer_1)
-        )
-
-    return _encoder(tokenizer, prompt, write)
-
-
-def _encoder(
-    tokenizer: Tokenizer, prompt: str, write: Callable[[Comparison, Quote], str]
-) -> Encode:
-    """Return what writes prompts, with the texts of others as `quote` gives them, and tokenises."""
     quote = functools.partial(prompts.quote, name=prompt, control_tokens=control_tokens(tokenizer))
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
-        texts = [write(row, quote) for row in rows]
+        texts = [
+            prompts.fill(
+                template,
+                question=quote(row.question),
+                answer_1=quote(row.answer_1),
+                answer_2=quote(row.answer_2),
+            )
+            for row in rows
+        ]
         return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
 
     return encode_rows

@@ -18,6 +18,7 @@ from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.judgement import prompts
+from jlrm.judgement.prompts import PromptText
 from jlrm.runtime import hosts
 from jlrm.runtime.settings import read_json
 
@@ -160,22 +161,18 @@ def prompt_template(
     """
     if name in prompts.PAIR_TEMPLATES:
         return prompts.PAIR_TEMPLATES[name]
-    return _through_chat(tokenizer, name, *prompts.messages(name, min_score, max_score))
+    return whole_text(tokenizer, name, prompts.messages(name, min_score, max_score))
 
 
-def single_template(
-    tokenizer: Tokenizer, name: str, *, min_score: int = 1, max_score: int = 10
-) -> str:
-    """Return the text that asks for one answer's score, with its fields `{question}`, `{answer}`.
+def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:
+    """Return all of the text that a model sees of a prompt, with the prompt's fields in it.
 
     Raises:
-      UsageError: as `prompt_template`; or `name` has no such form.
+      UsageError: as `prompt_template`, naming the prompt by `name`.
     """
-    system, text = prompts.single_messages(name, min_score, max_score)
-    return text if system is None else _through_chat(tokenizer, name, system, text)
-
-
-def _through_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> str:
+    system, user = prompt
+    if system is None:
+        return user
     if not tokenizer.chat_template:
         raise UsageError(
             f"data.prompt={name} needs a chat template, which this tokenizer lacks. Set "
@@ -183,7 +180,7 @@ def _through_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> st
         )
     chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     try:
-        text = _fill_chat(tokenizer, chat)
+        text = _fill_chat(tokenizer, chat if system else chat[1:])
     except Exception as error:  # a template is a program: it raises on purpose, or anything
         raise UsageError(
             f"The tokenizer's chat template can't write data.prompt={name}, a system and a user "
@@ -191,7 +188,7 @@ def _through_chat(tokenizer: Tokenizer, name: str, system: str, user: str) -> st
             "template, or set model.tokenizer to one whose template has a system role."
         ) from None
     text = open_thinking(text)
-    for message in (system, user):
+    for message in filter(None, (system, user)):
         if text.count(message) != 1:
             raise UsageError(
                 f"The tokenizer's chat template changes or drops a message of data.prompt={name}. "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from jlrm.evaluation.rubrics import Rubric
 from jlrm.judgement.verdict import preferred, swap_preference
 
 
@@ -26,6 +27,10 @@ class Item:
     num_correct: int = 1  # where there are more: the first `num_correct` answers are the right ones
     subset: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    # What else a judge is shown or told, where its user says so; no benchmark does.
+    reference: str | None = None
+    rubric: Rubric | None = None
+    is_expected: bool = False  # expected scores are wanted
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ class Response:
     game counts as unjudged and is asked again by the next run. refused: why a content filter, or
     the judge itself, does not judge these texts; a policy may count it. endings: how each text
     ended, "stop" or "length" (the limit of tokens); None where nobody said. num_tokens: generated.
-    seconds: of wall time, of a batch divided by its games.
+    seconds: of wall time, of a batch divided by its games. expected: of each text the expected
+    score at each of its `Reader.places`, None for a text without places; only where it is wanted.
     """
 
     game: str
@@ -74,6 +80,7 @@ class Response:
     prompt_tokens: int | None = None
     num_tokens: int | None = None
     seconds: float | None = None
+    expected: tuple[tuple[float, ...] | None, ...] | None = None
 
 
 # judge(games, record): calls `record` once per game, in any order, from the calling thread.

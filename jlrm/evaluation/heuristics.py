@@ -34,6 +34,12 @@ def judge(name: str) -> Backend:
 
     def judge_games(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         for game in games:
+            item = game.item
+            if item.rubric is not None or item.reference is not None or item.is_expected:
+                raise UsageError(
+                    f"The heuristic {name} reads no rubric and no reference, and has no expected "
+                    "scores."
+                )
             if game.is_single:
                 why = "A heuristic compares answers, and scores none by itself."
                 record(Response(game.id, error=why))

@@ -106,7 +106,10 @@ def read(directory: pathlib.Path) -> tuple[dict[str, Any], dict[str, Response]]:
 
 def as_row(response: Response) -> dict[str, Any]:
     """Return a response under the keys of the file, with None for what it does not hold."""
-    return {KEYS.get(name, name): each for name, each in dataclasses.asdict(response).items()}
+    row = {KEYS.get(name, name): each for name, each in dataclasses.asdict(response).items()}
+    if response.expected is None:  # older programs knew none, and checksums are of these rows
+        del row["expected"]
+    return row
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:
@@ -141,6 +144,8 @@ def _response(row: dict[str, Any]) -> Response:
     for name in ("texts", "scores", "endings"):
         if fields.get(name) is not None:
             fields[name] = tuple(fields[name])
+    if fields.get("expected") is not None:
+        fields["expected"] = tuple(each and tuple(each) for each in fields["expected"])
     return Response(**fields)
 
 

@@ -17,13 +17,16 @@ counted: the most frequent preference, a tie where two are equally frequent.
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jlrm.config import UsageError, nearest
+from jlrm.evaluation import rubrics
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, Response, game_verdict
+from jlrm.evaluation.rubrics import Rubric
 from jlrm.judgement import letters, verdict
 
 PARSERS = {  # name: what it reads
@@ -36,14 +39,19 @@ PARSERS = {  # name: what it reads
 RULES_OF_OTHERS = ("judgelrm", "judgelm")
 MENDED_BY_MORE_TOKENS = ("no_think_end", "no_answer", "one_answer", "broken_answer")
 Scores = tuple[float, float]
+_PLAIN_BLOCK = re.compile(r"<answer>\s*([0-9]+(?:\.[0-9]+)?)\s*</answer>")
 
 
 class Reading(NamedTuple):
-    """What is read from one text: scores, or a preference alone, or neither; as shown."""
+    """What is read from one text: scores, or a preference alone, or neither; as shown.
+
+    criteria: the scores of each, where there is a rubric of criteria and all of them have some.
+    """
 
     scores: Scores | None
     preference: int | None
     status: str
+    criteria: tuple[Scores, ...] | None = None
 
 
 class Reader(NamedTuple):
@@ -52,8 +60,62 @@ class Reader(NamedTuple):
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
 
-    def read(self, text: str, ending: str | None = None) -> Reading:
+    def read(self, text: str, ending: str | None = None, rubric: Rubric | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
+        parsed = self._verdict(text, ending)
+        if parsed.status != "ok" or rubric is None or not rubric.criteria:
+            return parsed
+        criteria = self.criteria(text, rubric, 2)
+        if isinstance(criteria, str):
+            return Reading(None, None, criteria)
+        scores = (
+            rubric.total([one for one, _ in criteria]),
+            rubric.total([two for _, two in criteria]),
+        )
+        return Reading(scores, verdict.preferred(*scores), "ok", tuple(criteria))
+
+    def criteria(self, text: str, rubric: Rubric, num_answers: int) -> list[Any] | str:
+        """Return the scores of each criterion, or the status of a text in which one has none.
+
+        The scores of one are a tuple of two, or of one where one answer is judged.
+        """
+        low, high = self.scale
+        found = rubrics.scores_in(text, rubric, high, num_answers)
+        if isinstance(found, str):
+            return found
+        is_inside = all(low <= score <= high for each in found for score in each.scores)
+        return [each.scores for each in found] if is_inside else "out_of_range"
+
+    def places(
+        self, text: str, ending: str | None, rubric: Rubric | None, is_single: bool
+    ) -> tuple[int, ...] | None:
+        """Return where in a text each score begins that is read from it, in characters.
+
+        They are scores of criteria where there are any, those of one after those of another. None
+        of a text without a verdict, or with a score that is no plain number: `8` is one, and so is
+        the 7 of `7.5`, but not `8/10` or `eight`.
+        """
+        if is_single:
+            score, _ = self.read_one(text, ending, rubric)
+            scores = None if score is None else (score,)
+        else:
+            scores = self.read(text, ending, rubric).scores
+        if scores is None:
+            return None
+        if rubric is not None and rubric.criteria:
+            found = rubrics.scores_in(text, rubric, self.scale[1], len(scores))
+            if isinstance(found, str):
+                return None
+            own = [each.places for each in found]
+            return None if None in own else tuple(place for each in own for place in each or ())
+        blocks = [(match.start(1), float(match[1])) for match in _PLAIN_BLOCK.finditer(text)]
+        for i in range(len(blocks) - len(scores), -1, -1):
+            part = blocks[i : i + len(scores)]
+            if tuple(value for _, value in part) == scores:
+                return tuple(place for place, _ in part)
+        return None
+
+    def _verdict(self, text: str, ending: str | None) -> Reading:
         parsed = self._read(text)
         if self.parser in RULES_OF_OTHERS:
             return parsed
@@ -63,13 +125,22 @@ class Reader(NamedTuple):
         is_draft = ending is None and parsed.scores is not None and verdict.breaks_off(text)
         return Reading(None, None, "cut") if is_cut or is_draft else parsed
 
-    def read_one(self, text: str, ending: str | None = None) -> tuple[float | None, str]:
+    def read_one(
+        self, text: str, ending: str | None = None, rubric: Rubric | None = None
+    ) -> tuple[float | None, str]:
         """Read the score of one answer; a parser that reads pairs only reads it as `lenient`."""
         low, high = self.scale
         score, status = verdict.parse_single(text, min_score=low, max_score=high)
         is_reasoning = "</think>" not in text
         is_cut = ending == "length" and (is_reasoning or status in MENDED_BY_MORE_TOKENS)
-        return (None, "cut") if is_cut else (score, status)
+        if is_cut:
+            return None, "cut"
+        if score is None or rubric is None or not rubric.criteria:
+            return score, status
+        criteria = self.criteria(text, rubric, 1)
+        if isinstance(criteria, str):
+            return None, criteria
+        return rubric.total([one for (one,) in criteria]), "ok"
 
     def _read(self, text: str) -> Reading:
         if self.parser == "letters":
@@ -102,6 +173,19 @@ def reader(parser: str, scale: tuple[float, float] = (1, 10)) -> Reader:
     return Reader(parser, scale)
 
 
+def check_rubric(read: Reader, rubric: Rubric | None) -> None:
+    """Refuse criteria where texts are read by a rule that knows none.
+
+    Raises:
+      UsageError: if so.
+    """
+    if rubric is not None and rubric.criteria and read.parser not in ("strict", "lenient"):
+        raise UsageError(
+            f"The parser {read.parser} reads no scores of criteria: take lenient or strict, or a "
+            "rubric that is a text."
+        )
+
+
 def judgelm_scores(text: str) -> Scores | None:
     """Return the two numbers of a JudgeLM judgement's first line, None if they can't be read.
 
@@ -131,7 +215,9 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     endings = response.endings or (None,) * len(response.texts)
-    votes = [read.read(*each) for each in zip(response.texts, endings, strict=True)]
+    votes = [
+        read.read(*each, game.item.rubric) for each in zip(response.texts, endings, strict=True)
+    ]
     pairs = [vote.scores for vote in votes if vote.scores is not None]
     if pairs:
         first, second = (statistics.fmean(column) for column in zip(*pairs, strict=True))
@@ -141,6 +227,52 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
         return GameVerdict(game.first, game.second, _majority(named), None, "ok")
     (status, _), *_ = Counter(vote.status for vote in votes).most_common(1)
     return GameVerdict(game.first, game.second, None, None, status)
+
+
+def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] | None:
+    """Return the mean scores of each criterion over the votes that have a verdict, as shown.
+
+    Two scores each, or one where one answer is judged. None without such votes or criteria.
+    """
+    rubric, texts = game.item.rubric, response.texts or ()
+    if rubric is None or not rubric.criteria:
+        return None
+    votes = []
+    for text, ending in zip(texts, response.endings or (None,) * len(texts), strict=True):
+        if game.is_single:
+            is_read = read.read_one(text, ending, rubric)[0] is not None
+            votes += [read.criteria(text, rubric, 1)] if is_read else []
+        elif (reading := read.read(text, ending, rubric)).criteria is not None:
+            votes.append(reading.criteria)
+    if not votes:
+        return None
+    means = [
+        tuple(statistics.fmean(column) for column in zip(*own, strict=True))
+        for own in zip(*votes, strict=True)
+    ]
+    return rubric.by_name([mean[0] for mean in means] if game.is_single else means)
+
+
+def expected_of(game: Game, response: Response, read: Reader) -> tuple[float, ...] | None:
+    """Return the expected scores of the answers as shown: means over votes, of criteria by weight.
+
+    None where there are none: they were not wanted, or no text has plain numbers for scores.
+    """
+    rubric, texts = game.item.rubric, response.texts or ()
+    votes = []
+    endings = response.endings or (None,) * len(texts)
+    for text, ending, own in zip(texts, endings, response.expected or (), strict=False):
+        asked = text, ending, rubric, game.is_single
+        # They were computed at the places that `lenient` reads.
+        places = read.places(*asked)
+        if own is None or places is None or places != Reader("lenient", read.scale).places(*asked):
+            continue
+        if rubric is None or not rubric.criteria:
+            votes.append(own)
+        else:
+            num = 1 if game.is_single else 2
+            votes.append(tuple(rubric.total(own[i::num]) for i in range(num)))
+    return tuple(map(statistics.fmean, zip(*votes, strict=True))) if votes else None
 
 
 def _majority(preferences: Sequence[int]) -> int:

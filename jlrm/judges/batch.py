@@ -66,6 +66,7 @@ class BatchEndpoint:
           RunError: it can't be asked now; batches under way are kept.
           KeyboardInterrupt: batches go on where they are; what was recorded is complete.
         """
+        self.template.check(games)
         ended: list[Job] = []
         try:
             asking.drive(lambda put: self._judge(games, put, ended), record)

@@ -20,15 +20,25 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jlrm.config import MeshConfig
-from jlrm.data.batches import Encode, Example, prompt_encoder, single_encoder
+from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison
-from jlrm.data.tokenizer import Tokenizer, decode
+from jlrm.data.tokenizer import (
+    Tokenizer,
+    control_tokens,
+    decode,
+    encode,
+    token_bytes,
+    whole_text,
+)
 from jlrm.evaluation.games import Backend, Game, Response
+from jlrm.evaluation.prompting import Prompting, prompting
+from jlrm.evaluation.reading import Reader
 from jlrm.judgement import prompts
 from jlrm.judges import asking
 from jlrm.model.qwen import Params
 from jlrm.runtime import devices
 from jlrm.runtime.mesh import open_mesh
+from jlrm.sampling.expected import Asked, Expectation
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.sampling.writer import (
@@ -43,6 +53,8 @@ from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, read_params
 
 STOP, STOP_SINGLE = {"</answer>": 2}, {"</answer>": 1}
+EncodeGames = Callable[[Sequence[Game]], list[Example]]
+Expect = Callable[[Params, Sequence["WrittenGame"]], list[Response]]
 
 
 class LocalModel(NamedTuple):
@@ -50,6 +62,15 @@ class LocalModel(NamedTuple):
 
     policy: TextPolicy
     weights: Callable[[], Params]
+
+
+class WrittenGame(NamedTuple):
+    """A game with its prompt, its completions' ids, and the response that they are."""
+
+    game: Game
+    prompt_ids: Sequence[int]
+    ids: Sequence[Sequence[int]]
+    response: Response
 
 
 def open_model(
@@ -99,7 +120,7 @@ def make(
 
     Args:
       model: a Hugging Face directory or hub id, or RUN[@STEP].
-      prompt, scale: the template's name, and the scores that it asks for if it states any.
+      prompt, scale: the template's name or file, and the scores that it asks for if it states any.
       apart: each host holds the model on its own devices, and takes the next games when it is done
         with its last (`asking.in_blocks`). Otherwise all hosts judge each batch together.
 
@@ -114,34 +135,97 @@ def make(
     longest = max_prompt_tokens, decoding.max_new_tokens
     policy, weights = open_model(model, mesh, compute_dtype, longest, apart)
     sizes = widths(max_prompt_tokens)
-    encode = prompt_encoder(policy.tokenizer, prompt, scale)  # what is wrong is heard of at once
+    encode_games = game_encoder(policy.tokenizer, prompting(prompt, scale))
+    expect, num_shards = make_expectation(policy, scale), policy.decoding.num_shards("P")
 
     @functools.cache
-    def tools(is_single: bool) -> tuple[Encode, Writer]:
+    def writer(is_single: bool) -> Writer:
         if not is_single:
-            return encode, make_writer(policy, decoding, sizes)
+            return make_writer(policy, decoding, sizes)
         one = dataclasses.replace(
             decoding, stop_strings=STOP_SINGLE if decoding.stop_strings else {}
         )
-        return single_encoder(policy.tokenizer, prompt, scale), make_writer(policy, one, sizes)
+        return make_writer(policy, one, sizes)
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         for is_single in {game.is_single for game in games}:
-            encode, write = tools(is_single)
-            own = [comparison(game) for game in games if game.is_single == is_single]
+            own = {game.id: game for game in games if game.is_single == is_single}
             fitting = []
-            for example in encode(own):
+            for example in encode_games(list(own.values())):
                 if len(example.prompt_ids) > max_prompt_tokens:
                     record(too_long(example, max_prompt_tokens))
                 else:
                     fitting.append(example)
-            for written in write(weights(), fitting) if fitting else ():
-                record(answer(policy.tokenizer, written))
+            waiting: list[WrittenGame] = []
+            for written in writer(is_single)(weights(), fitting) if fitting else ():
+                ids = [each.ids for each in written.completions]
+                game, response = (
+                    own[written.example.comparison.id],
+                    answer(policy.tokenizer, written),
+                )
+                if game.item.is_expected:
+                    waiting.append(WrittenGame(game, written.example.prompt_ids, ids, response))
+                else:
+                    record(response)
+                if len(waiting) == num_shards:  # as many as run together
+                    list(map(record, expect(weights(), waiting)))
+                    waiting = []
+            list(map(record, expect(weights(), waiting)))
 
     if not apart:
         return judge
     weights()  # by all hosts: some read together, and one may find no games left
     return asking.in_blocks(judge, decoding.batch_size)
+
+
+def game_encoder(tokenizer: Tokenizer, asked: Prompting) -> EncodeGames:
+    """Return what fills and tokenises the prompts of games, however long.
+
+    Raises:
+      UsageError: there is no such prompt, or the tokenizer's chat template can't write it; and
+        later for games that it has no form for.
+    """
+    text = functools.cache(functools.partial(whole_text, tokenizer, asked.name))
+    text(asked.plain)  # what is wrong is heard of at once
+    quote = functools.partial(
+        prompts.quote, name=asked.name, control_tokens=control_tokens(tokenizer)
+    )
+
+    def encode_games(games: Sequence[Game]) -> list[Example]:
+        texts = [asked.fill(text(asked.text(game)), game, quote) for game in games]
+        rows = map(comparison, games)
+        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+
+    return encode_games
+
+
+def make_expectation(policy: TextPolicy, scale: tuple[int, int]) -> Expect:
+    """Return what adds expected scores to responses."""
+    read = Reader("lenient", scale)
+
+    @functools.cache
+    def expectation() -> Expectation:
+        return Expectation(policy, token_bytes(policy.tokenizer), scale)
+
+    def expect(weights: Params, judged: Sequence[WrittenGame]) -> list[Response]:
+        asked = []
+        for game, prompt, ids, response in judged:
+            texts, endings = response.texts or (), response.endings or (None,) * len(ids)
+            spelled, places = expectation().spelled, []
+            for own, text, ending in zip(ids, texts, endings, strict=True):
+                # Broken characters one by one, so that a place in the text is one in the bytes.
+                said = b"".join(spelled[token] for token in own).decode(errors="surrogateescape")
+                said = text if said.startswith(text) else said  # cut where its score was written
+                found = read.places(said, ending, game.item.rubric, game.is_single) or ()
+                places.append([len(said[:i].encode(errors="surrogateescape")) for i in found])
+            asked.append(Asked(prompt, ids, places))
+        expected = expectation()(weights, asked) if asked else []
+        return [
+            dataclasses.replace(each.response, expected=own)
+            for each, own in zip(judged, expected, strict=True)
+        ]
+
+    return expect
 
 
 def answer(tokenizer: Tokenizer, written: Written) -> Response:

@@ -69,6 +69,7 @@ class Endpoint:
           RunError: there is no server, or it asks to come back much later.
           KeyboardInterrupt: requests under way are dropped; what was recorded is complete.
         """
+        self.template.check(games)
         asking.drive(lambda put: self._judge(games, put), record)
 
     async def _judge(self, games: Sequence[Game], record: Callable[[Response], None]) -> None:

@@ -6,16 +6,19 @@ Backends are imported when they are made, so that recorded verdicts need no acce
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import pathlib
 import re
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jlrm.config import MeshConfig, UsageError
 from jlrm.evaluation import heuristics
 from jlrm.evaluation.games import Backend
+from jlrm.evaluation.prompting import prompting
 from jlrm.judges import requests
 from jlrm.runtime.settings import load
 
@@ -36,7 +39,7 @@ class Option(NamedTuple):
 
 BOTH = (JLRM, OPENAI)
 OPTIONS: dict[str, Option] = {
-    "prompt": Option(BOTH, "", "prompt template (jlrm; of a run: its own)"),
+    "prompt": Option(BOTH, "", "prompt template, or a file of one's own (jlrm; of a run: its own)"),
     "scale": Option(
         BOTH,
         [],
@@ -210,6 +213,8 @@ def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> 
         for name, value in chosen.items()
         if OPTIONS[name].is_shaping and not (name in ADDED and value == OPTIONS[name].default)
     }
+    if "prompt" in shaping:
+        shaping["prompt"] = prompting(shaping["prompt"]).identity
     if backend == JLRM:
         from jlrm.weights import source
 
@@ -265,3 +270,27 @@ def mesh(pairs: Sequence[str]) -> MeshConfig:
             raise UsageError(f"--mesh {pair}: wanted data=N, fsdp=N or tensor=N.")
         sizes[axis] = int(size)
     return MeshConfig(**sizes)
+
+
+def only_model(url: str, key: str = "") -> str:
+    """Return the name of an endpoint's model; `key` is what it wants to see, if anything.
+
+    Raises:
+      UsageError: no such server, or it serves several.
+    """
+    address = f"{url.rstrip('/')}/models"
+    try:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = urllib.request.Request(address, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            names = [each["id"] for each in json.load(reply)["data"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{address} names no model ({error}). Give its name, and the address as base_url."
+        ) from None
+    if len(names) != 1:
+        raise UsageError(
+            f"{url} serves {', '.join(names) or 'nothing'}: name one of them, and the address as "
+            "base_url."
+        )
+    return names[0]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
 from jlrm.evaluation.games import Game
+from jlrm.evaluation.prompting import Prompting, prompting
 from jlrm.judgement import prompts
 
 OVERHEAD = 256  # tokens that a chat template may add to a prompt
@@ -30,6 +31,11 @@ LIMITS = ("max_tokens", "max_completion_tokens")  # names of the limit of genera
 VERSION = "api-version"  # Azure's, in the query of an address
 # Fields that are what is asked, or without which a reply could not be read.
 FIXED = ("messages", "prompt", "model", "stream", "n")
+
+NO_PROBABILITIES = (
+    "Expected scores need the probabilities of all tokens, and an endpoint tells those of a few "
+    "(logprobs, top_logprobs) or none: name the model itself, a run or a directory."
+)
 
 # The added tokens of Qwen2.5 and Qwen3, and the tags that our parser reads.
 CONTROL_TOKENS = frozenset(
@@ -47,40 +53,41 @@ CONTROL_TOKENS = frozenset(
 
 
 class Template(NamedTuple):
-    """A prompt's text: raw, or a user message with a system message before it."""
+    """A prompt, and how the texts of others are written into it."""
 
-    system: str | None
-    text: str
-    quote: Callable[[str], str]  # how the texts to be judged are written into it
-    single: Callable[[], tuple[str | None, str]]  # system and text where one answer is judged
+    prompting: Prompting
+    quote: Callable[[str], str]
 
     @classmethod
     def of(cls, name: str, scale: tuple[int, int], neutral: bool) -> Template:
+        """Return the prompt of a name, or of a file. Raises UsageError for neither."""
         quote = partial(prompts.quote, name=name, control_tokens=CONTROL_TOKENS)
         if not neutral:
             quote = partial(prompts.neutralise, control_tokens=())
-        single = partial(prompts.single_messages, name, *scale)
-        if name in prompts.PAIR_TEMPLATES:
-            return cls(None, prompts.PAIR_TEMPLATES[name], quote, single)
-        return cls(*prompts.messages(name, *scale), quote, single)
+        return cls(prompting(name, scale), quote)
+
+    def check(self, games: Sequence[Game]) -> None:
+        """Refuse games that can't be asked about, before anything is paid for.
+
+        Raises:
+          UsageError: if so.
+        """
+        for game in games:
+            self.prompting.text(game)
+            if game.item.is_expected:
+                raise UsageError(NO_PROBABILITIES)
 
     def fill(self, game: Game, is_apart: bool = True) -> dict[str, Any]:
         """Return the part of a request's body that holds the prompt.
 
         is_apart: the system text is a message of its own; else it begins the user's.
         """
-        item = game.item
-        question, first = self.quote(item.question), self.quote(item.answers[game.first])
-        if game.is_single:
-            system, template = self.single()
-            text = prompts.fill_single(template, question=question, answer=first)
-        else:
-            system, second = self.system, self.quote(item.answers[game.second])
-            text = prompts.fill(self.text, question=question, answer_1=first, answer_2=second)
+        system, template = self.prompting.text(game)
+        text = self.prompting.fill(template, game, self.quote)
         if system is None:
             return {"prompt": text}
-        roles = {"system": system, "user": text}
-        if not is_apart:
+        roles = {"system": system, "user": text} if system else {"user": text}
+        if system and not is_apart:
             roles = {"user": f"{system}\n\n{text}"}
         return {"messages": [{"role": role, "content": text} for role, text in roles.items()]}
 

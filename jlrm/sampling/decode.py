@@ -52,6 +52,20 @@ class Prompts(NamedTuple):
     lengths: Int[Array, " P"]
 
 
+class Branches(NamedTuple):
+    """Rows that hold more than a prompt: continuations, and branches that leave them.
+
+    A slot sees, at or before itself: the prompt, `shared` slots; what its branch leaves, the slots
+    from `begin` to before `limit`; and its own segment, from `own` on.
+    """
+
+    positions: Int[Array, "P T"]  # of each token in its own sequence
+    shared: Int[Array, " P"]
+    begin: Int[Array, "P T"]
+    limit: Int[Array, "P T"]
+    own: Int[Array, "P T"]
+
+
 class Prefix(NamedTuple):
     """The prompts as decoding steps see them."""
 
@@ -172,19 +186,24 @@ def _quantise(x: Array, inputs: tuple[int, ...]) -> Int8:
 
 
 def prefill(
-    config: QwenConfig, layout: Layout, params: Params, tokens: Int[Array, "P T"]
+    config: QwenConfig,
+    layout: Layout,
+    params: Params,
+    tokens: Int[Array, "P T"],
+    branches: Branches | None = None,
 ) -> tuple[Float[Array, "P T D"], list[KeysValues]]:
     """Run right-padded prompts; return final hidden states, and the keys and values of each layer.
 
-    Outputs at padding positions mean nothing. No mask is needed: padding stands after the prompt,
-    and attention is causal.
+    Outputs at padding positions mean nothing. Prompts need no mask: padding stands after the
+    prompt, and attention is causal. Rows with more in them are laid out by `branches`.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = positions if branches is None else branches.positions
     rope = qwen.rope(config, positions)
     x = qwen.embed(config, layout, params["embed"], tokens)
     block, prefix = Block(config, layout, _attend_prompt), []
     for layer in params["layers"]:
-        x, keys_values = qwen.apply(block, dequantise(config, layer), x, rope, None)
+        x, keys_values = qwen.apply(block, dequantise(config, layer), x, rope, branches)
         prefix.append(keys_values)
     return qwen.final_norm(config, params, x), prefix
 
@@ -250,12 +269,15 @@ def _attend_prompt(
     q: Float[Array, "P T N H"],
     k: Float[Array, "P K T H"],
     v: Float[Array, "P K T H"],
-    context: None,
+    context: Branches | None,
 ) -> tuple[Float[Array, "P T N H"], KeysValues]:
-    """Attend causally: on TPUs by the kernel of training, elsewhere queries block by block."""
+    """Attend causally, and to what branches let a slot see: queries block by block.
+
+    On TPUs the kernel of training runs plain prompts.
+    """
     num_prompts, num_tokens = q.shape[:2]
     is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
-    if layout.platform == "tpu" and is_even:
+    if layout.platform == "tpu" and is_even and context is None:
         from jlrm.model.splash import splash_causal  # imports Pallas
 
         queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
@@ -270,13 +292,25 @@ def _attend_prompt(
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)
-        mask = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
+        mask = (jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None])[None]
+        if context is not None:
+            mask &= _is_seen(context, start, end)
         grouped = q[:, start:end].reshape(q.shape[0], end - start, k.shape[1], -1, q.shape[3])
         scores = _scores("PTKGH,PKSH->PKGTS", grouped, k[:, :, :end])
-        scores = jnp.where(mask[None, None, None], scores, MASKED)
+        scores = jnp.where(mask[:, None, None], scores, MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         outputs.append(jnp.einsum("PKGTS,PKSH->PTKGH", weights, v[:, :, :end]))
     return jnp.concatenate(outputs, axis=1).reshape(q.shape), KeysValues(k, v)
+
+
+def _is_seen(branches: Branches, start: int, end: int) -> Bool[Array, "P Q S"]:
+    """Return which slots below `end` the slots from `start` on see, but for the order of both."""
+    slot = jnp.arange(end)[None, None]
+    begin, limit, own = (
+        x[:, start:end, None] for x in (branches.begin, branches.limit, branches.own)
+    )
+    is_left = (slot >= begin) & (slot < limit)
+    return (slot < branches.shared[:, None, None]) | is_left | (slot >= own)
 
 
 def _attend_cached(

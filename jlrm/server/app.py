@@ -38,7 +38,7 @@ from jlrm.server.engine import Busy
 from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
 from jlrm.serving.asked import Pair
-from jlrm.serving.judge import ranked
+from jlrm.serving.ranking import ranked
 from jlrm.serving.results import JudgedPair, ScoredAnswer
 
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -291,7 +291,10 @@ class Routes:
         """Order documents by how well they answer a query."""
         body = bodies.rerank_body(await self._body(request), self._service.defaults)
         documents, num = body.documents, len(body.documents)
-        pairs = [Pair(body.query, documents[i], documents[j]) for i, j in bodies.places(num)]
+        told = {"rubric": self._service.defaults.rubric}
+        pairs = [
+            Pair(body.query, documents[i], documents[j], **told) for i, j in bodies.places(num)
+        ]
         judged: list[JudgedPair] = []
         if pairs:
             work = self._service.judge(pairs, "both", body.drawing)

@@ -12,18 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.serving.asked import ORDERS, Pair
+from jlrm.evaluation.rubrics import Rubric, rubric
+from jlrm.serving.asked import ORDERS, Pair, Single
 
 MOST_VOTES = 16
 MOST_DOCUMENTS = 16  # of a ranking: each is compared with each
 MOST_PAIRS = 256  # of one request
 MOST_STOPS = 4
-FIELDS_OF_PAIR = {"question", "answer_1", "answer_2", "id"}
+FIELDS_OF_PAIR = {"question", "answer_1", "answer_2", "id", "reference"}
 FIELDS_OF = {  # of the forms of /v1/judge, by the field that tells them
     "answer_1": FIELDS_OF_PAIR,
     "pairs": {"pairs"},
-    "answer": {"question", "answer", "id"},
-    "answers": {"question", "answers"},
+    "answer": {"question", "answer", "id", "reference"},
+    "answers": {"question", "answers", "reference"},
 }
 IGNORED = {  # of OpenAI's form: they say who asks, or how it is paid for
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -65,7 +66,7 @@ class JudgeBody:
     pairs: tuple[Pair, ...]
     answers: int  # of a ranking; 0: pairs are asked for
     is_one_pair: bool  # which is answered by itself, and not in a list
-    single: tuple[Any, Any, str] | None  # a question, its only answer, an id
+    single: Single | None
     orders: str
     drawing: Drawing
 
@@ -100,6 +101,7 @@ class Defaults:
     votes: int
     max_new_tokens: int
     seed: int
+    rubric: Rubric | None = None
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -124,9 +126,11 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
       UsageError: what is wrong with it.
     """
     settings = {"model", "orders", "votes", "temperature", "max_new_tokens", "seed", "stream"}
+    settings |= {"rubric", "expected_scores"}
     _refuse_unknown(body, settings | FIELDS_OF_PAIR | {"pairs", "answer", "answers"})
     orders = _one_of(body, "orders", ORDERS, "both")
     drawing = _drawing(body, defaults, "votes", ("max_new_tokens",))
+    told = rubric(body.get("rubric")) or defaults.rubric, _flag(body, "expected_scores")
     _check_model(body, defaults)
     forms = [
         name for name in ("pairs", "answer", "answers", "answer_1") if body.get(name) is not None
@@ -142,18 +146,20 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
             raise UsageError(f"{name} has no place beside {forms[0]}.")
     if forms == ["pairs"]:
         rows = _list(body, "pairs", 1, MOST_PAIRS)
-        pairs = tuple(_pair(row, f"pairs[{i}]") for i, row in enumerate(rows))
+        pairs = tuple(_pair(row, f"pairs[{i}]", told) for i, row in enumerate(rows))
         return JudgeBody(pairs, 0, False, None, orders, drawing)
     if forms == ["answer"]:
-        single = _required(body, "question"), body["answer"], _identity(body, "")
+        question, reference = _required(body, "question"), body.get("reference")
+        single = Single(question, body["answer"], _identity(body, ""), reference, *told)
         return JudgeBody((), 0, False, single, orders, drawing)
     if forms == ["answer_1"]:
         texts = {name: body[name] for name in FIELDS_OF_PAIR & body.keys()}
-        return JudgeBody((_pair(texts, ""),), 0, True, None, orders, drawing)
+        return JudgeBody((_pair(texts, "", told),), 0, True, None, orders, drawing)
     answers = _list(body, "answers", 2, MOST_DOCUMENTS)
-    question = _required(body, "question")
+    question, reference = _required(body, "question"), body.get("reference")
     pairs = tuple(
-        Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places(len(answers))
+        Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}", reference, *told)
+        for i, j in places(len(answers))
     )
     return JudgeBody(pairs, len(answers), False, None, orders, drawing)
 
@@ -232,14 +238,14 @@ def _drawing(
     return Drawing(num, temperature, most, seed % 2**31, _flag(body, "stream"))
 
 
-def _pair(row: Any, where: str) -> Pair:
+def _pair(row: Any, where: str, told: tuple[Rubric | None, bool]) -> Pair:
     if not isinstance(row, Mapping):
         raise UsageError(f"{where}: wanted an object, got {row!r:.60}.")
     _refuse_unknown(row, FIELDS_OF_PAIR, where)
     question, first, second = (
         _required(row, name, where) for name in ("question", "answer_1", "answer_2")
     )
-    return Pair(question, first, second, _identity(row, where))
+    return Pair(question, first, second, _identity(row, where), row.get("reference"), *told)
 
 
 def _identity(row: Mapping[str, Any], where: str) -> str:

@@ -9,7 +9,6 @@ What HTTP needs is an extra, and is imported when it is known to be there.
 from __future__ import annotations
 
 import argparse
-import functools
 import ipaddress
 import os
 import pathlib
@@ -20,9 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlrm.config import RunError, UsageError
-from jlrm.data.batches import prompt_encoder, single_encoder
 from jlrm.data.tokenizer import token_bytes
-from jlrm.evaluation.reading import PARSERS, reader
+from jlrm.evaluation import rubrics
+from jlrm.evaluation.prompting import prompting
+from jlrm.evaluation.reading import PARSERS, check_rubric, reader
 from jlrm.judgement import prompts
 from jlrm.judges import local, options
 from jlrm.rl.distribution import Distribution
@@ -164,14 +164,18 @@ def open_service(args: argparse.Namespace) -> Service:
         args.block,
     )
     low, high = chosen["scale"]
+    read, rubric = reader(args.parser, (low, high)), None
+    if args.rubric:
+        rubric = rubrics.read(args.rubric)
+        check_rubric(read, rubric)
     name = args.name or pathlib.PurePath(args.model).name or args.model
     return Service(
         policy,
         Engine(policy, weights, settings, stops, args.max_waiting),
-        prompt_encoder(policy.tokenizer, chosen["prompt"], (low, high)),
-        functools.cache(lambda: single_encoder(policy.tokenizer, chosen["prompt"], (low, high))),
-        reader(args.parser, (low, high)),
-        Defaults(name, temperature, votes, longest[1], args.seed % 2**31),
+        local.game_encoder(policy.tokenizer, prompting(chosen["prompt"], (low, high))),
+        local.make_expectation(policy, (low, high)),
+        read,
+        Defaults(name, temperature, votes, longest[1], args.seed % 2**31, rubric),
         chosen["prompt"],
         chosen["stop"],
         calibration.find(args.calibration, args.model),
@@ -234,6 +238,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
     add("--calibration", default="", metavar="FILE",
         help="map of the confidence, or none (calibration.json of the model)")  # fmt: skip
+    shown = "what requests that name no rubric are judged by: a text, or criteria (YAML, JSON)"
+    add("--rubric", default="", metavar="FILE", help=shown)
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
     positions = "fewer where the model has no positions for them"
     add(

@@ -22,6 +22,7 @@ PAIR = {
     "answer_1": CONVERSATION,
     "answer_2": CONVERSATION,
     "id": {**TEXT, "description": "comes back with the verdict"},
+    "reference": {**CONVERSATION, "description": "an answer that the judge is shown as right"},
 }
 OPTIONAL_TEXT, OPTIONAL_WHOLE = {"type": ["string", "null"]}, {"type": ["integer", "null"]}
 JUDGED_PAIR = {
@@ -39,6 +40,8 @@ JUDGED_PAIR = {
     "id": TEXT,
     "error": OPTIONAL_TEXT,
     "is_calibrated": FLAG,
+    "criteria": {"type": "object", "description": "with a rubric: the scores by criterion"},
+    "expected_scores": {"type": "array", "items": NUMBER, "description": "where wanted"},
     "model": TEXT,
     "usage": {"type": "object"},
 }
@@ -199,6 +202,15 @@ def _judge_request(defaults: Defaults) -> dict[str, Any]:
                 "minItems": 2,
                 "maxItems": MOST_DOCUMENTS,
                 "description": ranked,
+            },
+            "rubric": {
+                "type": ["string", "object"],
+                "description": "a text, or criteria: by name a description, or one with a weight",
+            },
+            "expected_scores": {
+                **FLAG,
+                "description": "add those that the probabilities of all scores come to",
+                "default": False,
             },
             "orders": {**TEXT, "enum": list(ORDERS), "default": "both"},
             "votes": _whole(1, MOST_VOTES, default=defaults.votes),

@@ -15,6 +15,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +109,9 @@ class Engine:
         )
         self._holds: list[tuple[Writing, int] | None] = [None] * settings.num_slots
         self._waiting: collections.deque[Writing] = collections.deque()
+        self._passes: collections.deque[tuple[Callable[[Params], Any], Future[Any]]] = (
+            collections.deque()
+        )
         self._changed = threading.Condition()
         self._is_closing, self.failure = False, ""
         self._seconds_each = 1.0  # of a completion in its slot
@@ -177,6 +181,19 @@ class Engine:
                 rounds = (self.num_waiting + coming) / num_slots
                 raise Busy(max(1, math.ceil(rounds * self._seconds_each)))
 
+    def run(self, work: Callable[[Params], Any]) -> Future[Any]:
+        """Let the engine's thread do some other work with the weights, between two blocks.
+
+        Raises:
+          RunError: the engine has failed, or is closing.
+        """
+        future: Future[Any] = Future()
+        with self._changed:
+            self.check(0, 0)
+            self._passes.append((work, future))
+            self._changed.notify()
+        return future
+
     def cancel(self, writing: Writing) -> None:
         """Let go of a prompt: nobody waits for it any more."""
         with self._changed:
@@ -199,10 +216,11 @@ class Engine:
         try:
             while self._wait():
                 began = time.monotonic()
+                self._pass()
                 entering = self._next_group()
                 if entering:
                     self._take(self._enter(entering))
-                else:
+                elif self.num_running:
                     self._take(self._advance())
                 self.counters.seconds += time.monotonic() - began
         except Exception as error:  # the devices may raise anything
@@ -213,6 +231,25 @@ class Engine:
                 for writing in (*left.values(), *self._waiting):
                     writing.tell(None)
                 self._waiting.clear()
+                for _, future in self._passes:
+                    future.set_exception(RunError(self.failure))
+                self._passes.clear()
+
+    def _pass(self) -> None:
+        """Do one piece of other work, so that judgements under way go on after it."""
+        with self._changed:
+            if not self._passes:
+                return
+            work, future = self._passes.popleft()
+        if not future.set_running_or_notify_cancel():
+            return  # the client has left
+        try:
+            future.set_result(work(self._weights()))
+        except UsageError as error:  # a tokenizer or a scale that it can't be done with
+            future.set_exception(error)
+        except Exception as error:
+            future.set_exception(RunError(f"The engine has failed: {type(error).__name__}."))
+            raise
 
     def _wait(self) -> bool:
         """Wait for something to do, and let go of what is cancelled; False: there is no more."""
@@ -222,7 +259,7 @@ class Engine:
                 gone = [each for each in self._waiting if each.is_cancelled]
                 self.counters.cancelled += sum(each.num_completions for each in gone)
                 self._waiting = collections.deque(kept)
-                if self._waiting or self.num_running:
+                if self._waiting or self.num_running or self._passes:
                     return True
                 if self._is_closing:
                     return False

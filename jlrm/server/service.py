@@ -15,21 +15,23 @@ import json
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
 from jlrm.data import tokenizer as tokenizers
-from jlrm.data.batches import Encode
 from jlrm.evaluation.games import Game, Response
-from jlrm.evaluation.reading import Reader
+from jlrm.evaluation.reading import Reader, check_rubric
 from jlrm.judgement import prompts
 from jlrm.judges import local
+from jlrm.judges.local import EncodeGames, Expect, WrittenGame
+from jlrm.model.qwen import Params
 from jlrm.sampling.policy import TextPolicy
 from jlrm.sampling.slots import CUT, RUNNING, STOPPED
 from jlrm.sampling.writer import address
 from jlrm.server.bodies import Defaults, Drawing
 from jlrm.server.engine import Drawn, Engine, Writing
-from jlrm.serving.asked import Pair, games_of, single_game
+from jlrm.serving.asked import Pair, Single, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import JudgedPair, ScoredAnswer, judged_pair, scored_answer
 
@@ -44,8 +46,13 @@ class Piece(NamedTuple):
     prompt: int
     completion: int
     text: str  # all of it so far, as far as its characters are whole
-    num_tokens: int
+    ids: Sequence[int]
     ending: str  # "stop", "length"; "": it goes on
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens so far."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,8 @@ class Service:
 
     policy: TextPolicy
     engine: Engine
-    encode: Encode
-    encode_single: Callable[[], Encode]  # where the prompt has a form for one answer
+    encode: EncodeGames
+    expect: Expect
     read: Reader
     defaults: Defaults
     prompt: str  # the template's name
@@ -81,7 +88,7 @@ class Service:
             for i, pair in enumerate(pairs)
         ]
         games = [game for each in own for game in each]
-        responses = await self._responses(games, self.encode, drawing, tell)
+        responses = await self._responses(games, drawing, tell)
         return [
             judged_pair(
                 pair.id,
@@ -95,30 +102,31 @@ class Service:
 
     async def score(
         self,
-        asked: Sequence[tuple[Any, Any, str]],
+        asked: Sequence[Single],
         drawing: Drawing,
         tell: Callable[[Game, Piece], None] = lambda game, piece: None,
     ) -> list[ScoredAnswer]:
-        """Score answers to questions, each with an id, by themselves; `tell` hears of every piece.
+        """Score answers to questions by themselves; `tell` hears of every piece.
 
         Raises:
           UsageError: a text that is none, or a prompt without a form for one answer.
           Busy, RunError: as `Engine.submit`.
         """
-        games = [single_game(_identity(each[:2], i), *each[:2]) for i, each in enumerate(asked)]
-        responses = await self._responses(games, self.encode_single(), drawing, tell)
+        games = [single_game(_identity(each[:2], i), each) for i, each in enumerate(asked)]
+        responses = await self._responses(games, drawing, tell)
         return [
-            scored_answer(identity, responses[game.id], self.read)
-            for (_, _, identity), game in zip(asked, games, strict=True)
+            scored_answer(each.id, game, responses[game.id], self.read)
+            for each, game in zip(asked, games, strict=True)
         ]
 
     async def _responses(
         self,
         games: Sequence[Game],
-        encode: Encode,
         drawing: Drawing,
         tell: Callable[[Game, Piece], None],
     ) -> dict[str, Response]:
+        for rubric in {id(game.item.rubric): game.item.rubric for game in games}.values():
+            check_rubric(self.read, rubric)
         limit = self.engine.settings.max_prompt_tokens
         responses = {
             game.id: Response(game.id, error=f"The texts have over {LETTERS * limit} characters.")
@@ -128,9 +136,8 @@ class Service:
         games = [game for game in games if game.id not in responses]
         self.engine.check(len(games) * drawing.votes, drawing.votes)
         # In a thread: hundreds of prompts take a while, and others are answered meanwhile.
-        rows = [local.comparison(game) for game in games]
         async with self.encoding:
-            examples = await asyncio.to_thread(encode, rows)
+            examples = await asyncio.to_thread(self.encode, games)
         responses |= {
             example.comparison.id: local.too_long(example, limit)
             for example in examples
@@ -142,6 +149,7 @@ class Service:
             if game.id not in responses
         ]
         texts: list[dict[int, Piece]] = [{} for _ in fitting]
+        waiting: list[WrittenGame] = []
         began = time.monotonic()
         asked = [(example.prompt_ids, _number(game)) for game, example in fitting]
         left = len(fitting) * drawing.votes
@@ -167,7 +175,18 @@ class Service:
                 num_tokens=sum(piece.num_tokens for piece in ordered),
                 seconds=time.monotonic() - began,
             )
+            if game.item.is_expected:
+                ids = [piece.ids for piece in ordered]
+                waiting.append(WrittenGame(game, example.prompt_ids, ids, responses[game.id]))
+        together = self.policy.decoding.num_shards("P")
+        for i in range(0, len(waiting), together):
+            part = partial(self._expected, waiting[i : i + together])
+            found = await asyncio.wrap_future(self.engine.run(part))
+            responses |= {each.game: each for each in found}
         return responses
+
+    def _expected(self, waiting: Sequence[WrittenGame], weights: Params) -> list[Response]:
+        return self.expect(weights, waiting)
 
     async def write(
         self,
@@ -215,7 +234,7 @@ class Service:
         (text,) = tokenizers.decode(self.policy.tokenizer, [ids])
         ending = {RUNNING: "", STOPPED: "stop", CUT: "length"}[new.ending]
         return Piece(
-            prompt, new.completion, text if ending else text.rstrip(TORN), len(ids), ending
+            prompt, new.completion, text if ending else text.rstrip(TORN), list(ids), ending
         )
 
     def chat_prompt(self, messages: Iterable[tuple[str, str]]) -> list[int]:
@@ -262,8 +281,10 @@ def _identity(texts: Sequence[Any], place: int) -> str:
 
 
 def _size(game: Game) -> int:
-    answers = (game.item.answers[i] for i in {game.first, game.second})
-    return len(game.item.question) + sum(map(len, answers))
+    item = game.item
+    more = item.reference or "", item.rubric.text if item.rubric else ""
+    texts = (item.question, *more, *(item.answers[i] for i in {game.first, game.second}))
+    return sum(map(len, texts))
 
 
 def _ended(piece: Piece) -> Piece:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from jlrm.config import UsageError
 from jlrm.evaluation.games import Game, Item
+from jlrm.evaluation.rubrics import Rubric
 from jlrm.evaluation.scoring import ordered
 from jlrm.judgement import conversations
 from jlrm.judgement.labels import Unusable
@@ -18,12 +19,29 @@ FIELDS = ("question", "answer_1", "answer_2")
 
 
 class Pair(NamedTuple):
-    """A question and two answers to be judged: texts, or lists of messages {role, content}."""
+    """A question and two answers to be judged: texts, or lists of messages {role, content}.
+
+    reference: an answer that the judge is shown as right. is_expected: with expected scores.
+    """
 
     question: Any
     answer_1: Any
     answer_2: Any
     id: str = ""
+    reference: Any = None
+    rubric: Rubric | None = None
+    is_expected: bool = False
+
+
+class Single(NamedTuple):
+    """A question and one answer to be scored, as `Pair`."""
+
+    question: Any
+    answer: Any
+    id: str = ""
+    reference: Any = None
+    rubric: Rubric | None = None
+    is_expected: bool = False
 
 
 def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game]:
@@ -35,7 +53,7 @@ def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game
     if orders not in ORDERS:
         raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
     question, *answers = map(as_text, pair[:3], FIELDS)
-    item = Item(str(number), question, (answers[0], answers[1]))
+    item = Item(str(number), question, (answers[0], answers[1]), **_more(pair))
     order = "as_given" if orders == "given" else orders  # a policy's word for it
     return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
 
@@ -57,14 +75,20 @@ def as_text(value: Any, name: str) -> str:
         raise UsageError(f"{name} holds {reason}: every message must have a text.") from None
 
 
-def single_game(number: int | str, question: Any, answer: Any) -> Game:
+def single_game(number: int | str, asked: Single) -> Game:
     """Return the game in which one answer is judged by itself.
 
     Raises:
       UsageError: a text that is none.
     """
-    texts = as_text(question, "question"), (as_text(answer, "answer"),)
-    return Game(Item(str(number), *texts), 0, 0)
+    texts = as_text(asked.question, "question"), (as_text(asked.answer, "answer"),)
+    return Game(Item(str(number), *texts, **_more(asked)), 0, 0)
+
+
+def _more(asked: Pair | Single) -> dict[str, Any]:
+    """Return what an item holds besides the texts that are judged."""
+    reference = None if asked.reference is None else as_text(asked.reference, "reference")
+    return {"reference": reference, "rubric": asked.rubric, "is_expected": asked.is_expected}
 
 
 def is_conversation(value: Any) -> bool:
@@ -78,7 +102,28 @@ def pair_of(row: Sequence[str] | Mapping[str, str]) -> Pair:
     Raises:
       UsageError: not three texts.
     """
+    if isinstance(row, Pair):
+        return row
     texts = [row.get(name) for name in FIELDS] if isinstance(row, Mapping) else list(row)
     if len(texts) != len(FIELDS):
         raise UsageError(f"Judge.compare_each: wanted {', '.join(FIELDS)}, got {len(texts)} texts.")
     return Pair(*texts)  # pyright: ignore[reportArgumentType]  # games_of checks them
+
+
+def rows_of(
+    method: str, names: Sequence[str], columns: Sequence[list[Any]], reference: Any
+) -> list[tuple[Any, ...]]:
+    """Return the rows of columns, each with its reference, of None without references.
+
+    Raises:
+      UsageError: columns of several lengths, or one reference for many rows.
+    """
+    if isinstance(reference, str) or is_conversation(reference):
+        raise UsageError(f"Judge.{method}: wanted a list of references, one a row, got one.")
+    own = [None] * len(columns[0]) if reference is None else list(reference)
+    sizes = dict(zip(names, map(len, columns), strict=True))
+    sizes |= {} if reference is None else {"reference": len(own)}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{size} of {name}" for name, size in sizes.items())
+        raise UsageError(f"Judge.{method}: wanted lists of one length, got {told}.")
+    return list(zip(*columns, own, strict=True))

@@ -15,33 +15,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import logging
 import os
 import threading
-import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.games import Backend, Response
-from jlrm.evaluation.reading import Reader, reader
+from jlrm.evaluation.reading import Reader, check_rubric, reader
+from jlrm.evaluation.rubrics import Rubric
+from jlrm.evaluation.rubrics import rubric as as_rubric
 from jlrm.judges import options
+from jlrm.judges.requests import NO_PROBABILITIES
 from jlrm.serving import calibration as maps
-from jlrm.serving import ranking
 from jlrm.serving.asked import (
     FIELDS,
     Orders,
     Pair,
+    Single,
     as_text,
     games_of,
     is_conversation,
     pair_of,
+    rows_of,
     single_game,
 )
 from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.ranking import ranked
 from jlrm.serving.results import (
-    POINTS,
     JudgedPair,
     Ranking,
     ScoredAnswer,
@@ -68,8 +70,11 @@ class Judge:
         name: str,
         seed: int = 0,
         calibrated: ConfidenceMap | None = None,
+        rubric: Rubric | None = None,
+        is_expected: bool = False,
     ) -> None:
-        self.name, self.calibrated = name, calibrated
+        self.name, self.calibrated, self.rubric = name, calibrated, rubric
+        self._is_expected = is_expected
         self._backend, self._read, self._seed = backend, read, seed
         self._lock, self._num_games, self._num_unread = threading.Lock(), 0, 0
         self._is_told = False
@@ -83,6 +88,8 @@ class Judge:
         parser: str = "lenient",
         seed: int = 0,
         calibration: str = "",
+        rubric: Any = None,
+        expected: bool = False,
         **settings: Any,
     ) -> Judge:
         """Return a judge; weights are read when it is first asked.
@@ -93,6 +100,10 @@ class Judge:
           backend: jlrm, openai or heuristic; by default by the form of `model`.
           calibration: a file of `jlrm judge check --calibrate`, or "none"; by default
             calibration.json of the run or the directory, if there is one, which is told.
+          rubric: what to look at: a text, or criteria, a mapping of names to descriptions or to
+            {"description": ..., "weight": ...}; each call may give another.
+          expected: whether results hold expected scores, of models of ours alone; each call may
+            want them. They cost one more pass over each judgement.
           settings: as the flags of `jlrm evaluate`: prompt, scale, votes, temperature,
             max_new_tokens, batch_size, mesh, base_url, ...
 
@@ -110,7 +121,7 @@ class Judge:
         if is_address:
             settings["base_url"] = model
             variable = settings.get("api_key_env") or options.OPTIONS["api_key_env"].default
-            model = only_model(model, os.environ.get(variable, ""))
+            model = options.only_model(model, os.environ.get(variable, ""))
         if backend == options.JLRM:
             settings.setdefault("fit_batches", True)  # calls are of a pair as often as of hundreds
         given = {name: settings.get(name) for name in options.OPTIONS}
@@ -119,13 +130,25 @@ class Judge:
         pinned = options.pinned(backend, model)
         made = options.make(backend, pinned, chosen, seed, None)
         calibrated = maps.find(calibration, model)
-        return cls(made, reader(parser, (low, high)), pinned, seed, calibrated)
+        read, rubric = reader(parser, (low, high)), as_rubric(rubric)
+        check_rubric(read, rubric)
+        if expected and backend == options.OPENAI:
+            raise UsageError(NO_PROBABILITIES)
+        return cls(made, read, pinned, seed, calibrated, rubric, expected)
 
     def __repr__(self) -> str:
         return f"Judge({self.name!r})"
 
     def compare(
-        self, question: Any, answer_1: Any = None, answer_2: Any = None, *, orders: Orders = "both"
+        self,
+        question: Any,
+        answer_1: Any = None,
+        answer_2: Any = None,
+        *,
+        orders: Orders = "both",
+        reference: Any = None,
+        rubric: Any = None,
+        expected: bool = False,
     ) -> Any:
         """Judge one pair, many, or the rows of a table.
 
@@ -134,6 +157,8 @@ class Judge:
             with these columns alone. A conversation, a list of messages {role, content}, may stand
             for any text.
           orders: "both"; "given": answer 1 is shown first; "random": by the seed and the pair.
+          reference: an answer that the judge is shown as right; of many pairs a list.
+          rubric, expected: as in `load`.
 
         Returns:
           A `JudgedPair`, or a list of them in order; of a DataFrame a copy with columns for the
@@ -142,57 +167,81 @@ class Judge:
         Raises:
           UsageError: texts of other types, lists of several lengths, an order that there is not.
         """
+        told = {"rubric": as_rubric(rubric), "is_expected": expected}
         if hasattr(question, "assign") and hasattr(question, "columns"):
-            return self._compare_frame(question, orders)
+            return self._compare_frame(question, orders, reference, told)
         if isinstance(question, str) or is_conversation(question):
-            return self.compare_all([Pair(question, answer_1, answer_2)], orders)[0]
+            pair = Pair(question, answer_1, answer_2, reference=reference, **told)
+            return self.compare_all([pair], orders)[0]
         columns = [list(column or ()) for column in (question, answer_1, answer_2)]
-        if len({len(column) for column in columns}) > 1:
-            named = zip(FIELDS, columns, strict=True)
-            sizes = ", ".join(f"{len(column)} of {name}" for name, column in named)
-            raise UsageError(f"Judge.compare: wanted lists of one length, got {sizes}.")
-        return self.compare_all([Pair(*texts) for texts in zip(*columns, strict=True)], orders)
+        rows = rows_of("compare", FIELDS, columns, reference)
+        pairs = [Pair(*texts, reference=own, **told) for *texts, own in rows]
+        return self.compare_all(pairs, orders)
 
     def compare_each(
-        self, pairs: Iterable[Sequence[str] | Mapping[str, str]], *, orders: Orders = "both"
+        self,
+        pairs: Iterable[Sequence[str] | Mapping[str, str]],
+        *,
+        orders: Orders = "both",
+        rubric: Any = None,
+        expected: bool = False,
     ) -> Iterator[JudgedPair]:
         """Judge a stream of pairs, some hundred at a time, and yield the results in order."""
+        given = {"rubric": as_rubric(rubric), "is_expected": expected}
+        told = {name: value for name, value in given.items() if value}
         iterator = iter(pairs)
         while part := list(itertools.islice(iterator, STREAM_PAIRS)):
-            yield from self.compare_all([pair_of(each) for each in part], orders)
+            yield from self.compare_all([pair_of(each)._replace(**told) for each in part], orders)
 
-    def score(self, question: Any, answer: Any) -> Any:
+    def score(
+        self,
+        question: Any,
+        answer: Any,
+        *,
+        reference: Any = None,
+        rubric: Any = None,
+        expected: bool = False,
+    ) -> Any:
         """Score one answer by itself, or many: two texts (or conversations), or two lists of them.
 
         Without another answer beside it a judge's scores spread more: to choose between answers,
-        `compare` them.
+        `compare` them. reference, rubric, expected: as in `compare`.
 
         Raises:
           UsageError: texts of other types, lists of two lengths, a prompt without such a form.
         """
-        is_one = isinstance(question, str) or is_conversation(question)
-        questions, answers = ([question], [answer]) if is_one else (list(question), list(answer))
-        if len(questions) != len(answers):
-            raise UsageError(
-                f"Judge.score: wanted lists of one length, got {len(questions)} of question, "
-                f"{len(answers)} of answer."
-            )
-        scored = self.score_all(list(zip(questions, answers, strict=True)))
-        return scored[0] if is_one else scored
+        told = {"rubric": as_rubric(rubric), "is_expected": expected}
+        if isinstance(question, str) or is_conversation(question):
+            return self.score_all([Single(question, answer, reference=reference, **told)])[0]
+        columns = [list(question), list(answer)]
+        rows = rows_of("score", ("question", "answer"), columns, reference)
+        return self.score_all([Single(*texts, reference=own, **told) for *texts, own in rows])
 
-    def score_all(self, asked: Sequence[tuple[Any, Any]]) -> list[ScoredAnswer]:
+    def score_all(self, asked: Sequence[Single]) -> list[ScoredAnswer]:
         """Score answers to questions together, and return the results in order."""
-        games = [single_game(number, *each) for number, each in enumerate(asked)]
+        games = [single_game(number, self._told(each)) for number, each in enumerate(asked)]
         responses: dict[str, Response] = {}
         with self._lock:
             self._backend(games, lambda response: responses.update({response.game: response}))
-            results = [scored_answer("", responses.get(game.id), self._read) for game in games]
+            results = [
+                scored_answer(each.id, game, responses.get(game.id), self._read)
+                for each, game in zip(asked, games, strict=True)
+            ]
             unread = [each.score is None for each in results if each.status != "unjudged"]
             self._count(len(unread), sum(unread))
         return results
 
-    def rank(self, question: str, answers: Sequence[str], *, orders: Orders = "both") -> Ranking:
-        """Order several answers by comparing each with each.
+    def rank(
+        self,
+        question: str,
+        answers: Sequence[str],
+        *,
+        orders: Orders = "both",
+        reference: Any = None,
+        rubric: Any = None,
+        expected: bool = False,
+    ) -> Ranking:
+        """Order several answers by comparing each with each; the rest as in `compare`.
 
         Raises:
           UsageError: fewer than two answers.
@@ -200,7 +249,10 @@ class Judge:
         if len(answers) < 2:
             raise UsageError(f"Judge.rank: wanted two answers at least, got {len(answers)}.")
         places = list(itertools.combinations(range(len(answers)), 2))
-        pairs = [Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}") for i, j in places]
+        told = reference, as_rubric(rubric), expected
+        pairs = [
+            Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}", *told) for i, j in places
+        ]
         judged = self.compare_all(pairs, orders)
         return ranked(places, judged, len(answers))
 
@@ -238,23 +290,22 @@ class Judge:
             ]
         )
 
-    async def acompare(self, *texts: Any, orders: Orders = "both") -> Any:
+    async def acompare(self, *texts: Any, **told: Any) -> Any:
         """`compare`, without holding the event loop."""
-        return await asyncio.to_thread(self.compare, *texts, orders=orders)
+        return await asyncio.to_thread(self.compare, *texts, **told)
 
-    async def ascore(self, question: Any, answer: Any) -> Any:
+    async def ascore(self, question: Any, answer: Any, **told: Any) -> Any:
         """`score`, without holding the event loop."""
-        return await asyncio.to_thread(self.score, question, answer)
+        return await asyncio.to_thread(self.score, question, answer, **told)
 
-    async def arank(
-        self, question: str, answers: Sequence[str], *, orders: Orders = "both"
-    ) -> Ranking:
+    async def arank(self, question: str, answers: Sequence[str], **told: Any) -> Ranking:
         """`rank`, without holding the event loop."""
-        return await asyncio.to_thread(self.rank, question, answers, orders=orders)
+        return await asyncio.to_thread(self.rank, question, answers, **told)
 
     def compare_all(self, pairs: Sequence[Pair], orders: Orders = "both") -> list[JudgedPair]:
         """Judge pairs together, and return the results in order."""
-        games = [games_of(number, pair, orders, self._seed) for number, pair in enumerate(pairs)]
+        told = [self._told(pair) for pair in pairs]
+        games = [games_of(number, pair, orders, self._seed) for number, pair in enumerate(told)]
         responses: dict[str, Response] = {}
         with self._lock:
             self._backend(
@@ -275,15 +326,30 @@ class Judge:
             self._count(len(played), sum(game.winner is None for game in played))
         return results
 
-    def _compare_frame(self, frame: Any, orders: Orders) -> Any:
+    def _told(self, asked: Any) -> Any:
+        """Return a pair or a single answer with the rubric of this judge if it has none."""
+        rubric = self.rubric if asked.rubric is None else asked.rubric
+        check_rubric(self._read, rubric)
+        return asked._replace(rubric=rubric, is_expected=asked.is_expected or self._is_expected)
+
+    def _compare_frame(
+        self, frame: Any, orders: Orders, reference: Any, told: Mapping[str, Any]
+    ) -> Any:
         missing = [name for name in FIELDS if name not in frame.columns]
         if missing:
             raise UsageError(
                 f"Judge.compare: the table has no column '{missing[0]}'. It has: "
                 f"{', '.join(map(str, frame.columns))}."
             )
-        rows = zip(*(frame[name] for name in FIELDS), strict=True)
-        judged = self.compare_all([Pair(*texts) for texts in rows], orders)
+        rows = rows_of("compare", FIELDS, [list(frame[name]) for name in FIELDS], reference)
+        judged = self.compare_all(
+            [Pair(*texts, reference=own, **told) for *texts, own in rows], orders
+        )
+        more = {
+            name: [getattr(each, name) for each in judged]
+            for name in ("criteria", "expected_scores")
+            if any(getattr(each, name) is not None for each in judged)
+        }
         return frame.assign(
             winner=[each.winner for each in judged],
             judged_score_1=[each.scores[0] if each.scores else None for each in judged],
@@ -291,6 +357,7 @@ class Judge:
             confidence=[each.confidence for each in judged],
             is_consistent=[each.is_consistent for each in judged],
             status=[each.status for each in judged],
+            **more,
         )
 
     def _count(self, num_games: int, num_unread: int) -> None:
@@ -310,49 +377,3 @@ def doubt(name: str, num_unread: int, num_games: int) -> str:
         "this prompt: name the prompt that it was trained with, allow longer judgements "
         "(max_new_tokens), or train it (jlrm train)."
     )
-
-
-def ranked(
-    places: Sequence[tuple[int, int]], judged: Sequence[JudgedPair], num_answers: int
-) -> Ranking:
-    """Return the ranking that comparisons of answers, counted from 0, come to.
-
-    Every game counts: two orders that disagree are a win for each.
-    """
-    outcomes, wins = [], [0.0] * num_answers
-    for (first, second), pair in zip(places, judged, strict=True):
-        for game in pair.games:
-            if game.winner is None:
-                continue
-            outcomes.append(ranking.Outcome(first, second, game.winner))
-            wins[first] += POINTS[game.winner]
-            wins[second] += 1 - POINTS[game.winner]
-    found = ranking.strengths(outcomes, num_answers)
-    order = sorted(range(num_answers), key=lambda i: (-found.values[i], i))
-    return Ranking(
-        tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
-    )
-
-
-def only_model(url: str, key: str = "") -> str:
-    """Return the name of an endpoint's model; `key` is what it wants to see, if anything.
-
-    Raises:
-      UsageError: no such server, or it serves several.
-    """
-    address = f"{url.rstrip('/')}/models"
-    try:
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(address, headers=headers)
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            names = [each["id"] for each in json.load(reply)["data"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{address} names no model ({error}). Give its name, and the address as base_url."
-        ) from None
-    if len(names) != 1:
-        raise UsageError(
-            f"{url} serves {', '.join(names) or 'nothing'}: name one of them, and the address as "
-            "base_url."
-        )
-    return names[0]

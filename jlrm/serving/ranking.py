@@ -13,6 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
+from jlrm.serving.results import POINTS, JudgedPair, Ranking
+
 PRIOR = 3.0  # standard deviation of the strengths before anything is known
 NORMAL = 1.959963984540054  # standard errors of a 95 % interval
 
@@ -79,3 +81,25 @@ def _standard_errors(
     covariance = np.linalg.pinv(information)[:num_answers, :num_answers]
     centre = np.eye(num_answers) - 1 / num_answers
     return np.sqrt(np.clip(np.diag(centre @ covariance @ centre), 0, None))
+
+
+def ranked(
+    places: Sequence[tuple[int, int]], judged: Sequence[JudgedPair], num_answers: int
+) -> Ranking:
+    """Return the ranking that comparisons of answers, counted from 0, come to.
+
+    Every game counts: two orders that disagree are a win for each.
+    """
+    outcomes, wins = [], [0.0] * num_answers
+    for (first, second), pair in zip(places, judged, strict=True):
+        for game in pair.games:
+            if game.winner is None:
+                continue
+            outcomes.append(Outcome(first, second, game.winner))
+            wins[first] += POINTS[game.winner]
+            wins[second] += 1 - POINTS[game.winner]
+    found = strengths(outcomes, num_answers)
+    order = sorted(range(num_answers), key=lambda i: (-found.values[i], i))
+    return Ranking(
+        tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
+    )

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jlrm.evaluation.games import Game, GameVerdict, Response
-from jlrm.evaluation.reading import Reader, read_response
+from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_response
 from jlrm.judgement.verdict import (
     implied_probability,
     is_consistent,
@@ -25,6 +25,7 @@ VERSION = 1  # of verdicts.jsonl
 NAMES = {1: "answer 1", 2: "answer 2", 0: "a tie", None: "no verdict"}
 POINTS = {1: 1.0, 2: 0.0, 0: 0.5}  # of answer 1, by the winner
 SHOWN = 300  # characters of a reason on a notebook's page
+Scores = tuple[float, float]
 
 
 class Plain:
@@ -40,7 +41,7 @@ class JudgedGame(Plain):
     """One order of a pair; `winner` and `scores` are of the answers as they were given.
 
     order: the answer that was shown first and the one shown second, (1, 2) or (2, 1). texts: what
-    the judge wrote, one for each vote.
+    the judge wrote, one for each vote. criteria, expected_scores: as of `JudgedPair`.
     """
 
     order: tuple[int, int]
@@ -50,6 +51,8 @@ class JudgedGame(Plain):
     texts: tuple[str, ...]
     num_tokens: int | None
     error: str | None = None
+    criteria: dict[str, Scores] | None = field(default=None, metadata=contracts.LEFT_OUT)
+    expected_scores: Scores | None = field(default=None, metadata=contracts.LEFT_OUT)
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,6 +67,10 @@ class JudgedPair(Plain):
       (serving/calibration.py). None without scores, or for a tie.
     is_consistent: whether both orders name the same answer; None where one order was judged.
     status: "ok", or why there is no verdict (of the games, the first that failed).
+    criteria: with a rubric of criteria, the scores of both answers by each: means over the games
+      that gave some, whose means by weight `scores` are.
+    expected_scores: where they are wanted, the scores to be expected by the probabilities that the
+      judge gave all scores where it wrote one; means over votes and games.
     """
 
     winner: int | None
@@ -77,6 +84,8 @@ class JudgedPair(Plain):
     id: str = ""
     error: str | None = None
     is_calibrated: bool = False
+    criteria: dict[str, Scores] | None = field(default=None, metadata=contracts.LEFT_OUT)
+    expected_scores: Scores | None = field(default=None, metadata=contracts.LEFT_OUT)
 
     def __repr__(self) -> str:
         parts = [NAMES[self.winner]]
@@ -94,7 +103,15 @@ class JudgedPair(Plain):
         games = [
             (f"shown {game.order[0]}, {game.order[1]}", NAMES[game.winner]) for game in self.games
         ]
-        return _table([("verdict", repr(self)[1:-1]), *games, ("reason", self.reason[:SHOWN])])
+        scored = [
+            (name, f"{one:g} and {two:g}") for name, (one, two) in (self.criteria or {}).items()
+        ]
+        if self.expected_scores:
+            expected = "{:.2f} and {:.2f}".format(*self.expected_scores)
+            scored.append(("expected scores", expected))
+        return _table(
+            [("verdict", repr(self)[1:-1]), *games, *scored, ("reason", self.reason[:SHOWN])]
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,7 +119,8 @@ class ScoredAnswer(Plain):
     """What a judge says of one answer.
 
     score: the mean of the votes that give one; None where none does. status: "ok", or why there is
-    no score. texts: what the judge wrote, one for each vote.
+    no score. texts: what the judge wrote, one for each vote. criteria: the scores by each criterion
+    of a rubric. expected_score: as the expected scores of a `JudgedPair`.
     """
 
     score: float | None
@@ -112,6 +130,8 @@ class ScoredAnswer(Plain):
     num_tokens: int | None
     id: str = ""
     error: str | None = None
+    criteria: dict[str, float] | None = field(default=None, metadata=contracts.LEFT_OUT)
+    expected_score: float | None = field(default=None, metadata=contracts.LEFT_OUT)
 
     def __repr__(self) -> str:
         return (
@@ -131,6 +151,7 @@ class VerdictLine(JudgedPair):
     answer_2: str = ""
     label: int | None = None
     version: int = VERSION
+    reference: str | None = field(default=None, metadata=contracts.LEFT_OUT)
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,6 +161,7 @@ class ScoreLine(ScoredAnswer):
     question: str = ""
     answer: str = ""
     version: int = VERSION
+    reference: str | None = field(default=None, metadata=contracts.LEFT_OUT)
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,10 +214,10 @@ def judged_pair(
     scored = [game.scores for game in played if game.scores]
     named = [game.winner for game in played if game.winner is not None]
     failed = next((game for game in played if game.winner is None), None)
-    scores = winner = confidence = None
-    if scored:
-        first, second = (sum(column) / len(scored) for column in zip(*scored, strict=True))
-        scores, winner = (first, second), preferred(first, second)
+    winner = confidence = None
+    if scores := _mean(scored):
+        first, second = scores
+        winner = preferred(first, second)
         span = read.scale[1] - read.scale[0]
         if winner:
             probability = implied_probability(first, second, span)
@@ -218,7 +240,21 @@ def judged_pair(
         id=identity,
         error=next((game.error for game in played if game.error), None),
         is_calibrated=calibrated is not None and confidence is not None,
+        criteria=_mean_criteria([game.criteria for game in played if game.criteria]),
+        expected_scores=_mean([game.expected_scores for game in played if game.expected_scores]),
     )
+
+
+def _mean(scores: Sequence[Scores]) -> Scores | None:
+    if not scores:
+        return None
+    one, two = (sum(column) / len(scores) for column in zip(*scores, strict=True))
+    return one, two
+
+
+def _mean_criteria(games: Sequence[dict[str, Scores]]) -> dict[str, Scores] | None:
+    names = games[0] if games else ()
+    return {name: _mean([game[name] for game in games]) or (0.0, 0.0) for name in names} or None
 
 
 def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGame:
@@ -229,15 +265,27 @@ def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGa
         return JudgedGame(order, None, None, "unjudged", (), None, error)
     verdict: GameVerdict = read_response(game, response, read)
     is_swapped = game.first > game.second
-    scores = verdict.scores
-    if scores is not None and is_swapped:
-        scores = scores[1], scores[0]
-    winner = swap_preference(verdict.preference) if is_swapped else verdict.preference
-    texts, refused = response.texts or (), response.refused
-    return JudgedGame(order, winner, scores, verdict.status, texts, response.num_tokens, refused)
+
+    def as_given(scores: Any) -> Any:
+        return (scores[1], scores[0]) if scores is not None and is_swapped else scores
+
+    criteria = criteria_of(game, response, read)
+    return JudgedGame(
+        order,
+        winner=swap_preference(verdict.preference) if is_swapped else verdict.preference,
+        scores=as_given(verdict.scores),
+        status=verdict.status,
+        texts=response.texts or (),
+        num_tokens=response.num_tokens,
+        error=response.refused,
+        criteria=criteria and {name: as_given(each) for name, each in criteria.items()},
+        expected_scores=as_given(expected_of(game, response, read)),
+    )
 
 
-def scored_answer(identity: str, response: Response | None, read: Reader) -> ScoredAnswer:
+def scored_answer(
+    identity: str, game: Game, response: Response | None, read: Reader
+) -> ScoredAnswer:
     """Read what was said of one answer."""
     if response is None or response.error is not None:
         error = response.error if response else "it was not judged"
@@ -246,7 +294,8 @@ def scored_answer(identity: str, response: Response | None, read: Reader) -> Sco
         return ScoredAnswer(None, "", "refused", (), None, identity, response.refused)
     texts = response.texts or ()
     endings = response.endings or (None,) * len(texts)
-    votes = [read.read_one(*each) for each in zip(texts, endings, strict=True)]
+    votes = [read.read_one(*each, game.item.rubric) for each in zip(texts, endings, strict=True)]
+    (expected,) = expected_of(game, response, read) or (None,)
     scores = [score for score, _ in votes if score is not None]
     return ScoredAnswer(
         score=sum(scores) / len(scores) if scores else None,
@@ -255,6 +304,8 @@ def scored_answer(identity: str, response: Response | None, read: Reader) -> Sco
         texts=texts,
         num_tokens=response.num_tokens,
         id=identity,
+        criteria=criteria_of(game, response, read),
+        expected_score=expected,
     )
 
 

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     answer_2: str
     label: int | None  # the better answer, 0 for a tie, None where nobody said
     error: str = ""
+    reference: str | None = None
 
 
 class SingleRow(NamedTuple):
@@ -34,6 +35,7 @@ class SingleRow(NamedTuple):
     question: str
     answer: str
     error: str = ""
+    reference: str | None = None
 
 
 RowT = TypeVar("RowT", Row, SingleRow)
@@ -45,8 +47,8 @@ SPELLINGS = {
 }
 
 
-def read_single(source: str, columns: Mapping[str, str]) -> list[SingleRow]:
-    """Return every row of a source that holds a question and one answer a row.
+def read_single(source: str, columns: Mapping[str, str], reference: str = "") -> list[SingleRow]:
+    """Return every row of a source that holds a question and one answer a row, as `read`.
 
     Raises:
       UsageError: no such source, no row, or no row that can be judged (the first one's reason).
@@ -56,7 +58,7 @@ def read_single(source: str, columns: Mapping[str, str]) -> list[SingleRow]:
             f"--columns: there is no field '{unknown[0]}' with --single. "
             f"{nearest(unknown[0], SINGLE)}"
         )
-    return _rows(source, columns, lambda raw, place: _single(raw, place, columns))
+    return _rows(source, columns, lambda raw, place: _single(raw, place, columns), reference)
 
 
 def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
@@ -77,8 +79,13 @@ def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
     return SingleRow(identity, *texts)
 
 
-def read(source: str, columns: Mapping[str, str], values: Mapping[str, str]) -> list[Row]:
+def read(
+    source: str, columns: Mapping[str, str], values: Mapping[str, str], reference: str = ""
+) -> list[Row]:
     """Return every row of a source.
+
+    Args:
+      reference: the column with a reference answer; "": there is none.
 
     Raises:
       UsageError: no such source, no row, or no row that can be judged (the first one's reason).
@@ -90,16 +97,22 @@ def read(source: str, columns: Mapping[str, str], values: Mapping[str, str]) -> 
                 f"{nearest(name, forms.RENAMABLE)}"
             )
     known = labels.meanings(values)
-    return _rows(source, columns, lambda raw, place: _row(raw, place, columns, known))
+    return _rows(source, columns, lambda raw, place: _row(raw, place, columns, known), reference)
 
 
 def _rows(
-    source: str, columns: Mapping[str, str], read_row: Callable[[object, Where], RowT]
+    source: str,
+    columns: Mapping[str, str],
+    read_row: Callable[[object, Where], RowT],
+    reference: str,
 ) -> list[RowT]:
     rows, lacking = list[RowT](), set(columns.values())
     for place, raw in readers.checked_rows(source, columns):
         lacking.difference_update(raw if isinstance(raw, dict) else ())
-        rows.append(read_row(raw, place._replace(source=source)))
+        row = read_row(raw, place._replace(source=source))
+        if reference and isinstance(raw, dict) and not row.error:
+            row = _with_reference(row, raw.get(reference), reference, place)
+        rows.append(row)
     if rows and lacking:
         raise UsageError(f"--columns: no row of {source} has a column '{min(lacking)}'.")
     if not rows:
@@ -107,6 +120,15 @@ def _rows(
     if all(row.error for row in rows):
         raise UsageError(f"{source} has no row that can be judged. The first: {rows[0].error}")
     return rows
+
+
+def _with_reference(row: RowT, value: object, column: str, place: Where) -> RowT:
+    if value is None:
+        return row._replace(error=f"{place._replace(source='')} has no reference in '{column}'.")
+    try:
+        return row._replace(reference=as_text(value, column))
+    except UsageError as error:
+        return row._replace(error=f"{place._replace(source='')}: {error}")
 
 
 def _row(raw: object, place: Where, columns: Mapping[str, str], known: Mapping[str, int]) -> Row:

@@ -76,7 +76,7 @@ def test_text_is_filled_in_once(name: str, question: str, answer_1: str, answer_
 def test_single_text_is_filled_in_once(question: str, answer: str) -> None:
     before, rest = prompts.SINGLE_TEMPLATES["judgelrm_single"].split("{question}")
     between, after = rest.split("{answer}")
-    filled = prompts.fill_single(TEMPLATES["judgelrm_single"], question=question, answer=answer)
+    filled = prompts.fill(TEMPLATES["judgelrm_single"], question=question, answer=answer)
     assert filled == before + question + between + answer + after
 
 

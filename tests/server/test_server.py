@@ -132,6 +132,37 @@ def texts(result: dict[str, Any]) -> list[list[str]]:
 # --- what is judged ------------------------------------------------------------------------------
 
 
+def test_a_rubric_a_reference_and_expected_scores(server, model, local, tmp_path):
+    """Random weights write no verdict: what is asked shows in texts and in what is refused."""
+    status, reply, _ = server.ask("/v1/judge", {**PAIR, "expected_scores": True})
+    assert status == 200 and texts(reply) == texts(local.compare(*PAIRS[0]).to_dict())
+    for body, says in (
+        ({**PAIR, "rubric": "look"}, "The prompt 'toy' has no place for a rubric"),
+        ({**PAIR, "reference": "r"}, "The prompt 'toy' has no place for a reference"),
+        ({**PAIR, "rubric": 3}, "rubric: wanted a text, or names with their descriptions, got 3"),
+        ({**PAIR, "rubric": {"a": 3}}, "description of 'a' is no text"),
+        ({**PAIR, "expected_scores": 1.5}, "expected_scores: wanted true or false"),
+    ):
+        status, reply, _ = server.ask("/v1/judge", body)
+        assert status == 400 and says in reply["error"]["message"], reply
+    own, criteria = tmp_path / "own.txt", tmp_path / "rubric.json"
+    own.write_text("{rubric} {reference} {question} {answer_1} {answer_2}")
+    criteria.write_text(json.dumps({"facts": "True?"}))
+    flags = ["--model", str(model), "--prompt", str(own), "--rubric", str(criteria), "--slots", "4"]
+    with started(tmp_path, *flags) as other:
+        status, reply, _ = other.ask("/v1/judge", PAIR)
+        assert status == 400 and "no reference is given" in reply["error"]["message"]
+        status, reply, _ = other.ask("/v1/judge", {**PAIR, "reference": "r"})
+        assert status == 200 and reply["winner"] is None and "criteria" not in reply
+    wanted = Judge.load(
+        str(model),
+        **{"prompt": str(own), "max_prompt_tokens": 256, "max_new_tokens": 48},
+        compute_dtype="float32",
+        rubric={"facts": "True?"},
+    )
+    assert texts(reply) == texts(wanted.compare(*PAIRS[0], reference="r").to_dict())
+
+
 def test_a_pair_is_judged_as_the_python_class_judges_it(server, local):
     wanted = [json.loads(json.dumps(each.to_dict())) for each in local.compare(*COLUMNS)]
     assert [texts(each) for each in server.judged(*PAIRS)] == [texts(each) for each in wanted]

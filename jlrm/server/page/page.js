@@ -37,7 +37,7 @@ function show(asked) {
   of("answers").replaceChildren();
   const texts = asked.answers ?? [];
   for (let i = 0; i < Math.max(2, texts.length); i++) addAnswer(texts[i] ?? "");
-  for (const name of ["orders", "votes", "temperature", "seed"])
+  for (const name of ["orders", "votes", "temperature", "seed", "rubric", "reference", "expected_scores"])
     of(name).value = asked[name] ?? (name === "orders" ? "both" : "");
 }
 
@@ -52,6 +52,10 @@ function asked() {
         .filter((name) => of(name).value !== "")
         .map((name) => [name, Number(of(name).value)]),
     ),
+    ...Object.fromEntries(
+      ["rubric", "reference"].filter((name) => of(name).value.trim()).map((name) => [name, of(name).value]),
+    ),
+    ...(of("expected_scores").value && { expected_scores: true }),
   };
 }
 
@@ -59,9 +63,20 @@ function asked() {
 
 function body(wanted) {
   const { question, answers, ...settings } = wanted;
+  if (settings.rubric) settings.rubric = criteria(settings.rubric);
   const texts =
     answers.length === 2 ? { answer_1: answers[0], answer_2: answers[1] } : { answers };
   return JSON.stringify({ question, ...texts, ...settings, stream: true });
+}
+
+// Criteria where the text is an object of JSON; every other text is a rubric as it stands.
+function criteria(text) {
+  try {
+    const read = JSON.parse(text);
+    return typeof read === "object" && read !== null ? read : text;
+  } catch {
+    return text;
+  }
 }
 
 async function* events(response) {
@@ -173,6 +188,10 @@ function finish(wanted, result) {
 function verdict(result) {
   const made = [element("p", winner(result.winner), "winner")];
   if (result.scores) made.push(element("p", `Scores: ${result.scores.map(short).join(" and ")}`));
+  for (const [name, scores] of Object.entries(result.criteria ?? {}))
+    made.push(element("p", `${name}: ${scores.map(short).join(" and ")}`, "soft"));
+  if (result.expected_scores)
+    made.push(element("p", `Expected scores: ${result.expected_scores.map(short).join(" and ")}`));
   if (result.confidence !== null) {
     const kind = result.is_calibrated ? "how often such verdicts were right" : "by the scores, not calibrated";
     made.push(element("p", `Confidence ${Math.round(100 * result.confidence)} % (${kind})`));

@@ -1,0 +1,173 @@
+"""How a game is asked about: by a prompt of ours, or by a template of one's own.
+
+A template is a file with named places. Its text is the user's message of a chat, which the model's
+own chat template turns into a prompt that opens `<think>`:
+
+    {question} {answer_1} {answer_2}      of a pair; where one answer is judged {question} {answer}
+    {reference} {rubric}                  where these are given
+    {min_score} {max_score}               of the scale
+
+`{{name}}` stands for `{name}` itself, and other braces for themselves. Places are filled in one
+pass, so what is filled in is never read as a place, and control texts in it are broken as in the
+prompts of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jlrm.config import UsageError, nearest
+from jlrm.evaluation.games import Game
+from jlrm.judgement import prompts
+from jlrm.judgement.prompts import PromptText
+
+PAIR, SINGLE = ("question", "answer_1", "answer_2"), ("question", "answer")
+MORE = ("reference", "rubric", "min_score", "max_score")
+PLACES = (*PAIR, "answer", *MORE)
+LARGEST = 2**20  # bytes of a template
+
+_PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """A prompt by name, or by the file that `own` was read from; and the scale that it asks for."""
+
+    name: str
+    scale: tuple[int, int] = (1, 10)
+    own: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What tells this prompt from others: its name, or what the file says."""
+        if self.own is None:
+            return self.name
+        return f"a template of sha256 {hashlib.sha256(self.own.encode()).hexdigest()[:16]}"
+
+    @property
+    def plain(self) -> PromptText:
+        """The text for a pair alone, or the template.
+
+        Raises:
+          UsageError: no such prompt.
+        """
+        if self.own is not None:
+            return PromptText("", self.own)
+        if self.name in prompts.PAIR_TEMPLATES:
+            return PromptText(None, prompts.PAIR_TEMPLATES[self.name])
+        return prompts.messages(self.name, *self.scale)
+
+    def text(self, game: Game) -> PromptText:
+        """Return the text that asks for a game.
+
+        Raises:
+          UsageError: the prompt has no form for it, or no place for what is to be shown, or a place
+            for what is not given.
+        """
+        rubric, reference = game.item.rubric, game.item.reference
+        if self.own is not None:
+            self._check(game, places(self.own))
+            return PromptText("", self.own)
+        if self.name == prompts.OURS:
+            write = prompts.single_messages if game.is_single else prompts.messages
+            kind = rubric.kind if rubric else ""
+            return write(self.name, *self.scale, kind, reference is not None)
+        for what, value in (("rubric", rubric), ("reference", reference)):
+            if value is not None:
+                raise UsageError(
+                    f"The prompt '{self.name}' has no place for a {what}: take jlrm, or a template "
+                    f"with {{{what}}}."
+                )
+        return prompts.single_messages(self.name, *self.scale) if game.is_single else self.plain
+
+    def _check(self, game: Game, own: set[str]) -> None:
+        wanted = SINGLE if game.is_single else PAIR
+        if missing := [name for name in wanted if name not in own]:
+            form = "one answer" if game.is_single else "pairs"
+            raise UsageError(
+                f"The template {self.name} has no form for {form}: it lacks {{{missing[0]}}}."
+            )
+        given = {"rubric": game.item.rubric, "reference": game.item.reference}
+        for name, value in given.items():
+            if value is None and name in own:
+                raise UsageError(
+                    f"The template {self.name} has {{{name}}}, and no {name} is given."
+                )
+            if value is not None and name not in own:
+                raise UsageError(
+                    f"A {name} is given, and the template {self.name} has no {{{name}}}."
+                )
+
+    def fill(self, template: str, game: Game, quote: Callable[[str], str]) -> str:
+        """Write a game into a text; `quote` breaks what could steer a judge."""
+        item, shown = game.item, [game.item.answers[i] for i in (game.first, game.second)]
+        values = {"question": quote(item.question)}
+        if game.is_single:
+            values["answer"] = quote(shown[0])
+        else:
+            values["answer_1"], values["answer_2"] = map(quote, shown)
+        if item.reference is not None:
+            values["reference"] = quote(item.reference)
+        if item.rubric is not None:
+            values["rubric"] = quote(item.rubric.text)
+        if self.own is None:
+            return prompts.fill(template, **values)
+        values |= {"min_score": str(self.scale[0]), "max_score": str(self.scale[1])}
+        # What is no place of ours was written by the model's chat template.
+        return _PLACE.sub(
+            lambda hit: f"{{{hit[1]}}}" if hit[1] else values.get(hit[2], hit[0]), template
+        )
+
+
+def prompting(name: str, scale: tuple[int, int] = (1, 10)) -> Prompting:
+    """Return a prompt of ours by its name, or else the template of a file.
+
+    Raises:
+      UsageError: neither, or a file that is no template.
+    """
+    if name in prompts.PAIR_NAMES or name in prompts.PAIR_TEMPLATES:
+        return Prompting(name, scale)
+    file = pathlib.Path(name).expanduser()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"The prompt '{name}' is neither the name of one nor a file that can be read "
+            f"({error.strerror}). {nearest(name, prompts.PAIR_NAMES)}"
+        ) from None
+    if len(content) > LARGEST:
+        raise UsageError(f"The template {name} has over {LARGEST} bytes.")
+    try:
+        own = content.decode("utf-8-sig").replace("\r\n", "\n").strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"The template {name} is not UTF-8 text: {error}.") from None
+    if not own:
+        raise UsageError(f"The template {name} is empty.")
+    found = places(own)
+    for place in sorted(found):
+        if place not in PLACES:
+            raise UsageError(
+                f"The template {name} has {{{place}}}, which is no place. "
+                f"{nearest(place, PLACES)} For the text {{{place}}} itself write {{{{{place}}}}}."
+            )
+    if "answer" in found and found & set(PAIR[1:]):
+        raise UsageError(
+            f"The template {name} has {{answer}} and {{{min(found & set(PAIR[1:]))}}}: it is for "
+            "one answer or for pairs."
+        )
+    wanted = SINGLE if "answer" in found else PAIR
+    if missing := ", ".join(f"{{{each}}}" for each in wanted if each not in found):
+        raise UsageError(
+            f"The template {name} lacks {missing}. Wanted {{question}} with {{answer_1}} and "
+            "{answer_2}, or with {answer}."
+        )
+    return Prompting(name, scale, own)
+
+
+def places(own: str) -> set[str]:
+    """Return the names of a template's places."""
+    return {hit[2] for hit in _PLACE.finditer(own) if hit[2]}
