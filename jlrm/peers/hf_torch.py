@@ -41,7 +41,7 @@ def iteration(work, turns):
     """Draw, pay, score by the reference, and take a step."""
     model, batch = load(work), tensors(work)
     reference = copy.deepcopy(model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
+    tokenizer = work.tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.learning_rate, weight_decay=0.0)
     for _ in turns:
         drawn = generate(work, model, batch)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import transformers
 
 from jlrm.config import Config
 from jlrm.rl.advantages import group_advantages
@@ -143,7 +142,7 @@ def update(work: Any, turns: Any) -> None:
 def iteration(work: Any, turns: Any) -> None:
     """Draw, pay, score by the reference, and take a step."""
     run = Trained(work)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
+    tokenizer = work.tokenizer()
     reference = run.programs.freeze(run.state.params)
     for number in turns:
         drawn = run.draw(number)

@@ -30,6 +30,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
 }
 GRACE = 2.0  # seconds that a process has to end in
+ENDING = 30.0  # the same, of one that has closed its output and so is ending
 TAIL = 20  # lines of its stderr that are shown
 
 
@@ -133,12 +134,14 @@ class Process:
     def _ending(self) -> str:
         """Say how the process ended; the last lines of its stderr go to ours."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(GRACE)
+            self.process.wait(ENDING)
         code = self.process.poll()
         lines = self.log.read_text(errors="replace").strip().splitlines()
         print("\n".join(f"{self.name}: {line}" for line in lines[-TAIL:]), file=sys.stderr)
         if code == -signal.SIGKILL:
             return "it was killed; has memory run out?"
+        if code is None:
+            return "it has closed its output, and did not end"
         last = f": {lines[-1]}" if lines else ""
         return f"it ended with exit code {code}{last}"
 

@@ -90,7 +90,7 @@ def make_trainer(work, turns=None):
         reward_funcs=work.reward,
         args=args,
         train_dataset=Dataset.from_dict({"prompt": work.texts * MANY}),
-        processing_class=transformers.AutoTokenizer.from_pretrained(work.model),
+        processing_class=work.tokenizer(),
         callbacks=[] if turns is None else [Steps(turns)],
     )
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import transformers
 from flax import nnx
 from tunix.generate import sampler as samplers
 from tunix.models.qwen2 import model as qwen2
@@ -44,7 +43,7 @@ def rollout(work, turns):
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
     )
-    sampler = samplers.Sampler(model, tokenizer_of(work), cache)
+    sampler = samplers.Sampler(model, work.tokenizer(), cache)
     prompts = [text for text in work.texts for _ in range(work.rollouts)]
     with mesh:
         for number in turns:
@@ -101,11 +100,6 @@ def load(work):
     return read(work.model, config, mesh, dtype=jnp.float32), mesh
 
 
-def tokenizer_of(work):
-    """Return the tokenizer of the model's directory."""
-    return transformers.AutoTokenizer.from_pretrained(work.model)
-
-
 def make_learner(work):
     """Return the cluster of models and the learner that trains with it."""
     (actor, mesh), (reference, _) = load(work), load(work)
@@ -117,7 +111,7 @@ def make_learner(work):
     cluster = rl_cluster.RLCluster(
         actor=actor,
         reference=reference,
-        tokenizer=tokenizer_of(work),
+        tokenizer=work.tokenizer(),
         cluster_config=rl_cluster.ClusterConfig(
             role_to_mesh=dict.fromkeys(roles, mesh),
             training_config=rl_cluster.RLTrainingConfig(

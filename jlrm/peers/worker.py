@@ -51,6 +51,20 @@ class Given:
         """The prompts as text, for libraries that tokenise them."""
         return [" ".join(f"t{i}" for i in ids) for ids in self.prompts]
 
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of words; every library's Python has `transformers`.
+
+        Raises:
+          ValueError: it gives other ids than the prompts': the library would do other work.
+        """
+        from transformers import PreTrainedTokenizerFast
+
+        # By its class: `AutoTokenizer` takes that of the model's family, whatever the file says.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.model)
+        if tokenizer(self.texts)["input_ids"] != self.prompts:
+            raise ValueError("the tokenizer does not give the ids of the prompts")
+        return tokenizer
+
     @staticmethod
     def reward(prompts: Any, completions: list[str], **_: Any) -> list[float]:
         """Pay a text for its length, in the form that TRL and Tunix take: what is cheap to know."""

@@ -17,6 +17,7 @@ from jlrm.config import RunError
 from jlrm.peers import against, measure, processes, workload
 from jlrm.peers.measure import AgainstResult, CheckedPeer, PeerFigures, Side, Spread
 from jlrm.peers.processes import OURS, FailedLibrary, Library, Place, Process
+from jlrm.peers.worker import Given
 from jlrm.peers.workload import Size
 from jlrm.reports import contracts
 from jlrm.runtime import commands
@@ -109,6 +110,17 @@ def test_every_library_gets_the_same_files(place):
         for row, (ids, mask) in enumerate(pairs):
             assert ids[mask].tolist() == settings["prompts"][row // workload.ROLLOUTS]
             assert mask[-1] and not ids[~mask].any()
+
+
+def test_texts_and_ids_are_the_same_prompts(place):
+    """A library that tokenises the texts itself reads what the others are given as ids."""
+    given = Given(place.workload, [])
+    assert given.tokenizer()(given.texts)["input_ids"] == given.prompts
+    file = place.workload / "model/tokenizer.json"
+    file.write_text(file.read_text().replace('"t5": 5', '"t5": 6').replace('"t6": 6', '"t6": 5'))
+    given.settings["prompts"] = [[5, 7]]
+    with pytest.raises(ValueError, match="does not give the ids of the prompts"):
+        given.tokenizer()
 
 
 def sides(ours, theirs):
@@ -299,9 +311,8 @@ def test_ours_and_transformers_compute_the_same(torch, fakes, monkeypatch, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "value"), [("clip", 0.25), ("kl_weight", 0.05)])
-def test_the_bound_of_the_loss_sees_another_loss(torch, place, monkeypatch, setting, value):
+def test_the_bound_of_the_loss_sees_another_loss(torch, place, setting, value):
     from jlrm.peers import hf_torch
-    from jlrm.peers.worker import Given
 
     given = Given(place.workload, [])
     _, right = hf_torch.check(given)
