@@ -24,7 +24,7 @@ from jlrm.judges import options
 from jlrm.server import command
 from jlrm.server.bodies import Drawing
 from jlrm.server.service import Piece
-from jlrm.serving.asked import Pair
+from jlrm.serving.asked import Pair, pair_of
 from jlrm.serving.judge import Judge
 from jlrm.serving.results import NAMES, JudgedGame, JudgedPair
 
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
         with _opened(args) as ask:
             screen.say(HOW)
             while True:
-                _judge(screen, ask, Pair(*map(_typed, ASKED)))
+                _judge(screen, ask, pair_of([*map(_typed, ASKED)]))
     except EOFError:
         screen.say("")
 

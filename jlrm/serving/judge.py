@@ -275,7 +275,7 @@ class Judge:
         if wrong := [each for each in labels if each not in (1, 2, 0, None)]:
             raise UsageError(f"Judge.audit: labels are 1, 2, 0 or None, got {wrong[0]!r}.")
         rows = zip(questions, answers_1, answers_2, strict=True)
-        pairs = [Pair(*map(as_text, texts, FIELDS)) for texts in rows]
+        pairs = [pair_of([*map(as_text, texts, FIELDS)]) for texts in rows]
         judged = self.compare_all(pairs, orders)
         return audit.audit(
             [
