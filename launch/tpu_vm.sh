@@ -678,10 +678,10 @@ logs() {
 
 # leave: at every end of this script, by a signal too, say what is still paid for.
 leave() {
-  rm -rf "$SCRATCH"
   if [ -n "$LEFT_BEHIND" ]; then
     say "$NAME is there, and paid for. Look: $SELF status; go on: the same command; end it: $SELF down."
   fi
+  rm -rf "$SCRATCH" 2> /dev/null || true # what still runs in the background may write there
 }
 
 main() {
