@@ -291,9 +291,10 @@ class Routes:
         """Order documents by how well they answer a query."""
         body = bodies.rerank_body(await self._body(request), self._service.defaults)
         documents, num = body.documents, len(body.documents)
-        told = {"rubric": self._service.defaults.rubric}
+        rubric = self._service.defaults.rubric
         pairs = [
-            Pair(body.query, documents[i], documents[j], **told) for i, j in bodies.places(num)
+            Pair(body.query, documents[i], documents[j], rubric=rubric)
+            for i, j in bodies.places(num)
         ]
         judged: list[JudgedPair] = []
         if pairs:

@@ -275,7 +275,8 @@ class Judge:
         if wrong := [each for each in labels if each not in (1, 2, 0, None)]:
             raise UsageError(f"Judge.audit: labels are 1, 2, 0 or None, got {wrong[0]!r}.")
         rows = zip(questions, answers_1, answers_2, strict=True)
-        pairs = [Pair(*map(as_text, texts, FIELDS)) for texts in rows]
+        texts: list[tuple[Any, ...]] = [tuple(map(as_text, row, FIELDS)) for row in rows]
+        pairs = [Pair(*own) for own in texts]
         judged = self.compare_all(pairs, orders)
         return audit.audit(
             [
