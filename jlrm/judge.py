@@ -1,6 +1,7 @@
 """Judge pairs of answers: `python -m jlrm.judge pairs.jsonl --model M --out DIR`.
 
     python -m jlrm.judge answers.jsonl --single ...      one answer a row, each scored by itself
+    python -m jlrm.judge lists.jsonl --rank ...          several answers a row, each beside each
     python -m jlrm.judge check judged/verdicts.jsonl     verdicts beside labels (serving/audit.py)
     python -m jlrm.judge serve --model M                 a judge behind HTTP (server/command.py)
     python -m jlrm.judge [--model M]                     pairs typed here (server/terminal.py)
@@ -22,7 +23,7 @@ import json
 import pathlib
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jlrm.config import RunError, UsageError
@@ -35,11 +36,13 @@ from jlrm.judges import asking, options
 from jlrm.judges.requests import NO_PROBABILITIES
 from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.runtime.storage import write_atomically
-from jlrm.serving import audit, calibration, tally
+from jlrm.serving import audit, calibration, lists, tally, training_rows
 from jlrm.serving import rows as row_files
 from jlrm.serving.asked import ORDERS, Pair, Single, games_of, single_game
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.judge import doubt
+from jlrm.serving.lists import ListRow
+from jlrm.serving.ranking import ranked
 from jlrm.serving.results import (
     JudgedPair,
     ScoredAnswer,
@@ -52,7 +55,8 @@ from jlrm.serving.rows import Row, SingleRow
 
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
-UNTYPED = ("out", "single", "json", "columns", "values", "reference", "rubric", "expected_scores")
+UNTYPED = ("out", "single", "rank", "make_pairs", "make_judgements", "json", "columns", "values")
+UNTYPED += ("reference", "rubric", "expected_scores")
 UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches")
 
 
@@ -96,6 +100,11 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
         from jlrm.serving import judged_page  # brings matplotlib
 
         judged_page.write(args.out)
+    if hosts.is_main() and args.make_pairs:
+        _write_lines(args.make_pairs, training_rows.preferences(rows, judged))
+    if hosts.is_main() and args.make_judgements:
+        made = training_rows.judgements(rows, games, kept.responses, read)
+        _write_lines(args.make_judgements, made)
     return summary
 
 
@@ -134,7 +143,47 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
     return summary
 
 
-def _told(args: argparse.Namespace, rows: Sequence[Row | SingleRow]) -> dict[str, Any]:
+def rank(args: argparse.Namespace) -> tally.RankingSummary:
+    """Rank the answers of each row, write the rankings, and return what they come to.
+
+    Raises:
+      UsageError, Interrupted: as `judge`.
+    """
+    rows = lists.read(args.pairs, args.reading["columns"], args.reference)
+    games = {
+        number: lists.games(number, row, args.orders, args.seed, args.told)
+        for number, row in enumerate(rows)
+        if not row.error
+    }
+    asked = [game for own in games.values() for pair in own for game in pair]
+    data = results.checksum([row[:3] for row in rows])
+    header = {"data": data, "orders": args.orders, "rank": True} | _told(args, rows)
+    kept = _asked(args, asked, header, args.name)
+    low, high = args.options.get("scale") or (1, 10)
+    read = reader(args.parser, (low, high))
+    rankings = []
+    for number, row in enumerate(rows):
+        places, judged = lists.places(row), []
+        for (i, j), own in zip(places, games.get(number, ()), strict=False):
+            responses = [kept.responses.get(game.id) for game in own]
+            judged.append(judged_pair(f"{i + 1}-{j + 1}", own, responses, read, args.map))
+        rankings.append(ranked(places, judged, len(row.answers)) if judged else None)
+    summary = tally.ranking_summary(rows, rankings, kept.responses)
+    if hosts.is_main():
+        lines = [lists.line(*each).to_dict() for each in zip(rows, rankings, strict=True)]
+        _write_lines(args.out / VERDICTS, lines)
+        tally.write(args.out / SUMMARY, summary)
+        if args.make_pairs:
+            _write_lines(args.make_pairs, training_rows.preferences_of_lists(rows, rankings))
+    return summary
+
+
+def _write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    texts = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(path, texts.encode(errors="surrogatepass"))
+
+
+def _told(args: argparse.Namespace, rows: Sequence[Row | SingleRow | ListRow]) -> dict[str, Any]:
     """Return what else shapes the responses; nothing where nothing else is told."""
     rubric, is_expected = args.told
     header: dict[str, Any] = {}
@@ -196,8 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if not args.model:
         raise UsageError("--model is missing: name a run, a directory, a hub id or an endpoint's.")
-    if args.single and (args.values or args.orders != "both" or args.calibration):
-        raise UsageError("--values, --orders and --calibration have no effect with --single.")
+    _check_form(args)
     args.options = options.options(args)
     rubric = rubrics.read(args.rubric) if args.rubric else None
     check_rubric(reader(args.parser), rubric)
@@ -221,12 +269,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run(args)
 
 
+def _check_form(args: argparse.Namespace) -> None:
+    """Refuse flags that would say nothing of rows of this form."""
+    if args.single and args.rank:
+        raise UsageError("--single and --rank read rows of two forms. Name one of them.")
+    useless = {
+        "--single": ("values", "calibration", "make_pairs", "make_judgements"),
+        "--rank": ("values", "make_judgements"),
+    }
+    for flag, names in useless.items():
+        if not getattr(args, flag.removeprefix("--")):
+            continue
+        for name in names:
+            if getattr(args, name):
+                raise UsageError(f"--{name.replace('_', '-')} has no effect with {flag}.")
+    if args.single and args.orders != "both":
+        raise UsageError("--orders has no effect with --single.")
+    for path in (args.make_pairs, args.make_judgements):
+        if path and path.is_dir():
+            raise UsageError(f"{path} is a directory. Name a file to write.")
+
+
 def _interact(args: argparse.Namespace) -> None:
     """Judge what is typed, where somebody types."""
     if not sys.stdin.isatty():
         raise UsageError("Name a file of pairs, or - to read them from stdin.")
     for name in (*UNTYPED, *(UNSTREAMED if args.backend == options.JLRM else ())):
-        if getattr(args, name) not in (None, False, [], {}):
+        if getattr(args, name) not in (None, False, "", [], {}):
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} has no effect on pairs that are typed. Name a file.")
     from jlrm.server import terminal
@@ -238,7 +307,7 @@ def _run(args: argparse.Namespace) -> None:
     agreed = {name: getattr(args, name) for name in ("model", "options", "orders", "seed")}
     is_ours = args.backend == options.JLRM  # several hosts judge where their devices do
     with hosts.joined(args, agreed) if is_ours else contextlib.nullcontext():
-        summary = score(args) if args.single else judge(args)
+        summary = (score if args.single else rank if args.rank else judge)(args)
         hosts.gather("the verdicts", None)
     if not hosts.is_main():
         return
@@ -270,6 +339,7 @@ def _parser() -> argparse.ArgumentParser:
     backends = [name for name in options.BACKENDS if name != options.VERDICTS]
     add("--backend", choices=backends, default=options.JLRM, help="who judges (jlrm)")
     add("--single", action="store_true", help="rows hold a question and one answer, to be scored")
+    add("--rank", action="store_true", help="rows hold a question and a list of answers")
     add("--orders", choices=ORDERS, default="both", help="of the answers (both)")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
@@ -279,6 +349,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="map of the confidence, or none (calibration.json of the model)",
     )
+    made: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
+    add("--make-pairs", **made, help="also write rows for DPO: the better answer and the worse")
+    add("--make-judgements", **made, help="also write those that gave the label, for SFT")
     add("--rubric", default="", metavar="FILE",
         help="what to look at: a text, or criteria by name in YAML or JSON")  # fmt: skip
     add("--reference", default="", metavar="COLUMN", help="of a reference answer that is shown")
@@ -286,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--expected-scores", action="store_true", help=expected)
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
     report = argparse.BooleanOptionalAction
-    add("--report", action=report, default=True, help="report.html, unless --single")
+    add("--report", action=report, default=True, help="report.html, of pairs")
     add("--json", action="store_true", help="the summary as one JSON object on stdout")
     settings.add_pair_flags(parser)
     options.add_options(parser)

@@ -5,8 +5,8 @@ A row that can't be judged keeps its place, with the reason: one line in, one li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from jlrm.config import UsageError, nearest
 from jlrm.data import forms, readers
@@ -38,7 +38,16 @@ class SingleRow(NamedTuple):
     reference: str | None = None
 
 
-RowT = TypeVar("RowT", Row, SingleRow)
+class AnyRow(Protocol):
+    """What rows of every form have."""
+
+    @property
+    def error(self) -> str: ...
+
+    def _replace(self, **changes: Any) -> Any: ...
+
+
+RowT = TypeVar("RowT", bound=AnyRow)
 SINGLE = ("question", "answer", "id")  # columns of a row with one answer
 SPELLINGS = {
     "question": forms.QUESTIONS,
@@ -58,22 +67,16 @@ def read_single(source: str, columns: Mapping[str, str], reference: str = "") ->
             f"--columns: there is no field '{unknown[0]}' with --single. "
             f"{nearest(unknown[0], SINGLE)}"
         )
-    return _rows(source, columns, lambda raw, place: _single(raw, place, columns), reference)
+    return read_rows(source, columns, lambda raw, place: _single(raw, place, columns), reference)
 
 
 def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
-    if not isinstance(raw, dict):
+    given = found(raw, columns, SPELLINGS)
+    if given is None:
         return SingleRow(place.name, "", "", f"{place} must be an object.")
-    known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
-    found = {
-        ours: raw.get(columns[ours])
-        if ours in columns
-        else next((known[name] for name in names if known.get(name) is not None), None)
-        for ours, names in SPELLINGS.items()
-    }
-    identity = place.name if found["id"] is None else str(found["id"])
+    identity = place.name if given["id"] is None else str(given["id"])
     try:
-        texts = [as_text(found[name], name) for name in ("question", "answer")]
+        texts = [as_text(given[name], name) for name in ("question", "answer")]
     except UsageError as error:
         return SingleRow(identity, "", "", f"{place._replace(source='')}: {error}")
     return SingleRow(identity, *texts)
@@ -97,15 +100,37 @@ def read(
                 f"{nearest(name, forms.RENAMABLE)}"
             )
     known = labels.meanings(values)
-    return _rows(source, columns, lambda raw, place: _row(raw, place, columns, known), reference)
+    return read_rows(
+        source, columns, lambda raw, place: _row(raw, place, columns, known), reference
+    )
 
 
-def _rows(
+def found(
+    raw: object, columns: Mapping[str, str], spellings: Mapping[str, Sequence[str]]
+) -> dict[str, Any] | None:
+    """Return our fields of a row, by the columns named or their known spellings; None: no row."""
+    if not isinstance(raw, dict):
+        return None
+    known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
+    return {
+        ours: raw.get(columns[ours])
+        if ours in columns
+        else next((known[name] for name in names if known.get(name) is not None), None)
+        for ours, names in spellings.items()
+    }
+
+
+def read_rows(
     source: str,
     columns: Mapping[str, str],
     read_row: Callable[[object, Where], RowT],
     reference: str,
 ) -> list[RowT]:
+    """Return every row of a source as `read_row` reads it, with its reference if one is named.
+
+    Raises:
+      UsageError: no such source, no row, or no row that can be judged (the first one's reason).
+    """
     rows, lacking = list[RowT](), set(columns.values())
     for place, raw in readers.checked_rows(source, columns):
         lacking.difference_update(raw if isinstance(raw, dict) else ())

@@ -15,7 +15,8 @@ from jlrm.evaluation.statistics import diagnostics
 from jlrm.evaluation.statistics.clusters import cluster_items
 from jlrm.reports import contracts
 from jlrm.reports.results_file import Interval, ItemRate
-from jlrm.serving.results import POINTS, JudgedPair, ScoredAnswer
+from jlrm.serving.lists import ListRow
+from jlrm.serving.results import POINTS, JudgedPair, Ranking, ScoredAnswer
 from jlrm.serving.rows import Row
 
 VERSION = 1
@@ -156,7 +157,61 @@ def scoring_summary(
     )
 
 
-def write(path: pathlib.Path, found: JudgingSummary | ScoringSummary) -> None:
+@dataclass(frozen=True)
+class RankingSummary:
+    """The content of `summary.json` where answers were ranked.
+
+    unread: games without a verdict, of `games`. errors: rows with a game that was not judged, or
+    that can't be. first: verdicts that name the answer shown first.
+    """
+
+    rows: int
+    games: int
+    unread: int
+    errors: int
+    consistency: ItemRate | None
+    first: ItemRate | None
+    tokens: int
+    seconds: float
+    version: int = VERSION
+
+
+def ranking_summary(
+    rows: Sequence[ListRow], rankings: Sequence[Ranking | None], responses: Mapping[str, Response]
+) -> RankingSummary:
+    """Return what the rankings come to."""
+    given = [each for each in responses.values() if each.texts is not None]
+    pairs = [
+        (row.question, pair)
+        for row, ranking in zip(rows, rankings, strict=True)
+        for pair in (ranking.pairs if ranking else ())
+    ]
+    agree = [(q, float(p.is_consistent)) for q, p in pairs if p.is_consistent is not None]
+    first = [
+        (question, float(game.winner == game.order[0]))
+        for question, pair in pairs
+        for game in pair.games
+        if game.winner
+    ]
+    return RankingSummary(
+        rows=len(rows),
+        games=sum(len(pair.games) for _, pair in pairs),
+        unread=sum(game.winner is None for _, pair in pairs for game in pair.games),
+        errors=sum(
+            ranking is None or any(game.error for pair in ranking.pairs for game in pair.games)
+            for ranking in rankings
+        ),
+        consistency=rate_by_question(*_columns(agree)),
+        first=rate_by_question(*_columns(first)),
+        tokens=sum(each.num_tokens or 0 for each in given),
+        seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+    )
+
+
+AnySummary = JudgingSummary | ScoringSummary | RankingSummary
+
+
+def write(path: pathlib.Path, found: AnySummary) -> None:
     """Write `summary.json`."""
     contracts.write(path, found)
 
@@ -171,12 +226,12 @@ def read(path: pathlib.Path) -> JudgingSummary:
     return contracts.decode(JudgingSummary, {**content, "version": VERSION}, str(path))
 
 
-def as_json(found: JudgingSummary | ScoringSummary) -> dict[str, Any]:
+def as_json(found: AnySummary) -> dict[str, Any]:
     """Return a summary as what `--json` prints."""
     return contracts.encode(found)
 
 
-def lines(found: JudgingSummary | ScoringSummary) -> Iterator[str]:
+def lines(found: AnySummary) -> Iterator[str]:
     """Yield a summary as text."""
     if isinstance(found, ScoringSummary):
         mean = "none" if found.mean is None else f"{found.mean:.2f}"
@@ -184,18 +239,27 @@ def lines(found: JudgingSummary | ScoringSummary) -> Iterator[str]:
         for score, number in found.counts.items():
             yield f"  {score:>4}  {number}"
         return
+    if isinstance(found, RankingSummary):
+        yield f"{found.rows} rankings by {found.games} games"
+        yield from _rates(found)
+        return
     silent = found.rows - found.wins_1 - found.wins_2 - found.ties
     yield (
         f"{found.rows} pairs: answer 1 wins {found.wins_1}, answer 2 wins {found.wins_2}, "
         f"ties {found.ties}, without a verdict {silent}"
     )
-    for label, rate in (
-        ("answer 1 wins, a tie counting a half", found.share_1),
-        ("both orders agree", found.consistency),
-        ("verdicts for the answer shown first", found.first),
-        ("verdicts for the longer answer", found.longer),
-        ("agreement with the labels", found.agreement),
+    yield from _rates(found)
+
+
+def _rates(found: JudgingSummary | RankingSummary) -> Iterator[str]:
+    for name, label in (
+        ("share_1", "answer 1 wins, a tie counting a half"),
+        ("consistency", "both orders agree"),
+        ("first", "verdicts for the answer shown first"),
+        ("longer", "verdicts for the longer answer"),
+        ("agreement", "agreement with the labels"),
     ):
+        rate = getattr(found, name, None)
         if rate is not None and rate.percent is not None:
             yield f"  {label:38}{rate.percent:5.1f} %{_interval(rate.interval)} of {rate.n}"
     if found.unread:
