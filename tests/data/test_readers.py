@@ -23,7 +23,8 @@ from jlrm.config import UsageError
 from jlrm.data import forms, readers
 from jlrm.data.comparisons import Comparison, count_reasons, write_comparisons
 from jlrm.data.dataset import write_dataset
-from jlrm.data.readers import READ_ROWS, read, read_part
+from jlrm.data.files import READ_ROWS
+from jlrm.data.readers import read, read_part
 from jlrm.judgement.prompts import PAIR_TEMPLATES, fill
 
 OURS = {"question": "Why?", "answer_1": "Because.", "answer_2": "No.", "preference": 1}
@@ -366,7 +367,7 @@ def test_parts_of_a_source_are_the_whole(tmp_path):
     for source in (csv_file, *others, f"{tmp_path}/saved#a+b"):
         whole = read(source)
         assert [row.id for row in whole.dropped] == [rows[5].id] and len(rows) > 2 * READ_ROWS
-        parts = [read_part(source, every=slice(first, None, 3)) for first in range(3)]
+        parts = [read_part(source, every=slice(first, None, 3))[0] for first in range(3)]
         for name in ("rows", "dropped"):
             found = [row for part in parts for row in getattr(part, name)]
             assert sorted(found, key=lambda row: row.where.number) == getattr(whole, name), source
