@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import io
 import itertools
 import json
@@ -112,11 +113,11 @@ def write_split(
 
 def write_shard(path: pathlib.Path, records: Iterable[bytes]) -> Shard:
     """Write records into a file."""
-    from array_record.python import array_record_module
+    writers: Any = importlib.import_module("array_record.python.array_record_module")  # native
 
     num_rows = 0
     try:
-        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        writer = writers.ArrayRecordWriter(str(path), "group_size:1")
         for each in records:
             writer.write(each)
             num_rows += 1
@@ -166,6 +167,7 @@ def _builder_class() -> Any:
     """Define the builder on first use: importing TFDS costs a third of a second."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
+    from tensorflow_datasets.core.splits import SplitDict
 
     class _Comparisons(FileReaderBuilder, skip_registration=True):
         """Questions with two answers each, and which is better."""
@@ -189,7 +191,7 @@ def _builder_class() -> Any:
 
         def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
             self.info.set_splits(
-                tfds.core.splits.SplitDict(
+                SplitDict(
                     tfds.core.SplitInfo(
                         name=name,
                         shard_lengths=[shard.num_rows for shard in shards],

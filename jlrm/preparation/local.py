@@ -12,7 +12,7 @@ import itertools
 import pathlib
 import pickle
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt64
@@ -114,8 +114,8 @@ def run(recipe: Recipe, checks: Checks, directory: pathlib.Path) -> Outcome:
         check_any(counts)
         kept = np.flatnonzero(table.is_kept)
         num_pairs, num_opposite, examples = _differing(table, kept)
-        found = dict.fromkeys(itertools.chain.from_iterable(examples))
-        shards = _write(recipe, spool, table, directory, counts, found)
+        wanted = set(itertools.chain.from_iterable(examples))
+        shards, found = _write(recipe, spool, table, directory, counts, wanted)
     rows = [[found[place] for place in places] for places in examples]
     return Outcome(counts, shards, Differing(num_pairs, num_opposite, rows), fingerprints)
 
@@ -191,16 +191,17 @@ def _write(
     table: KeyTable,
     directory: pathlib.Path,
     counts: Counts,
-    found: dict[int, Any],
-) -> dict[str, list[Shard]]:
-    """Write the splits and count what they hold; the rows at the places in `found` are kept."""
+    wanted: set[int],
+) -> tuple[dict[str, list[Shard]], dict[int, Comparison]]:
+    """Write the splits and count what they hold; return the rows of some places too."""
     questions = np.unique(table.question[table.is_kept])
     check_heldout(len(questions), recipe.validation)
     num = num_heldout(len(questions), recipe.validation)
     is_heldout = np.zeros(len(spool), bool)
     if num:
         is_heldout = table.question <= questions[num - 1]
-    shards = {}
+    shards: dict[str, list[Shard]] = {}
+    found: dict[int, Comparison] = {}
     for split in recipe.splits():
         is_mine = table.is_kept & (is_heldout == (split == "validation"))
         is_twice = recipe.swap and split == "train"
@@ -208,7 +209,7 @@ def _write(
         def rows(is_mine: Bool[np.ndarray, " N"] = is_mine, is_twice: bool = is_twice, split=split):
             for place, row in itertools.compress(enumerate(spool), is_mine):
                 assert isinstance(row, Comparison)
-                if place in found:
+                if place in wanted:
                     found[place] = row
                 for each in in_both_orders(row) if is_twice else (row,):
                     counts.update(facts(split, each))
@@ -219,4 +220,4 @@ def _write(
             times * int(total) for total in (is_mine.sum(), table.characters[is_mine].sum())
         )
         shards[split] = write_split(directory, split, rows(), num_rows, characters)
-    return shards
+    return shards, found

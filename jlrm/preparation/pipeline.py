@@ -13,6 +13,7 @@ the names that were given.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import pathlib
 import pickle
@@ -21,11 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import apache_beam as beam  # pyright: ignore[reportMissingImports]
-from apache_beam.pvalue import (  # pyright: ignore[reportMissingImports]
-    AsList,
-    AsSingleton,
-    TaggedOutput,
-)
+from apache_beam.pvalue import AsList, AsSingleton, TaggedOutput  # pyright: ignore
 
 from jlrm.config import UsageError
 from jlrm.data import readers
@@ -154,9 +151,10 @@ class _Read(beam.DoFn):
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
-    def process(self, unit: Any) -> Iterator[Any]:
+    def process(self, unit: tuple[int, readers.Piece, bool]) -> Iterator[Any]:
         number, piece, is_remote = unit
-        source, seen, total, error = self._recipe.input[number], self._recipe.nothing_seen(), 0, ""
+        source, seen = self._recipe.input[number], self._recipe.nothing_seen()
+        total, error = 0, ""
         try:
             for row in stored_rows(self._recipe, source, seen, piece):
                 place = (number, row.where.order, 0)
@@ -266,10 +264,8 @@ class _FirstOfLabels(beam.CombineFn):
         return first
 
     def merge_accumulators(self, accumulators: Iterable[Firsts]) -> Firsts:
-        merged: Firsts = {}
-        for claim in itertools.chain.from_iterable(each.items() for each in accumulators):
-            self.add_input(merged, claim)
-        return merged
+        claims = itertools.chain.from_iterable(each.items() for each in accumulators)
+        return functools.reduce(self.add_input, claims, {})
 
     def extract_output(self, first: Firsts) -> Firsts:
         return first
@@ -301,15 +297,12 @@ class _CountFacts(beam.CombineFn):
     def create_accumulator(self, *_: Any) -> Counts:
         return Counts()
 
-    def add_input(self, counts: Counts, some: list[tuple[str, str, Any]]) -> Counts:
-        counts.update(some)
+    def add_input(self, counts: Counts, some: Any) -> Counts:
+        counts.update(some)  # of a list every fact once, of counts as often as they say
         return counts
 
     def merge_accumulators(self, accumulators: Iterable[Counts]) -> Counts:
-        merged = Counts()
-        for each in accumulators:
-            merged.update(each)
-        return merged
+        return functools.reduce(self.add_input, accumulators, Counts())
 
     def extract_output(self, counts: Counts) -> Counts:
         return counts
@@ -336,10 +329,8 @@ def _plan(start: Any, records: Any, counts: Any) -> Any:
     )
 
     def gather(_: None, firsts: Any, places: list[tuple[str, Position]]) -> Plan:
-        return Plan(
-            firsts[0],
-            {split: sorted(at for mine, at in places if mine == split) for split in firsts[0]},
-        )
+        begin = {split: sorted(at for mine, at in places if mine == split) for split in firsts[0]}
+        return Plan(firsts[0], begin)
 
     return start | "plan" >> beam.Map(gather, AsSingleton(firsts), AsList(places))
 
