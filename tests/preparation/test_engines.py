@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from jlrm import prepare
+from jlrm import preparation, prepare
 from jlrm.config import RunError, UsageError
 from jlrm.data import dataset
 from jlrm.data.comparisons import Comparison, write_comparisons
@@ -91,25 +91,25 @@ def test_shards_are_of_about_one_size(num_rows, characters):
 
 
 def test_memory_does_not_grow_by_the_texts(tmp_path):
-    """Of 4,000 rows with 40 MB of text, the local engine holds less than a tenth at any time."""
-    peaks = []
-    for num_rows in (1000, 4000):
+    """Of 2,000 rows more, with 8 MB of text, the local engine holds the keys alone."""
+    peaks = {}
+    for num_rows in (500, 501, 2501):  # what is imported on the way counts in the first
         source = tmp_path / f"{num_rows}.jsonl"
         with open(source, "w") as lines:
             for i in range(num_rows):
-                row = {"question": f"q {i}", "answer_1": "x" * 10_000, "answer_2": "y"}
-                lines.write(json.dumps(row | {"preference": 1}) + "\n")
+                row = {"question": f"q {i}", "answer_1": "x" * 4000, "answer_2": "y"}
+                lines.write(json.dumps(row | {"preference": i % 2}) + "\n")
         recipe = Recipe([str(source)])
         (out := tmp_path / f"out {num_rows}").mkdir()
         checks = Checks.of(recipe)
         tracemalloc.start()
         local.run(recipe, checks, out)
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peaks[num_rows] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    assert peaks[1] < 4e6 and peaks[1] - peaks[0] < 3000 * 400
+    assert peaks[2501] - peaks[501] < 2000 * 300
 
 
-# -------------------------------------------------------------------------------------- the same set
+# ------------------------------------------------------------------------------------- the same set
 
 
 def random_rows(rng: random.Random, num_rows: int) -> list[Comparison]:
@@ -176,7 +176,7 @@ def test_beam_makes_the_same_files(tmp_path, sources, checked, flags, monkeypatc
     whole = made(tmp_path / "local", sources, *checked, *flags)
     beamed = made(tmp_path / "beam", sources, *checked, *flags, "--engine", "beam")
     assert beamed == whole
-    assert len([name for name in whole if "train.array_record" in name]) > 2
+    assert len([name for name in whole if "train.array_record" in name]) > 1
     statistics = json.loads(whole["statistics.json"])
     wanted = {"duplicate", "contaminated_exact", "overlong", "no_label", "unstorable_scores"}
     assert wanted <= statistics["dropped"].keys()
@@ -204,7 +204,7 @@ def test_of_duplicates_the_first_in_the_order_of_inputs_stays(tmp_path):
 def test_a_store_gets_the_same_files_and_one_engine_knows_the_set_of_the_other(tmp_path, capsys):
     """`languages` is no local file: its rows are told by their fingerprints."""
     url = f"memory://{tmp_path.name}/set"
-    inputs = ["--input", "languages#test", "--out"]
+    inputs = ["--input", "languages#heldout", "--out"]
     prepare.main([*inputs, str(tmp_path / "out")])
     prepare.main([*inputs, url, "--engine", "beam"])
     place = open_place(url)
@@ -218,7 +218,7 @@ def test_a_store_gets_the_same_files_and_one_engine_knows_the_set_of_the_other(t
     fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
 
 
-# --------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- what is said
 
 OURS = '{"question": "q", "answer_1": "a", "answer_2": "b", "preference": 1}'
 WRONG = {
@@ -272,9 +272,9 @@ def test_flags_of_beam_need_its_engine_and_its_engine_needs_beam(tmp_path, monke
     words = ["--input", "x", "--out", str(tmp_path / "out")]
     with pytest.raises(UsageError, match="--runner after -- is a flag of Beam's: add --engine"):
         prepare.main([*words, "--", "--runner", "FlinkRunner"])
-    for name in [name for name in sys.modules if name.startswith("jlrm.preparation.")]:
-        if name.rpartition(".")[2] in ("job", "pipeline"):
-            monkeypatch.delitem(sys.modules, name)
+    for name in ("job", "pipeline"):
+        monkeypatch.delitem(sys.modules, f"jlrm.preparation.{name}", raising=False)
+        monkeypatch.delattr(preparation, name, raising=False)
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UsageError, match=r"not installed. Do: pip install 'jlrm\[beam\]'"):
         prepare.main([*words, "--engine", "beam"])
