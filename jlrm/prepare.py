@@ -12,9 +12,11 @@
     8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
 
 DIR appears whole or not at all. It holds no times, and no paths but those of the inputs: the same
-command makes the same bytes. Train from it with `data.train=DIR#train data.eval=DIR#validation`.
-A line of `dropped.jsonl` says where a row stood, its id and the reason; every row that was read is
-there, or in a split.
+command makes the same bytes, whichever engine runs these steps: this process, whose memory holds
+keys of the rows, or Apache Beam on many machines (preparation/). Train from it with
+`data.train=DIR#train data.eval=DIR#validation`. A line of `dropped.jsonl`, in the order of the
+inputs, says where a row stood, its id and the reason; every row that was read is there, or in a
+split.
 """
 
 from __future__ import annotations

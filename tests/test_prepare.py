@@ -353,8 +353,8 @@ def test_texts_without_spaces_between_words_are_compared_too():
     )
     edited = benchmark.replace("十七", "十八")
     other = "请写一首关于春天的诗，并且解释为什么你选择了这些意象和韵脚，不超过一百个字。"
-    assert benchmarks.find(edited, 0.5) == ("contaminated_ngram", "b")
-    assert benchmarks.find(other, 0.5) == ("", "")
+    found = benchmarks.find([edited, other], 0.5)
+    assert found == [("contaminated_ngram", "b"), ("", "")]
 
 
 def parquet(path: pathlib.Path, rows: list[dict]) -> None:

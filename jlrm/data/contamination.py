@@ -15,7 +15,7 @@ import collections
 import functools
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +72,20 @@ class Benchmarks:
     ngrams: Mapping[str, str]
     num_words: int  # of an n-gram
 
-    def find(self, question: str, overlap: float) -> tuple[str, str]:
-        """Return why a question is contaminated and by which source, or two "".
+    def find(self, questions: Sequence[str], overlap: float) -> list[tuple[str, str]]:
+        """Return for each question why it is contaminated and by which source, or two "".
 
         Reasons, the first that holds: "contaminated_exact"; "contaminated_ngram" if a share of at
         least `overlap` of its n-grams occur; "contaminated_whole" if a whole question of a
         benchmark, long or not, stands in it.
         """
+        reasons = {"": ("", "")}
+        for question in questions:
+            if question not in reasons:
+                reasons[question] = self._find(question, overlap)
+        return [reasons[question] for question in questions]
+
+    def _find(self, question: str, overlap: float) -> tuple[str, str]:
         folded = fold(question)
         if folded in self.questions:
             return "contaminated_exact", self.questions[folded]

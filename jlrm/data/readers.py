@@ -80,14 +80,14 @@ class Seen:
     num_rows: int = 0  # that are usable
 
 
-class Piece(NamedTuple):
+class Portion(NamedTuple):
     """A part of a source that can be read apart from the rest: one of its files, or all of it."""
 
     file: str = ""
     number: int = 0  # counted from 0
 
 
-WHOLE = Piece()
+WHOLE = Portion()
 
 
 def read(
@@ -159,7 +159,7 @@ def each_row(
     columns: Mapping[str, str] | None = None,
     scores: str = "score",
     *,
-    piece: Piece = WHOLE,
+    piece: Portion = WHOLE,
     every: slice = ALL,
 ) -> Iterator[Comparison | Dropped]:
     """Yield the rows of a source in their order, those that can't be used too; nothing is kept.
@@ -193,7 +193,7 @@ def each_row(
     seen.names = list(raw)
 
 
-def _of_piece(piece: Piece, source: str, columns: Mapping[str, str], every: slice) -> Rows:
+def _of_piece(piece: Portion, source: str, columns: Mapping[str, str], every: slice) -> Rows:
     if not piece.file:
         yield from checked_rows(source, columns, every)
         return
@@ -341,23 +341,23 @@ def _directory_rows(
     return _rows_of_files(files, columns, every)
 
 
-def _text_files(path: pathlib.Path, split: str) -> list[Piece]:
+def _text_files(path: pathlib.Path, split: str) -> list[Portion]:
     """Return the files of a directory that are read one by one; none where a library reads it."""
     files = data_files(path)
     if not files or re.search(r"[\[+(]", split):  # "train[:50%]", "train+test"
         return []
     files = files_of_split(path, files, split)
-    return [Piece(str(file), number) for number, file in enumerate(files)]
+    return [Portion(str(file), number) for number, file in enumerate(files)]
 
 
-def _rows_of_files(pieces: Sequence[Piece], columns: Mapping[str, str], every: slice) -> Rows:
+def _rows_of_files(pieces: Sequence[Portion], columns: Mapping[str, str], every: slice) -> Rows:
     for piece in pieces:
         # Rows are counted on from file to file, as if each had FILE_ROWS.
         mine = slice((every.start - piece.number * FILE_ROWS) % every.step, None, every.step)
         yield from _of_piece(piece, "", columns, mine)
 
 
-def pieces(source: str) -> list[Piece]:
+def pieces(source: str) -> list[Portion]:
     """Return the parts of a source that can be read apart, by `each_row`, in their order.
 
     Raises:

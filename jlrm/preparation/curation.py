@@ -129,7 +129,7 @@ def facts(split: str, row: Comparison) -> Iterator[tuple[str, str, Any]]:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Prepared:
     """What an engine has made beside the files of rows."""
 
     counts: Counts
@@ -149,7 +149,7 @@ def check_any(counts: Counts) -> None:
         )
 
 
-def statistics(outcome: Outcome, *, is_measured: bool) -> dict[str, Any]:
+def statistics(outcome: Prepared, *, is_measured: bool) -> dict[str, Any]:
     """Return what is told of a dataset; `is_measured` says whether tokens were counted."""
     counts, differing = outcome.counts, outcome.differing
     kept, dropped = _part(counts, "kept", "tokens"), _part(counts, "dropped", "reason")

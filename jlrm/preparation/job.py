@@ -9,8 +9,10 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import logging
 import pathlib
 import pickle
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from jlrm.config import RunError, UsageError, nearest
 from jlrm.data import readers
 from jlrm.data.contamination import warn_of_benchmark
 from jlrm.data.dataset import Shard
-from jlrm.preparation.curation import Differing, Outcome, check_any, check_heldout
+from jlrm.preparation.curation import Differing, Prepared, check_any, check_heldout
 from jlrm.preparation.pipeline import RESULT, Result, Said, build, file_name
 from jlrm.preparation.recipe import Recipe, is_local
 from jlrm.runtime.storage import Place, first_line, open_place
@@ -30,7 +32,7 @@ from jlrm.runtime.storage import Place, first_line, open_place
 IN_PROCESS = "FnApiRunner"
 
 
-def run(recipe: Recipe, directory: pathlib.Path, target: str, flags: Sequence[str]) -> Outcome:
+def run(recipe: Recipe, directory: pathlib.Path, target: str, flags: Sequence[str]) -> Prepared:
     """Write the splits of a recipe into `target`, and the rows that it drops into a directory.
 
     Args:
@@ -65,7 +67,7 @@ def run(recipe: Recipe, directory: pathlib.Path, target: str, flags: Sequence[st
     num_pairs, num_opposite = (result.counts["pairs", kind, ""] for kind in ("all", "opposite"))
     differing = Differing(num_pairs, num_opposite, examples)
     by_split = {split: shards[split] for split in recipe.splits()}
-    return Outcome(result.counts, by_split, differing, fingerprints)
+    return Prepared(result.counts, by_split, differing, fingerprints)
 
 
 def _check_inputs(recipe: Recipe, said: list[Said]) -> dict[str, int]:
@@ -130,13 +132,15 @@ def _options(flags: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(said):
             options = pipeline_options.PipelineOptions(list(flags))
-            known = options.get_all_options()
             given = options.get_all_options(retain_unknown_options=True)
-    except SystemExit:  # of argparse, after "usage: ... error: ..."
+    except SystemExit as stop:  # of argparse, after "usage: ... error: ..."
+        if not stop.code:  # --help
+            raise
         reason = said.getvalue().strip().rpartition("error: ")[2]
         raise UsageError(f"Beam's flags {' '.join(flags)}: {reason}.") from None
     standard = options.view_as(pipeline_options.StandardOptions)
     standard.runner = standard.runner or IN_PROCESS
+    known = pipeline_options.PipelineOptions([]).get_all_options()
     unknown = [flag for flag in given if flag not in known]
     # Flink's and Spark's job servers have more flags than Beam knows here.
     if unknown and standard.runner in (IN_PROCESS, "DirectRunner"):
@@ -146,6 +150,11 @@ def _options(flags: Sequence[str]) -> Any:
 
 def _execute(recipe: Recipe, units: list[Any], target: str, options: Any) -> None:
     runner = options.view_as(pipeline_options.StandardOptions).runner
+    # A remote job's progress is in its log; what the in-process runner warns of helps nobody.
+    logging.getLogger("apache_beam").setLevel(
+        logging.ERROR if runner == IN_PROCESS else logging.INFO
+    )
+    print(f"Beam's runner {runner} has {len(units)} pieces to read.", file=sys.stderr)
     try:
         pipeline = beam.Pipeline(options=options)
         build(pipeline, recipe, units, target)

@@ -28,7 +28,7 @@ from jlrm.preparation.curation import (
     OPPOSITE,
     Counts,
     Differing,
-    Outcome,
+    Prepared,
     check_any,
     check_heldout,
     facts,
@@ -94,7 +94,7 @@ class KeyTable:
         self.is_kept = np.frombuffer(self._is_kept, bool)
 
 
-def run(recipe: Recipe, checks: Checks, directory: pathlib.Path) -> Outcome:
+def run(recipe: Recipe, checks: Checks, directory: pathlib.Path) -> Prepared:
     """Write the splits of a recipe and the rows that it drops into a directory.
 
     Raises:
@@ -117,7 +117,7 @@ def run(recipe: Recipe, checks: Checks, directory: pathlib.Path) -> Outcome:
         wanted = set(itertools.chain.from_iterable(examples))
         shards, found = _write(recipe, spool, table, directory, counts, wanted)
     rows = [[found[place] for place in places] for places in examples]
-    return Outcome(counts, shards, Differing(num_pairs, num_opposite, rows), fingerprints)
+    return Prepared(counts, shards, Differing(num_pairs, num_opposite, rows), fingerprints)
 
 
 def _read(recipe: Recipe, spool: Spool, table: KeyTable) -> dict[str, int]:

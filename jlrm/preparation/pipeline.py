@@ -72,7 +72,7 @@ class Result(NamedTuple):
     rows: list[tuple[Position, Comparison]]  # that stand in the examples
 
 
-class Plan(NamedTuple):
+class ShardPlan(NamedTuple):
     """Which rows a shard begins with, by split: how many shards, and the places of these rows."""
 
     num_shards: Mapping[str, int]
@@ -151,7 +151,7 @@ class _Read(beam.DoFn):
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
 
-    def process(self, unit: tuple[int, readers.Piece, bool]) -> Iterator[Any]:
+    def process(self, unit: tuple[int, readers.Portion, bool]) -> Iterator[Any]:
         number, piece, is_remote = unit
         source, seen = self._recipe.input[number], self._recipe.nothing_seen()
         total, error = 0, ""
@@ -328,9 +328,9 @@ def _plan(start: Any, records: Any, counts: Any) -> Any:
         AsSingleton(firsts),
     )
 
-    def gather(_: None, firsts: Any, places: list[tuple[str, Position]]) -> Plan:
+    def gather(_: None, firsts: Any, places: list[tuple[str, Position]]) -> ShardPlan:
         begin = {split: sorted(at for mine, at in places if mine == split) for split in firsts[0]}
-        return Plan(firsts[0], begin)
+        return ShardPlan(firsts[0], begin)
 
     return start | "plan" >> beam.Map(gather, AsSingleton(firsts), AsList(places))
 
@@ -357,13 +357,15 @@ def _first_ranks(
     return num_shards, ranks
 
 
-def _to_shard(row: tuple[str, Position, bytes], plan: Plan) -> tuple[Any, tuple[Position, bytes]]:
+def _to_shard(
+    row: tuple[str, Position, bytes], plan: ShardPlan
+) -> tuple[Any, tuple[Position, bytes]]:
     split, place, content = row
     return (split, bisect.bisect_right(plan.firsts[split], place)), (place, content)
 
 
 def _write(
-    group: tuple[tuple[str, int], Iterable[tuple[Position, bytes]]], target: str, plan: Plan
+    group: tuple[tuple[str, int], Iterable[tuple[Position, bytes]]], target: str, plan: ShardPlan
 ) -> tuple[str, int, Shard]:
     """Write a shard. It is the same file again if a runner does this twice."""
     (split, number), rows = group

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import math
@@ -20,8 +19,6 @@ from jlrm.data.batches import count_tokens, prompt_encoder
 from jlrm.data.comparisons import Comparison, Dropped
 from jlrm.data.contamination import Benchmarks, read_benchmarks
 from jlrm.data.tokenizer import load_tokenizer
-
-RECENT = 4096  # questions whose contamination is remembered: rows of one question stand together
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Recipe:
 
 
 def stored_rows(
-    recipe: Recipe, source: str, seen: readers.Seen, piece: readers.Piece = readers.WHOLE
+    recipe: Recipe, source: str, seen: readers.Seen, piece: readers.Portion = readers.WHOLE
 ) -> Iterator[Comparison | Dropped]:
     """Yield what an input, or a piece of it, holds. Scores are rounded to float32, as stored.
 
@@ -128,7 +125,7 @@ def fingerprints(recipe: Recipe) -> dict[str, int]:
 # ----------------------------------------------------------------------------------- checking a row
 
 
-class Checked(NamedTuple):
+class Finding(NamedTuple):
     """What the checks say of a row."""
 
     reason: str = ""  # why it is left out, if it is
@@ -143,9 +140,7 @@ class Checks:
         self, recipe: Recipe, benchmarks: Benchmarks, tokenizer_dir: pathlib.Path | None
     ) -> None:
         self.questions, self.tokenizer_dir = benchmarks.questions, tokenizer_dir
-        self._recipe, self._encode = recipe, None
-        find = functools.partial(benchmarks.find, overlap=recipe.overlap)
-        self._find = functools.lru_cache(RECENT)(find)
+        self._recipe, self._benchmarks, self._encode = recipe, benchmarks, None
         if tokenizer_dir is not None:
             self._encode = prompt_encoder(load_tokenizer(tokenizer_dir), recipe.prompt)
 
@@ -164,13 +159,15 @@ class Checks:
         """Whether every row passes."""
         return not self._recipe.against and self._encode is None
 
-    def __call__(self, rows: Sequence[Comparison]) -> list[Checked]:
+    def __call__(self, rows: Sequence[Comparison]) -> list[Finding]:
         """Check rows, best some hundred of them at a time."""
-        checked = [Checked(*self._find(row.question)) for row in rows]
+        questions = [row.question for row in rows]
+        found = self._benchmarks.find(questions, self._recipe.overlap)
+        checked = [Finding(*each) for each in found]
         clean = [i for i, each in enumerate(checked) if not each.reason]
         for i, count in zip(clean, self._prompt_tokens([rows[i] for i in clean]), strict=True):
             is_over = count > self._recipe.max_prompt_tokens
-            checked[i] = Checked("overlong" if is_over else "", "", count)
+            checked[i] = Finding("overlong" if is_over else "", "", count)
         return checked
 
     def _prompt_tokens(self, rows: Sequence[Comparison]) -> list[int]:

@@ -375,6 +375,23 @@ def test_parts_of_a_source_are_the_whole(tmp_path):
             assert {(row.where.number - 1) % 3 for row in part.rows} == {first}, source
 
 
+def test_pieces_of_a_source_are_its_files_and_together_the_whole(tmp_path):
+    for name in ("b", "a", "c"):
+        lines = [OURS | {"id": f"{name}{i}"} for i in range(3)] + [OURS | {"preference": None}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for source, number in ((str(tmp_path), 3), (str(tmp_path / "a.jsonl"), 1)):
+        whole, parts, rows = read(source), readers.pieces(source), []
+        assert len(parts) == number
+        for piece in parts:
+            seen = readers.nothing_seen({}, {})
+            rows += readers.each_row(source, seen, piece=piece)
+            assert seen.num_rows == 3 and seen.reasons == {"no_label": 1}
+        assert [row for row in rows if isinstance(row, Comparison)] == whole.rows
+        places = [row.where for row in (*whole.rows, *whole.dropped)]
+        assert sorted(row.where.order for row in rows) == sorted(each.order for each in places)
+        assert {row.where for row in rows} == set(places)
+
+
 def test_written_rows_read_back_equal(tmp_path):
     write_comparisons(ROWS, tmp_path / "x.jsonl")
     assert read(str(tmp_path / "x.jsonl")).rows == ROWS
