@@ -3,8 +3,7 @@
 What the order of rows decides there, the place of a row decides here: the number of its input, then
 of its file and line. Of duplicates the lowest place stays; a shard holds its rows sorted by place;
 and shards end after the same rows, which takes a count of rows by stretches of places. A worker
-holds one piece of an input at a time as it is read (a file of a directory, or else a whole input),
-or the records of one shard. Nothing but numbers about all rows comes together in one place.
+holds the records of one shard at a time, and no process something of every row.
 
 Workers need jlrm with its extra `beam`, and must reach inputs, benchmarks, tokenizer and output by
 the names that were given.
