@@ -40,6 +40,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10.0"],
     "cuda": ["jax[cuda13]>=0.10.0"],
     "plan": ["jax[tpu]>=0.10.0"],  # its libtpu compiles for TPU topologies on any machine
+    "beam": ["apache-beam>=2.77,<3"],  # `prepare --engine beam`; brings older protobuf and pyarrow
     "gcs": ["gcsfs"],  # data at gs://
     "notebook": ["ipykernel>=6.29"],
     "serve": SERVE,

@@ -12,9 +12,11 @@
     8  write          a TFDS ArrayRecord dataset, the dropped rows, and the counts
 
 DIR appears whole or not at all. It holds no times, and no paths but those of the inputs: the same
-command makes the same bytes. Train from it with `data.train=DIR#train data.eval=DIR#validation`.
-A line of `dropped.jsonl` says where a row stood, its id and the reason; every row that was read is
-there, or in a split.
+command makes the same bytes, whichever engine runs these steps: this process, whose memory holds
+keys of the rows, or Apache Beam on many machines (preparation/). Train from it with
+`data.train=DIR#train data.eval=DIR#validation`. A line of `dropped.jsonl`, in the order of the
+inputs, says where a row stood, its id and the reason; every row that was read is there, or in a
+split.
 """
 
 from __future__ import annotations
@@ -23,42 +25,20 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 import jlrm
 from jlrm.config import UsageError
-from jlrm.data import readers
-from jlrm.data.comparisons import (
-    REASONS,
-    Comparison,
-    Dropped,
-    count_reasons,
-    describe_dropped,
-    write_dropped,
-)
-from jlrm.data.contamination import Benchmarks, read_benchmarks, warn_of_benchmark
-from jlrm.data.curation import (
-    counted,
-    describe,
-    differing_labels,
-    duplicates,
-    percentiles,
-    prompt_tokens,
-    sift,
-    split,
-    with_swapped,
-)
-from jlrm.data.dataset import NAME, write_to
-from jlrm.data.tokenizer import load_tokenizer
+from jlrm.data.comparisons import REASONS
+from jlrm.data.dataset import NAME, building, write_info
 from jlrm.judgement import labels
+from jlrm.preparation import local
+from jlrm.preparation.curation import statistics
+from jlrm.preparation.recipe import Checks, Recipe, fingerprints
 from jlrm.runtime import commands, settings
 from jlrm.runtime.storage import LAST_FILES, Place, open_place
 
@@ -72,135 +52,57 @@ FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What is prepared from what, and how; the fields are the command's flags."""
-
-    input: Sequence[str]
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    values: dict[str, int] = dataclasses.field(default_factory=dict)
-    scores: str = "score"
-    validation: float = 0.02  # share of questions; 0: no validation split
-    swap: bool = False
-    tokenizer: str = ""  # empty: prompts are not measured
-    prompt: str = "judgelrm_train"
-    max_prompt_tokens: int = 1024
-    against: Sequence[str] = ()
-    ngram: int = 13  # words
-    overlap: float = 0.5  # share of a question's n-grams
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.validation < 1.0:
-            raise UsageError(
-                f"--validation={self.validation} is outside [0, 1): name a share of the questions."
-            )
-        if not 0.0 < self.overlap <= 1.0:
-            raise UsageError(
-                f"--overlap={self.overlap} is outside (0, 1]: name a share of a question's n-grams."
-            )
-        for flag, value in (("ngram", self.ngram), ("max-prompt-tokens", self.max_prompt_tokens)):
-            if value < 1:
-                raise UsageError(f"--{flag}={value} is too small: at least 1.")
-
-
-def prepare(recipe: Recipe, out: str) -> tuple[dict[str, Any], bool]:
+def prepare(
+    recipe: Recipe, out: str, beam_flags: Sequence[str] | None = None
+) -> tuple[dict[str, Any], bool]:
     """Write the dataset of a recipe into a directory, or to a url that fsspec knows.
+
+    Args:
+      beam_flags: of Apache Beam, which then does the work; None: this process does it.
 
     Returns:
       the statistics, and whether this very dataset was there already.
 
     Raises:
       UsageError: anything the user can mend.
-      OSError, RunError: the file system or the store refuses.
+      OSError, RunError: the file system, the store or Beam's runner refuses.
     """
+    job = None if beam_flags is None else _beam()
     place = open_place(out)
-    tokenizer_dir = _find_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-    tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    rows, dropped = read(recipe)
-    benchmarks = read_benchmarks(recipe.against, recipe.ngram)
-    preparation = _describe(recipe, rows, benchmarks, tokenizer_dir)
-    if before := statistics_of(preparation, place):
-        return before, True
+    checks = Checks.of(recipe)
+    if files := place.files():
+        # Inputs that are no local files are read for their fingerprints, and once more if need be.
+        preparation = _describe(recipe, checks, fingerprints(recipe))
+        if before := statistics_of(preparation, place):
+            return before, True
+        place.remove(files)
+    with building(place) as directory:
+        if job is None:
+            outcome = local.run(recipe, checks, directory)
+        else:
+            target = place.name if place.is_remote else str(directory)
+            outcome = job.run(recipe, directory, target, beam_flags or ())
+        write_info(directory, outcome.shards)
+        described = {
+            "statistics": statistics(outcome, is_measured=bool(recipe.tokenizer)),
+            "preparation": _describe(recipe, checks, outcome.fingerprints),
+        }
+        for name, content in described.items():
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (directory / f"{name}.json").write_text(text, encoding="utf-8")
+    return described["statistics"], False
 
-    statistics: dict[str, Any] = {"rows_read": len(rows) + len(dropped)}
-    rows = sift(rows, duplicates(rows), dropped)
-    contaminated = benchmarks.find([row.question for row in rows], recipe.overlap)
-    rows = sift(rows, [reason for reason, _ in contaminated], dropped)
-    if tokenizer:
-        rows, statistics["prompt_tokens"] = _without_overlong(rows, recipe, tokenizer, dropped)
-    if not rows:
+
+def _beam() -> Any:
+    try:
+        from jlrm.preparation import job
+    except ImportError as error:
+        if not str(error.name).startswith("apache_beam"):
+            raise
         raise UsageError(
-            f"No row is left of {statistics['rows_read']}: {describe_dropped(dropped)}. "
-            "Name other inputs, or relax the settings that leave them out."
-        )
-    splits = split(rows, recipe.validation)
-    if recipe.swap:
-        splits["train"] = with_swapped(splits["train"])
-    statistics |= {
-        **differing_labels(rows),
-        "rows_kept": len(rows),
-        "dropped": count_reasons(dropped),
-        "contaminated_by": counted(source for _, source in contaminated if source),
-        "splits": {name: describe(part) for name, part in splits.items()},
-    }
-    write(place, splits, dropped, statistics, preparation)
-    return statistics, False
-
-
-def _without_overlong(
-    rows: list[Comparison], recipe: Recipe, tokenizer: Any, dropped: list[Dropped]
-) -> tuple[list[Comparison], dict[str, Any]]:
-    """Return the rows whose prompts fit, and percentiles of their lengths in tokens."""
-    counts = prompt_tokens(rows, tokenizer, recipe.prompt, both_orders=recipe.swap)
-    is_overlong = [count > recipe.max_prompt_tokens for count in counts]
-    kept = sift(rows, ["overlong" if over else "" for over in is_overlong], dropped)
-    lengths = (count for count, over in zip(counts, is_overlong, strict=True) if not over)
-    return kept, percentiles(lengths)
-
-
-# ---------------------------------------------------------------------------------- 1 read
-
-
-def read(recipe: Recipe) -> tuple[list[Comparison], list[Dropped]]:
-    """Read every input. Scores are rounded to float32, as they are stored.
-
-    Dropped on top of what the readers drop: "unstorable_scores", too large for float32, or two that
-    differ by less than it can tell.
-    """
-    rows: list[Comparison] = []
-    dropped: list[Dropped] = []
-    for source in recipe.input:
-        warn_of_benchmark(source)
-        given = readers.read(
-            source, columns=recipe.columns, values=recipe.values, scores=recipe.scores
-        )
-        dropped += given.dropped
-        stored = [_as_stored(row) for row in given.rows]
-        reasons = [
-            "" if _order(after) == _order(before) else "unstorable_scores"
-            for after, before in zip(stored, given.rows, strict=True)
-        ]
-        rows += sift(stored, reasons, dropped)
-    return rows, dropped
-
-
-def _as_stored(row: Comparison) -> Comparison:
-    if row.scores is None:
-        return row
-    with np.errstate(over="ignore"):  # `_order` sees the infinity
-        first, second = (float(str(np.float32(score))) for score in row.scores)
-    return dataclasses.replace(row, score_1=first, score_2=second)
-
-
-def _order(row: Comparison) -> tuple[bool, ...] | None:
-    """Return what of the scores must survive rounding: they are finite, and one is higher."""
-    if row.scores is None:
-        return None
-    first, second = row.scores
-    return max(row.scores) < math.inf, first > second, first < second
-
-
-# ---------------------------------------------------------------------------------- 8 write
+            "--engine beam needs Apache Beam, which is not installed. Do: pip install 'jlrm[beam]'"
+        ) from None
+    return job
 
 
 def statistics_of(preparation: dict[str, Any], place: Place) -> dict[str, Any] | None:
@@ -237,43 +139,17 @@ def _is_torn(place: Place, files: set[str]) -> bool:
     return place.is_remote and is_ours and not place.holds_dataset(files)
 
 
-def write(
-    place: Place,
-    splits: dict[str, list[Comparison]],
-    dropped: list[Dropped],
-    statistics: dict[str, Any],
-    preparation: dict[str, Any],
-) -> None:
-    """Write the dataset with what belongs to it; `statistics` gets its "bytes"."""
-
-    def add_files(directory: pathlib.Path) -> None:
-        records = directory.glob(f"{NAME}-*")
-        statistics["bytes"] = sum(file.stat().st_size for file in records)
-        write_dropped(dropped, directory / "dropped.jsonl")
-        for name, content in (("statistics", statistics), ("preparation", preparation)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            (directory / f"{name}.json").write_text(text, encoding="utf-8")
-
-    write_to(place, splits, add_files)
-
-
-def _describe(
-    recipe: Recipe,
-    rows: Sequence[Comparison],
-    benchmarks: Benchmarks,
-    tokenizer_dir: pathlib.Path | None,
-) -> dict[str, Any]:
+def _describe(recipe: Recipe, checks: Checks, fingerprints: Mapping[str, int]) -> dict[str, Any]:
     """Return what decides the dataset: the settings, the contents of all it reads, the version."""
     digests = {}
     for source in recipe.input:
-        read_of_it = (repr(row) for row in rows if row.where.source == source)
-        digests[source] = _digest(source, read_of_it)
+        digests[source] = _digest(source, [f"{fingerprints.get(source, 0):x}"])
     for source in recipe.against:
-        read_of_it = (text for text, owner in benchmarks.questions.items() if owner == source)
+        read_of_it = (text for text, owner in checks.questions.items() if owner == source)
         digests[source] = _digest(source, read_of_it)
-    if tokenizer_dir is not None:
+    if checks.tokenizer_dir is not None:
         names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-        files = [tokenizer_dir / name for name in names]
+        files = [checks.tokenizer_dir / name for name in names]
         digests[recipe.tokenizer] = _digest_files([file for file in files if file.exists()])
     described = {"jlrm": jlrm.__version__, **dataclasses.asdict(recipe), "sha256": digests}
     return json.loads(json.dumps(described))  # as it is read back
@@ -302,28 +178,28 @@ def _digest_files(files: Iterable[pathlib.Path]) -> str:
     return digest.hexdigest()
 
 
-def _find_tokenizer(source: str) -> pathlib.Path:
-    from jlrm.weights import hf  # brings JAX, which nothing else here needs
-
-    return hf.resolve(source, hf.TOKENIZER_FILES)
-
-
 # ---------------------------------------------------------------------------------- command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, prepare, and print what came of it."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own, beam_flags = (words[:cut], words[cut + 1 :]) if (cut := _cut(words)) else (words, [])
+    args = _parser().parse_args(own)
+    if beam_flags and args.engine != "beam":
+        raise UsageError(f"{beam_flags[0]} after -- is a flag of Beam's: add --engine beam.")
     if args.tokenizer is None and (args.prompt or args.max_prompt_tokens):
         flag = "--prompt" if args.prompt else "--max-prompt-tokens"
         raise UsageError(f"{flag} needs --tokenizer, with which prompts are measured.")
     given = {name: value for name, value in vars(args).items() if value is not None}
-    out, as_json = given.pop("out"), given.pop("json")
+    out, as_json, engine = given.pop("out"), given.pop("json"), given.pop("engine")
     given |= settings.pair_flags(args)
     start = time.perf_counter()
     try:
         given["values"] = labels.meanings(given["values"])
-        statistics, was_there = prepare(Recipe(**given), out)
+        statistics, was_there = prepare(
+            Recipe(**given), out, beam_flags if engine == "beam" else None
+        )
     except UsageError as error:
         raise UsageError(_in_flags(str(error))) from None
     seconds = time.perf_counter() - start
@@ -334,6 +210,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(statistics, ensure_ascii=False))
     else:
         print("\n".join([*_table(statistics), done]))
+
+
+def _cut(words: Sequence[str]) -> int:
+    """Return where the flags of Beam begin, 0 where there are none."""
+    return words.index("--") if "--" in words else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -356,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--against", nargs="+", metavar="SRC", help="benchmarks, whose questions are left out")
     add("--ngram", type=int, metavar="N", help="words of an n-gram, to find known questions (13)")
     add("--overlap", type=float, metavar="SHARE", help="of n-grams that marks one (0.5)")
+    engines = "this process (local), or Apache Beam with its own flags after --, e.g. -- --runner"
+    add("--engine", choices=["local", "beam"], default="local", help=f"{engines} DataflowRunner")
     add("--json", action="store_true", help="statistics as one JSON object on stdout")
     return parser
 

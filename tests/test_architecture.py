@@ -21,6 +21,7 @@ RANKS = {
     "sampling": 4,
     "weights": 4,
     "evaluation": 5,
+    "preparation": 5,
     "evaluation.statistics": 6,
     "evaluation.benchmarks": 6,
     "evaluation.benchmarks.raters": 6,

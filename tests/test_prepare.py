@@ -20,7 +20,7 @@ import pytest
 
 from jlrm import prepare
 from jlrm.config import DataConfig, UsageError
-from jlrm.data import batches, contamination, curation, dataset, sharded
+from jlrm.data import batches, contamination, dataset, sharded
 from jlrm.data.comparisons import Comparison, fold, write_comparisons
 from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
@@ -222,10 +222,12 @@ def test_no_question_is_in_both_splits(tmp_path, share):
 
 def test_more_data_moves_no_question_into_training_that_was_held_out_at_the_same_count(tmp_path):
     rows = distinct(300)
-    few, many = curation.split(rows[:150], 0.2), curation.split(rows, 0.2)
-    heldout = {row.question for row in many["validation"]}
-    moved = {row.question for row in few["validation"]} - heldout
-    assert len(moved) <= 5
+    heldout = []
+    for name, some in (("few", rows[:150]), ("many", rows)):
+        made(tmp_path / name, jsonl(tmp_path / f"{name}.jsonl", some), flags=("--validation=0.2",))
+        heldout.append({row.question for row in read(f"{tmp_path / name}#validation").rows})
+    few, many = heldout
+    assert len(few - many) <= 5
 
 
 def test_duplicates_in_either_order_go_and_other_labels_stay(tmp_path):
@@ -512,7 +514,7 @@ def test_killed_while_writing_it_leaves_no_dataset_and_starts_anew(tmp_path):
     command = ["-m", "jlrm.prepare", "--input", source, "--out", str(out)]
     process = spawn(*command)
     partial = tmp_path / "out.partial"
-    while not any(partial.rglob("*incomplete*")) and process.poll() is None:
+    while not any(partial.glob("*array_record*")) and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

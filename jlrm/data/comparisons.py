@@ -13,7 +13,7 @@ import hashlib
 import json
 import pathlib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -167,20 +167,27 @@ class Comparisons:
     dropped: list[Dropped]
 
 
-def count_reasons(dropped: Sequence[Dropped]) -> dict[str, int]:
+def count_reasons(dropped: Iterable[Dropped]) -> dict[str, int]:
     """Count dropped rows by reason, in the order of reasons."""
     return dict(sorted(collections.Counter(row.reason for row in dropped).items()))
 
 
-def describe_dropped(dropped: Sequence[Dropped]) -> str:
+def describe_dropped(dropped: Iterable[Dropped]) -> str:
     """Return e.g. "12 without a label, 3 with a prompt that is too long", or "" for no rows."""
-    counts = count_reasons(dropped).items()
-    return ", ".join(f"{count} {REASONS.get(reason, reason)}" for reason, count in counts)
+    return describe_reasons(count_reasons(dropped))
+
+
+def describe_reasons(counts: Mapping[str, int]) -> str:
+    """Return the same of rows that were counted by reason."""
+    return ", ".join(f"{n} {REASONS.get(reason, reason)}" for reason, n in sorted(counts.items()))
 
 
 def listed(names: Iterable[str]) -> str:
     """Return names in quotation marks, with commas, for a sentence."""
     return ", ".join(f"'{name}'" for name in names)
+
+
+SWAPPED = "/swapped"  # ends the id of a row that stands beside itself in the other order
 
 
 def tidy(text: str) -> str:
@@ -248,20 +255,28 @@ def question_key(question: str, folding: str = "words") -> int:
 
     To hold out the questions with the lowest keys is a choice that more data changes little.
     """
-    folded = FOLDINGS[folding](question)
+    return folded_key(FOLDINGS[folding](question))
+
+
+def folded_key(folded: str) -> int:
+    """Return the key of a question that is folded already."""
     return int.from_bytes(hashlib.sha256(folded.encode()).digest()[:8])
 
 
 def write_comparisons(rows: Sequence[Comparison], path: pathlib.Path) -> None:
     """Write rows as JSONL that `readers.read` reads back."""
-    _write_lines([row.record() for row in rows], path)
+    write_atomically(path, "".join(_line(row.record()) for row in rows).encode())
 
 
-def write_dropped(dropped: Sequence[Dropped], path: pathlib.Path) -> None:
+def write_dropped(dropped: Iterable[Dropped], path: pathlib.Path) -> None:
     """Write one JSON object for each row that was left out."""
-    _write_lines([{**vars(row), "where": str(row.where)} for row in dropped], path)
+    write_atomically(path, "".join(map(dropped_line, dropped)).encode())
 
 
-def _write_lines(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, text.encode())
+def dropped_line(row: Dropped) -> str:
+    """Return a row that was left out as a line of JSON."""
+    return _line({**vars(row), "where": str(row.where)})
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

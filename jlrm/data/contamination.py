@@ -19,8 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from jlrm.config import UsageError
 from jlrm.data import forms, readers
 from jlrm.data.comparisons import count_words, fold, words
@@ -82,7 +80,7 @@ class Benchmarks:
         benchmark, long or not, stands in it.
         """
         reasons = {"": ("", "")}
-        for question in tqdm(questions, desc="decontaminate", delay=1):
+        for question in questions:
             if question not in reasons:
                 reasons[question] = self._find(question, overlap)
         return [reasons[question] for question in questions]

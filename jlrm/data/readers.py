@@ -11,44 +11,36 @@ of TensorFlow, PyTorch or JAX.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import json
 import logging
-import math
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 from jlrm.config import UsageError, nearest
+from jlrm.data import libraries
 from jlrm.data.comparisons import (
     FILE_ROWS,
     Comparison,
     Comparisons,
     Dropped,
-    Where,
-    describe_dropped,
+    describe_reasons,
     listed,
 )
 from jlrm.data.dataset import NAME
 from jlrm.data.files import (
-    READ_ROWS,
     Rows,
     data_files,
     files_of_split,
-    plain_row,
     read_file,
-    shortest,
-    usual_split,
-    with_names,
 )
 from jlrm.data.forms import (
     IDS,
     RENAMABLE,
-    Row,
     Unusable,
     comparison,
     in_our_form,
@@ -63,25 +55,39 @@ from jlrm.runtime.storage import local_copy
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 NUMBERS = {"score_1", "score_2", "score", "score_w_reference", "preference"} | {
     *("score_chosen", "score_rejected")
 }  # in CSV: not text
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 ALL = slice(0, None, 1)  # rows that are read, counted from 0
+# What marks directories that a library reads.
+DATASETS = ("features.json", "state.json", "dataset_dict.json")
 SAYS_NOTHING = "An error occurred while generating the dataset"
 
 
-@dataclass(frozen=True)
-class Part:
-    """Rows of a part of a source, and what is needed to validate the source as a whole."""
+@dataclass
+class Seen:
+    """What is needed to validate a source as a whole, of the rows of a part of it."""
 
-    rows: list[Comparison]
-    dropped: list[Dropped]
     lacking: set[str]  # columns to be renamed that none of these rows had
-    names: list[str]  # of the columns of one of them
-    column: str  # the source's own name of its labels
     values: Mapping[str, int]  # what its labels mean, where that was said
-    numbers: collections.Counter[str]  # rows by the number that alone labels them
+    names: list[str] = field(default_factory=list)  # of the columns of one of them
+    column: str = "preference"  # the source's own name of its labels
+    # Rows by the number that alone labels them, and those left out by the reason.
+    numbers: collections.Counter[str] = field(default_factory=collections.Counter)
+    reasons: collections.Counter[str] = field(default_factory=collections.Counter)
+    num_rows: int = 0  # that are usable
+
+
+class Portion(NamedTuple):
+    """A part of a source that can be read apart from the rest: one of its files, or all of it."""
+
+    file: str = ""
+    number: int = 0  # counted from 0
+
+
+WHOLE = Portion()
 
 
 def read(
@@ -108,9 +114,9 @@ def read(
       UsageError: no such source or split, no rows, no usable row, or, with its line, a row that
         lacks a field or holds another type than it should.
     """
-    part = read_part(source, columns=columns, values=values, scores=scores)
-    check_whole(source, len(part.rows), [part])
-    return Comparisons(part.rows, part.dropped)
+    part, seen = read_part(source, columns=columns, values=values, scores=scores)
+    check_whole(source, [seen])
+    return part
 
 
 def read_part(
@@ -120,41 +126,82 @@ def read_part(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
     every: slice = ALL,
-) -> Part:
+) -> tuple[Comparisons, Seen]:
     """Read some of the rows: `every` counts them, or the lines of a file, from 0.
 
     What it says of a source as a whole is left to `check_whole`. Otherwise as `read`.
     """
-    columns, known = dict(columns or {}), labels.meanings(values or {})
+    seen = nothing_seen(columns or {}, values or {})
+    part = Comparisons([], [])
+    for row in with_progress(each_row(source, seen, columns, scores, every=every), source):
+        if isinstance(row, Dropped):
+            part.dropped.append(row)
+        else:
+            part.rows.append(row)
+    return part, seen
+
+
+def nothing_seen(columns: Mapping[str, str], values: Mapping[Any, Any]) -> Seen:
+    """Return what is known of a source before its first row.
+
+    Raises:
+      UsageError: a field or a label that does not exist.
+    """
     for name in columns:
         if name not in RENAMABLE:
             raise UsageError(f"data.columns: unknown field '{name}'. {nearest(name, RENAMABLE)}")
-    part = Part([], [], set(columns.values()), [], "preference", known, collections.Counter())
-    raw: Row = {}
-    for place, raw in _with_progress(checked_rows(source, columns, every), source):
+    return Seen(set(columns.values()), labels.meanings(values))
+
+
+def each_row(
+    source: str,
+    seen: Seen,
+    columns: Mapping[str, str] | None = None,
+    scores: str = "score",
+    *,
+    piece: Portion = WHOLE,
+    every: slice = ALL,
+) -> Iterator[Comparison | Dropped]:
+    """Yield the rows of a source in their order, those that can't be used too; nothing is kept.
+
+    What `check_whole` needs is added to `seen`. Otherwise as `read_part`.
+    """
+    columns, raw = columns or {}, {}
+    for place, raw in _of_piece(piece, source, columns, every):
         place = place._replace(source=source)
         where = str(place)
         if not isinstance(raw, dict):
             raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
-        part.lacking.difference_update(raw)
+        seen.lacking.difference_update(raw)
         row = respelled(renamed(raw, columns, where))
         own = next((key for key in IDS if row.get(key) is not None), "id")
         identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
             row = in_our_form(labels.labelled(row, where), scores, where)
-            part.rows.append(comparison(row, identity, place, known))
+            read = comparison(row, identity, place, seen.values)
         except Unusable as reason:
-            part.dropped.append(Dropped(place, identity, str(reason)))
+            seen.reasons[str(reason)] += 1
+            yield Dropped(place, identity, str(reason))
             continue
-        if part.rows[-1].scores is None and (number := labels.numbering(row["preference"])):
-            part.numbers[number] += 1
+        if read.scores is None and (number := labels.numbering(row["preference"])):
+            seen.numbers[number] += 1
+        seen.num_rows += 1
+        yield read
     is_winner = "preference" not in raw and "winner" in map(our_spelling, raw)
-    column = columns.get("preference", "winner" if is_winner else "preference")
-    return dataclasses.replace(part, names=list(raw), column=column)
+    seen.column = columns.get("preference", "winner" if is_winner else "preference")
+    seen.names = list(raw)
 
 
-def check_whole(source: str, num_rows: int, parts: Sequence[Part]) -> None:
+def _of_piece(piece: Portion, source: str, columns: Mapping[str, str], every: slice) -> Rows:
+    if not piece.file:
+        yield from checked_rows(source, columns, every)
+        return
+    for place, row in checked_rows(piece.file, columns, every):
+        yield place._replace(file=piece.file, file_number=piece.number), row
+
+
+def check_whole(source: str, parts: Sequence[Seen]) -> None:
     """Raise if a source, of which these are all parts, can't be used; warn of doubtful labels.
 
     Raises:
@@ -162,16 +209,17 @@ def check_whole(source: str, num_rows: int, parts: Sequence[Part]) -> None:
         of ours that would be taken for others.
     """
     names = max((part.names for part in parts), key=len)
-    dropped = [row for part in parts for row in part.dropped]
+    num_rows = sum(part.num_rows for part in parts)
+    dropped = sum((part.reasons for part in parts), collections.Counter())
     if not num_rows and not dropped:
         wanted = "one JSON object a line" if ".json" in source else "one comparison a row"
         raise UsageError(f"{source} is empty: wanted {wanted}.")
     if lacking := set.intersection(*(part.lacking for part in parts)):
         raise UsageError(f"{source} has no column {listed(lacking)}. {there_are(names)}")
     if not num_rows:
-        reasons = describe_dropped(dropped)
+        reasons = describe_reasons(dropped)
         hint = ""
-        if {row.reason for row in dropped} == {"no_label"}:
+        if set(dropped) == {"no_label"}:
             hint = (
                 " A row says which answer is better by 'preference' (1, 2, or 0 for a tie) or by "
                 f"'score_1' and 'score_2'. {there_are(names)} If one of these is meant, name it, "
@@ -209,12 +257,12 @@ def _local(name: str) -> pathlib.Path | None:
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
     if name == "languages":
-        return _numbered(languages.rows(split), every)
+        return libraries.numbered(languages.rows(split), every)
     path = _local(name)
     if path is None and name.startswith("hf:"):
-        return _of_datasets(_hub_rows(name.removeprefix("hf:"), split), every)
+        return libraries.hub_rows(name.removeprefix("hf:"), split, every)
     if path is None:
-        return _numbered(_tfds_rows(name.removeprefix("tfds:"), split), every, _tfds_row)
+        return libraries.tfds_rows(name.removeprefix("tfds:"), split, every)
     if path.is_dir():
         return _directory_rows(path, split, columns, every)
     os.stat(path)  # no such file: said before anything else
@@ -270,7 +318,8 @@ def _reason(error: BaseException) -> str:
     return lines[0].rstrip(".") + why.rstrip(".")
 
 
-def _with_progress(rows: Rows, source: str) -> Rows:
+def with_progress(rows: Iterator[T], source: str) -> Iterator[T]:
+    """Yield rows, with a bar once there are many."""
     yield from itertools.islice(rows, MANY_ROWS)
     for row in rows:  # there are more
         from tqdm import tqdm
@@ -279,92 +328,43 @@ def _with_progress(rows: Rows, source: str) -> Rows:
         yield from tqdm(rest, desc=source, unit=" rows", initial=MANY_ROWS, mininterval=1)
 
 
-def _numbered(rows: Any, every: slice, convert: Callable[[Any], Any] = lambda row: row) -> Rows:
-    if hasattr(rows, "__getitems__"):  # random access: the others are not even read
-        chosen = _at(rows, range(len(rows))[every])
-    else:
-        chosen = itertools.islice(enumerate(rows), every.start, every.stop, every.step)
-    return ((Where(i + 1), convert(row)) for i, row in chosen)
-
-
-def _of_datasets(rows: Any, every: slice) -> Rows:
-    """Yield rows of the library `datasets`, with the names of their classes."""
-    features = (getattr(rows, "features", None) or {}).items()
-    names = {key: each.names for key, each in features if hasattr(each, "names")}
-    return _numbered(rows, every, lambda row: with_names(plain_row(row), names))
-
-
-def _at(rows: Any, places: range) -> Iterator[tuple[int, Any]]:
-    for start in range(0, len(places), READ_ROWS):
-        part = places[start : start + READ_ROWS]
-        yield from zip(part, rows.__getitems__(list(part)), strict=True)
-
-
 def _directory_rows(
     path: pathlib.Path, split: str, columns: Mapping[str, str], every: slice
 ) -> Rows:
     if (path / "features.json").exists() and (path / "dataset_info.json").exists():
-        return _numbered(_tfds_rows(path, split), every, _tfds_row)
+        return libraries.tfds_rows(path, split, every)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-        return _of_datasets(_saved_rows(path, split), every)
+        return libraries.saved_rows(path, split, every)
+    files = _text_files(path, split)
+    if not files:
+        return libraries.hub_rows(path, split, every)
+    return _rows_of_files(files, columns, every)
+
+
+def _text_files(path: pathlib.Path, split: str) -> list[Portion]:
+    """Return the files of a directory that are read one by one; none where a library reads it."""
     files = data_files(path)
     if not files or re.search(r"[\[+(]", split):  # "train[:50%]", "train+test"
-        return _of_datasets(_hub_rows(path, split), every)
-    return _rows_of_files(files_of_split(path, files, split), columns, every)
+        return []
+    files = files_of_split(path, files, split)
+    return [Portion(str(file), number) for number, file in enumerate(files)]
 
 
-def _rows_of_files(files: Sequence[pathlib.Path], columns: Mapping[str, str], every: slice) -> Rows:
-    for number, file in enumerate(files):
+def _rows_of_files(pieces: Sequence[Portion], columns: Mapping[str, str], every: slice) -> Rows:
+    for piece in pieces:
         # Rows are counted on from file to file, as if each had FILE_ROWS.
-        mine = slice((every.start - number * FILE_ROWS) % every.step, None, every.step)
-        for place, row in checked_rows(str(file), columns, mine):
-            yield place._replace(file=str(file), file_number=number), row
+        mine = slice((every.start - piece.number * FILE_ROWS) % every.step, None, every.step)
+        yield from _of_piece(piece, "", columns, mine)
 
 
-def _tfds_rows(name: str | pathlib.Path, split: str) -> Any:
-    import tensorflow_datasets as tfds
+def pieces(source: str) -> list[Portion]:
+    """Return the parts of a source that can be read apart, by `each_row`, in their order.
 
-    if isinstance(name, str):
-        return tfds.data_source(name, split=split or "train")
-    builder: Any = tfds.builder_from_directory(name)
-    return builder.as_data_source(split or "train")
-
-
-def _saved_rows(path: pathlib.Path, split: str) -> Any:
-    import datasets
-
-    saved: Any = datasets.load_from_disk(str(path))
-    if isinstance(saved, datasets.Dataset):  # which may know the name of its split
-        saved = {str(saved.split or "train"): saved}
-        split = split or next(iter(saved))
-    lengths = {str(name): len(rows) for name, rows in saved.items()}
-    split = split or usual_split(path, lengths)
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
-    return datasets.concatenate_datasets(
-        [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
-    )
-
-
-def _hub_rows(name: str | pathlib.Path, split: str) -> Any:
-    import datasets
-
-    path, revision, config = str(name), None, None
-    if isinstance(name, pathlib.Path):
-        datasets.disable_progress_bars()  # of a conversion to Arrow, over in a moment
-    if isinstance(name, str):
-        parts = re.fullmatch(r"([^@:]+)(?:@([^@:]+))?(?::([^@:]+))?", name)
-        if not parts:
-            raise UsageError(f"hf:{name} names no dataset: wanted hf:ORG/NAME@REVISION:CONFIG.")
-        path, revision, config = parts.groups()
-    return datasets.load_dataset(path, config, revision=revision, split=split or "train")
-
-
-def _tfds_row(row: Row) -> Row:
-    """Read a TFDS row, in which a missing score is NaN and a missing preference -1."""
-    plain = plain_row(row)
-    for name, value in plain.items():
-        if isinstance(value, float):
-            plain[name] = None if math.isnan(value) else shortest(value)
-        elif name == "preference" and value == -1:
-            plain[name] = None
-    return plain
+    Raises:
+      UsageError: no such split.
+    """
+    name, split = without_split(source)
+    path = pathlib.Path(name).expanduser()
+    is_dataset = any((path / about).exists() for about in DATASETS)
+    is_read = path.is_dir() and not is_dataset
+    return (_text_files(path, split) if is_read else []) or [WHOLE]

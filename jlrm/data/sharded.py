@@ -9,7 +9,6 @@ Left out: reading (readers.py), prompts and batches (batches.py).
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,15 +109,15 @@ def read(
     """
     hosts.agree(f"files of {source}", _sizes(source))
     every = slice(hosts.index(), None, hosts.count())
-    part = readers.read_part(source, columns=columns, values=values, scores=scores, every=every)
-    mine = ([row.where.order for row in part.rows], dataclasses.replace(part, rows=[]))
-    orders, parts = zip(*hosts.gather(f"rows of {source}", mine), strict=True)
-    dropped = sorted(
-        (row for each in parts for row in each.dropped), key=lambda row: row.where.order
+    part, seen = readers.read_part(
+        source, columns=columns, values=values, scores=scores, every=every
     )
+    mine = ([row.where.order for row in part.rows], part.dropped, seen)
+    orders, left_out, parts = zip(*hosts.gather(f"rows of {source}", mine), strict=True)
+    dropped = sorted((row for each in left_out for row in each), key=lambda row: row.where.order)
     owners = np.repeat(np.arange(len(orders)), [len(each) for each in orders])
     owners = owners[np.argsort(np.concatenate(orders))]
-    readers.check_whole(source, len(owners), parts)
+    readers.check_whole(source, parts)
     return ShardedRows(part.rows, owners), dropped
 
 

@@ -13,9 +13,14 @@ from jaxtyping import Int, UInt64
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import scales, sharded
 from jlrm.data.batches import Examples, encode_prompts
-from jlrm.data.comparisons import Comparison, Dropped, describe_dropped, question_key
+from jlrm.data.comparisons import (
+    SWAPPED,
+    Comparison,
+    Dropped,
+    describe_dropped,
+    question_key,
+)
 from jlrm.data.contamination import warn_of_benchmark
-from jlrm.data.curation import SWAPPED
 from jlrm.data.sharded import ShardedRows
 from jlrm.data.tokenizer import Tokenizer
 from jlrm.data.worlds import toy

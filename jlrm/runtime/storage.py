@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,12 +226,15 @@ class Place:
         with _explained(self.name):
             return json.loads(self.system.cat_file(f"{self.root}/{name}"))
 
-    def upload(self, directory: pathlib.Path) -> None:
-        """Copy a complete dataset into a store, and remove the rest of an interrupted upload."""
-        leftover = self.files()
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files."""
         with _explained(self.name):
-            for name in leftover:
+            for name in names:
                 self.system.rm_file(f"{self.root}/{name}")
+
+    def upload(self, directory: pathlib.Path) -> None:
+        """Copy a dataset into a store, beside the files of it that are there already."""
+        with _explained(self.name):
             self.system.makedirs(self.root, exist_ok=True)
             names = sorted({file.name for file in directory.iterdir()} - {*LAST_FILES})
             for name in tqdm([*names, *LAST_FILES], desc="upload", delay=1):

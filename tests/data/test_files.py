@@ -45,7 +45,7 @@ def test_texts_of_any_arrow_type(tmp_path, text):
     assert [row.label for row in rows] == [1, 2, 0, 1, 2]
     assert rows[0].question == "Why?" and rows[4].id == "5"
     assert [row.meta["difficulty"] for row in rows] == ["easy", None, "hard", "easy", "easy"]
-    parts = [read_part(str(tmp_path / "x.parquet"), every=slice(i, None, 2)) for i in range(2)]
+    parts = [read_part(str(tmp_path / "x.parquet"), every=slice(i, None, 2))[0] for i in range(2)]
     assert [[row.label for row in part.rows] for part in parts] == [[1, 0, 2], [2, 1]]
 
 
@@ -168,7 +168,7 @@ def test_parts_of_a_directory_are_the_whole_in_an_order_that_all_know(tmp_path):
     for name, count in (("a", 4), ("b", 1), ("c", 5)):
         write(tmp_path / f"{name}.jsonl", *[OURS | {"id": f"{name}{i}"} for i in range(count)])
     whole = read(str(tmp_path)).rows
-    parts = [read_part(str(tmp_path), every=slice(i, None, 3)).rows for i in range(3)]
+    parts = [read_part(str(tmp_path), every=slice(i, None, 3))[0].rows for i in range(3)]
     rows = sorted((row for part in parts for row in part), key=lambda row: row.where.order)
     assert [row.id for row in rows] == [row.id for row in whole] and len(whole) == 10
     for number, part in enumerate(parts):

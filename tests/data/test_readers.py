@@ -23,7 +23,8 @@ from jlrm.config import UsageError
 from jlrm.data import forms, readers
 from jlrm.data.comparisons import Comparison, count_reasons, write_comparisons
 from jlrm.data.dataset import write_dataset
-from jlrm.data.readers import READ_ROWS, read, read_part
+from jlrm.data.files import READ_ROWS
+from jlrm.data.readers import read, read_part
 from jlrm.judgement.prompts import PAIR_TEMPLATES, fill
 
 OURS = {"question": "Why?", "answer_1": "Because.", "answer_2": "No.", "preference": 1}
@@ -366,12 +367,29 @@ def test_parts_of_a_source_are_the_whole(tmp_path):
     for source in (csv_file, *others, f"{tmp_path}/saved#a+b"):
         whole = read(source)
         assert [row.id for row in whole.dropped] == [rows[5].id] and len(rows) > 2 * READ_ROWS
-        parts = [read_part(source, every=slice(first, None, 3)) for first in range(3)]
+        parts = [read_part(source, every=slice(first, None, 3))[0] for first in range(3)]
         for name in ("rows", "dropped"):
             found = [row for part in parts for row in getattr(part, name)]
             assert sorted(found, key=lambda row: row.where.number) == getattr(whole, name), source
         for first, part in enumerate(parts):
             assert {(row.where.number - 1) % 3 for row in part.rows} == {first}, source
+
+
+def test_pieces_of_a_source_are_its_files_and_together_the_whole(tmp_path):
+    for name in ("b", "a", "c"):
+        lines = [OURS | {"id": f"{name}{i}"} for i in range(3)] + [OURS | {"preference": None}]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for source, number in ((str(tmp_path), 3), (str(tmp_path / "a.jsonl"), 1)):
+        whole, parts, rows = read(source), readers.pieces(source), []
+        assert len(parts) == number
+        for piece in parts:
+            seen = readers.nothing_seen({}, {})
+            rows += readers.each_row(source, seen, piece=piece)
+            assert seen.num_rows == 3 and seen.reasons == {"no_label": 1}
+        assert [row for row in rows if isinstance(row, Comparison)] == whole.rows
+        places = [row.where for row in (*whole.rows, *whole.dropped)]
+        assert sorted(row.where.order for row in rows) == sorted(each.order for each in places)
+        assert {row.where for row in rows} == set(places)
 
 
 def test_written_rows_read_back_equal(tmp_path):

@@ -156,9 +156,9 @@ def test_each_process_reads_its_share_of_the_rows(tmp_path):
     write_comparisons(rows, tmp_path / "rows.jsonl")
     write_dataset({"train": rows}, tmp_path / "prepared")
     body = f"""
-    from jlrm.data import readers, sharded
-    asked, parsed, at, comparison = [], [], readers._at, readers.comparison
-    readers._at = lambda rows, places: (asked.extend(places), at(rows, places))[1]
+    from jlrm.data import libraries, readers, sharded
+    asked, parsed, at, comparison = [], [], libraries._at, readers.comparison
+    libraries._at = lambda rows, places: (asked.extend(places), at(rows, places))[1]
     readers.comparison = lambda *row: (parsed.append(row), comparison(*row))[1]
     for source in ("{tmp_path}/rows.jsonl", "{tmp_path}/prepared"):
         asked.clear(), parsed.clear()
