@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from jlrm.config import RunError, UsageError, nearest
 from jlrm.peers import measure, workload
 from jlrm.peers.measure import PHASES, AgainstResult, CheckedPeer, PeerFigures
-from jlrm.peers.processes import LIBRARIES, OURS, Place, mallocs
+from jlrm.peers.processes import LIBRARIES, OURS, Venue, mallocs
 from jlrm.peers.workload import PROMPTS, ROLLOUTS, SIZES
 from jlrm.reports import contracts, tables
 
@@ -48,7 +48,7 @@ def main(words: Sequence[str]) -> None:
             raise UsageError(f"{flag} {value} is outside 1 to {MOST}.")
     size, load = SIZES[args.size], os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="jlrm-against-") as directory:
-        place = Place(pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience)
+        place = Venue(pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience)
         workload.write(place.workload, size)
         checked = measure.check(place, names)
         able = [each.library for each in checked if not each.refused and each.library != OURS]

@@ -22,7 +22,7 @@ from jlrm.peers.processes import (
     OURS,
     FailedLibrary,
     MissingLibrary,
-    Place,
+    Venue,
     Process,
     mallocs,
 )
@@ -84,7 +84,7 @@ class AgainstResult:
     version: int = AGAINST_VERSION
 
 
-def check(place: Place, names: Sequence[str]) -> list[CheckedPeer]:
+def check(place: Venue, names: Sequence[str]) -> list[CheckedPeer]:
     """Hold each library's log-probabilities and loss against ours, which come first.
 
     Raises:
@@ -125,7 +125,7 @@ def _held_against(ours: dict, name: str, told: dict) -> CheckedPeer:
 
 
 def measure(
-    place: Place, names: Sequence[str], drawn: tuple[int, int], repeats: int
+    place: Venue, names: Sequence[str], drawn: tuple[int, int], repeats: int
 ) -> Iterator[PeerFigures]:
     """Time every phase with each setting of malloc, and yield the figures as they are known.
 
@@ -191,7 +191,7 @@ def take_turns(own: Side, other: Side, repeats: int) -> None:
         side.seconds += seconds
 
 
-def _beside(own: Side, place: Place, what: tuple[str, str, str], repeats: int) -> PeerFigures:
+def _beside(own: Side, place: Venue, what: tuple[str, str, str], repeats: int) -> PeerFigures:
     phase, name, malloc = what
     try:
         with Process(place, name, phase, malloc) as process:

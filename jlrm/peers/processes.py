@@ -70,7 +70,7 @@ def mallocs() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Venue:
     """Where the workload and the libraries' Pythons are, and how long an answer may take."""
 
     workload: pathlib.Path
@@ -81,7 +81,7 @@ class Place:
 class Process:
     """One phase of a library, kept ready for its next turn. A context that ends the process."""
 
-    def __init__(self, place: Place, name: str, phase: str, malloc: str) -> None:
+    def __init__(self, place: Venue, name: str, phase: str, malloc: str) -> None:
         library = LIBRARIES[name]
         python, path = sys.executable, str(HERE.parent.parent)
         if library.environment:

@@ -16,7 +16,7 @@ from jlrm import bench
 from jlrm.config import RunError
 from jlrm.peers import against, measure, processes, workload
 from jlrm.peers.measure import AgainstResult, CheckedPeer, PeerFigures, Side, Spread
-from jlrm.peers.processes import OURS, FailedLibrary, Library, Place, Process
+from jlrm.peers.processes import OURS, FailedLibrary, Library, Venue, Process
 from jlrm.peers.worker import Given
 from jlrm.peers.workload import Size
 from jlrm.reports import contracts
@@ -89,7 +89,7 @@ def place(tmp_path):
     folder = tmp_path / "workload"
     folder.mkdir()
     workload.write(folder, SIZE)
-    return Place(folder, tmp_path / "peers", patience=60)
+    return Venue(folder, tmp_path / "peers", patience=60)
 
 
 def run(*words):
