@@ -22,8 +22,8 @@ from jlrm.peers.processes import (
     OURS,
     FailedLibrary,
     MissingLibrary,
-    Venue,
     Process,
+    Venue,
     mallocs,
 )
 from jlrm.reports.contracts import LEFT_OUT

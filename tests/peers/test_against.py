@@ -16,7 +16,7 @@ from jlrm import bench
 from jlrm.config import RunError
 from jlrm.peers import against, measure, processes, workload
 from jlrm.peers.measure import AgainstResult, CheckedPeer, PeerFigures, Side, Spread
-from jlrm.peers.processes import OURS, FailedLibrary, Library, Venue, Process
+from jlrm.peers.processes import OURS, FailedLibrary, Library, Process, Venue
 from jlrm.peers.worker import Given
 from jlrm.peers.workload import Size
 from jlrm.reports import contracts
