@@ -1,7 +1,7 @@
 """The routes: what a client may ask, how it is answered, and what is refused.
 
     POST /v1/judge               pairs to judge, answers to score or to rank
-    POST /v1/chat/completions    OpenAI's form
+    POST /v1/chat/completions    OpenAI's form, and /v1/completions for a prompt as it stands
     POST /v1/rerank              the form of Cohere and Jina
     GET  /v1/models  /healthz  /metrics  /openapi.json  /docs  /  (the page)
 
@@ -32,8 +32,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game
 from jlrm.server import bodies, describe, pages, replies
-from jlrm.server.bodies import JudgeBody, UnknownModel
-from jlrm.server.chat import Choices
+from jlrm.server.bodies import ChatBody, JudgeBody, UnknownModel
+from jlrm.server.chat import Choices, TextChoices
 from jlrm.server.engine import Busy
 from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
@@ -69,6 +69,7 @@ def make(service: Service, limits: Limits, metrics: Metrics) -> Starlette:
     posts = {
         "/v1/judge": routes.judge,
         "/v1/chat/completions": routes.chat,
+        "/v1/completions": routes.complete,
         "/v1/rerank": routes.rerank,
     }
     gets = {
@@ -252,11 +253,22 @@ class Routes:
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
         body = bodies.chat_body(await self._body(request), self._service.defaults)
-        ids = self._service.chat_prompt(body.messages)
+        return await self._write(request, body, self._service.chat_prompt(body.messages), Choices)
+
+    async def complete(self, request: Request) -> Response:
+        """Continue a text."""
+        body = bodies.completion_body(await self._body(request), self._service.defaults)
+        (_, text), *_rest = body.messages
+        return await self._write(request, body, self._service.text_prompt(text), TextChoices)
+
+    async def _write(
+        self, request: Request, body: ChatBody, ids: list[int], kind: type[Choices]
+    ) -> Response:
+        """Answer in OpenAI's form, at once or in chunks."""
         number = int(uuid.uuid5(uuid.NAMESPACE_OID, repr(body.messages))) % 2**31
         is_growing = body.drawing.is_streamed or bool(body.stops)
         pieces = self._service.write([(ids, number)], body.drawing, is_growing)
-        choices = Choices(self._service, body, len(ids))
+        choices = kind(self._service, body, len(ids))
         if not body.drawing.is_streamed:
 
             async def work() -> dict[str, Any]:

@@ -44,6 +44,12 @@ NEUTRAL: Mapping[str, Any] = {  # fields of OpenAI's form that must have the val
 }
 
 
+NEUTRAL_OF_TEXT: Mapping[str, Any] = {  # the same of a text
+    **{name: NEUTRAL[name] for name in ("top_p", "frequency_penalty", "presence_penalty")},
+    **{"logit_bias": {}, "logprobs": 0, "echo": False, "best_of": 1, "suffix": ""},
+}
+
+
 class UnknownModel(UsageError):
     """Another model is asked for than the one that is served."""
 
@@ -175,16 +181,50 @@ def chat_body(body: Mapping[str, Any], defaults: Defaults) -> ChatBody:
     Raises:
       UsageError: what is wrong with it.
     """
-    limits = ("max_completion_tokens", "max_tokens")
-    known = {"model", "messages", "n", "temperature", "seed", "stream", "stop", *limits}
-    _refuse_unknown(body, known | IGNORED | NEUTRAL.keys())
-    _check_model(body, defaults)
-    for name, value in NEUTRAL.items():
-        if body.get(name) not in (None, value):
-            raise UsageError(f"{name}={body[name]!r:.60} can't be had here: leave it out.")
+    _refuse_others(body, defaults, "messages", ("max_completion_tokens", "max_tokens"), NEUTRAL)
     messages = tuple(
         _message(each, f"messages[{i}]") for i, each in enumerate(_list(body, "messages", 1, 1000))
     )
+    return _written(body, defaults, messages, ("max_completion_tokens", "max_tokens"))
+
+
+def completion_body(body: Mapping[str, Any], defaults: Defaults) -> ChatBody:
+    """Read a body of /v1/completions: one text, which is continued as it stands.
+
+    Raises:
+      UsageError: what is wrong with it.
+    """
+    _refuse_others(body, defaults, "prompt", ("max_tokens",), NEUTRAL_OF_TEXT)
+    prompt = _required(body, "prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        (prompt,) = prompt
+    if not isinstance(prompt, str) or not prompt:
+        raise UsageError(f"prompt: wanted one text, got {prompt!r:.60}.")
+    return _written(body, defaults, (("", prompt),), ("max_tokens",))
+
+
+def _refuse_others(
+    body: Mapping[str, Any],
+    defaults: Defaults,
+    asked: str,
+    limits: Sequence[str],
+    neutral: Mapping[str, Any],
+) -> None:
+    known = {"model", asked, "n", "temperature", "seed", "stream", "stop", *limits}
+    _refuse_unknown(body, known | IGNORED | neutral.keys())
+    _check_model(body, defaults)
+    for name, value in neutral.items():
+        if body.get(name) not in (None, value):
+            raise UsageError(f"{name}={body[name]!r:.60} can't be had here: leave it out.")
+
+
+def _written(
+    body: Mapping[str, Any],
+    defaults: Defaults,
+    messages: tuple[tuple[str, str], ...],
+    limits: Sequence[str],
+) -> ChatBody:
+    """Return how messages, or a text without a role, are to be continued."""
     stops = [] if body.get("stop") is None else body["stop"]
     stops = [stops] if isinstance(stops, str) else stops
     is_list = isinstance(stops, list) and all(isinstance(each, str) and each for each in stops)

@@ -1,6 +1,7 @@
-"""Completions of a conversation in OpenAI's form: as one reply, or in chunks as they grow.
+"""Completions in OpenAI's form, of a conversation or a text: as one reply, or as they grow.
 
-Reasoning stands apart from the content, as `reasoning_content`, which servers of open models have.
+In a conversation reasoning stands apart from the content, as `reasoning_content`, which servers of
+open models have. What continues a text is one text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from jlrm.server.service import THINK_END, Piece, Service, parts
 class Choices:
     """The completions of one conversation, as they grow, in OpenAI's form."""
 
+    _marks: tuple[str, ...] = (THINK_END,)  # which part a text, and may have come in part
+    id_start, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
     def __init__(self, service: Service, body: ChatBody, num_prompt: int) -> None:
         self._service, self._body, self._num_prompt = service, body, num_prompt
         self._texts: dict[int, str] = {}  # without their end
@@ -24,7 +28,7 @@ class Choices:
         self._num_tokens: dict[int, int] = {}
         self._sent: dict[int, tuple[int, int]] = {}  # characters of the reasoning and of the rest
         self._about = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": f"{self.id_start}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": service.defaults.model,
         }
@@ -52,20 +56,26 @@ class Choices:
 
     def whole(self) -> dict[str, Any]:
         """Return the reply."""
-        listed = []
-        for index in sorted(self._texts):
-            reasoning, content = parts(self._texts[index])
-            message = {"role": "assistant", "content": content}
-            if reasoning:
-                message["reasoning_content"] = reasoning
-            ending = self._endings[index]
-            listed.append({"index": index, "message": message, "finish_reason": ending})
+        listed = [
+            {"index": i, **self._said(self._texts[i]), "finish_reason": self._endings[i]}
+            for i in sorted(self._texts)
+        ]
         return {
             **self._about,
-            "object": "chat.completion",
+            "object": self.whole_kind,
             "choices": listed,
             "usage": self._usage(),
         }
+
+    def _said(self, text: str) -> dict[str, Any]:
+        """Return a whole completion's part of the reply."""
+        reasoning, content = parts(text)
+        message = {"role": "assistant", "content": content}
+        return {"message": {**message, "reasoning_content": reasoning} if reasoning else message}
+
+    def _parts(self, text: str) -> tuple[str, str]:
+        """Return the reasoning of what is written so far, and the rest."""
+        return parts(text)
 
     def opening(self) -> list[dict[str, Any]]:
         """Return the first chunks of a stream: who speaks."""
@@ -81,9 +91,10 @@ class Choices:
         ending = self._endings.get(index)
         text = self._texts[index]
         # The beginning of a stop string, or of the end of the reasoning, may be its end already.
-        held = (*self._body.stops, THINK_END)
-        safe = text if ending else text[: len(text) - max(_overlap(text, each) for each in held)]
-        reasoning, content = parts(safe)
+        held = (*self._body.stops, *self._marks)
+        cut = max((_overlap(text, each) for each in held), default=0)
+        safe = text if ending else text[: len(text) - cut]
+        reasoning, content = self._parts(safe)
         was = self._sent.get(index, (0, 0))
         new = {"reasoning_content": reasoning[was[0] :], "content": content[was[1] :]}
         self._sent[index] = max(was[0], len(reasoning)), len(content)
@@ -97,8 +108,12 @@ class Choices:
         return {**chunk, "choices": [], "usage": self._usage()}
 
     def _chunk(self, index: int, delta: Mapping[str, str], ending: str | None) -> dict[str, Any]:
-        choice = {"index": index, "delta": dict(delta), "finish_reason": ending}
-        return {**self._about, "object": "chat.completion.chunk", "choices": [choice]}
+        choice = {"index": index, **self._new(delta), "finish_reason": ending}
+        return {**self._about, "object": self.chunk_kind, "choices": [choice]}
+
+    def _new(self, delta: Mapping[str, str]) -> dict[str, Any]:
+        """Return a chunk's part of a choice."""
+        return {"delta": dict(delta)}
 
     def _usage(self) -> dict[str, int]:
         written = sum(self._num_tokens.values())
@@ -107,6 +122,25 @@ class Choices:
             "completion_tokens": written,
             "total_tokens": self._num_prompt + written,
         }
+
+
+class TextChoices(Choices):
+    """The completions of one text."""
+
+    id_start, whole_kind, chunk_kind, _marks = "cmpl", "text_completion", "text_completion", ()
+
+    def _said(self, text: str) -> dict[str, Any]:
+        return {"text": text, "logprobs": None}
+
+    def _parts(self, text: str) -> tuple[str, str]:
+        return "", text
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return no chunk: nobody speaks."""
+        return []
+
+    def _new(self, delta: Mapping[str, str]) -> dict[str, Any]:
+        return {"text": delta.get("content", ""), "logprobs": None}
 
 
 def _overlap(text: str, stop: str) -> int:

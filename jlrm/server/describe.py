@@ -67,6 +67,7 @@ def openapi(defaults: Defaults) -> dict[str, Any]:
                 "Judge pairs, score an answer, or rank answers", "JudgeRequest", "JudgedPair"
             ),
             "/v1/chat/completions": _post("Continue a conversation", "ChatRequest", None),
+            "/v1/completions": _post("Continue a text", "CompletionRequest", None),
             "/v1/rerank": _post("Rank documents as answers to a query", "RerankRequest", None),
             "/v1/models": _get("The model that is served"),
             "/healthz": _get("Whether judgements can be had"),
@@ -165,6 +166,7 @@ def _schemas(defaults: Defaults) -> dict[str, Any]:
         "JudgeRequest": _judge_request(defaults),
         "JudgedPair": _object(JUDGED_PAIR),
         "ChatRequest": _chat_request(defaults),
+        "CompletionRequest": _completion_request(defaults),
         "RerankRequest": _rerank_request(defaults),
         "Error": _object({"error": _object(ERROR, "message")}, "error"),
     }
@@ -234,6 +236,19 @@ def _chat_request(defaults: Defaults) -> dict[str, Any]:
             **_drawing(defaults),
         },
         "messages",
+    )
+
+
+def _completion_request(defaults: Defaults) -> dict[str, Any]:
+    return _object(
+        {
+            "prompt": {**TEXT, "description": "continued as it stands"},
+            "n": _whole(1, MOST_VOTES, default=1),
+            "max_tokens": _limit(defaults),
+            "stop": {"description": "a text, or up to four"},
+            **_drawing(defaults),
+        },
+        "prompt",
     )
 
 

@@ -253,7 +253,14 @@ class Service:
             }
             for role, text in messages
         ]
-        text = tokenizers.chat_text(self.policy.tokenizer, chat)
+        return self.text_prompt(tokenizers.chat_text(self.policy.tokenizer, chat))
+
+    def text_prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt as it stands: control tokens in it are meant.
+
+        Raises:
+          UsageError: too long a prompt.
+        """
         (ids,) = tokenizers.encode(self.policy.tokenizer, [text])
         limit = self.engine.settings.max_prompt_tokens
         if len(ids) > limit:

@@ -265,6 +265,23 @@ def client(server):
 MESSAGES = [{"role": "system", "content": "Judge."}, {"role": "user", "content": "saw or drill?"}]
 
 
+def test_a_text_is_continued_as_it_stands(client, server, local):
+    """So prompts that are no conversation reach a served judge, our own client's too."""
+    whole = client.completions.create(model="default", prompt="saw or", max_tokens=20)
+    assert whole.object == "text_completion" and whole.id.startswith("cmpl-")
+    (choice,) = whole.choices
+    assert choice.text and choice.finish_reason in ("stop", "length")
+    pieces = client.completions.create(model="default", prompt="saw or", max_tokens=20, stream=True)
+    grown = [(each.choices[0].text, each.choices[0].finish_reason) for each in pieces]
+    assert "".join(text for text, _ in grown) == choice.text
+    assert [end for _, end in grown if end] == [choice.finish_reason]
+    address = f"http://127.0.0.1:{server.port}/v1"
+    asked = Judge.load(address, prompt="toy", max_new_tokens=48)
+    pair = ("q one", "an answer", "another")
+    found, wanted = asked.compare(*pair), local.compare(*pair)
+    assert [game.texts for game in found.games] == [game.texts for game in wanted.games]
+
+
 def test_the_official_client_is_answered(client):
     assert [each.id for each in client.models.list()]
     reply = client.chat.completions.create(
@@ -358,6 +375,10 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
         ("/v1/chat/completions", {"messages": MESSAGES, "top_p": 0.5}, 400, "top_p=0.5"),
         ("/v1/chat/completions", {"messages": MESSAGES, "stop": ["a"] * 5}, 400, "stop"),
         ("/v1/chat/completions", {"messages": MESSAGES * 99}, 400, "at most 256"),
+        ("/v1/completions", {}, 400, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "b"]}, 400, "one text"),
+        ("/v1/completions", {"prompt": "a", "echo": True}, 400, "echo=True"),
+        ("/v1/completions", {"prompt": "a b " * 999}, 400, "at most 256"),
         ("/v1/nothing", {}, 404, "No such route"),
         ("/v1/judge", None, 405, "GET"),
     ],
