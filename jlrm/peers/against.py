@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from jlrm.config import RunError, UsageError, nearest
 from jlrm.peers import measure, workload
 from jlrm.peers.measure import PHASES, AgainstResult, CheckedPeer, PeerFigures
-from jlrm.peers.processes import LIBRARIES, OURS, Venue, mallocs
+from jlrm.peers.processes import LIBRARIES, OURS, Site, mallocs
 from jlrm.peers.workload import PROMPTS, ROLLOUTS, SIZES
 from jlrm.reports import contracts, tables
 
@@ -48,15 +48,15 @@ def main(words: Sequence[str]) -> None:
             raise UsageError(f"{flag} {value} is outside 1 to {MOST}.")
     size, load = SIZES[args.size], os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="jlrm-against-") as directory:
-        place = Venue(pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience)
-        workload.write(place.workload, size)
-        checked = measure.check(place, names)
+        site = Site(pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience)
+        workload.write(site.workload, size)
+        checked = measure.check(site, names)
         able = [each.library for each in checked if not each.refused and each.library != OURS]
         _refuse_missing(checked)
         figures: list[PeerFigures] = []
         try:
             drawn = PROMPTS * ROLLOUTS, size.new_tokens
-            for each in measure.measure(place, able, drawn, args.repeats):
+            for each in measure.measure(site, able, drawn, args.repeats):
                 figures.append(each)
         finally:
             result = AgainstResult(

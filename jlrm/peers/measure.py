@@ -23,7 +23,7 @@ from jlrm.peers.processes import (
     FailedLibrary,
     MissingLibrary,
     Process,
-    Venue,
+    Site,
     mallocs,
 )
 from jlrm.reports.contracts import LEFT_OUT
@@ -84,7 +84,7 @@ class AgainstResult:
     version: int = AGAINST_VERSION
 
 
-def check(place: Venue, names: Sequence[str]) -> list[CheckedPeer]:
+def check(site: Site, names: Sequence[str]) -> list[CheckedPeer]:
     """Hold each library's log-probabilities and loss against ours, which come first.
 
     Raises:
@@ -93,7 +93,7 @@ def check(place: Venue, names: Sequence[str]) -> list[CheckedPeer]:
     checked, ours = [], {}
     for name in tqdm([OURS, *names], "check", file=sys.stderr):
         try:
-            with Process(place, name, "check", "as it is") as process:
+            with Process(site, name, "check", "as it is") as process:
                 told = process.turn()
         except MissingLibrary as error:
             checked.append(CheckedPeer(name, refused=f"not installed: {error}", is_missing=True))
@@ -125,7 +125,7 @@ def _held_against(ours: dict, name: str, told: dict) -> CheckedPeer:
 
 
 def measure(
-    place: Venue, names: Sequence[str], drawn: tuple[int, int], repeats: int
+    site: Site, names: Sequence[str], drawn: tuple[int, int], repeats: int
 ) -> Iterator[PeerFigures]:
     """Time every phase with each setting of malloc, and yield the figures as they are known.
 
@@ -138,11 +138,11 @@ def measure(
     settings = list(itertools.product(mallocs(), PHASES))
     with tqdm(total=len(settings) * len(names), file=sys.stderr) as bar:
         for malloc, phase in settings:
-            with Process(place, OURS, phase, malloc) as process:
+            with Process(site, OURS, phase, malloc) as process:
                 own = Side(process, drawn if phase == "rollout" else None)
                 for name in names:
                     bar.set_description(f"{name}, {phase}, malloc {malloc}")
-                    yield _beside(own, place, (phase, name, malloc), repeats)
+                    yield _beside(own, site, (phase, name, malloc), repeats)
                     bar.update()
             if own.seconds:
                 seconds = spread(own.seconds)
@@ -191,10 +191,10 @@ def take_turns(own: Side, other: Side, repeats: int) -> None:
         side.seconds += seconds
 
 
-def _beside(own: Side, place: Venue, what: tuple[str, str, str], repeats: int) -> PeerFigures:
+def _beside(own: Side, site: Site, what: tuple[str, str, str], repeats: int) -> PeerFigures:
     phase, name, malloc = what
     try:
-        with Process(place, name, phase, malloc) as process:
+        with Process(site, name, phase, malloc) as process:
             other = Side(process, own.drawn)
             take_turns(own, other, repeats)
     except FailedLibrary as error:

@@ -146,11 +146,11 @@ def iteration(work: Any, turns: Any) -> None:
     reference = run.programs.freeze(run.state.params)
     for number in turns:
         drawn = run.draw(number)
-        tokens, logps = np.asarray(drawn.tokens), np.asarray(drawn.logps)
-        rewards = work.reward(None, tokenizer.batch_decode(tokens))
-        rewards = np.reshape(rewards, (-1, work.rollouts))
+        rewards = np.reshape(
+            work.reward(None, tokenizer.batch_decode(drawn.tokens)), (-1, work.rollouts)
+        )
         advantages = np.ravel(group_advantages(rewards, eps=1e-4))
-        known = Known(logps, advantages, np.ones(len(advantages), bool))
-        part = run.pack(tokens, known)
+        known = Known(np.asarray(drawn.logps), advantages, np.ones(len(advantages), bool))
+        part = run.pack(np.asarray(drawn.tokens), known)
         ref_logp, _ = run.programs.logprobs(reference, part.rows)
         run.take_step(part, part.targets._replace(ref_logp=ref_logp))

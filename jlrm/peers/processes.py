@@ -70,7 +70,7 @@ def mallocs() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Venue:
+class Site:
     """Where the workload and the libraries' Pythons are, and how long an answer may take."""
 
     workload: pathlib.Path
@@ -81,19 +81,19 @@ class Venue:
 class Process:
     """One phase of a library, kept ready for its next turn. A context that ends the process."""
 
-    def __init__(self, place: Venue, name: str, phase: str, malloc: str) -> None:
+    def __init__(self, site: Site, name: str, phase: str, malloc: str) -> None:
         library = LIBRARIES[name]
         python, path = sys.executable, str(HERE.parent.parent)
         if library.environment:
-            python, path = str(place.peers / library.environment / "bin" / "python"), ""
-        self.name, self.patience, self.answer = name, place.patience, b""
-        self.log = place.workload / f"{name}.log"
+            python, path = str(site.peers / library.environment / "bin" / "python"), ""
+        self.name, self.patience, self.answer = name, site.patience, b""
+        self.log = site.workload / f"{name}.log"
         # -P keeps this folder off the path: its files are not to hide modules of the library.
         command = [python, "-P", str(HERE / "worker.py"), str(library.adapter)]
         with self.log.open("wb") as log:
             try:
                 self.process = subprocess.Popen(
-                    [*command, str(place.workload), phase, *library.flags],
+                    [*command, str(site.workload), phase, *library.flags],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,

@@ -16,7 +16,7 @@ from jlrm import bench
 from jlrm.config import RunError
 from jlrm.peers import against, measure, processes, workload
 from jlrm.peers.measure import AgainstResult, CheckedPeer, PeerFigures, Side, Spread
-from jlrm.peers.processes import OURS, FailedLibrary, Library, Process, Venue
+from jlrm.peers.processes import OURS, FailedLibrary, Library, Process, Site
 from jlrm.peers.worker import Given
 from jlrm.peers.workload import Size
 from jlrm.reports import contracts
@@ -84,27 +84,27 @@ def fakes(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def place(tmp_path):
+def site(tmp_path):
     """A workload of the smallest size, and no Pythons of libraries."""
     folder = tmp_path / "workload"
     folder.mkdir()
     workload.write(folder, SIZE)
-    return Venue(folder, tmp_path / "peers", patience=60)
+    return Site(folder, tmp_path / "peers", patience=60)
 
 
 def run(*words):
     return commands.run(lambda: bench.main(["--against", *words]))
 
 
-def test_every_library_gets_the_same_files(place):
-    assert hf_config.read_config(place.workload / "model", compute_dtype="bfloat16") == SIZE.model
-    tokenizer = tokenizers.Tokenizer.from_file(str(place.workload / "model/tokenizer.json"))
+def test_every_library_gets_the_same_files(site):
+    assert hf_config.read_config(site.workload / "model", compute_dtype="bfloat16") == SIZE.model
+    tokenizer = tokenizers.Tokenizer.from_file(str(site.workload / "model/tokenizer.json"))
     assert tokenizer.encode("t5 t63 t1").ids == [5, 63, 1]
-    settings = json.loads((place.workload / "workload.json").read_text())
+    settings = json.loads((site.workload / "workload.json").read_text())
     assert tokenizer.token_to_id("<eos>") == settings["eos_id"] == SIZE.model.vocab_size
     lengths = [len(prompt) for prompt in settings["prompts"]]
     assert lengths[0] == 4 and lengths[-1] == 8 and len(lengths) == workload.PROMPTS
-    with np.load(place.workload / "batch.npz") as batch:
+    with np.load(site.workload / "batch.npz") as batch:
         assert batch["completion_ids"].shape == batch["old_logps"].shape == (ROWS, TOKENS)
         pairs = zip(batch["prompt_ids"], batch["prompt_mask"], strict=True)
         for row, (ids, mask) in enumerate(pairs):
@@ -112,11 +112,11 @@ def test_every_library_gets_the_same_files(place):
             assert mask[-1] and not ids[~mask].any()
 
 
-def test_texts_and_ids_are_the_same_prompts(place):
+def test_texts_and_ids_are_the_same_prompts(site):
     """A library that tokenises the texts itself reads what the others are given as ids."""
-    given = Given(place.workload, [])
+    given = Given(site.workload, [])
     assert given.tokenizer()(given.texts)["input_ids"] == given.prompts
-    file = place.workload / "model/tokenizer.json"
+    file = site.workload / "model/tokenizer.json"
     file.write_text(file.read_text().replace('"t5": 5', '"t5": 6').replace('"t6": 6', '"t6": 5'))
     given.settings["prompts"] = [[5, 7]]
     with pytest.raises(ValueError, match="does not give the ids of the prompts"):
@@ -198,9 +198,9 @@ def test_a_library_that_computes_something_else_is_not_timed(fakes, capsys, wron
     assert "error: no library could be timed" in captured.err
 
 
-def test_one_that_hangs_is_ended_and_named(fakes, place):
+def test_one_that_hangs_is_ended_and_named(fakes, site):
     fakes(hf=("hangs at once",))
-    with Process(place, "hf", "check", "as it is") as process:
+    with Process(site, "hf", "check", "as it is") as process:
         process.patience = 1
         with pytest.raises(FailedLibrary, match="no answer within 1 s"):
             process.turn()
@@ -210,9 +210,9 @@ def test_one_that_hangs_is_ended_and_named(fakes, place):
 
 
 @pytest.mark.parametrize("wrong", ["greedy", "short"])
-def test_a_rollout_that_is_another_one_does_not_count(fakes, place, wrong):
+def test_a_rollout_that_is_another_one_does_not_count(fakes, site, wrong):
     fakes(hf=(wrong,))
-    with Process(place, "hf", "rollout", "as it is") as process:
+    with Process(site, "hf", "rollout", "as it is") as process:
         wanted = r"must be \[32, 4, 32\], got \[32, [43], (1|32)\]"
         with pytest.raises(FailedLibrary, match=wanted):
             Side(process, (ROWS, TOKENS)).turn()
@@ -233,19 +233,19 @@ def test_what_is_not_installed_is_left_out(fakes, tmp_path, capsys, monkeypatch)
     assert {each.library for each in result.figures} == {OURS, "hf"}
 
 
-def test_a_package_that_is_missing_is_named(fakes, tmp_path, place):
+def test_a_package_that_is_missing_is_named(fakes, tmp_path, site):
     (tmp_path / "fake.py").write_text("import no_such_library")
     with (
-        Process(place, OURS, "check", "as it is") as process,
+        Process(site, OURS, "check", "as it is") as process,
         pytest.raises(processes.MissingLibrary, match="No module named 'no_such_library'"),
     ):
         process.turn()
 
 
-def test_without_ours_nothing_is_measured(fakes, place):
+def test_without_ours_nothing_is_measured(fakes, site):
     fakes(hf=(), **{OURS: ("dies at once",)})
     with pytest.raises(RunError, match="jlrm's own process failed: it ended with exit code 1"):
-        measure.check(place, ["hf"])
+        measure.check(site, ["hf"])
 
 
 @pytest.mark.slow
@@ -311,19 +311,19 @@ def test_ours_and_transformers_compute_the_same(torch, fakes, monkeypatch, capsy
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("setting", "value"), [("clip", 0.25), ("kl_weight", 0.05)])
-def test_the_bound_of_the_loss_sees_another_loss(torch, place, setting, value):
+def test_the_bound_of_the_loss_sees_another_loss(torch, site, setting, value):
     from jlrm.peers import hf_torch
 
-    given = Given(place.workload, [])
+    given = Given(site.workload, [])
     _, right = hf_torch.check(given)
     given.settings[setting] = value
     _, wrong = hf_torch.check(given)
     assert abs(right - wrong) > 10 * measure.LOSS_TOLERANCE
 
 
-def test_a_setting_of_malloc_reaches_the_process(fakes, place):
-    """glibc reads it in place, and leaves zeros between its parts."""
-    with Process(place, OURS, "update", "keeps memory") as process:
+def test_a_setting_of_malloc_reaches_the_process(fakes, site):
+    """glibc reads it in site, and leaves zeros between its parts."""
+    with Process(site, OURS, "update", "keeps memory") as process:
         process.turn()
         environment = pathlib.Path(f"/proc/{process.process.pid}/environ")
         if not environment.exists():
