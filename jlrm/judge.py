@@ -86,7 +86,7 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
 
     # 3. Write.
     low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high))
+    read = reader(args.parser, (low, high), args.tie_margin)
     judged = [
         _judged(row, games.get(number), kept, read, args.map) for number, row in enumerate(rows)
     ]
@@ -124,7 +124,7 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
     header = {"data": data, "single": True} | _told(args, rows)
     kept = _asked(args, list(games.values()), header, args.name)
     low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high))
+    read = reader(args.parser, (low, high), args.tie_margin)
     scored = [
         scored_answer(row.id, games[number], kept.responses.get(games[number].id), read)
         if number in games
@@ -160,7 +160,7 @@ def rank(args: argparse.Namespace) -> tally.RankingSummary:
     header = {"data": data, "orders": args.orders, "rank": True} | _told(args, rows)
     kept = _asked(args, asked, header, args.name)
     low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high))
+    read = reader(args.parser, (low, high), args.tie_margin)
     rankings = []
     for number, row in enumerate(rows):
         places, judged = lists.places(row), []
@@ -274,7 +274,7 @@ def _check_form(args: argparse.Namespace) -> None:
     if args.single and args.rank:
         raise UsageError("--single and --rank read rows of two forms. Name one of them.")
     useless = {
-        "--single": ("values", "calibration", "make_pairs", "make_judgements"),
+        "--single": ("values", "calibration", "tie_margin", "make_pairs", "make_judgements"),
         "--rank": ("values", "make_judgements"),
     }
     for flag, names in useless.items():
@@ -352,6 +352,8 @@ def _parser() -> argparse.ArgumentParser:
     made: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     add("--make-pairs", **made, help="also write rows for DPO: the better answer and the worse")
     add("--make-judgements", **made, help="also write those that gave the label, for SFT")
+    margin = "scores of a pair that differ by no more are a tie (0)"
+    add("--tie-margin", type=float, default=0.0, metavar="POINTS", help=margin)
     add("--rubric", default="", metavar="FILE",
         help="what to look at: a text, or criteria by name in YAML or JSON")  # fmt: skip
     add("--reference", default="", metavar="COLUMN", help="of a reference answer that is shown")

@@ -55,10 +55,14 @@ class Reading(NamedTuple):
 
 
 class Reader(NamedTuple):
-    """How texts are read: a parser by name, and the scale of its scores."""
+    """How texts are read: a parser by name, and the scale of its scores.
+
+    tie_margin: scores of a pair, means over its games, that differ by no more are a tie.
+    """
 
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
+    tie_margin: float = 0.0
 
     def read(self, text: str, ending: str | None = None, rubric: Rubric | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
@@ -163,14 +167,19 @@ def _of_scores(scores: Scores | None, status: str) -> Reading:
     return Reading(scores, verdict.preferred(*scores) if scores else None, status)
 
 
-def reader(parser: str, scale: tuple[float, float] = (1, 10)) -> Reader:
-    """Return a reader. Raises UsageError for an unknown parser."""
+def reader(parser: str, scale: tuple[float, float] = (1, 10), tie_margin: float = 0.0) -> Reader:
+    """Return a reader. Raises UsageError for an unknown parser, or a margin outside the scale."""
+    if not 0 <= tie_margin < scale[1] - scale[0]:
+        raise UsageError(
+            f"tie_margin={tie_margin:g}: wanted 0 or more, and less than the scale is long "
+            f"({scale[1] - scale[0]:g})."
+        )
     if parser not in PARSERS:
         known = "; ".join(f"{name} ({what})" for name, what in PARSERS.items())
         raise UsageError(
             f"--parser {parser} is unknown. {nearest(parser, PARSERS)} They read: {known}."
         )
-    return Reader(parser, scale)
+    return Reader(parser, scale, tie_margin)
 
 
 def check_rubric(read: Reader, rubric: Rubric | None) -> None:

@@ -30,7 +30,7 @@ from jlrm.weights import hf, source
 PACKAGES = ("jax", "flax")
 
 
-class Trained:
+class Learner:
     """The programs of a GRPO run on the workload, and their state."""
 
     def __init__(self, work: Any) -> None:
@@ -114,7 +114,7 @@ def settings(work: Any) -> Config:
 
 def check(work: Any) -> tuple[np.ndarray, float]:
     """Return log-probabilities [B, T] of the batch, and its loss."""
-    run, completions = Trained(work), work.batch["completion_ids"]
+    run, completions = Learner(work), work.batch["completion_ids"]
     part = run.pack_batch()
     packed = packing.pack(run.groups(completions), run.programs.sizes, 1)
     found = host_array(run.programs.logprobs(run.state.params, part.rows)[0])
@@ -126,14 +126,14 @@ def check(work: Any) -> tuple[np.ndarray, float]:
 
 def rollout(work: Any, turns: Any) -> None:
     """Draw completions."""
-    run = Trained(work)
+    run = Learner(work)
     for number in turns:
         turns.tokens = run.draw(number).tokens
 
 
 def update(work: Any, turns: Any) -> None:
     """Take optimiser steps on the batch, which is packed each time."""
-    run = Trained(work)
+    run = Learner(work)
     for _ in turns:
         part = run.pack_batch()
         run.take_step(part, part.targets)
@@ -141,7 +141,7 @@ def update(work: Any, turns: Any) -> None:
 
 def iteration(work: Any, turns: Any) -> None:
     """Draw, pay, score by the reference, and take a step."""
-    run = Trained(work)
+    run = Learner(work)
     tokenizer = work.tokenizer()
     reference = run.programs.freeze(run.state.params)
     for number in turns:

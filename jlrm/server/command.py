@@ -164,7 +164,7 @@ def open_service(args: argparse.Namespace) -> Service:
         args.block,
     )
     low, high = chosen["scale"]
-    read, rubric = reader(args.parser, (low, high)), None
+    read, rubric = reader(args.parser, (low, high), args.tie_margin), None
     if args.rubric:
         rubric = rubrics.read(args.rubric)
         check_rubric(read, rubric)
@@ -236,6 +236,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--drain", type=int, default=60, help="seconds to finish what has come, at the end (60)")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")
+    add("--tie-margin", type=float, default=0.0, metavar="POINTS",
+        help="scores of a pair that differ by no more are a tie (0)")  # fmt: skip
     add("--calibration", default="", metavar="FILE",
         help="map of the confidence, or none (calibration.json of the model)")  # fmt: skip
     shown = "what requests that name no rubric are judged by: a text, or criteria (YAML, JSON)"

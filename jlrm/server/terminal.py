@@ -161,7 +161,8 @@ def _opened(args: argparse.Namespace) -> Iterator[Ask]:
         chosen = options.options(args)
         made = options.make(args.backend, args.model, chosen, args.seed, None)
         low, high = chosen.get("scale") or (1, 10)
-        judge = Judge(made, reader(args.parser, (low, high)), args.model, args.seed)
+        read = reader(args.parser, (low, high), args.tie_margin)
+        judge = Judge(made, read, args.model, args.seed)
         yield lambda pair, _: judge.compare_all([pair], args.orders)[0]
         return
     args.name, args.slots, args.block, args.max_waiting = "", 2 * (args.votes or 1), 8, 512

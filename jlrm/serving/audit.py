@@ -7,6 +7,7 @@ the labels. A row without a verdict counts as wrong; a row without a label does 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 from collections import Counter
@@ -108,10 +109,27 @@ def audit(rows: Sequence[Checked], is_calibrated: bool = False) -> Audit:
         longer_human=_longer(labelled, "human"),
         ece=calibration_error(stated, is_right) if sure else None,
         abstention=tuple(_abstentions(stated, is_right)) if sure else (),
-        calibration=calibration.fit(stated.tolist(), is_right.tolist(), [r.question for r in sure])
-        if is_calibrated
-        else None,
+        calibration=_calibration(labelled, sure) if is_calibrated else None,
     )
+
+
+def _calibration(labelled: Sequence[Checked], sure: Sequence[Checked]) -> ConfidenceMap:
+    """Fit a map of the confidence, and where labels are ties too the bound of ties."""
+    fitted = calibration.fit(
+        [row.confidence or 0.0 for row in sure],
+        [row.judge == row.human for row in sure],
+        [row.question for row in sure],
+    )
+    said = [row for row in labelled if row.judge == 0 or (row.judge and row.confidence is not None)]
+    if not any(row.human == 0 for row in said):
+        return fitted
+    bound, agreement = calibration.fit_ties(
+        [(row.confidence or 0.5) if row.judge else 0.5 for row in said],
+        [row.judge or 0 for row in said],
+        [row.human or 0 for row in said],
+        [row.question for row in said],
+    )
+    return dataclasses.replace(fitted, tie_below=bound, agreement=agreement)
 
 
 def alpha(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
@@ -229,6 +247,12 @@ def lines(found: Audit) -> Iterator[str]:
             f"  {'after a fitted map':26}{made.ece[1]:.1f} points, on questions that it had not "
             f"seen ({made.method}, {made.rows} rows)"
         )
+        if made.agreement:
+            plain, with_ties = made.agreement
+            yield (
+                f"  {'agreement with ties':26}{with_ties:.1f} % likewise, where verdicts stating "
+                f"up to {100 * made.tie_below:.1f} % are ties; {plain:.1f} % where equal scores are"
+            )
 
 
 def _number(value: float | None) -> str:

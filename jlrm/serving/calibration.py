@@ -34,6 +34,9 @@ class ConfidenceMap:
 
     ece, brier: expected calibration error in points and mean square error, before the map and
     after it, the latter on questions that the map used there had not seen.
+    tie_below: verdicts that state no more confidence are ties; 0.5: equal scores alone are.
+    agreement: of verdicts with labels, in percent, without and with such ties, likewise; None where
+    no label is a tie.
     """
 
     method: str  # "isotonic" or "platt"
@@ -43,6 +46,8 @@ class ConfidenceMap:
     accuracy: float
     ece: tuple[float, float]
     brier: tuple[float, float]
+    tie_below: float = 0.5
+    agreement: tuple[float, float] | None = None
     version: int = VERSION
 
     def __call__(self, confidence: float) -> float:
@@ -82,6 +87,42 @@ def fit(
         (calibration_error(x, y), calibration_error(unseen, y)),
         (float(((x - y) ** 2).mean()), float(((unseen - y) ** 2).mean())),
     )
+
+
+def fit_ties(
+    confidence: Sequence[float],
+    judged: Sequence[int],
+    labels: Sequence[int],
+    groups: Sequence[Hashable],
+) -> tuple[float, tuple[float, float]]:
+    """Return the confidence up to which verdicts are best called ties, and what that changes.
+
+    Args:
+      confidence, judged: of each row with a verdict (1, 2 or 0), what it states; 0.5 for a tie.
+      labels: 1, 2 or 0.
+
+    Returns:
+      `tie_below`, and agreement with the labels in percent without it and, by cross-validation over
+      groups, with it.
+    """
+    x, said, right = np.asarray(confidence, float), np.asarray(judged), np.asarray(labels)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    fold = np.array([numbers[name] % NUM_FOLDS for name in groups])
+
+    def best(rows: np.ndarray) -> float:
+        bounds = np.unique(np.append(x[rows], 0.5))
+        scores = [_agreement(x[rows], said[rows], right[rows], bound) for bound in bounds]
+        return float(bounds[int(np.argmax(scores))])  # the first of equals: the fewest ties
+
+    unseen = np.empty(len(x))
+    for number in set(fold.tolist()):
+        unseen[fold == number] = best(fold != number) if (fold != number).any() else 0.5
+    before = _agreement(x, said, right, np.float64(0.5))
+    return best(np.ones(len(x), bool)), (before, _agreement(x, said, right, unseen))
+
+
+def _agreement(x: np.ndarray, judged: np.ndarray, labels: np.ndarray, bound: np.ndarray) -> float:
+    return 100 * float(np.mean(np.where(x <= bound, 0, judged) == labels))
 
 
 def isotonic(

@@ -88,6 +88,7 @@ class Judge:
         parser: str = "lenient",
         seed: int = 0,
         calibration: str = "",
+        tie_margin: float = 0.0,
         rubric: Any = None,
         expected: bool = False,
         **settings: Any,
@@ -100,6 +101,7 @@ class Judge:
           backend: jlrm, openai or heuristic; by default by the form of `model`.
           calibration: a file of `jlrm judge check --calibrate`, or "none"; by default
             calibration.json of the run or the directory, if there is one, which is told.
+          tie_margin: scores of a pair that differ by no more are a tie.
           rubric: what to look at: a text, or criteria, a mapping of names to descriptions or to
             {"description": ..., "weight": ...}; each call may give another.
           expected: whether results hold expected scores, of models of ours alone; each call may
@@ -130,7 +132,7 @@ class Judge:
         pinned = options.pinned(backend, model)
         made = options.make(backend, pinned, chosen, seed, None)
         calibrated = maps.find(calibration, model)
-        read, rubric = reader(parser, (low, high)), as_rubric(rubric)
+        read, rubric = reader(parser, (low, high), tie_margin), as_rubric(rubric)
         check_rubric(read, rubric)
         if expected and backend == options.OPENAI:
             raise UsageError(NO_PROBABILITIES)

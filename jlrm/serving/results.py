@@ -7,7 +7,7 @@ notebooks, where what a judge wrote is text and never HTML.
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from jlrm.judgement.verdict import (
     swap_preference,
 )
 from jlrm.reports import contracts
+from jlrm.serving.calibration import ConfidenceMap
 
 VERSION = 1  # of verdicts.jsonl
 NAMES = {1: "answer 1", 2: "answer 2", 0: "a tie", None: "no verdict"}
@@ -60,7 +61,8 @@ class JudgedPair(Plain):
     """What a judge says of two answers.
 
     winner: 1 or 2, 0 for a tie, None where no game has a verdict. With both orders it is what the
-      mean scores say; of verdicts without scores a tie, if they name different answers.
+      mean scores say (a tie within `tie_margin`, or what `judge check --calibrate` fitted); of
+      verdicts without scores a tie, if they name different answers.
     scores: means over the games that gave some.
     confidence: the probability of the winner that the margin of the scores states, from 0.5 to 1;
       with `is_calibrated`, how often verdicts of such a margin were right where a map was fitted
@@ -207,9 +209,12 @@ def judged_pair(
     games: Sequence[Game],
     responses: Sequence[Response | None],
     read: Reader,
-    calibrated: Callable[[float], float] | None = None,
+    calibrated: ConfidenceMap | None = None,
 ) -> JudgedPair:
-    """Put the games of one pair together; `calibrated` maps the confidence that scores state."""
+    """Put the games of one pair together.
+
+    calibrated: maps the confidence that scores state, and says below which the pair is a tie.
+    """
     played = [judged_game(*each, read) for each in zip(games, responses, strict=True)]
     scored = [game.scores for game in played if game.scores]
     named = [game.winner for game in played if game.winner is not None]
@@ -219,10 +224,13 @@ def judged_pair(
         first, second = scores
         winner = preferred(first, second)
         span = read.scale[1] - read.scale[0]
+        probability = implied_probability(first, second, span)
+        stated = max(probability, 1 - probability)
+        is_close = abs(first - second) <= read.tie_margin
+        if is_close or (calibrated is not None and stated <= calibrated.tie_below):
+            winner = 0
         if winner:
-            probability = implied_probability(first, second, span)
-            confidence = probability if winner == 1 else 1 - probability
-            confidence = calibrated(confidence) if calibrated else confidence
+            confidence = calibrated(stated) if calibrated else stated
     elif named:
         winner = named[0] if len(set(named)) == 1 else 0
     counts = [game.num_tokens for game in played if game.num_tokens is not None]

@@ -13,6 +13,8 @@ from sklearn.metrics import cohen_kappa_score
 
 from jlrm import judge
 from jlrm.config import UsageError
+from jlrm.evaluation.games import Response
+from jlrm.evaluation.reading import Reader, reader
 from jlrm.runtime import commands
 from jlrm.serving import audit, calibration
 from jlrm.serving.audit import Checked
@@ -159,18 +161,62 @@ def test_a_map_is_saved_and_used(table, tmp_path, capsys):
         calibration.find("nowhere.json", str(tmp_path))
 
     def backend(games, record):
-        from jlrm.evaluation.games import Response
-
         for game in games:
             scores = (9.0, 4.0) if game.first == 0 else (4.0, 9.0)
             record(Response(game.id, scores=scores))
-
-    from jlrm.evaluation.reading import Reader
 
     plain = Judge(backend, Reader(), "j").compare("q", "a", "b")
     mapped = Judge(backend, Reader(), "j", 0, found).compare("q", "a", "b")
     assert mapped.confidence == found(plain.confidence) != plain.confidence
     assert mapped.is_calibrated and not plain.is_calibrated
+
+
+def test_the_bound_of_ties_is_the_one_that_agrees_most():
+    """A judge whose verdicts up to 0.6 are those of people who called the pair a tie."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(300):
+        human = int(rng.choice([0, 1, 2]))
+        stated = round(float(rng.uniform(0.51, 0.6) if human == 0 else rng.uniform(0.62, 1)), 2)
+        rows.append(Checked(human or int(rng.choice([1, 2])), human, stated, f"q{number}"))
+    bound, (before, after) = calibration.fit_ties(
+        *zip(*((r.confidence, r.judge, r.human, r.question) for r in rows), strict=True)
+    )
+    assert bound == max(row.confidence for row in rows if row.human == 0)
+    assert after > 97 and before == pytest.approx(
+        100 * np.mean([row.judge == row.human for row in rows])
+    )
+    found = audit.audit(rows, is_calibrated=True).calibration
+    assert (found.tie_below, found.agreement) == (bound, (before, after))
+    text = "\n".join(audit.lines(audit.audit(rows, is_calibrated=True)))
+    assert f"up to {100 * bound:.1f} % are ties" in text
+    # Without a tie among the labels nothing is fitted: they may have been forbidden.
+    decided = [row for row in rows if row.human]
+    assert audit.audit(decided, is_calibrated=True).calibration.tie_below == 0.5
+
+
+def test_close_scores_are_a_tie():
+    def backend(games, record):
+        for game in games:
+            scores = (7.0, 6.0) if game.first == 0 else (6.0, 7.0)
+            record(Response(game.id, scores=scores))
+
+    def winner(tie_margin=0.0, found=None):
+        read = Reader("lenient", (1, 10), tie_margin)
+        pair = Judge(backend, read, "j", 0, found).compare("q", "a", "b")
+        assert (pair.confidence is None) == (pair.winner == 0)
+        return pair.winner
+
+    assert [winner(margin) for margin in (0.0, 0.9, 1.0, 3.0)] == [1, 1, 0, 0]
+    stated = 0.5 + 1 / 18  # a point of nine
+    for bound, wanted in ((0.5, 1), (stated - 1e-9, 1), (stated, 0)):
+        fitted = calibration.ConfidenceMap(
+            "platt", (0.5, 1.0), (0.5, 1.0), 20, 50.0, (0.0, 0.0), (0.0, 0.0), bound
+        )
+        assert winner(found=fitted) == wanted
+    for margin in (-1.0, 9.0):
+        with pytest.raises(UsageError, match="tie_margin"):
+            reader("lenient", (1, 10), margin)
 
 
 def test_confidences_are_not_mapped_twice(table, capsys):
