@@ -10,6 +10,7 @@ import logging
 import pathlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -117,11 +118,11 @@ def fit_ties(
     unseen = np.empty(len(x))
     for number in set(fold.tolist()):
         unseen[fold == number] = best(fold != number) if (fold != number).any() else 0.5
-    before = _agreement(x, said, right, np.float64(0.5))
+    before = _agreement(x, said, right, 0.5)
     return best(np.ones(len(x), bool)), (before, _agreement(x, said, right, unseen))
 
 
-def _agreement(x: np.ndarray, judged: np.ndarray, labels: np.ndarray, bound: np.ndarray) -> float:
+def _agreement(x: np.ndarray, judged: np.ndarray, labels: np.ndarray, bound: Any) -> float:
     return 100 * float(np.mean(np.where(x <= bound, 0, judged) == labels))
 
 
