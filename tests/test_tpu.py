@@ -157,6 +157,11 @@ def test_rollout(name, num_new, num_slots):
     gathered = sizes("all-gather", body)
     assert gathered and max(gathered) <= num_rows * config.hidden_size
     assert max(sizes("all-reduce", body)) <= num_rows * config.hidden_size
+    if not num_slots:
+        # Two sums a layer over all chips; besides them the embedding's and three to draw a token.
+        kinds = r"all-(?:gather|reduce|to-all)|reduce-scatter|collective-permute"
+        moved = re.findall(rf"= .* (?:{kinds})(?:-start)?\(", body)
+        assert len(moved) == 2 * config.num_hidden_layers + 4
     # Caches are written in place, in each of the loops between which they grow.
     num_cached = num_rows * SMALLEST_CACHE * config.num_key_value_heads * config.head_dim
     assert max(sizes("copy", body)) < num_cached / grid.size
