@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import itertools
 import json
@@ -25,6 +26,8 @@ from jlrm.evaluation.rubrics import rubric
 from jlrm.judgement import prompts
 from jlrm.judges import local, openai, options
 from jlrm.runtime import commands
+from jlrm.server import bodies
+from jlrm.server import command as serving
 from jlrm.serving.judge import Judge
 from jlrm.weights import hf
 
@@ -212,6 +215,30 @@ def test_expected_scores_do_not_depend_on_what_was_drawn(chain, monkeypatch):
     assert said and len({each.scores for each in said}) > 1
     for each in said:
         assert each.expected_scores == pytest.approx((wanted, wanted), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_server_computes_the_same_between_its_blocks(chain, monkeypatch):
+    path, wanted = chain
+    load(path, monkeypatch)  # which sets the prompt
+    sizes = ["--max-prompt-tokens", "256", "--max-new-tokens", "30", "--compute-dtype", "float32"]
+    words = ["--model", str(path), "--prompt", "toy", "--slots", "8", *sizes]
+    service = serving._open(serving._parser().parse_args(words))
+    service.engine.start()
+    told = {"question": "Name birds.", "answer_1": "robin", "answer_2": "wren"}
+
+    async def ask(**more):
+        body = bodies.judge_body({**told, **more}, service.defaults)
+        return (await service.judge(body.pairs, body.orders, body.drawing))[0]
+
+    async def ask_together():
+        return await asyncio.gather(ask(expected_scores=True), ask(), ask(expected_scores=True))
+
+    first, plain, again = asyncio.run(ask_together())
+    service.engine.close()
+    assert first.expected_scores == again.expected_scores
+    assert first.expected_scores == pytest.approx((wanted, wanted), abs=1e-5)
+    assert plain.expected_scores is None and plain.scores == first.scores == (8.0, 8.0)
 
 
 def test_expected_scores_of_criteria_are_theirs_by_weight():
