@@ -47,6 +47,7 @@ SHOWN = {
 }
 ROW = '{"question": "How many legs'  # of pairs.jsonl, which the commands below read
 PYTHON = "from jlrm import Judge"
+GRADED = 'criteria = {"accuracy"'  # Python too, which goes on from that
 
 # Commands that run, by their beginning: what is put in place of a name, and what is added so that
 # it takes seconds.
@@ -59,7 +60,9 @@ RUN: dict[str, tuple[dict[str, str], str]] = {
     ),
     "jlrm export --from-hf Qwen/Qwen3-0.6B": ({}, ""),
     "jlrm prepare --input pairs.jsonl more.parquet": ({}, ""),
-    "jlrm judge pairs.jsonl --model runs/mine@best": ({}, ""),
+    "jlrm judge pairs.jsonl --model runs/mine@best --out": ({}, ""),
+    "jlrm judge pairs.jsonl --model runs/mine@best --rubric": ({"pairs.jsonl": "gold.jsonl"}, ""),
+    "jlrm judge pairs.jsonl --model runs/mine@best --prompt": ({}, ""),
     "jlrm judge check judged/verdicts.jsonl": ({"judged/": "labelled/"}, ""),
     "jlrm evaluate --model runs/mine@best --benchmark pandalm": ({}, ""),
     "jlrm evaluate --backend openai": (
@@ -87,6 +90,8 @@ CHECKED = {
     "pip install 'jlrm[serve]'": "the name of an extra",
     "jlrm train --config configs/language_135m.yaml": "a checkpoint of the hub, and an hour",
     "jlrm train --config configs/judgelrm_3b.yaml": "a 3B model on a TPU slice",
+    "jlrm prepare --engine beam": "runs on Dataflow (preparation/test_engines.py runs it here)",
+    "bash launch/peers.sh": "installs gigabytes",
     "jlrm plan": "compiles for minutes, with libtpu",
     "jlrm bench": "measures a 0.5B model",
 }
@@ -104,7 +109,7 @@ def blocks() -> list[str]:
 
 
 def is_shell(block: str) -> bool:
-    return not block.startswith((*SHOWN, ROW, PYTHON))
+    return not block.startswith((*SHOWN, ROW, PYTHON, GRADED))
 
 
 def shell_commands() -> list[str]:
@@ -131,7 +136,7 @@ def test_every_block_is_in_a_table():
     unknown = [each for each in listed if not each.startswith((*RUN, *APART, *CHECKED))]
     assert not unknown, f"say in {__file__} how these are tested: {unknown}"
     assert {entry(each) for each in listed} == {*RUN, *APART, *CHECKED}  # none is left of before
-    for first in (*SHOWN, ROW, PYTHON):
+    for first in (*SHOWN, ROW, PYTHON, GRADED):
         assert sum(block.startswith(first) for block in blocks()) == 1, first
 
 
@@ -155,6 +160,9 @@ def write_data(world: pathlib.Path) -> None:
     rows = pair_rows(40)
     (world / "pairs.jsonl").write_text(shown + "\n" + lines_of(rows[:7]))
     pq.write_table(pa.Table.from_pylist(rows[7:]), world / "more.parquet")
+    (world / "gold.jsonl").write_text(lines_of([{**row, "gold": "fig"} for row in rows[:3]]))
+    (world / "rubric.yaml").write_text("accuracy: Facts are right.\nstyle: Plain words.\n")
+    (world / "mine.txt").write_text("{question}\n1: {answer_1}\n2: {answer_2}\nYour scores?\n")
     annotated = {f"annotator{i}": 1 for i in (1, 2, 3)}
     pandalm = [
         {"idx": i, "instruction": row["question"] + "?", "input": "", **annotated}
@@ -264,6 +272,12 @@ def test_the_python_block_runs(here, capsys):
     exec(block, {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == block.count("print(") and printed[1].startswith("(")
+    (block,) = [each for each in blocks() if each.startswith(GRADED)]
+    from jlrm import Judge
+
+    texts = {"question": "How many legs has a spider?", "answer_1": "Eight.", "answer_2": "Six."}
+    exec(block, {"Judge": Judge, **texts})
+    assert capsys.readouterr().out.splitlines()[-1] == "None None None"  # an untrained judge's
 
 
 @runs
@@ -327,7 +341,7 @@ def test_what_cannot_run_is_checked(known, monkeypatch, parse):
 def checked(words: list[str], parse: Any) -> None:
     """Check a command as far as it goes without running it."""
     match words:
-        case ["bash", script]:
+        case ["bash", script, *_]:
             assert subprocess.run(["bash", "-n", script]).returncode == 0
         case ["source", path]:
             assert 'venv "$ROOT/.venv"' in (ROOT / "launch" / "setup.sh").read_text(), path
@@ -336,6 +350,8 @@ def checked(words: list[str], parse: Any) -> None:
             assert re.search(rf'^    "{extra}": ', (ROOT / "setup.py").read_text(), re.M)
         case _:
             args = parse(words)
+            if not hasattr(args, "config"):
+                return
             given = getattr(args, "overrides", [])
             assert settings.load(args.config, given).run.dir
             if other := getattr(args, "compare", None):

@@ -288,3 +288,8 @@ def test_every_recorded_review_becomes_a_target(reference) -> None:
 @pytest.mark.parametrize("gold", [(0, 5), (5, 0), (0, 0), (0.0, 0.0)])
 def test_a_score_of_zero_is_a_score(gold) -> None:
     assert parse(prompts.target("r", *gold, min_score=0), min_score=0).scores == gold
+
+
+@pytest.mark.parametrize(("prompt", "is_open"), [("judgelrm_train", True), ("jlrm", False)])
+def test_it_is_known_which_prompts_are_open_to_planting(prompt, is_open):
+    assert ("an answer can plant a verdict" in prompts.planting_note(prompt)) == is_open

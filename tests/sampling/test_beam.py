@@ -299,6 +299,6 @@ def test_it_compiles_for_a_slice_and_moves_no_log_probabilities():
     # Activations of all rows at most, as in a rollout; log-probabilities of all ids are far more.
     assert max(sizes) <= num_rows * num_beams * config.hidden_size
     # Nor is a row of them sorted.
-    sorts = re.findall(r"= (.*) sort\(", text)
+    sorts = re.findall(r"= (.*) sort\(", body)
     rows = [int(shape.split(",")[-1]) for shape in re.findall(r"\[([0-9,]+)\]", "\n".join(sorts))]
     assert max(rows, default=0) <= BLOCK * settings.num_candidates

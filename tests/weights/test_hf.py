@@ -21,7 +21,6 @@ from conftest import ARCHITECTURES, GOLDEN, mesh_of, tiny_config
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jlrm import export
 from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
@@ -576,9 +575,3 @@ def test_copying_a_directory_onto_itself_loses_nothing(tmp_path):
     before = side_files(tmp_path)
     hf.copy_side_files(tmp_path, tmp_path)
     assert side_files(tmp_path) == before
-
-
-@pytest.mark.parametrize(("prompt", "is_open"), [("judgelrm_train", True), ("jlrm", False)])
-def test_an_exported_card_says_whether_its_prompt_is_open_to_planting(prompt, is_open):
-    meta = {"stage": "grpo", "step": 3, "config": {"data": {"prompt": prompt}}}
-    assert ("an answer can plant a verdict" in export._card("judge", meta)) == is_open
