@@ -223,7 +223,7 @@ def test_a_server_computes_the_same_between_its_blocks(chain, monkeypatch):
     load(path, monkeypatch)  # which sets the prompt
     sizes = ["--max-prompt-tokens", "256", "--max-new-tokens", "30", "--compute-dtype", "float32"]
     words = ["--model", str(path), "--prompt", "toy", "--slots", "8", *sizes]
-    service = serving._open(serving._parser().parse_args(words))
+    service = serving.open_service(serving._parser().parse_args(words))
     service.engine.start()
     told = {"question": "Name birds.", "answer_1": "robin", "answer_2": "wren"}
 
