@@ -45,6 +45,7 @@ from jlrm.serving.lists import ListRow
 from jlrm.serving.ranking import ranked
 from jlrm.serving.results import (
     JudgedPair,
+    Plain,
     ScoredAnswer,
     ScoreLine,
     VerdictLine,
@@ -57,7 +58,7 @@ VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
 UNTYPED = ("out", "single", "rank", "make_pairs", "make_judgements", "json", "columns", "values")
 UNTYPED += ("reference", "rubric", "expected_scores")
-UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches")
+UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches", "apart")
 
 
 def judge(args: argparse.Namespace) -> tally.JudgingSummary:
@@ -85,26 +86,27 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     kept = _asked(args, asked, header, args.name)
 
     # 3. Write.
-    low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high), args.tie_margin)
+    read = _reader(args)
     judged = [
-        _judged(row, games.get(number), kept, read, args.map) for number, row in enumerate(rows)
+        _judged(row.id, games[number], kept, read, args.map)
+        if number in games
+        else JudgedPair(None, None, None, None, "", "unjudged", (), None, row.id, row.error)
+        for number, row in enumerate(rows)
     ]
     names = args.model, args.name
     summary = tally.summary(names, rows, judged, list(games.values()), kept.responses, read)
-    if hosts.is_main():
-        texts = (_line(*each) for each in zip(rows, judged, strict=True))
-        write_atomically(args.out / VERDICTS, "".join(texts).encode())
-        tally.write(args.out / SUMMARY, summary)
-    if hosts.is_main() and args.report:
+    if not hosts.is_main():
+        return summary
+    _write(args, (VerdictLine(**_both(*each)) for each in zip(rows, judged, strict=True)), summary)
+    if args.report:
         from jlrm.serving import judged_page  # brings matplotlib
 
         judged_page.write(args.out)
-    if hosts.is_main() and args.make_pairs:
-        _write_lines(args.make_pairs, training_rows.preferences(rows, judged))
-    if hosts.is_main() and args.make_judgements:
+    if args.make_pairs:
+        _write_rows(args.make_pairs, training_rows.preferences(rows, judged))
+    if args.make_judgements:
         made = training_rows.judgements(rows, games, kept.responses, read)
-        _write_lines(args.make_judgements, made)
+        _write_rows(args.make_judgements, made)
     return summary
 
 
@@ -123,8 +125,7 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
     data = results.checksum([row[:3] for row in rows])
     header = {"data": data, "single": True} | _told(args, rows)
     kept = _asked(args, list(games.values()), header, args.name)
-    low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high), args.tie_margin)
+    read = _reader(args)
     scored = [
         scored_answer(row.id, games[number], kept.responses.get(games[number].id), read)
         if number in games
@@ -133,13 +134,8 @@ def score(args: argparse.Namespace) -> tally.ScoringSummary:
     ]
     summary = tally.scoring_summary(scored, kept.responses)
     if hosts.is_main():
-        lines = [
-            ScoreLine(**{**row._asdict(), **vars(each)}).to_dict()
-            for row, each in zip(rows, scored, strict=True)
-        ]
-        texts = "".join(json.dumps(line) + "\n" for line in lines)
-        write_atomically(args.out / VERDICTS, texts.encode())
-        tally.write(args.out / SUMMARY, summary)
+        lines = (ScoreLine(**_both(*each)) for each in zip(rows, scored, strict=True))
+        _write(args, lines, summary)
     return summary
 
 
@@ -155,32 +151,40 @@ def rank(args: argparse.Namespace) -> tally.RankingSummary:
         for number, row in enumerate(rows)
         if not row.error
     }
-    asked = [game for own in games.values() for pair in own for game in pair]
+    asked = [game for own in games.values() for _, pair in own for game in pair]
     data = results.checksum([row[:3] for row in rows])
     header = {"data": data, "orders": args.orders, "rank": True} | _told(args, rows)
     kept = _asked(args, asked, header, args.name)
-    low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high), args.tie_margin)
-    rankings = []
+    read, rankings = _reader(args), []
     for number, row in enumerate(rows):
-        places, judged = lists.places(row), []
-        for (i, j), own in zip(places, games.get(number, ()), strict=False):
-            responses = [kept.responses.get(game.id) for game in own]
-            judged.append(judged_pair(f"{i + 1}-{j + 1}", own, responses, read, args.map))
-        rankings.append(ranked(places, judged, len(row.answers)) if judged else None)
+        own = games.get(number, ())
+        judged = [_judged(name, pair, kept, read, args.map) for name, pair in own]
+        rankings.append(ranked(judged, len(row.answers)) if judged else None)
     summary = tally.ranking_summary(rows, rankings, kept.responses)
     if hosts.is_main():
-        lines = [lists.line(*each).to_dict() for each in zip(rows, rankings, strict=True)]
-        _write_lines(args.out / VERDICTS, lines)
-        tally.write(args.out / SUMMARY, summary)
+        _write(args, (lists.line(*each) for each in zip(rows, rankings, strict=True)), summary)
         if args.make_pairs:
-            _write_lines(args.make_pairs, training_rows.preferences_of_lists(rows, rankings))
+            _write_rows(args.make_pairs, training_rows.preferences_of_lists(rows, rankings))
     return summary
 
 
-def _write_lines(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    texts = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(path, texts.encode(errors="surrogatepass"))
+def _reader(args: argparse.Namespace) -> Reader:
+    low, high = args.options.get("scale") or (1, 10)
+    return reader(args.parser, (low, high), args.tie_margin)
+
+
+def _both(row: Row | SingleRow, judged: JudgedPair | ScoredAnswer) -> dict[str, Any]:
+    """Return the fields of a row and of what was said of it, whose id and error hold."""
+    return {**row._asdict(), **vars(judged)}
+
+
+def _write(args: argparse.Namespace, lines: Iterable[Plain], summary: tally.AnySummary) -> None:
+    _write_rows(args.out / VERDICTS, (line.to_dict() for line in lines))
+    tally.write(args.out / SUMMARY, summary)
+
+
+def _write_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _told(args: argparse.Namespace, rows: Sequence[Row | SingleRow | ListRow]) -> dict[str, Any]:
@@ -211,21 +215,15 @@ def _asked(
     return kept
 
 
-def _line(row: Row, judged: JudgedPair) -> str:
-    return json.dumps(VerdictLine(**{**row._asdict(), **vars(judged)}).to_dict()) + "\n"
-
-
 def _judged(
-    row: Row,
-    games: Sequence[Game] | None,
+    identity: str,
+    games: Sequence[Game],
     kept: Journal,
     read: Reader,
     calibrated: ConfidenceMap | None,
 ) -> JudgedPair:
-    if games is None:
-        return JudgedPair(None, None, None, None, "", "unjudged", (), None, row.id, row.error)
     responses = [kept.responses.get(game.id) for game in games]
-    return judged_pair(row.id, games, responses, read, calibrated)
+    return judged_pair(identity, games, responses, read, calibrated)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

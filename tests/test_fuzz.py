@@ -28,11 +28,14 @@ from jlrm.config import RunError, UsageError
 from jlrm.data import audit, readers
 from jlrm.data.tokenizer import end_ids, load_tokenizer
 from jlrm.data.worlds import toy
-from jlrm.evaluation import journal
+from jlrm.evaluation import journal, rubrics
+from jlrm.evaluation.prompting import prompting
 from jlrm.judgement import verdict
 from jlrm.judges import paid
-from jlrm.reports import results_file, run_summary, tracking
+from jlrm.reports import contracts, results_file, run_summary, tracking
 from jlrm.runtime import settings
+from jlrm.serving import calibration, lists
+from jlrm.serving import rows as judged_rows
 from jlrm.weights import hf_config, hf_files
 
 MANY = int(os.environ.get("JLRM_FUZZ", "20000"))
@@ -80,6 +83,10 @@ model: {preset: toy, tokenizer: toy}
 data: {train: toy}
 grpo: {steps: 1}
 """
+LIST = {"id": 1, "question": "q", "answers": ["a", "b", "c"], "gold": "a"}
+SINGLE = {"question": "q", "answer": "a"}
+RUBRIC = "facts: right\nstyle: {description: plain words, weight: 0.5}\n"
+TEMPLATE = "{question}\n1: {answer_1}\n2: {answer_2}\n{{x}} {rubric} {min_score}\n"
 TEXT = (
     "so</think><answer>7</answer><answer>4</answer> <think> \\boxed{3} [[A]] 7/10 ½ ٣ 1,5 1e400"
     "</answer><answer><answer></think>"
@@ -99,6 +106,12 @@ def table() -> bytes:
 def results() -> bytes:
     judge = {"name": "j", "model": "m", "prompt": "jlrm"}
     return json.dumps({"version": 1, "judge": judge, "benchmarks": {"pairs": {"n": 3}}}).encode()
+
+
+def a_map() -> bytes:
+    numbers = [0.5, 0.7, 0.8, 0.9, 0.6] * 8
+    right = [number > 0.6 for number in numbers]
+    return json.dumps(contracts.encode(calibration.fit(numbers, right, range(40)))).encode()
 
 
 def tensors() -> bytes:
@@ -159,6 +172,24 @@ READERS: dict[str, Reader] = {
     "journal": ("responses.jsonl", lambda: lines(HEADER, RESPONSE, RESPONSE), journal.read),
     "cache": ("reply.json", lambda: json.dumps(REPLY).encode(), read_cache),
     "results": ("results.json", results, results_file.read),
+    "lists": (
+        "l.jsonl",
+        lambda: lines(LIST, LIST),
+        lambda d: lists.read(str(d / "l.jsonl"), {}, "gold"),
+    ),
+    "single answers": (
+        "s.jsonl",
+        lambda: lines(SINGLE, SINGLE),
+        lambda d: judged_rows.read_single(str(d / "s.jsonl"), {}),
+    ),
+    "a rubric": ("r.yaml", RUBRIC.encode, lambda d: rubrics.read(str(d / "r.yaml"))),
+    "a rubric in JSON": (
+        "r.json",
+        lambda: json.dumps({"facts": {"description": "x", "weight": 2}}).encode(),
+        lambda d: rubrics.read(str(d / "r.json")),
+    ),
+    "a template": ("t.txt", TEMPLATE.encode, lambda d: prompting(str(d / "t.txt"), (1, 10))),
+    "a map": ("calibration.json", a_map, lambda d: calibration.read(d / "calibration.json")),
 }
 
 

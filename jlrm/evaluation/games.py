@@ -54,6 +54,14 @@ class Game:
         """A name that is unique in a benchmark and the same in every run."""
         return f"{self.item.id}:{self.first}-{self.second}"
 
+    @property
+    def num_characters(self) -> int:
+        """The number of characters that the judge is shown besides its prompt's own."""
+        item = self.item
+        more = item.reference or "", item.rubric.text if item.rubric else ""
+        answers = (item.answers[i] for i in {self.first, self.second})
+        return sum(map(len, (item.question, *more, *answers)))
+
 
 @dataclass(frozen=True)
 class Response:

@@ -71,7 +71,7 @@ def in_blocks(judge: Backend, size: int) -> Backend:
 
     def shared(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         # Prompts of a block are padded to one length, and the longest take longest: first.
-        ordered = sorted(games, key=_length, reverse=True)
+        ordered = sorted(games, key=lambda game: game.num_characters, reverse=True)
         blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         name, left = f"games-{next(_numbers)}", len(blocks)
 
@@ -92,10 +92,6 @@ def in_blocks(judge: Backend, size: int) -> Backend:
         hosts.gather("the end of the games", None)
 
     return shared if hosts.count() > 1 else judge
-
-
-def _length(game: Game) -> int:
-    return len(game.item.question) + sum(map(len, game.item.answers))
 
 
 def drive(

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from jlrm.config import MeshConfig
@@ -156,26 +157,37 @@ def make(
                     record(too_long(example, max_prompt_tokens))
                 else:
                     fitting.append(example)
-            waiting: list[WrittenGame] = []
-            for written in writer(is_single)(weights(), fitting) if fitting else ():
-                ids = [each.ids for each in written.completions]
-                game, response = (
-                    own[written.example.comparison.id],
-                    answer(policy.tokenizer, written),
-                )
-                if game.item.is_expected:
-                    waiting.append(WrittenGame(game, written.example.prompt_ids, ids, response))
-                else:
-                    record(response)
-                if len(waiting) == num_shards:  # as many as run together
-                    list(map(record, expect(weights(), waiting)))
-                    waiting = []
-            list(map(record, expect(weights(), waiting)))
+            if not fitting:
+                continue
+            written = (
+                written_game(policy.tokenizer, own[each.example.comparison.id], each)
+                for each in writer(is_single)(weights(), fitting)
+            )
+            for response in with_expected(written, partial(expect, weights()), num_shards):
+                record(response)
 
     if not apart:
         return judge
     weights()  # by all hosts: some read together, and one may find no games left
     return asking.in_blocks(judge, decoding.batch_size)
+
+
+def with_expected(
+    written: Iterable[WrittenGame],
+    expect: Callable[[Sequence[WrittenGame]], list[Response]],
+    together: int,
+) -> Iterator[Response]:
+    """Yield the responses, with expected scores where they are wanted: `together` in one pass."""
+    waiting: list[WrittenGame] = []
+    for each in written:
+        if not each.game.item.is_expected:
+            yield each.response
+            continue
+        waiting.append(each)
+        if len(waiting) == together:
+            yield from expect(waiting)
+            waiting = []
+    yield from expect(waiting)
 
 
 def game_encoder(tokenizer: Tokenizer, asked: Prompting) -> EncodeGames:
@@ -185,11 +197,9 @@ def game_encoder(tokenizer: Tokenizer, asked: Prompting) -> EncodeGames:
       UsageError: there is no such prompt, or the tokenizer's chat template can't write it; and
         later for games that it has no form for.
     """
-    text = functools.cache(functools.partial(whole_text, tokenizer, asked.name))
+    text = functools.cache(partial(whole_text, tokenizer, asked.name))
     text(asked.plain)  # what is wrong is heard of at once
-    quote = functools.partial(
-        prompts.quote, name=asked.name, control_tokens=control_tokens(tokenizer)
-    )
+    quote = partial(prompts.quote, name=asked.name, control_tokens=control_tokens(tokenizer))
 
     def encode_games(games: Sequence[Game]) -> list[Example]:
         texts = [asked.fill(text(asked.text(game)), game, quote) for game in games]
@@ -226,6 +236,12 @@ def make_expectation(policy: TextPolicy, scale: tuple[int, int]) -> Expect:
         ]
 
     return expect
+
+
+def written_game(tokenizer: Tokenizer, game: Game, written: Written) -> WrittenGame:
+    """Return a game with what was written in it."""
+    ids = [each.ids for each in written.completions]
+    return WrittenGame(game, written.example.prompt_ids, ids, answer(tokenizer, written))
 
 
 def answer(tokenizer: Tokenizer, written: Written) -> Response:

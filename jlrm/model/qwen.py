@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jlrm.model import gradient_sums
 from jlrm.model.attention import attend_packed
+from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.rope import Rope, Yarn, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime.mesh import LOCAL, Layout, Local
@@ -99,7 +100,7 @@ class Attention(nn.Module):
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
         kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
-        return _sum_heads(self.layout, out, kernel), extra
+        return sum_heads(self.layout, out, kernel), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
@@ -222,13 +223,13 @@ def hidden_states(
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
-        x, _ = apply(block, _gather(layout, weights, letters["layers"]), x, *context)
+        x, _ = apply(block, gather(layout, weights, letters["layers"]), x, *context)
         return x
 
     def run(
         params: Params, tokens: Array, positions: Array, packing: Packing, sums: Params | None
     ) -> Array:
-        x = _look_up(layout, params["embed"], tokens).astype(config.compute_dtype)
+        x = look_up(layout, params["embed"], tokens).astype(config.compute_dtype)
         angles_ = rope(config, positions)
 
         def layer(x: Array, weights: Params) -> tuple[Array, None]:
@@ -238,7 +239,7 @@ def hidden_states(
             x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
         else:
             x = gradient_sums.run(one_layer, params["layers"], sums, x, (angles_, packing))
-        norm = _gather(layout, params["final_norm"], letters["final_norm"])
+        norm = gather(layout, params["final_norm"], letters["final_norm"])
         return apply(RMSNorm(config, "D"), norm, x)
 
     cells, rows = layout.activation("B -").spec, layout.activation("B").spec
@@ -295,62 +296,6 @@ def _attend_packed(
     platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
 ) -> tuple[Array, None]:
     return attend_packed(q, k, v, packing, platform), None
-
-
-def _gather(layout: Layout, weights: Params, letters: Any) -> Params:
-    """Gather the weights of one layer from all devices."""
-
-    def gather(x: Array, letters: PartitionSpec) -> Array:
-        of_layer = [letter for letter in letters if letter != "L"]
-        # In reverse, because a dimension is cut by its first axis first.
-        for dimension, axes in enumerate(layout.param_axes(of_layer)):
-            for axis in reversed(axes):
-                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
-        return x
-
-    return jax.tree.map(gather, weights, letters)
-
-
-def _look_up(layout: Layout, table: Array, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Return embeddings from a table that is spread by rows, without gathering the table.
-
-    An all-to-all spreads the table by columns. Each device looks up its columns for the tokens of
-    all devices, and a second all-to-all brings back whole embeddings of its own tokens.
-    """
-    axes = layout.param_axes("V")[0]
-    turned = jax.lax.all_to_all(table, axes, split_axis=1, concat_axis=0, tiled=True)
-    everyones = jax.lax.all_gather(tokens, axes, axis=0, tiled=True)
-    columns = jnp.take(turned, everyones, axis=0)
-    return jax.lax.all_to_all(columns, axes, split_axis=0, concat_axis=2, tiled=True)
-
-
-def _sum_heads(
-    layout: Layout | Local, out: Float[Array, "A T N H"], kernel: Float[Array, "N H D"]
-) -> Float[Array, "B T D"]:
-    """Return the sum over heads of their outputs times their weights."""
-
-    if isinstance(layout, Local) or _stays(layout, len(out)):
-        return layout.shard(jnp.einsum("ATNH,NHD->ATD", out, kernel), "B T D")
-    rows = tuple(axis for axis in layout.axes("A") if axis not in layout.axes("B"))
-    num_parts = layout.num_shards("A") // layout.num_shards("B")
-
-    def run(out: Array, kernel: Array) -> Array:
-        # One sum over all devices, to which each gives its own rows, and zeros for others'. Left to
-        # itself, the compiler sums over heads and then gathers rows.
-        is_own = jnp.arange(num_parts) == jax.lax.axis_index(rows)
-        everyones = jnp.where(is_own[:, None, None, None, None], out[None], 0)
-        everyones = everyones.reshape(-1, *out.shape[1:])
-        product = jnp.einsum("BTNH,NHD->BTD", everyones, kernel)
-        return jax.lax.psum(product, (*rows, *layout.axes("N")))
-
-    specs = layout.activation("A T N H").spec, layout.param(("N", "H", "D")).spec
-    spec = layout.activation("B T D").spec
-    return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=spec)(out, kernel)
-
-
-def _stays(layout: Layout, num_rows: int) -> bool:
-    """Return whether rows lie the same inside and outside of attention, or can't be divided."""
-    return layout.axes("A") == layout.axes("B") or num_rows % layout.num_shards("A") > 0
 
 
 def _last_axis(vector: Array, like: Array) -> Array:

@@ -71,7 +71,10 @@ def decode(kind: Any, value: Any, place: str) -> Any:
     kinds = (int, float) if kind is float else (kind,)
     is_flag = isinstance(value, bool) and kind is not bool  # Python counts true among the ints
     _expect(isinstance(value, kinds) and not is_flag, NAMES[kind], value, place)
-    return kind(value)
+    try:
+        return kind(value)
+    except OverflowError:  # JSON knows whole numbers of any size
+        raise UsageError(f"{place} is too large a number.") from None
 
 
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}

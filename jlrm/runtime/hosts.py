@@ -3,7 +3,8 @@
 One process runs per host, and all run the same program (multi-controller SPMD, `jax.distributed`).
 Devices exchange arrays in their collectives. Hosts exchange what only they know (text, verdicts,
 signals) through the key-value store of JAX's coordination service. So it never queues behind
-programs on the devices. With a single process every function here is trivial.
+programs on the devices. With a single process every function here is trivial, but for those that
+share work out (`taken`, `send`, `received`), which it has no use for.
 
 No process may wait for ever. A thread in each process writes to the store that it is alive and how
 far its main thread has come. The same thread watches the others. If one fails, all print its
@@ -144,11 +145,8 @@ def gather(what: str, mine: Value) -> list[Value]:
 def taken(name: str, size: int) -> Iterator[int]:
     """Yield numbers below `size`, each of them in one process: the next to who asks next.
 
-    All processes call it with the same `name`, which no call had before.
+    All of several processes call it with the same `name`, which no call had before.
     """
-    if count() == 1:
-        yield from range(size)
-        return
     # The store counts from 1.
     while (number := _state.client.key_value_increment(f"jlrm/taken/{name}", 1)) <= size:
         yield number - 1

@@ -278,17 +278,7 @@ def _attend_prompt(
     num_prompts, num_tokens = q.shape[:2]
     is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
     if layout.platform == "tpu" and is_even and context is None:
-        from jlrm.model.splash import splash_causal  # imports Pallas
-
-        queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
-        attend = jax.shard_map(
-            splash_causal,
-            mesh=layout.mesh,
-            in_specs=(queries, keys, keys),
-            out_specs=queries,
-            check_vma=False,  # the kernels do not say over which axes their results vary
-        )
-        return attend(q, k, v), KeysValues(k, v)
+        return _attend_by_kernel(layout, q, k, v), KeysValues(k, v)
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)
@@ -301,6 +291,20 @@ def _attend_prompt(
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         outputs.append(jnp.einsum("PKGTS,PKSH->PTKGH", weights, v[:, :, :end]))
     return jnp.concatenate(outputs, axis=1).reshape(q.shape), KeysValues(k, v)
+
+
+def _attend_by_kernel(layout: Layout, q: Array, k: Array, v: Array) -> Float[Array, "P T N H"]:
+    from jlrm.model.splash import splash_causal  # imports Pallas
+
+    queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
+    attend = jax.shard_map(
+        splash_causal,
+        mesh=layout.mesh,
+        in_specs=(queries, keys, keys),
+        out_specs=queries,
+        check_vma=False,  # the kernels do not say over which axes their results vary
+    )
+    return attend(q, k, v)
 
 
 def _is_seen(branches: Branches, start: int, end: int) -> Bool[Array, "P Q S"]:

@@ -37,7 +37,7 @@ from jlrm.server.chat import Choices, TextChoices
 from jlrm.server.engine import Busy
 from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
-from jlrm.serving.asked import Pair
+from jlrm.serving.asked import each_beside_each
 from jlrm.serving.ranking import ranked
 from jlrm.serving.results import JudgedPair, ScoredAnswer
 
@@ -192,7 +192,7 @@ class Routes:
             if body.single:
                 return judged[0].to_dict() | about
             if body.answers:
-                found = ranked(bodies.places(body.answers), judged, body.answers)
+                found = ranked(judged, body.answers)
                 return found.to_dict() | about
             if body.is_one_pair:
                 return judged[0].to_dict() | about
@@ -258,7 +258,7 @@ class Routes:
     async def complete(self, request: Request) -> Response:
         """Continue a text."""
         body = bodies.completion_body(await self._body(request), self._service.defaults)
-        (_, text), *_rest = body.messages
+        ((_, text),) = body.messages
         return await self._write(request, body, self._service.text_prompt(text), TextChoices)
 
     async def _write(
@@ -303,11 +303,7 @@ class Routes:
         """Order documents by how well they answer a query."""
         body = bodies.rerank_body(await self._body(request), self._service.defaults)
         documents, num = body.documents, len(body.documents)
-        rubric = self._service.defaults.rubric
-        pairs = [
-            Pair(body.query, documents[i], documents[j], rubric=rubric)
-            for i, j in bodies.places(num)
-        ]
+        pairs = each_beside_each(body.query, documents, None, self._service.defaults.rubric)
         judged: list[JudgedPair] = []
         if pairs:
             work = self._service.judge(pairs, "both", body.drawing)
@@ -315,7 +311,7 @@ class Routes:
         if pairs and all(each.winner is None for each in judged):
             why = next((each.error for each in judged if each.error), judged[0].status)
             raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
-        found = ranked(bodies.places(num), judged, num) if judged else None
+        found = ranked(judged, num) if judged else None
         order = found.order if found else (1,)
         results = []
         for number in order[: body.top_n]:

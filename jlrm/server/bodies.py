@@ -13,7 +13,7 @@ from typing import Any
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.rubrics import Rubric, rubric
-from jlrm.serving.asked import ORDERS, Pair, Single
+from jlrm.serving.asked import ORDERS, Pair, Single, each_beside_each
 
 MOST_VOTES = 16
 MOST_DOCUMENTS = 16  # of a ranking: each is compared with each
@@ -163,16 +163,8 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
         return JudgeBody((_pair(texts, "", told),), 0, True, None, orders, drawing)
     answers = _list(body, "answers", 2, MOST_DOCUMENTS)
     question, reference = _required(body, "question"), body.get("reference")
-    pairs = tuple(
-        Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}", reference, *told)
-        for i, j in places(len(answers))
-    )
+    pairs = tuple(each_beside_each(question, answers, reference, *told))
     return JudgeBody(pairs, len(answers), False, None, orders, drawing)
-
-
-def places(num: int) -> list[tuple[int, int]]:
-    """Return all pairs of `num` answers, counted from 0."""
-    return [(i, j) for i in range(num) for j in range(i + 1, num)]
 
 
 def chat_body(body: Mapping[str, Any], defaults: Defaults) -> ChatBody:

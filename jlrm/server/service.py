@@ -131,7 +131,7 @@ class Service:
         responses = {
             game.id: Response(game.id, error=f"The texts have over {LETTERS * limit} characters.")
             for game in games
-            if _size(game) > LETTERS * limit
+            if game.num_characters > LETTERS * limit
         }
         games = [game for game in games if game.id not in responses]
         self.engine.check(len(games) * drawing.votes, drawing.votes)
@@ -285,13 +285,6 @@ def _identity(texts: Sequence[Any], place: int) -> str:
     """Return a name for a pair by what it says; twice the same pair is two names."""
     said = json.dumps(texts, default=str)
     return f"{hashlib.sha256(said.encode()).hexdigest()[:16]}#{place}"
-
-
-def _size(game: Game) -> int:
-    item = game.item
-    more = item.reference or "", item.rubric.text if item.rubric else ""
-    texts = (item.question, *more, *(item.answers[i] for i in {game.first, game.second}))
-    return sum(map(len, texts))
 
 
 def _ended(piece: Piece) -> Piece:

@@ -24,6 +24,7 @@ from jlrm.judges import options
 from jlrm.server import command
 from jlrm.server.bodies import Drawing
 from jlrm.server.service import Piece
+from jlrm.serving import calibration
 from jlrm.serving.asked import Pair, pair_of
 from jlrm.serving.judge import Judge
 from jlrm.serving.results import NAMES, JudgedGame, JudgedPair
@@ -162,7 +163,8 @@ def _opened(args: argparse.Namespace) -> Iterator[Ask]:
         made = options.make(args.backend, args.model, chosen, args.seed, None)
         low, high = chosen.get("scale") or (1, 10)
         read = reader(args.parser, (low, high), args.tie_margin)
-        judge = Judge(made, read, args.model, args.seed)
+        calibrated = calibration.find(args.calibration, args.model)
+        judge = Judge(made, read, args.model, args.seed, calibrated)
         yield lambda pair, _: judge.compare_all([pair], args.orders)[0]
         return
     args.name, args.slots, args.block, args.max_waiting = "", 2 * (args.votes or 1), 8, 512

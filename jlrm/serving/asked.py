@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -56,6 +57,19 @@ def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game
     item = Item(str(number), question, (answers[0], answers[1]), **_more(pair))
     order = "as_given" if orders == "given" else orders  # a policy's word for it
     return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
+
+
+def each_beside_each(
+    question: Any, answers: Sequence[Any], reference: Any, *told: Any
+) -> list[Pair]:
+    """Return the pairs that compare answers, each with each; their ids are such as "1-3".
+
+    told: a rubric, and whether expected scores are wanted, as of `Pair`.
+    """
+    return [
+        Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}", reference, *told)
+        for i, j in itertools.combinations(range(len(answers)), 2)
+    ]
 
 
 def as_text(value: Any, name: str) -> str:

@@ -196,6 +196,14 @@ def find(named: str, model: str) -> ConfidenceMap | None:
 
 
 def read(path: pathlib.Path) -> ConfidenceMap:
-    """Read a `calibration.json`. Raises UsageError for a file that is none."""
+    """Read a `calibration.json`. Raises UsageError for a file that is none, or no map."""
     content = contracts.read(path, VERSION, "Fit it again: jlrm judge check FILE --calibrate.")
-    return contracts.decode(ConfidenceMap, {**content, "version": VERSION}, str(path))
+    found = contracts.decode(ConfidenceMap, {**content, "version": VERSION}, str(path))
+    at, is_right = np.array(found.at), np.array(found.is_right)
+    is_map = len(at) == len(is_right) > 0 and bool(np.all(np.diff(at) > 0))
+    if not is_map or not np.all((is_right >= 0) & (is_right <= 1)):  # NaN is neither
+        raise UsageError(
+            f"{path} is no map of a confidence: `at` must ascend, and `is_right` hold a share for "
+            "each. Fit it again: jlrm judge check FILE --calibrate."
+        )
+    return found

@@ -35,6 +35,7 @@ from jlrm.serving.asked import (
     Pair,
     Single,
     as_text,
+    each_beside_each,
     games_of,
     is_conversation,
     pair_of,
@@ -250,13 +251,8 @@ class Judge:
         """
         if len(answers) < 2:
             raise UsageError(f"Judge.rank: wanted two answers at least, got {len(answers)}.")
-        places = list(itertools.combinations(range(len(answers)), 2))
-        told = reference, as_rubric(rubric), expected
-        pairs = [
-            Pair(question, answers[i], answers[j], f"{i + 1}-{j + 1}", *told) for i, j in places
-        ]
-        judged = self.compare_all(pairs, orders)
-        return ranked(places, judged, len(answers))
+        pairs = each_beside_each(question, answers, reference, as_rubric(rubric), expected)
+        return ranked(self.compare_all(pairs, orders), len(answers))
 
     def audit(
         self,

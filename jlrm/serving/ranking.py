@@ -83,15 +83,14 @@ def _standard_errors(
     return np.sqrt(np.clip(np.diag(centre @ covariance @ centre), 0, None))
 
 
-def ranked(
-    places: Sequence[tuple[int, int]], judged: Sequence[JudgedPair], num_answers: int
-) -> Ranking:
-    """Return the ranking that comparisons of answers, counted from 0, come to.
+def ranked(judged: Sequence[JudgedPair], num_answers: int) -> Ranking:
+    """Return the ranking that the pairs of `asked.each_beside_each` come to, once judged.
 
     Every game counts: two orders that disagree are a win for each.
     """
     outcomes, wins = [], [0.0] * num_answers
-    for (first, second), pair in zip(places, judged, strict=True):
+    for pair in judged:
+        first, second = (int(number) - 1 for number in pair.id.split("-"))
         for game in pair.games:
             if game.winner is None:
                 continue

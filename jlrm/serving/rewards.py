@@ -16,6 +16,7 @@ from jlrm.config import UsageError
 from jlrm.serving.asked import Pair, as_text
 from jlrm.serving.judge import Judge
 from jlrm.serving.results import POINTS, JudgedPair
+from jlrm.serving.training_rows import preference
 
 
 def trl(judge: Judge, reference: str = "") -> Callable[..., list[float | None]]:
@@ -104,14 +105,11 @@ def preference_pairs(
         (question, each) for question, own in zip(questions, answers, strict=True) for each in own
     ]
     shares = iter(among_themselves(judge, *zip(*flat, strict=True)) if flat else ())
-    rows = []
-    for question, own in zip(questions, answers, strict=True):
-        ranked = sorted(((next(shares) or 0.0, text) for text in own), key=lambda each: each[0])
-        if len(ranked) > 1 and ranked[0][0] < ranked[-1][0]:
-            texts = {"chosen": ranked[-1][1], "rejected": ranked[0][1]}
-            scores = {"score_chosen": ranked[-1][0], "score_rejected": ranked[0][0]}
-            rows.append({"prompt": question, **texts, **scores})
-    return rows
+    return [
+        row
+        for question, own in zip(questions, answers, strict=True)
+        for row in preference(question, own, [next(shares) or 0.0 for _ in own])
+    ]
 
 
 def _winners(pair: JudgedPair) -> list[int]:

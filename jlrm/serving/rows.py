@@ -48,7 +48,6 @@ class AnyRow(Protocol):
 
 
 RowT = TypeVar("RowT", bound=AnyRow)
-SINGLE = ("question", "answer", "id")  # columns of a row with one answer
 SPELLINGS = {
     "question": forms.QUESTIONS,
     "answer": ("answer", "response", "output", "completion"),
@@ -62,24 +61,57 @@ def read_single(source: str, columns: Mapping[str, str], reference: str = "") ->
     Raises:
       UsageError: no such source, no row, or no row that can be judged (the first one's reason).
     """
-    if unknown := sorted(columns.keys() - set(SINGLE)):
+
+    def row(identity: str, given: Mapping[str, Any], error: str) -> SingleRow:
+        if error:
+            return SingleRow(identity, "", "", error)
+        return SingleRow(identity, *(as_text(given[name], name) for name in ("question", "answer")))
+
+    return read_form(source, columns, SPELLINGS, "--single", row, reference)
+
+
+def read_form(
+    source: str,
+    columns: Mapping[str, str],
+    spellings: Mapping[str, Sequence[str]],
+    flag: str,
+    row: Callable[[str, Mapping[str, Any], str], RowT],
+    reference: str,
+) -> list[RowT]:
+    """Return every row of a source whose fields go by one of some names.
+
+    Args:
+      spellings: the names of each field, one of which is "id". `columns` may say another.
+      flag: by which the user has asked for rows of this form.
+      row: makes one of an id, its fields, and the reason why it is none ("": it is one). It may
+        raise UsageError with the reason; then it is asked again.
+
+    Raises:
+      UsageError: as `read_rows`, or `columns` names another field.
+    """
+    if unknown := sorted(columns.keys() - spellings.keys()):
         raise UsageError(
-            f"--columns: there is no field '{unknown[0]}' with --single. "
-            f"{nearest(unknown[0], SINGLE)}"
+            f"--columns: there is no field '{unknown[0]}' with {flag}. "
+            f"{nearest(unknown[0], [*spellings])}"
         )
-    return read_rows(source, columns, lambda raw, place: _single(raw, place, columns), reference)
 
+    def read_row(raw: object, place: Where) -> RowT:
+        if not isinstance(raw, dict):
+            return row(place.name, {}, f"{place} must be an object.")
+        known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
+        given = {
+            ours: raw.get(columns[ours])
+            if ours in columns
+            else next((known[name] for name in names if known.get(name) is not None), None)
+            for ours, names in spellings.items()
+        }
+        identity = place.name if given["id"] is None else str(given["id"])
+        try:
+            return row(identity, given, "")
+        except UsageError as error:
+            return row(identity, {}, f"{place._replace(source='')}: {error}")
 
-def _single(raw: object, place: Where, columns: Mapping[str, str]) -> SingleRow:
-    given = found(raw, columns, SPELLINGS)
-    if given is None:
-        return SingleRow(place.name, "", "", f"{place} must be an object.")
-    identity = place.name if given["id"] is None else str(given["id"])
-    try:
-        texts = [as_text(given[name], name) for name in ("question", "answer")]
-    except UsageError as error:
-        return SingleRow(identity, "", "", f"{place._replace(source='')}: {error}")
-    return SingleRow(identity, *texts)
+    return read_rows(source, columns, read_row, reference)
 
 
 def read(
@@ -103,21 +135,6 @@ def read(
     return read_rows(
         source, columns, lambda raw, place: _row(raw, place, columns, known), reference
     )
-
-
-def found(
-    raw: object, columns: Mapping[str, str], spellings: Mapping[str, Sequence[str]]
-) -> dict[str, Any] | None:
-    """Return our fields of a row, by the columns named or their known spellings; None: no row."""
-    if not isinstance(raw, dict):
-        return None
-    known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
-    return {
-        ours: raw.get(columns[ours])
-        if ours in columns
-        else next((known[name] for name in names if known.get(name) is not None), None)
-        for ours, names in spellings.items()
-    }
 
 
 def read_rows(

@@ -75,7 +75,6 @@ def summary(
         for row, winner in zip(rows, named, strict=True)
         if row.label is not None
     ]
-    given = [each for each in responses.values() if each.texts is not None]
     return JudgingSummary(
         rows=len(rows),
         games=len(flat),
@@ -89,11 +88,19 @@ def summary(
         first=about.first,
         longer=rate_by_question(*_columns(_for_longer(rows, judged))),
         agreement=rate_by_question(*_columns(right)),
-        tokens=sum(each.num_tokens or 0 for each in given),
-        seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+        **_spent(responses),
         judge=names[0],
         pairs=names[1],
     )
+
+
+def _spent(responses: Mapping[str, Response]) -> dict[str, Any]:
+    """Return the tokens that were written, and the seconds that they took."""
+    given = [each for each in responses.values() if each.texts is not None]
+    return {
+        "tokens": sum(each.num_tokens or 0 for each in given),
+        "seconds": round(sum(each.seconds or 0.0 for each in given), 3),
+    }
 
 
 def _for_longer(rows: Sequence[Row], judged: Sequence[JudgedPair]) -> list[tuple[str, float]]:
@@ -143,7 +150,6 @@ def scoring_summary(
 ) -> ScoringSummary:
     """Return what the scores come to."""
     scores = sorted(each.score for each in scored if each.score is not None)
-    given = [each for each in responses.values() if each.texts is not None]
     rounded = [str(math.floor(score + 0.5)) for score in scores]
     return ScoringSummary(
         rows=len(scored),
@@ -152,8 +158,7 @@ def scoring_summary(
         errors=sum(each.error is not None for each in scored),
         mean=sum(scores) / len(scores) if scores else None,
         counts=dict(Counter(rounded)),
-        tokens=sum(each.num_tokens or 0 for each in given),
-        seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+        **_spent(responses),
     )
 
 
@@ -180,7 +185,6 @@ def ranking_summary(
     rows: Sequence[ListRow], rankings: Sequence[Ranking | None], responses: Mapping[str, Response]
 ) -> RankingSummary:
     """Return what the rankings come to."""
-    given = [each for each in responses.values() if each.texts is not None]
     pairs = [
         (row.question, pair)
         for row, ranking in zip(rows, rankings, strict=True)
@@ -203,8 +207,7 @@ def ranking_summary(
         ),
         consistency=rate_by_question(*_columns(agree)),
         first=rate_by_question(*_columns(first)),
-        tokens=sum(each.num_tokens or 0 for each in given),
-        seconds=round(sum(each.seconds or 0.0 for each in given), 3),
+        **_spent(responses),
     )
 
 

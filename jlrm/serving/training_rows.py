@@ -22,23 +22,27 @@ def preferences(rows: Sequence[Row], judged: Sequence[JudgedPair]) -> Iterator[d
     """Yield a row for each pair with a winner in which the orders, if both, agree."""
     for row, pair in zip(rows, judged, strict=True):
         if pair.winner and pair.is_consistent is not False:
-            answers = row.answer_1, row.answer_2
-            scores = pair.scores and [*pair.scores]
-            yield _preference(row.question, answers, pair.winner - 1, 2 - pair.winner, scores)
+            answers, best = (row.answer_1, row.answer_2), pair.winner - 1
+            yield _row(row.question, answers, best, 1 - best, pair.scores)
 
 
 def preferences_of_lists(
     rows: Sequence[ListRow], rankings: Sequence[Ranking | None]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each list: the answer that won the largest share of its games, and the least.
-
-    A list whose best and worst won as often, or in which one has no game, is left out.
-    """
+    """Yield a row for each list in which answers won other shares of their games, all of some."""
     for row, ranking in zip(rows, rankings, strict=True):
         shares = _shares(ranking, len(row.answers)) if ranking else []
-        if shares and min(shares) < max(shares):
-            best, worst = shares.index(max(shares)), shares.index(min(shares))
-            yield _preference(row.question, row.answers, best, worst, shares)
+        if shares:
+            yield from preference(row.question, row.answers, shares)
+
+
+def preference(
+    question: Any, answers: Sequence[str], shares: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row of the answer that won the largest share of its games, and the least; or none."""
+    best, worst = shares.index(max(shares)), shares.index(min(shares))
+    if shares[best] > shares[worst]:
+        yield _row(question, answers, best, worst, shares)
 
 
 def judgements(
@@ -82,8 +86,8 @@ def _votes(response: Response | None) -> Iterator[tuple[str, Any]]:
     return zip(texts, endings, strict=True)
 
 
-def _preference(
-    question: str,
+def _row(
+    question: Any,
     answers: Sequence[str],
     best: int,
     worst: int,

@@ -219,6 +219,22 @@ def test_close_scores_are_a_tie():
             reader("lenient", (1, 10), margin)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"at": []}, {"at": [0.5, 0.5]}, {"is_right": [0.5, 1.5]}, {"at": [0.5]}, {"at": [2e9, 1]}],
+)
+def test_a_file_that_is_no_map_is_named(tmp_path, changed):
+    path = tmp_path / "calibration.json"
+    fitted = calibration.ConfidenceMap(
+        "platt", (0.5, 1.0), (0.5, 1.0), 20, 50.0, (0.0, 0.0), (0.0, 0.0)
+    )
+    calibration.write(path, fitted)
+    assert calibration.read(path) == fitted
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    with pytest.raises(UsageError, match="is no map of a confidence"):
+        calibration.read(path)
+
+
 def test_confidences_are_not_mapped_twice(table, capsys):
     rows = [json.loads(line) | {"is_calibrated": True} for line in table.read_text().splitlines()]
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
