@@ -220,7 +220,7 @@ def test_documents_come_back_from_the_best_to_the_worst():
             return JudgedGame(order, winner, None, "ok", (), 5)
 
         return [
-            JudgedPair(1, None, None, True, "", "ok", (game(p, (1, 2)), game(p, (2, 1))), 10)
+            JudgedPair(1, None, None, True, "", "ok", (game(p, (1, 2)), game(p, (2, 1))), 10, p.id)
             for p in pairs
         ]
 
