@@ -349,12 +349,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     made: dict[str, Any] = {"type": pathlib.Path, "metavar": "FILE"}
     add("--make-pairs", **made, help="also write rows for DPO: the better answer and the worse")
-    add("--make-judgements", **made, help="also write those that gave the label, for SFT")
+    add("--make-judgements", **made, help="also write the judgements that gave the label, for SFT")
     margin = "scores of a pair that differ by no more are a tie (0)"
     add("--tie-margin", type=float, default=0.0, metavar="POINTS", help=margin)
     add("--rubric", default="", metavar="FILE",
         help="what to look at: a text, or criteria by name in YAML or JSON")  # fmt: skip
-    add("--reference", default="", metavar="COLUMN", help="of a reference answer that is shown")
+    add(
+        "--reference",
+        default="",
+        metavar="COLUMN",
+        help="holds a reference answer, which the judge is shown",
+    )
     expected = "add the scores to be expected by their probabilities (jlrm; one more pass)"
     add("--expected-scores", action="store_true", help=expected)
     add("--seed", type=int, default=0, help="of random orders and of sampling (0)")
