@@ -1,6 +1,6 @@
 """Read a config from YAML and `section.key=value` overrides, and write it back.
 
-The one idea: the annotations in config.py decide how each value is read (`1e-6` is a float although
+The one idea: the annotations in config/ decide how each value is read (`1e-6` is a float although
 YAML reads it as text), and an unknown key is answered with the nearest known one. Whatever a file
 holds, the outcome is a `Config` or a `UsageError` of one sentence.
 """

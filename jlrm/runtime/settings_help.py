@@ -1,6 +1,6 @@
 """Every setting with its default, choices and meaning, as `--help` prints them.
 
-The one idea: the dataclasses of config.py are the only place where a setting is documented. Their
+The one idea: the dataclasses of config/ are the only place where a setting is documented. Their
 types and defaults are read from the classes, and the meanings are the comments in their source.
 """
 
@@ -19,7 +19,7 @@ from dataclasses import MISSING
 from typing import Annotated, Any, Literal
 
 from jlrm import config
-from jlrm.config import Config, dotted
+from jlrm.config import Config, dotted, sections, stages
 
 INDENT = 34  # columns of a setting's name and default
 WIDEST = 100  # columns of a line, where the terminal is wider
@@ -38,7 +38,7 @@ def add_settings(parser: argparse.ArgumentParser, is_required: bool = True) -> N
 
 def describe_settings(width: int = WIDEST) -> list[str]:
     """Return one text for each section: its settings, at most `width` columns wide."""
-    meanings = read_meanings(inspect.getsource(config))
+    meanings = all_meanings()
     texts = [
         "Settings with their defaults, as they follow the command (in YAML: one key a section):"
     ]
@@ -51,6 +51,11 @@ def describe_settings(width: int = WIDEST) -> list[str]:
         ]
         texts.append("\n".join([f"{section.name}:", *lines]))
     return texts
+
+
+def all_meanings() -> dict[tuple[str, str], str]:
+    """Return the comment of every setting by (class, field)."""
+    return read_meanings("\n".join(map(inspect.getsource, (sections, stages, config))))
 
 
 def read_meanings(source: str) -> dict[tuple[str, str], str]:

@@ -1,0 +1,92 @@
+"""The sections of the stages, with their optimiser and loss. A section with a title is a stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from jlrm.config.values import Count, NonNegative, Positive
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: NonNegative = 1e-6  # highest rate, reached after warm-up
+    # Learning rate after warm-up; the last two fall to zero at the last step.
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Count = 0  # steps in which the rate rises from 0
+    b1: float = 0.9  # decay of Adam's first moment
+    b2: float = 0.999  # decay of Adam's second moment
+    # Precision in which the first moment is stored; it is computed in float32.
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    # The same for the second moment.
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"
+    eps: NonNegative = 1e-8  # Adam's epsilon
+    weight_decay: NonNegative = 0.01  # AdamW's
+    clip_norm: NonNegative = 1.0  # largest global norm of a gradient; 0: off
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    title = "SFT"  # what makes a section a stage
+    batch_field = "batch_size"  # the setting that says how many rows a batch takes
+    steps: Count = 0  # optimiser steps; 0: no SFT before GRPO
+    batch_size: Positive = 64  # sequences per optimiser step
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    max_target_tokens: int = 512  # a longer written judgement is counted and left out
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the policy loss (rl/losses.py): what is done with log-probabilities."""
+
+    surrogate: Literal["ppo", "cispo"] = "ppo"  # a function of `rl/losses.py:SURROGATES`
+    # Whose probabilities are compared; "sequence" with "ppo" is GSPO.
+    ratio: Literal["token", "sequence"] = "token"
+    clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: NonNegative = 0.2  # see clip_low
+    dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
+    # What a token's loss is divided by, of B completions: all their tokens ("token_mean"), its own
+    # completion's tokens · B ("sequence_mean"), B ("sequence_sum"), the token limit · B
+    # ("fixed_length"). See grpo.zero_variance for completions that are out of the loss.
+    aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
+        "token_mean"
+    )
+    # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
+    # token by min(old / sampled probability, importance_cap); 0: off.
+    importance_cap: NonNegative = 0.0
+    mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
+    kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
+    entropy_weight: float = 0.001  # weight of the entropy, which lowers the loss
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    title = "GRPO"
+    batch_field = "prompts"
+    steps: Count = 0  # rollout batches; 0: no GRPO
+    prompts: Positive = 16  # per step
+    rollouts: Annotated[int, 2] = 8  # completions of each prompt
+    epochs: Positive = 1  # passes over one rollout batch
+    minibatches: Positive = 1  # optimiser steps per pass
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    loss: LossConfig = field(default_factory=LossConfig)
+    # Whose standard deviation the centred reward is divided by.
+    advantage_scale: Literal["group", "batch", "none"] = "group"
+    advantage_eps: NonNegative = 1e-6  # added to that standard deviation
+    # What importance weights (loss.importance_cap) weigh: the surrogate, as in TRL and verl, or the
+    # KL and entropy terms too, as in NeMo-RL.
+    importance_terms: Literal["policy", "all"] = "policy"
+    # Groups of equal rewards: kept with no advantage, taken out of the loss ("skip"), or sampled
+    # anew from the next prompts. loss.aggregation "token_mean" then has fewer tokens to divide by,
+    # so the other groups weigh more; the others still divide by all B completions, so the step gets
+    # smaller. "resample" takes the deviation of advantage_scale "batch" over the groups it chose.
+    zero_variance: Literal["keep", "skip", "resample"] = "keep"
+    max_draws: Positive = 4  # rollout batches per step under "resample"
+    # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
+    # the new weights ("next"), or before the update, with weights one step old ("stale": rewards
+    # cost no device time, and loss.importance_cap corrects for them).
+    ahead: Literal["none", "next", "stale"] = "next"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
