@@ -1,4 +1,4 @@
-"""jlrm beside the others: what `python -m jlrm.train` runs, in float32.
+"""jlrm beside the others: what `python -m jlrm.train` runs.
 
 The same programs, the same packing and the same work of the host. Rollouts are drawn as in a step
 of training, and rewards are read from text. The layers' matrix products are kept for the backward
@@ -28,6 +28,11 @@ from jlrm.training.update import init_state
 from jlrm.weights import hf, source
 
 PACKAGES = ("jax", "flax")
+
+
+def device_peak() -> int | None:
+    """Return the most bytes of a GPU that were held; None on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Learner:
@@ -105,7 +110,7 @@ def settings(work: Any) -> Config:
         {
             "run": {"dir": "unused"},
             "data": {"train": "unused", "max_prompt_tokens": work.prompt_tokens},
-            "model": {"path": work.model, "compute_dtype": "float32", "remat": "dots"},
+            "model": {"path": work.model, "compute_dtype": work.dtype, "remat": "dots"},
             "sampling": {"max_new_tokens": work.new_tokens},
             "grpo": {**grpo, "steps": 1, "loss": loss, "optimizer": optimizer},
         }
