@@ -26,7 +26,7 @@ def check(work):
     with torch.no_grad():
         logps = score(load(work), batch, batch["completion_ids"])
         loss = grpo_loss(work, logps, batch["old_logps"], batch["ref_logps"], batch["advantages"])
-    return logps, loss
+    return logps.cpu(), loss
 
 
 def rollout(work, turns):

@@ -35,7 +35,7 @@ def check(work):
             trainer.model, ids, mask, work.new_tokens
         )
         loss = trainer._compute_loss(trainer.model, inputs)
-    return scored[0], loss
+    return scored[0].cpu(), loss
 
 
 def rollout(work, turns):
