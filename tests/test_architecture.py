@@ -31,11 +31,12 @@ RANKS = {
     "training": 8,
     "planning": 9,
     "peers": 9,
+    "studies": 9,
 }
 COMMAND = 10
 COMMANDS = {
     *("train", "evaluate", "export", "prepare", "plan", "bench", "report", "scorecard"),
-    *("notebook", "judge"),
+    *("notebook", "judge", "study"),
 }
 FORBIDDEN = {
     "judgement": {"jax", "numpy", "flax"},

@@ -16,7 +16,7 @@ import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -34,6 +34,8 @@ MOVED = {
 }
 
 
+Section = TypeVar("Section")
+
 # Flags of pairs: their form, an example and what they are for.
 PAIR_FLAGS = {
     "columns": ("OURS=THEIRS", "answer_1=response_a", "names of the columns"),
@@ -48,6 +50,24 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
       UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad
         combination.
     """
+    tree = _read_tree(path, "sections such as `run:` and `grpo:`")
+    tree = _moved(tree)  # before overrides, which win over the file in either spelling
+    for override in overrides:
+        _apply_override(tree, override)
+    return from_dict(tree)
+
+
+def load_as(kind: type[Section], path: str | pathlib.Path) -> Section:
+    """Read a YAML file onto any dataclass, by its annotations.
+
+    Raises:
+      UsageError: as `load`.
+    """
+    wanted = ", ".join(f"`{field.name}:`" for field in dataclasses.fields(kind)[:3])
+    return _coerce_section(kind, _read_tree(path, f"keys such as {wanted}"), "")
+
+
+def _read_tree(path: str | pathlib.Path, wanted: str) -> dict[str, Any]:
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -57,13 +77,8 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UsageError(
-            f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
-        )
-    tree = _moved(tree)  # before overrides, which win over the file in either spelling
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_dict(tree)
+        raise UsageError(f"{path} must hold {wanted}, got {type(tree).__name__}.")
+    return tree
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -249,6 +264,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):  # one of several, by names of their own
+        return _coerce_section(kind, value, where)
     if origin is Literal:
         if value not in args:
             raise UsageError(f"{where}={_short(value)} is not one of {', '.join(map(str, args))}.")
