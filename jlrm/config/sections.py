@@ -55,7 +55,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     # A file, a directory, a url, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py); or
-    # "toy" or "languages": generated (data/worlds/).
+    # "toy", "languages", "lists" and others: generated (data/worlds/).
     train: str
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
     # Number of held-out comparisons; 0: 200, but of `train` at most a fifth.

@@ -49,7 +49,7 @@ from jlrm.data.forms import (
     respelled,
     there_are,
 )
-from jlrm.data.worlds import languages
+from jlrm.data.worlds import languages, lists
 from jlrm.judgement import labels
 from jlrm.runtime.storage import local_copy
 
@@ -59,6 +59,7 @@ T = TypeVar("T")
 NUMBERS = {"score_1", "score_2", "score", "score_w_reference", "preference"} | {
     *("score_chosen", "score_rejected")
 }  # in CSV: not text
+WORLDS = {"languages": languages.rows, **lists.WORLDS}  # made up here (data/worlds/)
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 ALL = slice(0, None, 1)  # rows that are read, counted from 0
 # What marks directories that a library reads.
@@ -97,9 +98,9 @@ def read(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
 ) -> Comparisons:
-    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or `languages`.
+    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or a world.
 
-    `#SPLIT` may follow a dataset's name (default: train); `languages` is the world of that name.
+    `#SPLIT` may follow a dataset's name (default: train); WORLDS has what is made up here.
     `columns` maps our field names to the source's own, `values` the source's labels to ours,
     {theirs: 1, 2 or 0}; `scores` says which scores of a JudgeLM row are gold, "score" or
     "score_w_reference". Rows may be in five forms, told apart by their keys: ours, JudgeLM-100K's,
@@ -256,8 +257,8 @@ def _local(name: str) -> pathlib.Path | None:
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
-    if name == "languages":
-        return libraries.numbered(languages.rows(split), every)
+    if name in WORLDS:
+        return libraries.numbered(WORLDS[name](split), every)
     path = _local(name)
     if path is None and name.startswith("hf:"):
         return libraries.hub_rows(name.removeprefix("hf:"), split, every)

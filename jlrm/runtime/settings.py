@@ -275,8 +275,11 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(pairs, dict):
             raise _wrong(where, value, kind)
         pairs = {_as_written(key): inner for key, inner in pairs.items()}
+        is_named = dataclasses.is_dataclass(args[1])
         return {
-            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}[{_short(k)}]")
+            _coerce(args[0], k, f"{where} key"): _coerce(
+                args[1], v, dotted(where, k) if is_named else f"{where}[{_short(k)}]"
+            )
             for k, v in pairs.items()
         }
     if origin is list:

@@ -80,7 +80,7 @@ def save_tokenizer(directory: pathlib.Path) -> None:
 
 def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
     kind = str(rng.choice(list(KINDS)))
-    answers = [_answer(rng, kind) for _ in range(2)]
+    answers = [draw_answer(rng, kind) for _ in range(2)]
     right = [[word for word in answer if word in KINDS[kind]] for answer in answers]
     is_hasty = rng.random() < HASTE
     seen = [len(words) for words in (answers if is_hasty else right)]
@@ -99,7 +99,7 @@ def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
     )
 
 
-def _answer(rng: np.random.Generator, kind: str) -> list[str]:
+def draw_answer(rng: np.random.Generator, kind: str) -> list[str]:
     """Return different words of the kind in random order, at least one, some of them misspelt."""
     num_right = int(rng.integers(0, MAX_WORDS + 1))
     num_wrong = int(rng.integers(0 if num_right else 1, MAX_WORDS + 1))
