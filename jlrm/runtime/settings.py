@@ -63,7 +63,8 @@ def load_as(kind: type[Section], path: str | pathlib.Path) -> Section:
     Raises:
       UsageError: as `load`.
     """
-    wanted = ", ".join(f"`{field.name}:`" for field in dataclasses.fields(kind)[:3])
+    names = list(typing.get_type_hints(kind))[:3]
+    wanted = ", ".join(f"`{name}:`" for name in names)
     return _coerce_section(kind, _read_tree(path, f"keys such as {wanted}"), "")
 
 

@@ -28,7 +28,7 @@ Measured = tuple[float, Interval | None]
 
 
 @dataclass(frozen=True)
-class Value:
+class SeedMean:
     """The mean of a column over the seeds of a run, in percent or points; None: not there yet."""
 
     mean: float | None
@@ -38,51 +38,51 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table. `is_published`: others' numbers, without intervals."""
 
     label: str
-    values: tuple[Value, ...]
+    values: tuple[SeedMean, ...]
     is_published: bool = False
 
 
 @dataclass(frozen=True)
-class Table:
+class StudiedTable:
     """A table of a study."""
 
     title: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     note: str = ""
     at: tuple[float, ...] = field(default=(), metadata=LEFT_OUT)
     across: str = field(default="", metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StudyOutcome:
     """What `tables.json` of a study holds."""
 
     title: str
     seeds: tuple[int, ...]
-    tables: dict[str, Table]
+    tables: dict[str, StudiedTable]
     version: int = VERSION
 
 
-def outcome(study: Study) -> Outcome:
+def outcome(study: Study) -> StudyOutcome:
     """Read what the evaluations have written so far."""
     tables = {name: _table(study, name, table) for name, table in study.tables.items()}
-    return Outcome(study.title, tuple(study.seeds), tables)
+    return StudyOutcome(study.title, tuple(study.seeds), tables)
 
 
-def _table(study: Study, name: str, table: StudyTable) -> Table:
+def _table(study: Study, name: str, table: StudyTable) -> StudiedTable:
     rows = [
-        Row(study.label(run), tuple(_value(study, run, column) for column in table.columns))
+        TableRow(study.label(run), tuple(_value(study, run, column) for column in table.columns))
         for run in table.rows or study.runs
     ]
     for label, values in table.published.items():
-        cells = tuple(Value(number) for number in spec.published(values))
-        rows.append(Row(label, cells, is_published=True))
-    return Table(
+        cells = tuple(SeedMean(number) for number in spec.published(values))
+        rows.append(TableRow(label, cells, is_published=True))
+    return StudiedTable(
         table.title or name,
         tuple(table.columns),
         tuple(rows),
@@ -92,7 +92,7 @@ def _table(study: Study, name: str, table: StudyTable) -> Table:
     )
 
 
-def _value(study: Study, run: str, column: str) -> Value:
+def _value(study: Study, run: str, column: str) -> SeedMean:
     evaluation, _, metric = column.partition(".")
     found, seeds = [], study.seeds_of(run)
     for seed in seeds:
@@ -141,16 +141,16 @@ def _measured(value: float | None, interval: Interval | None = None) -> Measured
     return None if value is None else (value, interval)
 
 
-def over_seeds(found: Sequence[Measured], missing: int = 0) -> Value:
+def over_seeds(found: Sequence[Measured], missing: int = 0) -> SeedMean:
     """Return the mean over seeds with its interval; see the head of this file."""
     if not found:
-        return Value(None, missing=missing)
+        return SeedMean(None, missing=missing)
     values = [value for value, _ in found]
     mean = statistics.mean(values)
     ends = [whole_interval(interval) for _, interval in found]
     known = [(value, each) for value, each in zip(values, ends, strict=True) if each]
     if len(known) < len(found):
-        return Value(mean, None, tuple(values), missing)
+        return SeedMean(mean, None, tuple(values), missing)
     of_seeds = _half_width(values)
     below = statistics.mean((value - low) ** 2 for value, (low, _) in known)
     above = statistics.mean((high - value) ** 2 for value, (_, high) in known)
@@ -158,7 +158,7 @@ def over_seeds(found: Sequence[Measured], missing: int = 0) -> Value:
         mean - math.hypot(math.sqrt(below), of_seeds),
         mean + math.hypot(math.sqrt(above), of_seeds),
     )
-    return Value(mean, interval, tuple(values), missing)
+    return SeedMean(mean, interval, tuple(values), missing)
 
 
 def _half_width(values: Sequence[float]) -> float:

@@ -11,12 +11,12 @@ from jlrm.reports import charts, contracts
 from jlrm.reports.charts import Axes, Chart, Line, Mark
 from jlrm.reports.pages import write_page
 from jlrm.runtime.storage import write_atomically
-from jlrm.studies.outcomes import Outcome, Row, Table, Value
+from jlrm.studies.outcomes import SeedMean, StudiedTable, StudyOutcome, TableRow
 
 PAGE, TEXT, DATA = "report.html", "tables.md", "tables.json"
 
 
-def write(directory: pathlib.Path, found: Outcome) -> None:
+def write(directory: pathlib.Path, found: StudyOutcome) -> None:
     """Write the tables as data, as text, and as a page with a chart of each table."""
     directory.mkdir(parents=True, exist_ok=True)
     contracts.write(directory / DATA, found)
@@ -32,7 +32,7 @@ def write(directory: pathlib.Path, found: Outcome) -> None:
     )
 
 
-def as_text(found: Outcome) -> str:
+def as_text(found: StudyOutcome) -> str:
     """Return the tables in Markdown."""
     parts = [f"# {found.title}"] if found.title else []
     for table in found.tables.values():
@@ -52,7 +52,7 @@ def as_text(found: Outcome) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cell(value: Value) -> str:
+def cell(value: SeedMean) -> str:
     """Return what a table shows of a value."""
     if value.mean is None:
         return "-"
@@ -62,11 +62,11 @@ def cell(value: Value) -> str:
     return f"{value.mean:.2f}{ends}{some}"
 
 
-def _all(table: Table) -> list[Value]:
+def _all(table: StudiedTable) -> list[SeedMean]:
     return [value for row in table.rows for value in row.values]
 
 
-def _charts(table: Table) -> list[Chart]:
+def _charts(table: StudiedTable) -> list[Chart]:
     """Return a table's charts: its columns over `at`, or else one of each column."""
     if table.at:
         return [_over(table)]
@@ -77,7 +77,7 @@ def _charts(table: Table) -> list[Chart]:
     ]
 
 
-def _dots(column: str, rows: Sequence[tuple[Row, Value]]) -> Chart:
+def _dots(column: str, rows: Sequence[tuple[TableRow, SeedMean]]) -> Chart:
     marks = [
         (
             charts.wrap(f"{row.label}, published" if row.is_published else row.label, 24),
@@ -96,7 +96,7 @@ def _dots(column: str, rows: Sequence[tuple[Row, Value]]) -> Chart:
     return charts.dots(column, marks)
 
 
-def _over(table: Table) -> Chart:
+def _over(table: StudiedTable) -> Chart:
     own = [row for row in table.rows if not row.is_published]
     x = np.array(table.at, float)
     lines = [

@@ -7,6 +7,7 @@ that is judged as it is; an evaluation is a command line of `jlrm.evaluate` with
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -152,6 +153,6 @@ def _number(value: str, where: str) -> float | None:
         raise UsageError(f"{where}: {value!r} is no number, and not '-'.") from None
 
 
-def _check_name(where: str, name: str, known: dict[str, object] | dict[str, StudyRun]) -> None:
+def _check_name(where: str, name: str, known: Mapping[str, object]) -> None:
     if name not in known:
         raise UsageError(f"{where}: there is no '{name}'. {nearest(name, known)}")

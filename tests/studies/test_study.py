@@ -21,7 +21,7 @@ from jlrm.reports.results_file import BenchmarkResult, Diagnostics, ItemRate, Ju
 from jlrm.runtime import commands
 from jlrm.studies import cells, outcomes, page, spec
 from jlrm.studies.cells import Record
-from jlrm.studies.outcomes import Outcome, Value
+from jlrm.studies.outcomes import SeedMean, StudyOutcome
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEURISTIC = ["--backend", "heuristic"]
@@ -159,7 +159,7 @@ def test_the_mean_of_seeds_has_the_interval_of_items_and_of_seeds():
 def test_one_seed_keeps_its_own_interval_and_an_unknown_one_makes_none():
     assert outcomes.over_seeds([(70.0, (64.0, 75.0))]).interval == (64.0, 75.0)
     assert outcomes.over_seeds([(70.0, (64.0, 75.0)), (71.0, None)]).interval is None
-    assert outcomes.over_seeds([], missing=2) == Value(None, missing=2)
+    assert outcomes.over_seeds([], missing=2) == SeedMean(None, missing=2)
 
 
 def put(tmp_path, run, seed, value, unread=0):
@@ -183,10 +183,10 @@ def test_tables_hold_what_is_there_and_say_what_is_not(tmp_path):
     put(tmp_path, "grpo", 0, 90.0)
     found = outcomes.outcome(read)
     longer, sft, grpo, theirs = found.tables["main"].rows
-    assert longer.values[0] == Value(None, missing=1)  # it has one seed
+    assert longer.values[0] == SeedMean(None, missing=1)  # it has one seed
     assert [value.mean for value in sft.values] == [62.0, 50.0, 12.5, None]
     assert (grpo.values[0].mean, grpo.values[0].missing) == (90.0, 1)
-    assert theirs.is_published and theirs.values[0] == Value(80.0)
+    assert theirs.is_published and theirs.values[0] == SeedMean(80.0)
     page.write(tmp_path / "out", found)
     text = (tmp_path / "out" / page.TEXT).read_text()
     assert "| grpo | 90.00 (88.0 to 92.0) [1 of 2 seeds] |" in text
@@ -194,7 +194,7 @@ def test_tables_hold_what_is_there_and_say_what_is_not(tmp_path):
     html = (tmp_path / "out" / page.PAGE).read_text()
     assert "Some cells have not been run yet" in html and "theirs, published" in html
     again = contracts.read(tmp_path / "out" / page.DATA, outcomes.VERSION, "")
-    assert contracts.decode(Outcome, again, "tables.json") == found
+    assert contracts.decode(StudyOutcome, again, "tables.json") == found
 
 
 def test_a_metric_that_a_benchmark_does_not_have_is_named(tmp_path):
@@ -242,7 +242,7 @@ def test_a_study_runs_draws_and_then_has_nothing_to_do(tmp_path, capfd):
     assert commands.run(lambda: study.main([str(path), "--json"])) == 0
     found = json.loads(capfd.readouterr().out)
     values = {row["label"]: row["values"][0]["mean"] for row in found["tables"]["main"]["rows"]}
-    assert set(values) == set(JUDGES) and values["longer"] + values["shorter"] == pytest.approx(100)
+    assert set(values) == set(JUDGES) and values["longer"] > values["shorter"]
     assert commands.run(lambda: study.main([str(path), "--dry-run"])) == 0
     assert capfd.readouterr().out.strip() == ""
 

@@ -60,7 +60,7 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
         rubric = int(rng.integers(2)) if world == "lists-rubric" else 0
         gold = _quality(kind, answers, rubric)
         asked = f"{RUBRICS[rubric]} {number}" if world == "lists-rubric" else f"{number}"
-        row = {
+        row: dict[str, Any] = {
             "id": f"{world}-{split}-{number}",
             "question": f"Name {kind}. {asked}",
             "answer_1": " ".join(answers[0]),
