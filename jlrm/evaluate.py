@@ -92,7 +92,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     for run, kept in zip(runs, journals, strict=True):
         # 3. Judge.
         name = run.benchmark.name
-        if left := _left(run, kept):
+        left = _left(run, kept)
+        if left and (args.backend == options.JLRM or hosts.is_main()):
             asking.judge(run.recorded or backend(), left, kept, name, len(run.games))
         if not hosts.is_main():
             continue
@@ -288,8 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Several hosts judge together where it is their devices that judge."""
-    if args.backend != options.JLRM:
+    """Several hosts judge together; where no device judges, the first one does it alone."""
+    if args.backend != options.JLRM and cluster.settings(args) is None:
         return contextlib.nullcontext()
     names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading")
     return hosts.joined(args, {name: getattr(args, name) for name in names})

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 
@@ -306,3 +307,24 @@ def test_every_study_of_configs_is_whole(path, monkeypatch):
     assert wanted
     lines = path.read_text().splitlines()
     assert lines[1].startswith("#   python -m jlrm.study configs/study/")
+
+
+@pytest.mark.slow
+def test_two_processes_run_one_study(tmp_path):
+    path = written(tmp_path, runs={name: JUDGES[name] for name in ("longer", "shorter")})
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    both = [
+        start(
+            path,
+            *("--coordinator", f"localhost:{port}"),
+            *("--num-processes", "2", "--process-id", str(number)),
+        )
+        for number in (0, 1)
+    ]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "| longer |" in told[0][0] and told[1][0] == ""
+    found = contracts.read(tmp_path / "out" / page.DATA, outcomes.VERSION, "")
+    assert [row["values"][0]["missing"] for row in found["tables"]["main"]["rows"]] == [0, 0]
