@@ -73,7 +73,7 @@ def _charts(table: StudiedTable) -> list[Chart]:
     return [
         _dots(column, [(row, row.values[number]) for row in table.rows])
         for number, column in enumerate(table.columns)
-        if any(row.values[number].mean is not None for row in table.rows)
+        if any(row.values[number].mean is not None for row in table.rows if not row.is_published)
     ]
 
 
@@ -87,7 +87,7 @@ def _dots(column: str, rows: Sequence[tuple[TableRow, SeedMean]]) -> Chart:
                     value.interval,
                     None if row.is_published else 0,
                     bool(value.missing),
-                    "none yet" if value.mean is None else "",
+                    "no value" if value.mean is None else "",
                 )
             ],
         )
