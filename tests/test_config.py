@@ -13,7 +13,7 @@ import yaml
 from hypothesis import strategies as st
 
 from jlrm import config
-from jlrm.config import Config, UsageError
+from jlrm.config import Config, LossConfig, UsageError
 from jlrm.runtime import settings
 from jlrm.runtime.settings_help import all_meanings, describe_settings
 
@@ -106,6 +106,14 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
             ["grpo.loss.surrogate=cispo", "grpo.loss.dual_clip=3"],
             "does not apply to surrogate=cispo",
         ),
+        (["grpo.loss.surrogate=geo_mean"], "set grpo.loss.ratio=sequence."),
+        (
+            ["grpo.loss.surrogate=clip_cov", "grpo.loss.ratio=sequence"],
+            "clip_cov singles tokens out: set grpo.loss.ratio=token.",
+        ),
+        (["grpo.loss.gate_negative=0"], "gate_negative must be above 0"),
+        (["grpo.loss.covariance_share=1.5"], "covariance_share=1.5 is above 1."),
+        (["grpo.loss.importance_floor=0.5"], "is above grpo.loss.importance_cap=0.0."),
         (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
         (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
@@ -285,7 +293,7 @@ MOVED_VALUES = {
 
 def test_settings_of_the_loss_are_read_under_their_old_names(tmp_path):
     present = build(grpo={"steps": 1, "loss": MOVED_VALUES})
-    assert dataclasses.asdict(present.grpo.loss) == {"surrogate": "ppo", **MOVED_VALUES}
+    assert present.grpo.loss == dataclasses.replace(LossConfig(), **MOVED_VALUES)
     given = {"steps": 1, **MOVED_VALUES}
     assert build(grpo=given) == present
     assert given == {"steps": 1, **MOVED_VALUES}  # the caller's own stays as it was

@@ -61,6 +61,7 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
+CLIP_COV = ("grpo.loss.surrogate=clip_cov", "grpo.loss.covariance_share=1")
 JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
     "learning_rate": Change(0.5),
@@ -171,10 +172,23 @@ CHANGES = {
     "grpo.loss.clip_low": Change(0.01),
     "grpo.loss.clip_high": Change(0.01),
     "grpo.loss.dual_clip": Change(1.21),
+    "grpo.loss.gate_positive": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.gate_negative": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.covariance_share": Change(0.5, ("grpo.loss.surrogate=kl_cov",)),
+    "grpo.loss.covariance_low": Change(0.0, CLIP_COV),
+    "grpo.loss.covariance_high": Change(0.0, (*CLIP_COV, "grpo.loss.covariance_low=-9")),
+    "grpo.loss.covariance_kl": Change(9.0, ("grpo.loss.surrogate=kl_cov",)),
     "grpo.loss.aggregation": Change("sequence_sum"),
     "grpo.loss.importance_cap": Change(0.5),
+    "grpo.loss.importance_floor": Change(1.5, ("grpo.loss.importance_cap=2",)),
+    "grpo.loss.importance_outside": Change("mask", ("grpo.loss.importance_cap=0.5",)),
+    "grpo.loss.importance_ratio": Change(
+        "sequence", ("grpo.ahead=stale", "grpo.loss.importance_cap=2")
+    ),
     "grpo.loss.mask_truncated": Change(True),
     "grpo.loss.kl_weight": Change(0.5),
+    "grpo.loss.kl_estimator": Change("k2"),
+    "grpo.loss.kl_correction": Change("ratio"),
     "grpo.loss.entropy_weight": Change(0.5),
     **{f"reward.{name}": change for name, change in REWARD.items()},
     **{f"{s}.optimizer.{name}": c for s in ("sft", "grpo") for name, c in OPTIMIZER.items()},

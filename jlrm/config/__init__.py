@@ -130,8 +130,7 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.dual_clip={loss.dual_clip} must be 0 (off) or at least "
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
-    if loss.dual_clip and loss.surrogate == "cispo":
-        raise UsageError("grpo.loss.dual_clip does not apply to surrogate=cispo. Set it to 0.")
+    _check_loss(loss)
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
@@ -146,6 +145,31 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
         raise UsageError(
             f"data.orders=both needs an even number of grpo.prompts for each of grpo.minibatches="
             f"{grpo.minibatches}, got grpo.prompts={grpo.prompts}."
+        )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.dual_clip and loss.surrogate != "ppo":
+        raise UsageError(
+            f"grpo.loss.dual_clip does not apply to surrogate={loss.surrogate}. Set it to 0."
+        )
+    if loss.surrogate == "geo_mean" and loss.ratio != "sequence":
+        raise UsageError(
+            "grpo.loss.surrogate=geo_mean is about the mean ratio of a completion: set "
+            "grpo.loss.ratio=sequence."
+        )
+    if loss.surrogate in ("clip_cov", "kl_cov") and loss.ratio != "token":
+        raise UsageError(
+            f"grpo.loss.surrogate={loss.surrogate} singles tokens out: set grpo.loss.ratio=token."
+        )
+    if not (loss.gate_positive > 0 and loss.gate_negative > 0):
+        raise UsageError("grpo.loss.gate_positive and gate_negative must be above 0.")
+    if loss.covariance_share > 1:
+        raise UsageError(f"grpo.loss.covariance_share={loss.covariance_share} is above 1.")
+    if loss.importance_floor > loss.importance_cap:
+        raise UsageError(
+            f"grpo.loss.importance_floor={loss.importance_floor} is above "
+            f"grpo.loss.importance_cap={loss.importance_cap}."
         )
 
 

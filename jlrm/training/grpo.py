@@ -13,7 +13,7 @@ from jaxtyping import Bool
 
 from jlrm.config import Config, GRPOConfig, LossConfig
 from jlrm.model.qwen import Params
-from jlrm.rl.losses import importance_weights
+from jlrm.rl.losses import completion_mask, covariance_tokens, importance_weights
 from jlrm.runtime import hosts
 from jlrm.training import rollouts
 from jlrm.training.heldout import EvaluateFn
@@ -26,6 +26,7 @@ from jlrm.training.programs import (
     grpo_programs,
     needs_old_logprobs,
     pack_minibatch,
+    singles_out,
     weighs_policy_alone,
 )
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
@@ -67,7 +68,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
             drawn = rollouts.draw(run, begin, started, stage.timed, stage.progress)
-            parts, is_trained = _minibatches(run, programs.sizes, drawn)
+            parts, is_trained = _minibatches(run, programs.sizes, drawn, step)
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
@@ -123,7 +124,7 @@ def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> Non
 
 
 def _minibatches(
-    run: Run, sizes: list[int], drawn: StepBatch
+    run: Run, sizes: list[int], drawn: StepBatch, step: int
 ) -> tuple[list[Minibatch], Bool[np.ndarray, " B"]]:
     """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled.
 
@@ -144,6 +145,12 @@ def _minibatches(
             for i in range(0, len(chosen), num_rollouts)
         ]
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
+        if singles_out(run.config):
+            mask = completion_mask(sampled.lengths, sampled.logps.shape[1])
+            mask &= known.is_kept[:, None]
+            seed = run.config.run.seed, step, len(parts)
+            singled = covariance_tokens(config.loss, *known[:2], mask, seed)
+            known = known._replace(is_singled=singled)
         if has_gradient(config.loss, known):
             is_trained[chosen] = known.is_kept
             parts.append(
@@ -193,9 +200,10 @@ def _with(part: Minibatch, **targets: Any) -> Minibatch:
 
 
 def _weighed(config: Config, sampled: Minibatch, scored: Minibatch) -> Minibatch:
-    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to a cap."""
-    cap = config.grpo.loss.importance_cap
-    correction = importance_weights(scored.targets.old_logp, sampled.targets.old_logp, cap)
+    """Weigh tokens by how much likelier the policy makes them than the sampler, within bounds."""
+    log_ratio = scored.targets.old_logp - sampled.targets.old_logp
+    places = scored.targets.mask, scored.rows.sequence
+    correction = importance_weights(config.grpo.loss, log_ratio, *places)
     if weighs_policy_alone(config):
         return _with(scored, importance=correction)
     return _with(scored, weights=scored.targets.weights * correction)

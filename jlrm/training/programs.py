@@ -78,6 +78,7 @@ class Known(NamedTuple):
     advantages: Float[np.ndarray, " B"]
     is_kept: Bool[np.ndarray, " B"]  # False: no part in the loss
     ref_logps: Float[np.ndarray, "B T"] | None = None
+    is_singled: Bool[np.ndarray, "B T"] | None = None  # by `losses.covariance_tokens`
 
 
 class Minibatch(NamedTuple):
@@ -201,7 +202,9 @@ def grpo_calls(
     groups = [group] * (grpo.prompts // grpo.minibatches)
     rows = longest_rows(layout, programs.sizes, groups)
     has_reference = bool(grpo.loss.kl_weight)
-    targets = abstract_targets(rows.rows, has_reference, weighs_policy_alone(config))
+    targets = abstract_targets(
+        rows.rows, has_reference, weighs_policy_alone(config), singles_out(config)
+    )
     calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
@@ -236,6 +239,11 @@ def weighs_policy_alone(config: Config) -> bool:
     """Return whether importance weights stand beside a token's weight, for its surrogate alone."""
     grpo = config.grpo
     return grpo.loss.importance_cap > 0 and grpo.importance_terms == "policy"
+
+
+def singles_out(config: Config) -> bool:
+    """Return whether the surrogate treats some tokens otherwise than the others."""
+    return config.grpo.loss.surrogate in ("clip_cov", "kl_cov")
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
@@ -321,7 +329,7 @@ def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) 
 
 
 def abstract_targets(
-    rows: Rows, has_reference: bool, has_importance: bool = False
+    rows: Rows, has_reference: bool, has_importance: bool = False, has_singled: bool = False
 ) -> PolicyTargets:
     """Return what the policy loss takes beside its rows, as abstract arrays."""
     numbers = _like(rows.tokens, jnp.float32)
@@ -332,6 +340,7 @@ def abstract_targets(
         mask=_like(rows.tokens, jnp.bool),
         weights=numbers,
         importance=numbers if has_importance else None,
+        is_singled=_like(rows.tokens, jnp.bool) if has_singled else None,
     )
 
 
@@ -362,6 +371,7 @@ def pack_minibatch(
         advantages=packed.take(known.advantages),
         mask=packed.take(known.is_kept),
         weights=packed.take(token_weights(mask, aggregation)),
+        is_singled=None if known.is_singled is None else packed.take(known.is_singled),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
     return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
