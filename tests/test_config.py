@@ -114,6 +114,8 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.loss.gate_negative=0"], "gate_negative must be above 0"),
         (["grpo.loss.covariance_share=1.5"], "covariance_share=1.5 is above 1."),
         (["grpo.loss.importance_floor=0.5"], "is above grpo.loss.importance_cap=0.0."),
+        (["grpo.advantage.orders=summed"], "set data.orders=both."),
+        (["grpo.advantage.term_weights={format: 2}"], "set grpo.advantage.terms=apart."),
         (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
         (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
@@ -302,7 +304,21 @@ def test_settings_of_the_loss_are_read_under_their_old_names(tmp_path):
     settings.save(build(), tmp_path / "c.yaml")
     overrides = [f"grpo.{name}={value}" for name, value in MOVED_VALUES.items()]
     assert settings.load(tmp_path / "c.yaml", overrides) == present
-    assert set(settings.MOVED) == {f"grpo.{name}" for name in MOVED_VALUES}
+    assert set(settings.MOVED) == {
+        *(f"grpo.{name}" for name in MOVED_VALUES),
+        "grpo.advantage_scale",
+        "grpo.advantage_eps",
+    }
+
+
+def test_settings_of_the_advantage_are_read_under_their_old_names(tmp_path):
+    present = build(grpo={"steps": 1, "advantage": {"scale": "batch", "eps": 0.5}})
+    assert build(grpo={"steps": 1, "advantage_scale": "batch", "advantage_eps": 0.5}) == present
+    settings.save(build(), tmp_path / "c.yaml")
+    old = ["grpo.advantage_scale=batch", "grpo.advantage_eps=0.5"]
+    assert settings.load(tmp_path / "c.yaml", old) == present
+    with pytest.raises(UsageError, match=r"grpo\.advantage_eps is the old name of"):
+        build(grpo={"advantage_eps": 1.0, "advantage": {"eps": 1.0}})
 
 
 @pytest.mark.parametrize("in_file", ["clip_low: 0.3", "loss: {clip_low: 0.3}"])
@@ -338,6 +354,7 @@ def test_every_setting_has_a_meaning():
     without = {key for key, meaning in meanings.items() if not meaning}
     sections = {("Config", field.name) for field in dataclasses.fields(Config)}
     sections |= {("SFTConfig", "optimizer"), ("GRPOConfig", "optimizer"), ("GRPOConfig", "loss")}
+    sections |= {("GRPOConfig", "advantage")}
     assert without <= sections
 
 

@@ -61,6 +61,7 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
+TWO_REWARDS = ("reward.plugins={{'test_effects:pay': 1.0, 'test_effects:pay_more': 1.0}}",)
 CLIP_COV = ("grpo.loss.surrogate=clip_cov", "grpo.loss.covariance_share=1")
 JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
@@ -161,8 +162,13 @@ CHANGES = {
     "grpo.epochs": Change(1),
     "grpo.minibatches": Change(2),
     "grpo.pack_tokens": Change(128, ("grpo.prompts=8",)),
-    "grpo.advantage_scale": Change("none"),
-    "grpo.advantage_eps": Change(0.1),
+    "grpo.advantage.baseline": Change("length_weighted"),
+    "grpo.advantage.scale": Change("none"),
+    "grpo.advantage.eps": Change(0.1),
+    "grpo.advantage.whiten": Change("rows"),
+    "grpo.advantage.orders": Change("summed", ("data.orders=both",)),
+    "grpo.advantage.terms": Change("apart", TWO_REWARDS),
+    "grpo.advantage.term_weights": Change("{{pay: 3.0}}", ("grpo.advantage.terms=apart",)),
     "grpo.zero_variance": Change("skip"),
     "grpo.max_draws": Change(2, ("grpo.zero_variance=resample", *NO_REWARDS)),
     "grpo.importance_terms": Change("all", ("grpo.loss.importance_cap=0.5",)),

@@ -20,10 +20,11 @@ from jlrm.config.sections import (
     RunConfig,
     SamplingConfig,
 )
-from jlrm.config.stages import GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
+from jlrm.config.stages import AdvantageConfig, GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
 from jlrm.config.values import Part, RunError, UsageError, check_range, dotted, nearest
 
 __all__ = [
+    "AdvantageConfig",
     "Config",
     "DataConfig",
     "GRPOConfig",
@@ -131,6 +132,7 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
     _check_loss(loss)
+    _check_advantage(grpo.advantage, data)
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
@@ -170,6 +172,19 @@ def _check_loss(loss: LossConfig) -> None:
         raise UsageError(
             f"grpo.loss.importance_floor={loss.importance_floor} is above "
             f"grpo.loss.importance_cap={loss.importance_cap}."
+        )
+
+
+def _check_advantage(advantage: AdvantageConfig, data: DataConfig) -> None:
+    if advantage.orders != "together" and data.orders != "both":
+        raise UsageError(
+            f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "
+            "data.orders=both."
+        )
+    if advantage.term_weights and advantage.terms != "apart":
+        raise UsageError(
+            "grpo.advantage.term_weights weighs terms that are compared apart: set "
+            "grpo.advantage.terms=apart."
         )
 
 

@@ -83,6 +83,27 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class AdvantageConfig:
+    """Settings of the advantages (rl/advantages.py): what is done with rewards."""
+
+    # What is subtracted: the mean of the group, of the others in it (RLOO), the mean weighted by
+    # length (OPO), or nothing.
+    baseline: Literal["group", "leave_one_out", "length_weighted", "none"] = "group"
+    # Whose standard deviation that is divided by.
+    scale: Literal["group", "batch", "none"] = "group"
+    eps: NonNegative = 1e-6  # added to that standard deviation, and to the one of `whiten`
+    # Brought to mean 0 and deviation 1 at the end, over the batch's completions ("rows") or tokens.
+    whiten: Literal["none", "rows", "tokens"] = "none"
+    # Of a pair in both orders: compared with all of its completions, with those of the same order,
+    # or the sum of both advantages (EIS-GRPO). See data.orders.
+    orders: Literal["together", "apart", "summed"] = "together"
+    # Terms of the reward: summed before they are compared, or compared each by itself (GDPO).
+    terms: Literal["summed", "apart"] = "summed"
+    # Weights of terms that are compared apart, by name; 1 where none is given.
+    term_weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class GRPOConfig:
     title = "GRPO"
     batch_field = "prompts"
@@ -94,16 +115,14 @@ class GRPOConfig:
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
     pack_tokens: Count = 0
     loss: LossConfig = field(default_factory=LossConfig)
-    # Whose standard deviation the centred reward is divided by.
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    advantage_eps: NonNegative = 1e-6  # added to that standard deviation
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     # What importance weights (loss.importance_cap) weigh: the surrogate, as in TRL and verl, or the
     # KL and entropy terms too, as in NeMo-RL.
     importance_terms: Literal["policy", "all"] = "policy"
     # Groups of equal rewards: kept with no advantage, taken out of the loss ("skip"), or sampled
     # anew from the next prompts. loss.aggregation "token_mean" then has fewer tokens to divide by,
     # so the other groups weigh more; the others still divide by all B completions, so the step gets
-    # smaller. "resample" takes the deviation of advantage_scale "batch" over the groups it chose.
+    # smaller. "resample" takes the deviation of advantage.scale "batch" over the groups it chose.
     zero_variance: Literal["keep", "skip", "resample"] = "keep"
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with

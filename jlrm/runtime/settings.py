@@ -31,7 +31,7 @@ MOVED = {
         *("ratio", "clip_low", "clip_high", "dual_clip", "aggregation", "importance_cap"),
         *("mask_truncated", "kl_weight", "entropy_weight"),
     )
-}
+} | {f"grpo.advantage_{name}": f"grpo.advantage.{name}" for name in ("scale", "eps")}
 
 
 # Flags of pairs: their form, an example and what they are for.
@@ -215,7 +215,7 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
     """
     for old, new in MOVED.items():
         where, name = old.split(".")
-        inner = new.split(".")[1]
+        _, inner, present_name = new.split(".")
         section = tree.get(where)
         if not isinstance(section, dict) or name not in section:
             continue
@@ -223,10 +223,10 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
         present = {} if present is None else present
         if not isinstance(present, dict):  # `_coerce_section` says what it must hold
             return tree
-        if name in present:
+        if present_name in present:
             raise UsageError(f"{old} is the old name of {new}, and both are given. Keep {new}.")
         rest = {key: value for key, value in section.items() if key != name}
-        tree = {**tree, where: {**rest, inner: {**present, name: section[name]}}}
+        tree = {**tree, where: {**rest, inner: {**present, present_name: section[name]}}}
     return tree
 
 

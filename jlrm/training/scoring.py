@@ -71,6 +71,12 @@ def rewards_of(judgements: Sequence[Judgement]) -> Float[np.ndarray, " B"]:
     return np.array([np.nan if reward is None else reward for reward in paid], np.float32)
 
 
+def terms_of(judgements: Sequence[Judgement]) -> dict[str, Float[np.ndarray, " B"]]:
+    """Return each term of the reward by name, NaN where it does not apply."""
+    values = {name: [each.terms[name] for each in judgements] for name in judgements[0].terms}
+    return {name: np.array(each, np.float32) for name, each in values.items()}
+
+
 def mean_reward(judgements: Sequence[Judgement]) -> float:
     """Return the mean over the judgements that a reward applies to; NaN where there is none."""
     paid = rewards_of(judgements)

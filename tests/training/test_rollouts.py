@@ -161,7 +161,7 @@ def test_a_group_with_one_reward_has_nothing_to_compare_it_with(opened, choice):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_resampling_scales_by_the_groups_it_chose(opened, scale):
-    run = opened(zero_variance="resample", advantage_scale=scale)
+    run = opened(zero_variance="resample", advantage={"scale": scale})
     uniform, first, second, third = [7.0] * 3, [0.0, 1.0, 5.0], [40.0, 10.0, None], [0.0, 90.0, 3.0]
     step = drawn(run, uniform + first, uniform + uniform, second + third)
     assert step.num_draws == 3 and step.is_learned.tolist() == [True] * 5 + [False]
@@ -190,7 +190,7 @@ def test_what_became_of_each_row_is_told(opened):
 
 
 def test_a_group_that_only_fills_up_counts_in_no_deviation(opened):
-    run = opened(zero_variance="resample", advantage_scale="batch", max_draws=2)
+    run = opened(zero_variance="resample", advantage={"scale": "batch"}, max_draws=2)
     step = drawn(run, [7.0] * 3 + [0.0, 1.0, 5.0], [9.0] * 6)
     assert step.is_learned.tolist() == [False] * 3 + [True] * 3
     wanted = np.array([0, 0, 0, -2, -1, 3]) / (np.std([0, 1, 5], ddof=1) + 1e-6)
