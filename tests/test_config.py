@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from jlrm import config
 from jlrm.config import Config, LossConfig, UsageError
+from jlrm.config.presets import PRESETS
 from jlrm.runtime import settings
 from jlrm.runtime.settings_help import all_meanings, describe_settings
 
@@ -116,6 +117,12 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.loss.importance_floor=0.5"], "is above grpo.loss.importance_cap=0.0."),
         (["grpo.advantage.orders=summed"], "set data.orders=both."),
         (["grpo.advantage.term_weights={format: 2}"], "set grpo.advantage.terms=apart."),
+        (["preset=trll"], "preset='trll' is none. Did you mean 'trl'?"),
+        (["preset="], "preset='' is none. Known: judgelrm, trl, verl, dapo,"),
+        (["preset={trl: 1}"], "is none. Known: judgelrm"),
+        (["preest=trl"], "Unknown key 'preest'. Did you mean 'preset'?"),
+        (["preset=gspo", "grpo=3"], "Section 'grpo' must hold keys and values, got 3."),
+        (["reward.overlong_share=0"], "outside (0, 1]"),
         (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
         (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
@@ -334,6 +341,45 @@ def test_one_file_may_not_use_both_names_of_a_setting():
     both = r"grpo\.clip_low is the old name of grpo\.loss\.clip_low, and both are given"
     with pytest.raises(UsageError, match=both):
         build(grpo={"clip_low": 0.3, "loss": {"clip_low": 0.3}})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config_that_differs_from_the_defaults(name):
+    chosen = build(preset=name)
+    assert chosen != build()
+    flat = settings.flatten(settings.to_dict(chosen))
+    assert {key: flat[key] for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_a_preset_gives_way_to_the_file_and_comes_before_other_overrides(tmp_path):
+    head = {name: part for name, part in SMALLEST.items() if name != "grpo"}
+    given = {"steps": 1, "loss": {"clip_high": 0.5}, "rollouts": 4}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**head, "preset": "dapo", "grpo": given}))
+    loaded = settings.load(file)
+    assert loaded.grpo.loss.clip_high == 0.5 and loaded.grpo.rollouts == 4  # the file's own
+    assert loaded.grpo.loss.dual_clip == 10.0 and loaded.grpo.zero_variance == "resample"
+    over = settings.load(file, ["grpo.loss.clip_low=0.1", "preset=trl"])
+    assert over.grpo.loss.clip_high == 0.2 and over.grpo.rollouts == 8  # the preset over the file
+    assert over.grpo.loss.clip_low == 0.1  # whatever the order
+    assert over.grpo.zero_variance == "keep" and over.grpo.max_draws == 10
+
+
+def test_of_several_presets_the_last_wins(tmp_path):
+    both = build(preset=["trl", "gspo"])
+    assert both.grpo.advantage.eps == 1e-4 and both.grpo.loss.clip_high == 4e-4
+    assert build(preset="trl,gspo") == both
+    settings.save(build(), tmp_path / "c.yaml")
+    values = [f"{key}={value}" for key, value in (PRESETS["trl"] | PRESETS["gspo"]).items()]
+    assert settings.load(tmp_path / "c.yaml", ["preset=trl,gspo"]) == settings.load(
+        tmp_path / "c.yaml", values
+    )
+
+
+def test_a_saved_config_holds_what_its_preset_stood_for(tmp_path):
+    settings.save(build(preset="verl"), tmp_path / "c.yaml")
+    assert "preset: verl" not in (tmp_path / "c.yaml").read_text()
+    assert settings.load(tmp_path / "c.yaml") == build(preset="verl")
 
 
 def test_help_tells_every_setting_with_default_choices_and_meaning():

@@ -95,6 +95,8 @@ REWARD = {
     "swap_consistency": Change(0.5),
     "length": Change(0.2),
     "length_tokens": Change(10, ("length=0.2",)),
+    "overlong": Change(-1.0),
+    "overlong_share": Change(1.0, ("overlong=-1.0",)),
     "limit": Change(-1.0),
     "min_score": Change(3),
     "max_score": Change(7),

@@ -200,6 +200,8 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
     if reward.mode == "judgelrm" and reward.brier:
         raise UsageError("reward.mode=judgelrm takes no reward.brier. Use judgelrm_symmetric.")
+    if not 0.0 < reward.overlong_share <= 1.0:
+        raise UsageError(f"reward.overlong_share={reward.overlong_share} is outside (0, 1].")
     if reward.min_score >= reward.max_score:
         raise UsageError(
             f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."

@@ -40,8 +40,8 @@ class Judgement:
 
     @property
     def reward(self) -> float | None:
-        """The sum of the terms that apply; None where none does."""
-        is_paid = any(value is not None for value in self.terms.values())
+        """The sum of the terms that apply; None where none does, or only the one for length."""
+        is_paid = any(self.terms[name] is not None for name in self.terms.keys() - {"overlong"})
         return rewards.total(self.terms) if is_paid else None
 
     def table_row(self) -> dict[str, Any]:

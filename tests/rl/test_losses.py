@@ -31,6 +31,7 @@ from jlrm.rl.losses import (
     sequence_log_ratio,
     token_weights,
 )
+from jlrm.runtime.settings import from_dict
 
 RECORD = json.loads((GOLDEN / "grpo.json").read_text())
 CASES = {case["name"]: case for case in RECORD["cases"]}
@@ -750,6 +751,32 @@ def test_importance_weighs_the_surrogate_and_no_other_term(surrogate):
     )
     assert abs(float(plain - loss)) > 1e-4
     assert jax.tree.map(float, sums) == jax.tree.map(float, plain_sums)
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("trl", "trl/dapo_off"),
+        ("trl,dr_grpo", "trl/dr_grpo_off"),
+        ("trl,gspo", "trl/sequence_off_3e-4_4e-4"),
+        ("trl,sapo", "trl/sapo_off"),
+        ("trl,cispo", "trl/cispo_off_cap_5.0"),
+        ("verl", "verl/token-mean_off"),
+        ("verl,gspo", "verl/gspo_off_3e-4_4e-4"),
+        ("verl,sapo", "verl/sapo_off"),
+        ("judgelrm", "verl/judgelrm_preset_on_before_factor"),
+    ],
+)
+def test_a_preset_is_the_loss_that_was_recorded(preset, name):
+    tree = {"run": {"dir": "r"}, "data": {"train": "toy"}, "grpo": {"steps": 1}}
+    tree |= {"model": {"preset": "toy", "tokenizer": "toy"}, "preset": preset}
+    inputs, given = recorded_inputs(name), from_dict(tree).grpo.loss
+    (loss, _), (gradient, _) = value_and_grads(given, *inputs)
+    wanted = np.array(CASES[name]["gradient"])
+    close = {"rtol": 1e-6, "atol": 1e-7}
+    np.testing.assert_allclose(loss, CASES[name]["loss"], **close)
+    np.testing.assert_allclose(gradient[:, : wanted.shape[1]], wanted, **close)
+    assert given.aggregation == MAPPED[name].settings.aggregation
 
 
 def test_each_name_of_the_config_is_a_line_of_its_table():

@@ -62,7 +62,9 @@ def opened(tokenizer):
     exec(PAY, module.__dict__)
     sys.modules[module.__name__] = module
 
-    def run(*names: str, orders: str = "given", mode: str = "none", **grpo: Any) -> Run:
+    def run(
+        *names: str, orders: str = "given", mode: str = "none", overlong: float = 0, **grpo: Any
+    ) -> Run:
         weights = {f"paying_rewards:{name}": 1.0 for name in names or ("pay",)}
         config = from_dict(
             {
@@ -70,7 +72,7 @@ def opened(tokenizer):
                 "model": {"preset": "toy", "tokenizer": "toy"},
                 "data": {"train": "toy", "prompt": "toy", "orders": orders},
                 "sampling": {"max_new_tokens": 16},
-                "reward": {"mode": mode, "plugins": weights},
+                "reward": {"mode": mode, "plugins": weights, "overlong": overlong},
                 "grpo": {"steps": 1, "prompts": 2, "rollouts": 3, **grpo},
             }
         )
@@ -202,6 +204,48 @@ def test_both_orders_share_a_baseline_without_what_is_not_paid(opened):
     step = drawn(opened(orders="both"), values)
     np.testing.assert_allclose(step.batch.advantages, advantages(values), rtol=1e-5)
     assert step.is_learned.tolist() == [True, False, True, True, True, True]
+
+
+def test_a_completion_near_the_limit_is_punished_whoever_pays_but_that_alone_is_no_pay(opened):
+    """Completions are of 16 tokens at most, one for each sign: 13 begin the last fifth."""
+    values = [1.0, 123456789012.0, 10000000000001.0, None, 100.0, 1.0]
+    run = opened(overlong=-1.0)
+    step = drawn(run, values)
+    lengths = step.batch.sampled.lengths
+    assert lengths.tolist() == [3, 14, 16, 4, 5, 3]
+    paid = [judgement.terms["overlong"] for judgement in step.batch.judgements]
+    np.testing.assert_allclose(paid, [0, -(14 - 12.8) / 3.2, -1, 0, 0, 0], atol=1e-6)
+    assert step.is_learned.tolist() == [True, True, True, False, True, True]
+    assert step.batch.judgements[3].reward is None
+
+
+def test_of_two_orders_each_is_compared_with_itself_and_with_the_other(opened):
+    """EIS-GRPO: the sum of both advantages."""
+    values = [4.0, 1.0, 3.0, 0.0, 2.0, 2.0]
+    step = drawn(opened(orders="both", advantage={"orders": "summed"}), values)
+    wanted = advantages(values) + advantages(values[:3], values[3:])
+    np.testing.assert_allclose(step.batch.advantages, wanted, rtol=1e-5)
+
+
+def test_terms_are_compared_apart_each_with_its_weight(opened):
+    settings = {"terms": "apart", "term_weights": {"pay_again": 3.0}}
+    values = [4.0, None, 3.0, 5.0, None, 0.0]
+    step = drawn(opened("pay", "pay_again", advantage=settings), values)
+    # pay_again pays 1 where the text is null, and nothing else: it has nothing to compare.
+    np.testing.assert_allclose(step.batch.advantages, advantages(values[:3], values[3:]), rtol=1e-5)
+    assert step.is_learned.all()
+    step = drawn(opened("pay", "notes", advantage=settings | {"term_weights": {"pay": 3}}), values)
+    wanted = 3 * advantages(values[:3], values[3:])
+    np.testing.assert_allclose(step.batch.advantages, wanted, rtol=1e-5)
+
+
+def test_what_fills_up_a_resampled_batch_counts_in_no_whitening(opened):
+    run = opened(zero_variance="resample", advantage={"whiten": "rows"}, max_draws=2)
+    first, second = [1.0, 2.0, 6.0], [5.0, 5.0, 5.0]
+    step = drawn(run, first + second, second + second)
+    wanted = advantages(advantages(first).tolist())  # mean 0 already: only the deviation changes
+    np.testing.assert_allclose(step.batch.advantages, [*wanted, 0, 0, 0], rtol=1e-5)
+    assert step.is_learned.tolist() == [True] * 3 + [False] * 3
 
 
 def test_what_plug_ins_log_is_averaged_and_stands_in_the_table(opened):

@@ -112,7 +112,7 @@ def test_a_run_from_before_importance_terms_goes_on_with_all_or_not_at_all(run_d
 
 def test_a_weight_of_a_term_that_no_reward_has_is_refused_before_anything_is_opened(run_dir):
     apart = {"terms": "apart", "term_weights": {"relatoin": 2.0}}
-    with pytest.raises(UsageError, match="no term is named 'relatoin'. Did you mean 'relation'?"):
+    with pytest.raises(UsageError, match=r"no term is named 'relatoin'\. Did you mean 'relation'"):
         opened(settings(run_dir, grpo={"advantage": apart}))
 
 
