@@ -115,6 +115,8 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.loss.gate_negative=0"], "gate_negative must be above 0"),
         (["grpo.loss.covariance_share=1.5"], "covariance_share=1.5 is above 1."),
         (["grpo.loss.importance_floor=0.5"], "is above grpo.loss.importance_cap=0.0."),
+        (["grpo.advantage.kl_weight=1", "grpo.advantage.terms=apart"], "terms=summed, or use"),
+        (["grpo.advantage.kl_weight=1", "grpo.loss.surrogate=kl_cov"], "Use grpo.loss.kl_weight."),
         (["grpo.advantage.orders=summed"], "set data.orders=both."),
         (["grpo.advantage.term_weights={format: 2}"], "set grpo.advantage.terms=apart."),
         (["preset=trll"], "preset='trll' is none. Did you mean 'trl'?"),

@@ -169,6 +169,7 @@ CHANGES = {
     "grpo.advantage.eps": Change(0.1),
     "grpo.advantage.whiten": Change("rows"),
     "grpo.advantage.orders": Change("summed", ("data.orders=both",)),
+    "grpo.advantage.kl_weight": Change(0.5),
     "grpo.advantage.terms": Change("apart", TWO_REWARDS),
     "grpo.advantage.term_weights": Change("{{pay: 3.0}}", ("grpo.advantage.terms=apart",)),
     "grpo.zero_variance": Change("skip"),

@@ -132,7 +132,7 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
     _check_loss(loss)
-    _check_advantage(grpo.advantage, data)
+    _check_advantage(grpo, data)
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
@@ -160,7 +160,7 @@ def _check_loss(loss: LossConfig) -> None:
             "grpo.loss.surrogate=geo_mean is about the mean ratio of a completion: set "
             "grpo.loss.ratio=sequence."
         )
-    if loss.surrogate in ("clip_cov", "kl_cov") and loss.ratio != "token":
+    if loss.singles_out and loss.ratio != "token":
         raise UsageError(
             f"grpo.loss.surrogate={loss.surrogate} singles tokens out: set grpo.loss.ratio=token."
         )
@@ -175,7 +175,18 @@ def _check_loss(loss: LossConfig) -> None:
         )
 
 
-def _check_advantage(advantage: AdvantageConfig, data: DataConfig) -> None:
+def _check_advantage(grpo: GRPOConfig, data: DataConfig) -> None:
+    advantage = grpo.advantage
+    if advantage.kl_weight and advantage.terms == "apart":
+        raise UsageError(
+            "grpo.advantage.kl_weight lowers a reward that is one number: set "
+            "grpo.advantage.terms=summed, or use grpo.loss.kl_weight."
+        )
+    if advantage.kl_weight and grpo.loss.singles_out:
+        raise UsageError(
+            f"grpo.loss.surrogate={grpo.loss.surrogate} chooses tokens before the KL of "
+            "grpo.advantage.kl_weight is known. Use grpo.loss.kl_weight."
+        )
     if advantage.orders != "together" and data.orders != "both":
         raise UsageError(
             f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "

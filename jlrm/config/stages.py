@@ -81,6 +81,11 @@ class LossConfig:
     kl_correction: Literal["none", "ratio", "k2"] = "none"
     entropy_weight: float = 0.001  # weight of the entropy, which lowers the loss
 
+    @property
+    def singles_out(self) -> bool:
+        """Whether the surrogate treats some tokens otherwise than the others."""
+        return self.surrogate in ("clip_cov", "kl_cov")
+
 
 @dataclass(frozen=True)
 class AdvantageConfig:
@@ -97,6 +102,9 @@ class AdvantageConfig:
     # Of a pair in both orders: compared with all of its completions, with those of the same order,
     # or the sum of both advantages (EIS-GRPO). See data.orders.
     orders: Literal["together", "apart", "summed"] = "together"
+    # Each reward is lowered by this times the sum of log(old / reference probability) over the
+    # completion's tokens (k1), before rewards are compared.
+    kl_weight: NonNegative = 0.0
     # Terms of the reward: summed before they are compared, or compared each by itself (GDPO).
     terms: Literal["summed", "apart"] = "summed"
     # Weights of terms that are compared apart, by name; 1 where none is given.
@@ -130,3 +138,8 @@ class GRPOConfig:
     # cost no device time, and loss.importance_cap corrects for them).
     ahead: Literal["none", "next", "stale"] = "next"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the weights it begins from are kept, as the reference of a KL."""
+        return self.loss.kl_weight > 0 or self.advantage.kl_weight > 0

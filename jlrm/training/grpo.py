@@ -15,7 +15,8 @@ from jlrm.config import Config, GRPOConfig, LossConfig
 from jlrm.model.qwen import Params
 from jlrm.rl.losses import completion_mask, covariance_tokens, importance_weights
 from jlrm.runtime import hosts
-from jlrm.training import rollouts
+from jlrm.runtime.mesh import host_array, replicate
+from jlrm.training import packing, rollouts
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
 from jlrm.training.programs import (
@@ -26,7 +27,6 @@ from jlrm.training.programs import (
     grpo_programs,
     needs_old_logprobs,
     pack_minibatch,
-    singles_out,
     weighs_policy_alone,
 )
 from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
@@ -45,7 +45,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
         stage.compile_ahead(lambda: grpo_calls(run.config, run.policy, width, programs))
         reference = None
-        if config.loss.kl_weight:
+        if config.has_reference:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
         stage.evaluate_start()
 
@@ -73,6 +73,8 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
                 parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
+                if config.advantage.kl_weight:
+                    parts, drawn = less_divergence(run, parts, drawn)
 
             # 6. Optimise. The next rollout is dispatched before anything here waits for the update.
             with stage.timed("update"):
@@ -104,7 +106,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
 def _names(config: Config) -> list[str]:
     """Return the programs of a step, for people to read."""
-    has_logprobs = config.grpo.loss.kl_weight or needs_old_logprobs(config)
+    has_logprobs = config.grpo.has_reference or needs_old_logprobs(config)
     return ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
 
 
@@ -145,17 +147,17 @@ def _minibatches(
             for i in range(0, len(chosen), num_rollouts)
         ]
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
-        if singles_out(run.config):
+        if config.loss.singles_out:
             mask = completion_mask(sampled.lengths, sampled.logps.shape[1])
             mask &= known.is_kept[:, None]
             seed = run.config.run.seed, step, len(parts)
             singled = covariance_tokens(config.loss, *known[:2], mask, seed)
             known = known._replace(is_singled=singled)
-        if has_gradient(config.loss, known):
+        if has_gradient(config.loss, known) or (config.advantage.kl_weight and any(known.is_kept)):
             is_trained[chosen] = known.is_kept
-            parts.append(
-                pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
-            )
+            part = pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
+            numbers = np.where(part.completion < 0, -1, chosen[part.completion])
+            parts.append(part._replace(completion=numbers))
     return parts, is_trained
 
 
@@ -193,6 +195,25 @@ def _logprobs(
     if reference is not None:
         parts = [_with(part, ref_logp=programs.logprobs(reference, part.rows)[0]) for part in parts]
     return jax.block_until_ready(parts), gap
+
+
+def less_divergence(
+    run: Run, parts: list[Minibatch], drawn: StepBatch
+) -> tuple[list[Minibatch], StepBatch]:
+    """Lower rewards by the policy's distance from the reference, and compare them again."""
+    layout, distance = run.policy.training, np.zeros(len(drawn.is_learned))
+    for part in parts:
+        gap = replicate(layout, part.targets.old_logp - part.targets.ref_logp)
+        is_target = part.completion >= 0
+        np.add.at(distance, part.completion[is_target], host_array(gap)[is_target])
+    penalty = run.config.grpo.advantage.kl_weight * distance
+    gains = rollouts.advantages_of(run, drawn, penalty)
+    compared = []
+    for part in parts:
+        placed = np.where(part.completion < 0, np.float32(0), gains[part.completion])
+        compared.append(_with(part, advantages=packing.to_devices(layout, placed)))
+    values = drawn.metrics | {"rewards/kl/mean": -float(penalty.mean())}
+    return compared, drawn._replace(batch=drawn.batch._replace(advantages=gains), metrics=values)
 
 
 def _with(part: Minibatch, **targets: Any) -> Minibatch:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
@@ -88,6 +88,7 @@ class Minibatch(NamedTuple):
     targets: PolicyTargets
     packing: dict[str, float]
     num_tokens: int  # in the loss
+    completion: Int[np.ndarray, "A B C"]  # number of each target's completion; -1: no target
 
 
 def rollout_settings(config: Config, network: Network) -> SamplerSettings:
@@ -201,10 +202,9 @@ def grpo_calls(
     group = Group(range(longest_prompt), [range(sampling.max_new_tokens)] * grpo.rollouts)
     groups = [group] * (grpo.prompts // grpo.minibatches)
     rows = longest_rows(layout, programs.sizes, groups)
-    has_reference = bool(grpo.loss.kl_weight)
-    targets = abstract_targets(
-        rows.rows, has_reference, weighs_policy_alone(config), singles_out(config)
-    )
+    has_reference = grpo.has_reference
+    extra = weighs_policy_alone(config), grpo.loss.singles_out
+    targets = abstract_targets(rows.rows, has_reference, *extra)
     calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
@@ -239,11 +239,6 @@ def weighs_policy_alone(config: Config) -> bool:
     """Return whether importance weights stand beside a token's weight, for its surrogate alone."""
     grpo = config.grpo
     return grpo.loss.importance_cap > 0 and grpo.importance_terms == "policy"
-
-
-def singles_out(config: Config) -> bool:
-    """Return whether the surrogate treats some tokens otherwise than the others."""
-    return config.grpo.loss.surrogate in ("clip_cov", "kl_cov")
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
@@ -374,7 +369,7 @@ def pack_minibatch(
         is_singled=None if known.is_singled is None else packed.take(known.is_singled),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
-    return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
+    return Minibatch(rows, targets, packed.metrics, int(mask.sum()), packed.completion)
 
 
 def _freeze(model: QwenConfig, params: Params) -> Params:

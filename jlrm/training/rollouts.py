@@ -284,10 +284,22 @@ def _advantages(
     judgements: Sequence[Judgement],
     lengths: Int[np.ndarray, " B"],
     is_counted: Bool[np.ndarray, " B"] | bool = True,
+    penalty: Float[np.ndarray, " B"] | None = None,
 ) -> Float[np.ndarray, " B"]:
-    grouped = _terms(run, judgements, is_counted)
     config, shape = run.config.grpo.advantage, (_num_groups(run), -1)
+    grouped = _terms(run, judgements, is_counted)
+    if penalty is not None:
+        grouped = {name: each - penalty.reshape(shape) for name, each in grouped.items()}
     return advantages(config, grouped, lengths.reshape(shape), _together(run)).reshape(-1)
+
+
+def advantages_of(
+    run: Run, drawn: StepBatch, penalty: Float[np.ndarray, " B"]
+) -> Float[np.ndarray, " B"]:
+    """Return the advantages of a step's batch whose rewards are lowered by so much."""
+    is_counted = drawn.is_learned if run.config.grpo.zero_variance == "resample" else True
+    judgements, lengths = drawn.batch.judgements, drawn.batch.sampled.lengths
+    return _advantages(run, judgements, lengths, is_counted, penalty)
 
 
 def _terms(

@@ -20,9 +20,12 @@ from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.data.worlds import toy
 from jlrm.judgement import plugins
 from jlrm.judgement.notes import TrainerState
+from jlrm.runtime.mesh import create_mesh, training_layout
 from jlrm.runtime.settings import from_dict
 from jlrm.training import rollouts
-from jlrm.training.programs import grpo_programs
+from jlrm.training.grpo import less_divergence
+from jlrm.training.packing import Group
+from jlrm.training.programs import Known, grpo_programs, pack_minibatch
 from jlrm.training.rollouts import Sampled, Started, StepBatch
 from jlrm.training.scoring import mean_logged
 from jlrm.training.setup import Run, RunData, initial_params, open_run
@@ -246,6 +249,42 @@ def test_what_fills_up_a_resampled_batch_counts_in_no_whitening(opened):
     wanted = advantages(advantages(first).tolist())  # mean 0 already: only the deviation changes
     np.testing.assert_allclose(step.batch.advantages, [*wanted, 0, 0, 0], rtol=1e-5)
     assert step.is_learned.tolist() == [True] * 3 + [False] * 3
+
+
+def test_rewards_are_lowered_by_the_sum_of_log_ratios_before_they_are_compared(opened):
+    """As verl's k1 in the reward and TRL's RLOO: of all tokens of a completion."""
+    run = opened(advantage={"kl_weight": 0.5}, minibatches=2)
+    values = [1.0, None, 30.0, 2.0, 2.0, 2.0]
+    step = drawn(run, values)
+    layout = training_layout(create_mesh(run.config.mesh, jax.devices()[:1]))
+    policy = types.SimpleNamespace(tokenizer=run.policy.tokenizer, training=layout)
+    run = dataclasses.replace(run, policy=cast(Any, policy))
+    rng, parts, distance = np.random.default_rng(0), [], np.zeros(6)
+    for number in (0, 1):
+        chosen = np.arange(3 * number, 3 * number + 3)
+        sampled = step.batch.sampled.take(chosen.tolist())
+        group = Group([1, 2], sampled.ids)
+        ref_logps = rng.normal(size=sampled.logps.shape).astype(np.float32)
+        for i, ref, old, length in zip(
+            chosen, ref_logps, sampled.logps, sampled.lengths, strict=True
+        ):
+            distance[i] = np.sum((old - ref)[:length])
+        known = Known(
+            sampled.logps, step.batch.advantages[chosen], step.is_learned[chosen], ref_logps
+        )
+        part = pack_minibatch(layout, [128], [group], known, "token_mean")
+        parts.append(
+            part._replace(completion=np.where(part.completion < 0, -1, chosen[part.completion]))
+        )
+    compared, after = less_divergence(run, parts, step)
+    lowered = [v if v is None else v - 0.5 * d for v, d in zip(values, distance, strict=True)]
+    wanted = advantages(lowered[:3], lowered[3:])
+    np.testing.assert_allclose(after.batch.advantages, wanted, rtol=1e-5, atol=1e-6)
+    assert after.metrics["rewards/kl/mean"] == pytest.approx(-0.5 * distance.mean(), rel=1e-5)
+    for part in compared:
+        placed, is_target = np.asarray(part.targets.advantages), part.completion >= 0
+        np.testing.assert_allclose(placed[is_target], wanted[part.completion[is_target]], rtol=1e-5)
+        assert not placed[~is_target].any()
 
 
 def test_what_plug_ins_log_is_averaged_and_stands_in_the_table(opened):
