@@ -130,6 +130,7 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
         (["model.path=x"], "exactly one of model.path"),
         (["model.tokenizer="], "model.preset has no tokenizer"),
+        (["data.gold=majority", "reward.mode=judgelrm"], "set reward.mode=judgelrm_symmetric."),
         (["reward.min_score=10"], "is not below"),
         (["sampling.stop_strings={'': 1}"], "stop_strings"),
         (["run.dir="], "run.dir is empty"),

@@ -209,6 +209,11 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
         )
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
+    if data.gold == "majority" and reward.mode != "judgelrm_symmetric":
+        raise UsageError(
+            "data.gold=majority names the better answer and gives no scores: set "
+            "reward.mode=judgelrm_symmetric."
+        )
     if reward.mode == "judgelrm" and reward.brier:
         raise UsageError("reward.mode=judgelrm takes no reward.brier. Use judgelrm_symmetric.")
     if not 0.0 < reward.overlong_share <= 1.0:

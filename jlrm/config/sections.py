@@ -73,7 +73,9 @@ class DataConfig:
     # Two scores of the file and what they become, if its scale is not the reward's: {0: 1, 100: 10}
     rescale: dict[str, float] = field(default_factory=dict)
     # "shuffled", a control: in half the training pairs, by chance, gold names the worse answer.
-    gold: Literal["given", "shuffled"] = "given"
+    # "majority": GRPO pays agreement with what most judgements of a group prefer; the gold of a
+    # training row is counted by metrics alone.
+    gold: Literal["given", "shuffled", "majority"] = "given"
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"

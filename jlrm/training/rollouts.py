@@ -373,7 +373,9 @@ def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dic
     is_useful = np.concatenate([_is_informative(run, each) for each in drawn])
     values = metrics(judgements, lengths, is_finished)
     values["frac_reward_zero_std"] = 1 - float(is_useful.mean())
-    if run.config.reward.mode == "none":  # our own terms pay every completion
+    config = run.config
+    # Otherwise our own terms pay every completion.
+    if config.reward.mode == "none" or config.data.gold == "majority":
         values["completions/unpaid_ratio"] = float(np.isnan(rewards_of(judgements)).mean())
     if run.config.data.orders == "both":
         share = [consistency(each.judgements, _partner(run)) for each in drawn]
