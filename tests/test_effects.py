@@ -61,6 +61,8 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
+TWO_REWARDS = ("reward.plugins={{'test_effects:pay': 1.0, 'test_effects:pay_more': 1.0}}",)
+CLIP_COV = ("grpo.loss.surrogate=clip_cov", "grpo.loss.covariance_share=1")
 JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
     "learning_rate": Change(0.5),
@@ -93,6 +95,8 @@ REWARD = {
     "swap_consistency": Change(0.5),
     "length": Change(0.2),
     "length_tokens": Change(10, ("length=0.2",)),
+    "overlong": Change(-1.0),
+    "overlong_share": Change(1.0, ("overlong=-1.0",)),
     "limit": Change(-1.0),
     "min_score": Change(3),
     "max_score": Change(7),
@@ -160,8 +164,14 @@ CHANGES = {
     "grpo.epochs": Change(1),
     "grpo.minibatches": Change(2),
     "grpo.pack_tokens": Change(128, ("grpo.prompts=8",)),
-    "grpo.advantage_scale": Change("none"),
-    "grpo.advantage_eps": Change(0.1),
+    "grpo.advantage.baseline": Change("length_weighted"),
+    "grpo.advantage.scale": Change("none"),
+    "grpo.advantage.eps": Change(0.1),
+    "grpo.advantage.whiten": Change("rows"),
+    "grpo.advantage.orders": Change("summed", ("data.orders=both",)),
+    "grpo.advantage.kl_weight": Change(0.5),
+    "grpo.advantage.terms": Change("apart", TWO_REWARDS),
+    "grpo.advantage.term_weights": Change("{{pay: 3.0}}", ("grpo.advantage.terms=apart",)),
     "grpo.zero_variance": Change("skip"),
     "grpo.max_draws": Change(2, ("grpo.zero_variance=resample", *NO_REWARDS)),
     "grpo.importance_terms": Change("all", ("grpo.loss.importance_cap=0.5",)),
@@ -171,10 +181,23 @@ CHANGES = {
     "grpo.loss.clip_low": Change(0.01),
     "grpo.loss.clip_high": Change(0.01),
     "grpo.loss.dual_clip": Change(1.21),
+    "grpo.loss.gate_positive": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.gate_negative": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.covariance_share": Change(0.5, ("grpo.loss.surrogate=kl_cov",)),
+    "grpo.loss.covariance_low": Change(0.0, CLIP_COV),
+    "grpo.loss.covariance_high": Change(0.0, (*CLIP_COV, "grpo.loss.covariance_low=-9")),
+    "grpo.loss.covariance_kl": Change(9.0, ("grpo.loss.surrogate=kl_cov",)),
     "grpo.loss.aggregation": Change("sequence_sum"),
     "grpo.loss.importance_cap": Change(0.5),
+    "grpo.loss.importance_floor": Change(1.5, ("grpo.loss.importance_cap=2",)),
+    "grpo.loss.importance_outside": Change("mask", ("grpo.loss.importance_cap=0.5",)),
+    "grpo.loss.importance_ratio": Change(
+        "sequence", ("grpo.ahead=stale", "grpo.loss.importance_cap=2")
+    ),
     "grpo.loss.mask_truncated": Change(True),
     "grpo.loss.kl_weight": Change(0.5),
+    "grpo.loss.kl_estimator": Change("k2"),
+    "grpo.loss.kl_correction": Change("ratio"),
     "grpo.loss.entropy_weight": Change(0.5),
     **{f"reward.{name}": change for name, change in REWARD.items()},
     **{f"{s}.optimizer.{name}": c for s in ("sft", "grpo") for name, c in OPTIMIZER.items()},

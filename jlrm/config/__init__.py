@@ -20,10 +20,11 @@ from jlrm.config.sections import (
     RunConfig,
     SamplingConfig,
 )
-from jlrm.config.stages import GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
+from jlrm.config.stages import AdvantageConfig, GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
 from jlrm.config.values import Part, RunError, UsageError, check_range, dotted, nearest
 
 __all__ = [
+    "AdvantageConfig",
     "Config",
     "DataConfig",
     "GRPOConfig",
@@ -130,8 +131,8 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.dual_clip={loss.dual_clip} must be 0 (off) or at least "
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
-    if loss.dual_clip and loss.surrogate == "cispo":
-        raise UsageError("grpo.loss.dual_clip does not apply to surrogate=cispo. Set it to 0.")
+    _check_loss(loss)
+    _check_advantage(grpo, data)
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
@@ -149,6 +150,55 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
         )
 
 
+def _check_loss(loss: LossConfig) -> None:
+    if loss.dual_clip and loss.surrogate != "ppo":
+        raise UsageError(
+            f"grpo.loss.dual_clip does not apply to surrogate={loss.surrogate}. Set it to 0."
+        )
+    if loss.surrogate == "geo_mean" and loss.ratio != "sequence":
+        raise UsageError(
+            "grpo.loss.surrogate=geo_mean is about the mean ratio of a completion: set "
+            "grpo.loss.ratio=sequence."
+        )
+    if loss.singles_out and loss.ratio != "token":
+        raise UsageError(
+            f"grpo.loss.surrogate={loss.surrogate} singles tokens out: set grpo.loss.ratio=token."
+        )
+    if not (loss.gate_positive > 0 and loss.gate_negative > 0):
+        raise UsageError("grpo.loss.gate_positive and gate_negative must be above 0.")
+    if loss.covariance_share > 1:
+        raise UsageError(f"grpo.loss.covariance_share={loss.covariance_share} is above 1.")
+    if loss.importance_floor > loss.importance_cap:
+        raise UsageError(
+            f"grpo.loss.importance_floor={loss.importance_floor} is above "
+            f"grpo.loss.importance_cap={loss.importance_cap}."
+        )
+
+
+def _check_advantage(grpo: GRPOConfig, data: DataConfig) -> None:
+    advantage = grpo.advantage
+    if advantage.kl_weight and advantage.terms == "apart":
+        raise UsageError(
+            "grpo.advantage.kl_weight lowers a reward that is one number: set "
+            "grpo.advantage.terms=summed, or use grpo.loss.kl_weight."
+        )
+    if advantage.kl_weight and grpo.loss.singles_out:
+        raise UsageError(
+            f"grpo.loss.surrogate={grpo.loss.surrogate} chooses tokens before the KL of "
+            "grpo.advantage.kl_weight is known. Use grpo.loss.kl_weight."
+        )
+    if advantage.orders != "together" and data.orders != "both":
+        raise UsageError(
+            f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "
+            "data.orders=both."
+        )
+    if advantage.term_weights and advantage.terms != "apart":
+        raise UsageError(
+            "grpo.advantage.term_weights weighs terms that are compared apart: set "
+            "grpo.advantage.terms=apart."
+        )
+
+
 def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
     if reward.swap_consistency and data.orders != "both":
         raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
@@ -159,8 +209,15 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
         )
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
+    if data.gold == "majority" and reward.mode != "judgelrm_symmetric":
+        raise UsageError(
+            "data.gold=majority names the better answer and gives no scores: set "
+            "reward.mode=judgelrm_symmetric."
+        )
     if reward.mode == "judgelrm" and reward.brier:
         raise UsageError("reward.mode=judgelrm takes no reward.brier. Use judgelrm_symmetric.")
+    if not 0.0 < reward.overlong_share <= 1.0:
+        raise UsageError(f"reward.overlong_share={reward.overlong_share} is outside (0, 1].")
     if reward.min_score >= reward.max_score:
         raise UsageError(
             f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."

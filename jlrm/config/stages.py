@@ -41,24 +41,74 @@ class SFTConfig:
 class LossConfig:
     """Settings of the policy loss (rl/losses.py): what is done with log-probabilities."""
 
-    surrogate: Literal["ppo", "cispo"] = "ppo"  # a function of `rl/losses.py:SURROGATES`
+    # A function of `rl/losses.py:SURROGATES`.
+    surrogate: Literal["ppo", "cispo", "sapo", "geo_mean", "clip_cov", "kl_cov"] = "ppo"
     # Whose probabilities are compared; "sequence" with "ppo" is GSPO.
     ratio: Literal["token", "sequence"] = "token"
-    clip_low: NonNegative = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+    # The ratio is clipped to [1 - clip_low, 1 + clip_high]; its logarithm to [-clip_low, clip_high]
+    # by "geo_mean".
+    clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.2  # see clip_low
     dual_clip: float = 0.0  # upper bound of the ratio where the advantage is negative; 0: off
+    gate_positive: float = 1.0  # temperature of the gate of "sapo" where the advantage is positive
+    gate_negative: float = 1.05  # the same where it is not
+    # Share of the tokens that "clip_cov" and "kl_cov" single out: those whose log-probability and
+    # advantage vary together most.
+    covariance_share: NonNegative = 0.0002
+    covariance_low: float = 1.0  # "clip_cov" takes its share, by chance, above this covariance
+    covariance_high: float = 5.0  # and below this one
+    covariance_kl: NonNegative = 1.0  # weight of |log ratio| on the tokens that "kl_cov" takes
     # What a token's loss is divided by, of B completions: all their tokens ("token_mean"), its own
     # completion's tokens · B ("sequence_mean"), B ("sequence_sum"), the token limit · B
     # ("fixed_length"). See grpo.zero_variance for completions that are out of the loss.
     aggregation: Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"] = (
         "token_mean"
     )
-    # Truncated importance sampling: the update recomputes old log-probabilities and weighs each
-    # token by min(old / sampled probability, importance_cap); 0: off.
+    # Importance sampling: the update recomputes old log-probabilities and weighs each token by
+    # old / sampled probability, at most importance_cap; 0: off.
     importance_cap: NonNegative = 0.0
+    importance_floor: NonNegative = 0.0  # the least weight, as importance_cap is the largest
+    # A weight outside these bounds is set to the bound (TIS), or to 0 (MIS, IcePop).
+    importance_outside: Literal["truncate", "mask"] = "truncate"
+    # Whose probabilities the weight divides: a token's, or those of its whole completion.
+    importance_ratio: Literal["token", "sequence"] = "token"
     mask_truncated: bool = False  # completions cut by the limit carry no loss; their rewards count
-    kl_weight: NonNegative = 0.001  # k3 against the frozen reference; 0: no reference in memory
+    kl_weight: NonNegative = 0.001  # of the KL to the frozen reference; 0: no such term
+    # Estimate of that KL from a token, a line of `rl/losses.py:KL_ESTIMATORS`.
+    kl_estimator: Literal["k1", "abs", "k2", "k3", "low_var"] = "k3"
+    # Its gradient is not that of the KL: multiply the estimate by the ratio ("ratio": then it is,
+    # for k3), or take the gradient of k2 under its value ("k2").
+    kl_correction: Literal["none", "ratio", "k2"] = "none"
     entropy_weight: float = 0.001  # weight of the entropy, which lowers the loss
+
+    @property
+    def singles_out(self) -> bool:
+        """Whether the surrogate treats some tokens otherwise than the others."""
+        return self.surrogate in ("clip_cov", "kl_cov")
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """Settings of the advantages (rl/advantages.py): what is done with rewards."""
+
+    # What is subtracted: the mean of the group, of the others in it (RLOO), the mean weighted by
+    # length (OPO), or nothing.
+    baseline: Literal["group", "leave_one_out", "length_weighted", "none"] = "group"
+    # Whose standard deviation that is divided by.
+    scale: Literal["group", "batch", "none"] = "group"
+    eps: NonNegative = 1e-6  # added to that standard deviation, and to the one of `whiten`
+    # Brought to mean 0 and deviation 1 at the end, over the batch's completions ("rows") or tokens.
+    whiten: Literal["none", "rows", "tokens"] = "none"
+    # Of a pair in both orders: compared with all of its completions, with those of the same order,
+    # or the sum of both advantages (EIS-GRPO). See data.orders.
+    orders: Literal["together", "apart", "summed"] = "together"
+    # Each reward is lowered by this times the sum of log(old / reference probability) over the
+    # completion's tokens (k1), before rewards are compared.
+    kl_weight: NonNegative = 0.0
+    # Terms of the reward: summed before they are compared, or compared each by itself (GDPO).
+    terms: Literal["summed", "apart"] = "summed"
+    # Weights of terms that are compared apart, by name; 1 where none is given.
+    term_weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,16 +123,14 @@ class GRPOConfig:
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
     pack_tokens: Count = 0
     loss: LossConfig = field(default_factory=LossConfig)
-    # Whose standard deviation the centred reward is divided by.
-    advantage_scale: Literal["group", "batch", "none"] = "group"
-    advantage_eps: NonNegative = 1e-6  # added to that standard deviation
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     # What importance weights (loss.importance_cap) weigh: the surrogate, as in TRL and verl, or the
     # KL and entropy terms too, as in NeMo-RL.
     importance_terms: Literal["policy", "all"] = "policy"
     # Groups of equal rewards: kept with no advantage, taken out of the loss ("skip"), or sampled
     # anew from the next prompts. loss.aggregation "token_mean" then has fewer tokens to divide by,
     # so the other groups weigh more; the others still divide by all B completions, so the step gets
-    # smaller. "resample" takes the deviation of advantage_scale "batch" over the groups it chose.
+    # smaller. "resample" takes the deviation of advantage.scale "batch" over the groups it chose.
     zero_variance: Literal["keep", "skip", "resample"] = "keep"
     max_draws: Positive = 4  # rollout batches per step under "resample"
     # When the next rollout begins: after this step is logged and saved ("none"), before it is, with
@@ -90,3 +138,8 @@ class GRPOConfig:
     # cost no device time, and loss.importance_cap corrects for them).
     ahead: Literal["none", "next", "stale"] = "next"
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the weights it begins from are kept, as the reference of a KL."""
+        return self.loss.kl_weight > 0 or self.advantage.kl_weight > 0

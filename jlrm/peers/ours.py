@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlrm.config import Config
-from jlrm.rl.advantages import group_advantages
+from jlrm.config import AdvantageConfig, Config
+from jlrm.rl.advantages import advantages
 from jlrm.runtime.mesh import create_mesh, host_array
 from jlrm.runtime.settings import from_dict
 from jlrm.sampling.generate import fetch, make_generator
@@ -154,8 +154,8 @@ def iteration(work: Any, turns: Any) -> None:
         rewards = np.reshape(
             work.reward(None, tokenizer.batch_decode(drawn.tokens)), (-1, work.rollouts)
         )
-        advantages = np.ravel(group_advantages(rewards, eps=1e-4))
-        known = Known(np.asarray(drawn.logps), advantages, np.ones(len(advantages), bool))
+        gains = np.ravel(advantages(AdvantageConfig(eps=1e-4), {"reward": rewards}))
+        known = Known(np.asarray(drawn.logps), gains, np.ones(len(gains), bool))
         part = run.pack(np.asarray(drawn.tokens), known)
         ref_logp, _ = run.programs.logprobs(reference, part.rows)
         run.take_step(part, part.targets._replace(ref_logp=ref_logp))

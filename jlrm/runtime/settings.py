@@ -3,11 +3,15 @@
 The one idea: the annotations in config/ decide how each value is read (`1e-6` is a float although
 YAML reads it as text), and an unknown key is answered with the nearest known one. Whatever a file
 holds, the outcome is a `Config` or a `UsageError` of one sentence.
+
+`preset: NAME` stands for settings of config/presets.py. What a file sets itself wins over its
+preset, a preset of the command line over the file, and every other override over both.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -21,6 +25,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from jlrm.config import Config, UsageError, dotted, nearest
+from jlrm.config.presets import PRESETS
 from jlrm.runtime.storage import write_atomically
 
 # Settings that moved into a section of their own: old name -> present name. Files, overrides and
@@ -31,7 +36,7 @@ MOVED = {
         *("ratio", "clip_low", "clip_high", "dual_clip", "aggregation", "importance_cap"),
         *("mask_truncated", "kl_weight", "entropy_weight"),
     )
-}
+} | {f"grpo.advantage_{name}": f"grpo.advantage.{name}" for name in ("scale", "eps")}
 
 
 Section = TypeVar("Section")
@@ -51,8 +56,9 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
         combination.
     """
     tree = _read_tree(path, "sections such as `run:` and `grpo:`")
-    tree = _moved(tree)  # before overrides, which win over the file in either spelling
-    for override in overrides:
+    # Before overrides, which win over the file in either spelling.
+    tree = _with_preset(_moved(tree))
+    for override in sorted(overrides, key=lambda text: not text.startswith("preset=")):
         _apply_override(tree, override)
     return from_dict(tree)
 
@@ -152,7 +158,7 @@ for _kind in ("int", "float", "timestamp"):
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a `Config` from nested dictionaries, with the checks of `load`."""
-    return _coerce_section(Config, _moved(tree), "")
+    return _coerce_section(Config, _with_preset(_moved(tree)), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -231,7 +237,7 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
     """
     for old, new in MOVED.items():
         where, name = old.split(".")
-        inner = new.split(".")[1]
+        _, inner, present_name = new.split(".")
         section = tree.get(where)
         if not isinstance(section, dict) or name not in section:
             continue
@@ -239,18 +245,58 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
         present = {} if present is None else present
         if not isinstance(present, dict):  # `_coerce_section` says what it must hold
             return tree
-        if name in present:
+        if present_name in present:
             raise UsageError(f"{old} is the old name of {new}, and both are given. Keep {new}.")
         rest = {key: value for key, value in section.items() if key != name}
-        tree = {**tree, where: {**rest, inner: {**present, name: section[name]}}}
+        tree = {**tree, where: {**rest, inner: {**present, present_name: section[name]}}}
     return tree
+
+
+def _with_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with what its presets set and it does not; the one given stays as it is."""
+    tree = copy.deepcopy(tree)
+    for name, value in _of_presets(tree.pop("preset", None)).items():
+        if not _is_given(tree, name):
+            _set(tree, name, value, "preset")
+    return tree
+
+
+def _of_presets(names: Any) -> dict[str, Any]:
+    """Return what presets set, by dotted name, where the last one wins.
+
+    Raises:
+      UsageError: no preset has this name.
+    """
+    names = [] if names is None else names
+    names = names if isinstance(names, list) else str(names).split(",")
+    values: dict[str, Any] = {}
+    for name in (str(name).strip() for name in names):
+        if name not in PRESETS:
+            raise UsageError(f"preset={_short(name)} is none. {nearest(name, PRESETS)}")
+        values |= PRESETS[name]
+    return values
+
+
+def _is_given(tree: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"Got {_short(override)}, wanted section.key=value, e.g. grpo.steps=100.")
-    *sections, name = MOVED.get(key, key).split(".")
+    value = parse_yaml(text, f"The value of {_short(override)}") if text else ""
+    values = _of_presets(value) if key == "preset" else {MOVED.get(key, key): value}
+    for name, each in values.items():
+        _set(tree, name, each, override)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *sections, name = key.split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:
             tree[section] = {}
@@ -259,7 +305,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UsageError(
                 f"{_short('.'.join(sections[: depth + 1]))} in {_short(override)} is not a section."
             )
-    tree[name] = parse_yaml(text, f"The value of {_short(override)}") if text else ""
+    tree[name] = value
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
@@ -341,7 +387,8 @@ def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> A
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            way_out = nearest(str(key), _names(hints), hints)
+            known = [*_names(hints), *([] if where else ["preset"])]
+            way_out = nearest(str(key), known, hints)
             raise UsageError(f"Unknown key {_short(dotted(where, key))}. {way_out}")
     built = {}
     for spec in dataclasses.fields(kind):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
@@ -78,6 +78,7 @@ class Known(NamedTuple):
     advantages: Float[np.ndarray, " B"]
     is_kept: Bool[np.ndarray, " B"]  # False: no part in the loss
     ref_logps: Float[np.ndarray, "B T"] | None = None
+    is_singled: Bool[np.ndarray, "B T"] | None = None  # by `losses.covariance_tokens`
 
 
 class Minibatch(NamedTuple):
@@ -87,6 +88,7 @@ class Minibatch(NamedTuple):
     targets: PolicyTargets
     packing: dict[str, float]
     num_tokens: int  # in the loss
+    completion: Int[np.ndarray, "A B C"]  # number of each target's completion; -1: no target
 
 
 def rollout_settings(config: Config, network: Network) -> SamplerSettings:
@@ -200,8 +202,9 @@ def grpo_calls(
     group = Group(range(longest_prompt), [range(sampling.max_new_tokens)] * grpo.rollouts)
     groups = [group] * (grpo.prompts // grpo.minibatches)
     rows = longest_rows(layout, programs.sizes, groups)
-    has_reference = bool(grpo.loss.kl_weight)
-    targets = abstract_targets(rows.rows, has_reference, weighs_policy_alone(config))
+    has_reference = grpo.has_reference
+    extra = weighs_policy_alone(config), grpo.loss.singles_out
+    targets = abstract_targets(rows.rows, has_reference, *extra)
     calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
@@ -321,7 +324,7 @@ def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) 
 
 
 def abstract_targets(
-    rows: Rows, has_reference: bool, has_importance: bool = False
+    rows: Rows, has_reference: bool, has_importance: bool = False, has_singled: bool = False
 ) -> PolicyTargets:
     """Return what the policy loss takes beside its rows, as abstract arrays."""
     numbers = _like(rows.tokens, jnp.float32)
@@ -332,6 +335,7 @@ def abstract_targets(
         mask=_like(rows.tokens, jnp.bool),
         weights=numbers,
         importance=numbers if has_importance else None,
+        is_singled=_like(rows.tokens, jnp.bool) if has_singled else None,
     )
 
 
@@ -362,9 +366,10 @@ def pack_minibatch(
         advantages=packed.take(known.advantages),
         mask=packed.take(known.is_kept),
         weights=packed.take(token_weights(mask, aggregation)),
+        is_singled=None if known.is_singled is None else packed.take(known.is_singled),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
-    return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
+    return Minibatch(rows, targets, packed.metrics, int(mask.sum()), packed.completion)
 
 
 def _freeze(model: QwenConfig, params: Params) -> Params:

@@ -253,7 +253,7 @@ def note_changes(
 
 def _reads_base(config: Config) -> bool:
     """Return whether a run that goes on may read the base model again, as its KL reference."""
-    return stages_of(config)[0] == "grpo" and config.grpo.loss.kl_weight > 0
+    return stages_of(config)[0] == "grpo" and config.grpo.has_reference
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:

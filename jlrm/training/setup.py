@@ -21,12 +21,12 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from jlrm.config import Config, RunError, UsageError, stage_titles, stages_of
+from jlrm.config import Config, RunError, UsageError, nearest, stage_titles, stages_of
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
 from jlrm.data.worlds import toy
-from jlrm.judgement import plugins
+from jlrm.judgement import plugins, rewards
 from jlrm.judgement.plugins import Plugin
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
@@ -98,6 +98,20 @@ class Run:
     made_from: Mapping[str, str] = field(default_factory=dict)  # digests: same_run.py
 
 
+def check_term_weights(config: Config, loaded: Sequence[Plugin]) -> None:
+    """Refuse a weight of a term that no reward has.
+
+    Raises:
+      UsageError: naming it.
+    """
+    known = [*rewards.TERMS, "swap_consistency", *(plugin.name for plugin in loaded)]
+    for name in config.grpo.advantage.term_weights:
+        if name not in known:
+            raise UsageError(
+                f"grpo.advantage.term_weights: no term is named {name!r}. {nearest(name, known)}"
+            )
+
+
 @contextlib.contextmanager
 def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Run]:
     """Open a run on all devices or the chosen ones, and hold its directory meanwhile.
@@ -111,6 +125,7 @@ def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Ru
         # If one of these fails, it fails at once, so they come before anything is downloaded.
         alarms.check_names(config.run.stop_on)
         loaded = plugins.load(config.reward.plugins)
+        check_term_weights(config, loaded)
         if chosen is None:
             mesh = open_mesh(config.mesh, directory.mirror.url)
         else:

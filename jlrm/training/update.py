@@ -21,7 +21,12 @@ from jlrm.model import gradient_sums, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
-from jlrm.rl.losses import PolicyTargets, policy_loss, sequence_log_ratio
+from jlrm.rl.losses import (
+    PolicyTargets,
+    averaged_log_ratio,
+    policy_loss,
+    sequence_log_ratio,
+)
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
 
@@ -196,7 +201,8 @@ def grpo_update(
             logp, _ = completion_logps(
                 *jax.lax.stop_gradient((states, head)), *where, distribution, layout
             )
-            ratios = sequence_log_ratio(logp - targets.old_logp, targets.mask, rows.sequence)
+            own = averaged_log_ratio(settings, logp - targets.old_logp, targets.advantages)
+            ratios = sequence_log_ratio(own, targets.mask, rows.sequence)
             targets = targets._replace(sequence_log_ratio=ratios)
         return summed_token_loss(token_loss, states, head, *where, targets, distribution, layout)
 

@@ -19,8 +19,8 @@ from jlrm.weights.source import read_model
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # also where XLA's part is in a cache
 # Programs that need a few KiB beside their arguments, so that no plan need know them: random keys
-# of a batch, copies of a save, a look at saved weights (weights/digests.py).
-SMALL = {"rollout_keys", "stage", "_look", "_threefry_seed"}
+# of a batch, copies of a save, a look at saved weights (weights/digests.py), weights of tokens.
+SMALL = {"importance_weights", "rollout_keys", "stage", "_look", "_threefry_seed"}
 
 
 def is_small(name: str) -> bool:
@@ -70,9 +70,16 @@ def is_jitted(value) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "loss", [{"kl_weight": 0.01}, {"kl_weight": 0.0, "importance_cap": 2.0}], ids=["kl", "cap"]
+    ("loss", "advantage"),
+    [
+        ({"kl_weight": 0.01}, {}),
+        ({"kl_weight": 0.0, "importance_cap": 2.0}, {}),
+        ({"kl_weight": 0.0}, {"kl_weight": 0.01}),
+        ({"kl_weight": 0.01, "surrogate": "kl_cov"}, {}),
+    ],
+    ids=["kl", "cap", "kl in the reward", "tokens singled out"],
 )
-def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, loss):
+def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, loss, advantage):
     write_comparisons(toy.comparisons(seed=3, num_rows=32), tmp_path / "pairs.jsonl")
     data = {"train": str(tmp_path / "pairs.jsonl"), "prompt": "toy", "eval_rows": 4}
     config = from_dict(
@@ -82,7 +89,7 @@ def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, los
             "data": {**data, "max_prompt_tokens": 64},
             "sampling": {"max_new_tokens": 8, "eval_batch_size": 8},
             "sft": {"steps": 2, "batch_size": 4},
-            "grpo": {"steps": 2, "prompts": 2, "rollouts": 2, "loss": loss},
+            "grpo": {"steps": 2, "prompts": 2, "rollouts": 2, "loss": loss, "advantage": advantage},
         }
     )
     recorder = Recorder(monkeypatch)
