@@ -60,6 +60,8 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
+DPO = ("dpo.steps=2", "dpo.batch_size=2", "grpo.steps=1")
+WRITTEN = (*DPO, "dpo.pairs=verdicts")
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
 JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
@@ -74,6 +76,7 @@ OPTIMIZER = {
     "weight_decay": Change(0.5),
     "clip_norm": Change(0.01),
 }
+STAGES = ("sft", "dpo", "grpo")
 REWARD = {
     "mode": Change("judgelrm"),
     "format": Change(3.0),
@@ -154,6 +157,16 @@ CHANGES = {
     "sft.batch_size": Change(2),
     "sft.pack_tokens": Change(128),
     "sft.max_target_tokens": Change(20),
+    "dpo.steps": Change(1, ("dpo.batch_size=2", "dpo.rollouts=2")),
+    "dpo.pairs": Change("answers", DPO),
+    "dpo.batch_size": Change(3, DPO),
+    "dpo.rollouts": Change(3, DPO),
+    "dpo.pack_tokens": Change(256, (*WRITTEN, "dpo.batch_size=6", "dpo.max_target_tokens=32")),
+    "dpo.max_target_tokens": Change(12, (*DPO, "dpo.pairs=answers")),
+    "dpo.loss": Change("ipo", WRITTEN),
+    "dpo.beta": Change(0.5, WRITTEN),
+    "dpo.label_smoothing": Change(0.2, WRITTEN),
+    "dpo.reference": Change("none", WRITTEN),
     "grpo.steps": Change(1),
     "grpo.prompts": Change(4),
     "grpo.rollouts": Change(3),
@@ -177,7 +190,7 @@ CHANGES = {
     "grpo.loss.kl_weight": Change(0.5),
     "grpo.loss.entropy_weight": Change(0.5),
     **{f"reward.{name}": change for name, change in REWARD.items()},
-    **{f"{s}.optimizer.{name}": c for s in ("sft", "grpo") for name, c in OPTIMIZER.items()},
+    **{f"{s}.optimizer.{name}": c for s in STAGES for name, c in OPTIMIZER.items()},
 }
 
 
@@ -498,10 +511,11 @@ def test_a_setting_of_a_run_has_an_effect(observe, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
-    ["sft.optimizer.learning_rate=0.5", "grpo.optimizer.learning_rate=0.5", "reward.malformed=3"],
+    [*(f"{stage}.optimizer.learning_rate=0.5" for stage in STAGES), "reward.malformed=3"],
 )
 def test_a_run_hands_on_the_sections_that_are_observed_by_themselves(observe, override):
-    assert observe()["values"] != observe(override)["values"]
+    given = WRITTEN if override.startswith("dpo") else ()
+    assert observe(*given)["values"] != observe(*given, override)["values"]
 
 
 @pytest.mark.slow

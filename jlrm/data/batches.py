@@ -31,12 +31,13 @@ ENCODE_ROWS = 256  # rows tokenised at a time: tokenizers keep some 200 bytes a 
 
 @dataclass(frozen=True)
 class Example:
-    """One comparison ready for the model: its prompt, and for SFT the judgement to imitate."""
+    """One comparison ready for the model: its prompt, and what is to be learned of it, if known."""
 
     comparison: Comparison
     prompt: str
     prompt_ids: Sequence[int]
-    target_ids: Sequence[int] = ()
+    target_ids: Sequence[int] = ()  # the judgement to imitate, or what is preferred
+    other_ids: Sequence[int] = ()  # what it is preferred to
 
 
 Encode = Callable[[Sequence[Comparison]], list[Example]]
@@ -52,7 +53,7 @@ class Examples:
 
     rows: ShardedRows
     encode: Encode
-    lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target
+    lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target (the longer of two)
     dropped: list[Dropped]
 
     def __len__(self) -> int:
@@ -105,12 +106,14 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
 def count_tokens(
     rows: Sequence[Comparison], encode_rows: Encode, *, progress: str = ""
 ) -> Int[np.ndarray, "N 2"]:
-    """Count the tokens of every row's prompt and target."""
+    """Count the tokens of every row's prompt and target, of two targets those of the longer."""
     lengths = np.zeros((len(rows), 2), np.int32)
     with tqdm(total=len(rows), desc=progress, disable=not progress, delay=1) as bar:
         for start in range(0, len(rows), ENCODE_ROWS):
             examples = encode_rows(rows[start : start + ENCODE_ROWS])
-            counts = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+            counts = [
+                (len(e.prompt_ids), max(len(e.target_ids), len(e.other_ids))) for e in examples
+            ]
             lengths[start : start + ENCODE_ROWS] = counts
             bar.update(len(examples))
     return lengths

@@ -42,6 +42,8 @@ REASONS = {
     "overlong": "with a prompt that is too long",
     "no_judgement": "without a written judgement",
     "overlong_judgement": "with a written judgement that is too long",
+    "tie": "in which nothing is preferred",
+    "overlong_target": "with an answer or a verdict that is too long",
     "duplicate": "that repeat an earlier row",
     "contaminated_exact": "that ask a benchmark's question",
     "contaminated_whole": "whose question contains a benchmark's",

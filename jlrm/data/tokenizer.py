@@ -212,6 +212,28 @@ def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]]) -> str:
     return open_thinking(text)
 
 
+def question_template(tokenizer: Tokenizer) -> str:
+    """Return what a model sees of a question that it is to answer, with the field `{question}`.
+
+    It is the tokenizer's chat template, or ChatML where it has none.
+
+    Raises:
+      UsageError: a chat template that can't be filled, or that changes the question.
+    """
+    field = "{question}"
+    if not tokenizer.chat_template:
+        return f"<|im_start|>user\n{field}<|im_end|>\n<|im_start|>assistant\n"
+    try:
+        text = _fill_chat(tokenizer, [{"role": "user", "content": field}])
+    except Exception as error:  # a template is a program, as above
+        raise UsageError(
+            f"The tokenizer's chat template can't write a question ({_why(error)})."
+        ) from None
+    if text.count(field) != 1:
+        raise UsageError("The tokenizer's chat template changes or drops a question.")
+    return text
+
+
 def open_thinking(text: str) -> str:
     """Let a prompt end in one `<think>`, whatever its template has written there."""
     text = EMPTY_THINKING.sub("", text)

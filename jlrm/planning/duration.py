@@ -74,16 +74,18 @@ def estimate(
 
 def _runs(config: Config, stage: str, programs: Container[str]) -> dict[str, int]:
     """Return how often a step of a stage runs each of its programs."""
-    if stage != "grpo":
-        return {stage: 1}
     grpo = config.grpo
     counts = {
-        "lay_out": 1,
-        "rollout": 1,
-        "logprobs_reference": grpo.minibatches,
-        "logprobs_policy": grpo.minibatches,
-        "update": grpo.epochs * grpo.minibatches,
-    }
+        "dpo": {"lay_out": int(config.dpo.is_sampled), "rollout_dpo": 1, "dpo_reference": 1},
+        "grpo": {
+            "lay_out": 1,
+            "rollout": 1,
+            "logprobs_reference": grpo.minibatches,
+            "logprobs_policy": grpo.minibatches,
+            "update": grpo.epochs * grpo.minibatches,
+        },
+    }.get(stage, {})
+    counts |= {stage: 1}  # the update of all stages but GRPO
     return {name: count for name, count in counts.items() if name in programs}
 
 

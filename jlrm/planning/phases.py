@@ -50,7 +50,7 @@ from jlrm.training.programs import (
     laid_out_weights,
     rollout_settings,
 )
-from jlrm.training.stages import STAGES
+from jlrm.training.recipes.stages import STAGES
 from jlrm.training.update import TrainState
 
 # Phases of every run; a stage adds its own between the first and the last two.
@@ -140,10 +140,31 @@ def _points(
     }
 
 
+def _dpo_points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
+    """Return the moments of DPO, as the loop of training/recipes/preference.py keeps things."""
+    points, held = _points(stage, config, network, kinds), _always(kinds)
+    reference = {kind: size for kind, size in held.items() if kind == REFERENCE}
+    others = {kind: size for kind, size in held.items() if kind != WEIGHTS}
+    if reference:
+        moments = {MOMENTS: held[MOMENTS]}
+        frozen = (
+            Point("freeze_dpo", moments),
+            Point("freeze_dpo", total(moments, {WEIGHTS: held[WEIGHTS]})),
+        )
+        points["load"][1:1] = frozen
+        points["dpo"].insert(0, Point("dpo_reference", {k: held[k] for k in (WEIGHTS, MOMENTS)}))
+    points["dpo"][-1] = Point("dpo", reference)
+    if "rollout_dpo" in kinds:
+        points["dpo"][:0] = [Point("lay_out", others), Point("rollout_dpo", held)]
+    return points
+
+
 def _grpo_points(
     stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
 ) -> dict[str, list[Point]]:
-    """Return the moments of GRPO's phases, as the loop of training/grpo.py keeps things."""
+    """Return the moments of GRPO's phases, as the loop of training/recipes/grpo.py keeps things."""
     grpo = config.grpo
     held = {kind: kinds["update"][kind] for kind in (WEIGHTS, MOMENTS)}
     moments = {MOMENTS: held[MOMENTS]}
@@ -212,7 +233,7 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
     if name == "init":  # a random key
         return {}
-    kinds = {REFERENCE if name == "logprobs_reference" else WEIGHTS: shard_bytes(first)}
+    kinds = {REFERENCE if name.endswith("_reference") else WEIGHTS: shard_bytes(first)}
     return {**kinds, BATCH: shard_bytes(rest)} if rest else kinds
 
 
@@ -255,4 +276,4 @@ def _rollout(
 
 
 # Stages whose steps do more than update, and what they hold then.
-POINTS = MappingProxyType({"grpo": _grpo_points})
+POINTS = MappingProxyType({"dpo": _dpo_points, "grpo": _grpo_points})

@@ -196,8 +196,11 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
     Raises:
       UsageError: if either can't.
     """
-    longest_target = config.sft.max_target_tokens if config.sft.steps else 0
-    longest = max(config.sampling.max_new_tokens, longest_target)
+    limited = [config.sft, config.dpo]
+    longest = max(
+        config.sampling.max_new_tokens,
+        *(stage.max_target_tokens if stage.steps else 0 for stage in limited),
+    )
     check_positions(
         policy.model,
         config.data.max_prompt_tokens + longest,

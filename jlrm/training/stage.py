@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.config import RunConfig, RunError, stage_titles, stages_of
+from jlrm.config import RunConfig, RunError, stages_of
 from jlrm.data import audit
 from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
@@ -106,8 +106,7 @@ class Stage:
         self.carried: dict[str, Any] | None = None  # by the checkpoint, for the first step
         self.carry: Callable[[], dict[str, Any]] | None = None  # what the next one is to carry
         self.num_rows = len(run.data.train)  # that a stage draws from; SFT sets its own
-        # Which order of the data is this stage's: by its place among the stages.
-        self.stream = list(stage_titles()).index(name)
+        self.stream: int = getattr(run.config, name).stream
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:

@@ -260,7 +260,7 @@ def test_a_row_that_stands_twice_in_a_batch_is_drawn_twice(tmp_path):
     for num_devices in (1, 4):
         with open_run(config, jax.devices()[:num_devices]) as run:
             width, _ = run.data.train.longest
-            sample = rollouts.make_sampler(config, run.policy, width)
+            sample = rollouts.make_sampler(config, run.policy, width, config.grpo.rollouts)
             programs = grpo_programs(config, run.policy, width)
             weights = programs.lay_out(initial_params(run, "grpo"))
             (row, other) = run.data.train.take([0, 1])

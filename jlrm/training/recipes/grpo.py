@@ -38,7 +38,7 @@ from jlrm.training.update import TrainState
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config, (width, _) = run.config.grpo, run.data.train.longest
-    sample = make_sampler(run.config, run.policy, width)
+    sample = make_sampler(run.config, run.policy, width, config.rollouts)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
