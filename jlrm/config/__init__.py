@@ -20,7 +20,14 @@ from jlrm.config.sections import (
     RunConfig,
     SamplingConfig,
 )
-from jlrm.config.stages import DPOConfig, GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
+from jlrm.config.stages import (
+    DPOConfig,
+    GRPOConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from jlrm.config.values import Part, RunError, UsageError, check_range, dotted, nearest
 
 __all__ = [
@@ -34,6 +41,7 @@ __all__ = [
     "OptimizerConfig",
     "Part",
     "RewardConfig",
+    "RewardModelConfig",
     "RunConfig",
     "RunError",
     "SFTConfig",
@@ -57,6 +65,7 @@ class Config:
     sft: SFTConfig = field(default_factory=SFTConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
     def __post_init__(self) -> None:
         check_range(self)
@@ -99,7 +108,13 @@ def _check(config: Config) -> None:
         listed = ", ".join(f"{name}.steps" for name in stage_titles())
         raise UsageError(f"Nothing to train: of {listed} none is above 0.")
     _check_sampling(config)
+    _check_sft(config.sft, config.data)
     _check_dpo(config.dpo)
+    if config.reward_model.steps and config.run.best_metric == "reward":
+        raise UsageError(
+            "run.best_metric=reward ranks checkpoints by what judgements earn, and a reward model "
+            "writes none. Set it to agreement or another metric."
+        )
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
 
@@ -125,6 +140,17 @@ def _check_sampling(config: Config) -> None:
             raise UsageError(
                 f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
             )
+
+
+def _check_sft(sft: SFTConfig, data: DataConfig) -> None:
+    for name in ("swap", "reference"):
+        if (share := getattr(sft, name)) > 1:
+            raise UsageError(f"sft.{name}={share} is a share of the rows: at most 1.")
+    if sft.reference and data.prompt != "jlrm":
+        raise UsageError(
+            f"sft.reference={sft.reference} shows reference answers, for which data.prompt="
+            f"{data.prompt} has no place. Set data.prompt=jlrm, or sft.reference=0."
+        )
 
 
 def _check_dpo(dpo: DPOConfig) -> None:

@@ -35,6 +35,15 @@ class SFTConfig:
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
     pack_tokens: Count = 0
     max_target_tokens: int = 512  # a longer written judgement is counted and left out
+    # Where the written reasoning stands: before the scores, in think tags; after them, as JudgeLM
+    # was trained; or nowhere ("none"), for which a row needs no more than a label.
+    reasoning: Literal["before", "after", "none"] = "before"
+    # Share of rows, chosen by the seed, whose answers stand in the other order; their judgement is
+    # turned round too, with names such as "Assistant 1" in it (JudgeLM: 0.5).
+    swap: NonNegative = 0.0
+    # Share of rows with a reference answer (column `reference`) whose prompt shows it; it drops
+    # from the others (JudgeLM: 0.5). For data.prompt=jlrm.
+    reference: NonNegative = 0.0
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
 
 
@@ -67,6 +76,24 @@ class DPOConfig:
     def is_sampled(self) -> bool:
         """Whether the stage runs, and samples what it learns from."""
         return self.steps > 0 and self.pairs == "judgements"
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A reward model, trained from the weights of the stage before; it can't be trained further."""
+
+    title = "Reward model"
+    stream = 3
+    batch_field = "batch_size"
+    steps: Count = 0  # optimiser steps; 0: no reward model
+    # Each answer scored alone, as a reply to the question ("bradley_terry"); both answers in the
+    # judge's prompt, with a score for each ("cross"); the same with a class of 1, 2 or a tie.
+    kind: Literal["bradley_terry", "cross", "classes"] = "bradley_terry"
+    batch_size: Positive = 16  # comparisons per optimiser step
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    max_target_tokens: int = 512  # a longer answer is counted and left out, with bradley_terry
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
 
 
 @dataclass(frozen=True)

@@ -147,13 +147,19 @@ def _ends_of(file: pathlib.Path) -> list[int]:
 
 
 def prompt_template(
-    tokenizer: Tokenizer, name: str, *, min_score: int = 1, max_score: int = 10
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    min_score: int = 1,
+    max_score: int = 10,
+    has_reference: bool = False,
 ) -> str:
     """Return the text of a pair template, with its fields `{question}`, `{answer_1}`, `{answer_2}`.
 
     `jlrm` goes through the tokenizer's chat template, thinking switched on where it has a switch,
     and opens `<think>` exactly once whether or not that template does so itself. The scale is
-    written into it; the other templates are fixed texts.
+    written into it; the other templates are fixed texts. `has_reference` adds the field
+    `{reference}`, for which `jlrm` alone has a place.
 
     Raises:
       UsageError: no such template, no chat template, or one that can't be filled or that a field
@@ -161,7 +167,8 @@ def prompt_template(
     """
     if name in prompts.PAIR_TEMPLATES:
         return prompts.PAIR_TEMPLATES[name]
-    return whole_text(tokenizer, name, prompts.messages(name, min_score, max_score))
+    asked = prompts.messages(name, min_score, max_score, has_reference=has_reference)
+    return whole_text(tokenizer, name, asked)
 
 
 def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:

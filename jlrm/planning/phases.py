@@ -109,7 +109,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
         resident = max(resident, sum(always.values()))
         state = max(state, always, key=lambda each: sum(each.values()))
         calls |= own
-    calls |= heldout_calls(config, network, longest)
+    if stages_of(config) != ["reward_model"]:  # which judges by scores, and writes nothing
+        calls |= heldout_calls(config, network, longest)
     phases = {phase: points[phase] for phase in points if phase not in LAST_PHASES}
     return Plan(
         {name: _planned(config, network, name, call) for name, call in calls.items()},
@@ -159,6 +160,15 @@ def _dpo_points(
     if "rollout_dpo" in kinds:
         points["dpo"][:0] = [Point("lay_out", others), Point("rollout_dpo", held)]
     return points
+
+
+def _reward_points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
+    """Return the moments of a reward model, which judges by scores."""
+    moments = {MOMENTS: kinds[stage][MOMENTS]}
+    points = _points(stage, config, network, kinds)
+    return {**points, "evaluation": [Point("reward_scores", moments)]}
 
 
 def _grpo_points(
@@ -276,4 +286,6 @@ def _rollout(
 
 
 # Stages whose steps do more than update, and what they hold then.
-POINTS = MappingProxyType({"dpo": _dpo_points, "grpo": _grpo_points})
+POINTS = MappingProxyType(
+    {"dpo": _dpo_points, "grpo": _grpo_points, "reward_model": _reward_points}
+)

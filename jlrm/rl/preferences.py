@@ -18,6 +18,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jlrm.config import DPOConfig
 
 
+class RewardTargets(NamedTuple):
+    """What a reward model needs to know of the targets of packed rows."""
+
+    is_last: Bool[Array, "*rows C"]  # where a sequence ends, and is scored
+    label: Int[Array, "*rows C"]  # 1, 2, or 0 for a tie; of pairs in two sequences always 1
+    num_items: Float[Array, ""]  # comparisons of the whole optimiser batch
+
+
 class PairTargets(NamedTuple):
     """What DPO needs to know of the targets of packed rows beside their log-probabilities."""
 
@@ -76,6 +84,61 @@ def dpo_loss(
     }
     means = {
         name: jnp.sum(jnp.where(is_pair, value, 0.0)) / targets.num_pairs
+        for name, value in values.items()
+    }
+    return means.pop("loss"), means
+
+
+def bradley_terry(
+    scores: Float[Array, "B C 1"], targets: RewardTargets, sequence: Int[Array, "B C"]
+) -> tuple[Float[Array, "B pairs"], ...]:
+    """Return the loss `-log sigmoid(m)` of each pair of sequences, its margin m, and where one is.
+
+    Source: arXiv 2203.02155, Eq. 1.
+    """
+    sums = sequence_sums(scores[..., 0], targets.is_last, sequence)
+    is_there = sequence_sums(jnp.ones_like(scores[..., 0]), targets.is_last, sequence)
+    margin = sums[:, ::2] - sums[:, 1::2]
+    return -jax.nn.log_sigmoid(margin), margin, is_there[:, ::2] > 0
+
+
+def cross(
+    scores: Float[Array, "B C 2"], targets: RewardTargets, sequence: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], ...]:
+    """Return the same of sequences that hold both answers, each with a score of its own."""
+    sign = jnp.where(targets.label == 1, 1.0, -1.0)
+    margin = sign * (scores[..., 0] - scores[..., 1])
+    return -jax.nn.log_sigmoid(margin), margin, targets.is_last
+
+
+def classes(
+    scores: Float[Array, "B C 3"], targets: RewardTargets, sequence: Int[Array, "B C"]
+) -> tuple[Float[Array, "B C"], ...]:
+    """Return the cross-entropy of the label, and how far its score is above all others."""
+    is_label = jax.nn.one_hot(targets.label, scores.shape[-1], dtype=bool)
+    own = jnp.sum(jnp.where(is_label, scores, 0.0), -1)
+    others = jnp.max(jnp.where(is_label, -jnp.inf, scores), -1)
+    return jax.nn.logsumexp(scores, -1) - own, own - others, targets.is_last
+
+
+# By `RewardModelConfig.kind`.
+REWARD_LOSSES = {"bradley_terry": bradley_terry, "cross": cross, "classes": classes}
+
+
+def reward_loss(
+    kind: str,
+    scores: Float[Array, "B C labels"],
+    targets: RewardTargets,
+    sequence: Int[Array, "B C"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Return the part that these rows have in the mean loss over comparisons, and in other means.
+
+    `accuracy` is the share of comparisons whose margin is above 0: a tie of scores is wrong.
+    """
+    losses, margin, is_item = REWARD_LOSSES[kind](scores, targets, sequence)
+    values = {"loss": losses, "margin": margin, "accuracy": (margin > 0).astype(jnp.float32)}
+    means = {
+        name: jnp.sum(jnp.where(is_item, value, 0.0)) / targets.num_items
         for name, value in values.items()
     }
     return means.pop("loss"), means

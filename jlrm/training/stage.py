@@ -171,9 +171,9 @@ class Stage:
         """Compile all that the steps may run, several at a time, if `run.precompile` says so."""
         if not is_compiled_ahead(self._run.config.run) or self._done >= self._num_steps:
             return
-        heldout = heldout_calls(
-            self._run.config, self._run.policy, self._run.data.heldout.longest[0]
-        )
+        policy, (longest, _) = self._run.policy, self._run.data.heldout.longest
+        is_writer = not policy.model.num_labels  # else it judges by scores
+        heldout = heldout_calls(self._run.config, policy, longest) if is_writer else {}
         tasks = compilations({**calls(), **heldout})
         label, workers = f"{self._name}: compiling ahead", max(1, (os.cpu_count() or 1) // 4)
         with (

@@ -22,7 +22,7 @@ from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
 from jlrm.rl.losses import PolicyTargets, policy_loss, sequence_log_ratio
-from jlrm.rl.preferences import PairTargets, dpo_loss
+from jlrm.rl.preferences import PairTargets, RewardTargets, dpo_loss, reward_loss
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
 
@@ -202,10 +202,34 @@ def dpo_update(
         of_logp = partial(dpo_loss, settings, targets=targets, sequence=rows.sequence)
         by_logp: Any = jax.value_and_grad(of_logp, has_aux=True)
         (value, means), weights = by_logp(logp)
-        moved, _ = summed_token_loss(
+        weighed: Any = summed_token_loss(
             weighted, states, head, *where, weights, Distribution(), layout
         )
-        return moved + jax.lax.stop_gradient(value - moved), means
+        return weighed[0] + jax.lax.stop_gradient(value - weighed[0]), means
+
+    return _step(config, layout, optimizer, loss, state, (rows, targets))
+
+
+def reward_update(
+    config: QwenConfig,
+    layout: Layout,
+    kind: str,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    rows: Rows,
+    targets: RewardTargets,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Take one step on the loss of a reward model (`preferences.reward_loss`).
+
+    A sequence is scored where it ends, by the state that would predict a token behind it.
+    """
+
+    def loss(
+        params: Params, sums: Params | None, part: tuple[Rows, RewardTargets]
+    ) -> tuple[Array, dict[str, Array]]:
+        rows, targets = part
+        scores = qwen.scores(params, _states(config, layout, params, rows, sums))
+        return reward_loss(kind, scores, targets, rows.sequence)
 
     return _step(config, layout, optimizer, loss, state, (rows, targets))
 

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from jlrm.config import DPOConfig
-from jlrm.rl.preferences import PairTargets, dpo_loss, sequence_sums
+from jlrm.rl.preferences import (
+    PairTargets,
+    RewardTargets,
+    dpo_loss,
+    reward_loss,
+    sequence_sums,
+)
 
 NUM_TARGETS = 16
 LENGTHS = [[3, 2, 1, 5], [4, 4]]  # of the sequences of two rows: chosen, rejected, chosen, ...
@@ -98,3 +104,35 @@ def test_sums_of_sequences_leave_out_what_is_masked():
     sums = sequence_sums(logp, mask, sequence)
     np.testing.assert_allclose(sums[0, 1], logp[0, 3:5].sum(), rtol=1e-6)
     assert not sums[1, 2:].any()
+
+
+@pytest.mark.parametrize("kind", ["bradley_terry", "cross", "classes"])
+def test_a_reward_model_s_loss_is_what_float64_says(kind):
+    _, _, mask, sequence = rows()
+    num_scores = {"bradley_terry": 1, "cross": 2, "classes": 3}[kind]
+    scores = np.random.default_rng(1).normal(size=(*mask.shape, num_scores)).astype(np.float32)
+    ends = [(row, end - 1) for row, own in enumerate(LENGTHS) for end in np.cumsum(own)]
+    is_last = np.zeros_like(mask)
+    is_last[tuple(zip(*ends, strict=True))] = True
+    label = np.arange(mask.size, dtype=np.int32).reshape(mask.shape) % 2 + 1
+    if kind == "classes":
+        label = label - 1 + label % 3 // 2
+    at = np.array([scores[place] for place in ends], np.float64)
+    labels = np.array([label[place] for place in ends])
+    if kind == "bradley_terry":
+        margin = at[::2, 0] - at[1::2, 0]
+        losses = np.log1p(np.exp(-margin))
+    elif kind == "cross":
+        margin = np.where(labels == 1, 1, -1) * (at[:, 0] - at[:, 1])
+        losses = np.log1p(np.exp(-margin))
+    else:
+        own = np.take_along_axis(at, labels[:, None], 1)[:, 0]
+        losses = np.log(np.exp(at).sum(1)) - own
+        margin = own - np.array([np.delete(a, b).max() for a, b in zip(at, labels, strict=True)])
+    targets = RewardTargets(is_last, label, np.float32(len(losses)))
+    of_scores = lambda scores: reward_loss(kind, scores, targets, sequence)  # noqa: E731
+    (loss, means), gradient = jax.value_and_grad(of_scores, has_aux=True)(jnp.asarray(scores))
+    np.testing.assert_allclose(loss, losses.mean(), rtol=1e-6)
+    np.testing.assert_allclose(means["margin"], margin.mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["accuracy"], (margin > 0).mean())
+    assert np.all((np.abs(gradient).sum(-1) > 0) == is_last)

@@ -14,7 +14,7 @@ from jlrm.data.worlds import toy
 from jlrm.planning import phases
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import from_dict
-from jlrm.training.recipes import grpo, preference, sft
+from jlrm.training.recipes import grpo, preference, reward_model, sft
 from jlrm.weights.source import read_model
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # also where XLA's part is in a cache
@@ -31,6 +31,7 @@ STAGES = {
     "kl": ({"grpo": {**GRPO, "loss": {"kl_weight": 0.01}}}, (*OF_GRPO, "_freeze")),
     "cap": ({"grpo": {**GRPO, "loss": {"kl_weight": 0.0, "importance_cap": 2.0}}}, OF_GRPO),
     "dpo": ({"dpo": DPO}, OF_DPO),
+    "scores": ({"reward_model": {"steps": 2, "batch_size": 4}}, ("reward_update",)),
 }
 
 
@@ -52,8 +53,9 @@ class Recorder:
     def __init__(self, monkeypatch) -> None:
         self.names: set[str] = set()
         self.calls: dict[str, list] = {}
-        makers = (sft, "sft_programs"), (preference, "dpo_programs"), (grpo, "grpo_programs")
-        for module, make in makers:
+        makers = {sft: "sft_programs", preference: "dpo_programs", grpo: "grpo_programs"}
+        makers[reward_model] = "reward_programs"
+        for module, make in makers.items():
             monkeypatch.setattr(module, make, self._recording(getattr(module, make)))
 
     def _recording(self, make):
@@ -124,4 +126,4 @@ def test_what_a_stage_has_is_one_row():
     from jlrm.config import stage_titles
     from jlrm.training.recipes.stages import STAGES
 
-    assert list(STAGES) == list(stage_titles()) == ["sft", "dpo", "grpo"]
+    assert list(STAGES) == list(stage_titles()) == ["sft", "dpo", "grpo", "reward_model"]

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jlrm.config import UsageError
-from jlrm.data.batches import Encode, Example, Examples, count_tokens
+from jlrm.data.batches import Encode, Example, Examples, count_tokens, question_encoder
 from jlrm.data.comparisons import Comparison
-from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, question_template
+from jlrm.data.tokenizer import Tokenizer, control_tokens, encode
 from jlrm.judgement import prompts
 
 # Example -> the text that is preferred, and the other
@@ -63,20 +63,6 @@ def encode_pairs(
     return whole.select(np.flatnonzero(~is_over))
 
 
-def question_encoder(tokenizer: Tokenizer) -> Encode:
-    """Return what tokenises the questions of rows, as a model is asked them."""
-    template, control = question_template(tokenizer), control_tokens(tokenizer)
-
-    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
-        texts = [
-            prompts.fill(template, question=prompts.neutralise(row.question, control))
-            for row in rows
-        ]
-        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
-
-    return encode_rows
-
-
 def _encoder(encode_prompt: Encode, texts: Texts, tokenizer: Tokenizer, end_id: int) -> Encode:
     """Return what tokenises prompts and both of their texts."""
 
@@ -115,10 +101,8 @@ def _verdicts(scale: tuple[int, int]) -> Texts:
 
 def _written(row: Comparison, scale: tuple[int, int]) -> tuple[str, str]:
     """Return the verdict of gold, and the opposite; a preference alone is worth the whole scale."""
-    low, high = scale
-    best = (high, low) if row.label == 1 else (low, high)
-    first, second = row.scores or best
-    write = functools.partial(prompts.target, "", min_score=low, max_score=high)
+    first, second = row.gold(scale)
+    write = functools.partial(prompts.target, "", min_score=scale[0], max_score=scale[1])
     return write(first, second), write(second, first)
 
 

@@ -16,8 +16,9 @@ from jlrm.sampling.policy import Network
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.programs import Call, grpo_calls, sft_calls
 from jlrm.training.recipes.grpo import grpo
-from jlrm.training.recipes.pair_programs import dpo_calls
+from jlrm.training.recipes.pair_programs import dpo_calls, reward_calls
 from jlrm.training.recipes.preference import dpo
+from jlrm.training.recipes.reward_model import reward_model
 from jlrm.training.recipes.sft import sft
 from jlrm.training.setup import Run
 from jlrm.training.stage import StageResult
@@ -35,5 +36,6 @@ STAGES: Mapping[str, StageRow] = MappingProxyType(
         "sft": StageRow(sft, sft_calls),
         "dpo": StageRow(dpo, dpo_calls),
         "grpo": StageRow(grpo, grpo_calls),
+        "reward_model": StageRow(reward_model, reward_calls),
     }
 )
