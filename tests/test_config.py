@@ -69,7 +69,10 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
     [
         (["grpo.stesp=3"], "Unknown key 'grpo.stesp'. Did you mean 'steps'?"),
         (["grp.steps=3"], "Unknown key 'grp'. Did you mean 'grpo'?"),
-        (["xyz=3"], "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, grpo."),
+        (
+            ["xyz=3"],
+            "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, dpo, grpo, reward_model.",
+        ),
         (["grpo.optimizer.lerning_rate=3"], "Did you mean 'learning_rate'?"),
         (["grpo.steps=many"], "grpo.steps='many' is not what was wanted: a whole number."),
         (["grpo.steps=1.5"], "grpo.steps=1.5 is not what was wanted: a whole number."),
@@ -336,7 +339,8 @@ def test_every_setting_has_a_meaning():
     meanings = all_meanings()
     without = {key for key, meaning in meanings.items() if not meaning}
     sections = {("Config", field.name) for field in dataclasses.fields(Config)}
-    sections |= {("SFTConfig", "optimizer"), ("GRPOConfig", "optimizer"), ("GRPOConfig", "loss")}
+    stages = ("SFTConfig", "DPOConfig", "GRPOConfig", "RewardModelConfig")
+    sections |= {*((stage, "optimizer") for stage in stages), ("GRPOConfig", "loss")}
     assert without <= sections
 
 

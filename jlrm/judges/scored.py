@@ -16,7 +16,7 @@ import numpy as np
 
 from jlrm.config import MeshConfig, UsageError
 from jlrm.data.batches import question_encoder
-from jlrm.data.tokenizer import Tokenizer, control_tokens, encode
+from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, question_template
 from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.evaluation.prompting import prompting
 from jlrm.judgement import prompts
@@ -127,3 +127,30 @@ def given(scores: np.ndarray) -> list[Given]:
     if scores.shape[1] == 3:
         return [Given(None, int(row.argmax())) for row in scores]
     return [Given((float(row[0]), float(row[1])), None) for row in scores.reshape(-1, 2)]
+
+
+def how_to_ask(
+    text: str, tokenizer: Tokenizer, kind: str, template: str, end_id: int, max_prompt_tokens: int
+) -> str:
+    """Fill the part of an export's card that says how a reward model is asked, with a program.
+
+    Args:
+      text: of that part (reports/templates/scoring_card.md).
+      template: the judge's prompt.
+    """
+    texts, which = 'question="What is 2 + 2?", answer_1="4", answer_2="5"', "which holds both"
+    asked = f"print(scores({texts}))  # {', '.join(hf_config.LABELS[kind])}"
+    if kind == "bradley_terry":
+        end = tokenizer.convert_ids_to_tokens(end_id)
+        template, which = f"{question_template(tokenizer)}{{answer}}{end}", "for each answer"
+        asked = 'print([scores(question="What is 2 + 2?", answer=each) for each in ("4", "5")])'
+    control = sorted({*control_tokens(tokenizer), *prompts.THINK_TAGS})
+    return text.format(
+        scored=which,
+        template=template,
+        lines="\n".join(f"    {line!r}" for line in template.splitlines(keepends=True)),
+        control="\n".join(f"    {token!r}," for token in control),
+        broken='token[0] + " " + token[1:]',
+        asked=asked,
+        max_prompt=max_prompt_tokens,
+    )

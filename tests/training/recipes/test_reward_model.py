@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -73,6 +74,10 @@ def test_a_reward_model_judges_in_training_as_a_run_and_exported(tmp_path, data,
     )
     described = json.loads((tmp_path / "hf/config.json").read_text())
     assert described["architectures"][0].endswith("ForSequenceClassification")
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "a reward model of the kind" in card
+    program = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    compile(program, "card", "exec")
     for number, model in enumerate((tmp_path / "r", tmp_path / "hf")):
         command = ["--model", str(model), "--benchmark", "pairs", "--data", str(heldout)]
         command += ["--policy", "aggregation=first_order", "--compute-dtype", "float32"]

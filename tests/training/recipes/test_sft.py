@@ -103,6 +103,6 @@ def test_reasoning_stands_before_the_scores_after_them_or_nowhere(tokenizer):
         "2", "5"
     ).replace("0", "1")
     for place in ("before", "after", "none"):
-        assert parse("<think>" + written(tokenizer, place)).status == "ok"
+        assert parse(written(tokenizer, place)).status == "ok"
     with pytest.raises(UsageError, match=r"Set sft\.reasoning=none"):
         written(tokenizer, "after", bare)
