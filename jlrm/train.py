@@ -1,6 +1,7 @@
 """Train a judge: `python -m jlrm.train --config FILE [section.key=value ...]`.
 
-SFT, where asked for, imitates written judgements (training/recipes/sft.py). Then each step of GRPO
+SFT, where asked for, imitates written judgements (training/recipes/sft.py); DPO and reward models
+are stages of their own (preference.py and reward_model.py beside it). Each step of GRPO
 (training/recipes/grpo.py) does this:
 
  1. Take P comparisons: a function of the seed and of the number of batches drawn before.

@@ -73,10 +73,11 @@ def dpo(run: Run, evaluate: EvaluateFn) -> StageResult:
             start = initial("dpo") if stage.is_resumed else stage.state.params
             reference = programs.freeze(start)
         stage.evaluate_start()
-        for step in stage:
+        for _ in stage:
             drawn = draw(stage)
             values, learned = _learn(run, programs, stage, reference, drawn.pairs)
-            values |= floats({"learning_rate": programs.rate(step)}) | drawn.metrics
+            values |= floats({"learning_rate": programs.rate(max(int(stage.state.step) - 1, 0))})
+            values |= drawn.metrics
             values |= mean_logged(drawn.logged, values)
             stage.finish(values, drawn.num_tokens, learned, drawn.draws)
     return stage.outcome()
