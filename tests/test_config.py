@@ -70,7 +70,10 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
     [
         (["grpo.stesp=3"], "Unknown key 'grpo.stesp'. Did you mean 'steps'?"),
         (["grp.steps=3"], "Unknown key 'grp'. Did you mean 'grpo'?"),
-        (["xyz=3"], "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, grpo."),
+        (
+            ["xyz=3"],
+            "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, dpo, grpo, reward_model.",
+        ),
         (["grpo.optimizer.lerning_rate=3"], "Did you mean 'learning_rate'?"),
         (["grpo.steps=many"], "grpo.steps='many' is not what was wanted: a whole number."),
         (["grpo.steps=1.5"], "grpo.steps=1.5 is not what was wanted: a whole number."),
@@ -93,6 +96,13 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.steps=-1"], "grpo.steps=-1 is too small"),
         (["grpo.steps=0"], "Nothing to train"),
         (["sampling.temperature=0"], "sampling.temperature=0"),
+        (["grpo.steps=0", "dpo.steps=1", "sampling.temperature=0"], "and DPO learns nothing"),
+        (["dpo.label_smoothing=0.5"], "Set it below 0.5."),
+        (["dpo.label_smoothing=0.1", "dpo.loss=ipo"], "does not apply to dpo.loss=ipo"),
+        (["sft.swap=1.5"], "sft.swap=1.5 is a share of the rows"),
+        (["sft.reference=0.5"], "Set data.prompt=jlrm, or sft.reference=0."),
+        (["dpo.beta=0"], "dpo.beta=0.0 is too small"),
+        (["reward_model.steps=1", "run.best_metric=reward"], "a reward model writes none"),
         (["sampling.top_p=0"], "outside (0, 1]"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
         (["grpo.optimizer.nu_dtype=bfloat16"], "Lower b2 to 0.99, or keep float32."),
@@ -402,7 +412,8 @@ def test_every_setting_has_a_meaning():
     meanings = all_meanings()
     without = {key for key, meaning in meanings.items() if not meaning}
     sections = {("Config", field.name) for field in dataclasses.fields(Config)}
-    sections |= {("SFTConfig", "optimizer"), ("GRPOConfig", "optimizer"), ("GRPOConfig", "loss")}
+    stages = ("SFTConfig", "DPOConfig", "GRPOConfig", "RewardModelConfig")
+    sections |= {*((stage, "optimizer") for stage in stages), ("GRPOConfig", "loss")}
     sections |= {("GRPOConfig", "advantage")}
     assert without <= sections
 

@@ -60,6 +60,13 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
+DPO = ("dpo.steps=2", "dpo.batch_size=2", "grpo.steps=1")
+WRITTEN = (*DPO, "dpo.pairs=verdicts")
+SCORED = ("reward_model.steps=2", "reward_model.batch_size=2", "grpo.steps=1")
+REFERENCES = (
+    *("data.train={folder}/references.jsonl", "model.tokenizer={folder}/chat", "data.prompt=jlrm"),
+    *("data.max_prompt_tokens=700", "grpo.steps=0"),
+)
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
 TWO_REWARDS = ("reward.plugins={{'test_effects:pay': 1.0, 'test_effects:pay_more': 1.0}}",)
 CLIP_COV = ("grpo.loss.surrogate=clip_cov", "grpo.loss.covariance_share=1")
@@ -76,6 +83,7 @@ OPTIMIZER = {
     "weight_decay": Change(0.5),
     "clip_norm": Change(0.01),
 }
+STAGES = ("sft", "dpo", "grpo", "reward_model")
 REWARD = {
     "mode": Change("judgelrm"),
     "format": Change(3.0),
@@ -158,6 +166,26 @@ CHANGES = {
     "sft.batch_size": Change(2),
     "sft.pack_tokens": Change(128),
     "sft.max_target_tokens": Change(20),
+    "sft.reasoning": Change("after"),
+    "sft.swap": Change(0.9),
+    "sft.reference": Change(0.9, REFERENCES),
+    "dpo.steps": Change(1, ("dpo.batch_size=2", "dpo.rollouts=2")),
+    "dpo.pairs": Change("answers", DPO),
+    "dpo.batch_size": Change(3, DPO),
+    "dpo.rollouts": Change(3, DPO),
+    "dpo.pack_tokens": Change(256, (*WRITTEN, "dpo.batch_size=6", "dpo.max_target_tokens=32")),
+    "dpo.max_target_tokens": Change(12, (*DPO, "dpo.pairs=answers")),
+    "dpo.loss": Change("ipo", WRITTEN),
+    "dpo.beta": Change(0.5, WRITTEN),
+    "dpo.label_smoothing": Change(0.2, WRITTEN),
+    "dpo.reference": Change("none", WRITTEN),
+    "reward_model.steps": Change(1),
+    "reward_model.kind": Change("cross", SCORED),
+    "reward_model.batch_size": Change(3, SCORED),
+    "reward_model.pack_tokens": Change(
+        256, (*SCORED, "reward_model.batch_size=6", "reward_model.max_target_tokens=32")
+    ),
+    "reward_model.max_target_tokens": Change(8, SCORED),
     "grpo.steps": Change(1),
     "grpo.prompts": Change(4),
     "grpo.rollouts": Change(3),
@@ -200,7 +228,7 @@ CHANGES = {
     "grpo.loss.kl_correction": Change("ratio"),
     "grpo.loss.entropy_weight": Change(0.5),
     **{f"reward.{name}": change for name, change in REWARD.items()},
-    **{f"{s}.optimizer.{name}": c for s in ("sft", "grpo") for name, c in OPTIMIZER.items()},
+    **{f"{s}.optimizer.{name}": c for s in STAGES for name, c in OPTIMIZER.items()},
 }
 
 
@@ -304,6 +332,10 @@ def write_files(base: pathlib.Path) -> None:
     rows = toy.comparisons(seed=3, num_rows=24)
     write_comparisons(rows, base / "train.jsonl")
     write_comparisons(toy.comparisons(seed=5, num_rows=24), base / "other.jsonl")
+    known = [
+        dataclasses.replace(row, meta={**row.meta, "reference": "All the words."}) for row in rows
+    ]
+    write_comparisons(known, base / "references.jsonl")
     labels = [
         dataclasses.replace(row, score_1=None, score_2=None, preference=row.label) for row in rows
     ]
@@ -321,6 +353,9 @@ def write_files(base: pathlib.Path) -> None:
     ]
     lines = [json.dumps(row) for row in judgelm]
     (base / "judgelm.jsonl").write_text("\n".join(lines) + "\n")
+    toy.save_tokenizer(base / "chat")
+    chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    (base / "chat/chat_template.jinja").write_text(chat)
     (base / "tokenizer").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "VOCAB_SIZE", 400)
@@ -521,10 +556,11 @@ def test_a_setting_of_a_run_has_an_effect(observe, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
-    ["sft.optimizer.learning_rate=0.5", "grpo.optimizer.learning_rate=0.5", "reward.malformed=3"],
+    [*(f"{stage}.optimizer.learning_rate=0.5" for stage in STAGES), "reward.malformed=3"],
 )
 def test_a_run_hands_on_the_sections_that_are_observed_by_themselves(observe, override):
-    assert observe()["values"] != observe(override)["values"]
+    given = {"dpo": WRITTEN, "reward_model": SCORED}.get(override.partition(".")[0], ())
+    assert observe(*given)["values"] != observe(*given, override)["values"]
 
 
 @pytest.mark.slow

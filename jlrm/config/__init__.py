@@ -20,12 +20,21 @@ from jlrm.config.sections import (
     RunConfig,
     SamplingConfig,
 )
-from jlrm.config.stages import AdvantageConfig, GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
+from jlrm.config.stages import (
+    AdvantageConfig,
+    DPOConfig,
+    GRPOConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from jlrm.config.values import Part, RunError, UsageError, check_range, dotted, nearest
 
 __all__ = [
     "AdvantageConfig",
     "Config",
+    "DPOConfig",
     "DataConfig",
     "GRPOConfig",
     "LossConfig",
@@ -34,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "Part",
     "RewardConfig",
+    "RewardModelConfig",
     "RunConfig",
     "RunError",
     "SFTConfig",
@@ -55,7 +65,9 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
     def __post_init__(self) -> None:
         check_range(self)
@@ -65,7 +77,7 @@ class Config:
 def stage_titles() -> dict[str, str]:
     """Return name: title of all stages, in the order in which a run has them.
 
-    A stage is a section that has a title, named as the section; training/stages.py has its recipe.
+    A stage is a section that has a title, named as the section; its recipe is in training/recipes/.
     """
     sections = typing.get_type_hints(Config)
     return {name: kind.title for name, kind in sections.items() if hasattr(kind, "title")}
@@ -78,7 +90,7 @@ def stages_of(config: Config) -> list[str]:
 
 def _check(config: Config) -> None:
     """Refuse combinations that no run can use, naming the field, the value and the way out."""
-    sft, grpo = config.sft, config.grpo
+    grpo = config.grpo
     if not config.run.dir:
         raise UsageError("run.dir is empty: name a directory for everything that the run writes.")
     if bool(config.model.path) == bool(config.model.preset):
@@ -87,26 +99,38 @@ def _check(config: Config) -> None:
         )
     if config.model.preset and not config.model.tokenizer:
         raise UsageError("model.preset has no tokenizer of its own: set model.tokenizer.")
-    for name, optimizer in (("sft", sft.optimizer), ("grpo", grpo.optimizer)):
+    for name in stage_titles():
+        optimizer = getattr(config, name).optimizer
         if optimizer.nu_dtype == "bfloat16" and optimizer.b2 > 1 - 2**-8:
             raise UsageError(
                 f"{name}.optimizer.nu_dtype=bfloat16 keeps 8 bits. With b2={optimizer.b2} a step "
                 "changes the moment by less than that. Lower b2 to 0.99, or keep float32."
             )
-    if not sft.steps and not grpo.steps:
-        raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
-    _check_sampling(config.sampling, grpo)
+    if not stages_of(config):
+        listed = ", ".join(f"{name}.steps" for name in stage_titles())
+        raise UsageError(f"Nothing to train: of {listed} none is above 0.")
+    _check_sampling(config)
+    _check_sft(config.sft, config.data)
+    _check_dpo(config.dpo)
+    if config.reward_model.steps and config.run.best_metric == "reward":
+        raise UsageError(
+            "run.best_metric=reward ranks checkpoints by what judgements earn, and a reward model "
+            "writes none. Set it to agreement or another metric."
+        )
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
 
 
-def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
+def _check_sampling(config: Config) -> None:
+    sampling, grpo = config.sampling, config.grpo
     if not 0.0 < sampling.top_p <= 1.0:
         raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
-    if grpo.steps and sampling.temperature == 0.0:
+    is_sampled = {"GRPO": grpo.steps > 0, "DPO": config.dpo.is_sampled}
+    learner = next((name for name, is_so in is_sampled.items() if is_so), "")
+    if learner and sampling.temperature == 0.0:
         raise UsageError(
-            "sampling.temperature=0 makes all rollouts of a prompt equal, and GRPO learns nothing "
-            "from equal rollouts. Set it above 0."
+            f"sampling.temperature=0 makes all rollouts of a prompt equal, and {learner} learns "
+            "nothing from equal rollouts. Set it above 0."
         )
     if grpo.steps and sampling.weights == "int8" and not grpo.loss.importance_cap:
         raise UsageError(
@@ -118,6 +142,27 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
             raise UsageError(
                 f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
             )
+
+
+def _check_sft(sft: SFTConfig, data: DataConfig) -> None:
+    for name in ("swap", "reference"):
+        if (share := getattr(sft, name)) > 1:
+            raise UsageError(f"sft.{name}={share} is a share of the rows: at most 1.")
+    if sft.reference and data.prompt != "jlrm":
+        raise UsageError(
+            f"sft.reference={sft.reference} shows reference answers, for which data.prompt="
+            f"{data.prompt} has no place. Set data.prompt=jlrm, or sft.reference=0."
+        )
+
+
+def _check_dpo(dpo: DPOConfig) -> None:
+    if dpo.label_smoothing >= 0.5:
+        raise UsageError(
+            f"dpo.label_smoothing={dpo.label_smoothing} takes half of the pairs or more to be "
+            "wrong, so nothing is preferred. Set it below 0.5."
+        )
+    if dpo.label_smoothing and dpo.loss == "ipo":
+        raise UsageError("dpo.label_smoothing does not apply to dpo.loss=ipo. Set it to 0.")
 
 
 def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:

@@ -28,13 +28,72 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class SFTConfig:
     title = "SFT"  # what makes a section a stage
+    stream = 0  # which order of the data is this stage's
     batch_field = "batch_size"  # the setting that says how many rows a batch takes
     steps: Count = 0  # optimiser steps; 0: no SFT before GRPO
     batch_size: Positive = 64  # sequences per optimiser step
     # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
     pack_tokens: Count = 0
     max_target_tokens: int = 512  # a longer written judgement is counted and left out
+    # Where the written reasoning stands: before the scores, in think tags; after them, as JudgeLM
+    # was trained; or nowhere ("none"), for which a row needs no more than a label.
+    reasoning: Literal["before", "after", "none"] = "before"
+    # Share of rows, chosen by the seed, whose answers stand in the other order; their judgement is
+    # turned round too, with names such as "Assistant 1" in it (JudgeLM: 0.5).
+    swap: NonNegative = 0.0
+    # Share of rows with a reference answer (column `reference`) whose prompt shows it; it drops
+    # from the others (JudgeLM: 0.5). For data.prompt=jlrm.
+    reference: NonNegative = 0.0
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    title = "DPO"
+    stream = 2
+    batch_field = "batch_size"
+    steps: Count = 0  # optimiser steps; 0: no DPO
+    # What is preferred to what: of `rollouts` judgements that the policy samples of a prompt, the
+    # best paid to the worst paid; the gold scores to the same in the other order, without any
+    # reasoning ("verdicts"); or the better answer to the worse one, as replies to the question.
+    pairs: Literal["judgements", "verdicts", "answers"] = "judgements"
+    batch_size: Positive = 16  # prompts per optimiser step, a pair of completions each
+    rollouts: Annotated[int, 2] = 4  # judgements sampled of each prompt, with pairs=judgements
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    max_target_tokens: int = 512  # a pair with a longer answer or verdict is counted and left out
+    # The loss of a pair (rl/preferences.py): the logistic one of DPO, or IPO's square.
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    beta: Annotated[float, 1e-6] = 0.1  # how much the distance from the reference costs
+    # Share of pairs whose preference is taken to be wrong; for the logistic loss.
+    label_smoothing: NonNegative = 0.0
+    # What log-probabilities are compared with: the weights at the start of the stage, kept frozen,
+    # or nothing, which spares their memory.
+    reference: Literal["start", "none"] = "start"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the stage runs, and samples what it learns from."""
+        return self.steps > 0 and self.pairs == "judgements"
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """A reward model, trained from the weights of the stage before; it can't be trained further."""
+
+    title = "Reward model"
+    stream = 3
+    batch_field = "batch_size"
+    steps: Count = 0  # optimiser steps; 0: no reward model
+    # Each answer scored alone, as a reply to the question ("bradley_terry"); both answers in the
+    # judge's prompt, with a score for each ("cross"); the same with a class of 1, 2 or a tie.
+    kind: Literal["bradley_terry", "cross", "classes"] = "bradley_terry"
+    batch_size: Positive = 16  # comparisons per optimiser step
+    # Tokens that a device runs at a time: fewer need less memory, same result; 0: automatic.
+    pack_tokens: Count = 0
+    max_target_tokens: int = 512  # a longer answer is counted and left out, with bradley_terry
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-5))
 
 
 @dataclass(frozen=True)
@@ -114,6 +173,7 @@ class AdvantageConfig:
 @dataclass(frozen=True)
 class GRPOConfig:
     title = "GRPO"
+    stream = 1
     batch_field = "prompts"
     steps: Count = 0  # rollout batches; 0: no GRPO
     prompts: Positive = 16  # per step

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from jlrm.config import MeshConfig
+from jlrm.config import MeshConfig, UsageError
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import (
@@ -51,7 +51,7 @@ from jlrm.sampling.writer import (
     widths,
 )
 from jlrm.weights import hf_config, steps
-from jlrm.weights.source import model_files, read_params
+from jlrm.weights.source import model_files, num_labels, read_params
 
 STOP, STOP_SINGLE = {"</answer>": 2}, {"</answer>": 1}
 EncodeGames = Callable[[Sequence[Game]], list[Example]]
@@ -90,6 +90,11 @@ def open_model(
     Raises:
       UsageError: anything the user can mend.
     """
+    if num_labels(model):
+        raise UsageError(
+            f"{model} is a reward model: it scores answers and writes no judgement. python -m "
+            "jlrm.evaluate judges benchmarks with it."
+        )
     directory = model_files(model)
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
     if not steps.is_run(model):  # whose weights are masters, whatever it began from

@@ -231,12 +231,16 @@ def make(
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:
-        from jlrm.judges import local
+        from jlrm.judges import local, scored
         from jlrm.sampling import writer
+        from jlrm.weights import source
 
         grid, stops = mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
         own = ("prompt", "max_prompt_tokens", "compute_dtype", "apart")
         others = {name: given.pop(name) for name in own}
+        if source.num_labels(model):
+            size = given["batch_size"]
+            return scored.make(model, scale=scale, batch_size=size, mesh=grid, **others)
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
         return local.make(model, scale=scale, decoding=decoding, mesh=grid, **others)
     from jlrm.judges import batch, openai

@@ -56,6 +56,7 @@ class QwenConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     yarn: Yarn | None = None
+    num_labels: int = field(default=0, kw_only=True)  # scores of a reward model; 0: it writes text
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
@@ -179,8 +180,11 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
 def param_letters(config: QwenConfig) -> Any:
     """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
     layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
-    table = PartitionSpec("V", "D")
-    outer = {"embed": table} if config.tie_word_embeddings else {"embed": table, "head": table}
+    outer = {"embed": PartitionSpec("V", "D")}
+    if config.num_labels:
+        outer["score"] = PartitionSpec("D", None)
+    elif not config.tie_word_embeddings:
+        outer["head"] = PartitionSpec("V", "D")
     layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
     return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
 
@@ -218,7 +222,7 @@ def hidden_states(
     device of slices such as v5e 4x4 (7B on v5e-16: 99 GiB of all-reduce in an update, compiled).
     """
     letters = param_letters(config)
-    names = {name for name in params if name != "head"}
+    names = {name for name in params if name not in ("head", "score")}
     attend = partial(_attend_packed, layout.platform)
     block = Block(config, LOCAL, attend)
 
@@ -269,6 +273,11 @@ def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
     return params["embed"] if config.tie_word_embeddings else params["head"]
 
 
+def scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C labels"]:
+    """Apply the head of a reward model, in float32: nothing is preferred by rounding."""
+    return jnp.einsum("BCD,DK->BCK", states, params["score"], preferred_element_type=jnp.float32)
+
+
 def rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
     """Return the rotary angles of these positions."""
     return angles(positions, config.head_dim, config.rope_theta, config.yarn)
@@ -313,7 +322,9 @@ def _init(config: QwenConfig, key: Array) -> Params:
         "layers": jax.vmap(lambda key: nn.unbox(_init_layer(config, key)))(layer_keys),
         "final_norm": {"scale": jnp.ones(config.hidden_size, dtype)},
     }
-    if not config.tie_word_embeddings:
+    if config.num_labels:  # all scores are equal until something is learned
+        params["score"] = jnp.zeros((config.hidden_size, config.num_labels), dtype)
+    elif not config.tie_word_embeddings:
         params["head"] = _fan_in_normal((1,))(head_key, shape, dtype)
     return params
 

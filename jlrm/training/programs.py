@@ -149,9 +149,9 @@ def sft_calls(
     state = update.abstract_state(network.model, network.training, programs.optimizer)
     group = Group(range(longest[0]), [range(longest[1])])
     rows = longest_rows(network.training, programs.sizes, [group] * config.sft.batch_size)
-    weights = _like(rows.rows.tokens, jnp.float32)
+    weights = like(rows.rows.tokens, jnp.float32)
     return {
-        "init_sft_optimizer": _init_optimizer(network, programs.optimizer, state),
+        "init_sft_optimizer": init_optimizer(network, programs.optimizer, state),
         "sft": Call(programs.update, (state, rows.rows, weights), longest=rows),
     }
 
@@ -164,12 +164,11 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
     options = compiler_options(training.mesh)
     fixed = model, training, network.distribution(sampling)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
-        freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
+        freeze=freeze_program(network),
         logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(
             partial(update.grpo_update, *fixed, grpo.loss, optimizer),
@@ -205,7 +204,7 @@ def grpo_calls(
     has_reference = grpo.has_reference
     extra = weighs_policy_alone(config), grpo.loss.singles_out
     targets = abstract_targets(rows.rows, has_reference, *extra)
-    calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
+    calls = {"init_optimizer": init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
     calls["lay_out"] = Call(programs.lay_out, (state.params,))
@@ -254,7 +253,8 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
 
     `lay_out` is that of rollouts, where rollouts have the same one.
     """
-    is_shared = config.grpo.steps > 0 and config.sampling.weights == "full"
+    is_sampled = config.grpo.steps > 0 or config.dpo.is_sampled
+    is_shared = is_sampled and config.sampling.weights == "full"
     weights = "lay_out" if is_shared else "lay_out_evaluation"
     program = lay_out_program(network.model, network.decoding)
     params = qwen.abstract_params(network.model, network.training)
@@ -327,15 +327,15 @@ def abstract_targets(
     rows: Rows, has_reference: bool, has_importance: bool = False, has_singled: bool = False
 ) -> PolicyTargets:
     """Return what the policy loss takes beside its rows, as abstract arrays."""
-    numbers = _like(rows.tokens, jnp.float32)
+    numbers = like(rows.tokens, jnp.float32)
     return PolicyTargets(
         old_logp=numbers,
         ref_logp=numbers if has_reference else None,
         advantages=numbers,
-        mask=_like(rows.tokens, jnp.bool),
+        mask=like(rows.tokens, jnp.bool),
         weights=numbers,
         importance=numbers if has_importance else None,
-        is_singled=_like(rows.tokens, jnp.bool) if has_singled else None,
+        is_singled=like(rows.tokens, jnp.bool) if has_singled else None,
     )
 
 
@@ -372,14 +372,22 @@ def pack_minibatch(
     return Minibatch(rows, targets, packed.metrics, int(mask.sum()), packed.completion)
 
 
+def freeze_program(network: Network) -> Any:
+    """Return the program that keeps a copy of the weights as the reference."""
+    params = qwen.abstract_params(network.model, network.training)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(partial(_freeze, network.model), out_shardings=shardings)
+
+
 def _freeze(model: QwenConfig, params: Params) -> Params:
     # Without a copy, a cast that changes nothing would give back the very same buffers.
     return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))
 
 
-def _init_optimizer(
+def init_optimizer(
     network: Network, optimizer: optax.GradientTransformation, state: TrainState
 ) -> Call:
+    """Return the program of a stage's start that makes the optimiser's state."""
     program = update.init_optimizer_program(network.model, network.training, optimizer)
     return Call(program, (state.params,))
 
@@ -392,5 +400,6 @@ def training_stops(
     return stop_tables(config.sampling.stop_strings, token_bytes, network.model.vocab_size, after)
 
 
-def _like(leaf: Any, dtype: Any) -> Any:
+def like(leaf: Any, dtype: Any) -> Any:
+    """Return an abstract array of the same shape that lies the same way."""
     return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

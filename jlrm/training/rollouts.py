@@ -72,7 +72,7 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
 SampleFn = Callable[[Params, Sequence[Example], int], Callable[[], Sampled]]
 
 
-def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
+def make_sampler(config: Config, policy: TextPolicy, width: int, num_rollouts: int) -> SampleFn:
     """Return the sampler of a step's groups; prompts have at most `width` tokens."""
     sampling = config.sampling
     spelled = token_bytes(policy.tokenizer) if sampling.stop_strings else []
@@ -81,7 +81,7 @@ def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
         rollout_settings(config, policy),
         training_stops(config, policy, spelled),
         config.run.seed,
-        config.grpo.rollouts,
+        num_rollouts,
         width,
     )
 

@@ -40,7 +40,7 @@ from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
 from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
-from jlrm.weights.source import model_files, read_params
+from jlrm.weights.source import model_files, num_labels, read_params
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +174,11 @@ def open_directory(config: Config) -> Iterator[RunDir]:
 
 def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
     """Return the policy of a run from `model/`, which is filled at the run's first start."""
+    if config.model.path and not directory.is_trained and num_labels(config.model.path):
+        raise UsageError(
+            f"model.path={config.model.path} is a reward model, which writes no text. Name the "
+            "model that it was trained from."
+        )
     if hosts.is_main():
         _fill_model(config, directory)
         directory.mirror.push()
@@ -211,8 +216,11 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
     Raises:
       UsageError: if either can't.
     """
-    longest_target = config.sft.max_target_tokens if config.sft.steps else 0
-    longest = max(config.sampling.max_new_tokens, longest_target)
+    limited = [config.sft, config.dpo, config.reward_model]
+    longest = max(
+        config.sampling.max_new_tokens,
+        *(stage.max_target_tokens if stage.steps else 0 for stage in limited),
+    )
     check_positions(
         policy.model,
         config.data.max_prompt_tokens + longest,

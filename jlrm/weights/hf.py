@@ -55,6 +55,7 @@ TABLE = (
     ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", "F | D"),
     ("model.norm.weight", "final_norm.scale", "D"),
     ("lm_head.weight", "head", "V D"),
+    ("score.weight", "score", "D | C"),
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -106,9 +107,11 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         "N": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "H": config.head_dim,
+        "C": config.num_labels,
     }
     absent = {
-        "head": config.tie_word_embeddings,
+        "head": config.tie_word_embeddings or config.num_labels > 0,
+        "score": not config.num_labels,
         "q_bias": not config.qkv_bias,
         "k_bias": not config.qkv_bias,
         "v_bias": not config.qkv_bias,

@@ -26,6 +26,12 @@ KINDS = {  # by model_type
     "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",  # Qwen2 without biases, such as SmolLM2
 }
+CLASSIFIER = "ForSequenceClassification"
+LABELS = {  # what the scores of a reward model are of, by its kind
+    "bradley_terry": ("answer",),
+    "cross": ("answer_1", "answer_2"),
+    "classes": ("tie", "answer_1", "answer_2"),
+}
 LARGEST = 1e30  # of numbers that become float32
 
 
@@ -40,6 +46,27 @@ def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
         differently, or the directory holds a PEFT adapter.
     """
     return config_from_hf(_described(directory), str(directory / "config.json"), **numerics)
+
+
+def num_labels(directory: pathlib.Path) -> int:
+    """Return how many scores a directory's model gives a text; 0: it writes text itself."""
+    described = _described(directory)
+    named = described.get("architectures")
+    if not (isinstance(named, list) and named and str(named[0]).endswith(CLASSIFIER)):
+        return 0
+    labels = described.get("id2label") or range(described.get("num_labels") or 2)  # as transformers
+    return len(labels)
+
+
+def scoring_to_hf(fields: dict[str, Any], kind: str, pad_id: int | None) -> dict[str, Any]:
+    """Return the config.json of a reward model of a kind (config/stages.py) from a policy's."""
+    names = LABELS[kind]
+    return fields | {
+        "architectures": [fields["architectures"][0].replace("ForCausalLM", CLASSIFIER)],
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "pad_token_id": pad_id,  # transformers scores the last token that is another
+    }
 
 
 def stored_dtype(directory: pathlib.Path) -> str:
@@ -110,6 +137,7 @@ def config_from_hf(
         rms_norm_eps=_number(source, where, "rms_norm_eps", 1e-6),
         max_position_embeddings=size("max_position_embeddings", _usual_length(source)),
         yarn=yarn,
+        num_labels=0,  # whether it scores is asked apart: `num_labels`
         **numerics,
     )
 

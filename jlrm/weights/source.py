@@ -31,6 +31,16 @@ def model_files(source: str) -> pathlib.Path:
     return side_files(source) / "model"
 
 
+def num_labels(source: str) -> int:
+    """Return how many scores a reward model gives a text; 0: the model writes text itself."""
+    if not steps.is_run(source):
+        return hf_config.num_labels(hf.resolve(source))
+    meta = steps.read_meta(steps.find(source))
+    if meta.get("stage") != "reward_model":
+        return 0
+    return len(hf_config.LABELS[meta["config"]["reward_model"]["kind"]])
+
+
 def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
     """Read a model's weights onto the devices; `source` as in `model.path`.
 

@@ -23,9 +23,9 @@ from jlrm.judgement.notes import TrainerState
 from jlrm.runtime.mesh import create_mesh, training_layout
 from jlrm.runtime.settings import from_dict
 from jlrm.training import rollouts
-from jlrm.training.grpo import less_divergence
 from jlrm.training.packing import Group
 from jlrm.training.programs import Known, grpo_programs, pack_minibatch
+from jlrm.training.recipes.grpo import less_divergence
 from jlrm.training.rollouts import Sampled, Started, StepBatch
 from jlrm.training.scoring import mean_logged
 from jlrm.training.setup import Run, RunData, initial_params, open_run
@@ -343,7 +343,7 @@ def test_a_row_that_stands_twice_in_a_batch_is_drawn_twice(tmp_path):
     for num_devices in (1, 4):
         with open_run(config, jax.devices()[:num_devices]) as run:
             width, _ = run.data.train.longest
-            sample = rollouts.make_sampler(config, run.policy, width)
+            sample = rollouts.make_sampler(config, run.policy, width, config.grpo.rollouts)
             programs = grpo_programs(config, run.policy, width)
             weights = programs.lay_out(initial_params(run, "grpo"))
             (row, other) = run.data.train.take([0, 1])

@@ -39,7 +39,7 @@ from jlrm.training.update import TrainState
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config, (width, _) = run.config.grpo, run.data.train.longest
-    sample = make_sampler(run.config, run.policy, width)
+    sample = make_sampler(run.config, run.policy, width, config.rollouts)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
@@ -203,6 +203,7 @@ def less_divergence(
     """Lower rewards by the policy's distance from the reference, and compare them again."""
     layout, distance = run.policy.training, np.zeros(len(drawn.is_learned))
     for part in parts:
+        assert part.targets.ref_logp is not None
         gap = replicate(layout, part.targets.old_logp - part.targets.ref_logp)
         is_target = part.completion >= 0
         np.add.at(distance, part.completion[is_target], host_array(gap)[is_target])
