@@ -203,6 +203,7 @@ def less_divergence(
     """Lower rewards by the policy's distance from the reference, and compare them again."""
     layout, distance = run.policy.training, np.zeros(len(drawn.is_learned))
     for part in parts:
+        assert part.targets.ref_logp is not None
         gap = replicate(layout, part.targets.old_logp - part.targets.ref_logp)
         is_target = part.completion >= 0
         np.add.at(distance, part.completion[is_target], host_array(gap)[is_target])

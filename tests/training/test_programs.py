@@ -105,7 +105,7 @@ def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, los
     assert not unknown, f"training compiles {unknown}, which no plan knows"
     assert names <= recorder.names, "a plan has programs that do not run"
     assert set(recorder.calls) == {"sft_update", "grpo_update", "decode_params", "logprobs"} | (
-        {"_freeze"} if loss["kl_weight"] else set()
+        {"_freeze"} if config.grpo.has_reference else set()
     )
     for name, calls in recorder.calls.items():
         wanted = [
