@@ -364,6 +364,13 @@ def test_every_preset_is_a_config_that_differs_from_the_defaults(name):
     assert {key: flat[key] for key in PRESETS[name]} == PRESETS[name]
 
 
+def test_the_table_of_the_loss_names_every_preset():
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("### The loss")[2].partition("\n\n* ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name.strip(" `") for row in rows for name in row.split(",")] == list(PRESETS)
+
+
 def test_a_preset_gives_way_to_the_file_and_comes_before_other_overrides(tmp_path):
     head = {name: part for name, part in SMALLEST.items() if name != "grpo"}
     given = {"steps": 1, "loss": {"clip_high": 0.5}, "rollouts": 4}

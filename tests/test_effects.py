@@ -192,7 +192,7 @@ CHANGES = {
     "grpo.epochs": Change(1),
     "grpo.minibatches": Change(2),
     "grpo.pack_tokens": Change(128, ("grpo.prompts=8",)),
-    "grpo.advantage.baseline": Change("length_weighted"),
+    "grpo.advantage.baseline": Change("leave_one_out"),
     "grpo.advantage.scale": Change("none"),
     "grpo.advantage.eps": Change(0.1),
     "grpo.advantage.whiten": Change("rows"),

@@ -90,7 +90,7 @@ def advantages(
         for num_parts in _parts(config, num_orders):
             parts = (x.reshape(shape[0] * num_parts, -1) for x in (values, lengths))
             total += weight * _compared(config, *parts).reshape(shape)
-    is_paid = ~np.all(np.isnan(list(rewards.values())), axis=0, keepdims=True)[0]
+    is_paid = np.any([~np.isnan(each) for each in rewards.values()], axis=0)
     return _whitened(config, total, is_paid, lengths).astype(np.float32)
 
 
