@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from jlrm.data.tokenizer import Tokenizer, control_tokens, prompt_template
+from jlrm.evaluation import scored
 from jlrm.judgement import prompts
-from jlrm.judges import scored
 from jlrm.reports import evaluated, pages
 from jlrm.reports.results_file import Published, Results
 from jlrm.runtime.settings import parse_yaml
