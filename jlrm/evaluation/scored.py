@@ -132,7 +132,7 @@ def how_to_ask(
     """Fill the part of an export's card that says how a reward model is asked, with a program.
 
     Args:
-      text: of that part (reports/templates/scoring_card.md).
+      text: of that part (reports/templates/scoring_card.txt).
       template: the judge's prompt.
     """
     texts, which = 'question="What is 2 + 2?", answer_1="4", answer_2="5"', "which holds both"

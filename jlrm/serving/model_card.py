@@ -306,7 +306,7 @@ def _use(trained: Trained) -> str:
     )
     if trained.is_scoring:
         kind = config["reward_model"]["kind"]
-        text = (pages.TEMPLATES / "scoring_card.md").read_text(encoding="utf-8")
+        text = (pages.TEMPLATES / "scoring_card.txt").read_text(encoding="utf-8")
         own = trained.tokenizer, kind, template, trained.ends[0], limits[0]
         return scored.how_to_ask(text, *own)
     model, low_high = shlex.quote(trained.name), " ".join(map(str, scale.values())) or "1 10"
