@@ -182,9 +182,7 @@ CHANGES = {
     "reward_model.steps": Change(1),
     "reward_model.kind": Change("cross", SCORED),
     "reward_model.batch_size": Change(3, SCORED),
-    "reward_model.pack_tokens": Change(
-        256, (*SCORED, "reward_model.batch_size=6", "reward_model.max_target_tokens=32")
-    ),
+    "reward_model.pack_tokens": Change(128, (*SCORED, "reward_model.batch_size=12")),
     "reward_model.max_target_tokens": Change(8, SCORED),
     "grpo.steps": Change(1),
     "grpo.prompts": Change(4),

@@ -231,7 +231,8 @@ def make(
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:
-        from jlrm.judges import local, scored
+        from jlrm.evaluation import scored
+        from jlrm.judges import asking, local
         from jlrm.sampling import writer
         from jlrm.weights import source
 
@@ -240,7 +241,8 @@ def make(
         others = {name: given.pop(name) for name in own}
         if source.num_labels(model):
             size = given["batch_size"]
-            return scored.make(model, scale=scale, batch_size=size, mesh=grid, **others)
+            judge = scored.make(model, scale=scale, batch_size=size, mesh=grid, **others)
+            return asking.in_blocks(judge, size) if others["apart"] else judge
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
         return local.make(model, scale=scale, decoding=decoding, mesh=grid, **others)
     from jlrm.judges import batch, openai

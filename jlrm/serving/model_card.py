@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from jlrm.data.tokenizer import Tokenizer, control_tokens, prompt_template
+from jlrm.evaluation import scored
 from jlrm.judgement import prompts
-from jlrm.judges import scored
 from jlrm.reports import evaluated, pages
 from jlrm.reports.results_file import Published, Results
 from jlrm.runtime.settings import parse_yaml
@@ -306,7 +306,7 @@ def _use(trained: Trained) -> str:
     )
     if trained.is_scoring:
         kind = config["reward_model"]["kind"]
-        text = (pages.TEMPLATES / "scoring_card.md").read_text(encoding="utf-8")
+        text = (pages.TEMPLATES / "scoring_card.txt").read_text(encoding="utf-8")
         own = trained.tokenizer, kind, template, trained.ends[0], limits[0]
         return scored.how_to_ask(text, *own)
     model, low_high = shlex.quote(trained.name), " ".join(map(str, scale.values())) or "1 10"

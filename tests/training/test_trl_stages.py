@@ -47,7 +47,8 @@ def sft() -> tuple[Any, Any, Any]:
 
 def dpo() -> tuple[Any, Any, Any]:
     packed = packing.pack(pairs(), [128], 1, is_whole=True)
-    ref_logp, _ = update.logprobs(MODEL, LAYOUT, Distribution(), params(), packed.rows)
+    score = jax.jit(functools.partial(update.logprobs, MODEL, LAYOUT, Distribution()))
+    ref_logp, _ = score(params(), packed.rows)
     targets = PairTargets(ref_logp, packed.is_target, np.float32(len(pairs())))
     step = lambda layout, *rest: update.dpo_update(MODEL, layout, DPO, *rest)  # noqa: E731
     return step, (packed.rows, targets), params()

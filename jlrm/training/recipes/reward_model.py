@@ -3,7 +3,7 @@
 By `reward_model.kind` each answer is scored alone (Bradley-Terry: the question stands once before
 both), or both in the judge's prompt, with two scores or three classes. Its head is a leaf `score`
 in the place of the vocabulary's. It writes no text, so the held-out set is judged by its scores
-(judges/scored.py), in both orders as ever; each verdict counts as parsed.
+(evaluation/scored.py), in both orders as ever; each verdict counts as parsed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from jlrm.data import audit, batches
 from jlrm.data.audit import Draws
 from jlrm.data.batches import Example, Examples
 from jlrm.data.comparisons import describe_dropped
+from jlrm.evaluation import scored
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, both_orders, game_verdict
 from jlrm.judgement.notes import TrainerState
-from jlrm.judges import scored
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
 from jlrm.rl.preferences import RewardTargets
@@ -151,7 +151,7 @@ def make_scored_evaluation(run: Run) -> EvaluateFn:
     return evaluate
 
 
-def _verdict(game: Game, given: scored.Given) -> GameVerdict:
+def _verdict(game: Game, given: scored.GivenScores) -> GameVerdict:
     if given.scores is None:
         return GameVerdict(game.first, game.second, given.preference, None, "ok")
     return game_verdict(game, given.scores)

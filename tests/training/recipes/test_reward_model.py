@@ -82,6 +82,7 @@ def test_a_reward_model_judges_in_training_as_a_run_and_exported(tmp_path, data,
         command = ["--model", str(model), "--benchmark", "pairs", "--data", str(heldout)]
         command += ["--policy", "aggregation=first_order", "--compute-dtype", "float32"]
         command += ["--out", str(tmp_path / f"e{number}"), "--no-report", "--json"]
+        command += ["--max-prompt-tokens", "200"]
         evaluate.main([*command, "--mesh", "data=8", "fsdp=1"])
         judged = json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"]
         for theirs, ours in METRICS.items():

@@ -18,10 +18,8 @@ from jlrm.config import MeshConfig, UsageError
 from jlrm.data.batches import question_encoder
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, question_template
 from jlrm.evaluation.games import Backend, Game, Response
-from jlrm.evaluation.prompting import prompting
+from jlrm.evaluation.prompting import comparison, game_encoder, prompting
 from jlrm.judgement import prompts
-from jlrm.judges import asking
-from jlrm.judges.local import comparison, game_encoder
 from jlrm.model.qwen import Params
 from jlrm.runtime import devices
 from jlrm.runtime.mesh import open_mesh
@@ -32,7 +30,7 @@ from jlrm.weights import hf_config, source, steps
 TextsOfGames = Callable[[Sequence[Game]], list[list[list[int]]]]
 
 
-class Given(NamedTuple):
+class GivenScores(NamedTuple):
     """What a reward model gives a game: two scores, or a preference alone."""
 
     scores: tuple[float, float] | None
@@ -50,7 +48,7 @@ def make(
     compute_dtype: str,
     apart: bool = False,
 ) -> Backend:
-    """Return a judge by scores; the arguments are those of `local.make`.
+    """Return a judge by scores; the arguments are those of `judges.local.make`.
 
     A text over `max_prompt_tokens`, the answer included, is answered with an error.
 
@@ -94,10 +92,9 @@ def make(
                 error = f"A text has {longest[i]} tokens, max_prompt_tokens is {max_prompt_tokens}."
                 record(Response(block[i].id, error=error))
 
-    if not apart:
-        return judge
-    weights()  # by all hosts, as in local.py
-    return asking.in_blocks(judge, batch_size)
+    if apart:
+        weights()  # by all hosts: some read together, and one may find no games left
+    return judge
 
 
 def game_texts(
@@ -122,11 +119,11 @@ def game_texts(
     return texts
 
 
-def given(scores: np.ndarray) -> list[Given]:
+def given(scores: np.ndarray) -> list[GivenScores]:
     """Return what the scores of games' texts say of each game."""
     if scores.shape[1] == 3:
-        return [Given(None, int(row.argmax())) for row in scores]
-    return [Given((float(row[0]), float(row[1])), None) for row in scores.reshape(-1, 2)]
+        return [GivenScores(None, int(row.argmax())) for row in scores]
+    return [GivenScores((float(row[0]), float(row[1])), None) for row in scores.reshape(-1, 2)]
 
 
 def how_to_ask(
@@ -135,7 +132,7 @@ def how_to_ask(
     """Fill the part of an export's card that says how a reward model is asked, with a program.
 
     Args:
-      text: of that part (reports/templates/scoring_card.md).
+      text: of that part (reports/templates/scoring_card.txt).
       template: the judge's prompt.
     """
     texts, which = 'question="What is 2 + 2?", answer_1="4", answer_2="5"', "which holds both"
