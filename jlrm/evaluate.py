@@ -78,6 +78,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
     model = options.pinned(args.backend, args.model)
+    num_games = sum(len(run.games) for run in runs)
+    args.options = options.settled(args.backend, model, args.options, num_games)
     identity = options.identity(args.backend, model, args.options, args.seed)
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)

@@ -205,12 +205,13 @@ def _asked(
 ) -> Journal:
     """Ask for the games that have no response yet, and return all responses."""
     model = options.pinned(args.backend, args.model)
-    header |= options.identity(args.backend, model, args.options, args.seed)
+    chosen = options.settled(args.backend, model, args.options, len(games))
+    header |= options.identity(args.backend, model, chosen, args.seed)
     hosts.agree("pairs and models", header)
     kept = Journal(args.out if hosts.is_main() else None, header)
     done = hosts.gather("the responses so far", kept.done - kept.refused)[0]
     if left := [game for game in games if game.id not in done]:
-        backend = options.make(args.backend, model, args.options, args.seed, args.out)
+        backend = options.make(args.backend, model, chosen, args.seed, args.out)
         asking.judge(backend, left, kept, name, len(games))
     return kept
 

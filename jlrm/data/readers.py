@@ -34,6 +34,7 @@ from jlrm.data.comparisons import (
 from jlrm.data.dataset import NAME
 from jlrm.data.files import (
     Rows,
+    Torn,
     data_files,
     files_of_split,
     read_file,
@@ -172,7 +173,7 @@ def each_row(
         place = place._replace(source=source)
         where = str(place)
         if not isinstance(raw, dict):
-            raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
+            raise UsageError(f"{where} {no_object(raw)}")
         seen.lacking.difference_update(raw)
         row = respelled(renamed(raw, columns, where))
         own = next((key for key in IDS if row.get(key) is not None), "id")
@@ -196,9 +197,9 @@ def each_row(
 
 def _of_piece(piece: Portion, source: str, columns: Mapping[str, str], every: slice) -> Rows:
     if not piece.file:
-        yield from checked_rows(source, columns, every)
+        yield from each_place(source, columns, every)
         return
-    for place, row in checked_rows(piece.file, columns, every):
+    for place, row in each_place(piece.file, columns, every):
         yield place._replace(file=piece.file, file_number=piece.number), row
 
 
@@ -282,8 +283,31 @@ def without_split(source: str) -> tuple[str, str]:
     return (source, "") if is_path or not name else (name, split)
 
 
-def checked_rows(source: str, columns: Mapping[str, str], every: slice = ALL) -> Rows:
-    """Say in one sentence whatever the file system or a library raises while it reads."""
+def no_object(raw: object) -> str:
+    """Return why what stands in the place of a row is no object, as a sentence without subject."""
+    if isinstance(raw, Torn):
+        return raw.reason
+    return f"must be a JSON object, got {type(raw).__name__}."
+
+
+def checked_rows(source: str, columns: Mapping[str, str]) -> Rows:
+    """Yield what `each_place` does, where every line must be whole.
+
+    Raises:
+      UsageError: a line is torn, or as `each_place`.
+    """
+    for place, row in each_place(source, columns):
+        if isinstance(row, Torn):
+            raise UsageError(f"{place._replace(source=source)} {row.reason}")
+        yield place, row
+
+
+def each_place(source: str, columns: Mapping[str, str], every: slice = ALL) -> Rows:
+    """Yield what stands in each place of a source: rows, and `Torn` ones.
+
+    Raises:
+      UsageError: whatever the file system or a library raises while it reads, in one sentence.
+    """
     try:
         yield from _open(source, columns, every)
     except UsageError:
