@@ -205,11 +205,11 @@ def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) 
 def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     """Raise a UsageError that names the first field that this code would not compute."""
     kind = source.get("model_type")
-    is_known = isinstance(kind, str) and kind in FAMILIES  # it may be any JSON value
-    family = FAMILIES[kind] if is_known else Family("")
-    why = f" ({OTHERS[kind]})" if isinstance(kind, str) and kind in OTHERS else ""
+    name = kind if isinstance(kind, str) else ""  # it may be any JSON value
+    family = FAMILIES.get(name, Family(""))
+    why = f" ({OTHERS[name]})" if name in OTHERS else ""
     refusals = {
-        f"model_type={_plain(kind)}{why}": not is_known,
+        f"model_type={_plain(kind)}{why}": name not in FAMILIES,
         f"hidden_act={_plain(source.get('hidden_act'))}": (
             source.get("hidden_act", "silu") not in ("silu", "swish")  # two names of one function
         ),
