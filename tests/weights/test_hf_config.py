@@ -22,6 +22,7 @@ from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Llama3, Yarn
 from jlrm.runtime.mesh import Layout, training_layout
+from jlrm.sampling.policy import check_positions
 from jlrm.weights import hf, hf_config
 from jlrm.weights.hf_config import config_from_hf, config_to_hf
 from jlrm.weights.presets import PRESETS
@@ -257,6 +258,9 @@ def test_a_model_of_windows_has_as_many_positions_as_its_window(window):
     assert config.max_position_embeddings == min(window or 64, 64)
     whole = dataclasses.replace(config, max_position_embeddings=64)
     assert whole == config_from_hf(LLAMA | {"max_position_embeddings": 64})
+    check_positions(config, min(window or 64, 64), "settings")
+    with pytest.raises(UsageError, match="Lower settings"):
+        check_positions(config, min(window or 64, 64) + 1, "settings")
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
