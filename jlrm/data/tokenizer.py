@@ -41,6 +41,8 @@ CLOCK = (
     )
     + " | replace('%%', '%') }}{% endmacro %}{{ '' }}"
 )
+# Pieces of a tokenizer that falls back to bytes: a byte, and what stands for a space.
+FALLBACK, SPACE = re.compile("<0x([0-9A-F]{2})>"), "\N{LOWER ONE EIGHTH BLOCK}"
 # What templates write to switch thinking off: an empty block, or its end alone.
 EMPTY_THINKING = re.compile(r"((<think>\s*)?</think>\s*)+(?=(<think>\s*)?$)")
 
@@ -295,13 +297,16 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """Return the bytes that every id stands for, up to the highest; none for an id in a gap.
 
     Raises:
-      UsageError: not a byte-level BPE tokenizer (every Qwen one is).
+      UsageError: a tokenizer that is neither byte-level (Qwen, Llama 3) nor falls back to bytes
+        (Mistral).
     """
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     kinds = [decoder.get("type")] + [part.get("type") for part in decoder.get("decoders", [])]
-    if "ByteLevel" not in kinds:
+    falls_back = "ByteFallback" in kinds
+    if "ByteLevel" not in kinds and not falls_back:
         raise UsageError(
-            f"sampling.stop_strings need a byte-level tokenizer, this one decodes by {kinds}."
+            f"sampling.stop_strings need a tokenizer of bytes, this one decodes by {kinds}. With "
+            "sampling.stop_strings={} only the end tokens stop a judgement."
         )
     added = {index: text for text, index in tokenizer.get_added_vocab().items()}
     spelled = byte_of_character()
@@ -310,6 +315,10 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     for index, piece in enumerate(pieces):
         if index in added or piece is None:
             bytes_of_ids.append(added.get(index, "").encode())
+        elif falls_back:
+            byte = FALLBACK.fullmatch(piece)
+            text = piece.replace(SPACE, " ")
+            bytes_of_ids.append(bytes.fromhex(byte[1]) if byte else text.encode())
         elif spelled.keys() >= set(piece):
             bytes_of_ids.append(bytes(spelled[character] for character in piece))
         else:  # a piece that is no spelling of bytes stands for itself, as in the library's decoder

@@ -1,4 +1,4 @@
-"""Qwen2/2.5, Qwen3 and Llama dense decoders: pre-norm, rotary positions, grouped queries, SwiGLU.
+"""Dense decoders of Qwen2 to 3, Llama and Mistral: pre-norm, RoPE, grouped queries, SwiGLU.
 
 One `Block` serves training and decoding. It is told how to `attend`, and returns what `attend`
 returned beside the output. For training, `hidden_states` scans the block over stacked layer
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from jlrm.model import gradient_sums
 from jlrm.model.attention import attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
-from jlrm.model.rope import Rope, Yarn, angles, rotate
+from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime.mesh import LOCAL, Layout, Local
 
@@ -50,12 +50,14 @@ class QwenConfig:
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool  # Qwen2, Qwen2.5
-    qk_norm: bool  # Qwen3; Llama has neither
+    qk_norm: bool  # Qwen3; Llama and Mistral have neither
     tie_word_embeddings: bool
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
-    yarn: Yarn | None = None
+    rope_scaling: Scaling | None = None
+    # The name in config.json. Two families may compute the same, so it makes no other model.
+    model_type: str = field(default="", kw_only=True, compare=False)
     num_labels: int = field(default=0, kw_only=True)  # scores of a reward model; 0: it writes text
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
@@ -280,7 +282,7 @@ def scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C l
 
 def rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
     """Return the rotary angles of these positions."""
-    return angles(positions, config.head_dim, config.rope_theta, config.yarn)
+    return angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def embed(

@@ -69,6 +69,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("generation_config.json", "config.json")
 SHARDS = "*.safetensors"
+SECOND = "consolidated*"  # the same weights under other names, beside Mistral's shards
 ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "adapter_config.json", SHARDS, INDEX)
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -156,7 +157,9 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
 
     wanted = [file for file in files if hosts.is_main() or file != SHARDS]
     try:
-        return pathlib.Path(snapshot_download(source, allow_patterns=wanted))
+        return pathlib.Path(
+            snapshot_download(source, allow_patterns=wanted, ignore_patterns=SECOND)
+        )
     except Exception as error:  # the client raises anything
         raise UsageError(
             f"{source} is no local directory, and the hub did not give it: {first_line(error)}."

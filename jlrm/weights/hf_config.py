@@ -11,21 +11,17 @@ import functools
 import math
 import pathlib
 import reprlib
+from dataclasses import dataclass
 from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.model.qwen import QwenConfig
-from jlrm.model.rope import Yarn
+from jlrm.model.rope import Llama3, Scaling, Yarn
 from jlrm.runtime.settings import read_json
 from jlrm.weights.hf_files import refuse_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_SIZE, MOST_LAYERS = 2**24, 2**10  # beyond every model; arrays of such sizes can't be described
-KINDS = {  # by model_type
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",  # Qwen2 without biases, such as SmolLM2
-}
 CLASSIFIER = "ForSequenceClassification"
 LABELS = {  # what the scores of a reward model are of, by its kind
     "bradley_terry": ("answer",),
@@ -33,6 +29,56 @@ LABELS = {  # what the scores of a reward model are of, by its kind
     "classes": ("tie", "answer_1", "answer_2"),
 }
 LARGEST = 1e30  # of numbers that become float32
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `model_type` fixes, and what stands for fields that its config.json leaves out."""
+
+    architecture: str  # the class of transformers
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    num_key_value_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: the width over the heads
+    max_position_embeddings: int = 32768
+    # Slots that every layer sees. Up to this length a window hides nothing, and a model with one is
+    # read as a model of so few positions. None: no window for all layers.
+    sliding_window: int | None = None
+    unwindowed: tuple[str, Any] = ("use_sliding_window", False)  # the field that says: no window
+    refused: tuple[str, ...] = ()  # flags that add parameters
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, num_key_value_heads=32),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        num_key_value_heads=32,
+        head_dim=128,
+        refused=("attention_bias",),
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        max_position_embeddings=2048,
+        refused=("attention_bias", "mlp_bias"),
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        sliding_window=4096,
+        unwindowed=("sliding_window", None),
+    ),
+}
+EXPERTS = "a router and experts in the place of its MLP"
+IMAGES = "it sees images"
+OTHERS = {  # why a known family is none of these
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"), EXPERTS),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "mistral3"), IMAGES),
+    **dict.fromkeys(("ministral", "cohere2", "olmo3"), "windows in some layers only"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "other norms and activations"),
+    "phi3": "queries, keys and values in one matrix",
+}
 
 
 def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
@@ -100,17 +146,20 @@ def config_from_hf(
       UsageError: it asks for something that this code does not compute, a field is missing, or a
         value is none that a model can have.
     """
-    kind = source.get("model_type")
     _refuse_unsupported(source, where)
-    theta, yarn = _rope_from_hf(source, where)
+    kind = source["model_type"]
+    family = FAMILIES[kind]
+    theta, scaling = _rope_from_hf(source, where)
     size = functools.partial(_size, source, where)
     heads = size("num_attention_heads")
     width = size("hidden_size")
-    # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
-    is_open = "num_key_value_heads" in source or kind == "llama"
-    kv_heads = size("num_key_value_heads", heads if is_open else 32)
-    # Qwen3Config's head width is 128 by default, for every width of the model.
-    head_dim = size("head_dim", 128 if kind == "qwen3" else width // heads)
+    # Left out, it has the family's number, whatever the query heads; null stands for as many.
+    is_open = "num_key_value_heads" in source or family.num_key_value_heads is None
+    kv_heads = size("num_key_value_heads", heads if is_open else family.num_key_value_heads)
+    head_dim = size("head_dim", family.head_dim or width // heads)
+    positions = size("max_position_embeddings", family.max_position_embeddings)
+    if family.sliding_window and source.get("sliding_window", 0) is not None:
+        positions = min(positions, size("sliding_window", family.sliding_window))
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
         raise UsageError(
             f"{where}: {heads} attention heads, {kv_heads} key-value heads and a head width of "
@@ -130,13 +179,14 @@ def config_from_hf(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=_flag(source, where, "tie_word_embeddings"),
         rope_theta=theta,
         rms_norm_eps=_number(source, where, "rms_norm_eps", 1e-6),
-        max_position_embeddings=size("max_position_embeddings", _usual_length(source)),
-        yarn=yarn,
+        max_position_embeddings=positions,
+        rope_scaling=scaling,
+        model_type=kind,
         num_labels=0,  # whether it scores is asked apart: `num_labels`
         **numerics,
     )
@@ -173,11 +223,6 @@ def _number(source: dict[str, Any], where: str, name: str, default: float) -> fl
     return float(value)
 
 
-def _usual_length(source: dict[str, Any]) -> int:
-    """Return the longest sequence of a model whose file does not say it."""
-    return 2048 if source.get("model_type") == "llama" else 32768
-
-
 def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) -> bool:
     value = default if source.get(name) is None else source[name]
     if not isinstance(value, bool):
@@ -188,17 +233,20 @@ def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) 
 def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     """Raise a UsageError that names the first field that this code would not compute."""
     kind = source.get("model_type")
+    name = kind if isinstance(kind, str) else ""  # it may be any JSON value
+    family = FAMILIES.get(name, Family(""))
+    why = f" ({OTHERS[name]})" if name in OTHERS else ""
     refusals = {
-        f"model_type={_plain(kind)}": kind not in tuple(KINDS),  # any JSON value
+        f"model_type={_plain(kind)}{why}": name not in FAMILIES,
         f"hidden_act={_plain(source.get('hidden_act'))}": (
             source.get("hidden_act", "silu") not in ("silu", "swish")  # two names of one function
         ),
         "layer_types with sliding attention": any(
             layer != "full_attention" for layer in _layer_types(source, where)
         ),
-        "use_sliding_window=true": not source.get("layer_types") and _slides(source, where),
-        "attention_bias=true": kind != "qwen2" and bool(source.get("attention_bias")),
-        "mlp_bias=true": kind == "llama" and bool(source.get("mlp_bias")),
+        "use_sliding_window=true": not (source.get("layer_types") or family.sliding_window)
+        and _slides(source, where),
+        **{f"{flag}=true": bool(source.get(flag)) for flag in family.refused},
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
         "transformers_weights": source.get("transformers_weights") is not None,
@@ -212,7 +260,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
         if is_refused:
             raise UsageError(
                 f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5, "
-                "Qwen3 or Llama model with full attention."
+                "Qwen3, Llama or Mistral model with full attention."
             )
 
 
@@ -242,15 +290,19 @@ def _slides(source: dict[str, Any], where: str) -> bool:
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     """Return a config.json for a model that has no source checkpoint.
 
-    It has the fields of both versions: transformers 4 reads `rope_theta` and `torch_dtype`,
-    transformers 5 reads `rope_parameters` and `dtype`.
+    It has the fields of both versions: transformers 4 reads `rope_theta`, `rope_scaling` and
+    `torch_dtype`, transformers 5 reads `rope_parameters` and `dtype`.
     """
-    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    has = config.qkv_bias, config.qk_norm
+    kind = config.model_type or next(
+        kind for kind, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == has
+    )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.yarn is not None:
-        rope |= {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        rope |= {"rope_type": scaling.rope_type, **dataclasses.asdict(scaling)}
     return {
-        "architectures": [KINDS[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -263,16 +315,17 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
+        **({} if scaling is None else {"rope_scaling": rope}),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "use_sliding_window": False,
+        **dict([FAMILIES[kind].unwindowed]),
         "attention_dropout": 0.0,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
 
 
-def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
+def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Scaling | None]:
     """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
     # If a file has both, the older field wins, as in transformers.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
@@ -294,11 +347,12 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     if kind == "default":
         return theta, None
     partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0))
-    if kind != "yarn" or "mscale" in rope or partial != 1.0:
+    if kind not in ("yarn", "llama3") or "mscale" in rope or partial != 1.0:
         raise UsageError(
-            f"{where}: rope scaling {_short(rope)} is not supported. Only none and plain YaRN are."
+            f"{where}: rope scaling {_short(rope)} is not supported. Only none, plain YaRN and "
+            "Llama 3's are."
         )
-    return theta, _yarn(rope, source, where)
+    return theta, (_yarn if kind == "yarn" else _llama3)(rope, source, where)
 
 
 def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
@@ -306,8 +360,7 @@ def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
         raise UsageError(f"{where}: rope scaling {_short(rope)} has no factor.")
     given = {key: rope[key] for key in rope if not (key.startswith("beta_") and rope[key] == 0)}
     number = functools.partial(_number, given, where)
-    whole = _number(source, where, "max_position_embeddings", _usual_length(source))
-    original = number("original_max_position_embeddings", whole)
+    whole, original = _lengths(rope, source, where)
     factor = number("factor", whole / original)
     return Yarn(
         factor=factor,
@@ -319,6 +372,26 @@ def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
         beta_slow=number("beta_slow", 1.0),
         truncate=_flag(rope, where, "truncate", True),
     )
+
+
+def _llama3(rope: dict[str, Any], source: dict[str, Any], where: str) -> Llama3:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    for name in names:
+        if rope.get(name) is None:
+            raise UsageError(f"{where}: rope scaling {_short(rope)} has no {name}.")
+    factor, low, high = (_number(rope, where, name, 1.0) for name in names)
+    if low >= high:
+        raise UsageError(
+            f"{where}: low_freq_factor={low} is not below high_freq_factor={high} in rope scaling."
+        )
+    return Llama3(factor, low, high, max(int(_lengths(rope, source, where)[1]), 1))
+
+
+def _lengths(rope: dict[str, Any], source: dict[str, Any], where: str) -> tuple[float, float]:
+    """Return the context of a scaled model, and that before scaling; left out, they are equal."""
+    usual = FAMILIES[source["model_type"]].max_position_embeddings
+    whole = _number(source, where, "max_position_embeddings", usual)
+    return whole, _number(rope, where, "original_max_position_embeddings", whole)
 
 
 def _short(value: Any) -> str:

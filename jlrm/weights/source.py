@@ -16,6 +16,7 @@ from jlrm.runtime.mesh import Layout
 from jlrm.weights import hf, hf_config, hf_files, passing, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
+ORGANISATIONS = ("qwen", "meta-llama", "mistralai")  # of the hub, whose models are presets
 ENDS = 1 << 20  # bytes at each end of a file that stand for it
 
 
@@ -73,8 +74,8 @@ def read_model(config: Config) -> QwenConfig:
     directory = pathlib.Path(source.path).expanduser()
     if directory.is_dir():
         return hf_config.read_config(directory, **numerics)
-    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
-    if organisation == "qwen" and name in PRESETS:
+    organisation, _, name = source.path.lower().replace("-instruct", "").rpartition("/")
+    if organisation in ORGANISATIONS and name in PRESETS:
         return dataclasses.replace(preset(name), **numerics)
     raise UsageError(
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
