@@ -86,7 +86,7 @@ def load(work, dtype="float32"):
     """Return the model on its device."""
     dtype = getattr(torch, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=dtype)
-    return model.to(device=device(work))
+    return model.to(device=device(work))  # pyright: ignore[reportCallIssue]
 
 
 def tensors(work):
