@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from conftest import slowness
 from judges.test_local import write_model
 from server.test_server import Server, started
 from test_soak import MOST_GROWTH, Use, held
@@ -136,7 +137,7 @@ class Clients:
 
     def leaves_a_stream(self, rng: random.Random) -> None:
         with self._sent(json.dumps({**rng.choice(PAIRS), "stream": True}).encode()) as connection:
-            connection.settimeout(60)
+            connection.settimeout(60 * slowness())
             begun = connection.recv(200)
             if not begun:
                 raise ConnectionResetError  # as those that write are told
@@ -165,7 +166,7 @@ class Clients:
     @contextlib.contextmanager
     def _asked(self, body: Any) -> Iterator[http.client.HTTPResponse]:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self._port(), timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port(), timeout=120 * slowness())
         with contextlib.closing(connection):
             headers = {"Content-Type": "application/json"}
             with contextlib.suppress(BrokenPipeError):  # refused before all of it was sent
@@ -181,7 +182,7 @@ class Clients:
         return connection
 
     def _busy(self, reply: http.client.HTTPResponse) -> None:
-        assert 1 <= int(reply.headers["retry-after"]) <= 60
+        assert int(reply.headers["retry-after"]) >= 1
         self._count("told to come again")
         time.sleep(1)
 
@@ -233,8 +234,8 @@ def test_a_server_that_is_asked_for_long_answers_rightly_and_does_not_grow(tmp_p
         logs = tmp_path / f"logs{is_last}"
         logs.mkdir()
         with started(logs, "--model", str(model), *FLAGS) as server:
-            for pair in PAIRS[:8]:  # compiles what there is to compile
-                server.judged([*pair.values()])
+            for num in (1, 2, 4, 8):  # prompts that enter together: each is a program
+                server.judged(*(pair.values() for pair in PAIRS[:num]), orders="given")
             port[0], clients.is_away = server.port, False
             if not is_started:
                 clients.start()
@@ -268,7 +269,9 @@ def test_a_server_that_is_asked_for_long_answers_rightly_and_does_not_grow(tmp_p
     ends = [tenths(uses) for uses in parts]
     for first, last in ends:
         print(f"first and last tenth: {first}, {last}")
-    assert not clients.wrong, clients.wrong[:10]
+    for uses in parts:
+        print("MiB by tenths: " + ", ".join(f"{use.mib:.0f}" for use in uses[:: len(uses) // 10]))
+    assert not clients.wrong, collections.Counter(clients.wrong).most_common(10)
     for first, last in ends:
         assert last.mib <= MOST_GROWTH * first.mib
         assert last.files <= first.files + CLIENTS
