@@ -225,8 +225,8 @@ def _judgement(
     tokens: tuple[int, int],
 ) -> Judgement:
     row, (num_tokens, max_tokens) = example.comparison, tokens
-    is_right = verdict.preference == row.label
     if gold is None:
+        is_right = verdict.preference == row.label
         return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), is_right)
     scores, preference = gold
     try:
@@ -242,7 +242,7 @@ def _judgement(
         raise UsageError(f"Row {row.id}: {error}") from None
     except Exception as error:
         raise RunError(f"The reward of row {row.id} failed: {error}") from error
-    return Judgement(response, verdict, terms, is_right)
+    return Judgement(response, verdict, terms, verdict.preference == row.label)
 
 
 def compare_orders(
