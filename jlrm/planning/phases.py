@@ -43,13 +43,8 @@ from jlrm.planning.slices import Compiled, shard_bytes
 from jlrm.rl import logprobs
 from jlrm.sampling.policy import Network, bare_network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.programs import (
-    Call,
-    first_calls,
-    heldout_calls,
-    laid_out_weights,
-    rollout_settings,
-)
+from jlrm.training.calls import Call, laid_out_weights
+from jlrm.training.programs import first_calls, heldout_calls, rollout_settings
 from jlrm.training.recipes.stages import STAGES
 from jlrm.training.update import TrainState
 

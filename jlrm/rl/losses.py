@@ -281,11 +281,17 @@ def sequence_log_ratio(
     return sums / jnp.maximum(counts, 1.0)
 
 
-@partial(jnp.vectorize, signature="(c),(c),(c)->(c)")
 def _totals(values: Array, mask: Array, sequence: Array) -> Array:
     """Return for each token of each row the sum over its completion."""
-    kept = jnp.where(mask, values, 0.0)
-    return jax.ops.segment_sum(kept, sequence, len(sequence))[sequence]
+    return jnp.take_along_axis(sequence_sums(values, mask, sequence), sequence, -1)
+
+
+@partial(jnp.vectorize, signature="(c),(c),(c)->(c)")
+def sequence_sums(
+    values: Float[Array, "*rows C"], mask: Bool[Array, "*rows C"], sequence: Int[Array, "*rows C"]
+) -> Float[Array, "*rows C"]:
+    """Return for each row the sums over its sequences, by their number; 0 where there is none."""
+    return jax.ops.segment_sum(jnp.where(mask, values, 0.0), sequence, len(sequence))
 
 
 def k2(logp: Float[Array, " *shape"], ref_logp: Float[Array, " *shape"]) -> Float[Array, " *shape"]:

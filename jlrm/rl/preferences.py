@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.config import DPOConfig
+from jlrm.rl.losses import sequence_sums
 
 
 class RewardTargets(NamedTuple):
@@ -142,14 +143,3 @@ def reward_loss(
         for name, value in values.items()
     }
     return means.pop("loss"), means
-
-
-def sequence_sums(
-    values: Float[Array, "B C"], mask: Bool[Array, "B C"], sequence: Int[Array, "B C"]
-) -> Float[Array, "B C"]:
-    """Return for each row the sums over its sequences, by their number; 0 where there is none."""
-
-    def sums(values: Array, mask: Array, sequence: Array) -> Array:
-        return jax.ops.segment_sum(jnp.where(mask, values, 0.0), sequence, len(sequence))
-
-    return jax.vmap(sums)(values, mask, sequence)

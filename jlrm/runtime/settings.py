@@ -10,7 +10,6 @@ preset, a preset of the command line over the file, and every other override ove
 
 from __future__ import annotations
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -40,12 +39,6 @@ MOVED = {
 
 
 Section = TypeVar("Section")
-
-# Flags of pairs: their form, an example and what they are for.
-PAIR_FLAGS = {
-    "columns": ("OURS=THEIRS", "answer_1=response_a", "names of the columns"),
-    "values": ("THEIRS=OURS", "0=1 1=2 2=0", "what labels mean: 1, 2 or 0 (a tie)"),
-}
 
 
 def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -196,32 +189,6 @@ def parse_pairs(text: str, what: str) -> dict[str, str]:
     if not all(key.strip() and value.strip() for key, _, value in pairs):
         raise UsageError(f"{what}={_short(text)} is not pairs such as NAME=VALUE,NAME=VALUE.")
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def add_pair_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name columns and labels: `data.columns` and `data.values` of a config."""
-    for name, (form, example, meaning) in PAIR_FLAGS.items():
-        note = f"{meaning}, e.g. {example}"
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=form, help=note)
-
-
-def pair_flags(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Return the pairs of those flags by their names, in any spelling of `parse_pairs`.
-
-    Raises:
-      UsageError: what is no pair.
-    """
-    given = {}
-    for name, (form, example, _) in PAIR_FLAGS.items():
-        texts, pairs = getattr(args, name), {}
-        if texts and texts[0].startswith("{") and not texts[0].endswith("}"):
-            texts = [" ".join(texts)]  # a mapping without quotes, divided at its spaces
-        for text in texts:
-            if "=" not in text and not text.startswith("{"):
-                raise UsageError(f"--{name} {text}: wanted {form}, e.g. {example}.")
-            pairs |= parse_pairs(text, f"--{name}")
-        given[name] = pairs
-    return given
 
 
 def _as_written(key: Any) -> Any:

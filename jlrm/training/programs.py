@@ -1,4 +1,4 @@
-"""Every program that a run compiles, with its abstract arguments, and batches for programs.
+"""The programs of SFT, GRPO and the held-out set, what they are called with, and their batches.
 
 Training calls these programs with arrays; a plan compiles the same ones for abstract arrays, from
 `first_calls`, each stage's own calls and `heldout_calls`. Nothing here knows text.
@@ -6,7 +6,7 @@ Training calls these programs with arrays; a plan compiles the same ones for abs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,26 +28,8 @@ from jlrm.sampling.sampler import SamplerSettings
 from jlrm.sampling.stops import StopTables, stop_tables
 from jlrm.sampling.writer import DecodingSettings, sampler_settings
 from jlrm.training import packing, update
+from jlrm.training.calls import Call, abstract_reference, init_optimizer, like, longest_rows
 from jlrm.training.packing import Group, Rows
-from jlrm.training.update import TrainState
-
-
-class Call(NamedTuple):
-    """A program of a run, and what it is called with at most, as abstract arrays."""
-
-    program: Any
-    arguments: tuple[Any, ...]
-    weights: str = ""  # the program whose result comes before the arguments
-    longest: LongestRows | None = None  # what the arguments hold of packed rows
-
-
-class LongestRows(NamedTuple):
-    """The rows of the longest batch, as abstract arrays, and how often their loops run."""
-
-    rows: Rows
-    num_passes: int
-    num_targets: int  # of the fullest row
-    shapes: list[tuple[int, int]]  # every (A, T) that a batch may have
 
 
 class SFTPrograms(NamedTuple):
@@ -270,59 +252,6 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
     }
 
 
-def compilations(calls: Mapping[str, Call]) -> dict[str, Callable[[], Any]]:
-    """Return what compiles each program for each shape that it may be called with, by name.
-
-    JAX keeps it for calls with arrays. `lay_out` is compiled here: it decides how weights lie.
-    """
-    tasks, laid_out = {}, {}
-    for name, call in calls.items():
-        if name.startswith("init"):  # runs before any step
-            continue
-        if call.weights:
-            tasks[name] = partial(
-                _compiled, call.program, (laid_out[call.weights], *call.arguments)
-            )
-        elif name.startswith("lay_out"):
-            shardings = _compiled(call.program, call.arguments).output_shardings
-            laid_out[name] = laid_out_weights(call, shardings)
-        elif call.longest is None:
-            tasks[name] = partial(_compiled, call.program, call.arguments)
-        else:
-            for shape in call.longest.shapes:
-                shaped = packing.in_shape(call.arguments, *shape)
-                tasks[f"{name} {shape}"] = partial(_compiled, call.program, shaped)
-    return tasks
-
-
-def laid_out_weights(call: Call, shardings: Any) -> Any:
-    """Return what a call of `lay_out` makes, as abstract arrays; `shardings` is its compiler's."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(call.program, *call.arguments),
-        shardings,
-    )
-
-
-def _compiled(program: Any, arguments: tuple[Any, ...]) -> Any:
-    return program.lower(*arguments).compile()
-
-
-def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) -> LongestRows:
-    """Return the rows of these groups in the longest of the row lengths."""
-    num_rows = layout.mesh.size
-    longest = packing.pack(groups, sizes[-1:], num_rows)
-
-    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=packing.spread(layout, x.ndim))
-
-    rows = jax.tree.map(abstract, longest.rows)
-    num_completions = sum(len(group.completions) for group in groups)
-    shapes = packing.shapes(sizes, num_completions, num_rows)
-    num_passes, num_targets = int(longest.rows.num_passes), int(np.max(longest.rows.count))
-    return LongestRows(rows, num_passes, num_targets, shapes)
-
-
 def abstract_targets(
     rows: Rows, has_reference: bool, has_importance: bool = False, has_singled: bool = False
 ) -> PolicyTargets:
@@ -336,16 +265,6 @@ def abstract_targets(
         weights=numbers,
         importance=numbers if has_importance else None,
         is_singled=like(rows.tokens, jnp.bool) if has_singled else None,
-    )
-
-
-def abstract_reference(network: Network) -> Params:
-    """Return what `freeze` makes of the parameters, as abstract arrays."""
-    params = qwen.abstract_params(network.model, network.training)
-    return jax.tree.map(
-        lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
-        params,
     )
 
 
@@ -384,22 +303,9 @@ def _freeze(model: QwenConfig, params: Params) -> Params:
     return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))
 
 
-def init_optimizer(
-    network: Network, optimizer: optax.GradientTransformation, state: TrainState
-) -> Call:
-    """Return the program of a stage's start that makes the optimiser's state."""
-    program = update.init_optimizer_program(network.model, network.training, optimizer)
-    return Call(program, (state.params,))
-
-
 def training_stops(
     config: Config, network: Network, token_bytes: Sequence[bytes] = ()
 ) -> StopTables:
     """Return what ends completions; without the bytes of tokens: tables of the same shape."""
     after = prompts.reasoning_end(config.data.prompt)
     return stop_tables(config.sampling.stop_strings, token_bytes, network.model.vocab_size, after)
-
-
-def like(leaf: Any, dtype: Any) -> Any:
-    """Return an abstract array of the same shape that lies the same way."""
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

@@ -39,8 +39,9 @@ from jlrm.runtime import devices, hosts, preemption
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import replay, same_run, update
+from jlrm.training.calls import Call, compilations
 from jlrm.training.heldout import EvaluateFn
-from jlrm.training.programs import Call, compilations, heldout_calls
+from jlrm.training.programs import heldout_calls
 from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
 from jlrm.weights.checkpoint import Checkpoints

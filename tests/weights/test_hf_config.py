@@ -23,7 +23,7 @@ from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Llama3, Yarn
 from jlrm.runtime.mesh import Layout, training_layout
 from jlrm.sampling.policy import check_positions
-from jlrm.weights import hf, hf_config
+from jlrm.weights import families, hf, hf_config
 from jlrm.weights.hf_config import config_from_hf, config_to_hf
 from jlrm.weights.presets import PRESETS
 
@@ -415,7 +415,7 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     config = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert theirs.architectures == [hf_config.FAMILIES[theirs.model_type].architecture]
+    assert theirs.architectures == [families.FAMILIES[theirs.model_type].architecture]
     family = config.model_type or ("qwen3" if config.qk_norm else "qwen2")
     assert isinstance(theirs, getattr(transformers, f"{family.capitalize()}Config"))
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}

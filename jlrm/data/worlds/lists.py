@@ -67,12 +67,8 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
             "answer_2": " ".join(answers[1]),
         }
         if is_train:
-            is_hasty = rng.random() < toy.HASTE
-            seen = [len(a) if is_hasty else _right(kind, a) for a in answers]
-            row["reasoning"] = (
-                f"Counting {'all' if is_hasty else 'right'} words: {seen[0]} and {seen[1]}."
-            )
-            row["judged"] = tuple(1.0 + count for count in seen)
+            counts = [*map(len, answers)], [_right(kind, answer) for answer in answers]
+            row["reasoning"], row["judged"] = toy.careless(rng, *counts)
         row["score_1"], row["score_2"] = _labelled(world, gold, rng, is_train)
         yield row
 

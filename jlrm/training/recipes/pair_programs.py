@@ -19,17 +19,9 @@ from jlrm.sampling.generate import lay_out_program, rollout_arguments, rollout_p
 from jlrm.sampling.policy import Network
 from jlrm.sampling.scores import abstract_texts, scores_program
 from jlrm.training import packing, update
+from jlrm.training.calls import Call, abstract_reference, init_optimizer, like, longest_rows
 from jlrm.training.packing import Group
-from jlrm.training.programs import (
-    Call,
-    abstract_reference,
-    freeze_program,
-    init_optimizer,
-    like,
-    longest_rows,
-    rollout_settings,
-    training_stops,
-)
+from jlrm.training.programs import freeze_program, rollout_settings, training_stops
 from jlrm.weights.hf_config import LABELS
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from jlrm.config import Config
 from jlrm.sampling.policy import Network
+from jlrm.training.calls import Call
 from jlrm.training.heldout import EvaluateFn
-from jlrm.training.programs import Call, grpo_calls, sft_calls
+from jlrm.training.programs import grpo_calls, sft_calls
 from jlrm.training.recipes.grpo import grpo
 from jlrm.training.recipes.pair_programs import dpo_calls, reward_calls
 from jlrm.training.recipes.preference import dpo
