@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from jlrm.config.sections import (
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelSource,
     RewardConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "GRPOConfig",
+    "LoRAConfig",
     "LossConfig",
     "MeshConfig",
     "ModelSource",
@@ -50,6 +52,7 @@ class Config:
     run: RunConfig
     data: DataConfig
     model: ModelSource = field(default_factory=ModelSource)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -94,6 +97,8 @@ def _check(config: Config) -> None:
             )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
+    if config.lora.rank and not config.lora.targets:
+        raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
     _check_sampling(config.sampling, grpo)
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jlrm.config.values import Count, Metric, NonNegative, Part, Positive, Seed
+from jlrm.config.values import Count, Metric, NonNegative, Part, Positive, Seed, Target
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,26 @@ class ModelSource:
     preset: str = ""  # random weights of this named shape (weights/presets.py), instead of `path`
     # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
     tokenizer: str = ""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the trained weights
+    # Precision of the trained weights; those frozen beneath adapters keep that of their files.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Precision of matrix products, activations and KV cache.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass computes again instead of keeping it: "full" needs least memory.
     remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters, which are trained instead of the model's own weights (model/lora.py)."""
+
+    rank: Count = 0  # of every adapter; 0: none, all weights are trained
+    alpha: NonNegative = 32.0  # what an adapter adds is multiplied by alpha / rank
+    rank_stabilised: bool = False  # by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)
+    # Matrices of the layers that have an adapter.
+    targets: list[Target] = field(
+        default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"]
+    )
+    magnitude: bool = False  # the length of each output's weights is trained too (DoRA)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,6 @@ from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.programs import abstract_reference
 from jlrm.training.update import TrainState
 
 WEIGHTS, MOMENTS, REFERENCE = "master weights", "optimiser", "reference"
@@ -46,16 +47,16 @@ def total(*parts: Held) -> dict[str, int]:
 
 def state_kinds(state: TrainState) -> dict[str, int]:
     """Return what a training state holds."""
-    return {WEIGHTS: shard_bytes(state.params), MOMENTS: shard_bytes(state.opt_state)}
+    return {WEIGHTS: shard_bytes(state.weights), MOMENTS: shard_bytes(state.opt_state)}
 
 
 def laid_out_bytes(network: Network, is_int8: bool) -> int:
     """Return what one device holds of the weights laid out for decoding."""
     layout = network.decoding
-    params = qwen.abstract_params(network.model, layout)
+    params = qwen.abstract_params(dataclasses.replace(network.model, lora=None), layout)
     placed = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        abstract_reference(network),  # in compute precision, as decoding has them
+        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
         params,
     )
     if not is_int8:

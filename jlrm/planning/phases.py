@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from jlrm.config import Config, stages_of
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning.counting import Assumed
 from jlrm.planning.memory import (
@@ -133,7 +133,7 @@ def _points(
     held = _always(kinds)
     init = next(name for name in kinds if name.startswith("init"))
     return {
-        "load": [Point(init, {}), Point("", held)],
+        "load": [Point(init, _rest(held, kinds[init])), Point("", held)],
         stage: [Point(stage, {})],
         "evaluation": [Point("evaluation", held)],
         "checkpoint": [Point("", held)],
@@ -157,10 +157,11 @@ def _grpo_points(
     during = _during_rollout(config, network, always, laid_out, batch)
     return {
         "load": [
-            Point("init_optimizer", {}),
+            Point("init_optimizer", _rest(held, kinds["init_optimizer"])),
             Point("", always),
             # A run that goes on reads its first weights once more, for the reference.
-            *([Point("freeze", moments), Point("freeze", held)] if reference else []),
+            *([Point("freeze", {**moments, **_rest(held, kinds["freeze"])})] if reference else []),
+            *([Point("freeze", held)] if reference else []),
         ],
         "rollout": [Point("lay_out", {**moments, **reference}), Point("rollout", during)],
         "logprobs": [*_logprobs(kinds, held, reference, batch), Point("", total(always, batch))],
@@ -186,7 +187,7 @@ def _during_rollout(
 def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Held) -> list[Point]:
     """Return the moments at which log-probabilities are computed, one minibatch at a time."""
     beside = {
-        "logprobs_reference": held,
+        "logprobs_reference": {**held, **_rest(held, kinds.get("logprobs_reference", {}))},
         "logprobs_policy": {MOMENTS: held[MOMENTS], **reference},
     }
     return [
@@ -194,6 +195,11 @@ def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Hel
         for name, others in beside.items()
         if name in kinds
     ]
+
+
+def _rest(held: Held, of_program: Held) -> dict[str, int]:
+    """Return the weights that are there beside those of a program: frozen ones, or trained ones."""
+    return {WEIGHTS: held[WEIGHTS] - of_program.get(WEIGHTS, 0)}
 
 
 def _always(kinds: Mapping[str, Held]) -> dict[str, int]:
@@ -212,7 +218,10 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
     if name == "init":  # a random key
         return {}
-    kinds = {REFERENCE if name == "logprobs_reference" else WEIGHTS: shard_bytes(first)}
+    kinds = {WEIGHTS: shard_bytes(first)}
+    if name == "logprobs_reference":  # adapters have the policy's own base
+        trained, base = lora.split(network.model.lora, first)
+        kinds = {REFERENCE: shard_bytes(trained), WEIGHTS: shard_bytes(base)}
     return {**kinds, BATCH: shard_bytes(rest)} if rest else kinds
 
 

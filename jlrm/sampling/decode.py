@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Block, Params, QwenConfig
 from jlrm.model.visibility import BLOCK
 from jlrm.runtime.mesh import Layout, step_layout
@@ -104,18 +104,25 @@ class Int8(NamedTuple):
 
 
 def decode_params(
-    config: QwenConfig, layout: Layout, params: Params, quantise: bool = False
+    config: QwenConfig,
+    layout: Layout,
+    params: Params,
+    quantise: bool = False,
+    keep_adapters: bool = False,
 ) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`.
 
     With `quantise` the matrices of the layers and the head are `Int8`, so a step reads half the
     bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and reported
     log-probabilities are those of the quantised policy.
+
+    Adapters are merged into their matrices, in compute precision. With `keep_adapters` they stay
+    beside them, and a step does what training does.
     """
     # Weights move here, once a rollout. With training's shards left in place, each step of 7B on
     # v5e-16 would gather 9.6 GiB (compiled).
     params = qwen.to_compute_dtype(config, params)
-    letters = qwen.param_letters(config)
+    letters = lora.of_paths(qwen.param_letters(config), params)
 
     def place(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
@@ -130,6 +137,8 @@ def decode_params(
         place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
+    if not keep_adapters:
+        layers = [lora.merge(config.lora, layer) for layer in layers]
     if not quantise:
         return {**outer, "layers": layers}
     head = _quantise(qwen.head(config, params), (1,))

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
 from jlrm.runtime.mesh import Layout, compiler_options
@@ -63,7 +63,7 @@ class GRPOPrograms(NamedTuple):
     """The programs of GRPO besides the sampler, and the row lengths they are compiled for."""
 
     lay_out: Any  # params -> params laid out for decoding
-    freeze: Any  # params -> a copy in compute precision: the originals are given up to the update
+    freeze: Any  # what is trained -> a copy in compute precision: updates take the originals
     logprobs: Any  # params, rows -> log-probabilities, entropy
     update: Any  # state, rows, targets -> state, metrics
     optimizer: optax.GradientTransformation
@@ -162,7 +162,8 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
     options = compiler_options(training.mesh)
     fixed = model, training, network.distribution(sampling)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
+    trained, _ = lora.split(model.lora, qwen.abstract_params(model, training))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
     return GRPOPrograms(
@@ -205,7 +206,7 @@ def grpo_calls(
     calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
-    calls["lay_out"] = Call(programs.lay_out, (state.params,))
+    calls["lay_out"] = Call(programs.lay_out, (state.weights,))
     calls["rollout"] = Call(
         rollout_program(network, rollout_settings(config, network)),
         rollout_arguments(
@@ -214,10 +215,10 @@ def grpo_calls(
         weights="lay_out",
     )
     if has_reference:
-        frozen = abstract_reference(network)
+        frozen = abstract_reference(network, state)
         calls["logprobs_reference"] = Call(programs.logprobs, (frozen, rows.rows), longest=rows)
     if needs_old_logprobs(config):
-        arguments = state.params, rows.rows
+        arguments = state.weights, rows.rows
         calls["logprobs_policy"] = Call(programs.logprobs, arguments, longest=rows)
     calls["update"] = Call(programs.update, (state, rows.rows, targets), longest=rows)
     return calls
@@ -335,14 +336,14 @@ def abstract_targets(
     )
 
 
-def abstract_reference(network: Network) -> Params:
-    """Return what `freeze` makes of the parameters, as abstract arrays."""
-    params = qwen.abstract_params(network.model, network.training)
-    return jax.tree.map(
+def abstract_reference(network: Network, state: TrainState) -> Params:
+    """Return the reference: what `freeze` makes of what is trained, and all that is frozen."""
+    frozen = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
-        params,
+        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), state.params),
+        state.params,
     )
+    return lora.join(state.base, frozen)
 
 
 def pack_minibatch(

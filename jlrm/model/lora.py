@@ -1,0 +1,145 @@
+"""Adapters: what is trained beside matrices that stay as they are.
+
+LoRA (arXiv 2106.09685) adds `scale · A Bᵀ` of a low rank U to a matrix W. DoRA (arXiv 2402.09353)
+then gives each output of the sum a trained length: `m (W + scale · A Bᵀ) / ‖W + scale · A Bᵀ‖`,
+where the norm over inputs is taken as a constant. A is `[inputs, U]` and B `[outputs, U]`.
+
+While training, x goes past W by the side: `x W + scale · (x A) Bᵀ`. Had the sum of the matrices been
+formed instead, the backward pass would compute the gradient of all of W, a quarter of an update's
+products, only to multiply it by A and by B. For decoding they are merged, layer by layer, since a
+step reads every matrix for few tokens.
+
+Adapters act where they are given: parameters without them are the frozen model. So the reference of
+the KL term is the same frozen arrays with the adapters that training began from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+Params = dict[str, Any]
+MARK = "_lora_"  # in the names of what is trained: q_lora_a, q_lora_b, q_lora_m
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """Which matrices of the layers have adapters, and of what kind."""
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+    has_magnitude: bool  # DoRA
+    dtype: str  # of the adapters; the frozen weights have the model's `param_dtype`
+
+
+def add(
+    module: Any, name: str, letters: tuple[str, ...], x: Array, kernel: Array, out: Array
+) -> Array:
+    """Return `out`, which is x times a kernel, with what the kernel's adapter adds to it.
+
+    Args:
+      module: whose parameters these are; it has a `config`.
+      letters: of the kernel.
+    """
+    lora, first = module.config.lora, f"{name}{MARK}a"
+    is_born = module.is_initializing() and lora is not None and name in lora.targets
+    if not (is_born or module.has_variable("params", first)):
+        return out
+    num_inputs = x.ndim - 2
+    inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+
+    def param(part: str, init: Any, shape: tuple[int, ...], *letters: str) -> Array:
+        init = nn.with_partitioning(init, letters)
+        value = module.param(f"{name}{MARK}{part}", init, shape, jnp.dtype(lora.dtype))
+        return value.astype(module.config.compute_dtype)
+
+    a = param("a", _uniform, (*inputs, lora.rank), *letters[:num_inputs], "U")
+    b = param("b", nn.initializers.zeros, (*outputs, lora.rank), *letters[num_inputs:], "U")
+    narrow = jnp.tensordot(x, a, num_inputs)
+    out = out + lora.scale * jnp.tensordot(narrow, b, ((-1,), (-1,)))
+    if not lora.has_magnitude:
+        return out
+    magnitude = param("m", nn.initializers.ones, outputs, *letters[num_inputs:])
+    lengths = jax.lax.stop_gradient(norms(moved(lora, kernel, a, b), num_inputs))
+    factor = magnitude.astype(jnp.float32) / lengths
+    return out * jnp.expand_dims(factor.astype(out.dtype), (0, 1))
+
+
+def merge(lora: LoRA | None, layer: Params) -> Params:
+    """Return a layer's parameters with its adapters merged into its matrices, in their dtype."""
+    flat = traverse_util.flatten_dict(layer)
+    merged = {path: leaf for path, leaf in flat.items() if MARK not in path[-1]}
+    for path, kernel in merged.items():
+        a, b, m = (flat.get((*path[:-1], f"{path[-1]}{MARK}{part}")) for part in "abm")
+        if a is not None and b is not None:
+            assert lora is not None
+            sum_ = moved(lora, kernel, a, b)
+            if m is not None:
+                sum_ *= (m.astype(jnp.float32) / norms(sum_, a.ndim - 1))[(None,) * (a.ndim - 1)]
+            merged[path] = sum_.astype(kernel.dtype)
+    return traverse_util.unflatten_dict(merged)
+
+
+def moved(lora: LoRA, kernel: Array, a: Array, b: Array) -> Float[Array, "..."]:
+    """Return a kernel with the product of its adapter added, in float32."""
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    product = jnp.tensordot(a, b, ((-1,), (-1,)), precision="highest")
+    return kernel.astype(jnp.float32) + lora.scale * product
+
+
+def norms(kernel: Float[Array, "..."], num_inputs: int) -> Float[Array, "..."]:
+    """Return the length of each output's weights."""
+    return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(num_inputs))))
+
+
+def with_lengths(adapters: Params, base: Params) -> Params:
+    """Return stacked adapters whose magnitudes are the lengths of the matrices' own outputs."""
+    flat, kernels = traverse_util.flatten_dict(adapters), traverse_util.flatten_dict(base)
+    for path, ones in flat.items():
+        name, _, part = path[-1].partition(MARK)
+        if part == "m":
+            kernel = kernels[*path[:-1], name].astype(jnp.float32)
+            inputs = kernel.ndim - ones.ndim
+            lengths = jax.vmap(lambda kernel, n=inputs: norms(kernel, n))(kernel)
+            flat[path] = lengths.astype(ones.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def split(lora: LoRA | None, params: Params) -> tuple[Params, Params]:
+    """Return what is trained of parameters (or of their letters), and what is frozen."""
+    if lora is None:
+        return params, {}
+    flat = traverse_util.flatten_dict(params)
+    adapters = {path: leaf for path, leaf in flat.items() if MARK in path[-1]}
+    base = {path: leaf for path, leaf in flat.items() if path not in adapters}
+    return traverse_util.unflatten_dict(adapters), traverse_util.unflatten_dict(base)
+
+
+def join(base: Params, trained: Params) -> Params:
+    """Return frozen and trained parameters as one tree."""
+    if not base:
+        return trained
+    return traverse_util.unflatten_dict(
+        {**traverse_util.flatten_dict(base), **traverse_util.flatten_dict(trained)}
+    )
+
+
+def of_paths(tree: Any, like: Params) -> Any:
+    """Return what a tree holds of the paths of another, which may have fewer."""
+    paths = traverse_util.flatten_dict(like)
+    flat = traverse_util.flatten_dict(tree)
+    return traverse_util.unflatten_dict({path: flat[path] for path in paths})
+
+
+def _uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Return numbers of variance 1/(3 · fan-in), as PEFT's adapters begin."""
+    bound = math.prod(shape[:-1]) ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
