@@ -99,6 +99,8 @@ def _check(config: Config) -> None:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
     if config.lora.rank and not config.lora.targets:
         raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
+    if config.sampling.weights == "unmerged" and not config.lora.rank:
+        raise UsageError("sampling.weights=unmerged is of adapters, and lora.rank=0 has none.")
     _check_sampling(config.sampling, grpo)
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)

@@ -104,8 +104,9 @@ class SamplingConfig:
     top_k: Count = 0  # sample from this many likeliest tokens; 0: off
     top_p: float = 1.0  # sample from the likeliest tokens of this total probability; 1: off
     # Weights that rollouts are drawn with; "int8" halves what a step reads. The sampler is then
-    # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised.
-    weights: Literal["full", "int8"] = "full"
+    # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised. Adapters
+    # are merged, or stay beside their matrices ("unmerged"), where nothing is rounded anew.
+    weights: Literal["full", "int8", "unmerged"] = "full"
     # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
     # Text: the number of the occurrence that ends a completion. They count from the end of the

@@ -50,16 +50,17 @@ def state_kinds(state: TrainState) -> dict[str, int]:
     return {WEIGHTS: shard_bytes(state.weights), MOMENTS: shard_bytes(state.opt_state)}
 
 
-def laid_out_bytes(network: Network, is_int8: bool) -> int:
+def laid_out_bytes(network: Network, form: str) -> int:
     """Return what one device holds of the weights laid out for decoding."""
     layout = network.decoding
-    params = qwen.abstract_params(dataclasses.replace(network.model, lora=None), layout)
+    own = network.model if form == "unmerged" else dataclasses.replace(network.model, lora=None)
+    params = qwen.abstract_params(own, layout)
     placed = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
         jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
         params,
     )
-    if not is_int8:
+    if form != "int8":
         return shard_bytes(placed)
     held = shard_bytes({**placed, "layers": {}})
     held += shard_bytes(qwen.head(network.model, placed)) // 2  # a copy of its own

@@ -153,7 +153,7 @@ def _grpo_points(
     if "logprobs_reference" in kinds:
         reference = {REFERENCE: kinds["logprobs_reference"][REFERENCE]}
     always = {**held, **reference}
-    laid_out = {LAID_OUT: laid_out_bytes(network, config.sampling.weights == "int8")}
+    laid_out = {LAID_OUT: laid_out_bytes(network, config.sampling.weights)}
     during = _during_rollout(config, network, always, laid_out, batch)
     return {
         "load": [
@@ -179,7 +179,7 @@ def _during_rollout(
     """Return what is there while a rollout runs, with what has been dispatched behind it."""
     during = dict(always)
     if config.grpo.ahead != "none":  # evaluation's weights, or those of a second rollout
-        behind = {LAID_OUT: laid_out_bytes(network, False)}
+        behind = {LAID_OUT: laid_out_bytes(network, "full")}
         during = total(during, max(behind, laid_out, key=lambda kinds: kinds[LAID_OUT]))
     return total(during, batch) if config.grpo.ahead == "stale" else during
 
@@ -212,7 +212,7 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
     """Return what the arguments of a program are."""
     first, rest = call.arguments[0], call.arguments[1:]
     if call.weights:
-        laid_out = laid_out_bytes(network, _is_int8(config, call))
+        laid_out = laid_out_bytes(network, _form(config, call))
         return {LAID_OUT: laid_out, BATCH: shard_bytes(call.arguments)}
     if isinstance(first, TrainState):
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
@@ -225,8 +225,8 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
     return {**kinds, BATCH: shard_bytes(rest)} if rest else kinds
 
 
-def _is_int8(config: Config, call: Call) -> bool:
-    return call.weights == "lay_out" and config.sampling.weights == "int8"
+def _form(config: Config, call: Call) -> str:
+    return config.sampling.weights if call.weights == "lay_out" else "full"
 
 
 def _planned(config: Config, network: Network, name: str, call: Call) -> PlannedProgram:

@@ -107,17 +107,16 @@ def decode_params(
     config: QwenConfig,
     layout: Layout,
     params: Params,
-    quantise: bool = False,
-    keep_adapters: bool = False,
+    weights: str = "full",
 ) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`.
 
-    With `quantise` the matrices of the layers and the head are `Int8`, so a step reads half the
-    bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and reported
-    log-probabilities are those of the quantised policy.
+    With `weights` "int8" the matrices of the layers and the head are `Int8`, so a step reads half
+    the bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and
+    reported log-probabilities are those of the quantised policy.
 
-    Adapters are merged into their matrices, in compute precision. With `keep_adapters` they stay
-    beside them, and a step does what training does.
+    Adapters are merged into their matrices, in compute precision. With "unmerged" they stay beside
+    them, and a step does what training does.
     """
     # Weights move here, once a rollout. With training's shards left in place, each step of 7B on
     # v5e-16 would gather 9.6 GiB (compiled).
@@ -137,9 +136,9 @@ def decode_params(
         place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
-    if not keep_adapters:
+    if weights != "unmerged":
         layers = [lora.merge(config.lora, layer) for layer in layers]
-    if not quantise:
+    if weights != "int8":
         return {**outer, "layers": layers}
     head = _quantise(qwen.head(config, params), (1,))
     layers = [

@@ -167,7 +167,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
     return GRPOPrograms(
-        lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
+        lay_out=lay_out_program(model, network.decoding, sampling.weights),
         freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
         logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(

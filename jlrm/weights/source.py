@@ -69,7 +69,7 @@ def _read_run(source: str, model: QwenConfig, layout: Layout) -> Params:
         return {**params, "layers": jax.vmap(partial(lora.merge, of_run.lora))(params["layers"])}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(merged, out_shardings=shardings, donate_argnums=0)(params)
+    return jax.jit(merged, out_shardings=shardings)(params)
 
 
 def config_with_adapters(step: Any) -> Config | None:
