@@ -32,7 +32,8 @@ from jlrm.runtime.settings import load
 from jlrm.training import heldout as heldout_module
 from jlrm.training import same_run, update
 from jlrm.training.scoring import judge_responses
-from jlrm.weights import hf, hf_config, reading, source
+from jlrm.weights import hf, hf_config, reading
+from jlrm.weights.source import read_params
 from jlrm.weights.steps import find, read_digests, read_meta, saved_steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
@@ -247,8 +248,8 @@ def test_a_run_of_adapters_goes_on_bit_for_bit_and_is_read_merged(tmp_path, data
 
     model = hf_config.read_config(tmp_path / "whole/model", compute_dtype="float32")
     layout = training_layout(mesh_of(1, 1, 1))
-    found = source.read_params(str(tmp_path / "whole"), model, layout)
-    base = source.read_params(str(pathlib.Path(warm[0].partition("=")[2])), model, layout)
+    found = read_params(str(tmp_path / "whole"), model, layout)
+    base = read_params(str(pathlib.Path(warm[0].partition("=")[2])), model, layout)
     adapters = saved_params(tmp_path / "whole")["layers"]["mlp"]
     moved = np.einsum("Liu,Lou->Lio", adapters["gate_lora_a"], adapters["gate_lora_b"])
     wanted = np.asarray(base["layers"]["mlp"]["gate"]) + 32 / 3 * moved
@@ -269,8 +270,8 @@ def test_adapters_beneath_which_the_base_has_changed_are_refused(tmp_path, data)
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UsageError, match="holds adapters of model.path=.*Bring them back"):
-        source.read_params(str(tmp_path / "r"), config, training_layout(mesh_of(1, 1, 1)))
+    with pytest.raises(UsageError, match=r"holds adapters of model.path=.*Bring them back"):
+        read_params(str(tmp_path / "r"), config, training_layout(mesh_of(1, 1, 1)))
     with pytest.raises(UsageError, match=r"base \(the weights of model.path\)"):
         run(tmp_path / "r", data, *start, "sft.steps=2", "grpo.steps=0")
 

@@ -4,7 +4,7 @@ LoRA (arXiv 2106.09685) adds `scale · A Bᵀ` of a low rank U to a matrix W. Do
 then gives each output of the sum a trained length: `m (W + scale · A Bᵀ) / ‖W + scale · A Bᵀ‖`,
 where the norm over inputs is taken as a constant. A is `[inputs, U]` and B `[outputs, U]`.
 
-While training, x goes past W by the side: `x W + scale · (x A) Bᵀ`. Had the sum of the matrices been
+While training, x goes past W by the side: `x W + scale · (x A) Bᵀ`. If the sum of the matrices were
 formed instead, the backward pass would compute the gradient of all of W, a quarter of an update's
 products, only to multiply it by A and by B. For decoding they are merged, layer by layer, since a
 step reads every matrix for few tokens.
@@ -26,6 +26,8 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 Params = dict[str, Any]
+flatten: Any = traverse_util.flatten_dict
+unflatten: Any = traverse_util.unflatten_dict
 MARK = "_lora_"  # in the names of what is trained: q_lora_a, q_lora_b, q_lora_m
 
 
@@ -75,7 +77,7 @@ def add(
 
 def merge(lora: LoRA | None, layer: Params) -> Params:
     """Return a layer's parameters with its adapters merged into its matrices, in their dtype."""
-    flat = traverse_util.flatten_dict(layer)
+    flat = flatten(layer)
     merged = {path: leaf for path, leaf in flat.items() if MARK not in path[-1]}
     for path, kernel in merged.items():
         a, b, m = (flat.get((*path[:-1], f"{path[-1]}{MARK}{part}")) for part in "abm")
@@ -85,7 +87,7 @@ def merge(lora: LoRA | None, layer: Params) -> Params:
             if m is not None:
                 sum_ *= (m.astype(jnp.float32) / norms(sum_, a.ndim - 1))[(None,) * (a.ndim - 1)]
             merged[path] = sum_.astype(kernel.dtype)
-    return traverse_util.unflatten_dict(merged)
+    return unflatten(merged)
 
 
 def moved(lora: LoRA, kernel: Array, a: Array, b: Array) -> Float[Array, "..."]:
@@ -102,7 +104,7 @@ def norms(kernel: Float[Array, "..."], num_inputs: int) -> Float[Array, "..."]:
 
 def with_lengths(adapters: Params, base: Params) -> Params:
     """Return stacked adapters whose magnitudes are the lengths of the matrices' own outputs."""
-    flat, kernels = traverse_util.flatten_dict(adapters), traverse_util.flatten_dict(base)
+    flat, kernels = flatten(adapters), flatten(base)
     for path, ones in flat.items():
         name, _, part = path[-1].partition(MARK)
         if part == "m":
@@ -110,33 +112,31 @@ def with_lengths(adapters: Params, base: Params) -> Params:
             inputs = kernel.ndim - ones.ndim
             lengths = jax.vmap(lambda kernel, n=inputs: norms(kernel, n))(kernel)
             flat[path] = lengths.astype(ones.dtype)
-    return traverse_util.unflatten_dict(flat)
+    return unflatten(flat)
 
 
 def split(lora: LoRA | None, params: Params) -> tuple[Params, Params]:
     """Return what is trained of parameters (or of their letters), and what is frozen."""
     if lora is None:
         return params, {}
-    flat = traverse_util.flatten_dict(params)
+    flat = flatten(params)
     adapters = {path: leaf for path, leaf in flat.items() if MARK in path[-1]}
     base = {path: leaf for path, leaf in flat.items() if path not in adapters}
-    return traverse_util.unflatten_dict(adapters), traverse_util.unflatten_dict(base)
+    return unflatten(adapters), unflatten(base)
 
 
 def join(base: Params, trained: Params) -> Params:
     """Return frozen and trained parameters as one tree."""
     if not base:
         return trained
-    return traverse_util.unflatten_dict(
-        {**traverse_util.flatten_dict(base), **traverse_util.flatten_dict(trained)}
-    )
+    return unflatten({**flatten(base), **flatten(trained)})
 
 
 def of_paths(tree: Any, like: Params) -> Any:
     """Return what a tree holds of the paths of another, which may have fewer."""
-    paths = traverse_util.flatten_dict(like)
-    flat = traverse_util.flatten_dict(tree)
-    return traverse_util.unflatten_dict({path: flat[path] for path in paths})
+    paths = flatten(like)
+    flat = flatten(tree)
+    return unflatten({path: flat[path] for path in paths})
 
 
 def _uniform(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:

@@ -228,7 +228,8 @@ def hidden_states(
     The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
 
     With `sums` the gradients of what is trained of the layers are added to these
-    (gradient_sums.py), and the layers are computed anew in the backward pass, as with `remat` "full".
+    (gradient_sums.py), and the layers are computed anew in the backward pass, as with `remat`
+    "full".
 
     What each device does is written out here, not left to the compiler. A device runs its own rows,
     and gathers the weights of one layer at a time, axis by axis. The gradient of such a gather is a

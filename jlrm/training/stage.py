@@ -76,10 +76,10 @@ class StageResult(NamedTuple):
 class Stage:
     """One stage of a run: iterate over its remaining steps, `finish` each of them.
 
-    Begins from the stage's newest checkpoint, or from `initial` weights, given the frozen ones. `start` and `evaluation`
-    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time, from
-    reading weights to saving them, evaluation included) what the stage has cost over all its
-    starts.
+    Begins from the stage's newest checkpoint, or from `initial` weights, given the frozen ones.
+    `start` and `evaluation` hold the first and the newest held-out metrics, `num_tokens` and
+    `seconds` (of wall time, from reading weights to saving them, evaluation included) what the
+    stage has cost over all its starts.
     """
 
     state: TrainState

@@ -33,7 +33,7 @@ class TrainState(NamedTuple):
     params: Params  # what is trained
     opt_state: Any
     step: Int[Array, ""]  # optimiser steps taken
-    base: Params = {}  # what is frozen beneath adapters; no checkpoint has it
+    base: Params = {}  # what is frozen beneath adapters; no checkpoint has it  # noqa: RUF012
 
     @property
     def weights(self) -> Params:
