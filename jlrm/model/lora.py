@@ -51,7 +51,8 @@ def add(
       module: whose parameters these are; it has a `config`.
       letters: of the kernel.
     """
-    lora, first = module.config.lora, f"{name}{MARK}a"
+    lora: Any = module.config.lora
+    first = f"{name}{MARK}a"
     is_born = module.is_initializing() and lora is not None and name in lora.targets
     if not (is_born or module.has_variable("params", first)):
         return out

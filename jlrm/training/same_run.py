@@ -252,7 +252,7 @@ def note_changes(
 
 
 def _reads_base(config: Config) -> bool:
-    """Return whether a run that goes on may read its base again, as KL reference or beneath adapters."""
+    """Return whether a run that goes on may read its base again: a reference, or frozen."""
     is_reference = stages_of(config)[0] == "grpo" and config.grpo.loss.kl_weight > 0
     return is_reference or config.lora.rank > 0
 
