@@ -97,6 +97,8 @@ def _check(config: Config) -> None:
             )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
+    if config.model.adapter and not config.model.path:
+        raise UsageError("model.adapter moves existing weights: set model.path to its base model.")
     if config.lora.rank and not config.lora.targets:
         raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
     if config.sampling.weights == "unmerged" and not config.lora.rank:

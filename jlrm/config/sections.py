@@ -34,6 +34,8 @@ class RunConfig:
 class ModelSource:
     # Weights to begin with: Hugging Face directory or hub id, or an earlier run as DIR[@STEP].
     path: str = ""
+    # Directory of a PEFT adapter of `path` (LoRA or DoRA) to go on from; with lora.rank=0: merged.
+    adapter: str = ""
     preset: str = ""  # random weights of this named shape (weights/presets.py), instead of `path`
     # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
     tokenizer: str = ""

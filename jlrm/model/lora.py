@@ -25,6 +25,8 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+from jlrm.config import LoRAConfig
+
 Params = dict[str, Any]
 flatten: Any = traverse_util.flatten_dict
 unflatten: Any = traverse_util.unflatten_dict
@@ -40,6 +42,13 @@ class LoRA:
     targets: tuple[str, ...]
     has_magnitude: bool  # DoRA
     dtype: str  # of the adapters; the frozen weights have the model's `param_dtype`
+
+
+def of_settings(settings: LoRAConfig, dtype: str) -> LoRA:
+    """Return the adapters that settings ask for."""
+    divisor = settings.rank**0.5 if settings.rank_stabilised else settings.rank
+    targets = tuple(sorted({*settings.targets}))
+    return LoRA(settings.rank, settings.alpha / divisor, targets, settings.magnitude, dtype)
 
 
 def add(

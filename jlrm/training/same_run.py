@@ -29,7 +29,7 @@ from jlrm.data.comparisons import Comparison
 from jlrm.data.sharded import ShardedRows
 from jlrm.runtime import hosts
 from jlrm.runtime.settings import flatten, from_dict, parse_yaml, to_dict
-from jlrm.weights import source, steps
+from jlrm.weights import adapters, source, steps
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,8 @@ def made_from(
     base = before.get("base", "")
     if config.model.path and (not base or _reads_base(config)):
         base = source.fingerprint(config.model.path)
+        if config.model.adapter:
+            base += f"+{adapters.digest(pathlib.Path(config.model.adapter).expanduser())}"
     mine = {
         "base": base,
         "model": _digest(file.name.encode() + file.read_bytes() for file in _files(model)),

@@ -40,7 +40,7 @@ from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
-from jlrm.weights import hf, hf_config, reading, steps
+from jlrm.weights import adapters, hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import as_trained, model_files, read_base, read_params
 
@@ -230,6 +230,8 @@ def initial_params(run: Run, stage: str, base: Params) -> Params:
         saved = steps.find_step(series, getattr(config, before).steps)
         abstract = qwen.abstract_params(policy.model, policy.training)
         return reading.restore_params(saved, lora.split(policy.model.lora, abstract)[0])
+    if config.model.adapter:
+        return adapters.read_start(config, policy.model, policy.training)
     if policy.model.lora:
         program = qwen.adapters_program(policy.model, policy.training)
         return program(jax.random.key(config.run.seed), base)

@@ -62,14 +62,18 @@ def _read_run(source: str, model: QwenConfig, layout: Layout) -> Params:
     params = lora.join(read_base(config, plain, layout), reading.restore_params(step, adapters))
     if model.lora is not None:
         return params
-    abstract = qwen.abstract_params(model, layout)
+    return merged(of_run.lora, params, model, layout)
 
-    def merged(params: Params) -> Params:
+
+def merged(adapters: LoRA | None, params: Params, model: QwenConfig, layout: Layout) -> Params:
+    """Return parameters without adapters that compute the same, as `model` stores them."""
+
+    def merge(params: Params) -> Params:
         params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
-        return {**params, "layers": jax.vmap(partial(lora.merge, of_run.lora))(params["layers"])}
+        return {**params, "layers": jax.vmap(partial(lora.merge, adapters))(params["layers"])}
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(merged, out_shardings=shardings)(params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, layout))
+    return jax.jit(merge, out_shardings=shardings)(params)
 
 
 def config_with_adapters(step: Any) -> Config | None:
@@ -81,8 +85,8 @@ def config_with_adapters(step: Any) -> Config | None:
     meta = steps.read_meta(step)
     if not meta.get("config", {}).get("lora", {}).get("rank"):
         return None
-    config, wanted = from_dict(meta["config"]), meta.get("made_from", {}).get("base")
-    if config.model.path and wanted not in (None, found := fingerprint(config.model.path)):
+    config, wanted = from_dict(meta["config"]), meta["made_from"]["base"].partition("+")[0]
+    if config.model.path and wanted != (found := fingerprint(config.model.path)):
         raise UsageError(
             f"{step} holds adapters of model.path={config.model.path}, whose weights were "
             f"{wanted} then and are {found} now (weights/source.py: fingerprint). Bring them back."
@@ -103,13 +107,7 @@ def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
     numerics = {"compute_dtype": source.compute_dtype, "remat": source.remat}
     if not settings.rank:
         return dataclasses.replace(model, param_dtype=source.param_dtype, **numerics)
-    adapters = LoRA(
-        settings.rank,
-        settings.alpha / (settings.rank**0.5 if settings.rank_stabilised else settings.rank),
-        tuple(sorted({*settings.targets})),
-        settings.magnitude,
-        source.param_dtype,
-    )
+    adapters = lora.of_settings(settings, source.param_dtype)
     return dataclasses.replace(model, param_dtype=stored, lora=adapters, **numerics)
 
 
