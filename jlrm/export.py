@@ -7,7 +7,8 @@
 
 Export reads one tensor at a time out of the checkpoint and appends it to a safetensors file, so its
 memory is that of the largest tensor, and it needs no accelerator. Adapters are merged on the way.
-A directory appears whole or not at all, and is uploaded when it is whole. Its card is serving/model_card.py's.
+A directory appears whole or not at all, and is uploaded when it is whole. Its card is
+serving/model_card.py's.
 """
 
 from __future__ import annotations

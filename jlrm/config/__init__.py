@@ -101,6 +101,10 @@ def _check(config: Config) -> None:
         raise UsageError("model.adapter moves existing weights: set model.path to its base model.")
     if config.lora.rank and not config.lora.targets:
         raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
+    if config.lora.base != "stored" and not config.lora.rank:
+        raise UsageError(
+            f"lora.base={config.lora.base} quantises what is frozen, and lora.rank=0 trains all."
+        )
     if config.sampling.weights == "unmerged" and not config.lora.rank:
         raise UsageError("sampling.weights=unmerged is of adapters, and lora.rank=0 has none.")
     _check_sampling(config.sampling, grpo)

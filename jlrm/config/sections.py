@@ -58,6 +58,9 @@ class LoRAConfig:
     targets: list[Target] = field(
         default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"]
     )
+    # How the frozen matrices of the layers are stored: as their files have them, or quantised in
+    # blocks of 64, to 8 bits or to the 4 of NormalFloat (model/quantised.py).
+    base: Literal["stored", "int8", "nf4"] = "stored"
     magnitude: bool = False  # the length of each output's weights is trained too (DoRA)
 
 

@@ -26,6 +26,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float
 
 from jlrm.config import LoRAConfig
+from jlrm.model.quantised import widen
 
 Params = dict[str, Any]
 flatten: Any = traverse_util.flatten_dict
@@ -42,13 +43,15 @@ class LoRA:
     targets: tuple[str, ...]
     has_magnitude: bool  # DoRA
     dtype: str  # of the adapters; the frozen weights have the model's `param_dtype`
+    base: str = "stored"  # or how the matrices of the frozen layers are quantised (quantised.py)
 
 
 def of_settings(settings: LoRAConfig, dtype: str) -> LoRA:
     """Return the adapters that settings ask for."""
     divisor = settings.rank**0.5 if settings.rank_stabilised else settings.rank
     targets = tuple(sorted({*settings.targets}))
-    return LoRA(settings.rank, settings.alpha / divisor, targets, settings.magnitude, dtype)
+    scale, rest = settings.alpha / divisor, (settings.magnitude, dtype, settings.base)
+    return LoRA(settings.rank, scale, targets, *rest)
 
 
 def add(
@@ -118,7 +121,7 @@ def with_lengths(adapters: Params, base: Params) -> Params:
     for path, ones in flat.items():
         name, _, part = path[-1].partition(MARK)
         if part == "m":
-            kernel = kernels[*path[:-1], name].astype(jnp.float32)
+            kernel = widen(kernels[*path[:-1], name]).astype(jnp.float32)
             inputs = kernel.ndim - ones.ndim
             lengths = jax.vmap(lambda kernel, n=inputs: norms(kernel, n))(kernel)
             flat[path] = lengths.astype(ones.dtype)

@@ -31,6 +31,7 @@ from jlrm.model import gradient_sums, lora
 from jlrm.model.attention import attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.lora import LoRA
+from jlrm.model.quantised import Blocks, quantise_layers, quantise_letters, widen_all
 from jlrm.model.rope import Rope, Yarn, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime.mesh import LOCAL, Layout, Local
@@ -185,13 +186,18 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     )
 
 
-def param_letters(config: QwenConfig) -> Any:
-    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
+def param_letters(config: QwenConfig, base: str = "") -> Any:
+    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s.
+
+    base: as of `LoRA`, if it is not as in the config.
+    """
+    base = base or (config.lora.base if config.lora else "stored")
     layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
     table = PartitionSpec("V", "D")
     outer = {"embed": table} if config.tie_word_embeddings else {"embed": table, "head": table}
     layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
-    return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    whole = {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    return quantise_letters(whole, base)
 
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:
@@ -242,7 +248,8 @@ def hidden_states(
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
-        x, _ = apply(block, gather(layout, weights, letters["layers"]), x, *context)
+        weights = gather(layout, weights, letters["layers"])
+        x, _ = apply(block, to_compute_dtype(config, widen_all(weights)), x, *context)
         return x
 
     def run(
@@ -277,10 +284,14 @@ def hidden_states(
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
-    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so."""
+    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so.
+
+    Quantised ones stay narrow until they run.
+    """
 
     def cast(path: Any, x: Array) -> Array:
-        return x if path[-1] == "scale" else x.astype(config.compute_dtype)
+        is_kept = path[-1] == "scale" or isinstance(x, Blocks)
+        return x if is_kept else x.astype(config.compute_dtype)
 
     return dict(flax.traverse_util.path_aware_map(cast, params))
 
@@ -328,6 +339,7 @@ def _init(config: QwenConfig, key: Array) -> Params:
     """Return random parameters; those of the layers are stacked on a leading axis."""
     if config.lora is not None:
         base = _init(dataclasses.replace(config, lora=None), key)
+        base = quantise_layers(base, config.lora.base)
         return lora.join(base, _init_adapters(config, key, base))
     table_key, head_key, layers_key = jax.random.split(key, 3)
     shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)

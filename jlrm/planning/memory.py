@@ -53,8 +53,10 @@ def state_kinds(state: TrainState) -> dict[str, int]:
 def laid_out_bytes(network: Network, form: str) -> int:
     """Return what one device holds of the weights laid out for decoding."""
     layout = network.decoding
-    own = network.model if form == "unmerged" else dataclasses.replace(network.model, lora=None)
-    params = qwen.abstract_params(own, layout)
+    # Quantised matrices are widened; adapters are merged, or lie beside them.
+    beside = network.model.lora if form == "unmerged" else None
+    beside = beside and dataclasses.replace(beside, base="stored")
+    params = qwen.abstract_params(dataclasses.replace(network.model, lora=beside), layout)
     placed = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
         jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),

@@ -23,6 +23,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.model import lora, qwen
+from jlrm.model.quantised import widen_all
 from jlrm.model.qwen import Block, Params, QwenConfig
 from jlrm.model.visibility import BLOCK
 from jlrm.runtime.mesh import Layout, step_layout
@@ -121,7 +122,7 @@ def decode_params(
     # Weights move here, once a rollout. With training's shards left in place, each step of 7B on
     # v5e-16 would gather 9.6 GiB (compiled).
     params = qwen.to_compute_dtype(config, params)
-    letters = lora.of_paths(qwen.param_letters(config), params)
+    letters = lora.of_paths(qwen.param_letters(config, base="stored"), params)
 
     def place(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
@@ -133,7 +134,7 @@ def decode_params(
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
     outer = place(outer, {name: letters[name] for name in outer}, 0)
     layers = [
-        place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
+        place(_layer(config, params["layers"], i), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
     if weights != "unmerged":
@@ -151,6 +152,10 @@ def decode_params(
         for layer in layers
     ]
     return {**outer, "head": head, "layers": layers}
+
+
+def _layer(config: QwenConfig, stacked: Params, i: int) -> Params:
+    return qwen.to_compute_dtype(config, widen_all(jax.tree.map(lambda x: x[i], stacked)))
 
 
 def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:

@@ -9,7 +9,6 @@ without the checkpoint it began from.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import pathlib
@@ -213,7 +212,7 @@ def frozen_params(run: Run) -> Params:
     model, layout = run.policy.model, run.policy.training
     if model.lora is None:
         return {}
-    return read_base(run.config, dataclasses.replace(model, lora=None), layout)
+    return read_base(run.config, model, layout)
 
 
 def initial_params(run: Run, stage: str, base: Params) -> Params:

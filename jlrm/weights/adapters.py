@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from jlrm.config import Config, LoRAConfig, MeshConfig, UsageError
 from jlrm.model import lora, qwen
 from jlrm.model.lora import LoRA
+from jlrm.model.quantised import MATRICES, quantise, widen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime.mesh import Layout, create_mesh, global_array, training_layout
 from jlrm.runtime.settings import read_json
@@ -72,7 +73,10 @@ def reader(source: str, model: QwenConfig, stack: contextlib.ExitStack) -> Read:
     def read(tensor: hf.Tensor) -> np.ndarray:
         value = base(tensor).astype(stored).astype(np.float32)  # as it lay beneath the adapters
         kind, path = of_run.lora, tensor.path
-        if kind is None or path.rpartition(".")[2] not in kind.targets:
+        name = path.rpartition(".")[2]
+        if kind and kind.base != "stored" and name in MATRICES:
+            value = np.asarray(widen(quantise(value, kind.base)))
+        if kind is None or name not in kind.targets:
             return value
         names = [f"{path}{lora.MARK}{part}" for part in _parts(kind)]
         a, b, *m = (reading.read_tensor(step, name, tensor.layer, wanted) for name in names)
@@ -178,7 +182,7 @@ def read_start(config: Config, model: QwenConfig, layout: Layout) -> Params:
     if model.lora is None:
         base = read_params(config.model.path, model, layout)
         return merged(kind, lora.join(base, adapters), model, layout)
-    if (asked := dataclasses.replace(model.lora, dtype=kind.dtype)) != kind:
+    if (asked := dataclasses.replace(model.lora, dtype=kind.dtype, base=kind.base)) != kind:
         raise UsageError(
             f"model.adapter={config.model.adapter} holds {kind}, and the settings of lora ask for "
             f"{asked}. Set them alike, or lora.rank=0 to train all weights from both, merged."

@@ -14,6 +14,7 @@ import jax
 from jlrm.config import Config, UsageError
 from jlrm.model import lora, qwen
 from jlrm.model.lora import LoRA
+from jlrm.model.quantised import quantise_layers, widen_all
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.mesh import Layout
@@ -57,9 +58,8 @@ def _read_run(source: str, model: QwenConfig, layout: Layout) -> Params:
         return reading.restore_params(step, qwen.abstract_params(model, layout))
     side = side_files(source) / "model"
     of_run = as_trained(config, hf_config.read_config(side), hf_config.stored_dtype(side))
-    plain = dataclasses.replace(of_run, lora=None)
     adapters, _ = lora.split(of_run.lora, qwen.abstract_params(of_run, layout))
-    params = lora.join(read_base(config, plain, layout), reading.restore_params(step, adapters))
+    params = lora.join(read_base(config, of_run, layout), reading.restore_params(step, adapters))
     if model.lora is not None:
         return params
     return merged(of_run.lora, params, model, layout)
@@ -69,7 +69,7 @@ def merged(adapters: LoRA | None, params: Params, model: QwenConfig, layout: Lay
     """Return parameters without adapters that compute the same, as `model` stores them."""
 
     def merge(params: Params) -> Params:
-        params = jax.tree.map(lambda x: x.astype(model.param_dtype), params)
+        params = jax.tree.map(lambda x: x.astype(model.param_dtype), widen_all(params))
         return {**params, "layers": jax.vmap(partial(lora.merge, adapters))(params["layers"])}
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, layout))
@@ -94,11 +94,18 @@ def config_with_adapters(step: Any) -> Config | None:
     return config
 
 
-def read_base(config: Config, plain: QwenConfig, layout: Layout) -> Params:
+def read_base(config: Config, model: QwenConfig, layout: Layout) -> Params:
     """Return what lies beneath a run's adapters, as it was born or as its files have it."""
-    if not config.model.path:
-        return qwen.init(plain, layout, config.run.seed)
-    return read_params(config.model.path, plain, layout)
+    plain = dataclasses.replace(model, lora=None)
+    if config.model.path:
+        params = read_params(config.model.path, plain, layout)
+    else:
+        params = qwen.init(plain, layout, config.run.seed)
+    if config.lora.base == "stored":
+        return params
+    _, wanted = lora.split(model.lora, qwen.abstract_params(model, layout))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return jax.jit(partial(quantise_layers, kind=config.lora.base), out_shardings=shardings)(params)
 
 
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:

@@ -29,6 +29,7 @@ from test_update import (
 
 from jlrm.model import lora, qwen
 from jlrm.model.lora import LoRA
+from jlrm.model.quantised import quantise_layers, widen_all
 from jlrm.training import packing, update
 
 pytestmark = pytest.mark.slow  # whole models are compiled
@@ -182,3 +183,36 @@ def test_the_gradient_of_frozen_matrices_is_not_computed():
         compiled = jax.jit(program, compiler_options=FAST).lower(state, rows, weights).compile()
         flops[name] = compiled.cost_analysis()["flops"]
     assert flops["lora"] < 0.85 * flops["all"], flops
+
+
+# --- a quantised base ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("mesh_shape", [ONE, (1, 2, 2)])
+def test_a_step_over_a_quantised_base_is_that_over_what_it_stands_for(base, mesh_shape):
+    """Quantised on several devices, widened layer by layer there, it gives the step of one."""
+    narrow = dataclasses.replace(adapted(), lora=dataclasses.replace(PLAIN, base=base))
+    batch, layout = random_batch(), layout_of(mesh_shape)
+    weights = initial_state("sgd", mesh_shape, adapted()).weights
+    _, shapes = lora.split(narrow.lora, qwen.abstract_params(narrow, layout))
+    adapters, wide = lora.split(PLAIN, weights)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+    stored = jax.jit(lambda x: quantise_layers(x, base), out_shardings=shardings)(wide)
+    program = functools.partial(update.init_state, narrow, layout, optimizer_of("sgd"))
+    state = program(lora.join(stored, adapters))
+    held = {str(leaf.dtype) for leaf in jax.tree.leaves(state.base["layers"]["mlp"])}
+    assert held == {"float32", "int8" if base == "int8" else "uint8"}
+    found, metrics = grpo_step(
+        batch, SEVERAL_PASSES, state=state, config=narrow, mesh_shape=mesh_shape
+    )
+    before, _ = lora.split(PLAIN, initial_state("sgd", ONE, adapted()).weights)
+    widened = quantise_layers(jax.tree.map(np.asarray, wide), base)
+    plain = lora.join(jax.tree.map(jnp.asarray, widen_all(widened)), before)
+    wanted, wanted_metrics = grpo_step(
+        batch,
+        state=update.init_state(adapted(), layout_of(ONE), optimizer_of("sgd"), plain),
+        config=adapted(),
+    )
+    check_same(metrics, wanted_metrics)
+    check_same(found.params, wanted.params, atol=1e-4)
