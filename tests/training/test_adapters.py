@@ -43,6 +43,12 @@ def adapted(kind: str = "lora", architecture: str = "qwen2_tied") -> qwen.QwenCo
     return tiny_config(architecture, lora=KINDS[kind])
 
 
+def check_gradients(found: qwen.Params, wanted: qwen.Params) -> None:
+    """Compare gradients, or what plain descent has made of them, to a share of the largest."""
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
+    check_same(found, wanted, atol=1e-5 * largest)
+
+
 def merged(config: qwen.QwenConfig, params: qwen.Params) -> qwen.Params:
     """Return the parameters of a model without adapters that computes the same."""
     layers = jax.vmap(functools.partial(lora.merge, config.lora))(params["layers"])
@@ -106,8 +112,7 @@ def test_gradients_are_those_of_the_merged_matrices(kind):
         return total
 
     wanted = jax.grad(of_adapters)(state.params)
-    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
-    check_same(found, wanted, atol=1e-5 * largest)
+    check_gradients(found, wanted)
     np.testing.assert_allclose(metrics["loss"], wanted_metrics["loss"], rtol=1e-5)
     assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(found))
 
@@ -215,4 +220,4 @@ def test_a_step_over_a_quantised_base_is_that_over_what_it_stands_for(base, mesh
         config=adapted(),
     )
     check_same(metrics, wanted_metrics)
-    check_same(found.params, wanted.params, atol=1e-4)
+    check_gradients(found.params, wanted.params)

@@ -134,7 +134,17 @@ def test_both_exports_say_what_the_run_says(torch, peft, tmp_path, kind, archite
     assert np.max(np.abs(unmoved - wanted)) > 0.1 * scale, "the adapters do nothing"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_a_quantised_base_is_exported_as_what_it_stands_for(tmp_path, base, monkeypatch):
+    monkeypatch.setitem(KINDS, "narrow", dataclasses.replace(KINDS["dora"], base=base))
+    run = write_run(tmp_path, "narrow")
+    export.main(["--checkpoint", str(run), "--out", str(tmp_path / "whole"), "--dtype", "float32"])
+    wanted = our_logits(run, run / "model")
+    found = our_logits(tmp_path / "whole", run / "model")
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.max(np.abs(wanted)))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_peft_writes_is_a_start(torch, peft, tmp_path, kind):
     from transformers import AutoModelForCausalLM
 
