@@ -284,13 +284,14 @@ def hidden_states(
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
-    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so.
+    """Cast weights to the dtype they are used in.
 
-    Quantised ones stay narrow until they run.
+    Norm scales and DoRA's lengths are used in float32 and stay so; quantised matrices stay narrow
+    until they run.
     """
 
     def cast(path: Any, x: Array) -> Array:
-        is_kept = path[-1] == "scale" or isinstance(x, Blocks)
+        is_kept = path[-1].endswith(("scale", lora.LENGTH)) or isinstance(x, Blocks)
         return x if is_kept else x.astype(config.compute_dtype)
 
     return dict(flax.traverse_util.path_aware_map(cast, params))

@@ -191,8 +191,18 @@ def read_start(config: Config, model: QwenConfig, layout: Layout) -> Params:
 
 
 def digest(directory: pathlib.Path) -> str:
-    """Return a digest of what a directory of PEFT says."""
-    content = b"".join((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    """Return a digest of what a directory of PEFT says.
+
+    Raises:
+      UsageError: it is none.
+    """
+    try:
+        content = b"".join((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    except OSError as error:
+        raise UsageError(
+            f"model.adapter={directory} is no directory of PEFT ({CONFIG}, {WEIGHTS}): "
+            f"{error.strerror}."
+        ) from None
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -81,6 +81,17 @@ def test_new_adapters_change_nothing(kind, architecture):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_new_adapters_change_nothing_in_half_precision(kind):
+    half = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16"}
+    config, rows = dataclasses.replace(adapted(kind), **half), pack(random_batch()).rows
+    params = update.init_state(
+        config, layout_of(ONE), optimizer_of("sgd"), qwen.init(config, layout_of(ONE), 0)
+    ).weights
+    born, off = score(config)(params, rows), score(config)(lora.split(config.lora, params)[1], rows)
+    assert np.mean(np.asarray(born[0]) != np.asarray(off[0])) < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_merged_matrices(kind):
     """By the chain rule through the merged matrix; the lengths that DoRA divides by are fixed."""
     config, batch = adapted(kind), random_batch()

@@ -213,6 +213,9 @@ def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, capsys):
     with pytest.raises(UsageError, match="can't be read as an adapter"):
         adapters.read(tmp_path / "adapter", as_trained(config, model, "float32"), layout())
 
+    with pytest.raises(UsageError, match=r"model\.adapter=.* is no directory of PEFT"):
+        adapters.digest(tmp_path / "nowhere")
+
     checkpoint.save_params(tmp_path / "full", "sft", {"layers": {}, "x": jnp.ones(2)}, {})
     argv = ["--checkpoint", str(tmp_path / "full"), "--out", str(tmp_path / "o"), "--adapter"]
     assert commands.run(lambda: export.main(argv)) == 2
