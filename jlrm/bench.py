@@ -127,10 +127,8 @@ class Workload:
         self.number = 0  # of the rollout
         params = qwen.init(model, self.training, config.run.seed)
         self.state = update.init_state(model, self.training, self.programs.optimizer, params)
-        self.reference = None
-        if config.grpo.loss.kl_weight:
-            frozen = self.programs.freeze(self.state.params)
-            self.reference = lambda: lora.join(self.state.base, frozen)
+        frozen = config.grpo.loss.kl_weight and self.programs.freeze(self.state.params)
+        self.reference: qwen.Params | None = frozen or None  # what is trained of it
         self._draw_tokens()
         self.parts = self._pack()
 
@@ -144,7 +142,8 @@ class Workload:
 
     def logprobs(self) -> None:
         """Score the batch once."""
-        params = self.state.weights if self.reference is None else self.reference()
+        scored = self.state.params if self.reference is None else self.reference
+        params = lora.join(self.state.base, scored)
         for part in self.parts:
             jax.block_until_ready(self.programs.logprobs(params, part.rows))
 

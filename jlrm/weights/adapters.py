@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 import jax
 import ml_dtypes
 import numpy as np
-from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from jlrm.config import Config, LoRAConfig, MeshConfig, UsageError
@@ -64,7 +63,7 @@ def reader(source: str, model: QwenConfig, stack: contextlib.ExitStack) -> Read:
     else:
         layout = training_layout(create_mesh(MeshConfig(), jax.devices()[:1]))
         plain = dataclasses.replace(of_run, lora=None)
-        born = traverse_util.flatten_dict(qwen.init(plain, layout, config.run.seed), sep=".")
+        born = lora.flatten(qwen.init(plain, layout, config.run.seed), sep=".")
         base = lambda tensor: np.asarray(born[tensor.path])[  # noqa: E731
             ... if tensor.layer is None else tensor.layer
         ]
@@ -218,7 +217,7 @@ def _placed(
     kind = dataclasses.replace(kind, dtype=model.lora.dtype if model.lora else kind.dtype)
     model = dataclasses.replace(model, lora=kind)
     abstract, _ = lora.split(kind, qwen.abstract_params(model, layout))
-    flat = traverse_util.flatten_dict(abstract, sep=".")
+    flat = lora.flatten(abstract, sep=".")
     whole = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat.items()}
     for name, (tensor, part) in wanted.items():
         into = whole[f"{tensor.path}{lora.MARK}{part}"][tensor.layer]
@@ -231,7 +230,7 @@ def _placed(
         path: global_array(value.astype(flat[path].dtype), flat[path].sharding)
         for path, value in whole.items()
     }
-    return traverse_util.unflatten_dict(placed, sep=".")
+    return lora.unflatten(placed, sep=".")
 
 
 def _all(settings: LoRAConfig) -> LoRA:
