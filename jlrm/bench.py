@@ -127,8 +127,9 @@ class Workload:
         self.number = 0  # of the rollout
         params = qwen.init(model, self.training, config.run.seed)
         self.state = update.init_state(model, self.training, self.programs.optimizer, params)
-        frozen = config.grpo.loss.kl_weight and self.programs.freeze(self.state.params)
-        self.reference: qwen.Params | None = frozen or None  # what is trained of it
+        self.reference: qwen.Params | None = None  # what is trained of it
+        if config.grpo.loss.kl_weight:
+            self.reference = self.programs.freeze(self.state.params)
         self._draw_tokens()
         self.parts = self._pack()
 

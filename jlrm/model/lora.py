@@ -64,10 +64,11 @@ def add(
       module: whose parameters these are; it has a `config`.
       letters: of the kernel.
     """
-    lora: Any = module.config.lora
-    first = f"{name}{MARK}a"
-    is_born = module.is_initializing() and lora is not None and name in lora.targets
-    if not (is_born or module.has_variable("params", first)):
+    if module.config.lora is None:
+        return out
+    lora: LoRA = module.config.lora
+    is_born = module.is_initializing() and name in lora.targets
+    if not (is_born or module.has_variable("params", f"{name}{MARK}a")):
         return out
     num_inputs = x.ndim - 2
     inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]

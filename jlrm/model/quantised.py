@@ -46,7 +46,7 @@ def quantise(x: Any, kind: str) -> Blocks:
     if kind == "int8":
         return Blocks(np_.round(share * 127).astype(np_.int8).reshape(x.shape), scale)
     middles = [(low + high) / 2 for low, high in itertools.pairwise(NF4)]
-    index = sum((share > middle).astype(np_.uint8) for middle in middles)
+    index: Any = sum((share > middle).astype(np_.uint8) for middle in middles)
     index = index.reshape(x.shape)
     half = x.shape[-1] // 2
     return Blocks(index[..., :half] | index[..., half:] << 4, scale)
