@@ -72,7 +72,8 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grp.steps=3"], "Unknown key 'grp'. Did you mean 'grpo'?"),
         (
             ["xyz=3"],
-            "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, dpo, grpo, reward_model.",
+            "'xyz'. Known: run, data, model, lora, mesh, sampling, reward, sft, dpo, grpo, "
+            "reward_model.",
         ),
         (["grpo.optimizer.lerning_rate=3"], "Did you mean 'learning_rate'?"),
         (["grpo.steps=many"], "grpo.steps='many' is not what was wanted: a whole number."),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from jlrm.config.sections import (
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelSource,
     RewardConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "GRPOConfig",
+    "LoRAConfig",
     "LossConfig",
     "MeshConfig",
     "ModelSource",
@@ -61,6 +63,7 @@ class Config:
     run: RunConfig
     data: DataConfig
     model: ModelSource = field(default_factory=ModelSource)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -109,6 +112,16 @@ def _check(config: Config) -> None:
     if not stages_of(config):
         listed = ", ".join(f"{name}.steps" for name in stage_titles())
         raise UsageError(f"Nothing to train: of {listed} none is above 0.")
+    if config.model.adapter and not config.model.path:
+        raise UsageError("model.adapter moves existing weights: set model.path to its base model.")
+    if config.lora.rank and not config.lora.targets:
+        raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
+    if config.lora.base != "stored" and not config.lora.rank:
+        raise UsageError(
+            f"lora.base={config.lora.base} quantises what is frozen, and lora.rank=0 trains all."
+        )
+    if config.sampling.weights == "unmerged" and not config.lora.rank:
+        raise UsageError("sampling.weights=unmerged is of adapters, and lora.rank=0 has none.")
     _check_sampling(config)
     _check_sft(config.sft, config.data)
     _check_dpo(config.dpo)

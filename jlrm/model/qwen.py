@@ -13,6 +13,7 @@ everything else. Letters as in runtime/mesh.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,9 +27,11 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlrm.model import gradient_sums
+from jlrm.model import gradient_sums, lora
 from jlrm.model.attention import attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
+from jlrm.model.lora import LoRA
+from jlrm.model.quantised import Blocks, quantise_layers, quantise_letters, widen_all
 from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime.mesh import LOCAL, Layout, Local
@@ -62,6 +65,7 @@ class QwenConfig:
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
+    lora: LoRA | None = field(default=None, kw_only=True)  # None: all parameters are trained
 
 
 class RMSNorm(nn.Module):
@@ -102,13 +106,18 @@ class Attention(nn.Module):
         k = shard(rotate(k, rope).swapaxes(1, 2), "A K T H")
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
-        kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
-        return sum_heads(self.layout, out, kernel), extra
+        letters = "N", "H", "D"
+        kernel = self._weight("o", letters, (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
+        summed = sum_heads(self.layout, out, kernel)
+        return lora.add(self, "o", letters, out, kernel, summed), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
         shape = (x.shape[-1], num_heads, config.head_dim)
-        out = jnp.einsum("BTD,DNH->BTNH", x, self._weight(name, ("D", heads, "H"), shape))
+        letters = "D", heads, "H"
+        kernel = self._weight(name, letters, shape)
+        out = jnp.einsum("BTD,DNH->BTNH", x, kernel)
+        out = lora.add(self, name, letters, x, kernel, out)
         if config.qkv_bias:
             init = _lettered(nn.initializers.zeros, heads, "H")
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
@@ -135,17 +144,18 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        config = self.config
-        width, inner = x.shape[-1], config.intermediate_size
-        dtypes = jnp.dtype(config.param_dtype), config.compute_dtype
-        into = _lettered(_fan_in_normal((0,)), "D", "F")
-        out_of = _lettered(_fan_in_normal((0,)), "F", "D")
-        gate = self.param("gate", into, (width, inner), dtypes[0]).astype(dtypes[1])
-        up = self.param("up", into, (width, inner), dtypes[0]).astype(dtypes[1])
-        down = self.param("down", out_of, (inner, width), dtypes[0]).astype(dtypes[1])
+        width, inner = x.shape[-1], self.config.intermediate_size
         x = self.layout.shard(x, "M T D")
-        hidden = self.layout.shard(jax.nn.silu(x @ gate) * (x @ up), "M T F")
-        return self.layout.shard(hidden @ down, "B T D")
+        gate, up = self._times(x, "gate", "D", "F", inner), self._times(x, "up", "D", "F", inner)
+        hidden = self.layout.shard(jax.nn.silu(gate) * up, "M T F")
+        return self.layout.shard(self._times(hidden, "down", "F", "D", width), "B T D")
+
+    def _times(self, x: Array, name: str, inputs: str, outputs: str, size: int) -> Array:
+        init = _lettered(_fan_in_normal((0,)), inputs, outputs)
+        dtype = jnp.dtype(self.config.param_dtype)
+        kernel = self.param(name, init, (x.shape[-1], size), dtype)
+        kernel = kernel.astype(self.config.compute_dtype)
+        return lora.add(self, name, (inputs, outputs), x, kernel, x @ kernel)
 
 
 class Block(nn.Module):
@@ -179,8 +189,12 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     )
 
 
-def param_letters(config: QwenConfig) -> Any:
-    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
+def param_letters(config: QwenConfig, base: str = "") -> Any:
+    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s.
+
+    base: as of `LoRA`, if it is not as in the config.
+    """
+    base = base or (config.lora.base if config.lora else "stored")
     layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
     outer = {"embed": PartitionSpec("V", "D")}
     if config.num_labels:
@@ -188,7 +202,8 @@ def param_letters(config: QwenConfig) -> Any:
     elif not config.tie_word_embeddings:
         outer["head"] = PartitionSpec("V", "D")
     layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
-    return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    whole = {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    return quantise_letters(whole, base)
 
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:
@@ -202,6 +217,13 @@ def init_program(config: QwenConfig, layout: Layout) -> Any:
     return jax.jit(partial(_init, config), out_shardings=shardings)
 
 
+def adapters_program(config: QwenConfig, layout: Layout) -> Any:
+    """Return the jitted program key, frozen parameters -> adapters that change nothing yet."""
+    adapters, _ = lora.split(config.lora, abstract_params(config, layout))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+    return jax.jit(partial(_init_adapters, config), out_shardings=shardings)
+
+
 def hidden_states(
     config: QwenConfig,
     layout: Layout,
@@ -213,23 +235,27 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Return final hidden states of packed rows; T is a multiple of `visibility.BLOCK`.
 
+    Without adapters in `params` the states are those of the frozen model.
+
     The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
 
-    With `sums` the gradients of the layers are added to these (gradient_sums.py), and the layers
-    are computed anew in the backward pass, as with `remat` "full".
+    With `sums` the gradients of what is trained of the layers are added to these
+    (gradient_sums.py), and the layers are computed anew in the backward pass, as with `remat`
+    "full".
 
     What each device does is written out here, not left to the compiler. A device runs its own rows,
     and gathers the weights of one layer at a time, axis by axis. The gradient of such a gather is a
     reduce-scatter along each axis. Left to itself, the compiler sums whole gradients on every
     device of slices such as v5e 4x4 (7B on v5e-16: 99 GiB of all-reduce in an update, compiled).
     """
-    letters = param_letters(config)
-    names = {name for name in params if name not in ("head", "score")}
+    params = {name: tree for name, tree in params.items() if name not in ("head", "score")}
+    letters = lora.of_paths(param_letters(config), params)
     attend = partial(_attend_packed, layout.platform)
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
-        x, _ = apply(block, gather(layout, weights, letters["layers"]), x, *context)
+        weights = gather(layout, weights, letters["layers"])
+        x, _ = apply(block, to_compute_dtype(config, widen_all(weights)), x, *context)
         return x
 
     def run(
@@ -244,28 +270,35 @@ def hidden_states(
         if sums is None:
             x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
         else:
-            x = gradient_sums.run(one_layer, params["layers"], sums, x, (angles_, packing))
+            trained, frozen = lora.split(config.lora, params["layers"])
+            x = gradient_sums.run(one_layer, trained, frozen, sums, x, (angles_, packing))
         norm = gather(layout, params["final_norm"], letters["final_norm"])
         return apply(RMSNorm(config, "D"), norm, x)
 
     cells, rows = layout.activation("B -").spec, layout.activation("B").spec
     packed: Any = Packing(cells, cells, rows)  # pyright: ignore[reportArgumentType]
-    weights = {name: jax.tree.map(lambda x: layout.param(x).spec, letters[name]) for name in names}
-    spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, letters["layers"])
+    weights = jax.tree.map(lambda x: layout.param(x).spec, letters)
+    summed, _ = lora.split(config.lora, letters["layers"])
+    spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, summed)
     return jax.shard_map(
         run,
         mesh=layout.mesh,
         in_specs=(weights, cells, cells, packed, None if sums is None else spread),
         out_specs=layout.activation("B - -").spec,
         check_vma=False,  # the TPU kernels do not say over which axes their results vary
-    )({name: params[name] for name in names}, tokens, positions, packing, sums)
+    )(params, tokens, positions, packing, sums)
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
-    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so."""
+    """Cast weights to the dtype they are used in.
+
+    Norm scales and DoRA's lengths are used in float32 and stay so; quantised matrices stay narrow
+    until they run.
+    """
 
     def cast(path: Any, x: Array) -> Array:
-        return x if path[-1] == "scale" else x.astype(config.compute_dtype)
+        is_kept = path[-1].endswith(("scale", lora.LENGTH)) or isinstance(x, Blocks)
+        return x if is_kept else x.astype(config.compute_dtype)
 
     return dict(flax.traverse_util.path_aware_map(cast, params))
 
@@ -316,6 +349,10 @@ def _last_axis(vector: Array, like: Array) -> Array:
 
 def _init(config: QwenConfig, key: Array) -> Params:
     """Return random parameters; those of the layers are stacked on a leading axis."""
+    if config.lora is not None:
+        base = _init(dataclasses.replace(config, lora=None), key)
+        base = quantise_layers(base, config.lora.base)
+        return lora.join(base, _init_adapters(config, key, base))
     table_key, head_key, layers_key = jax.random.split(key, 3)
     shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)
     layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
@@ -329,6 +366,13 @@ def _init(config: QwenConfig, key: Array) -> Params:
     elif not config.tie_word_embeddings:
         params["head"] = _fan_in_normal((1,))(head_key, shape, dtype)
     return params
+
+
+def _init_adapters(config: QwenConfig, key: Array, base: Params) -> Params:
+    keys = jax.random.split(jax.random.fold_in(key, 1), config.num_hidden_layers)
+    layers = jax.vmap(lambda key: nn.unbox(_init_layer(config, key)))(keys)
+    adapters, _ = lora.split(config.lora, layers)
+    return {"layers": lora.with_lengths(adapters, base["layers"])}
 
 
 def _init_layer(config: QwenConfig, key: Array) -> Any:

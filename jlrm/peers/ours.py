@@ -59,7 +59,7 @@ class Learner:
 
     def draw(self, number: int) -> Rollout:
         """Lay the weights out, generate all completions and fetch them."""
-        weights = self.programs.lay_out(self.state.params)
+        weights = self.programs.lay_out(self.state.weights)
         prompts = self.work.prompts
         begun = self.generate(weights, prompts, np.arange(len(prompts)), number)
         return fetch(begun, len(prompts))
@@ -122,7 +122,7 @@ def check(work: Any) -> tuple[np.ndarray, float]:
     run, completions = Learner(work), work.batch["completion_ids"]
     part = run.pack_batch()
     packed = packing.pack(run.groups(completions), run.programs.sizes, 1)
-    found = host_array(run.programs.logprobs(run.state.params, part.rows)[0])
+    found = host_array(run.programs.logprobs(run.state.weights, part.rows)[0])
     logps = np.zeros(completions.shape, np.float32)
     where = packed.is_target
     logps[packed.completion[where], packed.offset[where]] = found[where]

@@ -4,7 +4,7 @@ The alphabet is the same in einsums, annotations, parameter declarations and tab
 
     B sequences = P·R   T query positions   S cache positions   V vocabulary   L layers
     P prompts           R rollouts/prompt   D width             F MLP width
-    N query heads       K key/value heads   H head width
+    N query heads       K key/value heads   H head width        U rank of an adapter
     A the sequences again, where their heads attend
     M the sequences again, inside products whose F or V is spread
 
@@ -42,7 +42,7 @@ from jaxtyping import Array
 from jlrm.config import MeshConfig, UsageError
 from jlrm.runtime import devices
 
-ALPHABET = frozenset("ABMPRTSVDFNKHL")
+ALPHABET = frozenset("ABMPRTSVDFNKHLU")
 AXES = ("data", "fsdp", "tensor")
 Table = Mapping[str, tuple[str, ...]]
 

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
+from jlrm.model.quantised import widen_all
 from jlrm.model.qwen import Block, Params, QwenConfig
 from jlrm.model.visibility import BLOCK
 from jlrm.runtime.mesh import Layout, step_layout
@@ -104,18 +105,24 @@ class Int8(NamedTuple):
 
 
 def decode_params(
-    config: QwenConfig, layout: Layout, params: Params, quantise: bool = False
+    config: QwenConfig,
+    layout: Layout,
+    params: Params,
+    weights: str = "full",
 ) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`.
 
-    With `quantise` the matrices of the layers and the head are `Int8`, so a step reads half the
-    bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and reported
-    log-probabilities are those of the quantised policy.
+    With `weights` "int8" the matrices of the layers and the head are `Int8`, so a step reads half
+    the bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and
+    reported log-probabilities are those of the quantised policy.
+
+    Adapters are merged into their matrices, in compute precision. With "unmerged" they stay beside
+    them, and a step does what training does.
     """
     # Weights move here, once a rollout. With training's shards left in place, each step of 7B on
     # v5e-16 would gather 9.6 GiB (compiled).
     params = qwen.to_compute_dtype(config, params)
-    letters = qwen.param_letters(config)
+    letters = lora.of_paths(qwen.param_letters(config, base="stored"), params)
 
     def place(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
@@ -127,10 +134,12 @@ def decode_params(
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
     outer = place(outer, {name: letters[name] for name in outer}, 0)
     layers = [
-        place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
+        place(_layer(config, params["layers"], i), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
-    if not quantise:
+    if weights != "unmerged":
+        layers = [lora.merge(config.lora, layer) for layer in layers]
+    if weights != "int8":
         return {**outer, "layers": layers}
     head = _quantise(qwen.head(config, params), (1,))
     layers = [
@@ -143,6 +152,10 @@ def decode_params(
         for layer in layers
     ]
     return {**outer, "head": head, "layers": layers}
+
+
+def _layer(config: QwenConfig, stacked: Params, i: int) -> Params:
+    return qwen.to_compute_dtype(config, widen_all(jax.tree.map(lambda x: x[i], stacked)))
 
 
 def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:

@@ -30,9 +30,9 @@ Generate = Callable[[Params, Sequence[Sequence[int]], np.ndarray, int], Rollout]
 
 
 @functools.cache  # rollouts and held-out judgements of a run share one, compiled once
-def lay_out_program(model: QwenConfig, decoding: Layout, quantise: bool = False) -> Any:
-    """Return the jitted program parameters -> weights laid out for decoding."""
-    return jax.jit(partial(decode_params, model, decoding, quantise=quantise))
+def lay_out_program(model: QwenConfig, decoding: Layout, weights: str = "full") -> Any:
+    """Return the jitted program parameters -> weights laid out for decoding (sampling.weights)."""
+    return jax.jit(partial(decode_params, model, decoding, weights=weights))
 
 
 @functools.lru_cache(maxsize=8)  # so that what is compiled ahead is what runs

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
 from jlrm.runtime.mesh import Layout, compiler_options
@@ -45,7 +45,7 @@ class GRPOPrograms(NamedTuple):
     """The programs of GRPO besides the sampler, and the row lengths they are compiled for."""
 
     lay_out: Any  # params -> params laid out for decoding
-    freeze: Any  # params -> a copy in compute precision: the originals are given up to the update
+    freeze: Any  # what is trained -> a copy in compute precision: updates take the originals
     logprobs: Any  # params, rows -> log-probabilities, entropy
     update: Any  # state, rows, targets -> state, metrics
     optimizer: optax.GradientTransformation
@@ -149,7 +149,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
     return GRPOPrograms(
-        lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
+        lay_out=lay_out_program(model, network.decoding, sampling.weights),
         freeze=freeze_program(network),
         logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(
@@ -189,7 +189,7 @@ def grpo_calls(
     calls = {"init_optimizer": init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
-    calls["lay_out"] = Call(programs.lay_out, (state.params,))
+    calls["lay_out"] = Call(programs.lay_out, (state.weights,))
     calls["rollout"] = Call(
         rollout_program(network, rollout_settings(config, network)),
         rollout_arguments(
@@ -198,10 +198,10 @@ def grpo_calls(
         weights="lay_out",
     )
     if has_reference:
-        frozen = abstract_reference(network)
+        frozen = abstract_reference(network, state)
         calls["logprobs_reference"] = Call(programs.logprobs, (frozen, rows.rows), longest=rows)
     if needs_old_logprobs(config):
-        arguments = state.params, rows.rows
+        arguments = state.weights, rows.rows
         calls["logprobs_policy"] = Call(programs.logprobs, arguments, longest=rows)
     calls["update"] = Call(programs.update, (state, rows.rows, targets), longest=rows)
     return calls
@@ -292,9 +292,10 @@ def pack_minibatch(
 
 
 def freeze_program(network: Network) -> Any:
-    """Return the program that keeps a copy of the weights as the reference."""
+    """Return the program that keeps a copy of what is trained as the reference."""
     params = qwen.abstract_params(network.model, network.training)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    trained, _ = lora.split(network.model.lora, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
     return jax.jit(partial(_freeze, network.model), out_shardings=shardings)
 
 

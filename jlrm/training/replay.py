@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import keystr
 
 from jlrm.config import Config, UsageError
+from jlrm.model import lora
 from jlrm.model.visibility import Packing
 from jlrm.rl.losses import PolicyTargets
 from jlrm.rl.preferences import PairTargets, RewardTargets
@@ -156,7 +157,8 @@ def _step(config: Config, stage: str, policy: TextPolicy) -> Any:
     }[stage]
 
     def step(params: Any, rows: Rows, targets: Any) -> dict[str, jax.Array]:
-        state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0))
+        params, base = lora.split(model.lora, params)
+        state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0), base)
         return take(state, rows, targets)[1]
 
     return step
