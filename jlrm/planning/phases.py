@@ -14,6 +14,7 @@ Shapes are those of the longest batch: every prompt `data.max_prompt_tokens` lon
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
     """Return the programs of a run and its phases."""
     network, longest = bare_network(model, mesh), config.data.max_prompt_tokens
     calls = first_calls(config, network)
-    points = {"load": [Point("init", {}) if calls else _read(network)]}
+    begun = [_read(network)] if config.model.path else []
+    points = {"load": [*begun, *(Point(name, {}) for name in calls)]}
     resident, state = 0, dict[str, int]()
     for stage in stages_of(config):
         own = STAGES[stage].calls(config, network, longest)
@@ -118,8 +120,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
 
 def _read(network: Network) -> Point:
     """Return the moment at which weights have been read."""
-    params = qwen.abstract_params(network.model, network.training)
-    return Point("", {WEIGHTS: shard_bytes(params)})
+    model = replace(network.model, lora=None)  # a base is read before it is quantised
+    return Point("", {WEIGHTS: shard_bytes(qwen.abstract_params(model, network.training))})
 
 
 def _points(
@@ -242,8 +244,8 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
         return {LAID_OUT: laid_out, BATCH: shard_bytes(call.arguments)}
     if isinstance(first, TrainState):
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
-    if name == "init":  # a random key
-        return {}
+    if name in ("init", "init_adapters"):  # a random key, and what lies beneath the adapters
+        return {WEIGHTS: shard_bytes(rest)}
     kinds = {WEIGHTS: shard_bytes(first)}
     if name.endswith("_reference"):  # adapters have the policy's own base
         trained, base = lora.split(network.model.lora, first)

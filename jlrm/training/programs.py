@@ -6,6 +6,7 @@ Training calls these programs with arrays; a plan compiles the same ones for abs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ from jlrm.sampling.writer import DecodingSettings, sampler_settings
 from jlrm.training import packing, update
 from jlrm.training.calls import Call, abstract_reference, init_optimizer, like, longest_rows
 from jlrm.training.packing import Group, Rows
+from jlrm.weights.source import quantise_program
 
 
 class SFTPrograms(NamedTuple):
@@ -223,11 +225,19 @@ def weighs_policy_alone(config: Config) -> bool:
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
-    """Return the programs before the first stage: weights are born, unless they are read."""
-    if config.model.path:
-        return {}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return {"init": Call(qwen.init_program(network.model, network.training), (key,))}
+    """Return the programs before a stage: weights and adapters are born, unless they are read."""
+    model, layout = network.model, network.training
+    plain, key = dataclasses.replace(model, lora=None), jax.eval_shape(lambda: jax.random.key(0))
+    calls = {} if config.model.path else {"init": Call(qwen.init_program(plain, layout), (key,))}
+    if model.lora is None:
+        return calls
+    if model.lora.base != "stored":
+        whole = qwen.abstract_params(plain, layout)
+        calls["init_base"] = Call(quantise_program(model, layout), (whole,))
+    if not config.model.adapter:
+        _, base = lora.split(model.lora, qwen.abstract_params(model, layout))
+        calls["init_adapters"] = Call(qwen.adapters_program(model, layout), (key, base))
+    return calls
 
 
 def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:

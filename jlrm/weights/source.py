@@ -115,10 +115,15 @@ def read_base(config: Config, model: QwenConfig, layout: Layout) -> Params:
         params = qwen.init(plain, layout, config.run.seed)
     _, wanted = lora.split(model.lora, qwen.abstract_params(model, layout))
     params = lora.of_paths(params, wanted)  # a reward model has a head of its own
-    if config.lora.base == "stored":
-        return params
+    return params if config.lora.base == "stored" else quantise_program(model, layout)(params)
+
+
+def quantise_program(model: QwenConfig, layout: Layout) -> Any:
+    """Return the jitted program parameters of a base -> the same with its matrices quantised."""
+    assert model.lora is not None
+    _, wanted = lora.split(model.lora, qwen.abstract_params(model, layout))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
-    return jax.jit(partial(quantise_layers, kind=config.lora.base), out_shardings=shardings)(params)
+    return jax.jit(partial(quantise_layers, kind=model.lora.base), out_shardings=shardings)
 
 
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:

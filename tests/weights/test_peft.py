@@ -83,7 +83,9 @@ def config_of(run: pathlib.Path, base: pathlib.Path, settings: LoRAConfig, **mor
     return Config(RunConfig(dir=str(run)), data, source, settings, sft=sft)
 
 
-def write_run(tmp_path: pathlib.Path, kind: str, architecture: str = "qwen2_tied") -> pathlib.Path:
+def write_run(
+    tmp_path: pathlib.Path, kind: str, architecture: str = "qwen2_tied", scores: int = 0
+) -> pathlib.Path:
     """Write a run of adapters as training leaves it, with adapters that change everything."""
     base, run = write_base(tmp_path / "base", architecture), tmp_path / "run"
     config = config_of(run, base, KINDS[kind])
@@ -91,9 +93,12 @@ def write_run(tmp_path: pathlib.Path, kind: str, architecture: str = "qwen2_tied
     model = as_trained(config, hf_config.read_config(base), "float32")
     plain = read_params(str(base), dataclasses.replace(model, lora=None), layout())
     born = qwen.adapters_program(model, layout())(jax.random.key(0), plain)
-    meta = {"stage": "sft", "step": 0, "config": to_dict(config), "evaluation": {}}
+    stage = "reward_model" if scores else "sft"
+    meta = {"stage": stage, "step": 0, "config": to_dict(config), "evaluation": {}}
+    if scores:
+        born["score"] = jnp.zeros((model.hidden_size, scores), jnp.float32)
     meta["made_from"] = {"base": fingerprint(str(base))}
-    checkpoint.save_params(run, "sft", randomised(born, 2), meta)
+    checkpoint.save_params(run, stage, randomised(born, 2), meta)
     return run
 
 
@@ -132,6 +137,28 @@ def test_both_exports_say_what_the_run_says(torch, peft, tmp_path, kind, archite
     np.testing.assert_allclose(their_logits(torch, moved), wanted, atol=1e-5 * scale)
     np.testing.assert_allclose(our_logits(tmp_path / "whole", run / "model"), wanted, atol=1e-4)
     assert np.max(np.abs(unmoved - wanted)) > 0.1 * scale, "the adapters do nothing"
+
+
+def test_a_reward_model_of_adapters_scores_alike_in_peft(torch, peft, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    run = write_run(tmp_path, "dora", scores=1)
+    export.main(["--checkpoint", str(run), "--out", str(tmp_path / "whole"), "--dtype", "float32"])
+    export.main(["--checkpoint", str(run), "--out", str(tmp_path / "adapter"), "--adapter"])
+    model = hf_config.read_config(run / "model", compute_dtype="float32")
+    model = dataclasses.replace(model, num_labels=1)
+    params = read_params(str(run), model, layout())
+    tokens = jnp.asarray(TOKENS)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    states = plain_states(model, layout(), params, tokens, positions, positions >= 0)
+    wanted = np.asarray(qwen.scores(params, states[:, -1:]))[:, 0]
+    read = AutoModelForSequenceClassification.from_pretrained
+    base = read(tmp_path / "base", num_labels=1, dtype=torch.float32)
+    moved = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    for each in (moved, read(tmp_path / "whole", dtype=torch.float32)):
+        each.config.pad_token_id = -1  # no token of these texts
+        found = their_logits(torch, each)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.max(np.abs(wanted)))
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])
