@@ -27,10 +27,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlrm.model import gradient_sums
-from jlrm.model.attention import attend_packed
+from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.rope import Rope, Yarn, angles, rotate
 from jlrm.model.visibility import Packing
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import LOCAL, Layout, Local
 
 Params = dict[str, Any]
@@ -59,6 +60,7 @@ class QwenConfig:
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
+    exact: bool = field(default=False, kw_only=True)  # every program rounds alike (exact.py)
 
 
 class RMSNorm(nn.Module):
@@ -72,9 +74,13 @@ class RMSNorm(nn.Module):
         init = _lettered(nn.initializers.ones, self.letter)
         scale = self.param("scale", init, x.shape[-1:], jnp.dtype(self.config.param_dtype))
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        if self.config.exact:
+            variance = exact.mean_last(exact.apart(jnp.square(wide)))[..., None]
+        else:
+            variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.config.rms_norm_eps)
-        return (normed * _last_axis(scale.astype(jnp.float32), x)).astype(x.dtype)
+        normed = normed * _last_axis(scale.astype(jnp.float32), x)
+        return exact.rounded(normed, x.dtype) if self.config.exact else normed.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -95,21 +101,24 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config, "H", name="q_norm")(q)
             k = RMSNorm(config, "H", name="k_norm")(k)
-        q = shard(rotate(q, rope), "A T N H")
-        k = shard(rotate(k, rope).swapaxes(1, 2), "A K T H")
+        q = shard(rotate(q, rope, config.exact), "A T N H")
+        k = shard(rotate(k, rope, config.exact).swapaxes(1, 2), "A K T H")
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
         kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
+        if config.exact:
+            return exact.product("BTNH,NHD->BTD", out, kernel), extra
         return sum_heads(self.layout, out, kernel), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
         shape = (x.shape[-1], num_heads, config.head_dim)
-        out = jnp.einsum("BTD,DNH->BTNH", x, self._weight(name, ("D", heads, "H"), shape))
+        product = exact.product if config.exact else jnp.einsum
+        out = product("BTD,DNH->BTNH", x, self._weight(name, ("D", heads, "H"), shape))
         if config.qkv_bias:
             init = _lettered(nn.initializers.zeros, heads, "H")
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
-            out = out + bias.astype(out.dtype)[None, None]
+            out = _add(config, out, bias.astype(out.dtype)[None, None])
         return out
 
     def _weight(
@@ -140,6 +149,10 @@ class MLP(nn.Module):
         gate = self.param("gate", into, (width, inner), dtypes[0]).astype(dtypes[1])
         up = self.param("up", into, (width, inner), dtypes[0]).astype(dtypes[1])
         down = self.param("down", out_of, (inner, width), dtypes[0]).astype(dtypes[1])
+        if config.exact:
+            gate, up = (exact.product("BTD,DF->BTF", x, w) for w in (gate, up))
+            wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+            return exact.product("BTF,FD->BTD", exact.rounded(wide, x.dtype), down)
         x = self.layout.shard(x, "M T D")
         hidden = self.layout.shard(jax.nn.silu(x @ gate) * (x @ up), "M T F")
         return self.layout.shard(hidden @ down, "B T D")
@@ -159,9 +172,9 @@ class Block(nn.Module):
         normed = RMSNorm(self.config, "D", name="attn_norm")(x)
         attention = Attention(self.config, self.layout, self.attend, name="attn")
         attended, extra = attention(normed, rope, context)
-        x = self.layout.shard(x + attended, "B T D")
+        x = self.layout.shard(_add(self.config, x, attended), "B T D")
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
-        return x + MLP(self.config, self.layout, name="mlp")(normed), extra
+        return _add(self.config, x, MLP(self.config, self.layout, name="mlp")(normed)), extra
 
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
@@ -219,7 +232,7 @@ def hidden_states(
     """
     letters = param_letters(config)
     names = {name for name in params if name != "head"}
-    attend = partial(_attend_packed, layout.platform)
+    attend = partial(_attend_packed, config.exact, layout.platform)
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
@@ -293,9 +306,18 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def _attend_packed(
-    platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
+    is_exact: bool, platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
 ) -> tuple[Array, None]:
+    if is_exact:
+        return attend_exactly(q, k, v, packing), None
     return attend_packed(q, k, v, packing, platform), None
+
+
+def _add(config: QwenConfig, x: Array, y: Array) -> Array:
+    """Add in compute precision."""
+    if not config.exact:
+        return x + y
+    return exact.rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:

@@ -25,6 +25,7 @@ class Distribution:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     num_ids: int = 0  # ids from here on exist in the head but not in the tokenizer; 0: all exist
+    exact: bool = False  # sampler and trainer normalise by the same sum, bit for bit
 
 
 def log_distribution(

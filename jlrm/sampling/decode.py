@@ -14,6 +14,7 @@ cache slices: for 7B on v5e-16 the compiler's estimate was 15 ms a step, and 4.8
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.model import qwen
+from jlrm.model.attention import TILE, attend_exactly
 from jlrm.model.qwen import Block, Params, QwenConfig
-from jlrm.model.visibility import BLOCK
+from jlrm.model.visibility import BLOCK, Packing, scaled
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import Layout, step_layout
 
 # Input dimensions of each matrix. Int8 scales are per output, so these are reduced over.
@@ -201,7 +204,8 @@ def prefill(
     positions = positions if branches is None else branches.positions
     rope = qwen.rope(config, positions)
     x = qwen.embed(config, layout, params["embed"], tokens)
-    block, prefix = Block(config, layout, _attend_prompt), []
+    is_exact = config.exact and branches is None
+    block, prefix = Block(config, layout, _attend_exactly if is_exact else _attend_prompt), []
     for layer in params["layers"]:
         x, keys_values = qwen.apply(block, dequantise(config, layer), x, rope, branches)
         prefix.append(keys_values)
@@ -214,6 +218,8 @@ def run_prompts(
     """Return the hidden state that predicts each prompt's first new token, and the prefix."""
     # They come spread over all devices, as training wants them.
     tokens, lengths = layout.shard(prompts.tokens, "P T"), layout.shard(prompts.lengths, "P")
+    if config.exact:  # whole tiles
+        tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % TILE)))
     hidden, layers = prefill(config, layout, params, tokens)
     ends = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -256,7 +262,8 @@ def decode_step(
     slot_mask = layout.shard(new.slot_mask, "B S")
     rope = qwen.rope(config, positions[:, None])
     x = qwen.embed(config, layout, params["embed"], tokens[:, None])
-    block, new_caches = Block(config, layout, _attend_cached), []
+    attend = _attend_cached_exactly if config.exact else _attend_cached
+    block, new_caches = Block(config, layout, attend), []
     for layer, keys_values, cache in zip(params["layers"], prefix.layers, caches, strict=True):
         context = _Context(keys_values, prefix.mask, cache, new.slot, slot_mask)
         x, cache = qwen.apply(block, dequantise(config, layer), x, rope, context)
@@ -278,7 +285,9 @@ def _attend_prompt(
     num_prompts, num_tokens = q.shape[:2]
     is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
     if layout.platform == "tpu" and is_even and context is None:
-        return _attend_by_kernel(layout, q, k, v), KeysValues(k, v)
+        from jlrm.model.splash import splash_causal  # imports Pallas
+
+        return _on_each_device(layout, splash_causal, q, k, v), KeysValues(k, v)
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)
@@ -293,12 +302,24 @@ def _attend_prompt(
     return jnp.concatenate(outputs, axis=1).reshape(q.shape), KeysValues(k, v)
 
 
-def _attend_by_kernel(layout: Layout, q: Array, k: Array, v: Array) -> Float[Array, "P T N H"]:
-    from jlrm.model.splash import splash_causal  # imports Pallas
+def _attend_exactly(
+    layout: Layout, q: Array, k: Array, v: Array, context: None
+) -> tuple[Float[Array, "P T N H"], KeysValues]:
+    """Attend causally by the code of packed rows: each prompt is a row of one segment."""
 
+    def causal(q: Array, k: Array, v: Array) -> Array:
+        zeros = jnp.zeros(q.shape[:2], jnp.int32)
+        return attend_exactly(q, k, v, Packing(zeros + 1, zeros, zeros[:, 0]))
+
+    return _on_each_device(layout, causal, q, k, v), KeysValues(k, v)
+
+
+def _on_each_device(
+    layout: Layout, causal: Callable[..., Array], q: Array, k: Array, v: Array
+) -> Float[Array, "P T N H"]:
     queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
     attend = jax.shard_map(
-        splash_causal,
+        causal,
         mesh=layout.mesh,
         in_specs=(queries, keys, keys),
         out_specs=queries,
@@ -350,6 +371,55 @@ def _attend_cached(
     return (out / total).astype(q.dtype).reshape(q.shape), cache
 
 
+def _attend_cached_exactly(
+    layout: Layout,
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B K 1 H"],
+    v: Float[Array, "B K 1 H"],
+    context: _Context,
+) -> tuple[Float[Array, "B 1 N H"], KeysValues]:
+    """Attend as packed rows do: tile by tile of the prompt, and then of the completion."""
+    prefix, cache = context.prefix, _write(layout, context.cache, k, v, context.slot)
+    num_prompts, num_heads = prefix.keys.shape[:2]
+    q_scaled = scaled(q, True)
+    grouped = q_scaled.reshape(num_prompts, -1, num_heads, q.shape[2] // num_heads, q.shape[3])
+    of_prefix = _dot("PKQH,PKTH->PKQT", _fold(grouped), prefix.keys)
+    of_prefix = jnp.where(context.prefix_mask[:, None, None], of_prefix, MASKED)
+    of_cache = _dot("PRKGH,PRKHS->PRKGS", grouped, cache.keys)
+    of_cache = jnp.where(
+        context.slot_mask.reshape(num_prompts, -1, 1, 1, context.slot_mask.shape[1]),
+        of_cache,
+        MASKED,
+    )
+    unfold = partial(_unfold, num_groups=grouped.shape[3])
+    top = jnp.maximum(
+        unfold(jnp.max(of_prefix, -1, keepdims=True)), jnp.max(of_cache, -1, keepdims=True)
+    )
+    sums = jnp.zeros((*of_prefix.shape[:3], 1)), jnp.zeros(_fold(grouped).shape)
+    sums = _add_tiles(of_prefix - _fold(top), prefix.values, *sums)
+    total, weighted = _add_tiles(of_cache - top, cache.values, *map(unfold, sums))
+    return exact.rounded(weighted / total, q.dtype).reshape(q.shape), cache
+
+
+def _add_tiles(
+    scores: Float[Array, "*batch Q S"],
+    values: Float[Array, "*batch S H"],
+    total: Float[Array, "*batch Q 1"],
+    weighted: Float[Array, "*batch Q H"],
+) -> tuple[Array, Array]:
+    """Add the keys of each tile to the sums of a softmax, in order."""
+    weights = exact.rounded(jnp.exp(scores), values.dtype)
+    # One product a tile. All at once they need a transposition, which XLA makes a part of the
+    # product, and then it takes a routine that sums in another order.
+    for start in range(0, scores.shape[-1], TILE):
+        tile = weights[..., start : start + TILE]
+        total = total + exact.total_last(tile)[..., None]
+        weighted = weighted + _dot(
+            "...QS,...SH->...QH", tile, values[..., start : start + TILE, :]
+        )
+    return total, weighted
+
+
 def _fold(x: Float[Array, "P R K G X"]) -> Float[Array, "P K RG X"]:
     """Make one matrix of all queries that share a prompt and a key/value head."""
     x = x.swapaxes(1, 2)
@@ -375,6 +445,10 @@ def _write(
 def _shard(layout: Layout, cache: KeysValues) -> KeysValues:
     keys, values = cache
     return KeysValues(layout.shard(keys, "P R K H S"), layout.shard(values, "P R K S H"))
+
+
+def _dot(formula: str, x: Array, y: Array) -> Array:
+    return jnp.einsum(formula, x, y, preferred_element_type=jnp.float32)
 
 
 def _scores(formula: str, q: Array, k: Array) -> Array:

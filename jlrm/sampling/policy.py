@@ -46,7 +46,9 @@ class Network:
 
     def distribution(self, sampling: SamplingConfig) -> Distribution:
         """Return what rollouts are drawn from and log-probabilities are taken under."""
-        return Distribution(sampling.temperature, sampling.top_k, sampling.top_p, self.num_ids)
+        return Distribution(
+            sampling.temperature, sampling.top_k, sampling.top_p, self.num_ids, sampling.exact
+        )
 
 
 @dataclass(frozen=True, eq=False)
