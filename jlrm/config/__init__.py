@@ -94,12 +94,12 @@ def _check(config: Config) -> None:
             )
     if not sft.steps and not grpo.steps:
         raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
-    _check_sampling(config.sampling, grpo)
+    _check_sampling(config.sampling, grpo, config.model.compute_dtype)
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
 
 
-def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
+def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig, compute_dtype: str) -> None:
     if not 0.0 < sampling.top_p <= 1.0:
         raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
     if grpo.steps and sampling.temperature == 0.0:
@@ -112,11 +112,29 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig) -> None:
             "sampling.weights=int8 samples from another policy than the trained one. The loss must "
             "correct for it: set grpo.loss.importance_cap, e.g. 2.0."
         )
+    if sampling.exact:
+        _check_exact(sampling, compute_dtype)
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
             raise UsageError(
                 f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
             )
+
+
+def _check_exact(sampling: SamplingConfig, compute_dtype: str) -> None:
+    """Refuse what has been measured to differ in bits, or has not been measured."""
+    wanted = {"top_k": 0, "top_p": 1.0, "slots": 0, "weights": "full"}
+    for name, value in wanted.items():
+        if getattr(sampling, name) != value:
+            raise UsageError(
+                f"sampling.exact=true does not hold with sampling.{name}="
+                f"{getattr(sampling, name)}. Set sampling.{name}={value}."
+            )
+    if compute_dtype != "bfloat16":
+        raise UsageError(
+            f"sampling.exact=true holds in bfloat16, not in {compute_dtype}, where the gap is some "
+            "1e-6 without it. Set model.compute_dtype=bfloat16, or leave it out."
+        )
 
 
 def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:

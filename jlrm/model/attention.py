@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from jlrm.runtime import exact
 from jlrm.model.visibility import BLOCK, Packing, scaled, visible_blocks
+from jlrm.runtime import exact
 
 # Finite: with -inf a query that has seen no key yet would compute exp(-inf + inf), which is NaN.
 MASKED = -1e30
@@ -86,9 +86,7 @@ class _QueryBlocks(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(
-    q: Array, k: Array, v: Array, packing: Packing, is_exact: bool = False
-) -> Array:
+def _blockwise(q: Array, k: Array, v: Array, packing: Packing, is_exact: bool = False) -> Array:
     """Attend block by block with a running softmax (FlashAttention, arXiv:2205.14135)."""
     # A VJP of its own, since the number of visible blocks is data: JAX has no reverse mode for
     # loops of unknown length.
@@ -176,7 +174,9 @@ def _finished(highest: Array, total: Array, weighted: Array, dtype: Any) -> tupl
     return exact.rounded(out, dtype), jnp.where(has_seen, highest + jnp.log(total), 0.0)
 
 
-def _blockwise_backward(is_exact: bool, residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+def _blockwise_backward(
+    is_exact: bool, residuals: Any, d_out: Array
+) -> tuple[Array, Array, Array, None]:
     """Return the gradients by q, k and v (Algorithm 4 of FlashAttention)."""
     queries, k, v, packing, blocks, out, logsumexp = residuals
     # The softmax subtracts the mean of d_weights under the weights, which is sum(d_out * out).

@@ -43,7 +43,10 @@ def rotate(
     cos, sin = (angle[:, :, None, :] for angle in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     if is_exact:
-        products = (exact.apart(x * y) for x, y in ((first, cos), (second, sin), (second, cos), (first, sin)))
+        products = (
+            exact.apart(x * y)
+            for x, y in ((first, cos), (second, sin), (second, cos), (first, sin))
+        )
         a, b, c, d = products
         return exact.rounded(jnp.concatenate([a - b, c + d], axis=-1), x.dtype)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 LANES = 16  # columns of ones: with a single one, a product is another routine
 
 
@@ -36,7 +35,7 @@ def apart(x: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(formula: str, x: Array, weight: Array) -> Array:
-    """Return an einsum that is summed in float32 and then rounded; its gradient is the plain one."""
+    """Return an einsum, summed in float32 and then rounded; its gradient is the plain one."""
     return _forward(formula, x, weight)[0]
 
 
@@ -83,5 +82,8 @@ def log_total(mass: Float[Array, "*batch V"]) -> Float[Array, " *batch"]:
     blocks = mass.reshape(*mass.shape[:-1], -1, 128)
     ones = jnp.ones((128, LANES), mass.dtype)
     sums = jnp.einsum("...S,SO->...O", blocks, ones, preferred_element_type=jnp.float32)
-    # Logarithms of a few numbers would be taken by another routine than those of whole vectors.
-    return jnp.log(sum_last(jnp.swapaxes(sums, -1, -2))).max(-1)
+    logarithms = jnp.log(sum_last(jnp.swapaxes(sums, -1, -2)))
+    # All columns are equal. Only a product reads them as whole vectors: fused into what follows,
+    # the logarithm of a single number is taken by another routine.
+    first = jnp.zeros((LANES, LANES)).at[0].set(1.0)
+    return jnp.einsum("...O,OP->...P", logarithms, first).max(-1)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jlrm.model.attention import TILE
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.distribution import REMOVED, Distribution, log_distribution
+from jlrm.rl.distribution import REMOVED, Distribution, log_distribution, scaled
 from jlrm.runtime import exact
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
@@ -243,7 +243,7 @@ def _scaled(logits: Float[Array, "B V"], distribution: Distribution) -> Float[Ar
     if distribution.top_k or distribution.top_p < 1.0:
         return log_distribution(logits, distribution)
     # Without a cut-off nothing is normalised here: `sample` divides by the total itself.
-    logits = logits / (distribution.temperature or 1.0)
+    logits = scaled(logits, distribution)
     if distribution.num_ids:
         is_id = jnp.arange(logits.shape[1])[None] < distribution.num_ids
         logits = jnp.where(is_id, logits, REMOVED)

@@ -146,9 +146,7 @@ def _minibatches(
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
         if has_gradient(config.loss, known):
             is_trained[chosen] = known.is_kept
-            parts.append(
-                pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
-            )
+            parts.append(pack_minibatch(run.policy, sizes, whole, known, config.loss.aggregation))
     return parts, is_trained
 
 

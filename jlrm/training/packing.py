@@ -117,9 +117,7 @@ def row_sizes(
     return sizes[::-1]
 
 
-def pack(
-    groups: Sequence[Group], sizes: Sequence[int], num_rows: int, unit: int = 1
-) -> Packed:
+def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int, unit: int = 1) -> Packed:
     """Pack groups into passes of `num_rows` rows, of the size that computes the fewest slots.
 
     Each segment begins at a multiple of `unit` slots.

@@ -119,7 +119,7 @@ def sft_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
         update=jax.jit(
             partial(update.sft_update, network.model, layout, optimizer),
             donate_argnums=0,
-            compiler_options=compiler_options(layout.mesh),
+            compiler_options=compiler_options(layout.mesh, network.model.exact),
         ),
         optimizer=optimizer,
         rate=update.learning_rate(sft.optimizer, sft.steps),
@@ -160,11 +160,12 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     model, training = network.model, network.training
     num_updates = grpo.steps * grpo.epochs * grpo.minibatches
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-    options = compiler_options(training.mesh)
+    options = compiler_options(training.mesh, model.exact)
     fixed = model, training, network.distribution(sampling)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
-    group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
+    longest = [n + -n % network.unit for n in (longest_prompt, sampling.max_new_tokens)]
+    group_tokens = longest[0] + grpo.rollouts * longest[1]
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
         freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
@@ -177,8 +178,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
         optimizer=optimizer,
         rate=update.learning_rate(grpo.optimizer, num_updates),
         sizes=packing.row_sizes(
-            longest_prompt,
-            sampling.max_new_tokens,
+            *longest,
             prompts_per_device * group_tokens,
             grpo.pack_tokens,
             training.platform,
@@ -346,14 +346,15 @@ def abstract_reference(network: Network) -> Params:
 
 
 def pack_minibatch(
-    layout: Layout,
+    network: Network,
     sizes: Sequence[int],
     groups: Sequence[Group],
     known: Known,
     aggregation: str,
 ) -> Minibatch:
     """Pack groups and what is known of their completions, and send it to the devices."""
-    packed = packing.pack(groups, sizes, layout.mesh.size)
+    layout = network.training
+    packed = packing.pack(groups, sizes, layout.mesh.size, network.unit)
     lengths = np.array([len(ids) for group in groups for ids in group.completions])
     mask = completion_mask(lengths, known.logps.shape[1]) & known.is_kept[:, None]
     targets = PolicyTargets(

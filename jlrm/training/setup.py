@@ -9,6 +9,7 @@ without the checkpoint it began from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -177,6 +178,7 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
         compute_dtype=source.compute_dtype,
         remat=source.remat,
     )
+    model = dataclasses.replace(model, exact=config.sampling.exact)
     return open_policy(model, mesh, directory.model)
 
 

@@ -29,7 +29,7 @@ KINDS = {  # by model_type
 LARGEST = 1e30  # of numbers that become float32
 
 
-def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
+def read_config(directory: pathlib.Path, **numerics: Any) -> QwenConfig:
     """Read the architecture from a directory's config.json.
 
     Args:

@@ -55,7 +55,9 @@ def read_model(config: Config) -> QwenConfig:
       UsageError: it would have to be downloaded.
     """
     source = config.model
-    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
+    names = "param_dtype", "compute_dtype", "remat"
+    numerics: dict[str, Any] = {name: getattr(source, name) for name in names}
+    numerics["exact"] = config.sampling.exact
     if source.preset:
         return dataclasses.replace(preset(source.preset), **numerics)
     if steps.is_run(source.path):
