@@ -93,8 +93,8 @@ class SamplingConfig:
     weights: Literal["full", "int8"] = "full"
     # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
-    # The sampler and the program of log-probabilities compute in one order, so that both give the
-    # same bits (runtime/exact.py). On one CPU device, in bfloat16, and without top_k and top_p.
+    # Sampler and trainer compute in one order, so that log-probabilities of both have the same
+    # bits (runtime/exact.py). On one CPU device, in bfloat16, and without top_k and top_p.
     exact: bool = False
     # Text: the number of the occurrence that ends a completion. They count from the end of the
     # reasoning, `</think>`: what is drafted or quoted before it ends nothing.
