@@ -33,9 +33,14 @@ def apart(x: Array) -> Array:
     return jax.lax.reduce_precision(x, 8, 22)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(formula: str, x: Array, weight: Array) -> Array:
     """Return an einsum, summed in float32 and then rounded; its gradient is the plain one."""
+    out: Any = _product(formula, x, weight)
+    return out
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(formula: str, x: Array, weight: Array) -> Array:
     return _forward(formula, x, weight)[0]
 
 
@@ -49,7 +54,7 @@ def _backward(formula: str, kept: tuple[Array, Array], gradient: Array) -> tuple
     return pull(gradient)
 
 
-product.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
 
 
 def sum_last(x: Float[Array, "*batch N"]) -> Float[Array, " *batch"]:

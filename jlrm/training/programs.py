@@ -164,7 +164,8 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     fixed = model, training, network.distribution(sampling)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
-    longest = [n + -n % network.unit for n in (longest_prompt, sampling.max_new_tokens)]
+    unit, num_new = network.unit, sampling.max_new_tokens
+    longest = longest_prompt + -longest_prompt % unit, num_new + -num_new % unit
     group_tokens = longest[0] + grpo.rollouts * longest[1]
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),

@@ -65,7 +65,7 @@ def _described(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def config_from_hf(
-    source: dict[str, Any], where: str = "config.json", **numerics: str
+    source: dict[str, Any], where: str = "config.json", **numerics: Any
 ) -> QwenConfig:
     """Map a config.json onto `QwenConfig`.
 
