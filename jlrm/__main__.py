@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a judge: SFT on written judgements, then GRPO",
     "judge": "judge answers: those of a file, or of whoever asks a server",
     "evaluate": "let a judge judge benchmarks, and score it by their rules",
+    "study": "run trainings and evaluations of one file, and draw their tables",
     "prepare": "make one checked data set of comparisons from anywhere",
     "export": "move weights between a run and Hugging Face's format",
     "report": "draw the report of a run again",

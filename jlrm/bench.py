@@ -127,7 +127,7 @@ class Workload:
         self.number = 0  # of the rollout
         params = qwen.init(model, self.training, config.run.seed)
         self.state = update.init_state(model, self.training, self.programs.optimizer, params)
-        self.reference = self.programs.freeze(params) if config.grpo.loss.kl_weight else None
+        self.reference = self.programs.freeze(params) if config.grpo.has_reference else None
         self._draw_tokens()
         self.parts = self._pack()
 
@@ -212,7 +212,7 @@ class Workload:
                         logps,
                         advantages,
                         np.ones(len(logps), bool),
-                        logps if grpo.loss.kl_weight else None,
+                        logps if grpo.has_reference else None,
                     ),
                     grpo.loss.aggregation,
                 )

@@ -41,7 +41,7 @@ from jlrm.judges import asking, options
 from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
-from jlrm.runtime import cluster, commands, hosts, settings
+from jlrm.runtime import cluster, commands, hosts
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
     model = options.pinned(args.backend, args.model)
+    num_games = sum(len(run.games) for run in runs)
+    args.options = options.settled(args.backend, model, args.options, num_games)
     identity = options.identity(args.backend, model, args.options, args.seed)
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
@@ -92,7 +94,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     for run, kept in zip(runs, journals, strict=True):
         # 3. Judge.
         name = run.benchmark.name
-        if left := _left(run, kept):
+        left = _left(run, kept)
+        if left and (args.backend == options.JLRM or hosts.is_main()):
             asking.judge(run.recorded or backend(), left, kept, name, len(run.games))
         if not hosts.is_main():
             continue
@@ -288,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
-    """Several hosts judge together where it is their devices that judge."""
-    if args.backend != options.JLRM:
+    """Several hosts judge together; where no device judges, the first one does it alone."""
+    if args.backend != options.JLRM and cluster.settings(args) is None:
         return contextlib.nullcontext()
     names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
@@ -338,7 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
-    settings.add_pair_flags(parser)
+    commands.add_pair_flags(parser)
     add("--scores", choices=["score", "score_w_reference"], help="gold of JudgeLM rows")
     options.add_options(parser)
     cluster.add_arguments(parser)
@@ -376,7 +379,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:
     """Return how the user's own rows are read."""
-    given = {**settings.pair_flags(args), "scores": args.scores}
+    given = {**commands.read_pair_flags(args), "scores": args.scores}
     reading = {name: value for name, value in given.items() if value}
     if reading and not any(BENCHMARKS[name].is_own for name in args.names):
         raise UsageError(f"--{next(iter(reading))} is for rows of your own: --benchmark pairs.")

@@ -35,7 +35,7 @@ from jlrm.serving import calibration, model_card
 from jlrm.serving.model_card import Trained
 from jlrm.weights import checkpoint, hf, hf_config, hub, reading, steps
 from jlrm.weights.hub import Target
-from jlrm.weights.source import fingerprint, side_files
+from jlrm.weights.source import fingerprint, num_labels, side_files
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +61,16 @@ def export_to_hf(
     measured = [results_file.read(directory) for directory in results]
     reading.check_files(step_dir)
     wanted = steps.read_digests(step_dir)
-    model_dir = side_files(source) / "model"
-    config = hf_config.read_config(model_dir)
+    model_dir, meta = side_files(source) / "model", steps.read_meta(step_dir)
+    config = replace(hf_config.read_config(model_dir), num_labels=num_labels(source))
     partial = _begin(out)
     hf.copy_side_files(model_dir, partial)
     tokenizer = load_tokenizer(partial)
     _write_config(partial / "config.json", hf_config.config_to_hf(config, dtype))
+    if config.num_labels:
+        _write_scoring_config(partial / "config.json", meta, tokenizer)
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
-    meta = steps.read_meta(step_dir)
     calibrated = calibration.find("", source)
     if calibrated:
         calibration.write(partial / calibration.NAME, calibrated)
@@ -150,6 +151,16 @@ def _write_config(file: pathlib.Path, as_read: dict[str, Any]) -> None:
         if kind != "default":
             fields["rope_scaling"] = fields["rope_parameters"]
     fields |= {key: as_read[key] for key in ("dtype", "torch_dtype")}
+    file.write_text(json.dumps(fields, indent=2))
+
+
+def _write_scoring_config(file: pathlib.Path, meta: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Say what the scores of a reward model are of, and which token fills a batch behind them."""
+    pad = tokenizer.pad_token_id
+    if pad is None or pad == tokenizer.eos_token_id:  # then an end would not be scored
+        log.warning("the tokenizer has no token to fill batches with: score one text at a time")
+    kind = meta["config"]["reward_model"]["kind"]
+    fields = hf_config.scoring_to_hf(read_json(file), kind, pad)
     file.write_text(json.dumps(fields, indent=2))
 
 

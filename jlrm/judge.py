@@ -34,7 +34,7 @@ from jlrm.evaluation.reading import PARSERS, Reader, check_rubric, reader
 from jlrm.evaluation.statistics import results
 from jlrm.judges import asking, options
 from jlrm.judges.requests import NO_PROBABILITIES
-from jlrm.runtime import cluster, commands, hosts, settings
+from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, lists, tally, training_rows
 from jlrm.serving import rows as row_files
@@ -205,12 +205,13 @@ def _asked(
 ) -> Journal:
     """Ask for the games that have no response yet, and return all responses."""
     model = options.pinned(args.backend, args.model)
-    header |= options.identity(args.backend, model, args.options, args.seed)
+    chosen = options.settled(args.backend, model, args.options, len(games))
+    header |= options.identity(args.backend, model, chosen, args.seed)
     hosts.agree("pairs and models", header)
     kept = Journal(args.out if hosts.is_main() else None, header)
     done = hosts.gather("the responses so far", kept.done - kept.refused)[0]
     if left := [game for game in games if game.id not in done]:
-        backend = options.make(args.backend, model, args.options, args.seed, args.out)
+        backend = options.make(args.backend, model, chosen, args.seed, args.out)
         asking.judge(backend, left, kept, name, len(games))
     return kept
 
@@ -250,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.expected_scores and args.backend == options.OPENAI:
         raise UsageError(NO_PROBABILITIES)
     args.told = rubric, args.expected_scores
-    args.reading = settings.pair_flags(args)
+    args.reading = commands.read_pair_flags(args)
     args.map = calibration.find(args.calibration, args.model)
     name = options.as_folder(pathlib.PurePath(args.model).name)
     args.out = (args.out or pathlib.Path("judged", name)).expanduser()
@@ -366,7 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, of pairs")
     add("--json", action="store_true", help="the summary as one JSON object on stdout")
-    settings.add_pair_flags(parser)
+    commands.add_pair_flags(parser)
     options.add_options(parser)
     cluster.add_arguments(parser)
     return parser

@@ -1,7 +1,8 @@
 """Train a judge: `python -m jlrm.train --config FILE [section.key=value ...]`.
 
-SFT, where asked for, imitates written judgements (training/sft.py). Then each step of GRPO
-(training/grpo.py) does this:
+SFT, where asked for, imitates written judgements (training/recipes/sft.py); DPO and reward models
+are stages of their own (preference.py and reward_model.py beside it). Each step of GRPO
+(training/recipes/grpo.py) does this:
 
  1. Take P comparisons: a function of the seed and of the number of batches drawn before.
  2. Lay the weights out for decoding and sample R judgements of each, with their log-probabilities.
@@ -38,8 +39,8 @@ from jlrm.runtime.settings import load, to_dict
 from jlrm.runtime.settings_help import add_settings
 from jlrm.training import replay
 from jlrm.training.heldout import make_evaluation
+from jlrm.training.recipes.stages import STAGES
 from jlrm.training.setup import Run, open_run
-from jlrm.training.stages import STAGES
 
 log = logging.getLogger(__name__)
 

@@ -29,13 +29,15 @@ RANKS = {
     "serving": 8,
     "server": 9,
     "training": 8,
-    "planning": 9,
+    "training.recipes": 9,
+    "planning": 10,
     "peers": 9,
+    "studies": 9,
 }
-COMMAND = 10
+COMMAND = 11
 COMMANDS = {
     *("train", "evaluate", "export", "prepare", "plan", "bench", "report", "scorecard"),
-    *("notebook", "judge"),
+    *("notebook", "judge", "study"),
 }
 FORBIDDEN = {
     "judgement": {"jax", "numpy", "flax"},

@@ -287,6 +287,9 @@ def test_the_architecture_needs_no_network(config_file, tmp_path):
     numerics = {"compute_dtype": "float32", "remat": "dots"}
     hub = dataclasses.replace(preset("qwen2.5-3b"), **numerics)
     assert read("Qwen/Qwen2.5-3B-Instruct") == hub
+    for path in ("meta-llama/Llama-3.1-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3"):
+        shape = preset(path.partition("/")[2].lower().replace("-instruct", ""))
+        assert read(path) == dataclasses.replace(shape, **numerics)
     write_model(tmp_path / "model", preset("toy"))
     assert read(str(tmp_path / "model")) == dataclasses.replace(preset("toy"), **numerics)
     with pytest.raises(UsageError, match="nothing is downloaded"):

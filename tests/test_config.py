@@ -13,7 +13,8 @@ import yaml
 from hypothesis import strategies as st
 
 from jlrm import config
-from jlrm.config import Config, UsageError
+from jlrm.config import Config, LossConfig, UsageError
+from jlrm.config.presets import PRESETS
 from jlrm.runtime import settings
 from jlrm.runtime.settings_help import all_meanings, describe_settings
 
@@ -69,7 +70,10 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
     [
         (["grpo.stesp=3"], "Unknown key 'grpo.stesp'. Did you mean 'steps'?"),
         (["grp.steps=3"], "Unknown key 'grp'. Did you mean 'grpo'?"),
-        (["xyz=3"], "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, grpo."),
+        (
+            ["xyz=3"],
+            "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, dpo, grpo, reward_model.",
+        ),
         (["grpo.optimizer.lerning_rate=3"], "Did you mean 'learning_rate'?"),
         (["grpo.steps=many"], "grpo.steps='many' is not what was wanted: a whole number."),
         (["grpo.steps=1.5"], "grpo.steps=1.5 is not what was wanted: a whole number."),
@@ -92,10 +96,18 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.steps=-1"], "grpo.steps=-1 is too small"),
         (["grpo.steps=0"], "Nothing to train"),
         (["sampling.temperature=0"], "sampling.temperature=0"),
+        (["grpo.steps=0", "dpo.steps=1", "sampling.temperature=0"], "and DPO learns nothing"),
+        (["dpo.label_smoothing=0.5"], "Set it below 0.5."),
+        (["dpo.label_smoothing=0.1", "dpo.loss=ipo"], "does not apply to dpo.loss=ipo"),
+        (["sft.swap=1.5"], "sft.swap=1.5 is a share of the rows"),
+        (["sft.reference=0.5"], "Set data.prompt=jlrm, or sft.reference=0."),
+        (["dpo.beta=0"], "dpo.beta=0.0 is too small"),
+        (["reward_model.steps=1", "run.best_metric=reward"], "a reward model writes none"),
         (["sampling.top_p=0"], "outside (0, 1]"),
         (["sampling.exact=true", "sampling.top_k=3"], "Set sampling.top_k=0"),
         (["sampling.exact=true", "sampling.slots=2"], "Set sampling.slots=0"),
         (["sampling.exact=true", "model.compute_dtype=float32"], "holds in bfloat16"),
+        (["sampling.exact=true", "grpo.steps=0", "dpo.steps=1"], "is about GRPO"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
         (["grpo.optimizer.nu_dtype=bfloat16"], "Lower b2 to 0.99, or keep float32."),
         (["sampling.weights=int8"], "set grpo.loss.importance_cap, e.g. 2.0."),
@@ -109,11 +121,30 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
             ["grpo.loss.surrogate=cispo", "grpo.loss.dual_clip=3"],
             "does not apply to surrogate=cispo",
         ),
+        (["grpo.loss.surrogate=geo_mean"], "set grpo.loss.ratio=sequence."),
+        (
+            ["grpo.loss.surrogate=clip_cov", "grpo.loss.ratio=sequence"],
+            "clip_cov singles tokens out: set grpo.loss.ratio=token.",
+        ),
+        (["grpo.loss.gate_negative=0"], "gate_negative must be above 0"),
+        (["grpo.loss.covariance_share=1.5"], "covariance_share=1.5 is above 1."),
+        (["grpo.loss.importance_floor=0.5"], "is above grpo.loss.importance_cap=0.0."),
+        (["grpo.advantage.kl_weight=1", "grpo.advantage.terms=apart"], "terms=summed, or use"),
+        (["grpo.advantage.kl_weight=1", "grpo.loss.surrogate=kl_cov"], "Use grpo.loss.kl_weight."),
+        (["grpo.advantage.orders=summed"], "set data.orders=both."),
+        (["grpo.advantage.term_weights={format: 2}"], "set grpo.advantage.terms=apart."),
+        (["preset=trll"], "preset='trll' is none. Did you mean 'trl'?"),
+        (["preset="], "preset='' is none. Known: judgelrm, trl, verl, dapo,"),
+        (["preset={trl: 1}"], "is none. Known: judgelrm"),
+        (["preest=trl"], "Unknown key 'preest'. Did you mean 'preset'?"),
+        (["preset=gspo", "grpo=3"], "Section 'grpo' must hold keys and values, got 3."),
+        (["reward.overlong_share=0"], "outside (0, 1]"),
         (["grpo.surrogate=cispo"], "Unknown key 'grpo.surrogate'. Did you mean 'loss.surrogate'?"),
         (["grpo.loss=3"], "Section 'grpo.loss' must hold keys and values, got 3."),
         (["grpo={steps: 1, loss: 3, ratio: token}"], "Unknown key 'grpo.ratio'."),
         (["model.path=x"], "exactly one of model.path"),
         (["model.tokenizer="], "model.preset has no tokenizer"),
+        (["data.gold=majority", "reward.mode=judgelrm"], "set reward.mode=judgelrm_symmetric."),
         (["reward.min_score=10"], "is not below"),
         (["sampling.stop_strings={'': 1}"], "stop_strings"),
         (["run.dir="], "run.dir is empty"),
@@ -288,7 +319,7 @@ MOVED_VALUES = {
 
 def test_settings_of_the_loss_are_read_under_their_old_names(tmp_path):
     present = build(grpo={"steps": 1, "loss": MOVED_VALUES})
-    assert dataclasses.asdict(present.grpo.loss) == {"surrogate": "ppo", **MOVED_VALUES}
+    assert present.grpo.loss == dataclasses.replace(LossConfig(), **MOVED_VALUES)
     given = {"steps": 1, **MOVED_VALUES}
     assert build(grpo=given) == present
     assert given == {"steps": 1, **MOVED_VALUES}  # the caller's own stays as it was
@@ -297,7 +328,21 @@ def test_settings_of_the_loss_are_read_under_their_old_names(tmp_path):
     settings.save(build(), tmp_path / "c.yaml")
     overrides = [f"grpo.{name}={value}" for name, value in MOVED_VALUES.items()]
     assert settings.load(tmp_path / "c.yaml", overrides) == present
-    assert set(settings.MOVED) == {f"grpo.{name}" for name in MOVED_VALUES}
+    assert set(settings.MOVED) == {
+        *(f"grpo.{name}" for name in MOVED_VALUES),
+        "grpo.advantage_scale",
+        "grpo.advantage_eps",
+    }
+
+
+def test_settings_of_the_advantage_are_read_under_their_old_names(tmp_path):
+    present = build(grpo={"steps": 1, "advantage": {"scale": "batch", "eps": 0.5}})
+    assert build(grpo={"steps": 1, "advantage_scale": "batch", "advantage_eps": 0.5}) == present
+    settings.save(build(), tmp_path / "c.yaml")
+    old = ["grpo.advantage_scale=batch", "grpo.advantage_eps=0.5"]
+    assert settings.load(tmp_path / "c.yaml", old) == present
+    with pytest.raises(UsageError, match=r"grpo\.advantage_eps is the old name of"):
+        build(grpo={"advantage_eps": 1.0, "advantage": {"eps": 1.0}})
 
 
 @pytest.mark.parametrize("in_file", ["clip_low: 0.3", "loss: {clip_low: 0.3}"])
@@ -313,6 +358,52 @@ def test_one_file_may_not_use_both_names_of_a_setting():
     both = r"grpo\.clip_low is the old name of grpo\.loss\.clip_low, and both are given"
     with pytest.raises(UsageError, match=both):
         build(grpo={"clip_low": 0.3, "loss": {"clip_low": 0.3}})
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_a_config_that_differs_from_the_defaults(name):
+    chosen = build(preset=name)
+    assert chosen != build()
+    flat = settings.flatten(settings.to_dict(chosen))
+    assert {key: flat[key] for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_the_table_of_the_loss_names_every_preset():
+    text = (ROOT / "README.md").read_text()
+    table = text.partition("### The loss")[2].partition("\n\n* ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    assert [name.strip(" `") for row in rows for name in row.split(",")] == list(PRESETS)
+
+
+def test_a_preset_gives_way_to_the_file_and_comes_before_other_overrides(tmp_path):
+    head = {name: part for name, part in SMALLEST.items() if name != "grpo"}
+    given = {"steps": 1, "loss": {"clip_high": 0.5}, "rollouts": 4}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**head, "preset": "dapo", "grpo": given}))
+    loaded = settings.load(file)
+    assert loaded.grpo.loss.clip_high == 0.5 and loaded.grpo.rollouts == 4  # the file's own
+    assert loaded.grpo.loss.dual_clip == 10.0 and loaded.grpo.zero_variance == "resample"
+    over = settings.load(file, ["grpo.loss.clip_low=0.1", "preset=trl"])
+    assert over.grpo.loss.clip_high == 0.2 and over.grpo.rollouts == 8  # the preset over the file
+    assert over.grpo.loss.clip_low == 0.1  # whatever the order
+    assert over.grpo.zero_variance == "keep" and over.grpo.max_draws == 10
+
+
+def test_of_several_presets_the_last_wins(tmp_path):
+    both = build(preset=["trl", "gspo"])
+    assert both.grpo.advantage.eps == 1e-4 and both.grpo.loss.clip_high == 4e-4
+    assert build(preset="trl,gspo") == both
+    settings.save(build(), tmp_path / "c.yaml")
+    values = [f"{key}={value}" for key, value in (PRESETS["trl"] | PRESETS["gspo"]).items()]
+    assert settings.load(tmp_path / "c.yaml", ["preset=trl,gspo"]) == settings.load(
+        tmp_path / "c.yaml", values
+    )
+
+
+def test_a_saved_config_holds_what_its_preset_stood_for(tmp_path):
+    settings.save(build(preset="verl"), tmp_path / "c.yaml")
+    assert "preset: verl" not in (tmp_path / "c.yaml").read_text()
+    assert settings.load(tmp_path / "c.yaml") == build(preset="verl")
 
 
 def test_help_tells_every_setting_with_default_choices_and_meaning():
@@ -332,7 +423,9 @@ def test_every_setting_has_a_meaning():
     meanings = all_meanings()
     without = {key for key, meaning in meanings.items() if not meaning}
     sections = {("Config", field.name) for field in dataclasses.fields(Config)}
-    sections |= {("SFTConfig", "optimizer"), ("GRPOConfig", "optimizer"), ("GRPOConfig", "loss")}
+    stages = ("SFTConfig", "DPOConfig", "GRPOConfig", "RewardModelConfig")
+    sections |= {*((stage, "optimizer") for stage in stages), ("GRPOConfig", "loss")}
+    sections |= {("GRPOConfig", "advantage")}
     assert without <= sections
 
 

@@ -60,7 +60,16 @@ def pay_more(completions: list[str], **_: Any) -> list[float]:
 
 
 EVERY_STEP = ("run.save_every=1", "run.eval_every=1", "grpo.steps=3")
+DPO = ("dpo.steps=2", "dpo.batch_size=2", "grpo.steps=1")
+WRITTEN = (*DPO, "dpo.pairs=verdicts")
+SCORED = ("reward_model.steps=2", "reward_model.batch_size=2", "grpo.steps=1")
+REFERENCES = (
+    *("data.train={folder}/references.jsonl", "model.tokenizer={folder}/chat", "data.prompt=jlrm"),
+    *("data.max_prompt_tokens=700", "grpo.steps=0"),
+)
 NO_REWARDS = ("reward.plugins={{}}",)  # all groups are uniform
+TWO_REWARDS = ("reward.plugins={{'test_effects:pay': 1.0, 'test_effects:pay_more': 1.0}}",)
+CLIP_COV = ("grpo.loss.surrogate=clip_cov", "grpo.loss.covariance_share=1")
 JUDGELM = ("data.train={folder}/judgelm.jsonl",)
 OPTIMIZER = {
     "learning_rate": Change(0.5),
@@ -74,6 +83,7 @@ OPTIMIZER = {
     "weight_decay": Change(0.5),
     "clip_norm": Change(0.01),
 }
+STAGES = ("sft", "dpo", "grpo", "reward_model")
 REWARD = {
     "mode": Change("judgelrm"),
     "format": Change(3.0),
@@ -93,6 +103,8 @@ REWARD = {
     "swap_consistency": Change(0.5),
     "length": Change(0.2),
     "length_tokens": Change(10, ("length=0.2",)),
+    "overlong": Change(-1.0),
+    "overlong_share": Change(1.0, ("overlong=-1.0",)),
     "limit": Change(-1.0),
     "min_score": Change(3),
     "max_score": Change(7),
@@ -155,14 +167,38 @@ CHANGES = {
     "sft.batch_size": Change(2),
     "sft.pack_tokens": Change(128),
     "sft.max_target_tokens": Change(20),
+    "sft.reasoning": Change("after"),
+    "sft.swap": Change(0.9),
+    "sft.reference": Change(0.9, REFERENCES),
+    "dpo.steps": Change(1, ("dpo.batch_size=2", "dpo.rollouts=2")),
+    "dpo.pairs": Change("answers", DPO),
+    "dpo.batch_size": Change(3, DPO),
+    "dpo.rollouts": Change(3, DPO),
+    "dpo.pack_tokens": Change(256, (*WRITTEN, "dpo.batch_size=6", "dpo.max_target_tokens=32")),
+    "dpo.max_target_tokens": Change(12, (*DPO, "dpo.pairs=answers")),
+    "dpo.loss": Change("ipo", WRITTEN),
+    "dpo.beta": Change(0.5, WRITTEN),
+    "dpo.label_smoothing": Change(0.2, WRITTEN),
+    "dpo.reference": Change("none", WRITTEN),
+    "reward_model.steps": Change(1),
+    "reward_model.kind": Change("cross", SCORED),
+    "reward_model.batch_size": Change(3, SCORED),
+    "reward_model.pack_tokens": Change(128, (*SCORED, "reward_model.batch_size=12")),
+    "reward_model.max_target_tokens": Change(8, SCORED),
     "grpo.steps": Change(1),
     "grpo.prompts": Change(4),
     "grpo.rollouts": Change(3),
     "grpo.epochs": Change(1),
     "grpo.minibatches": Change(2),
     "grpo.pack_tokens": Change(128, ("grpo.prompts=8",)),
-    "grpo.advantage_scale": Change("none"),
-    "grpo.advantage_eps": Change(0.1),
+    "grpo.advantage.baseline": Change("leave_one_out"),
+    "grpo.advantage.scale": Change("none"),
+    "grpo.advantage.eps": Change(0.1),
+    "grpo.advantage.whiten": Change("rows"),
+    "grpo.advantage.orders": Change("summed", ("data.orders=both",)),
+    "grpo.advantage.kl_weight": Change(0.5),
+    "grpo.advantage.terms": Change("apart", TWO_REWARDS),
+    "grpo.advantage.term_weights": Change("{{pay: 3.0}}", ("grpo.advantage.terms=apart",)),
     "grpo.zero_variance": Change("skip"),
     "grpo.max_draws": Change(2, ("grpo.zero_variance=resample", *NO_REWARDS)),
     "grpo.importance_terms": Change("all", ("grpo.loss.importance_cap=0.5",)),
@@ -172,13 +208,26 @@ CHANGES = {
     "grpo.loss.clip_low": Change(0.01),
     "grpo.loss.clip_high": Change(0.01),
     "grpo.loss.dual_clip": Change(1.21),
+    "grpo.loss.gate_positive": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.gate_negative": Change(3.0, ("grpo.loss.surrogate=sapo",)),
+    "grpo.loss.covariance_share": Change(0.5, ("grpo.loss.surrogate=kl_cov",)),
+    "grpo.loss.covariance_low": Change(0.0, CLIP_COV),
+    "grpo.loss.covariance_high": Change(0.0, (*CLIP_COV, "grpo.loss.covariance_low=-9")),
+    "grpo.loss.covariance_kl": Change(9.0, ("grpo.loss.surrogate=kl_cov",)),
     "grpo.loss.aggregation": Change("sequence_sum"),
     "grpo.loss.importance_cap": Change(0.5),
+    "grpo.loss.importance_floor": Change(1.5, ("grpo.loss.importance_cap=2",)),
+    "grpo.loss.importance_outside": Change("mask", ("grpo.loss.importance_cap=0.5",)),
+    "grpo.loss.importance_ratio": Change(
+        "sequence", ("grpo.ahead=stale", "grpo.loss.importance_cap=2")
+    ),
     "grpo.loss.mask_truncated": Change(True),
     "grpo.loss.kl_weight": Change(0.5),
+    "grpo.loss.kl_estimator": Change("k2"),
+    "grpo.loss.kl_correction": Change("ratio"),
     "grpo.loss.entropy_weight": Change(0.5),
     **{f"reward.{name}": change for name, change in REWARD.items()},
-    **{f"{s}.optimizer.{name}": c for s in ("sft", "grpo") for name, c in OPTIMIZER.items()},
+    **{f"{s}.optimizer.{name}": c for s in STAGES for name, c in OPTIMIZER.items()},
 }
 
 
@@ -282,6 +331,10 @@ def write_files(base: pathlib.Path) -> None:
     rows = toy.comparisons(seed=3, num_rows=24)
     write_comparisons(rows, base / "train.jsonl")
     write_comparisons(toy.comparisons(seed=5, num_rows=24), base / "other.jsonl")
+    known = [
+        dataclasses.replace(row, meta={**row.meta, "reference": "All the words."}) for row in rows
+    ]
+    write_comparisons(known, base / "references.jsonl")
     labels = [
         dataclasses.replace(row, score_1=None, score_2=None, preference=row.label) for row in rows
     ]
@@ -299,6 +352,9 @@ def write_files(base: pathlib.Path) -> None:
     ]
     lines = [json.dumps(row) for row in judgelm]
     (base / "judgelm.jsonl").write_text("\n".join(lines) + "\n")
+    toy.save_tokenizer(base / "chat")
+    chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    (base / "chat/chat_template.jinja").write_text(chat)
     (base / "tokenizer").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "VOCAB_SIZE", 400)
@@ -499,10 +555,11 @@ def test_a_setting_of_a_run_has_an_effect(observe, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
-    ["sft.optimizer.learning_rate=0.5", "grpo.optimizer.learning_rate=0.5", "reward.malformed=3"],
+    [*(f"{stage}.optimizer.learning_rate=0.5" for stage in STAGES), "reward.malformed=3"],
 )
 def test_a_run_hands_on_the_sections_that_are_observed_by_themselves(observe, override):
-    assert observe()["values"] != observe(override)["values"]
+    given = {"dpo": WRITTEN, "reward_model": SCORED}.get(override.partition(".")[0], ())
+    assert observe(*given)["values"] != observe(*given, override)["values"]
 
 
 @pytest.mark.slow

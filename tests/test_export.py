@@ -101,7 +101,7 @@ def test_transformers_reads_an_export_of_a_config_with_null_in_it(fields, run_di
     assert theirs.rms_norm_eps == ours.rms_norm_eps
     assert theirs.max_position_embeddings == ours.max_position_embeddings
     assert theirs.tie_word_embeddings == ours.tie_word_embeddings
-    assert theirs.rope_parameters["rope_type"] == ("yarn" if ours.yarn else "default")
+    assert theirs.rope_parameters["rope_type"] == ("yarn" if ours.rope_scaling else "default")
 
 
 # ------------------------------------------------------------------ end tokens

@@ -98,6 +98,26 @@ def test_errors_stand_in_their_place(tmp_path, capsys, judged_by):
     assert "missing text" in found[2]["error"] and "must be text, got 5" in found[3]["error"]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.jsonl", '{"question": "q", "answer_1"\n{good}\n[1]\n{good}\n', "is not valid JSON"),
+        ("x.csv", "question,answer_1,answer_2\na\nq,a,b\na,b,c,d\nq,a,b\n", "has 1 cells"),
+    ],
+)
+def test_a_torn_line_has_its_place(tmp_path, capsys, judged_by, name, content, says):
+    (tmp_path / name).write_text(content.replace("{good}", json.dumps(ROWS[0])))
+    teller = judged_by(Judge())
+    for flags in ((), ("--single", "--columns", "answer=answer_1")):
+        out = tmp_path / f"o{len(flags)}"
+        code, _, err = run(capsys, tmp_path / name, *ENDPOINT, *flags, "--out", out)
+        assert code == 1 and "2 of 4 rows have no verdict" in err
+        found = lines(out)
+        assert [each["error"] is None for each in found] == [False, True, False, True]
+        assert says in found[0]["error"] and f"{tmp_path / name}, " in found[0]["error"]
+    assert len(teller.asked) == 6
+
+
 def test_what_a_server_fails_is_asked_again(pairs, tmp_path, capsys, judged_by):
     judged_by(Judge(lambda game: None))
     code, _, err = run(capsys, pairs, *ENDPOINT, "--out", tmp_path / "o")

@@ -9,7 +9,7 @@ files and threads are read from /proc.
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import os
 import pathlib
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import pytest
 
@@ -33,34 +34,37 @@ SFT_STEPS = 100
 MOST_GROWTH = 1.1  # of resident memory, from the second tenth of a run to its last
 
 
-@dataclasses.dataclass(frozen=True)
-class Use:
+class Use(NamedTuple):
     """What a process holds at a moment."""
 
-    done: int  # steps, or games
+    done: float  # steps, games or requests
     mib: float  # resident
-    files: int
-    threads: int
+    files: float
+    threads: float
+
+
+def held(proc: pathlib.Path, done: int) -> Use:
+    """Return what the process of a folder of /proc holds.
+
+    Raises:
+      OSError, KeyError: it has ended.
+    """
+    lines = (proc / "status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    files = len(list((proc / "fd").iterdir()))
+    return Use(done, int(status["VmRSS"].split()[0]) / 1024, files, int(status["Threads"]))
 
 
 def watch(command: Sequence[str], counted: pathlib.Path, log: pathlib.Path) -> Iterator[Use]:
     """Run a command to its end, yield what it holds twice a second; `counted` grows by lines."""
     with log.open("wb") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, cwd=ROOT)
-    proc = pathlib.Path(f"/proc/{process.pid}")
     try:
         while process.poll() is None:
             time.sleep(0.5)
-            try:
-                status = dict(
-                    line.split(":", 1) for line in (proc / "status").read_text().splitlines()
-                )
-                files = len(list((proc / "fd").iterdir()))
-                mib = int(status["VmRSS"].split()[0]) / 1024
-            except (OSError, KeyError):  # it has just ended
-                continue
             done = counted.read_bytes().count(b"\n") if counted.exists() else 0
-            yield Use(done, mib, files, int(status["Threads"]))
+            with contextlib.suppress(OSError, KeyError):  # it has just ended
+                yield held(pathlib.Path(f"/proc/{process.pid}"), done)
         assert process.returncode == 0, log.read_text()[-3000:]
     finally:
         process.kill()
@@ -90,7 +94,7 @@ def test_a_long_training_uses_no_more_at_its_end(tmp_path):
     command += [f"run.dir={run}", f"grpo.steps={STEPS}", f"sft.steps={SFT_STEPS}"]
     command += ["run.save_every=50", "run.eval_every=100"]
     uses = list(watch(command, run / "metrics.jsonl", tmp_path / "log"))
-    trained = [dataclasses.replace(use, done=use.done - SFT_STEPS) for use in uses]
+    trained = [use._replace(done=use.done - SFT_STEPS) for use in uses]
     hold([use for use in trained if use.done > 0], "GRPO steps")
     rows = [row for row in read_metrics(run) if row["stage"] == "grpo" and "time/update" in row]
     assert len(rows) == STEPS

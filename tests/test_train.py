@@ -492,7 +492,7 @@ def test_the_config_for_pairs_trains_on_a_few_preferences(tmp_path):
     path = pathlib.Path(__file__).parents[1] / "configs/judge_pairs_0.5b.yaml"
     summary = train.train(load(path, small), jax.devices()[:1])
     assert summary["steps"] == 1 and 0 <= summary["grpo"]["agreement"] <= 100
-    with pytest.raises(UsageError, match=r"nothing to imitate: none of 48 rows.*Set sft\.steps=0"):
+    with pytest.raises(UsageError, match=r"nothing to imitate: none of 48 rows.*sft\.steps=0"):
         again = [*small, f"run.dir={tmp_path}/s", "sft.steps=1"]
         train.train(load(path, again), jax.devices()[:1])
 

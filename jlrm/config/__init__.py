@@ -20,11 +20,21 @@ from jlrm.config.sections import (
     RunConfig,
     SamplingConfig,
 )
-from jlrm.config.stages import GRPOConfig, LossConfig, OptimizerConfig, SFTConfig
+from jlrm.config.stages import (
+    AdvantageConfig,
+    DPOConfig,
+    GRPOConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardModelConfig,
+    SFTConfig,
+)
 from jlrm.config.values import Part, RunError, UsageError, check_range, dotted, nearest
 
 __all__ = [
+    "AdvantageConfig",
     "Config",
+    "DPOConfig",
     "DataConfig",
     "GRPOConfig",
     "LossConfig",
@@ -33,6 +43,7 @@ __all__ = [
     "OptimizerConfig",
     "Part",
     "RewardConfig",
+    "RewardModelConfig",
     "RunConfig",
     "RunError",
     "SFTConfig",
@@ -54,7 +65,9 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
 
     def __post_init__(self) -> None:
         check_range(self)
@@ -64,7 +77,7 @@ class Config:
 def stage_titles() -> dict[str, str]:
     """Return name: title of all stages, in the order in which a run has them.
 
-    A stage is a section that has a title, named as the section; training/stages.py has its recipe.
+    A stage is a section that has a title, named as the section; its recipe is in training/recipes/.
     """
     sections = typing.get_type_hints(Config)
     return {name: kind.title for name, kind in sections.items() if hasattr(kind, "title")}
@@ -77,7 +90,7 @@ def stages_of(config: Config) -> list[str]:
 
 def _check(config: Config) -> None:
     """Refuse combinations that no run can use, naming the field, the value and the way out."""
-    sft, grpo = config.sft, config.grpo
+    grpo = config.grpo
     if not config.run.dir:
         raise UsageError("run.dir is empty: name a directory for everything that the run writes.")
     if bool(config.model.path) == bool(config.model.preset):
@@ -86,26 +99,38 @@ def _check(config: Config) -> None:
         )
     if config.model.preset and not config.model.tokenizer:
         raise UsageError("model.preset has no tokenizer of its own: set model.tokenizer.")
-    for name, optimizer in (("sft", sft.optimizer), ("grpo", grpo.optimizer)):
+    for name in stage_titles():
+        optimizer = getattr(config, name).optimizer
         if optimizer.nu_dtype == "bfloat16" and optimizer.b2 > 1 - 2**-8:
             raise UsageError(
                 f"{name}.optimizer.nu_dtype=bfloat16 keeps 8 bits. With b2={optimizer.b2} a step "
                 "changes the moment by less than that. Lower b2 to 0.99, or keep float32."
             )
-    if not sft.steps and not grpo.steps:
-        raise UsageError("Nothing to train: sft.steps and grpo.steps are both 0.")
-    _check_sampling(config.sampling, grpo, config.model.compute_dtype)
+    if not stages_of(config):
+        listed = ", ".join(f"{name}.steps" for name in stage_titles())
+        raise UsageError(f"Nothing to train: of {listed} none is above 0.")
+    _check_sampling(config)
+    _check_sft(config.sft, config.data)
+    _check_dpo(config.dpo)
+    if config.reward_model.steps and config.run.best_metric == "reward":
+        raise UsageError(
+            "run.best_metric=reward ranks checkpoints by what judgements earn, and a reward model "
+            "writes none. Set it to agreement or another metric."
+        )
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
 
 
-def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig, compute_dtype: str) -> None:
+def _check_sampling(config: Config) -> None:
+    sampling, grpo = config.sampling, config.grpo
     if not 0.0 < sampling.top_p <= 1.0:
         raise UsageError(f"sampling.top_p={sampling.top_p} is outside (0, 1].")
-    if grpo.steps and sampling.temperature == 0.0:
+    is_sampled = {"GRPO": grpo.steps > 0, "DPO": config.dpo.is_sampled}
+    learner = next((name for name, is_so in is_sampled.items() if is_so), "")
+    if learner and sampling.temperature == 0.0:
         raise UsageError(
-            "sampling.temperature=0 makes all rollouts of a prompt equal, and GRPO learns nothing "
-            "from equal rollouts. Set it above 0."
+            f"sampling.temperature=0 makes all rollouts of a prompt equal, and {learner} learns "
+            "nothing from equal rollouts. Set it above 0."
         )
     if grpo.steps and sampling.weights == "int8" and not grpo.loss.importance_cap:
         raise UsageError(
@@ -113,7 +138,7 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig, compute_dtype: s
             "correct for it: set grpo.loss.importance_cap, e.g. 2.0."
         )
     if sampling.exact:
-        _check_exact(sampling, compute_dtype)
+        _check_exact(config)
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
             raise UsageError(
@@ -121,8 +146,14 @@ def _check_sampling(sampling: SamplingConfig, grpo: GRPOConfig, compute_dtype: s
             )
 
 
-def _check_exact(sampling: SamplingConfig, compute_dtype: str) -> None:
+def _check_exact(config: Config) -> None:
     """Refuse what has been measured to differ in bits, or has not been measured."""
+    sampling, compute_dtype = config.sampling, config.model.compute_dtype
+    if not config.grpo.steps:
+        raise UsageError(
+            "sampling.exact=true is about GRPO, which alone learns from log-probabilities of the "
+            "sampler. Set grpo.steps, or leave it out."
+        )
     wanted = {"top_k": 0, "top_p": 1.0, "slots": 0, "weights": "full"}
     for name, value in wanted.items():
         if getattr(sampling, name) != value:
@@ -137,6 +168,27 @@ def _check_exact(sampling: SamplingConfig, compute_dtype: str) -> None:
         )
 
 
+def _check_sft(sft: SFTConfig, data: DataConfig) -> None:
+    for name in ("swap", "reference"):
+        if (share := getattr(sft, name)) > 1:
+            raise UsageError(f"sft.{name}={share} is a share of the rows: at most 1.")
+    if sft.reference and data.prompt != "jlrm":
+        raise UsageError(
+            f"sft.reference={sft.reference} shows reference answers, for which data.prompt="
+            f"{data.prompt} has no place. Set data.prompt=jlrm, or sft.reference=0."
+        )
+
+
+def _check_dpo(dpo: DPOConfig) -> None:
+    if dpo.label_smoothing >= 0.5:
+        raise UsageError(
+            f"dpo.label_smoothing={dpo.label_smoothing} takes half of the pairs or more to be "
+            "wrong, so nothing is preferred. Set it below 0.5."
+        )
+    if dpo.label_smoothing and dpo.loss == "ipo":
+        raise UsageError("dpo.label_smoothing does not apply to dpo.loss=ipo. Set it to 0.")
+
+
 def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
     if grpo.prompts % grpo.minibatches:
         raise UsageError(
@@ -148,8 +200,8 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.dual_clip={loss.dual_clip} must be 0 (off) or at least "
             f"1 + grpo.loss.clip_high = {1.0 + loss.clip_high}."
         )
-    if loss.dual_clip and loss.surrogate == "cispo":
-        raise UsageError("grpo.loss.dual_clip does not apply to surrogate=cispo. Set it to 0.")
+    _check_loss(loss)
+    _check_advantage(grpo, data)
     if grpo.ahead == "stale" and not loss.importance_cap:
         raise UsageError(
             "grpo.ahead=stale samples from older weights than the trained ones. The loss must "
@@ -167,6 +219,55 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
         )
 
 
+def _check_loss(loss: LossConfig) -> None:
+    if loss.dual_clip and loss.surrogate != "ppo":
+        raise UsageError(
+            f"grpo.loss.dual_clip does not apply to surrogate={loss.surrogate}. Set it to 0."
+        )
+    if loss.surrogate == "geo_mean" and loss.ratio != "sequence":
+        raise UsageError(
+            "grpo.loss.surrogate=geo_mean is about the mean ratio of a completion: set "
+            "grpo.loss.ratio=sequence."
+        )
+    if loss.singles_out and loss.ratio != "token":
+        raise UsageError(
+            f"grpo.loss.surrogate={loss.surrogate} singles tokens out: set grpo.loss.ratio=token."
+        )
+    if not (loss.gate_positive > 0 and loss.gate_negative > 0):
+        raise UsageError("grpo.loss.gate_positive and gate_negative must be above 0.")
+    if loss.covariance_share > 1:
+        raise UsageError(f"grpo.loss.covariance_share={loss.covariance_share} is above 1.")
+    if loss.importance_floor > loss.importance_cap:
+        raise UsageError(
+            f"grpo.loss.importance_floor={loss.importance_floor} is above "
+            f"grpo.loss.importance_cap={loss.importance_cap}."
+        )
+
+
+def _check_advantage(grpo: GRPOConfig, data: DataConfig) -> None:
+    advantage = grpo.advantage
+    if advantage.kl_weight and advantage.terms == "apart":
+        raise UsageError(
+            "grpo.advantage.kl_weight lowers a reward that is one number: set "
+            "grpo.advantage.terms=summed, or use grpo.loss.kl_weight."
+        )
+    if advantage.kl_weight and grpo.loss.singles_out:
+        raise UsageError(
+            f"grpo.loss.surrogate={grpo.loss.surrogate} chooses tokens before the KL of "
+            "grpo.advantage.kl_weight is known. Use grpo.loss.kl_weight."
+        )
+    if advantage.orders != "together" and data.orders != "both":
+        raise UsageError(
+            f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "
+            "data.orders=both."
+        )
+    if advantage.term_weights and advantage.terms != "apart":
+        raise UsageError(
+            "grpo.advantage.term_weights weighs terms that are compared apart: set "
+            "grpo.advantage.terms=apart."
+        )
+
+
 def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
     if reward.swap_consistency and data.orders != "both":
         raise UsageError("reward.swap_consistency compares two orders: set data.orders=both.")
@@ -177,8 +278,15 @@ def _check_reward(reward: RewardConfig, data: DataConfig) -> None:
         )
     if reward.mode == "none" and not reward.plugins:
         raise UsageError("reward.mode=none pays nothing: name a reward in reward.plugins.")
+    if data.gold == "majority" and reward.mode != "judgelrm_symmetric":
+        raise UsageError(
+            "data.gold=majority names the better answer and gives no scores: set "
+            "reward.mode=judgelrm_symmetric."
+        )
     if reward.mode == "judgelrm" and reward.brier:
         raise UsageError("reward.mode=judgelrm takes no reward.brier. Use judgelrm_symmetric.")
+    if not 0.0 < reward.overlong_share <= 1.0:
+        raise UsageError(f"reward.overlong_share={reward.overlong_share} is outside (0, 1].")
     if reward.min_score >= reward.max_score:
         raise UsageError(
             f"reward.min_score={reward.min_score} is not below reward.max_score={reward.max_score}."

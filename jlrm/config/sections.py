@@ -55,7 +55,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class DataConfig:
     # A file, a directory, a url, hf:ORG/NAME or tfds:NAME, `#split` after it (data/readers.py); or
-    # "toy" or "languages": generated (data/worlds/).
+    # "toy", "languages", "lists" and others: generated (data/worlds/).
     train: str
     eval: str = ""  # held-out rows, named as above; empty: rows of `train`, by whole questions
     # Number of held-out comparisons; 0: 200, but of `train` at most a fifth.
@@ -73,7 +73,9 @@ class DataConfig:
     # Two scores of the file and what they become, if its scale is not the reward's: {0: 1, 100: 10}
     rescale: dict[str, float] = field(default_factory=dict)
     # "shuffled", a control: in half the training pairs, by chance, gold names the worse answer.
-    gold: Literal["given", "shuffled"] = "given"
+    # "majority": GRPO pays agreement with what most judgements of a group prefer; the gold of a
+    # training row is counted by metrics alone.
+    gold: Literal["given", "shuffled", "majority"] = "given"
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
@@ -105,7 +107,8 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class RewardConfig:
-    # Formula of the reward: the authors' code, its symmetric form, or only what `plugins` pay.
+    # Formula of the reward: the authors' code, its symmetric form, or only what `plugins` pay (and
+    # `overlong`).
     mode: Literal["judgelrm", "judgelrm_symmetric", "none"] = "judgelrm_symmetric"
     format: float = 1.0  # paid for well-formed output
     out_of_range: float = -0.5  # instead of `format`: well-formed, but a score is outside the scale
@@ -126,6 +129,10 @@ class RewardConfig:
     swap_consistency: NonNegative = 0.0
     length: float = 0.0  # completion longer than `length_tokens` (the paper's ablation: 0.2)
     length_tokens: int = 120  # tokens of a completion that `length` asks for
+    # Paid at the token limit, growing from 0 over the last `overlong_share` of it, whatever was
+    # written (DAPO: -1.0).
+    overlong: float = 0.0
+    overlong_share: float = 0.2  # see `overlong`
     limit: float = 0.0  # completion cut by the token limit (the paper's ablation: -1.0)
     min_score: int = 1  # lowest score of the scale; the prompt `jlrm` names it too
     max_score: int = 10  # highest score of the scale

@@ -23,6 +23,7 @@ from jlrm.data.tokenizer import (
     control_tokens,
     encode,
     prompt_template,
+    question_template,
 )
 from jlrm.judgement import prompts
 
@@ -31,12 +32,13 @@ ENCODE_ROWS = 256  # rows tokenised at a time: tokenizers keep some 200 bytes a 
 
 @dataclass(frozen=True)
 class Example:
-    """One comparison ready for the model: its prompt, and for SFT the judgement to imitate."""
+    """One comparison ready for the model: its prompt, and what is to be learned of it, if known."""
 
     comparison: Comparison
     prompt: str
     prompt_ids: Sequence[int]
-    target_ids: Sequence[int] = ()
+    target_ids: Sequence[int] = ()  # the judgement to imitate, or what is preferred
+    other_ids: Sequence[int] = ()  # what it is preferred to
 
 
 Encode = Callable[[Sequence[Comparison]], list[Example]]
@@ -52,7 +54,7 @@ class Examples:
 
     rows: ShardedRows
     encode: Encode
-    lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target
+    lengths: Int[np.ndarray, "N 2"]  # tokens of the prompt, and of the target (the longer of two)
     dropped: list[Dropped]
 
     def __len__(self) -> int:
@@ -74,17 +76,26 @@ class Examples:
         return dataclasses.replace(self, rows=self.rows.select(rows), lengths=lengths)
 
 
-def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (1, 10)) -> Encode:
+def prompt_encoder(
+    tokenizer: Tokenizer,
+    prompt: str,
+    scale: tuple[int, int] = (1, 10),
+    *,
+    has_reference: bool = False,
+) -> Encode:
     """Return what fills and tokenises the prompts of rows, however long.
 
     Args:
       prompt: the template's name.
       scale: written into a prompt that states one.
+      has_reference: it shows the row's reference answer.
 
     Raises:
       UsageError: no such template.
     """
-    template = prompt_template(tokenizer, prompt, min_score=scale[0], max_score=scale[1])
+    template = prompt_template(
+        tokenizer, prompt, min_score=scale[0], max_score=scale[1], has_reference=has_reference
+    )
     quote = functools.partial(prompts.quote, name=prompt, control_tokens=control_tokens(tokenizer))
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
@@ -94,7 +105,22 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
                 question=quote(row.question),
                 answer_1=quote(row.answer_1),
                 answer_2=quote(row.answer_2),
+                reference=quote(row.reference),
             )
+            for row in rows
+        ]
+        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+
+    return encode_rows
+
+
+def question_encoder(tokenizer: Tokenizer) -> Encode:
+    """Return what tokenises the questions of rows, as a model is asked them."""
+    template, control = question_template(tokenizer), control_tokens(tokenizer)
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        texts = [
+            prompts.fill(template, question=prompts.neutralise(row.question, control))
             for row in rows
         ]
         return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
@@ -105,12 +131,14 @@ def prompt_encoder(tokenizer: Tokenizer, prompt: str, scale: tuple[int, int] = (
 def count_tokens(
     rows: Sequence[Comparison], encode_rows: Encode, *, progress: str = ""
 ) -> Int[np.ndarray, "N 2"]:
-    """Count the tokens of every row's prompt and target."""
+    """Count the tokens of every row's prompt and target, of two targets those of the longer."""
     lengths = np.zeros((len(rows), 2), np.int32)
     with tqdm(total=len(rows), desc=progress, disable=not progress, delay=1) as bar:
         for start in range(0, len(rows), ENCODE_ROWS):
             examples = encode_rows(rows[start : start + ENCODE_ROWS])
-            counts = [(len(e.prompt_ids), len(e.target_ids)) for e in examples]
+            counts = [
+                (len(e.prompt_ids), max(len(e.target_ids), len(e.other_ids))) for e in examples
+            ]
             lengths[start : start + ENCODE_ROWS] = counts
             bar.update(len(examples))
     return lengths
@@ -165,23 +193,27 @@ def encode_targets(
     max_tokens: int,
     end_id: int,
     scale: tuple[int, int] = (1, 10),
+    reasoning: str = "before",
 ) -> Examples:
     """Add the written judgement of every example that has one, ended by the end token.
 
-    Left out: "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no
-    verdict).
+    `reasoning` is that of `SFTConfig`: with "none" the gold scores are a judgement. Left out:
+    "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no verdict).
 
     Raises:
       UsageError: no example left.
     """
-    is_judged = examples.rows.flags("rows with a judgement", _is_judged)
+    needs_text = reasoning != "none"
+    is_judged = examples.rows.flags(
+        "rows with a judgement", lambda row: row.judgement is not None or not needs_text
+    )
     if not is_judged.any():
         raise UsageError(
             f"SFT has nothing to imitate: none of {len(examples)} rows has a written judgement, "
-            "that is scores and a text `reasoning` in `meta`. Set sft.steps=0 to train by GRPO "
-            "alone, which needs labels only."
+            "that is scores and a text `reasoning` in `meta`. Set sft.reasoning=none to imitate "
+            "labels alone, or sft.steps=0 to train by GRPO alone, which needs no more either."
         )
-    encode_rows = _target_encoder(examples.encode, tokenizer, end_id, scale)
+    encode_rows = _target_encoder(examples.encode, tokenizer, end_id, scale, reasoning)
     written = examples.rows.select(np.flatnonzero(is_judged))
     lengths = written.table("lengths of targets", count_tokens(written.mine, encode_rows))
     is_over = lengths[:, 1] > max_tokens
@@ -200,16 +232,20 @@ def encode_targets(
 
 
 def _target_encoder(
-    encode_prompt: Encode, tokenizer: Tokenizer, end_id: int, scale: tuple[int, int]
+    encode_prompt: Encode, tokenizer: Tokenizer, end_id: int, scale: tuple[int, int], place: str
 ) -> Encode:
     """Return what tokenises the prompts of rows and their written judgements."""
     control = control_tokens(tokenizer)
 
     def text(example: Example) -> str:
-        assert example.comparison.judgement, "a row without a written judgement"
-        reasoning, judged = example.comparison.judgement
-        reasoning = prompts.neutralise(reasoning, control)
-        target = prompts.target(reasoning, *judged, min_score=scale[0], max_score=scale[1])
+        row = example.comparison
+        written = ("", row.gold(scale)) if place == "none" else row.judgement
+        assert written, "a row without a written judgement"
+        reasoning, judged = prompts.neutralise(written[0], control), written[1]
+        low, high = scale
+        target = prompts.target(
+            reasoning, *judged, min_score=low, max_score=high, is_after=place == "after"
+        )
         # A prompt that opens its `<think>` with a line break has the target's first one already.
         return target.removeprefix("\n") if example.prompt.endswith("\n") else target
 
@@ -223,10 +259,6 @@ def _target_encoder(
         ]
 
     return encode_rows
-
-
-def _is_judged(row: Comparison) -> bool:
-    return row.judgement is not None
 
 
 def batch_rows(

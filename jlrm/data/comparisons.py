@@ -42,6 +42,8 @@ REASONS = {
     "overlong": "with a prompt that is too long",
     "no_judgement": "without a written judgement",
     "overlong_judgement": "with a written judgement that is too long",
+    "tie": "in which nothing is preferred",
+    "overlong_target": "with an answer or a verdict that is too long",
     "duplicate": "that repeat an earlier row",
     "contaminated_exact": "that ask a benchmark's question",
     "contaminated_whole": "whose question contains a benchmark's",
@@ -49,6 +51,7 @@ REASONS = {
 }
 
 
+_NAMED = regex.compile(r"(?i)\b((?:assistant|answer|response)\s*#?)([12])\b")
 FILE_ROWS = 1 << 40  # more rows than a file has
 
 
@@ -125,6 +128,19 @@ class Comparison:
             return None
         return reasoning, (judged[0], judged[1])
 
+    @property
+    def reference(self) -> str:
+        """A reference answer, from the column of that name; "" where there is none."""
+        told = self.meta.get("reference")
+        told = told.get("text") if isinstance(told, Mapping) else told  # JudgeLM has an object
+        return told if isinstance(told, str) else ""
+
+    def gold(self, scale: tuple[int, int]) -> tuple[float, float]:
+        """Both gold scores; a preference alone is worth the whole scale, a tie its middle."""
+        (low, high), middle = scale, sum(scale) / 2
+        by_label = {0: (middle, middle), 1: (high, low), 2: (low, high)}
+        return self.scores or by_label[self.label]
+
     def record(self) -> dict[str, Any]:
         """Return the row as a plain dictionary, without its place and order."""
         ours = ("where", "is_swapped")
@@ -143,6 +159,24 @@ class Comparison:
             # A written judgement names the answers by their places.
             meta={k: v for k, v in self.meta.items() if k not in ("reasoning", "judged")},
         )
+
+    def mirrored(self) -> Comparison:
+        """Return the row as `swapped` does, with its written judgement turned round too.
+
+        Names of the answers in its text change places: "Assistant 1", "answer 2".
+        """
+        row = self.swapped()
+        if self.judgement is None:
+            return row
+        reasoning, judged = self.judgement
+        turned = _NAMED.sub(lambda hit: f"{hit[1]}{3 - int(hit[2])}", reasoning)
+        written = {"reasoning": turned, "judged": list(judged[::-1])}
+        return dataclasses.replace(row, meta={**row.meta, **written})
+
+    def chance(self, seed: int, what: str) -> float:
+        """Return a number from 0 to 1 by which the row is chosen for something, or is not."""
+        told = json.dumps([seed, what, self.id, self.question, self.answer_1, self.answer_2])
+        return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8]) / 2**64
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import logging
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -24,7 +24,8 @@ from jlrm.data.comparisons import Where, listed
 
 log = logging.getLogger(__name__)
 
-Rows = Iterator[tuple[Where, Any]]  # the place, its source left out, and what stands there
+# The place, its source left out, and what stands there: a row, or a `Torn` one.
+Rows = Iterator[tuple[Where, Any]]
 
 DELIMITERS = (",", ";", "\t", "|")
 READ_ROWS = 1024  # at a time, where a source gives them by number
@@ -53,6 +54,12 @@ MESSAGE = {"role", "from"}  # keys of a turn: a list of turns is a cell, no tabl
 ABOUT = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}  # no rows
 
 
+class Torn(NamedTuple):
+    """What stands in the place of a row that is none; the rows after it can be read."""
+
+    reason: str  # follows the place in a sentence
+
+
 def kind_of(name: str) -> str:
     """Return the kind of a data file, "json", "csv", "tsv" or "parquet", and "" of any other."""
     ending = pathlib.PurePath(name.lower().removesuffix(".gz")).suffix
@@ -72,7 +79,7 @@ def read_file(
       every: counts rows, or lines, from 0; has a start and a step.
 
     Raises:
-      UsageError: no such format, or a line that is not of its format, named.
+      UsageError: no such format, or content that is not of its format, after which no row is found.
     """
     kind = kind_of(path.name)
     if kind == "json":
@@ -112,7 +119,7 @@ def _json_rows(path: pathlib.Path, name: str, every: slice) -> Rows:
         lines = enumerate(file, 1)
         for number, line in itertools.islice(lines, every.start, every.stop, every.step):
             if line.strip():
-                yield Where(number, "line"), _from_json(line, f"{name}, line {number}")
+                yield Where(number, "line"), _line(line)
 
 
 def _whole(file: TextIO, name: str) -> list[Any] | None:
@@ -123,7 +130,7 @@ def _whole(file: TextIO, name: str) -> list[Any] | None:
             row = json.loads(first)
         except (ValueError, RecursionError):
             if first.strip() != "{":
-                return None  # a torn line, which is named where lines are read
+                return None  # a torn line
         else:
             return None if any(map(str.strip, file)) else _table(row)
     file.seek(0)
@@ -153,10 +160,17 @@ def _table(given: Any) -> list[Any] | None:
 
 
 def _from_json(text: str, where: str) -> Any:
+    read = _line(text)
+    if isinstance(read, Torn):
+        raise UsageError(f"{where} {read.reason}")
+    return read
+
+
+def _line(text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is not valid JSON: {error}.") from None
+        return Torn(f"is not valid JSON: {error}.")
 
 
 def _parquet_rows(path: pathlib.Path, every: slice) -> Rows:
@@ -308,10 +322,12 @@ def _csv_rows(
             if not cells:
                 continue
             if len(cells) != len(header):
-                raise UsageError(
-                    f"{name}, row {number} has {len(cells)} cells, the header has {len(header)}. "
-                    'A text that holds the delimiter or a line break must stand in quotes ("...").'
+                reason = (
+                    f"has {len(cells)} cells, the header has {len(header)}. A text that holds the "
+                    'delimiter or a line break must stand in quotes ("...").'
                 )
+                yield Where(number), Torn(reason)
+                continue
             yield (
                 Where(number),
                 {

@@ -34,6 +34,7 @@ from jlrm.data.comparisons import (
 from jlrm.data.dataset import NAME
 from jlrm.data.files import (
     Rows,
+    Torn,
     data_files,
     files_of_split,
     read_file,
@@ -49,7 +50,7 @@ from jlrm.data.forms import (
     respelled,
     there_are,
 )
-from jlrm.data.worlds import languages
+from jlrm.data.worlds import languages, lists
 from jlrm.judgement import labels
 from jlrm.runtime.storage import local_copy
 
@@ -59,6 +60,7 @@ T = TypeVar("T")
 NUMBERS = {"score_1", "score_2", "score", "score_w_reference", "preference"} | {
     *("score_chosen", "score_rejected")
 }  # in CSV: not text
+WORLDS = {"languages": languages.rows, **lists.WORLDS}  # made up here (data/worlds/)
 MANY_ROWS = 20_000  # more than these are worth a progress bar
 ALL = slice(0, None, 1)  # rows that are read, counted from 0
 # What marks directories that a library reads.
@@ -97,9 +99,9 @@ def read(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
 ) -> Comparisons:
-    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or `languages`.
+    """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or a world.
 
-    `#SPLIT` may follow a dataset's name (default: train); `languages` is the world of that name.
+    `#SPLIT` may follow a dataset's name (default: train); WORLDS has what is made up here.
     `columns` maps our field names to the source's own, `values` the source's labels to ours,
     {theirs: 1, 2 or 0}; `scores` says which scores of a JudgeLM row are gold, "score" or
     "score_w_reference". Rows may be in five forms, told apart by their keys: ours, JudgeLM-100K's,
@@ -171,7 +173,7 @@ def each_row(
         place = place._replace(source=source)
         where = str(place)
         if not isinstance(raw, dict):
-            raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
+            raise UsageError(f"{where} {no_object(raw)}")
         seen.lacking.difference_update(raw)
         row = respelled(renamed(raw, columns, where))
         own = next((key for key in IDS if row.get(key) is not None), "id")
@@ -195,9 +197,9 @@ def each_row(
 
 def _of_piece(piece: Portion, source: str, columns: Mapping[str, str], every: slice) -> Rows:
     if not piece.file:
-        yield from checked_rows(source, columns, every)
+        yield from each_place(source, columns, every)
         return
-    for place, row in checked_rows(piece.file, columns, every):
+    for place, row in each_place(piece.file, columns, every):
         yield place._replace(file=piece.file, file_number=piece.number), row
 
 
@@ -256,8 +258,8 @@ def _local(name: str) -> pathlib.Path | None:
 
 def _open(source: str, columns: Mapping[str, str], every: slice) -> Rows:
     name, split = without_split(source)
-    if name == "languages":
-        return libraries.numbered(languages.rows(split), every)
+    if name in WORLDS:
+        return libraries.numbered(WORLDS[name](split), every)
     path = _local(name)
     if path is None and name.startswith("hf:"):
         return libraries.hub_rows(name.removeprefix("hf:"), split, every)
@@ -281,8 +283,31 @@ def without_split(source: str) -> tuple[str, str]:
     return (source, "") if is_path or not name else (name, split)
 
 
-def checked_rows(source: str, columns: Mapping[str, str], every: slice = ALL) -> Rows:
-    """Say in one sentence whatever the file system or a library raises while it reads."""
+def no_object(raw: object) -> str:
+    """Return why what stands in the place of a row is no object, as a sentence without subject."""
+    if isinstance(raw, Torn):
+        return raw.reason
+    return f"must be a JSON object, got {type(raw).__name__}."
+
+
+def checked_rows(source: str, columns: Mapping[str, str]) -> Rows:
+    """Yield what `each_place` does, where every line must be whole.
+
+    Raises:
+      UsageError: a line is torn, or as `each_place`.
+    """
+    for place, row in each_place(source, columns):
+        if isinstance(row, Torn):
+            raise UsageError(f"{place._replace(source=source)} {row.reason}")
+        yield place, row
+
+
+def each_place(source: str, columns: Mapping[str, str], every: slice = ALL) -> Rows:
+    """Yield what stands in each place of a source: rows, and `Torn` ones.
+
+    Raises:
+      UsageError: whatever the file system or a library raises while it reads, in one sentence.
+    """
     try:
         yield from _open(source, columns, every)
     except UsageError:

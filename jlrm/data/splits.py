@@ -50,7 +50,7 @@ def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) ->
       UsageError: a source that can't be read, or that leaves nothing to train on.
     """
     splits = _as_given(data, scale, needs_scores)
-    if data.gold == "given":
+    if data.gold != "shuffled":
         return splits
     log.warning("data.gold=shuffled: a control, whose training gold says nothing")
     train = dataclasses.replace(splits.train, mine=[_by_chance(row) for row in splits.train.mine])

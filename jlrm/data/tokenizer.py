@@ -41,6 +41,8 @@ CLOCK = (
     )
     + " | replace('%%', '%') }}{% endmacro %}{{ '' }}"
 )
+# Pieces of a tokenizer that falls back to bytes: a byte, and what stands for a space.
+FALLBACK, SPACE = re.compile("<0x([0-9A-F]{2})>"), "\N{LOWER ONE EIGHTH BLOCK}"
 # What templates write to switch thinking off: an empty block, or its end alone.
 EMPTY_THINKING = re.compile(r"((<think>\s*)?</think>\s*)+(?=(<think>\s*)?$)")
 
@@ -147,13 +149,19 @@ def _ends_of(file: pathlib.Path) -> list[int]:
 
 
 def prompt_template(
-    tokenizer: Tokenizer, name: str, *, min_score: int = 1, max_score: int = 10
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    min_score: int = 1,
+    max_score: int = 10,
+    has_reference: bool = False,
 ) -> str:
     """Return the text of a pair template, with its fields `{question}`, `{answer_1}`, `{answer_2}`.
 
     `jlrm` goes through the tokenizer's chat template, thinking switched on where it has a switch,
     and opens `<think>` exactly once whether or not that template does so itself. The scale is
-    written into it; the other templates are fixed texts.
+    written into it; the other templates are fixed texts. `has_reference` adds the field
+    `{reference}`, for which `jlrm` alone has a place.
 
     Raises:
       UsageError: no such template, no chat template, or one that can't be filled or that a field
@@ -161,7 +169,8 @@ def prompt_template(
     """
     if name in prompts.PAIR_TEMPLATES:
         return prompts.PAIR_TEMPLATES[name]
-    return whole_text(tokenizer, name, prompts.messages(name, min_score, max_score))
+    asked = prompts.messages(name, min_score, max_score, has_reference=has_reference)
+    return whole_text(tokenizer, name, asked)
 
 
 def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:
@@ -210,6 +219,28 @@ def chat_text(tokenizer: Tokenizer, chat: Sequence[Mapping[str, str]]) -> str:
     except Exception as error:
         raise UsageError(f"The chat template refuses these messages: {_why(error)}.") from None
     return open_thinking(text)
+
+
+def question_template(tokenizer: Tokenizer) -> str:
+    """Return what a model sees of a question that it is to answer, with the field `{question}`.
+
+    It is the tokenizer's chat template, or ChatML where it has none.
+
+    Raises:
+      UsageError: a chat template that can't be filled, or that changes the question.
+    """
+    field = "{question}"
+    if not tokenizer.chat_template:
+        return f"<|im_start|>user\n{field}<|im_end|>\n<|im_start|>assistant\n"
+    try:
+        text = _fill_chat(tokenizer, [{"role": "user", "content": field}])
+    except Exception as error:  # a template is a program, as above
+        raise UsageError(
+            f"The tokenizer's chat template can't write a question ({_why(error)})."
+        ) from None
+    if text.count(field) != 1:
+        raise UsageError("The tokenizer's chat template changes or drops a question.")
+    return text
 
 
 def open_thinking(text: str) -> str:
@@ -266,13 +297,16 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     """Return the bytes that every id stands for, up to the highest; none for an id in a gap.
 
     Raises:
-      UsageError: not a byte-level BPE tokenizer (every Qwen one is).
+      UsageError: a tokenizer that is neither byte-level (Qwen, Llama 3) nor falls back to bytes
+        (Mistral).
     """
     decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
     kinds = [decoder.get("type")] + [part.get("type") for part in decoder.get("decoders", [])]
-    if "ByteLevel" not in kinds:
+    falls_back = "ByteFallback" in kinds
+    if "ByteLevel" not in kinds and not falls_back:
         raise UsageError(
-            f"sampling.stop_strings need a byte-level tokenizer, this one decodes by {kinds}."
+            f"sampling.stop_strings need a tokenizer of bytes, this one decodes by {kinds}. With "
+            "sampling.stop_strings={} only the end tokens stop a judgement."
         )
     added = {index: text for text, index in tokenizer.get_added_vocab().items()}
     spelled = byte_of_character()
@@ -281,6 +315,10 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     for index, piece in enumerate(pieces):
         if index in added or piece is None:
             bytes_of_ids.append(added.get(index, "").encode())
+        elif falls_back:
+            byte = FALLBACK.fullmatch(piece)
+            text = piece.replace(SPACE, " ")
+            bytes_of_ids.append(bytes.fromhex(byte[1]) if byte else text.encode())
         elif spelled.keys() >= set(piece):
             bytes_of_ids.append(bytes(spelled[character] for character in piece))
         else:  # a piece that is no spelling of bytes stands for itself, as in the library's decoder

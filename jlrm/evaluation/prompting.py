@@ -14,13 +14,18 @@ prompts of ours.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from jlrm.config import UsageError, nearest
+from jlrm.data.batches import Example
+from jlrm.data.comparisons import Comparison
+from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, whole_text
 from jlrm.evaluation.games import Game
 from jlrm.judgement import prompts
 from jlrm.judgement.prompts import PromptText
@@ -29,6 +34,7 @@ PAIR, SINGLE = ("question", "answer_1", "answer_2"), ("question", "answer")
 MORE = ("reference", "rubric", "min_score", "max_score")
 PLACES = (*PAIR, "answer", *MORE)
 LARGEST = 2**20  # bytes of a template
+EncodeGames = Callable[[Sequence[Game]], list[Example]]
 
 _PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
 
@@ -171,3 +177,28 @@ def prompting(name: str, scale: tuple[int, int] = (1, 10)) -> Prompting:
 def places(own: str) -> set[str]:
     """Return the names of a template's places."""
     return {hit[2] for hit in _PLACE.finditer(own) if hit[2]}
+
+
+def game_encoder(tokenizer: Tokenizer, asked: Prompting) -> EncodeGames:
+    """Return what fills and tokenises the prompts of games, however long.
+
+    Raises:
+      UsageError: there is no such prompt, or the tokenizer's chat template can't write it; and
+        later for games that it has no form for.
+    """
+    text = functools.cache(partial(whole_text, tokenizer, asked.name))
+    text(asked.plain)  # what is wrong is heard of at once
+    quote = partial(prompts.quote, name=asked.name, control_tokens=control_tokens(tokenizer))
+
+    def encode_games(games: Sequence[Game]) -> list[Example]:
+        texts = [asked.fill(text(asked.text(game)), game, quote) for game in games]
+        rows = map(comparison, games)
+        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
+
+    return encode_games
+
+
+def comparison(game: Game) -> Comparison:
+    """Return a game as what prompts are made of; its id is the game's."""
+    answers = game.item.answers
+    return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])

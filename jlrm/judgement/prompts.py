@@ -266,14 +266,20 @@ def quote(text: str, name: str, control_tokens: Iterable[str]) -> str:
 
 
 def target(
-    reasoning: str, score_1: float, score_2: float, *, min_score: int = 1, max_score: int = 10
+    reasoning: str,
+    score_1: float,
+    score_2: float,
+    *,
+    min_score: int = 1,
+    max_score: int = 10,
+    is_after: bool = False,
 ) -> str:
     """Write the judgement that an SFT example answers with; it continues the prompt's `<think>`.
 
     The scale is whole numbers. A half point is rounded away from the other score, so that no
     verdict becomes a tie (7.5 against 8 is written 7, 8), and up in both where the two are equal.
     A score beyond the scale is written as its nearest end. Tags inside the reasoning are broken
-    like control tokens, so the text always parses.
+    like control tokens, so the text always parses. With `is_after` it stands behind the scores.
     Raises UsageError for a score that is negative or not finite.
     """
     if not (0 <= score_1 < math.inf and 0 <= score_2 < math.inf):
@@ -286,7 +292,10 @@ def target(
         for whole in (_whole(score_1, score_2), _whole(score_2, score_1))
     )
     thoughts = neutralise(reasoning.strip(), TAGS)
-    return f"\n{thoughts}\n</think>\n<answer>{written_1}</answer><answer>{written_2}</answer>"
+    verdict = f"<answer>{written_1}</answer><answer>{written_2}</answer>"
+    if is_after:
+        return f"\n\n</think>\n{verdict}\n{thoughts}"
+    return f"\n{thoughts}\n</think>\n{verdict}"
 
 
 def split_judgelm_text(text: str) -> str:

@@ -46,7 +46,7 @@ from jlrm.judgement.verdict import (
 Terms = dict[str, float | None]
 
 CONTENT = ("relation", "preference", "absolute", "confidence", "brier")
-TERMS = ("format", "no_verdict", *CONTENT, "length")
+TERMS = ("format", "no_verdict", *CONTENT, "length", "overlong")
 
 # The main model: the authors' `reward_w_length`, which pays nothing for length despite its name.
 JUDGELRM = RewardConfig(mode="judgelrm", no_verdict=-2.0, min_score=0)
@@ -82,12 +82,15 @@ def pay(
     Source: paper v3 Eq. 1-5 and 9; the authors' `reward_score/judgelrm.py`.
     Raises UsageError in mode judgelrm_symmetric where there is neither.
     """
+    overlong = overlong_term(config, num_tokens, max_tokens)
     if config.mode == "none":
-        return dict.fromkeys(TERMS)
+        return {**dict.fromkeys(TERMS), "overlong": overlong if config.overlong else None}
     length = length_term(config, num_tokens, max_tokens)
     if config.mode == "judgelrm":
-        return _judgelrm(config, verdict, () if gold is None else gold, length)
-    return _symmetric(config, verdict, gold, preference, length)
+        terms = _judgelrm(config, verdict, () if gold is None else gold, length)
+    else:
+        terms = _symmetric(config, verdict, gold, preference, length)
+    return {**terms, "overlong": overlong}
 
 
 def total(terms: Mapping[str, float | None]) -> float:
@@ -123,6 +126,15 @@ def length_term(config: RewardConfig, num_tokens: int, max_tokens: int) -> float
     """Pay for a judgement above `length_tokens`, and for one that reached the limit."""
     paid = config.length if num_tokens > config.length_tokens else 0.0
     return paid + (config.limit if num_tokens >= max_tokens else 0.0)
+
+
+def overlong_term(config: RewardConfig, num_tokens: int, max_tokens: int) -> float:
+    """Pay for a completion near the token limit, more the nearer (DAPO, arXiv 2503.14476, Eq. 13).
+
+    Unlike `length_term` it is paid without a verdict too: a completion that was cut has none.
+    """
+    last = max(config.overlong_share * max_tokens, 1.0)
+    return config.overlong * min(max((num_tokens - max_tokens) / last + 1.0, 0.0), 1.0)
 
 
 def absolute_term(config: RewardConfig, scores: Sequence[float], gold: Sequence[float]) -> float:

@@ -20,19 +20,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from jlrm.config import MeshConfig
+from jlrm.config import MeshConfig, UsageError
 from jlrm.data.batches import Example
-from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import (
     Tokenizer,
-    control_tokens,
     decode,
-    encode,
     token_bytes,
-    whole_text,
 )
 from jlrm.evaluation.games import Backend, Game, Response
-from jlrm.evaluation.prompting import Prompting, prompting
+from jlrm.evaluation.prompting import game_encoder, prompting
 from jlrm.evaluation.reading import Reader
 from jlrm.judgement import prompts
 from jlrm.judges import asking
@@ -51,10 +47,9 @@ from jlrm.sampling.writer import (
     widths,
 )
 from jlrm.weights import hf_config, steps
-from jlrm.weights.source import model_files, read_params
+from jlrm.weights.source import model_files, num_labels, read_params
 
 STOP, STOP_SINGLE = {"</answer>": 2}, {"</answer>": 1}
-EncodeGames = Callable[[Sequence[Game]], list[Example]]
 Expect = Callable[[Params, Sequence["WrittenGame"]], list[Response]]
 
 
@@ -90,6 +85,11 @@ def open_model(
     Raises:
       UsageError: anything the user can mend.
     """
+    if num_labels(model):
+        raise UsageError(
+            f"{model} is a reward model: it scores answers and writes no judgement. python -m "
+            "jlrm.evaluate judges benchmarks with it."
+        )
     directory = model_files(model)
     config = hf_config.read_config(directory, compute_dtype=compute_dtype)
     if not steps.is_run(model):  # whose weights are masters, whatever it began from
@@ -190,25 +190,6 @@ def with_expected(
     yield from expect(waiting)
 
 
-def game_encoder(tokenizer: Tokenizer, asked: Prompting) -> EncodeGames:
-    """Return what fills and tokenises the prompts of games, however long.
-
-    Raises:
-      UsageError: there is no such prompt, or the tokenizer's chat template can't write it; and
-        later for games that it has no form for.
-    """
-    text = functools.cache(partial(whole_text, tokenizer, asked.name))
-    text(asked.plain)  # what is wrong is heard of at once
-    quote = partial(prompts.quote, name=asked.name, control_tokens=control_tokens(tokenizer))
-
-    def encode_games(games: Sequence[Game]) -> list[Example]:
-        texts = [asked.fill(text(asked.text(game)), game, quote) for game in games]
-        rows = map(comparison, games)
-        return [Example(*each) for each in zip(rows, texts, encode(tokenizer, texts), strict=True)]
-
-    return encode_games
-
-
 def make_expectation(policy: TextPolicy, scale: tuple[int, int]) -> Expect:
     """Return what adds expected scores to responses."""
     read = Reader("lenient", scale)
@@ -254,12 +235,6 @@ def answer(tokenizer: Tokenizer, written: Written) -> Response:
         num_tokens=sum(len(each.ids) for each in written.completions),
         seconds=written.seconds,
     )
-
-
-def comparison(game: Game) -> Comparison:
-    """Return a game as what prompts are made of; its id is the game's."""
-    answers = game.item.answers
-    return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])
 
 
 def too_long(example: Example, max_prompt_tokens: int) -> Response:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import pathlib
@@ -21,6 +22,8 @@ from jlrm.evaluation.games import Backend
 from jlrm.evaluation.prompting import prompting
 from jlrm.judges import requests
 from jlrm.runtime.settings import load
+
+log = logging.getLogger(__name__)
 
 BATCHES = "batches.json"
 JLRM, OPENAI, VERDICTS, HEURISTIC = "jlrm", "openai", "verdicts", "heuristic"
@@ -46,8 +49,8 @@ OPTIONS: dict[str, Option] = {
         "lowest and highest score (1 10; of a run: its own)",
         settings={"nargs": 2, "metavar": ("MIN", "MAX")},
     ),
-    "max_prompt_tokens": Option((JLRM,), 4096, "longest prompt"),
-    "max_new_tokens": Option(BOTH, 2048, "longest judgement"),
+    "max_prompt_tokens": Option((JLRM,), 4096, "longest prompt; fewer if there are no positions"),
+    "max_new_tokens": Option(BOTH, 2048, "longest judgement; fewer if there are no positions"),
     "temperature": Option(BOTH, 0.0, "of sampling (0: the likeliest token)"),
     "top_p": Option(BOTH, 1.0, "share of probability sampled from"),
     "votes": Option(BOTH, 1, "judgements per game, whose scores are averaged"),
@@ -55,7 +58,7 @@ OPTIONS: dict[str, Option] = {
     "repetition_penalty": Option((JLRM,), 1.0, "of tokens that were written already; 1: none"),
     "stop": Option((JLRM,), True, "end after the second score, or go on"),
     "compute_dtype": Option((JLRM,), "bfloat16", "precision of activations: bfloat16 or float32"),
-    "batch_size": Option((JLRM,), 32, "games decoded together", False),
+    "batch_size": Option((JLRM,), 32, "games decoded together; fewer if there are fewer", False),
     "fit_batches": Option(
         (JLRM,),
         False,
@@ -108,6 +111,8 @@ OPTIONS: dict[str, Option] = {
     "budget": Option((OPENAI,), 0.0, "dollars at which to stop (0: none)", False),
     "batch": Option((OPENAI,), False, "ask by batch files: half the price, within a day", False),
 }
+# Of a model of ours these are left open until the model and the games are known (`settled`).
+OPEN = ("max_prompt_tokens", "max_new_tokens", "batch_size")
 # Older journals do not name these; with their defaults they shape nothing.
 ADDED = ("system", "request")
 AT_LEAST_ONE = (
@@ -140,7 +145,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> N
 
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of the backend, each with its value.
+    """Return the options of the backend, each with its value; None for those that are `OPEN`.
 
     Raises:
       UsageError: an option was given that the backend does not have, a value out of range, or a
@@ -150,7 +155,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     for name, option in OPTIONS.items():
         value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
         if args.backend in option.backends:
-            chosen[name] = option.default if value is None else value
+            is_open = args.backend == JLRM and name in OPEN
+            chosen[name] = option.default if value is None and not is_open else value
         elif value is not None:
             raise UsageError(f"{flag} has no effect with --backend {args.backend}.")
         if name in AT_LEAST_ONE and value is not None and value < 1:
@@ -204,6 +210,52 @@ def pinned(backend: str, model: str) -> str:
     return steps.pinned(model)
 
 
+def settled(
+    backend: str, model: str, chosen: Mapping[str, Any], num_games: int = 0
+) -> dict[str, Any]:
+    """Return the options with those that are `OPEN`, as far as they are not given.
+
+    A prompt and a judgement are as long as the model has positions for, but no longer than usual.
+    A batch is as large as the games are many, 0 if that is not known, up to the usual size. These
+    are all games of a command, so that those left after a stop are judged by the same programs.
+    """
+    if backend != JLRM:
+        return dict(chosen)
+    usual = OPTIONS["max_prompt_tokens"].default, OPTIONS["max_new_tokens"].default
+    given = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
+    positions = num_positions(model) if None in given else 0
+    longest = limits(positions, given, usual)
+    told = zip(given, longest, usual, strict=True)
+    if any(own is None and mine < most for own, mine, most in told):
+        log.warning(
+            "%s has %d positions: prompts of up to %d tokens and judgements of up to %d "
+            "(max_prompt_tokens, max_new_tokens).",
+            *(model, positions, *longest),
+        )
+    batch_size = OPTIONS["batch_size"].default
+    if num_games:
+        batch_size = min(1 << (num_games - 1).bit_length(), batch_size)
+    sizes: dict[str, int] = dict(zip(OPEN, (*longest, batch_size), strict=True))
+    return {name: sizes[name] if value is None else value for name, value in chosen.items()}
+
+
+def num_positions(model: str) -> int:
+    """Return the number of tokens that a model has positions for."""
+    from jlrm.weights import hf_config, source
+
+    return hf_config.read_config(source.model_files(model)).max_position_embeddings
+
+
+def limits(
+    positions: int, given: tuple[int | None, int | None], usual: tuple[int, int]
+) -> tuple[int, int]:
+    """Return the most tokens of a prompt and of a judgement; what is given stays."""
+    prompt, new = given
+    if new is None:
+        new = min(usual[1], positions // 2 if prompt is None else max(positions - prompt, 1))
+    return min(usual[0], max(positions - new, 1)) if prompt is None else prompt, new
+
+
 def identity(backend: str, model: str, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """Return everything that shapes the responses of a judge, apart from what it is asked."""
     if backend == VERDICTS:
@@ -231,12 +283,18 @@ def make(
     given = dict(chosen)
     scale = tuple(given.pop("scale"))
     if backend == JLRM:
-        from jlrm.judges import local
+        from jlrm.evaluation import scored
+        from jlrm.judges import asking, local
         from jlrm.sampling import writer
+        from jlrm.weights import source
 
         grid, stops = mesh(given.pop("mesh")), local.STOP if given.pop("stop") else {}
         own = ("prompt", "max_prompt_tokens", "compute_dtype", "apart")
         others = {name: given.pop(name) for name in own}
+        if source.num_labels(model):
+            size = given["batch_size"]
+            judge = scored.make(model, scale=scale, batch_size=size, mesh=grid, **others)
+            return asking.in_blocks(judge, size) if others["apart"] else judge
         decoding = writer.DecodingSettings(**given, seed=seed, stop_strings=stops)
         return local.make(model, scale=scale, decoding=decoding, mesh=grid, **others)
     from jlrm.judges import batch, openai

@@ -1,4 +1,4 @@
-"""Qwen2/2.5, Qwen3 and Llama dense decoders: pre-norm, rotary positions, grouped queries, SwiGLU.
+"""Dense decoders of Qwen2 to 3, Llama and Mistral: pre-norm, RoPE, grouped queries, SwiGLU.
 
 One `Block` serves training and decoding. It is told how to `attend`, and returns what `attend`
 returned beside the output. For training, `hidden_states` scans the block over stacked layer
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 from jlrm.model import gradient_sums
 from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
-from jlrm.model.rope import Rope, Yarn, angles, rotate
+from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime import exact
 from jlrm.runtime.mesh import LOCAL, Layout, Local
@@ -51,12 +51,15 @@ class QwenConfig:
     num_key_value_heads: int
     head_dim: int
     qkv_bias: bool  # Qwen2, Qwen2.5
-    qk_norm: bool  # Qwen3; Llama has neither
+    qk_norm: bool  # Qwen3; Llama and Mistral have neither
     tie_word_embeddings: bool
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
-    yarn: Yarn | None = None
+    rope_scaling: Scaling | None = None
+    # The name in config.json. Two families may compute the same, so it makes no other model.
+    model_type: str = field(default="", kw_only=True, compare=False)
+    num_labels: int = field(default=0, kw_only=True)  # scores of a reward model; 0: it writes text
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
@@ -192,8 +195,11 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
 def param_letters(config: QwenConfig) -> Any:
     """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
     layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
-    table = PartitionSpec("V", "D")
-    outer = {"embed": table} if config.tie_word_embeddings else {"embed": table, "head": table}
+    outer = {"embed": PartitionSpec("V", "D")}
+    if config.num_labels:
+        outer["score"] = PartitionSpec("D", None)
+    elif not config.tie_word_embeddings:
+        outer["head"] = PartitionSpec("V", "D")
     layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
     return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
 
@@ -231,7 +237,7 @@ def hidden_states(
     device of slices such as v5e 4x4 (7B on v5e-16: 99 GiB of all-reduce in an update, compiled).
     """
     letters = param_letters(config)
-    names = {name for name in params if name != "head"}
+    names = {name for name in params if name not in ("head", "score")}
     attend = partial(_attend_packed, config.exact, layout.platform)
     block = Block(config, LOCAL, attend)
 
@@ -282,9 +288,14 @@ def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
     return params["embed"] if config.tie_word_embeddings else params["head"]
 
 
+def scores(params: Params, states: Float[Array, "B C D"]) -> Float[Array, "B C labels"]:
+    """Apply the head of a reward model, in float32: nothing is preferred by rounding."""
+    return jnp.einsum("BCD,DK->BCK", states, params["score"], preferred_element_type=jnp.float32)
+
+
 def rope(config: QwenConfig, positions: Int[Array, "B T"]) -> Rope:
     """Return the rotary angles of these positions."""
-    return angles(positions, config.head_dim, config.rope_theta, config.yarn)
+    return angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
 def embed(
@@ -335,7 +346,9 @@ def _init(config: QwenConfig, key: Array) -> Params:
         "layers": jax.vmap(lambda key: nn.unbox(_init_layer(config, key)))(layer_keys),
         "final_norm": {"scale": jnp.ones(config.hidden_size, dtype)},
     }
-    if not config.tie_word_embeddings:
+    if config.num_labels:  # all scores are equal until something is learned
+        params["score"] = jnp.zeros((config.hidden_size, config.num_labels), dtype)
+    elif not config.tie_word_embeddings:
         params["head"] = _fan_in_normal((1,))(head_key, shape, dtype)
     return params
 

@@ -3,9 +3,10 @@
     bash launch/peers.sh .peers                          # makes their Pythons, once
     python -m jlrm.bench --against hf,trl,tunix --size small
 
-One model with random weights, in float32 on this machine's CPU, and one batch for all. Rollouts
-draw every token at temperature 1; an update is one step of GRPO on a given batch; an iteration is a
-rollout, its rewards, log-probabilities of the reference, and an update.
+One model with random weights, in float32 on this machine's CPU (`--device`, `--dtype`), and one
+batch for all. Rollouts draw every token at temperature 1; an update is one step of GRPO on a given
+batch; an iteration is a rollout, its rewards, log-probabilities of the reference, and an update.
+Whether all compute the same is seen in float32 always.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Sequence
 from jlrm.config import RunError, UsageError, nearest
 from jlrm.peers import measure, workload
 from jlrm.peers.measure import PHASES, AgainstResult, CheckedPeer, PeerFigures
-from jlrm.peers.processes import LIBRARIES, OURS, Site, mallocs
+from jlrm.peers.processes import DEVICES, LIBRARIES, MALLOCS, OURS, Site
 from jlrm.peers.workload import PROMPTS, ROLLOUTS, SIZES
 from jlrm.reports import contracts, tables
 
@@ -48,8 +49,10 @@ def main(words: Sequence[str]) -> None:
             raise UsageError(f"{flag} {value} is outside 1 to {MOST}.")
     size, load = SIZES[args.size], os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="jlrm-against-") as directory:
-        site = Site(pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience)
-        workload.write(site.workload, size)
+        site = Site(
+            pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience, args.device
+        )
+        workload.write(site.workload, size, args.device, args.dtype)
         checked = measure.check(site, names)
         able = [each.library for each in checked if not each.refused and each.library != OURS]
         _refuse_missing(checked)
@@ -61,6 +64,8 @@ def main(words: Sequence[str]) -> None:
         finally:
             result = AgainstResult(
                 args.size,
+                args.device,
+                args.dtype,
                 args.repeats,
                 _num_cores(),
                 load,
@@ -103,7 +108,7 @@ def _refuse_missing(checked: Sequence[CheckedPeer]) -> None:
 
 def _order(figures: PeerFigures) -> tuple[int, int, int]:
     names = list(LIBRARIES)
-    malloc = mallocs().index(figures.malloc)
+    malloc = list(MALLOCS).index(figures.malloc)
     return PHASES.index(figures.phase), malloc, names.index(figures.library)
 
 
@@ -111,7 +116,8 @@ def describe(result: AgainstResult) -> str:
     """Return the result as text: what was computed, the check, and a table of times."""
     size = SIZES[result.size]
     lines = [
-        f"{result.size}: {size.num_weights / 1e6:.1f} million random weights in float32; "
+        f"{result.size}: {size.num_weights / 1e6:.1f} million random weights, {result.dtype} "
+        f"on the {result.device}; "
         f"{PROMPTS} prompts of {size.prompt_tokens // 2} to {size.prompt_tokens} tokens, "
         f"{ROLLOUTS} completions of {size.new_tokens} tokens each.",
         "",
@@ -124,9 +130,10 @@ def describe(result: AgainstResult) -> str:
             for each in result.figures
             if each.failed
         ]
+        held = "memory of the GPU" if result.device == "gpu" else "resident memory"
         lines.append(
             f"Medians of {result.repeats} turns after {measure.WARM} that do not count; times "
-            "ours: of each turn over ours beside it. GiB: most resident memory of a process with "
+            f"ours: of each turn over ours beside it. GiB: most {held} of a process with "
             f"this phase alone. {result.cores} cores, load {result.load_before:.1f} before and "
             f"{result.load_after:.1f} after, our own processes included."
         )
@@ -171,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(FLAG, required=True, metavar="NAMES", help=f"with commas between them: {known}")
     add("--size", choices=SIZES, default="tiny", help="of the model and the batch (tiny)")
+    add("--device", choices=DEVICES, default="cpu", help="where all of them run (cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products (float32)")
     add("--repeats", type=int, default=5, metavar="N", help="turns that count (5)")
     add(
         "--peers",

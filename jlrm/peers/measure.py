@@ -66,7 +66,7 @@ class PeerFigures:
     malloc: str
     seconds: Spread | None = None
     times_ours: Spread | None = field(default=None, metadata=LEFT_OUT)
-    peak_bytes: int | None = None  # resident, of the process with this phase alone
+    peak_bytes: int | None = None  # of the process with this phase alone: resident, or the GPU's
     failed: str | None = field(default=None, metadata=LEFT_OUT)
 
 
@@ -75,6 +75,8 @@ class AgainstResult:
     """What `jlrm.bench --against --json` prints. Loads are averages over a minute."""
 
     size: str
+    device: str
+    dtype: str
     repeats: int
     cores: int
     load_before: float
@@ -135,7 +137,7 @@ def measure(
     Raises:
       RunError: a phase of ours failed.
     """
-    settings = list(itertools.product(mallocs(), PHASES))
+    settings = list(itertools.product(mallocs(site.device), PHASES))
     with tqdm(total=len(settings) * len(names), file=sys.stderr) as bar:
         for malloc, phase in settings:
             with Process(site, OURS, phase, malloc) as process:

@@ -1,4 +1,4 @@
-"""jlrm beside the others: what `python -m jlrm.train` runs, in float32.
+"""jlrm beside the others: what `python -m jlrm.train` runs.
 
 The same programs, the same packing and the same work of the host. Rollouts are drawn as in a step
 of training, and rewards are read from text. The layers' matrix products are kept for the backward
@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jlrm.config import Config
-from jlrm.rl.advantages import group_advantages
+from jlrm.config import AdvantageConfig, Config
+from jlrm.rl.advantages import advantages
 from jlrm.runtime.mesh import create_mesh, host_array
 from jlrm.runtime.settings import from_dict
 from jlrm.sampling.generate import fetch, make_generator
@@ -28,6 +28,11 @@ from jlrm.training.update import init_state
 from jlrm.weights import hf, source
 
 PACKAGES = ("jax", "flax")
+
+
+def device_peak() -> int | None:
+    """Return the most bytes of a GPU that were held; None on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 class Learner:
@@ -106,7 +111,7 @@ def settings(work: Any) -> Config:
         {
             "run": {"dir": "unused"},
             "data": {"train": "unused", "max_prompt_tokens": work.prompt_tokens},
-            "model": {"path": work.model, "compute_dtype": "float32", "remat": "dots"},
+            "model": {"path": work.model, "compute_dtype": work.dtype, "remat": "dots"},
             "sampling": {"max_new_tokens": work.new_tokens},
             "grpo": {**grpo, "steps": 1, "loss": loss, "optimizer": optimizer},
         }
@@ -150,8 +155,8 @@ def iteration(work: Any, turns: Any) -> None:
         rewards = np.reshape(
             work.reward(None, tokenizer.batch_decode(drawn.tokens)), (-1, work.rollouts)
         )
-        advantages = np.ravel(group_advantages(rewards, eps=1e-4))
-        known = Known(np.asarray(drawn.logps), advantages, np.ones(len(advantages), bool))
+        gains = np.ravel(advantages(AdvantageConfig(eps=1e-4), {"reward": rewards}))
+        known = Known(np.asarray(drawn.logps), gains, np.ones(len(gains), bool))
         part = run.pack(np.asarray(drawn.tokens), known)
         ref_logp, _ = run.programs.logprobs(reference, part.rows)
         run.take_step(part, part.targets._replace(ref_logp=ref_logp))

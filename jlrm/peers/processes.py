@@ -23,8 +23,15 @@ HERE = pathlib.Path(__file__).parent
 OURS = "jlrm"
 KEEPS = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
 MALLOCS = {"as it is": {}, "keeps memory": {"GLIBC_TUNABLES": KEEPS}}
+# A GPU's memory is taken as it is needed, since two processes share it.
+DEVICES = {
+    "cpu": {"JAX_PLATFORMS": "cpu"},
+    "gpu": {
+        "JAX_PLATFORMS": "cuda,cpu",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    },
+}
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -64,9 +71,10 @@ class MissingLibrary(FailedLibrary):
     """A library is not installed."""
 
 
-def mallocs() -> list[str]:
-    """Return the settings of malloc that this machine knows."""
-    return list(MALLOCS) if platform.libc_ver()[0] == "glibc" else ["as it is"]
+def mallocs(device: str = "cpu") -> list[str]:
+    """Return the settings of malloc that this machine knows and that matter to the device."""
+    is_known = device == "cpu" and platform.libc_ver()[0] == "glibc"
+    return list(MALLOCS) if is_known else ["as it is"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Site:
     workload: pathlib.Path
     peers: pathlib.Path
     patience: int  # seconds
+    device: str = "cpu"
 
 
 class Process:
@@ -97,7 +106,13 @@ class Process:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **MALLOCS[malloc]},
+                    env={
+                        **os.environ,
+                        **ENVIRONMENT,
+                        **DEVICES[site.device],
+                        **MALLOCS[malloc],
+                        "PYTHONPATH": path,
+                    },
                     start_new_session=True,  # so that what it has started ends with it
                 )
             except OSError as error:

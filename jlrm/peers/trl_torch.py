@@ -12,6 +12,13 @@ import trl
 from datasets import Dataset
 
 PACKAGES = ("torch", "transformers", "trl")
+
+
+def device_peak():
+    """Return the most bytes of a GPU that were held; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
+
+
 MANY = 1000  # batches, more than there are turns
 
 
@@ -28,7 +35,7 @@ def check(work):
             trainer.model, ids, mask, work.new_tokens
         )
         loss = trainer._compute_loss(trainer.model, inputs)
-    return scored[0], loss
+    return scored[0].cpu(), loss
 
 
 def rollout(work, turns):
@@ -57,8 +64,8 @@ def make_trainer(work, turns=None):
     """Return a trainer whose steps are turns."""
     args = trl.GRPOConfig(
         output_dir=str(work.directory / "trl"),
-        use_cpu=True,
-        bf16=False,
+        use_cpu=work.device == "cpu",
+        bf16=work.dtype == "bfloat16",
         per_device_train_batch_size=len(work.texts) * work.rollouts,
         gradient_accumulation_steps=1,
         steps_per_generation=1,
@@ -103,12 +110,15 @@ class Steps(transformers.TrainerCallback):
 
     def on_step_begin(self, args, state, control, **_):
         """Wait; the process ends here after the last turn."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         next(self.turns)
 
 
 def inputs_of(work):
     """Return the batch as the trainer's own step prepares it."""
-    batch = {name: torch.from_numpy(array) for name, array in work.batch.items()}
+    place = "cpu" if work.device == "cpu" else "cuda"
+    batch = {name: torch.from_numpy(array).to(place) for name, array in work.batch.items()}
     ids = batch["completion_ids"].long()
     return {
         "prompt_ids": batch["prompt_ids"].long(),
@@ -118,5 +128,5 @@ def inputs_of(work):
         "advantages": batch["advantages"],
         "old_per_token_logps": batch["old_logps"],
         "ref_per_token_logps": batch["ref_logps"],
-        "num_items_in_batch": torch.tensor(ids.numel()),
+        "num_items_in_batch": torch.tensor(ids.numel(), device=place),
     }

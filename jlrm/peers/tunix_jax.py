@@ -22,6 +22,11 @@ PACKAGES = ("jax", "flax", "google-tunix")
 ENDLESS = 10**9  # steps
 
 
+def device_peak():
+    """Return the most bytes of a GPU that were held; None on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def check(work):
     """Return log-probabilities [B, T] of the batch, and its loss."""
     cluster, _ = make_learner(work)

@@ -6,6 +6,7 @@ line is answered by one line of JSON. At the end of stdin the process ends where
 An adapter is a file with these functions; a phase that it does not have is an error.
 
     PACKAGES                 the packages whose versions are told
+    device_peak()            -> the most bytes of the GPU that were held, None on a CPU
     check(work)              -> log-probabilities [B, T] of the batch, and its loss
     rollout(work, turns)     draw B completions in each turn, and put their ids into turns.tokens
     update(work, turns)      take one optimiser step on the batch in each turn
@@ -24,7 +25,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ class Given:
 class TimedTurns:
     """Waits for a line of stdin before each turn, and tells what the turn before it took."""
 
-    def __init__(self, tell: Any) -> None:
-        self.tell, self.tokens = tell, None
+    def __init__(self, tell: Any, device_peak: Callable[[], int | None]) -> None:
+        self.tell, self.device_peak, self.tokens = tell, device_peak, None
 
     def __iter__(self) -> Iterator[int]:
         number = 0
@@ -84,7 +85,8 @@ class TimedTurns:
             began = time.perf_counter()
             yield number
             took = time.perf_counter() - began
-            self.tell({"seconds": took, "peak_bytes": peak_bytes(), **self._drawn()})
+            peak = self.device_peak() or peak_bytes()
+            self.tell({"seconds": took, "peak_bytes": peak, **self._drawn()})
         # A library's own loop may be around this one, and could take long to end.
         os._exit(0)
 
@@ -120,6 +122,11 @@ def main() -> None:
     def tell(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
+    work = Given(pathlib.Path(directory), flags)
+    if phase == "check":
+        work.settings["dtype"] = "float32"  # what is computed, without the noise of less precision
+    if work.dtype == "float32":  # JAX would multiply shorter numbers on a GPU; torch does not
+        os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     spec = importlib.util.spec_from_file_location("adapter", file)
     assert spec is not None and spec.loader is not None
     adapter = importlib.util.module_from_spec(spec)
@@ -128,14 +135,13 @@ def main() -> None:
     except ModuleNotFoundError as error:
         tell({"missing": str(error)})
         return
-    work = Given(pathlib.Path(directory), flags)
     if phase == "check":
         logps, loss = adapter.check(work)
         versions = {name: importlib.metadata.version(name) for name in adapter.PACKAGES}
         logps = np.asarray(logps, np.float64).tolist()
         tell({"logps": logps, "loss": float(loss), "versions": versions})
     else:
-        getattr(adapter, phase)(work, TimedTurns(tell))
+        getattr(adapter, phase)(work, TimedTurns(tell, adapter.device_peak))
 
 
 if __name__ == "__main__":

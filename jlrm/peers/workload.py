@@ -38,14 +38,16 @@ class Size:
         return sum(int(np.prod(tensor.shape)) for tensor in hf.tensors(self.model))
 
 
-def _qwen2(width: int, mlp: int, layers: int, heads: int, vocabulary: int) -> QwenConfig:
+def _qwen2(
+    width: int, mlp: int, layers: int, heads: int, vocabulary: int, kv_heads: int = 2
+) -> QwenConfig:
     return QwenConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=2,
+        num_key_value_heads=kv_heads,
         head_dim=64,
         qkv_bias=True,
         qk_norm=False,
@@ -59,17 +61,25 @@ SIZES = {
     "small": Size(_qwen2(512, 1408, 8, 8, 32768), prompt_tokens=128, new_tokens=128),
     # A judge reads a question and two answers, and writes little.
     "judge": Size(_qwen2(384, 1024, 6, 6, 8192), prompt_tokens=512, new_tokens=64),
+    # The shapes of SmolLM2-135M and Qwen2.5-0.5B, for accelerators.
+    "135m": Size(_qwen2(576, 1536, 30, 9, 49152, 3), prompt_tokens=512, new_tokens=128),
+    "0.5b": Size(_qwen2(896, 4864, 24, 14, 151936), prompt_tokens=512, new_tokens=128),
 }
 
 
-def write(directory: pathlib.Path, size: Size) -> None:
-    """Write the files of a workload into an empty directory."""
+def write(directory: pathlib.Path, size: Size, device: str = "cpu", dtype: str = "float32") -> None:
+    """Write the files of a workload into an empty directory.
+
+    device: "cpu" or "gpu". dtype: of products and activations, "float32" or "bfloat16".
+    """
     rng = np.random.default_rng(0)
     _write_model(directory / "model", size.model, rng)
     vocabulary = size.model.vocab_size
     lengths = np.linspace(size.prompt_tokens // 2, size.prompt_tokens, PROMPTS).astype(int)
     prompts = [rng.integers(1, vocabulary, length).tolist() for length in lengths]
     settings = {
+        "device": device,
+        "dtype": dtype,
         "prompts": prompts,
         "rollouts": ROLLOUTS,
         "prompt_tokens": size.prompt_tokens,

@@ -58,10 +58,12 @@ def estimate(
     if num_steps is not None:
         steps[stages[-1]] = num_steps
     step_s = {name: _sum(_runs(config, name, programs), took) for name in stages}
-    judging_s = _sum(_judging(config, programs), took)
+    judging_s = {name: _sum(_judging(config, name, programs), took) for name in stages}
     num_judged = {name: math.ceil(steps[name] / (every or steps[name] or 1)) for name in stages}
     least, most = (
-        sum(steps[name] * step_s[name][i] + num_judged[name] * judging_s[i] for name in stages)
+        sum(
+            steps[name] * step_s[name][i] + num_judged[name] * judging_s[name][i] for name in stages
+        )
         / 3600
         for i in range(2)
     )
@@ -74,22 +76,27 @@ def estimate(
 
 def _runs(config: Config, stage: str, programs: Container[str]) -> dict[str, int]:
     """Return how often a step of a stage runs each of its programs."""
-    if stage != "grpo":
-        return {stage: 1}
     grpo = config.grpo
     counts = {
-        "lay_out": 1,
-        "rollout": 1,
-        "logprobs_reference": grpo.minibatches,
-        "logprobs_policy": grpo.minibatches,
-        "update": grpo.epochs * grpo.minibatches,
-    }
+        "dpo": {"lay_out": int(config.dpo.is_sampled), "rollout_dpo": 1, "dpo_reference": 1},
+        "grpo": {
+            "lay_out": 1,
+            "rollout": 1,
+            "logprobs_reference": grpo.minibatches,
+            "logprobs_policy": grpo.minibatches,
+            "update": grpo.epochs * grpo.minibatches,
+        },
+    }.get(stage, {})
+    counts |= {stage: 1}  # the update of all stages but GRPO
     return {name: count for name, count in counts.items() if name in programs}
 
 
-def _judging(config: Config, programs: Container[str]) -> dict[str, int]:
+def _judging(config: Config, stage: str, programs: Container[str]) -> dict[str, int]:
     """Return how often judging the held-out rows once, in both orders, runs each program."""
     num_games = 2 * (config.data.eval_rows or DEFAULT_ROWS)
+    if stage == "reward_model":
+        num_texts = num_games * (2 if config.reward_model.kind == "bradley_terry" else 1)
+        return {"reward_scores": math.ceil(num_texts / config.sampling.eval_batch_size)}
     lay_out = "lay_out_evaluation" if "lay_out_evaluation" in programs else "lay_out"
     return {lay_out: 1, "evaluation": math.ceil(num_games / config.sampling.eval_batch_size)}
 

@@ -17,7 +17,7 @@ from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.programs import abstract_reference
+from jlrm.training.calls import abstract_reference
 from jlrm.training.update import TrainState
 
 WEIGHTS, MOMENTS, REFERENCE = "master weights", "optimiser", "reference"

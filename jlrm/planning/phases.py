@@ -43,14 +43,9 @@ from jlrm.planning.slices import Compiled, shard_bytes
 from jlrm.rl import logprobs
 from jlrm.sampling.policy import Network, bare_network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.programs import (
-    Call,
-    first_calls,
-    heldout_calls,
-    laid_out_weights,
-    rollout_settings,
-)
-from jlrm.training.stages import STAGES
+from jlrm.training.calls import Call, laid_out_weights
+from jlrm.training.programs import first_calls, heldout_calls, rollout_settings
+from jlrm.training.recipes.stages import STAGES
 from jlrm.training.update import TrainState
 
 # Phases of every run; a stage adds its own between the first and the last two.
@@ -109,7 +104,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
         resident = max(resident, sum(always.values()))
         state = max(state, always, key=lambda each: sum(each.values()))
         calls |= own
-    calls |= heldout_calls(config, network, longest)
+    if stages_of(config) != ["reward_model"]:  # which judges by scores, and writes nothing
+        calls |= heldout_calls(config, network, longest)
     phases = {phase: points[phase] for phase in points if phase not in LAST_PHASES}
     return Plan(
         {name: _planned(config, network, name, call) for name, call in calls.items()},
@@ -140,10 +136,40 @@ def _points(
     }
 
 
+def _dpo_points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
+    """Return the moments of DPO, as the loop of training/recipes/preference.py keeps things."""
+    points, held = _points(stage, config, network, kinds), _always(kinds)
+    reference = {kind: size for kind, size in held.items() if kind == REFERENCE}
+    others = {kind: size for kind, size in held.items() if kind != WEIGHTS}
+    if reference:
+        moments = {MOMENTS: held[MOMENTS]}
+        frozen = (
+            Point("freeze_dpo", moments),
+            Point("freeze_dpo", total(moments, {WEIGHTS: held[WEIGHTS]})),
+        )
+        points["load"][1:1] = frozen
+        points["dpo"].insert(0, Point("dpo_reference", {k: held[k] for k in (WEIGHTS, MOMENTS)}))
+    points["dpo"][-1] = Point("dpo", reference)
+    if "rollout_dpo" in kinds:
+        points["dpo"][:0] = [Point("lay_out", others), Point("rollout_dpo", held)]
+    return points
+
+
+def _reward_points(
+    stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
+) -> dict[str, list[Point]]:
+    """Return the moments of a reward model, which judges by scores."""
+    moments = {MOMENTS: kinds[stage][MOMENTS]}
+    points = _points(stage, config, network, kinds)
+    return {**points, "evaluation": [Point("reward_scores", moments)]}
+
+
 def _grpo_points(
     stage: str, config: Config, network: Network, kinds: Mapping[str, Held]
 ) -> dict[str, list[Point]]:
-    """Return the moments of GRPO's phases, as the loop of training/grpo.py keeps things."""
+    """Return the moments of GRPO's phases, as the loop of training/recipes/grpo.py keeps things."""
     grpo = config.grpo
     held = {kind: kinds["update"][kind] for kind in (WEIGHTS, MOMENTS)}
     moments = {MOMENTS: held[MOMENTS]}
@@ -212,7 +238,7 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
     if name == "init":  # a random key
         return {}
-    kinds = {REFERENCE if name == "logprobs_reference" else WEIGHTS: shard_bytes(first)}
+    kinds = {REFERENCE if name.endswith("_reference") else WEIGHTS: shard_bytes(first)}
     return {**kinds, BATCH: shard_bytes(rest)} if rest else kinds
 
 
@@ -255,4 +281,6 @@ def _rollout(
 
 
 # Stages whose steps do more than update, and what they hold then.
-POINTS = MappingProxyType({"grpo": _grpo_points})
+POINTS = MappingProxyType(
+    {"dpo": _dpo_points, "grpo": _grpo_points, "reward_model": _reward_points}
+)

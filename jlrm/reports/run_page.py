@@ -52,6 +52,11 @@ PANELS = (
     Panel("Entropy (nats per token)", "grpo", "entropy", "How undecided the sampled tokens are"),
     Panel("Log-prob gap, sampler to trainer", "grpo", "rollout/logprob_gap", GAP, is_log=True),
     Panel("GRPO gradient norm", "grpo", "grad_norm", "Before clipping"),
+    Panel("DPO loss", "dpo", "loss", "Mean over pairs", is_from_zero=False),
+    Panel("DPO: preferred one likelier (%)", "dpo", "rewards/accuracies", "Than at the start", 100),
+    Panel("DPO margin", "dpo", "rewards/margins", "In rewards, which are beta times nats"),
+    Panel("Reward model loss", "reward_model", "loss", "Mean over comparisons", is_from_zero=False),
+    Panel("Reward model: right (%)", "reward_model", "accuracy", "Of a step's comparisons", 100),
     Panel("SFT loss", "sft", "loss", "Nats per token of the target judgements"),
     Panel("SFT gradient norm", "sft", "grad_norm", "Before clipping"),
 )

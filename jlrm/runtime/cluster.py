@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the arguments of `jax.distributed.initialize`, or None if this process is alone."""
-    import jax
-
     if args.distributed not in MODES:  # of the environment
         raise UsageError(f"JLRM_DISTRIBUTED={args.distributed} is none of {', '.join(MODES)}.")
-    if args.distributed == "off" or jax.distributed.is_initialized():
+    # Commands that need no device do without JAX where they are alone.
+    jax = sys.modules.get("jax")
+    if args.distributed == "off" or (jax is not None and jax.distributed.is_initialized()):
         return None
     if args.coordinator:
         try:

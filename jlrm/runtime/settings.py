@@ -3,11 +3,14 @@
 The one idea: the annotations in config/ decide how each value is read (`1e-6` is a float although
 YAML reads it as text), and an unknown key is answered with the nearest known one. Whatever a file
 holds, the outcome is a `Config` or a `UsageError` of one sentence.
+
+`preset: NAME` stands for settings of config/presets.py. What a file sets itself wins over its
+preset, a preset of the command line over the file, and every other override over both.
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -16,11 +19,12 @@ import reprlib
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
 from jlrm.config import Config, UsageError, dotted, nearest
+from jlrm.config.presets import PRESETS
 from jlrm.runtime.storage import write_atomically
 
 # Settings that moved into a section of their own: old name -> present name. Files, overrides and
@@ -31,14 +35,10 @@ MOVED = {
         *("ratio", "clip_low", "clip_high", "dual_clip", "aggregation", "importance_cap"),
         *("mask_truncated", "kl_weight", "entropy_weight"),
     )
-}
+} | {f"grpo.advantage_{name}": f"grpo.advantage.{name}" for name in ("scale", "eps")}
 
 
-# Flags of pairs: their form, an example and what they are for.
-PAIR_FLAGS = {
-    "columns": ("OURS=THEIRS", "answer_1=response_a", "names of the columns"),
-    "values": ("THEIRS=OURS", "0=1 1=2 2=0", "what labels mean: 1, 2 or 0 (a tie)"),
-}
+Section = TypeVar("Section")
 
 
 def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -48,6 +48,26 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
       UsageError: no such file, not a mapping, an unknown key, a value of the wrong type, a bad
         combination.
     """
+    tree = _read_tree(path, "sections such as `run:` and `grpo:`")
+    # Before overrides, which win over the file in either spelling.
+    tree = _with_preset(_moved(tree))
+    for override in sorted(overrides, key=lambda text: not text.startswith("preset=")):
+        _apply_override(tree, override)
+    return from_dict(tree)
+
+
+def load_as(kind: type[Section], path: str | pathlib.Path) -> Section:
+    """Read a YAML file onto any dataclass, by its annotations.
+
+    Raises:
+      UsageError: as `load`.
+    """
+    names = list(typing.get_type_hints(kind))[:3]
+    wanted = ", ".join(f"`{name}:`" for name in names)
+    return _coerce_section(kind, _read_tree(path, f"keys such as {wanted}"), "")
+
+
+def _read_tree(path: str | pathlib.Path, wanted: str) -> dict[str, Any]:
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -57,13 +77,8 @@ def load(path: str | pathlib.Path, overrides: typing.Sequence[str] = ()) -> Conf
     tree = parse_yaml(text, str(path))
     tree = {} if tree is None else tree
     if not isinstance(tree, dict):
-        raise UsageError(
-            f"{path} must hold sections such as `run:` and `grpo:`, got {type(tree).__name__}."
-        )
-    tree = _moved(tree)  # before overrides, which win over the file in either spelling
-    for override in overrides:
-        _apply_override(tree, override)
-    return from_dict(tree)
+        raise UsageError(f"{path} must hold {wanted}, got {type(tree).__name__}.")
+    return tree
 
 
 def parse_yaml(text: str, what: str) -> Any:
@@ -136,7 +151,7 @@ for _kind in ("int", "float", "timestamp"):
 
 def from_dict(tree: dict[str, Any]) -> Config:
     """Build a `Config` from nested dictionaries, with the checks of `load`."""
-    return _coerce_section(Config, _moved(tree), "")
+    return _coerce_section(Config, _with_preset(_moved(tree)), "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -176,32 +191,6 @@ def parse_pairs(text: str, what: str) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def add_pair_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name columns and labels: `data.columns` and `data.values` of a config."""
-    for name, (form, example, meaning) in PAIR_FLAGS.items():
-        note = f"{meaning}, e.g. {example}"
-        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=form, help=note)
-
-
-def pair_flags(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Return the pairs of those flags by their names, in any spelling of `parse_pairs`.
-
-    Raises:
-      UsageError: what is no pair.
-    """
-    given = {}
-    for name, (form, example, _) in PAIR_FLAGS.items():
-        texts, pairs = getattr(args, name), {}
-        if texts and texts[0].startswith("{") and not texts[0].endswith("}"):
-            texts = [" ".join(texts)]  # a mapping without quotes, divided at its spaces
-        for text in texts:
-            if "=" not in text and not text.startswith("{"):
-                raise UsageError(f"--{name} {text}: wanted {form}, e.g. {example}.")
-            pairs |= parse_pairs(text, f"--{name}")
-        given[name] = pairs
-    return given
-
-
 def _as_written(key: Any) -> Any:
     """Return a key that YAML reads as true or false as text: labels may be so."""
     return str(key).lower() if isinstance(key, bool) else key
@@ -215,7 +204,7 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
     """
     for old, new in MOVED.items():
         where, name = old.split(".")
-        inner = new.split(".")[1]
+        _, inner, present_name = new.split(".")
         section = tree.get(where)
         if not isinstance(section, dict) or name not in section:
             continue
@@ -223,18 +212,58 @@ def _moved(tree: dict[str, Any]) -> dict[str, Any]:
         present = {} if present is None else present
         if not isinstance(present, dict):  # `_coerce_section` says what it must hold
             return tree
-        if name in present:
+        if present_name in present:
             raise UsageError(f"{old} is the old name of {new}, and both are given. Keep {new}.")
         rest = {key: value for key, value in section.items() if key != name}
-        tree = {**tree, where: {**rest, inner: {**present, name: section[name]}}}
+        tree = {**tree, where: {**rest, inner: {**present, present_name: section[name]}}}
     return tree
+
+
+def _with_preset(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with what its presets set and it does not; the one given stays as it is."""
+    tree = copy.deepcopy(tree)
+    for name, value in _of_presets(tree.pop("preset", None)).items():
+        if not _is_given(tree, name):
+            _set(tree, name, value, "preset")
+    return tree
+
+
+def _of_presets(names: Any) -> dict[str, Any]:
+    """Return what presets set, by dotted name, where the last one wins.
+
+    Raises:
+      UsageError: no preset has this name.
+    """
+    names = [] if names is None else names
+    names = names if isinstance(names, list) else str(names).split(",")
+    values: dict[str, Any] = {}
+    for name in (str(name).strip() for name in names):
+        if name not in PRESETS:
+            raise UsageError(f"preset={_short(name)} is none. {nearest(name, PRESETS)}")
+        values |= PRESETS[name]
+    return values
+
+
+def _is_given(tree: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[part]
+    return True
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UsageError(f"Got {_short(override)}, wanted section.key=value, e.g. grpo.steps=100.")
-    *sections, name = MOVED.get(key, key).split(".")
+    value = parse_yaml(text, f"The value of {_short(override)}") if text else ""
+    values = _of_presets(value) if key == "preset" else {MOVED.get(key, key): value}
+    for name, each in values.items():
+        _set(tree, name, each, override)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    *sections, name = key.split(".")
     for depth, section in enumerate(sections):
         if tree.get(section) is None:
             tree[section] = {}
@@ -243,12 +272,14 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise UsageError(
                 f"{_short('.'.join(sections[: depth + 1]))} in {_short(override)} is not a section."
             )
-    tree[name] = parse_yaml(text, f"The value of {_short(override)}") if text else ""
+    tree[name] = value
 
 
 def _coerce(kind: Any, value: Any, where: str) -> Any:
     """Convert a YAML value to the annotated type, or say what was got and what was wanted."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):  # one of several, by names of their own
+        return _coerce_section(kind, value, where)
     if origin is Literal:
         if value not in args:
             raise UsageError(f"{where}={_short(value)} is not one of {', '.join(map(str, args))}.")
@@ -258,8 +289,11 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if not isinstance(pairs, dict):
             raise _wrong(where, value, kind)
         pairs = {_as_written(key): inner for key, inner in pairs.items()}
+        is_named = dataclasses.is_dataclass(args[1])
         return {
-            _coerce(args[0], k, f"{where} key"): _coerce(args[1], v, f"{where}[{_short(k)}]")
+            _coerce(args[0], k, f"{where} key"): _coerce(
+                args[1], v, dotted(where, k) if is_named else f"{where}[{_short(k)}]"
+            )
             for k, v in pairs.items()
         }
     if origin is list:
@@ -320,7 +354,8 @@ def _coerce_section(kind: Any, value: Any, where: str, default: Any = None) -> A
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            way_out = nearest(str(key), _names(hints), hints)
+            known = [*_names(hints), *([] if where else ["preset"])]
+            way_out = nearest(str(key), known, hints)
             raise UsageError(f"Unknown key {_short(dotted(where, key))}. {way_out}")
     built = {}
     for spec in dataclasses.fields(kind):

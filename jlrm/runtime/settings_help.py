@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from jlrm import config
 from jlrm.config import Config, dotted, sections, stages
+from jlrm.config.presets import PRESETS
 
 INDENT = 34  # columns of a setting's name and default
 WIDEST = 100  # columns of a line, where the terminal is wider
@@ -40,7 +41,13 @@ def describe_settings(width: int = WIDEST) -> list[str]:
     """Return one text for each section: its settings, at most `width` columns wide."""
     meanings = all_meanings()
     texts = [
-        "Settings with their defaults, as they follow the command (in YAML: one key a section):"
+        "Settings with their defaults, as they follow the command (in YAML: one key a section):",
+        textwrap.fill(
+            f"preset= stands for several of them ({' | '.join(PRESETS)}); other settings that are "
+            "given win over it. Several presets: preset=trl,gspo. See README.",
+            width,
+            subsequent_indent="  ",
+        ),
     ]
     for section in dataclasses.fields(Config):
         kind = typing.get_type_hints(Config)[section.name]

@@ -33,8 +33,6 @@ from jlrm.server.bodies import MOST_VOTES, Defaults
 from jlrm.server.engine import Engine
 from jlrm.server.service import Service
 from jlrm.serving import calibration
-from jlrm.weights import hf_config
-from jlrm.weights.source import model_files
 
 # Of the options of a local judge, those of a server; others are its clients', or of a batch.
 SIZES = ("max_prompt_tokens", "max_new_tokens")  # whose defaults are the server's own
@@ -133,17 +131,14 @@ def _watch(engine: Engine, server: Any) -> None:
 def open_service(args: argparse.Namespace) -> Service:
     """Open the model, and make ready what serves it."""
     model = options.pinned(options.JLRM, args.model)
-    positions = hf_config.read_config(model_files(model)).max_position_embeddings
-    if args.max_new_tokens is None:
-        args.max_new_tokens = min(MOST_NEW, positions // 2)
-    if args.max_prompt_tokens is None:
-        args.max_prompt_tokens = max(min(MOST_PROMPT, positions - args.max_new_tokens), 1)
     given = {
         name: getattr(args, name) if name in (*OPTIONS, *SIZES) else None
         for name in options.OPTIONS
     }
     chosen = options.options(argparse.Namespace(backend=options.JLRM, model=args.model, **given))
-    longest = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
+    positions = options.num_positions(model)
+    sizes = chosen["max_prompt_tokens"], chosen["max_new_tokens"]
+    longest = options.limits(positions, sizes, (MOST_PROMPT, MOST_NEW))
     votes, temperature, top_p = (chosen[each] for each in ("votes", "temperature", "top_p"))
     check_decoding(DecodingSettings(longest[1], 1, 0, temperature, top_p, votes))
     if votes > min(MOST_VOTES, args.slots):

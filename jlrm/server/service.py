@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 from jlrm.config import RunError, UsageError
 from jlrm.data import tokenizer as tokenizers
 from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.prompting import EncodeGames
 from jlrm.evaluation.reading import Reader, check_rubric
 from jlrm.judgement import prompts
 from jlrm.judges import local
-from jlrm.judges.local import EncodeGames, Expect, WrittenGame
+from jlrm.judges.local import Expect, WrittenGame
 from jlrm.model.qwen import Params
 from jlrm.sampling.policy import TextPolicy
 from jlrm.sampling.slots import CUT, RUNNING, STOPPED

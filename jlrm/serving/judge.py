@@ -131,7 +131,7 @@ class Judge:
         chosen = options.options(argparse.Namespace(backend=backend, model=model, **given))
         low, high = chosen.get("scale") or (1, 10)
         pinned = options.pinned(backend, model)
-        made = options.make(backend, pinned, chosen, seed, None)
+        made = options.make(backend, pinned, options.settled(backend, pinned, chosen), seed, None)
         calibrated = maps.find(calibration, model)
         read, rubric = reader(parser, (low, high), tie_margin), as_rubric(rubric)
         check_rubric(read, rubric)

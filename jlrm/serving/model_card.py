@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from jlrm.data.tokenizer import Tokenizer, control_tokens, prompt_template
+from jlrm.evaluation import scored
 from jlrm.judgement import prompts
 from jlrm.reports import evaluated, pages
 from jlrm.reports.results_file import Published, Results
@@ -43,13 +44,15 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 ABOUT = """# {name}
 
-A judge: given a question and two answers it reasons and then scores both,
-`<think>...</think><answer>s1</answer><answer>s2</answer>`, from {low} to {high}.
+{what}
 Trained with jlrm ({stage}, step {step}); prompt template `{prompt}`, reward mode `{reward}`.
 Base model: {base}. Licence: {licence}.
 Training pairs: {data}.
 Held-out metrics at that step: {heldout}.
 {planting}"""
+WRITES = """A judge: given a question and two answers it reasons and then scores both,
+`<think>...</think><answer>s1</answer><answer>s2</answer>`, from {low} to {high}."""
+SCORES = "A judge: a reward model of the kind `{kind}`, which gives answers scores."
 CALIBRATED = """
 ## Calibration
 
@@ -190,6 +193,10 @@ class Trained(NamedTuple):
     results: Sequence[Results] = ()
     calibrated: ConfidenceMap | None = None
 
+    @property
+    def is_scoring(self) -> bool:
+        return self.meta.get("stage") == "reward_model"
+
 
 def write(path: pathlib.Path, trained: Trained) -> None:
     """Write the card of an export."""
@@ -203,11 +210,13 @@ def text(trained: Trained) -> str:
     base, dataset = base_of(config.get("model", {})), config.get("data", {}).get("train", "")
     heldout = meta.get("evaluation", {})
     planting = prompts.planting_note(prompt)
+    what = WRITES.format(low=reward.get("min_score", 1), high=reward.get("max_score", 10))
+    if trained.is_scoring:
+        what = SCORES.format(kind=config["reward_model"]["kind"])
     front = yaml.safe_dump(_metadata(trained, base, dataset), sort_keys=False, allow_unicode=True)
     about = ABOUT.format(
         name=pages.markdown_text(trained.name),
-        low=reward.get("min_score", 1),
-        high=reward.get("max_score", 10),
+        what=what,
         stage=meta["stage"],
         step=meta["step"],
         prompt=prompt,
@@ -231,7 +240,8 @@ def _metadata(trained: Trained, base: Base, dataset: str) -> dict[str, Any]:
     if dataset.startswith("hf:"):
         found["datasets"] = [dataset.removeprefix("hf:").partition("#")[0]]
     found["language"] = [languages] if isinstance(languages, str) else list(languages)
-    found |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    kind = "text-classification" if trained.is_scoring else "text-generation"
+    found |= {"library_name": "transformers", "pipeline_tag": kind}
     stage = trained.meta["stage"]
     found["tags"] = ["judge", *([] if stage == steps.IMPORTED else [stage]), hub.TAG]
     if measured := list(_model_index(trained)):
@@ -294,6 +304,11 @@ def _use(trained: Trained) -> str:
         config.get("data", {}).get("max_prompt_tokens", 1024),
         sampling.get("max_new_tokens", 2048),
     )
+    if trained.is_scoring:
+        kind = config["reward_model"]["kind"]
+        text = (pages.TEMPLATES / "scoring_card.txt").read_text(encoding="utf-8")
+        own = trained.tokenizer, kind, template, trained.ends[0], limits[0]
+        return scored.how_to_ask(text, *own)
     model, low_high = shlex.quote(trained.name), " ".join(map(str, scale.values())) or "1 10"
     return USE.format(
         prompt=name,

@@ -9,7 +9,8 @@ judged in one batch, in both orders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from jlrm.config import UsageError
@@ -17,6 +18,8 @@ from jlrm.serving.asked import Pair, as_text
 from jlrm.serving.judge import Judge
 from jlrm.serving.results import POINTS, JudgedPair
 from jlrm.serving.training_rows import preference
+
+GATHER = 0.05  # seconds in which responses that are done about the same time are gathered
 
 
 def trl(judge: Judge, reference: str = "") -> Callable[..., list[float | None]]:
@@ -40,38 +43,103 @@ def trl(judge: Judge, reference: str = "") -> Callable[..., list[float | None]]:
     return jlrm_judge
 
 
-def verl(judge: Judge, question: str = "question") -> Callable[..., list[float]]:
-    """Return a `compute_score` for verl's BatchRewardManager; ground truths are answers.
+def verl(
+    judge: Judge, question: str = "question"
+) -> Callable[..., Coroutine[Any, Any, dict[str, float]]]:
+    """Return a `compute_score` for verl's reward loop (0.9), whose ground truths are answers.
+
+    verl asks for each response by itself, and for many at once: what is asked while others are
+    judged, or within GATHER seconds, is judged together.
 
     Args:
-      question: name of the question in `extra_infos`.
+      question: name of the question in `extra_info`.
 
-    A response without any verdict gets 0: verl knows no missing score.
+    A response without any verdict gets the score 0, since verl knows no missing one, and
+    `has_verdict` 0 beside it, whose mean verl logs.
     """
+    together = Together(judge)
+
+    # A function and no object: verl asks `inspect.iscoroutinefunction` whether to await it.
+    async def compute_score(
+        data_source: str,
+        solution_str: str,
+        ground_truth: str,
+        extra_info: Mapping[str, Any],
+        **_: Any,
+    ) -> dict[str, float]:
+        asked = _question(extra_info, question, f"a response to {data_source}")
+        share = await together.share(Pair(asked, solution_str, ground_truth))
+        return {"score": share or 0.0, "has_verdict": float(share is not None)}
+
+    return compute_score
+
+
+def verl_batch(judge: Judge, question: str = "question") -> Callable[..., list[float]]:
+    """Return a `compute_score` for verl's BatchRewardManager (0.6), as `verl` otherwise."""
 
     def compute_score(
         data_sources: Sequence[str],
         solution_strs: Sequence[str],
         ground_truths: Sequence[str],
-        extra_infos: Sequence[dict[str, Any]],
+        extra_infos: Sequence[Mapping[str, Any]],
         **_: Any,
     ) -> list[float]:
-        for number, extra in enumerate(extra_infos):
-            if question not in (extra or {}):
-                raise UsageError(f"extra_info of response {number} has no '{question}'.")
-        questions = [extra[question] for extra in extra_infos]
+        questions = [
+            _question(extra, question, f"response {number}")
+            for number, extra in enumerate(extra_infos)
+        ]
         scores = against(judge, questions, solution_strs, ground_truths)
         return [score or 0.0 for score in scores]
 
     return compute_score
 
 
+class Together:
+    """Judges in batches what is asked pair by pair, in one event loop."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._judge = judge
+        self._waiting: list[tuple[Pair, asyncio.Future[float | None]]] = []
+        self._judging: asyncio.Task[None] | None = None
+
+    async def share(self, pair: Pair) -> float | None:
+        """Return the share of its games that the first answer of a pair wins."""
+        future = asyncio.get_running_loop().create_future()
+        self._waiting.append((pair, future))
+        if self._judging is None or self._judging.done():
+            self._judging = asyncio.create_task(self._judge_all())
+        return await future
+
+    async def _judge_all(self) -> None:
+        await asyncio.sleep(GATHER)
+        while self._waiting:
+            own, self._waiting = self._waiting, []
+            own = [each for each in own if not each[1].done()]  # whose asker waits no more
+            try:
+                pairs = [pair for pair, _ in own]
+                shares = await asyncio.to_thread(_shares, self._judge, pairs)
+            except Exception as error:  # each hears of it, where it asked
+                for _, future in own:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), share in zip(own, shares, strict=True):
+                if not future.done():
+                    future.set_result(share)
+
+
+def _question(extra: Mapping[str, Any] | None, name: str, whose: str) -> Any:
+    if name not in (extra or {}):
+        raise UsageError(f"extra_info of {whose} has no '{name}'.")
+    return (extra or {})[name]
+
+
 def against(
     judge: Judge, questions: Sequence[Any], answers: Sequence[Any], references: Sequence[Any]
 ) -> list[float | None]:
     """Return for each answer the share of its games against the reference that it wins."""
-    pairs = [Pair(*texts) for texts in zip(questions, answers, references, strict=True)]
-    return [_share([POINTS[w] for w in _winners(each)]) for each in judge.compare_all(pairs)]
+    rows = zip(questions, answers, references, strict=True)
+    return _shares(judge, [Pair(*texts) for texts in rows])
 
 
 def among_themselves(
@@ -110,6 +178,10 @@ def preference_pairs(
         for question, own in zip(questions, answers, strict=True)
         for row in preference(question, own, [next(shares) or 0.0 for _ in own])
     ]
+
+
+def _shares(judge: Judge, pairs: Sequence[Pair]) -> list[float | None]:
+    return [_share([POINTS[w] for w in _winners(each)]) for each in judge.compare_all(pairs)]
 
 
 def _winners(pair: JudgedPair) -> list[int]:

@@ -97,7 +97,7 @@ def read_form(
 
     def read_row(raw: object, place: Where) -> RowT:
         if not isinstance(raw, dict):
-            return row(place.name, {}, f"{place} must be an object.")
+            return row(place.name, {}, f"{place} {readers.no_object(raw)}")
         known = {key.strip().lower(): value for key, value in raw.items() if isinstance(key, str)}
         given = {
             ours: raw.get(columns[ours])
@@ -149,7 +149,7 @@ def read_rows(
       UsageError: no such source, no row, or no row that can be judged (the first one's reason).
     """
     rows, lacking = list[RowT](), set(columns.values())
-    for place, raw in readers.checked_rows(source, columns):
+    for place, raw in readers.each_place(source, columns):
         lacking.difference_update(raw if isinstance(raw, dict) else ())
         row = read_row(raw, place._replace(source=source))
         if reference and isinstance(raw, dict) and not row.error:
@@ -177,7 +177,7 @@ def _row(raw: object, place: Where, columns: Mapping[str, str], known: Mapping[s
     where, identity = str(place), place.name
     try:
         if not isinstance(raw, dict):
-            raise UsageError(f"{where} must be a JSON object, got {type(raw).__name__}.")
+            raise UsageError(f"{where} {readers.no_object(raw)}")
         row = forms.respelled(forms.renamed(raw, columns, where))
         own = next((key for key in forms.IDS if row.get(key) is not None), "id")
         identity = place.name if row.get(own) is None else str(row[own])

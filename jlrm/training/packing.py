@@ -117,17 +117,27 @@ def row_sizes(
     return sizes[::-1]
 
 
-def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int, unit: int = 1) -> Packed:
+def pack(
+    groups: Sequence[Group],
+    sizes: Sequence[int],
+    num_rows: int,
+    unit: int = 1,
+    *,
+    is_whole: bool = False,
+) -> Packed:
     """Pack groups into passes of `num_rows` rows, of the size that computes the fewest slots.
 
-    Each segment begins at a multiple of `unit` slots.
+    Args:
+      unit: each segment begins at a multiple of so many slots.
+      is_whole: no group is cut: a loss compares its completions within a row.
 
     Raises:
-      ValueError: a completion with its prompt is longer than every size.
+      ValueError: a completion with its prompt (a group, if it must be whole) is longer than every
+        size.
     """
     best: tuple[int, int, list[list[_Piece]]] | None = None
     for size in sizes:
-        bins = _first_fit(_pieces(groups, size, unit), size)
+        bins = _first_fit(_pieces(groups, size, unit, is_whole), size)
         if bins is None:
             continue
         # A pass costs the same however few of its rows are in use.
@@ -138,7 +148,8 @@ def pack(groups: Sequence[Group], sizes: Sequence[int], num_rows: int, unit: int
         if best is None or num_slots <= best[0]:  # equal: the longer, which takes fewer passes
             best = num_slots, size, bins
     if best is None:
-        raise ValueError(f"A completion with its prompt is longer than {max(sizes)} slots.")
+        what = "group" if is_whole else "completion with its prompt"
+        raise ValueError(f"A {what} is longer than {max(sizes)} slots.")
     _, size, bins = best
     num_completions = sum(len(group.completions) for group in groups)
     most = most_passes(num_completions, num_rows) if may_repeat(size, sizes) else 1
@@ -209,7 +220,7 @@ class _Room(NamedTuple):
         return max(prompts + self.slots, self.targets) <= size
 
 
-def _pieces(groups: Sequence[Group], size: int, unit: int) -> list[_Piece]:
+def _pieces(groups: Sequence[Group], size: int, unit: int, is_whole: bool) -> list[_Piece]:
     """Cut groups so that each piece fits a row, unless a single completion is too long for it."""
     pieces: list[_Piece] = []
     number = 0
@@ -220,7 +231,7 @@ def _pieces(groups: Sequence[Group], size: int, unit: int) -> list[_Piece]:
             # The last token needs no slot: nothing is predicted from it.
             needs = 0, _round_up(len(ids) - 1, unit), len(ids)
             grown = room.with_(*needs)
-            if completions and not grown.fits(size):
+            if completions and not (is_whole or grown.fits(size)):
                 pieces.append(_Piece(group.prompt, completions, *room))
                 completions, grown = [], empty.with_(*needs)
             completions.append((number, ids))

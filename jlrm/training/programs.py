@@ -1,4 +1,4 @@
-"""Every program that a run compiles, with its abstract arguments, and batches for programs.
+"""The programs of SFT, GRPO and the held-out set, what they are called with, and their batches.
 
 Training calls these programs with arrays; a plan compiles the same ones for abstract arrays, from
 `first_calls`, each stage's own calls and `heldout_calls`. Nothing here knows text.
@@ -6,7 +6,7 @@ Training calls these programs with arrays; a plan compiles the same ones for abs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,40 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
 from jlrm.model import qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
-from jlrm.runtime.mesh import Layout, compiler_options
+from jlrm.runtime.mesh import compiler_options
 from jlrm.sampling.generate import lay_out_program, rollout_arguments, rollout_program
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
 from jlrm.sampling.stops import StopTables, stop_tables
 from jlrm.sampling.writer import DecodingSettings, sampler_settings
 from jlrm.training import packing, update
+from jlrm.training.calls import Call, abstract_reference, init_optimizer, like, longest_rows
 from jlrm.training.packing import Group, Rows
-from jlrm.training.update import TrainState
-
-
-class Call(NamedTuple):
-    """A program of a run, and what it is called with at most, as abstract arrays."""
-
-    program: Any
-    arguments: tuple[Any, ...]
-    weights: str = ""  # the program whose result comes before the arguments
-    longest: LongestRows | None = None  # what the arguments hold of packed rows
-
-
-class LongestRows(NamedTuple):
-    """The rows of the longest batch, as abstract arrays, and how often their loops run."""
-
-    rows: Rows
-    num_passes: int
-    num_targets: int  # of the fullest row
-    shapes: list[tuple[int, int]]  # every (A, T) that a batch may have
 
 
 class SFTPrograms(NamedTuple):
@@ -78,6 +60,7 @@ class Known(NamedTuple):
     advantages: Float[np.ndarray, " B"]
     is_kept: Bool[np.ndarray, " B"]  # False: no part in the loss
     ref_logps: Float[np.ndarray, "B T"] | None = None
+    is_singled: Bool[np.ndarray, "B T"] | None = None  # by `losses.covariance_tokens`
 
 
 class Minibatch(NamedTuple):
@@ -87,6 +70,7 @@ class Minibatch(NamedTuple):
     targets: PolicyTargets
     packing: dict[str, float]
     num_tokens: int  # in the loss
+    completion: Int[np.ndarray, "A B C"]  # number of each target's completion; -1: no target
 
 
 def rollout_settings(config: Config, network: Network) -> SamplerSettings:
@@ -147,9 +131,9 @@ def sft_calls(
     state = update.abstract_state(network.model, network.training, programs.optimizer)
     group = Group(range(longest[0]), [range(longest[1])])
     rows = longest_rows(network.training, programs.sizes, [group] * config.sft.batch_size)
-    weights = _like(rows.rows.tokens, jnp.float32)
+    weights = like(rows.rows.tokens, jnp.float32)
     return {
-        "init_sft_optimizer": _init_optimizer(network, programs.optimizer, state),
+        "init_sft_optimizer": init_optimizer(network, programs.optimizer, state),
         "sft": Call(programs.update, (state, rows.rows, weights), longest=rows),
     }
 
@@ -162,14 +146,13 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
     options = compiler_options(training.mesh, model.exact)
     fixed = model, training, network.distribution(sampling)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, training))
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
     unit, num_new = network.unit, sampling.max_new_tokens
     longest = longest_prompt + -longest_prompt % unit, num_new + -num_new % unit
     group_tokens = longest[0] + grpo.rollouts * longest[1]
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
-        freeze=jax.jit(partial(_freeze, model), out_shardings=shardings),
+        freeze=freeze_program(network),
         logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(
             partial(update.grpo_update, *fixed, grpo.loss, optimizer),
@@ -201,9 +184,10 @@ def grpo_calls(
     group = Group(range(longest_prompt), [range(sampling.max_new_tokens)] * grpo.rollouts)
     groups = [group] * (grpo.prompts // grpo.minibatches)
     rows = longest_rows(layout, programs.sizes, groups)
-    has_reference = bool(grpo.loss.kl_weight)
-    targets = abstract_targets(rows.rows, has_reference, weighs_policy_alone(config))
-    calls = {"init_optimizer": _init_optimizer(network, programs.optimizer, state)}
+    has_reference = grpo.has_reference
+    extra = weighs_policy_alone(config), grpo.loss.singles_out
+    targets = abstract_targets(rows.rows, has_reference, *extra)
+    calls = {"init_optimizer": init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
     calls["lay_out"] = Call(programs.lay_out, (state.params,))
@@ -252,7 +236,8 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
 
     `lay_out` is that of rollouts, where rollouts have the same one.
     """
-    is_shared = config.grpo.steps > 0 and config.sampling.weights == "full"
+    is_sampled = config.grpo.steps > 0 or config.dpo.is_sampled
+    is_shared = is_sampled and config.sampling.weights == "full"
     weights = "lay_out" if is_shared else "lay_out_evaluation"
     program = lay_out_program(network.model, network.decoding)
     params = qwen.abstract_params(network.model, network.training)
@@ -268,81 +253,19 @@ def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict
     }
 
 
-def compilations(calls: Mapping[str, Call]) -> dict[str, Callable[[], Any]]:
-    """Return what compiles each program for each shape that it may be called with, by name.
-
-    JAX keeps it for calls with arrays. `lay_out` is compiled here: it decides how weights lie.
-    """
-    tasks, laid_out = {}, {}
-    for name, call in calls.items():
-        if name.startswith("init"):  # runs before any step
-            continue
-        if call.weights:
-            tasks[name] = partial(
-                _compiled, call.program, (laid_out[call.weights], *call.arguments)
-            )
-        elif name.startswith("lay_out"):
-            shardings = _compiled(call.program, call.arguments).output_shardings
-            laid_out[name] = laid_out_weights(call, shardings)
-        elif call.longest is None:
-            tasks[name] = partial(_compiled, call.program, call.arguments)
-        else:
-            for shape in call.longest.shapes:
-                shaped = packing.in_shape(call.arguments, *shape)
-                tasks[f"{name} {shape}"] = partial(_compiled, call.program, shaped)
-    return tasks
-
-
-def laid_out_weights(call: Call, shardings: Any) -> Any:
-    """Return what a call of `lay_out` makes, as abstract arrays; `shardings` is its compiler's."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(call.program, *call.arguments),
-        shardings,
-    )
-
-
-def _compiled(program: Any, arguments: tuple[Any, ...]) -> Any:
-    return program.lower(*arguments).compile()
-
-
-def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) -> LongestRows:
-    """Return the rows of these groups in the longest of the row lengths."""
-    num_rows = layout.mesh.size
-    longest = packing.pack(groups, sizes[-1:], num_rows)
-
-    def abstract(x: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=packing.spread(layout, x.ndim))
-
-    rows = jax.tree.map(abstract, longest.rows)
-    num_completions = sum(len(group.completions) for group in groups)
-    shapes = packing.shapes(sizes, num_completions, num_rows)
-    num_passes, num_targets = int(longest.rows.num_passes), int(np.max(longest.rows.count))
-    return LongestRows(rows, num_passes, num_targets, shapes)
-
-
 def abstract_targets(
-    rows: Rows, has_reference: bool, has_importance: bool = False
+    rows: Rows, has_reference: bool, has_importance: bool = False, has_singled: bool = False
 ) -> PolicyTargets:
     """Return what the policy loss takes beside its rows, as abstract arrays."""
-    numbers = _like(rows.tokens, jnp.float32)
+    numbers = like(rows.tokens, jnp.float32)
     return PolicyTargets(
         old_logp=numbers,
         ref_logp=numbers if has_reference else None,
         advantages=numbers,
-        mask=_like(rows.tokens, jnp.bool),
+        mask=like(rows.tokens, jnp.bool),
         weights=numbers,
         importance=numbers if has_importance else None,
-    )
-
-
-def abstract_reference(network: Network) -> Params:
-    """Return what `freeze` makes of the parameters, as abstract arrays."""
-    params = qwen.abstract_params(network.model, network.training)
-    return jax.tree.map(
-        lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
-        params,
+        is_singled=like(rows.tokens, jnp.bool) if has_singled else None,
     )
 
 
@@ -364,21 +287,22 @@ def pack_minibatch(
         advantages=packed.take(known.advantages),
         mask=packed.take(known.is_kept),
         weights=packed.take(token_weights(mask, aggregation)),
+        is_singled=None if known.is_singled is None else packed.take(known.is_singled),
     )
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
-    return Minibatch(rows, targets, packed.metrics, int(mask.sum()))
+    return Minibatch(rows, targets, packed.metrics, int(mask.sum()), packed.completion)
+
+
+def freeze_program(network: Network) -> Any:
+    """Return the program that keeps a copy of the weights as the reference."""
+    params = qwen.abstract_params(network.model, network.training)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    return jax.jit(partial(_freeze, network.model), out_shardings=shardings)
 
 
 def _freeze(model: QwenConfig, params: Params) -> Params:
     # Without a copy, a cast that changes nothing would give back the very same buffers.
     return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))
-
-
-def _init_optimizer(
-    network: Network, optimizer: optax.GradientTransformation, state: TrainState
-) -> Call:
-    program = update.init_optimizer_program(network.model, network.training, optimizer)
-    return Call(program, (state.params,))
 
 
 def training_stops(
@@ -387,7 +311,3 @@ def training_stops(
     """Return what ends completions; without the bytes of tokens: tables of the same shape."""
     after = prompts.reasoning_end(config.data.prompt)
     return stop_tables(config.sampling.stop_strings, token_bytes, network.model.vocab_size, after)
-
-
-def _like(leaf: Any, dtype: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding)

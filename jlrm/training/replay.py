@@ -30,6 +30,7 @@ from jax.tree_util import keystr
 from jlrm.config import Config, UsageError
 from jlrm.model.visibility import Packing
 from jlrm.rl.losses import PolicyTargets
+from jlrm.rl.preferences import PairTargets, RewardTargets
 from jlrm.runtime import hosts
 from jlrm.runtime.mesh import compiler_options, create_mesh
 from jlrm.runtime.settings import from_dict, to_dict
@@ -41,7 +42,7 @@ from jlrm.weights import source, steps
 
 FOLDER = "not_applied"
 ABOUT = "about"  # the name in the file of what is no array: JSON
-Batch = tuple[Rows, Any]  # what a program of `update` takes: PolicyTargets, or weights for SFT
+Batch = tuple[Rows, Any]  # what a program of `update` takes: targets, or weights for SFT
 
 
 def write(
@@ -98,6 +99,7 @@ def replay(file: pathlib.Path) -> list[str]:
     steps.find(saved)
     where = dataclasses.replace(config.model, path=saved, preset="")
     model = source.read_model(dataclasses.replace(config, model=where))
+    model = dataclasses.replace(model, num_labels=source.num_labels(saved))
     mesh = create_mesh(config.mesh, devices)
     policy = open_policy(model, mesh, source.model_files(saved))
     params = source.read_params(saved, model, policy.training)
@@ -121,10 +123,17 @@ def _batches(arrays: dict[str, np.ndarray]) -> Iterator[Batch]:
         of_rows, of_targets = (_below(arrays, f"{number}.{part}") for part in (0, 1))
         packed = {name: of_rows.pop(f"packing.{name}") for name in Packing._fields}
         rows = Rows(**of_rows, packing=Packing(**packed))
-        if "" in of_targets:
-            yield rows, of_targets[""]
-        else:
-            yield rows, PolicyTargets(**{"ref_logp": None, **of_targets})
+        yield rows, _targets(of_targets)
+
+
+def _targets(arrays: dict[str, Any]) -> Any:
+    """Return what a stage learns from beside its rows, told by the names of its arrays."""
+    if "" in arrays:
+        return arrays[""]
+    if "is_last" in arrays:
+        return RewardTargets(**arrays)
+    kind = PairTargets if "num_pairs" in arrays else PolicyTargets
+    return kind(**{"ref_logp": None, **arrays})
 
 
 def _below(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, Any]:
@@ -137,11 +146,17 @@ def _step(config: Config, stage: str, policy: TextPolicy) -> Any:
     """Return `(params, rows, targets) -> metrics` of one optimiser step."""
     model, layout = policy.model, policy.training
     optimizer = update.make_optimizer(getattr(config, stage).optimizer, 1)
-    if stage == "sft":
-        take = partial(update.sft_update, model, layout, optimizer)
-    else:
-        fixed = model, layout, policy.distribution(config.sampling)
-        take = partial(update.grpo_update, *fixed, config.grpo.loss, optimizer)
+    distribution = policy.distribution(config.sampling)
+    take = {
+        "sft": partial(update.sft_update, model, layout, optimizer),
+        "dpo": partial(update.dpo_update, model, layout, config.dpo, optimizer),
+        "reward_model": partial(
+            update.reward_update, model, layout, config.reward_model.kind, optimizer
+        ),
+        "grpo": partial(
+            update.grpo_update, model, layout, distribution, config.grpo.loss, optimizer
+        ),
+    }[stage]
 
     def step(params: Any, rows: Rows, targets: Any) -> dict[str, jax.Array]:
         state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0))

@@ -29,7 +29,7 @@ from jlrm.data.batches import Example
 from jlrm.data.tokenizer import token_bytes
 from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
-from jlrm.rl.advantages import group_advantages
+from jlrm.rl.advantages import advantages, is_informative
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.policy import TextPolicy
 from jlrm.training.programs import rollout_settings, training_stops
@@ -40,6 +40,7 @@ from jlrm.training.scoring import (
     judge,
     metrics,
     rewards_of,
+    terms_of,
 )
 from jlrm.training.setup import Run
 
@@ -71,7 +72,7 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
 SampleFn = Callable[[Params, Sequence[Example], int], Callable[[], Sampled]]
 
 
-def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
+def make_sampler(config: Config, policy: TextPolicy, width: int, num_rollouts: int) -> SampleFn:
     """Return the sampler of a step's groups; prompts have at most `width` tokens."""
     sampling = config.sampling
     spelled = token_bytes(policy.tokenizer) if sampling.stop_strings else []
@@ -80,7 +81,7 @@ def make_sampler(config: Config, policy: TextPolicy, width: int) -> SampleFn:
         rollout_settings(config, policy),
         training_stops(config, policy, spelled),
         config.run.seed,
-        config.grpo.rollouts,
+        num_rollouts,
         width,
     )
 
@@ -274,14 +275,42 @@ def _finish(run: Run, started: Started, timed: Timed, state: TrainerState) -> Ro
         judgements, logged = judge(run, examples, sampled.ids, state, group_size)
         if run.config.reward.swap_consistency:
             judgements = compare_orders(run.config.reward, judgements, _partner(run))
-        advantages = _advantages(run, rewards_of(judgements))
-    return RolloutBatch(examples, sampled, judgements, advantages, logged)
+        gains = _advantages(run, judgements, sampled.lengths)
+    return RolloutBatch(examples, sampled, judgements, gains, logged)
 
 
-def _advantages(run: Run, paid: Float[np.ndarray, " B"]) -> Float[np.ndarray, " B"]:
-    config, grouped = run.config.grpo, paid.reshape(_num_groups(run), -1)
-    advantages = group_advantages(grouped, config.advantage_scale, config.advantage_eps)
-    return np.asarray(advantages).reshape(-1)
+def _advantages(
+    run: Run,
+    judgements: Sequence[Judgement],
+    lengths: Int[np.ndarray, " B"],
+    is_counted: Bool[np.ndarray, " B"] | bool = True,
+    penalty: Float[np.ndarray, " B"] | None = None,
+) -> Float[np.ndarray, " B"]:
+    config, shape = run.config.grpo.advantage, (_num_groups(run), -1)
+    grouped = _terms(run, judgements, is_counted)
+    if penalty is not None:
+        grouped = {name: each - penalty.reshape(shape) for name, each in grouped.items()}
+    return advantages(config, grouped, lengths.reshape(shape), _together(run)).reshape(-1)
+
+
+def advantages_of(
+    run: Run, drawn: StepBatch, penalty: Float[np.ndarray, " B"]
+) -> Float[np.ndarray, " B"]:
+    """Return the advantages of a step's batch whose rewards are lowered by so much."""
+    is_counted = drawn.is_learned if run.config.grpo.zero_variance == "resample" else True
+    judgements, lengths = drawn.batch.judgements, drawn.batch.sampled.lengths
+    return _advantages(run, judgements, lengths, is_counted, penalty)
+
+
+def _terms(
+    run: Run, judgements: Sequence[Judgement], is_counted: Bool[np.ndarray, " B"] | bool = True
+) -> dict[str, Float[np.ndarray, "groups size"]]:
+    """Return what is compared, group by group: the rewards, or each term of them."""
+    paid = {"reward": rewards_of(judgements)}
+    if run.config.grpo.advantage.terms == "apart":
+        paid = terms_of(judgements)
+    shape = (_num_groups(run), -1)
+    return {name: np.where(is_counted, each, np.nan).reshape(shape) for name, each in paid.items()}
 
 
 def _partner(run: Run) -> list[int]:
@@ -303,9 +332,8 @@ def _together(run: Run) -> int:
 
 def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"]:
     """Return which groups have two rewards that differ."""
-    grouped = rewards_of(batch.judgements).reshape(_num_groups(run), -1)
-    # fmax and fmin pass over NaN, and give it where there is nothing else: no comparison is true.
-    return np.fmax.reduce(grouped, axis=1) > np.fmin.reduce(grouped, axis=1)
+    paid = _terms(run, batch.judgements)
+    return is_informative(run.config.grpo.advantage, paid, _together(run))
 
 
 def _choose(run: Run, drawn: list[RolloutBatch]) -> tuple[RolloutBatch, Int[np.ndarray, " groups"]]:
@@ -314,11 +342,11 @@ def _choose(run: Run, drawn: list[RolloutBatch]) -> tuple[RolloutBatch, Int[np.n
     Also returns which they are, of all that were drawn.
 
     Advantages are those of the choice: what fills up is out of the loss, and so counts in no
-    deviation of `grpo.advantage_scale: batch`.
+    deviation over the batch (`grpo.advantage`).
     """
-    is_informative = np.concatenate([_is_informative(run, batch) for batch in drawn])
+    is_useful = np.concatenate([_is_informative(run, batch) for batch in drawn])
     # A stable sort: informative groups first, each kind in the order it was drawn.
-    groups = np.sort(np.argsort(~is_informative, kind="stable")[: _num_groups(run)])
+    groups = np.sort(np.argsort(~is_useful, kind="stable")[: _num_groups(run)])
     size = len(drawn[0].examples) // _num_groups(run)
     rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
 
@@ -326,10 +354,9 @@ def _choose(run: Run, drawn: list[RolloutBatch]) -> tuple[RolloutBatch, Int[np.n
     sampled = join_sampled([batch.sampled for batch in drawn]).take(rows.tolist())
     judgements = [judgement for batch in drawn for judgement in batch.judgements]
     chosen = [judgements[row] for row in rows]
-    counted = np.where(np.repeat(is_informative[groups], size), rewards_of(chosen), np.nan)
-    advantages = _advantages(run, counted)
+    gains = _advantages(run, chosen, sampled.lengths, np.repeat(is_useful[groups], size))
     logged = [each for batch in drawn for each in batch.logged]
-    batch = RolloutBatch([examples[row] for row in rows], sampled, chosen, advantages, logged)
+    batch = RolloutBatch([examples[row] for row in rows], sampled, chosen, gains, logged)
     return batch, groups
 
 
@@ -343,10 +370,12 @@ def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dic
     judgements = [judgement for each in drawn for judgement in each.judgements]
     lengths = np.concatenate([each.sampled.lengths for each in drawn])
     is_finished = np.concatenate([each.sampled.is_finished for each in drawn])
-    is_informative = np.concatenate([_is_informative(run, each) for each in drawn])
+    is_useful = np.concatenate([_is_informative(run, each) for each in drawn])
     values = metrics(judgements, lengths, is_finished)
-    values["frac_reward_zero_std"] = 1 - float(is_informative.mean())
-    if run.config.reward.mode == "none":  # our own terms pay every completion
+    values["frac_reward_zero_std"] = 1 - float(is_useful.mean())
+    config = run.config
+    # Otherwise our own terms pay every completion.
+    if config.reward.mode == "none" or config.data.gold == "majority":
         values["completions/unpaid_ratio"] = float(np.isnan(rewards_of(judgements)).mean())
     if run.config.data.orders == "both":
         share = [consistency(each.judgements, _partner(run)) for each in drawn]
@@ -354,5 +383,5 @@ def _metrics(run: Run, drawn: list[RolloutBatch], is_learned: np.ndarray) -> dic
     if run.config.grpo.zero_variance != "keep":
         values["groups/draws"] = len(drawn)
         values["groups/masked"] = int(np.sum(~is_learned))
-        values["groups/discarded"] = len(is_informative) - _num_groups(run)
+        values["groups/discarded"] = len(is_useful) - _num_groups(run)
     return values

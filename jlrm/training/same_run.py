@@ -252,8 +252,9 @@ def note_changes(
 
 
 def _reads_base(config: Config) -> bool:
-    """Return whether a run that goes on may read the base model again, as its KL reference."""
-    return stages_of(config)[0] == "grpo" and config.grpo.loss.kl_weight > 0
+    """Return whether a run that goes on may read the base model again, as a reference."""
+    has_reference = {"grpo": config.grpo.has_reference, "dpo": config.dpo.reference == "start"}
+    return has_reference.get(stages_of(config)[0], False)
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:

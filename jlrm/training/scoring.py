@@ -9,6 +9,7 @@ it. Each process decodes and pays its share of the completions, and then all kno
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,8 +41,8 @@ class Judgement:
 
     @property
     def reward(self) -> float | None:
-        """The sum of the terms that apply; None where none does."""
-        is_paid = any(value is not None for value in self.terms.values())
+        """The sum of the terms that apply; None where none does, or only the one for length."""
+        is_paid = any(self.terms[name] is not None for name in self.terms.keys() - {"overlong"})
         return rewards.total(self.terms) if is_paid else None
 
     def table_row(self) -> dict[str, Any]:
@@ -58,6 +59,9 @@ class Judgement:
         }
 
 
+Gold = tuple[Sequence[Any] | None, int | None]  # scores, and a preference
+
+
 class Judged(NamedTuple):
     """The records of a batch of completions, and the metrics that plug-ins logged for it."""
 
@@ -69,6 +73,12 @@ def rewards_of(judgements: Sequence[Judgement]) -> Float[np.ndarray, " B"]:
     """Return the reward of each judgement, NaN where none applies."""
     paid = [each.reward for each in judgements]
     return np.array([np.nan if reward is None else reward for reward in paid], np.float32)
+
+
+def terms_of(judgements: Sequence[Judgement]) -> dict[str, Float[np.ndarray, " B"]]:
+    """Return each term of the reward by name, NaN where it does not apply."""
+    values = {name: [each.terms[name] for each in judgements] for name in judgements[0].terms}
+    return {name: np.array(each, np.float32) for name, each in values.items()}
 
 
 def mean_reward(judgements: Sequence[Judgement]) -> float:
@@ -122,6 +132,7 @@ def judge(
         ids[mine],
         run.config.sampling.max_new_tokens,
         context,
+        group_size if run.config.data.gold == "majority" else 0,
     )
     parts = hosts.gather("rewards", Judged(judgements, context.numbers()))
     return Judged(
@@ -138,14 +149,27 @@ def judge_responses(
     ids: Sequence[Sequence[int]],
     max_tokens: int,
     context: PluginContext | None = None,
+    electorate: int = 0,
 ) -> list[Judgement]:
     """Read responses, given as text and as token ids, and pay them by our terms and by plug-ins.
 
-    What plug-ins log is kept in `context`.
+    What plug-ins log is kept in `context`. Our terms compare with the gold of each row or, where
+    there is an `electorate`, with the majority of so many responses that stand together.
     """
+    verdicts = [
+        rewards.read(config, example.prompt, response)
+        for example, response in zip(examples, responses, strict=True)
+    ]
+    golds: list[Gold | None] = [
+        (each.comparison.scores, each.comparison.preference) for each in examples
+    ]
+    if electorate:
+        golds = majorities(examples, verdicts, electorate)
     judgements = [
-        _judgement(config, example, response, len(row_ids), max_tokens)
-        for example, response, row_ids in zip(examples, responses, ids, strict=True)
+        _judgement(config, example, response, verdict, gold, (len(row_ids), max_tokens))
+        for example, response, verdict, gold, row_ids in zip(
+            examples, responses, verdicts, golds, ids, strict=True
+        )
     ]
     if not (loaded and examples):
         return judgements
@@ -169,17 +193,48 @@ def judge_responses(
     ]
 
 
+def majorities(
+    examples: Sequence[Example], verdicts: Sequence[Verdict], size: int
+) -> list[Gold | None]:
+    """Return what most verdicts of each group of `size` prefer, for the order of each row.
+
+    A verdict in the other order counts for the same answer. None where no preference has more
+    verdicts than every other.
+    """
+
+    def turned(example: Example, preference: int | None) -> int | None:
+        return swap_preference(preference) if example.comparison.is_swapped else preference
+
+    found: list[Gold | None] = []
+    for start in range(0, len(examples), size):
+        group = list(zip(examples[start:][:size], verdicts[start:][:size], strict=True))
+        votes = Counter(turned(example, each.preference) for example, each in group)
+        del votes[None]
+        (first, most), (_, second) = [*votes.most_common(2), (None, 0), (None, 0)][:2]
+        for example, _ in group:
+            found.append((None, turned(example, first)) if most > second else None)
+    return found
+
+
 def _judgement(
-    config: RewardConfig, example: Example, response: str, num_tokens: int, max_tokens: int
+    config: RewardConfig,
+    example: Example,
+    response: str,
+    verdict: Verdict,
+    gold: Gold | None,
+    tokens: tuple[int, int],
 ) -> Judgement:
-    row = example.comparison
-    verdict = rewards.read(config, example.prompt, response)
+    row, (num_tokens, max_tokens) = example.comparison, tokens
+    if gold is None:
+        is_right = verdict.preference == row.label
+        return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), is_right)
+    scores, preference = gold
     try:
         terms = rewards.pay(
             config,
             verdict,
-            gold=row.scores,
-            preference=row.preference,
+            gold=scores,
+            preference=preference,
             num_tokens=num_tokens,
             max_tokens=max_tokens,
         )

@@ -22,12 +22,12 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from jlrm.config import Config, RunError, UsageError, stage_titles, stages_of
+from jlrm.config import Config, RunError, UsageError, nearest, stage_titles, stages_of
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
 from jlrm.data.worlds import toy
-from jlrm.judgement import plugins
+from jlrm.judgement import plugins, rewards
 from jlrm.judgement.plugins import Plugin
 from jlrm.model import qwen
 from jlrm.model.qwen import Params
@@ -41,7 +41,7 @@ from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
 from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
-from jlrm.weights.source import model_files, read_params
+from jlrm.weights.source import model_files, num_labels, read_params
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,20 @@ class Run:
     made_from: Mapping[str, str] = field(default_factory=dict)  # digests: same_run.py
 
 
+def check_term_weights(config: Config, loaded: Sequence[Plugin]) -> None:
+    """Refuse a weight of a term that no reward has.
+
+    Raises:
+      UsageError: naming it.
+    """
+    known = [*rewards.TERMS, "swap_consistency", *(plugin.name for plugin in loaded)]
+    for name in config.grpo.advantage.term_weights:
+        if name not in known:
+            raise UsageError(
+                f"grpo.advantage.term_weights: no term is named {name!r}. {nearest(name, known)}"
+            )
+
+
 @contextlib.contextmanager
 def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Run]:
     """Open a run on all devices or the chosen ones, and hold its directory meanwhile.
@@ -112,6 +126,7 @@ def open_run(config: Config, chosen: Sequence[Any] | None = None) -> Iterator[Ru
         # If one of these fails, it fails at once, so they come before anything is downloaded.
         alarms.check_names(config.run.stop_on)
         loaded = plugins.load(config.reward.plugins)
+        check_term_weights(config, loaded)
         if chosen is None:
             mesh = open_mesh(config.mesh, directory.mirror.url)
         else:
@@ -160,6 +175,11 @@ def open_directory(config: Config) -> Iterator[RunDir]:
 
 def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
     """Return the policy of a run from `model/`, which is filled at the run's first start."""
+    if config.model.path and not directory.is_trained and num_labels(config.model.path):
+        raise UsageError(
+            f"model.path={config.model.path} is a reward model, which writes no text. Name the "
+            "model that it was trained from."
+        )
     if hosts.is_main():
         _fill_model(config, directory)
         directory.mirror.push()
@@ -198,8 +218,11 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
     Raises:
       UsageError: if either can't.
     """
-    longest_target = config.sft.max_target_tokens if config.sft.steps else 0
-    longest = max(config.sampling.max_new_tokens, longest_target)
+    limited = [config.sft, config.dpo, config.reward_model]
+    longest = max(
+        config.sampling.max_new_tokens,
+        *(stage.max_target_tokens if stage.steps else 0 for stage in limited),
+    )
     check_positions(
         policy.model,
         config.data.max_prompt_tokens + longest,

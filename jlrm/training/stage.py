@@ -28,7 +28,7 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.config import RunConfig, RunError, stage_titles, stages_of
+from jlrm.config import RunConfig, RunError, stages_of
 from jlrm.data import audit
 from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
@@ -39,8 +39,9 @@ from jlrm.runtime import devices, hosts, preemption
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.settings import to_dict
 from jlrm.training import replay, same_run, update
+from jlrm.training.calls import Call, compilations
 from jlrm.training.heldout import EvaluateFn
-from jlrm.training.programs import Call, compilations, heldout_calls
+from jlrm.training.programs import heldout_calls
 from jlrm.training.setup import Run, refuse_to_begin_before
 from jlrm.training.update import TrainState
 from jlrm.weights.checkpoint import Checkpoints
@@ -106,8 +107,7 @@ class Stage:
         self.carried: dict[str, Any] | None = None  # by the checkpoint, for the first step
         self.carry: Callable[[], dict[str, Any]] | None = None  # what the next one is to carry
         self.num_rows = len(run.data.train)  # that a stage draws from; SFT sets its own
-        # Which order of the data is this stage's: by its place among the stages.
-        self.stream = list(stage_titles()).index(name)
+        self.stream: int = getattr(run.config, name).stream
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
         if self._done:
@@ -172,9 +172,9 @@ class Stage:
         """Compile all that the steps may run, several at a time, if `run.precompile` says so."""
         if not is_compiled_ahead(self._run.config.run) or self._done >= self._num_steps:
             return
-        heldout = heldout_calls(
-            self._run.config, self._run.policy, self._run.data.heldout.longest[0]
-        )
+        policy, (longest, _) = self._run.policy, self._run.data.heldout.longest
+        is_writer = not policy.model.num_labels  # else it judges by scores
+        heldout = heldout_calls(self._run.config, policy, longest) if is_writer else {}
         tasks = compilations({**calls(), **heldout})
         label, workers = f"{self._name}: compiling ahead", max(1, (os.cpu_count() or 1) // 4)
         with (

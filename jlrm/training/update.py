@@ -16,12 +16,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jlrm.config import LossConfig, OptimizerConfig
+from jlrm.config import DPOConfig, LossConfig, OptimizerConfig
 from jlrm.model import gradient_sums, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
-from jlrm.rl.losses import PolicyTargets, policy_loss, sequence_log_ratio
+from jlrm.rl.losses import (
+    PolicyTargets,
+    averaged_log_ratio,
+    policy_loss,
+    sequence_log_ratio,
+)
+from jlrm.rl.preferences import PairTargets, RewardTargets, dpo_loss, reward_loss
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
 
@@ -171,6 +177,68 @@ def sft_update(
     return _step(config, layout, optimizer, loss, state, (rows, weights))
 
 
+def dpo_update(
+    config: QwenConfig,
+    layout: Layout,
+    settings: DPOConfig,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    rows: Rows,
+    targets: PairTargets,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Take one step on the loss of pairs (`preferences.dpo_loss`), which stand whole in rows.
+
+    A pair's loss is no sum over tokens. So log-probabilities come first; they tell what each token
+    counts in the gradient, and that sum of weighted log-probabilities is differentiated.
+    """
+
+    def weighted(logp: Array, entropy: Array, weights: Array) -> tuple[Array, dict[str, Array]]:
+        return jnp.sum(weights * logp), {}
+
+    def loss(
+        params: Params, sums: Params | None, part: tuple[Rows, PairTargets]
+    ) -> tuple[Array, dict[str, Array]]:
+        rows, targets = part
+        states, head = _states(config, layout, params, rows, sums), qwen.head(config, params)
+        where = rows.targets, rows.count
+        logp, _ = completion_logps(
+            *jax.lax.stop_gradient((states, head)), *where, Distribution(), layout
+        )
+        of_logp = partial(dpo_loss, settings, targets=targets, sequence=rows.sequence)
+        by_logp: Any = jax.value_and_grad(of_logp, has_aux=True)
+        (value, means), weights = by_logp(logp)
+        weighed: Any = summed_token_loss(
+            weighted, states, head, *where, weights, Distribution(), layout
+        )
+        return weighed[0] + jax.lax.stop_gradient(value - weighed[0]), means
+
+    return _step(config, layout, optimizer, loss, state, (rows, targets))
+
+
+def reward_update(
+    config: QwenConfig,
+    layout: Layout,
+    kind: str,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    rows: Rows,
+    targets: RewardTargets,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Take one step on the loss of a reward model (`preferences.reward_loss`).
+
+    A sequence is scored where it ends, by the state that would predict a token behind it.
+    """
+
+    def loss(
+        params: Params, sums: Params | None, part: tuple[Rows, RewardTargets]
+    ) -> tuple[Array, dict[str, Array]]:
+        rows, targets = part
+        scores = qwen.scores(params, _states(config, layout, params, rows, sums))
+        return reward_loss(kind, scores, targets, rows.sequence)
+
+    return _step(config, layout, optimizer, loss, state, (rows, targets))
+
+
 def grpo_update(
     config: QwenConfig,
     layout: Layout,
@@ -196,7 +264,8 @@ def grpo_update(
             logp, _ = completion_logps(
                 *jax.lax.stop_gradient((states, head)), *where, distribution, layout
             )
-            ratios = sequence_log_ratio(logp - targets.old_logp, targets.mask, rows.sequence)
+            own = averaged_log_ratio(settings, logp - targets.old_logp, targets.advantages)
+            ratios = sequence_log_ratio(own, targets.mask, rows.sequence)
             targets = targets._replace(sequence_log_ratio=ratios)
         return summed_token_loss(token_loss, states, head, *where, targets, distribution, layout)
 

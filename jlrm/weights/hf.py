@@ -55,6 +55,7 @@ TABLE = (
     ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", "F | D"),
     ("model.norm.weight", "final_norm.scale", "D"),
     ("lm_head.weight", "head", "V D"),
+    ("score.weight", "score", "D | C"),
 )
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,6 +69,7 @@ TOKENIZER_FILES = (
 )
 MODEL_FILES = ("generation_config.json", "config.json")
 SHARDS = "*.safetensors"
+SECOND = "consolidated*"  # the same weights under other names, beside Mistral's shards
 ALL_FILES = (*MODEL_FILES, *TOKENIZER_FILES, "adapter_config.json", SHARDS, INDEX)
 SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -106,9 +108,11 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         "N": config.num_attention_heads,
         "K": config.num_key_value_heads,
         "H": config.head_dim,
+        "C": config.num_labels,
     }
     absent = {
-        "head": config.tie_word_embeddings,
+        "head": config.tie_word_embeddings or config.num_labels > 0,
+        "score": not config.num_labels,
         "q_bias": not config.qkv_bias,
         "k_bias": not config.qkv_bias,
         "v_bias": not config.qkv_bias,
@@ -153,7 +157,9 @@ def resolve(source: str, files: Sequence[str] = ALL_FILES) -> pathlib.Path:
 
     wanted = [file for file in files if hosts.is_main() or file != SHARDS]
     try:
-        return pathlib.Path(snapshot_download(source, allow_patterns=wanted))
+        return pathlib.Path(
+            snapshot_download(source, allow_patterns=wanted, ignore_patterns=SECOND)
+        )
     except Exception as error:  # the client raises anything
         raise UsageError(
             f"{source} is no local directory, and the hub did not give it: {first_line(error)}."

@@ -15,16 +15,18 @@ from typing import Any
 
 from jlrm.config import UsageError
 from jlrm.model.qwen import QwenConfig
-from jlrm.model.rope import Yarn
+from jlrm.model.rope import Llama3, Scaling, Yarn
 from jlrm.runtime.settings import read_json
+from jlrm.weights.families import FAMILIES, OTHERS, Family
 from jlrm.weights.hf_files import refuse_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_SIZE, MOST_LAYERS = 2**24, 2**10  # beyond every model; arrays of such sizes can't be described
-KINDS = {  # by model_type
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "llama": "LlamaForCausalLM",  # Qwen2 without biases, such as SmolLM2
+CLASSIFIER = "ForSequenceClassification"
+LABELS = {  # what the scores of a reward model are of, by its kind
+    "bradley_terry": ("answer",),
+    "cross": ("answer_1", "answer_2"),
+    "classes": ("tie", "answer_1", "answer_2"),
 }
 LARGEST = 1e30  # of numbers that become float32
 
@@ -40,6 +42,27 @@ def read_config(directory: pathlib.Path, **numerics: Any) -> QwenConfig:
         differently, or the directory holds a PEFT adapter.
     """
     return config_from_hf(_described(directory), str(directory / "config.json"), **numerics)
+
+
+def num_labels(directory: pathlib.Path) -> int:
+    """Return how many scores a directory's model gives a text; 0: it writes text itself."""
+    described = _described(directory)
+    named = described.get("architectures")
+    if not (isinstance(named, list) and named and str(named[0]).endswith(CLASSIFIER)):
+        return 0
+    labels = described.get("id2label") or range(described.get("num_labels") or 2)  # as transformers
+    return len(labels)
+
+
+def scoring_to_hf(fields: dict[str, Any], kind: str, pad_id: int | None) -> dict[str, Any]:
+    """Return the config.json of a reward model of a kind (config/stages.py) from a policy's."""
+    names = LABELS[kind]
+    return fields | {
+        "architectures": [fields["architectures"][0].replace("ForCausalLM", CLASSIFIER)],
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+        "pad_token_id": pad_id,  # transformers scores the last token that is another
+    }
 
 
 def stored_dtype(directory: pathlib.Path) -> str:
@@ -73,17 +96,20 @@ def config_from_hf(
       UsageError: it asks for something that this code does not compute, a field is missing, or a
         value is none that a model can have.
     """
-    kind = source.get("model_type")
     _refuse_unsupported(source, where)
-    theta, yarn = _rope_from_hf(source, where)
+    kind = source["model_type"]
+    family = FAMILIES[kind]
+    theta, scaling = _rope_from_hf(source, where)
     size = functools.partial(_size, source, where)
     heads = size("num_attention_heads")
     width = size("hidden_size")
-    # The default of Qwen2Config and Qwen3Config is 32, whatever the number of heads.
-    is_open = "num_key_value_heads" in source or kind == "llama"
-    kv_heads = size("num_key_value_heads", heads if is_open else 32)
-    # Qwen3Config's head width is 128 by default, for every width of the model.
-    head_dim = size("head_dim", 128 if kind == "qwen3" else width // heads)
+    # Left out, it has the family's number, whatever the query heads; null stands for as many.
+    is_open = "num_key_value_heads" in source or family.num_key_value_heads is None
+    kv_heads = size("num_key_value_heads", heads if is_open else family.num_key_value_heads)
+    head_dim = size("head_dim", family.head_dim or width // heads)
+    positions = size("max_position_embeddings", family.max_position_embeddings)
+    if family.sliding_window and source.get("sliding_window", 0) is not None:
+        positions = min(positions, size("sliding_window", family.sliding_window))
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
         raise UsageError(
             f"{where}: {heads} attention heads, {kv_heads} key-value heads and a head width of "
@@ -103,13 +129,15 @@ def config_from_hf(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
         tie_word_embeddings=_flag(source, where, "tie_word_embeddings"),
         rope_theta=theta,
         rms_norm_eps=_number(source, where, "rms_norm_eps", 1e-6),
-        max_position_embeddings=size("max_position_embeddings", _usual_length(source)),
-        yarn=yarn,
+        max_position_embeddings=positions,
+        rope_scaling=scaling,
+        model_type=kind,
+        num_labels=0,  # whether it scores is asked apart: `num_labels`
         **numerics,
     )
 
@@ -145,11 +173,6 @@ def _number(source: dict[str, Any], where: str, name: str, default: float) -> fl
     return float(value)
 
 
-def _usual_length(source: dict[str, Any]) -> int:
-    """Return the longest sequence of a model whose file does not say it."""
-    return 2048 if source.get("model_type") == "llama" else 32768
-
-
 def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) -> bool:
     value = default if source.get(name) is None else source[name]
     if not isinstance(value, bool):
@@ -160,17 +183,20 @@ def _flag(source: dict[str, Any], where: str, name: str, default: bool = False) 
 def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     """Raise a UsageError that names the first field that this code would not compute."""
     kind = source.get("model_type")
+    name = kind if isinstance(kind, str) else ""  # it may be any JSON value
+    family = FAMILIES.get(name, Family(""))
+    why = f" ({OTHERS[name]})" if name in OTHERS else ""
     refusals = {
-        f"model_type={_plain(kind)}": kind not in tuple(KINDS),  # any JSON value
+        f"model_type={_plain(kind)}{why}": name not in FAMILIES,
         f"hidden_act={_plain(source.get('hidden_act'))}": (
             source.get("hidden_act", "silu") not in ("silu", "swish")  # two names of one function
         ),
         "layer_types with sliding attention": any(
             layer != "full_attention" for layer in _layer_types(source, where)
         ),
-        "use_sliding_window=true": not source.get("layer_types") and _slides(source, where),
-        "attention_bias=true": kind != "qwen2" and bool(source.get("attention_bias")),
-        "mlp_bias=true": kind == "llama" and bool(source.get("mlp_bias")),
+        "use_sliding_window=true": not (source.get("layer_types") or family.sliding_window)
+        and _slides(source, where),
+        **{f"{flag}=true": bool(source.get(flag)) for flag in family.refused},
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
         "transformers_weights": source.get("transformers_weights") is not None,
@@ -184,7 +210,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
         if is_refused:
             raise UsageError(
                 f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5, "
-                "Qwen3 or Llama model with full attention."
+                "Qwen3, Llama or Mistral model with full attention."
             )
 
 
@@ -214,15 +240,19 @@ def _slides(source: dict[str, Any], where: str) -> bool:
 def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     """Return a config.json for a model that has no source checkpoint.
 
-    It has the fields of both versions: transformers 4 reads `rope_theta` and `torch_dtype`,
-    transformers 5 reads `rope_parameters` and `dtype`.
+    It has the fields of both versions: transformers 4 reads `rope_theta`, `rope_scaling` and
+    `torch_dtype`, transformers 5 reads `rope_parameters` and `dtype`.
     """
-    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
+    has = config.qkv_bias, config.qk_norm
+    kind = config.model_type or next(
+        kind for kind, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == has
+    )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.yarn is not None:
-        rope |= {"rope_type": "yarn", **dataclasses.asdict(config.yarn)}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        rope |= {"rope_type": scaling.rope_type, **dataclasses.asdict(scaling)}
     return {
-        "architectures": [KINDS[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -235,16 +265,17 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,
         "rope_parameters": rope,
+        **({} if scaling is None else {"rope_scaling": rope}),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "use_sliding_window": False,
+        **dict([FAMILIES[kind].unwindowed]),
         "attention_dropout": 0.0,
         "torch_dtype": dtype,
         "dtype": dtype,
     }
 
 
-def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | None]:
+def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Scaling | None]:
     """Read theta and scaling from transformers 4's `rope_scaling` or 5's `rope_parameters`."""
     # If a file has both, the older field wins, as in transformers.
     rope = source.get("rope_scaling") or source.get("rope_parameters") or {}
@@ -266,11 +297,12 @@ def _rope_from_hf(source: dict[str, Any], where: str) -> tuple[float, Yarn | Non
     if kind == "default":
         return theta, None
     partial = rope.get("partial_rotary_factor", source.get("partial_rotary_factor", 1.0))
-    if kind != "yarn" or "mscale" in rope or partial != 1.0:
+    if kind not in ("yarn", "llama3") or "mscale" in rope or partial != 1.0:
         raise UsageError(
-            f"{where}: rope scaling {_short(rope)} is not supported. Only none and plain YaRN are."
+            f"{where}: rope scaling {_short(rope)} is not supported. Only none, plain YaRN and "
+            "Llama 3's are."
         )
-    return theta, _yarn(rope, source, where)
+    return theta, (_yarn if kind == "yarn" else _llama3)(rope, source, where)
 
 
 def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
@@ -278,8 +310,7 @@ def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
         raise UsageError(f"{where}: rope scaling {_short(rope)} has no factor.")
     given = {key: rope[key] for key in rope if not (key.startswith("beta_") and rope[key] == 0)}
     number = functools.partial(_number, given, where)
-    whole = _number(source, where, "max_position_embeddings", _usual_length(source))
-    original = number("original_max_position_embeddings", whole)
+    whole, original = _lengths(rope, source, where)
     factor = number("factor", whole / original)
     return Yarn(
         factor=factor,
@@ -291,6 +322,26 @@ def _yarn(rope: dict[str, Any], source: dict[str, Any], where: str) -> Yarn:
         beta_slow=number("beta_slow", 1.0),
         truncate=_flag(rope, where, "truncate", True),
     )
+
+
+def _llama3(rope: dict[str, Any], source: dict[str, Any], where: str) -> Llama3:
+    names = ("factor", "low_freq_factor", "high_freq_factor")
+    for name in names:
+        if rope.get(name) is None:
+            raise UsageError(f"{where}: rope scaling {_short(rope)} has no {name}.")
+    factor, low, high = (_number(rope, where, name, 1.0) for name in names)
+    if low >= high:
+        raise UsageError(
+            f"{where}: low_freq_factor={low} is not below high_freq_factor={high} in rope scaling."
+        )
+    return Llama3(factor, low, high, max(int(_lengths(rope, source, where)[1]), 1))
+
+
+def _lengths(rope: dict[str, Any], source: dict[str, Any], where: str) -> tuple[float, float]:
+    """Return the context of a scaled model, and that before scaling; left out, they are equal."""
+    usual = FAMILIES[source["model_type"]].max_position_embeddings
+    whole = _number(source, where, "max_position_embeddings", usual)
+    return whole, _number(rope, where, "original_max_position_embeddings", whole)
 
 
 def _short(value: Any) -> str:

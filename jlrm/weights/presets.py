@@ -1,12 +1,14 @@
-"""The shapes of all published dense Qwen2.5 and Qwen3 models, and of the quickstart's toy model.
+"""The shapes of all published dense Qwen2.5 and Qwen3 models, of others, and of the toy model.
 
-Sources: the config.json files of `Qwen/Qwen2.5-*-Instruct` and `Qwen/Qwen3-*`.
+Sources: the config.json files of `Qwen/Qwen2.5-*-Instruct`, `Qwen/Qwen3-*`, `meta-llama/Llama-3.*`
+and `mistralai/Mistral-7B-v0.3`.
 """
 
 from __future__ import annotations
 
 from jlrm.config import UsageError, nearest
 from jlrm.model.qwen import QwenConfig
+from jlrm.model.rope import Llama3
 
 
 def _qwen25(
@@ -42,6 +44,28 @@ def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Qwen
     )
 
 
+def _llama3(
+    width: int, mlp: int, layers: int, heads: int, factor: float, *, tied: bool
+) -> QwenConfig:
+    return QwenConfig(
+        vocab_size=128256,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=width // heads,
+        qkv_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=tied,
+        rope_theta=500000.0,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        rope_scaling=Llama3(factor, 1.0, 4.0, 8192),
+        model_type="llama",
+    )
+
+
 PRESETS = {
     "toy": QwenConfig(
         vocab_size=512,
@@ -70,6 +94,23 @@ PRESETS = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, tied=False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, tied=False),
+    "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, tied=True),
+    "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, tied=True),
+    "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, tied=False),
+    "mistral-7b-v0.3": QwenConfig(
+        vocab_size=32768,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        qkv_bias=False,
+        qk_norm=False,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-5,
+        model_type="mistral",
+    ),
 }
 
 

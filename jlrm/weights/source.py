@@ -16,6 +16,7 @@ from jlrm.runtime.mesh import Layout
 from jlrm.weights import hf, hf_config, hf_files, passing, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
+ORGANISATIONS = ("qwen", "meta-llama", "mistralai")  # of the hub, whose models are presets
 ENDS = 1 << 20  # bytes at each end of a file that stand for it
 
 
@@ -29,6 +30,16 @@ def model_files(source: str) -> pathlib.Path:
         return hf.resolve(source)
     steps.find(source)
     return side_files(source) / "model"
+
+
+def num_labels(source: str) -> int:
+    """Return how many scores a reward model gives a text; 0: the model writes text itself."""
+    if not steps.is_run(source):
+        return hf_config.num_labels(hf.resolve(source))
+    meta = steps.read_meta(steps.find(source))
+    if meta.get("stage") != "reward_model":
+        return 0
+    return len(hf_config.LABELS[meta["config"]["reward_model"]["kind"]])
 
 
 def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
@@ -65,8 +76,8 @@ def read_model(config: Config) -> QwenConfig:
     directory = pathlib.Path(source.path).expanduser()
     if directory.is_dir():
         return hf_config.read_config(directory, **numerics)
-    organisation, _, name = source.path.lower().removesuffix("-instruct").rpartition("/")
-    if organisation == "qwen" and name in PRESETS:
+    organisation, _, name = source.path.lower().replace("-instruct", "").rpartition("/")
+    if organisation in ORGANISATIONS and name in PRESETS:
         return dataclasses.replace(preset(name), **numerics)
     raise UsageError(
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."

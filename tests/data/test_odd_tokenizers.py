@@ -130,6 +130,57 @@ def test_a_piece_that_spells_no_bytes_stands_for_itself(directory):
     assert decode(tokenizer, [[toy.VOCAB_SIZE]]) == ["▁日"]
 
 
+def write_fallback(directory: pathlib.Path, decoder: Any) -> None:
+    """Write a tokenizer of Mistral's kind: spaces are marked, unknown characters are bytes."""
+    from tokenizers import Tokenizer, models, normalizers
+
+    alphabet = "\N{LOWER ONE EIGHTH BLOCK}abcdefghijklmnopqrstuvwxyz</>"
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *alphabet]
+    merges = [("a", "n"), ("s", "w"), ("an", "sw"), ("e", "r"), ("answ", "er")]
+    pieces += [left + right for left, right in merges]
+    model = models.BPE(
+        {piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    marked = normalizers.Replace(" ", "\N{LOWER ONE EIGHTH BLOCK}")
+    begun = normalizers.Prepend("\N{LOWER ONE EIGHTH BLOCK}")
+    tokenizer.normalizer = normalizers.Sequence([begun, marked])
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_pieces_of_a_tokenizer_that_falls_back_to_bytes_spell_its_text(tmp_path):
+    from tokenizers import decoders
+
+    parts = [
+        decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "),
+        *(decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)),
+    ]
+    write_fallback(tmp_path, decoders.Sequence(parts))
+    tokenizer = load_tokenizer(tmp_path)
+    spelled = token_bytes(tokenizer)
+    for text in ("an answer</answer>", "gr\u00fc\u00df dich\n</answer> \U0001f600", "</answer>"):
+        (ids,) = encode(tokenizer, [text])
+        assert b"".join(spelled[i] for i in ids) == b" " + text.encode()
+        assert decode(tokenizer, [ids]) == [text]
+        stops = stop_tables({"</answer>": 1}, spelled, highest_id(tokenizer) + 1)
+        state = 0
+        for i in ids:
+            state = stops.tables[0, state, i]
+        assert state == stops.accept[0]
+
+
+def test_a_tokenizer_whose_ids_have_no_bytes_says_how_to_do_without(tmp_path):
+    from tokenizers import decoders
+
+    write_fallback(tmp_path, decoders.WordPiece())
+    with pytest.raises(UsageError, match=r"WordPiece.*sampling\.stop_strings=\{\}"):
+        token_bytes(load_tokenizer(tmp_path))
+
+
 # ------------------------------------------------------------------ end tokens
 
 

@@ -15,8 +15,11 @@ trainer, as vLLM is absent. TRL rounds rewards to float32, so they are given in 
 a float64 weight 0.1; GDPO weights last: float32 rewards (1 if r > -1 else -1, r), weights 1, 0.5.
 
 verl: `compute_grpo_outcome_advantage`, then the engine's `ppo_loss` on packed log-probs. It calls
-`compute_policy_loss_vanilla`, `_gspo` or `_cispo`, `agg_loss` and `kl_penalty`. Sampler weights are
-from `compute_rollout_correction_weights`. The kl_* cases are masked means of `kl_penalty` alone.
+`compute_policy_loss_vanilla` or that of the loss mode, `agg_loss` and `kl_penalty`. Sampler
+weights are from `compute_rollout_correction_weights`. "clip_cov" may take as many tokens as there
+are, so its choice by chance is none. The kl_* cases are masked means of `kl_penalty` alone.
+"advantages" are those of other estimators, by row; rewards stand at the last token, and BASELINES
+are those of ReMax.
 """
 
 import json
@@ -31,7 +34,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
-from verl.trainer.ppo.core_algos import agg_loss, compute_grpo_outcome_advantage, kl_penalty
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo.core_algos import (
+    agg_loss,
+    compute_grpo_outcome_advantage,
+    get_adv_estimator_fn,
+    kl_penalty,
+)
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 from verl.utils.tensordict_utils import get_tensordict
 from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -42,6 +51,7 @@ torch.set_default_dtype(torch.float64)
 ROWS, COLUMNS, GROUP, EOS = 8, 6, 4, 1
 LENGTHS, TRUNCATED = [6, 4, 3, 5, 6, 2, 1, 4], [0, 4]
 REWARDS = [4.2, 3.6, -0.5, -3.0, 3.8, -2.5, -0.5, 3.2]
+BASELINES = [1.5] * GROUP + [-0.5] * GROUP
 ROW, COLUMN = torch.arange(float(ROWS))[:, None], torch.arange(float(COLUMNS))
 LOGP = -(0.2 + 0.13 * ((5 * ROW + 3 * COLUMN) % 7))
 OLD = LOGP - 0.45 * torch.sin(1.7 * ROW + 0.9 * COLUMN)
@@ -57,7 +67,8 @@ TRL_DEFAULTS = dict(
     mask_truncated_completions=False, max_completion_length=8, vllm_importance_sampling_mode=None,
     vllm_importance_sampling_clip_max=None, multi_objective_aggregation="sum_then_normalize",
     missing_rewards=[])
-OWN = {"policy", "missing_rewards", "loss_mode", "norm_adv_by_std_in_grpo", "rollout_is_threshold"}
+OWN = {"policy", "missing_rewards", "loss_mode", "norm_adv_by_std_in_grpo", "rollout_is_threshold",
+       "rollout_is", "covariance"}
 SEQUENCE = dict(loss_type="grpo", importance_sampling_level="sequence")
 TRL_CASES = {f"{t}_{p}": dict(loss_type=t, policy=p) for p in ("off", "on")
              for t in ("grpo", "bnpo", "dapo", "dr_grpo", "sapo")} | {
@@ -83,7 +94,7 @@ VERL_DEFAULTS = dict(
     policy="off", loss_mode="vanilla", norm_adv_by_std_in_grpo=True, clip_ratio_low=0.2,
     clip_ratio_high=0.2, clip_ratio_c=3.0, loss_agg_mode="token-mean", loss_scale_factor=None,
     use_kl_loss=False, kl_loss_coef=0.001, kl_loss_type="low_var_kl", entropy_coeff=0.0,
-    rollout_is_threshold=None)
+    rollout_is_threshold=None, rollout_is="token", covariance={})
 SUM_NORM = "seq-mean-token-sum-norm"
 GSPO = dict(loss_mode="gspo", loss_agg_mode="seq-mean-token-mean")
 JUDGELRM = dict(use_kl_loss=True, kl_loss_coef=0.001, entropy_coeff=0.001)
@@ -98,6 +109,17 @@ VERL_CASES = {f"{mode}_{p}": dict(loss_agg_mode=mode, policy=p) for p in ("off",
     "gspo_off_3e-4_4e-4": GSPO | dict(clip_ratio_low=3e-4, clip_ratio_high=4e-4),
     "gspo_off_0.2_0.2": GSPO,
     "cispo_off": dict(loss_mode="cispo"),
+    "sapo_off": dict(loss_mode="sapo", loss_agg_mode="seq-mean-token-mean"),
+    "sapo_on": dict(loss_mode="sapo", loss_agg_mode="seq-mean-token-mean", policy="on"),
+    "geo_mean_off_0.4_0.3": dict(loss_mode="geo_mean", clip_ratio_low=0.4, clip_ratio_high=0.3),
+    "clip_cov_off": dict(loss_mode="clip_cov", covariance=dict(
+        clip_cov_ratio=1.0, clip_cov_lb=0.05, clip_cov_ub=0.3)),
+    "clip_cov_on": dict(loss_mode="clip_cov", policy="on", covariance=dict(
+        clip_cov_ratio=1.0, clip_cov_lb=0.05, clip_cov_ub=0.3)),
+    "kl_cov_off": dict(loss_mode="kl_cov", covariance=dict(kl_cov_ratio=0.2, ppo_kl_coef=0.7)),
+    "token-mean_off_icepop": dict(rollout_is_threshold="0.85_1.2"),
+    "token-mean_off_sequence_tis": dict(rollout_is_threshold=1.3, rollout_is="sequence"),
+    "token-mean_off_sequence_icepop": dict(rollout_is_threshold="0.7_1.4", rollout_is="sequence"),
 } | {f"token-mean_off_tis_{cap}": dict(rollout_is_threshold=cap) for cap in (2.0, 1.2)}
 
 
@@ -140,7 +162,8 @@ def trl_step(tokenizer, model_dir, logp, settings):
 def verl_step(logp, settings):
     """Run verl's engine loss once; return the loss, the advantages and verl's metrics."""
     actor = ActorConfig(strategy="fsdp", rollout_n=GROUP, ppo_micro_batch_size_per_gpu=ROWS,
-                        policy_loss=PolicyLossConfig(loss_mode=settings["loss_mode"]),
+                        policy_loss=PolicyLossConfig(
+                            loss_mode=settings["loss_mode"], **settings["covariance"]),
                         **{k: v for k, v in settings.items() if k not in OWN})
     advantages, _ = compute_grpo_outcome_advantage(
         torch.tensor(REWARDS)[:, None] * (COLUMN == 0), MASK, np.array(PROMPTS),
@@ -151,7 +174,7 @@ def verl_step(logp, settings):
                 old_log_probs=OLD if settings["policy"] == "off" else LOGP)
     if settings["rollout_is_threshold"]:
         data["rollout_is_weights"], _ = compute_rollout_correction_weights(
-            OLD - ROLL, MASK, "token", settings["rollout_is_threshold"])
+            OLD - ROLL, MASK, settings["rollout_is"], settings["rollout_is_threshold"])
     counts = dict(dp_size=1, batch_num_tokens=int(MASK.sum()), global_batch_size=ROWS)
     # Packed rows: one prompt token, then the response; the output at a position scores the next.
     output = {key: torch.cat([torch.cat([x[i, :n], torch.zeros(1)]) for i, n in enumerate(LENGTHS)])
@@ -164,6 +187,25 @@ def verl_step(logp, settings):
 def verl_kl(logp, settings):
     kl = kl_penalty(logp, REF, settings["kl_loss_type"])
     return agg_loss(kl, MASK, "token-mean"), torch.zeros(ROWS), {}
+
+
+def verl_advantages():
+    """Return the advantages of each row by verl's other estimators."""
+    last = MASK & (MASK.sum(1, keepdim=True) == COLUMN + 1)
+    rewards, index = torch.tensor(REWARDS)[:, None] * last, np.array(PROMPTS)
+    common = dict(token_level_rewards=rewards, response_mask=MASK.double(), index=index)
+    signs = [1.0 if r > -1 else -1.0 for r in REWARDS]
+    gdpo = dict(config=AlgoConfig(gdpo_reward_keys=["signs", "values"],
+                                  gdpo_reward_weights=[1.0, 0.5]),
+                non_tensor_batch=dict(signs=signs, values=REWARDS),
+                batch=dict(prompts=torch.ones(ROWS, 1), attention_mask=torch.cat(
+                    [torch.ones(ROWS, 1), MASK.double()], 1).long()))
+    extra = {"reinforce_plus_plus": dict(config=AlgoConfig(gamma=1.0)), "gdpo": gdpo,
+             "remax": dict(reward_baselines=torch.tensor(BASELINES))}
+    names = ("rloo", "rloo_vectorized", "opo", "reinforce_plus_plus",
+             "reinforce_plus_plus_baseline", "remax", "gdpo")
+    return {n: get_adv_estimator_fn(n)(**common, **extra.get(n, {}))[0][:, 0].tolist()
+            for n in names}
 
 
 def case(name, settings, step):
@@ -191,7 +233,8 @@ def main():
                   mask=MASK, rewards=torch.tensor(REWARDS), truncated_rows=torch.tensor(TRUNCATED))
     inputs = {k: v.tolist() for k, v in inputs.items()} | {"group_size": GROUP}
     versions = {p: version(p) for p in ("trl", "verl", "torch", "transformers", "numpy")}
-    head = json.dumps(dict(versions=versions, inputs=inputs))
+    inputs["greedy_rewards"] = BASELINES
+    head = json.dumps(dict(versions=versions, inputs=inputs, advantages=verl_advantages()))
     body = ",\n".join(json.dumps(c) for c in cases)
     Path(__file__).with_name("grpo.json").write_text(f'{head[:-1]},\n"cases": [\n{body}\n]}}\n')
 

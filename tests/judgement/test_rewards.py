@@ -600,6 +600,23 @@ def test_mode_none_pays_nothing() -> None:
     assert set(terms.values()) == {None} and total(terms) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "paid"), [(5, 0.0), (160, 0.0), (170, -0.5), (180, -1.0), (200, -2.0)]
+)
+@pytest.mark.parametrize("text", [_judgement(8, 4), "cut before a verdict"])
+@pytest.mark.parametrize("mode", ["judgelrm", "judgelrm_symmetric", "none"])
+def test_a_long_completion_is_punished_the_more_the_nearer_to_the_limit(
+    num_tokens: int, paid: float, text: str, mode: Any
+) -> None:
+    config = dataclasses.replace(SYMMETRIC, mode=mode, overlong=-2.0)
+    verdict = read(config, "", text)
+    given = {"gold": (8, 4), "num_tokens": num_tokens, "max_tokens": 200}
+    terms = pay(config, verdict, **given)
+    assert terms["overlong"] == pytest.approx(paid)
+    without = pay(dataclasses.replace(config, overlong=0.0), verdict, **given)
+    assert {**terms, "overlong": None} == {**without, "overlong": None}
+
+
 def test_length_tokens() -> None:
     config = dataclasses.replace(SYMMETRIC, length=0.2, length_tokens=50)
     assert _reward(config, _judgement(8, 4), (8, 4), num_tokens=50) == pytest.approx(4.2)

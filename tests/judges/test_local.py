@@ -21,6 +21,7 @@ from jlrm.data.batches import Example, prompt_encoder
 from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.data.worlds import toy
 from jlrm.evaluation.games import Game, Item, Response, both_orders
+from jlrm.evaluation.prompting import comparison
 from jlrm.judgement import prompts
 from jlrm.judges import local
 from jlrm.model.qwen import QwenConfig
@@ -100,7 +101,7 @@ def made(directory: pathlib.Path, **changes: Any):
 
 
 def encoded(games: Sequence[Game], tokenizer: Any) -> list[Example]:
-    return prompt_encoder(tokenizer, "toy")([local.comparison(game) for game in games])
+    return prompt_encoder(tokenizer, "toy")([comparison(game) for game in games])
 
 
 def answers(judge: Any, games: Sequence[Game]) -> dict[str, Response]:

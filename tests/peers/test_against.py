@@ -31,6 +31,9 @@ import os, signal, time
 import numpy as np
 PACKAGES = ("numpy",)
 
+def device_peak():
+    return None
+
 def check(work):
     print("a library that prints")
     if "dies at once" in work.flags:
@@ -72,7 +75,7 @@ def fakes(tmp_path, monkeypatch):
     adapter = tmp_path / "fake.py"
     adapter.write_text(FAKE)
     monkeypatch.setitem(workload.SIZES, "tiny", SIZE)
-    monkeypatch.setattr(measure, "mallocs", lambda: ["as it is"])
+    monkeypatch.setattr(measure, "mallocs", lambda device: ["as it is"])
 
     def put(**flags):
         for name in (OURS, *flags):
@@ -161,7 +164,7 @@ def test_the_table_and_the_json_say_the_same():
         ),
         PeerFigures("iteration", "hf", "as it is", failed="it was killed"),
     )
-    result = AgainstResult("tiny", 5, 2, 0.25, 1.5, checked, figures)
+    result = AgainstResult("tiny", "cpu", "float32", 5, 2, 0.25, 1.5, checked, figures)
     text = against.describe(result)
     rows = [
         " ".join(line.split())

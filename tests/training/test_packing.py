@@ -248,3 +248,12 @@ def test_arrays_lie_by_row_and_numbers_everywhere(num_dimensions):
         assert found == layout.replicated().spec
     else:
         assert len(found) == num_dimensions and found[1] and not any((found[0], *found[2:]))
+
+
+def test_no_pair_is_cut_where_a_loss_compares_within_a_row():
+    long = [Group([1] * 60, [[2] * 40, [3] * 40])]
+    assert pack(long, [128], 1).rows.num_passes == 2
+    with pytest.raises(ValueError, match="group is longer than 128"):
+        pack(long, [128], 1, is_whole=True)
+    rows = pack(long, [128, 256], 1, is_whole=True).rows
+    assert rows.num_passes == 1 and rows.tokens.shape[-1] == 256

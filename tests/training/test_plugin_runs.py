@@ -21,7 +21,8 @@ from jlrm.model import qwen
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import load
-from jlrm.training import rollouts, sft
+from jlrm.training import rollouts
+from jlrm.training.recipes import sft
 from jlrm.weights import file_list, hf_config, reading, steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled

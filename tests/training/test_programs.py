@@ -14,13 +14,33 @@ from jlrm.data.worlds import toy
 from jlrm.planning import phases
 from jlrm.runtime.mesh import create_mesh
 from jlrm.runtime.settings import from_dict
-from jlrm.training import grpo, programs, sft
+from jlrm.training.recipes import grpo, preference, reward_model, sft
 from jlrm.weights.source import read_model
 
 EVENT = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # also where XLA's part is in a cache
 # Programs that need a few KiB beside their arguments, so that no plan need know them: random keys
-# of a batch, copies of a save, a look at saved weights (weights/digests.py).
-SMALL = {"rollout_keys", "stage", "_look", "_threefry_seed"}
+# of a batch, copies of a save, a look at saved weights (weights/digests.py), weights of tokens.
+SMALL = {"importance_weights", "rollout_keys", "stage", "_look", "_threefry_seed"}
+
+
+GRPO = {"steps": 2, "prompts": 2, "rollouts": 2}
+DPO = {"steps": 2, "batch_size": 4, "rollouts": 2}
+OF_GRPO = ("grpo_update", "decode_params", "logprobs")
+OF_DPO = ("dpo_update", "decode_params", "logprobs", "_freeze")
+STAGES = {
+    "kl": ({"grpo": {**GRPO, "loss": {"kl_weight": 0.01}}}, (*OF_GRPO, "_freeze")),
+    "cap": ({"grpo": {**GRPO, "loss": {"kl_weight": 0.0, "importance_cap": 2.0}}}, OF_GRPO),
+    "kl in the reward": (
+        {"grpo": {**GRPO, "loss": {"kl_weight": 0.0}, "advantage": {"kl_weight": 0.01}}},
+        (*OF_GRPO, "_freeze"),
+    ),
+    "tokens singled out": (
+        {"grpo": {**GRPO, "loss": {"kl_weight": 0.01, "surrogate": "kl_cov"}}},
+        (*OF_GRPO, "_freeze"),
+    ),
+    "dpo": ({"dpo": DPO}, OF_DPO),
+    "scores": ({"reward_model": {"steps": 2, "batch_size": 4}}, ("reward_update",)),
+}
 
 
 def is_small(name: str) -> bool:
@@ -41,8 +61,10 @@ class Recorder:
     def __init__(self, monkeypatch) -> None:
         self.names: set[str] = set()
         self.calls: dict[str, list] = {}
-        for module, make in ((sft, "sft_programs"), (grpo, "grpo_programs")):
-            monkeypatch.setattr(module, make, self._recording(getattr(programs, make)))
+        makers = {sft: "sft_programs", preference: "dpo_programs", grpo: "grpo_programs"}
+        makers[reward_model] = "reward_programs"
+        for module, make in makers.items():
+            monkeypatch.setattr(module, make, self._recording(getattr(module, make)))
 
     def _recording(self, make):
         def made(*arguments):
@@ -69,10 +91,8 @@ def is_jitted(value) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "loss", [{"kl_weight": 0.01}, {"kl_weight": 0.0, "importance_cap": 2.0}], ids=["kl", "cap"]
-)
-def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, loss):
+@pytest.mark.parametrize(("stages", "called"), STAGES.values(), ids=STAGES)
+def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, stages, called):
     write_comparisons(toy.comparisons(seed=3, num_rows=32), tmp_path / "pairs.jsonl")
     data = {"train": str(tmp_path / "pairs.jsonl"), "prompt": "toy", "eval_rows": 4}
     config = from_dict(
@@ -81,8 +101,9 @@ def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, los
             "model": {"preset": "toy", "tokenizer": "toy"},
             "data": {**data, "max_prompt_tokens": 64},
             "sampling": {"max_new_tokens": 8, "eval_batch_size": 8},
+            "reward": {"plugins": {"training.recipes.test_dpo:pay": 1.0}},
             "sft": {"steps": 2, "batch_size": 4},
-            "grpo": {"steps": 2, "prompts": 2, "rollouts": 2, "loss": loss},
+            **stages,
         }
     )
     recorder = Recorder(monkeypatch)
@@ -97,9 +118,7 @@ def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, los
     unknown = {name for name in recorder.names if not is_small(name)} - names
     assert not unknown, f"training compiles {unknown}, which no plan knows"
     assert names <= recorder.names, "a plan has programs that do not run"
-    assert set(recorder.calls) == {"sft_update", "grpo_update", "decode_params", "logprobs"} | (
-        {"_freeze"} if loss["kl_weight"] else set()
-    )
+    assert set(recorder.calls) == {"sft_update", *called}
     for name, calls in recorder.calls.items():
         wanted = [
             signature(each.call.arguments)
@@ -113,6 +132,6 @@ def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, los
 def test_what_a_stage_has_is_one_row():
     """Adding a stage is a section, a recipe and a row: every other list is read from these."""
     from jlrm.config import stage_titles
-    from jlrm.training.stages import STAGES
+    from jlrm.training.recipes.stages import STAGES
 
-    assert list(STAGES) == list(stage_titles()) == ["sft", "grpo"]
+    assert list(STAGES) == list(stage_titles()) == ["sft", "dpo", "grpo", "reward_model"]

@@ -15,9 +15,10 @@ from jlrm import train
 from jlrm.config import RunError, UsageError
 from jlrm.model.visibility import Packing
 from jlrm.reports.tracking import read_metrics
-from jlrm.training import grpo as grpo_module
-from jlrm.training import replay, sft
+from jlrm.training import replay
 from jlrm.training.packing import Rows
+from jlrm.training.recipes import grpo as grpo_module
+from jlrm.training.recipes import sft
 from jlrm.weights import steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled

@@ -20,9 +20,12 @@ from jlrm.data.tokenizer import encode, load_tokenizer
 from jlrm.data.worlds import toy
 from jlrm.judgement import plugins
 from jlrm.judgement.notes import TrainerState
+from jlrm.runtime.mesh import create_mesh, training_layout
 from jlrm.runtime.settings import from_dict
 from jlrm.training import rollouts
-from jlrm.training.programs import grpo_programs
+from jlrm.training.packing import Group
+from jlrm.training.programs import Known, grpo_programs, pack_minibatch
+from jlrm.training.recipes.grpo import less_divergence
 from jlrm.training.rollouts import Sampled, Started, StepBatch
 from jlrm.training.scoring import mean_logged
 from jlrm.training.setup import Run, RunData, initial_params, open_run
@@ -62,7 +65,9 @@ def opened(tokenizer):
     exec(PAY, module.__dict__)
     sys.modules[module.__name__] = module
 
-    def run(*names: str, orders: str = "given", mode: str = "none", **grpo: Any) -> Run:
+    def run(
+        *names: str, orders: str = "given", mode: str = "none", overlong: float = 0, **grpo: Any
+    ) -> Run:
         weights = {f"paying_rewards:{name}": 1.0 for name in names or ("pay",)}
         config = from_dict(
             {
@@ -70,7 +75,7 @@ def opened(tokenizer):
                 "model": {"preset": "toy", "tokenizer": "toy"},
                 "data": {"train": "toy", "prompt": "toy", "orders": orders},
                 "sampling": {"max_new_tokens": 16},
-                "reward": {"mode": mode, "plugins": weights},
+                "reward": {"mode": mode, "plugins": weights, "overlong": overlong},
                 "grpo": {"steps": 1, "prompts": 2, "rollouts": 3, **grpo},
             }
         )
@@ -161,7 +166,7 @@ def test_a_group_with_one_reward_has_nothing_to_compare_it_with(opened, choice):
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_resampling_scales_by_the_groups_it_chose(opened, scale):
-    run = opened(zero_variance="resample", advantage_scale=scale)
+    run = opened(zero_variance="resample", advantage={"scale": scale})
     uniform, first, second, third = [7.0] * 3, [0.0, 1.0, 5.0], [40.0, 10.0, None], [0.0, 90.0, 3.0]
     step = drawn(run, uniform + first, uniform + uniform, second + third)
     assert step.num_draws == 3 and step.is_learned.tolist() == [True] * 5 + [False]
@@ -190,7 +195,7 @@ def test_what_became_of_each_row_is_told(opened):
 
 
 def test_a_group_that_only_fills_up_counts_in_no_deviation(opened):
-    run = opened(zero_variance="resample", advantage_scale="batch", max_draws=2)
+    run = opened(zero_variance="resample", advantage={"scale": "batch"}, max_draws=2)
     step = drawn(run, [7.0] * 3 + [0.0, 1.0, 5.0], [9.0] * 6)
     assert step.is_learned.tolist() == [False] * 3 + [True] * 3
     wanted = np.array([0, 0, 0, -2, -1, 3]) / (np.std([0, 1, 5], ddof=1) + 1e-6)
@@ -202,6 +207,84 @@ def test_both_orders_share_a_baseline_without_what_is_not_paid(opened):
     step = drawn(opened(orders="both"), values)
     np.testing.assert_allclose(step.batch.advantages, advantages(values), rtol=1e-5)
     assert step.is_learned.tolist() == [True, False, True, True, True, True]
+
+
+def test_a_completion_near_the_limit_is_punished_whoever_pays_but_that_alone_is_no_pay(opened):
+    """Completions are of 16 tokens at most, one for each sign: 13 begin the last fifth."""
+    values = [1.0, 123456789012.0, 10000000000001.0, None, 100.0, 1.0]
+    run = opened(overlong=-1.0)
+    step = drawn(run, values)
+    lengths = step.batch.sampled.lengths
+    assert lengths.tolist() == [3, 14, 16, 4, 5, 3]
+    paid = [judgement.terms["overlong"] for judgement in step.batch.judgements]
+    np.testing.assert_allclose(paid, [0, -(14 - 12.8) / 3.2, -1, 0, 0, 0], atol=1e-6)
+    assert step.is_learned.tolist() == [True, True, True, False, True, True]
+    assert step.batch.judgements[3].reward is None
+
+
+def test_of_two_orders_each_is_compared_with_itself_and_with_the_other(opened):
+    """EIS-GRPO: the sum of both advantages."""
+    values = [4.0, 1.0, 3.0, 0.0, 2.0, 2.0]
+    step = drawn(opened(orders="both", advantage={"orders": "summed"}), values)
+    wanted = advantages(values) + advantages(values[:3], values[3:])
+    np.testing.assert_allclose(step.batch.advantages, wanted, rtol=1e-5)
+
+
+def test_terms_are_compared_apart_each_with_its_weight(opened):
+    settings = {"terms": "apart", "term_weights": {"pay_again": 3.0}}
+    values = [4.0, None, 3.0, 5.0, None, 0.0]
+    step = drawn(opened("pay", "pay_again", advantage=settings), values)
+    # pay_again pays 1 where the text is null, and nothing else: it has nothing to compare.
+    np.testing.assert_allclose(step.batch.advantages, advantages(values[:3], values[3:]), rtol=1e-5)
+    assert step.is_learned.all()
+    step = drawn(opened("pay", "notes", advantage=settings | {"term_weights": {"pay": 3}}), values)
+    wanted = 3 * advantages(values[:3], values[3:])
+    np.testing.assert_allclose(step.batch.advantages, wanted, rtol=1e-5)
+
+
+def test_what_fills_up_a_resampled_batch_counts_in_no_whitening(opened):
+    run = opened(zero_variance="resample", advantage={"whiten": "rows"}, max_draws=2)
+    first, second = [1.0, 2.0, 6.0], [5.0, 5.0, 5.0]
+    step = drawn(run, first + second, second + second)
+    wanted = advantages(advantages(first).tolist())  # mean 0 already: only the deviation changes
+    np.testing.assert_allclose(step.batch.advantages, [*wanted, 0, 0, 0], rtol=1e-5)
+    assert step.is_learned.tolist() == [True] * 3 + [False] * 3
+
+
+def test_rewards_are_lowered_by_the_sum_of_log_ratios_before_they_are_compared(opened):
+    """As verl's k1 in the reward and TRL's RLOO: of all tokens of a completion."""
+    run = opened(advantage={"kl_weight": 0.5}, minibatches=2)
+    values = [1.0, None, 30.0, 2.0, 2.0, 2.0]
+    step = drawn(run, values)
+    layout = training_layout(create_mesh(run.config.mesh, jax.devices()[:1]))
+    policy = types.SimpleNamespace(tokenizer=run.policy.tokenizer, training=layout, unit=1)
+    run = dataclasses.replace(run, policy=cast(Any, policy))
+    rng, parts, distance = np.random.default_rng(0), [], np.zeros(6)
+    for number in (0, 1):
+        chosen = np.arange(3 * number, 3 * number + 3)
+        sampled = step.batch.sampled.take(chosen.tolist())
+        group = Group([1, 2], sampled.ids)
+        ref_logps = rng.normal(size=sampled.logps.shape).astype(np.float32)
+        for i, ref, old, length in zip(
+            chosen, ref_logps, sampled.logps, sampled.lengths, strict=True
+        ):
+            distance[i] = np.sum((old - ref)[:length])
+        known = Known(
+            sampled.logps, step.batch.advantages[chosen], step.is_learned[chosen], ref_logps
+        )
+        part = pack_minibatch(run.policy, [128], [group], known, "token_mean")
+        parts.append(
+            part._replace(completion=np.where(part.completion < 0, -1, chosen[part.completion]))
+        )
+    compared, after = less_divergence(run, parts, step)
+    lowered = [v if v is None else v - 0.5 * d for v, d in zip(values, distance, strict=True)]
+    wanted = advantages(lowered[:3], lowered[3:])
+    np.testing.assert_allclose(after.batch.advantages, wanted, rtol=1e-5, atol=1e-6)
+    assert after.metrics["rewards/kl/mean"] == pytest.approx(-0.5 * distance.mean(), rel=1e-5)
+    for part in compared:
+        placed, is_target = np.asarray(part.targets.advantages), part.completion >= 0
+        np.testing.assert_allclose(placed[is_target], wanted[part.completion[is_target]], rtol=1e-5)
+        assert not placed[~is_target].any()
 
 
 def test_what_plug_ins_log_is_averaged_and_stands_in_the_table(opened):
@@ -260,7 +343,7 @@ def test_a_row_that_stands_twice_in_a_batch_is_drawn_twice(tmp_path):
     for num_devices in (1, 4):
         with open_run(config, jax.devices()[:num_devices]) as run:
             width, _ = run.data.train.longest
-            sample = rollouts.make_sampler(config, run.policy, width)
+            sample = rollouts.make_sampler(config, run.policy, width, config.grpo.rollouts)
             programs = grpo_programs(config, run.policy, width)
             weights = programs.lay_out(initial_params(run, "grpo"))
             (row, other) = run.data.train.take([0, 1])

@@ -96,6 +96,52 @@ def test_a_step_and_the_held_out_set_count_the_same_verdicts(mode: str) -> None:
     assert held_out["agreement"] == pytest.approx(as_given["judge/agreement"])
 
 
+SAID = {"1": well_formed(1), "2": well_formed(2), "0": well_formed(0), "-": "no verdict"}
+
+
+def by_majority(votes: str, num_swapped: int = 0) -> list[Judgement]:
+    """Return judgements of one pair, the last ones in the other order, paid by their majority."""
+    row = next(row for row in GIVEN if row.label == 2)
+    rows = [row] * (len(votes) - num_swapped) + [row.swapped()] * num_swapped
+    group = [Example(row, "prompt", [1]) for row in rows]
+    texts, ids = [SAID[vote] for vote in votes], [[1]] * len(votes)
+    return judge_responses(RewardConfig(), [], group, texts, ids, 8, electorate=len(votes))
+
+
+@pytest.mark.parametrize(
+    ("votes", "num_swapped", "wanted"),
+    [
+        ("112", 0, "rrw"),  # gold prefers the second answer, and is not asked
+        ("1-12-", 0, "rmrwm"),
+        ("001", 0, "rrw"),
+        ("1122", 2, "rrrr"),  # both orders name the same answer
+        ("1112", 2, "rrwr"),
+        ("12", 0, ""),
+        ("1111", 2, ""),  # always the first place: no answer has a majority
+        ("--", 0, ""),
+    ],
+)
+def test_a_group_is_paid_for_what_most_of_it_prefer(votes, num_swapped, wanted) -> None:
+    config, judgements = RewardConfig(), by_majority(votes, num_swapped)
+    paid = {"r": config.preference, "w": config.wrong_preference, "m": 0.0}
+    if not wanted:
+        assert all(each.reward is None for each in judgements)
+    else:
+        assert [each.terms["preference"] for each in judgements] == [paid[w] for w in wanted]
+        assert all(each.terms["relation"] is None for each in judgements)
+
+
+def test_a_majority_leaves_metrics_their_gold_and_groups_to_themselves() -> None:
+    row = next(row for row in GIVEN if row.label == 2)
+    group = [Example(row, "prompt", [1])] * 6
+    texts = [SAID[vote] for vote in "112221"]
+    judgements = judge_responses(RewardConfig(), [], group, texts, [[1]] * 6, 8, electorate=3)
+    assert [each.is_right for each in judgements] == [False, False, True, True, True, False]
+    right, wrong = RewardConfig().preference, RewardConfig().wrong_preference
+    found = [each.terms["preference"] for each in judgements]
+    assert found == [right, right, wrong, right, right, wrong]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_verdict_is_what_was_paid(mode: str) -> None:
     """Content is paid for exactly those responses that have a verdict."""

@@ -110,6 +110,12 @@ def test_a_run_from_before_importance_terms_goes_on_with_all_or_not_at_all(run_d
     assert "importance_terms: all" in path.read_text()
 
 
+def test_a_weight_of_a_term_that_no_reward_has_is_refused_before_anything_is_opened(run_dir):
+    apart = {"terms": "apart", "term_weights": {"relatoin": 2.0}}
+    with pytest.raises(UsageError, match=r"no term is named 'relatoin'\. Did you mean 'relation'"):
+        opened(settings(run_dir, grpo={"advantage": apart}))
+
+
 @pytest.mark.slow
 def test_the_files_of_a_model_are_kept_once_training_has_begun_and_mended_if_they_are_gone(run_dir):
     opened(settings(run_dir))

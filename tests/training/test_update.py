@@ -22,6 +22,7 @@ from jlrm.model.visibility import Packing
 from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.rl.losses import (
     PolicyTargets,
+    averaged_log_ratio,
     completion_mask,
     policy_loss,
     sequence_log_ratio,
@@ -339,17 +340,18 @@ def test_scores_are_those_of_each_sequence_alone():
 # --- what a step learns from ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient(ratio):
-    settings = dataclasses.replace(SETTINGS, ratio=ratio)
+@pytest.mark.parametrize(
+    ("surrogate", "ratio"), [("ppo", "token"), ("ppo", "sequence"), ("geo_mean", "sequence")]
+)
+def test_a_grpo_step_reports_the_loss_of_its_scores_and_the_norm_of_its_gradient(surrogate, ratio):
+    settings = dataclasses.replace(SETTINGS, surrogate=surrogate, ratio=ratio)
     state, batch = initial_state("sgd"), random_batch()
     after, metrics = grpo_step(batch, state=state, settings=settings)
     packed = pack(batch)
     logp, entropy = (x[0] for x in scores(batch))
     targets = jax.tree.map(lambda x: jnp.asarray(x[0]), targets_of(packed, batch))
-    ratios = sequence_log_ratio(
-        logp - targets.old_logp, targets.mask, jnp.asarray(packed.rows.sequence[0])
-    )
+    own = averaged_log_ratio(settings, logp - targets.old_logp, targets.advantages)
+    ratios = sequence_log_ratio(own, targets.mask, jnp.asarray(packed.rows.sequence[0]))
     targets = targets._replace(sequence_log_ratio=ratios)
     loss, sums = policy_loss(settings, logp, entropy, targets)
     num_tokens = int(batch.mask.sum())

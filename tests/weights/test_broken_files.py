@@ -147,7 +147,9 @@ class Files:
         if name == "config.json":
             hf_config.stored_dtype(self.directory)
             config = hf_config.read_config(self.directory)
-            angles(np.zeros((1, 1), np.int32), config.head_dim, config.rope_theta, config.yarn)
+            angles(
+                np.zeros((1, 1), np.int32), config.head_dim, config.rope_theta, config.rope_scaling
+            )
             assert len(hf.tensors(config)) < 2 * 10**4
         elif name == "model.safetensors.index.json":
             config = hf_config.config_from_hf(self.valid["config.json"])

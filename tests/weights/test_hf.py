@@ -529,6 +529,25 @@ def test_resolve_refuses_an_id_that_the_hub_does_not_give(tmp_path, monkeypatch)
         hf.resolve("no-such/model")
 
 
+def test_a_second_copy_of_the_weights_is_not_downloaded(tmp_path, monkeypatch):
+    """Mistral publishes its weights twice in one repository."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    shards = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    listed = [*shards, hf.INDEX, "consolidated.safetensors", "config.json", "params.json"]
+    chosen = []
+
+    def download(source: str, **patterns: Any) -> str:
+        chosen.extend(filter_repo_objects(listed, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hf.resolve("mistralai/Mistral-7B-v0.3") == tmp_path
+    assert chosen == [*shards, hf.INDEX, "config.json"]
+
+
 @pytest.mark.parametrize("source", ["runs/my--model", "runs/my model", "runs/"])
 def test_resolve_refuses_a_relative_path_that_can_be_no_id(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
-from jlrm.model.rope import Yarn
+from jlrm.model.rope import Llama3, Yarn
 from jlrm.runtime.mesh import Layout, training_layout
-from jlrm.weights import hf, hf_config
+from jlrm.sampling.policy import check_positions
+from jlrm.weights import families, hf, hf_config
 from jlrm.weights.hf_config import config_from_hf, config_to_hf
 from jlrm.weights.presets import PRESETS
 
@@ -36,6 +37,14 @@ QWEN2 = {
     "num_key_value_heads": 8,
 }
 QWEN3 = QWEN2 | {"model_type": "qwen3"}
+LLAMA, MISTRAL = QWEN2 | {"model_type": "llama"}, QWEN2 | {"model_type": "mistral"}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 WIDTH = 80  # beyond the original context of the YaRN model
 MISSING = object()
@@ -57,7 +66,7 @@ def test_theta_is_read_in_both_dialects(source, theta):
         source | {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     )
     assert old == new
-    assert old.rope_theta == theta and old.yarn is None
+    assert old.rope_theta == theta and old.rope_scaling is None
 
 
 @pytest.mark.parametrize("source", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
@@ -74,7 +83,7 @@ def test_yarn_is_read_in_three_dialects(source, extra):
         )
     )
     assert oldest == old == new
-    assert old.yarn == Yarn(
+    assert old.rope_scaling == Yarn(
         factor=4.0,
         original_max_position_embeddings=32768,
         attention_factor=extra.get("attention_factor", 0.1 * math.log(4.0) + 1.0),
@@ -112,7 +121,9 @@ def test_numerics_are_those_asked_for():
 # ------------------------------------------------------------------ defaults
 
 
-@pytest.mark.parametrize("source", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "source", [QWEN2, QWEN3, LLAMA, MISTRAL], ids=["qwen2", "qwen3", "llama", "mistral"]
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -128,9 +139,17 @@ def test_numerics_are_those_asked_for():
         {"max_position_embeddings": 4096, "rope_parameters": YARN | {"rope_theta": 1e6}},
         {"rope_scaling": {"type": "yarn", "factor": 2.0}, "max_position_embeddings": 4096},
         ({"num_attention_heads": 64, "num_key_value_heads": MISSING}),
+        {"head_dim": None},
+        {"head_dim": 24},
+        {"max_position_embeddings": 64, "rope_scaling": LLAMA3},
+        {"max_position_embeddings": 64, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}},
+        {"sliding_window": None},
     ],
 )
 def test_what_a_config_leaves_out_is_what_transformers_fills_in(source, fields):
+    field = {"mistral": "num_key_value_heads", "qwen3": "head_dim"}.get(source["model_type"], "")
+    if fields.get(field, 0) is None:
+        pytest.skip(f"transformers 5 refuses null for {field}")
     source = edited(source, **fields)
     ours = config_from_hf(json.loads(json.dumps(source)))
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(source)))
@@ -140,13 +159,15 @@ def test_what_a_config_leaves_out_is_what_transformers_fills_in(source, fields):
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // heads)
     assert ours.rms_norm_eps == theirs.rms_norm_eps
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
-    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    window = theirs.sliding_window if source["model_type"] == "mistral" else None
+    assert ours.max_position_embeddings == min(theirs.max_position_embeddings, window or 2**30)
     assert ours.rope_theta == rope["rope_theta"]
-    assert (ours.yarn is not None) == (rope["rope_type"] == "yarn")
-    if ours.yarn is not None:
+    scaling = ours.rope_scaling
+    assert (scaling.rope_type if scaling else "default") == rope["rope_type"]
+    if scaling is not None:
         original = rope["original_max_position_embeddings"]
-        assert ours.yarn.factor == rope["factor"]
-        assert ours.yarn.original_max_position_embeddings == original
+        assert scaling.factor == rope["factor"]
+        assert scaling.original_max_position_embeddings == original
 
 
 @pytest.mark.parametrize(
@@ -171,10 +192,13 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mistral"}, "model_type=mistral"),
+        ({"model_type": "mixtral"}, "model_type=mixtral (a router and experts"),
+        ({"model_type": ["llama"]}, "model_type=['llama']"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
+        ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
-        ({"model_type": "qwen3_moe"}, "model_type=qwen3_moe"),
+        ({"model_type": "qwen3_moe"}, "model_type=qwen3_moe (a router and experts"),
         ({"model_type": "qwen2_vl"}, "model_type=qwen2_vl"),
         ({"model_type": MISSING}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
@@ -190,7 +214,10 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "llama3"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "has no low_freq_factor"),
+        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor=1.0 is not below"),
+        ({"rope_scaling": LLAMA3 | {"factor": 0}}, "factor=0"),
+        ({"rope_scaling": LLAMA3, "partial_rotary_factor": 0.5}, "Llama 3's are"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),
         ({"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}}, "mscale"),
         ({"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
@@ -218,9 +245,22 @@ def test_what_would_be_computed_differently_is_refused_by_name(changes, named):
 
 
 def test_qwen2_has_biases_whatever_attention_bias_says():
-    """transformers' Qwen2 has no such field; some files carry it."""
+    """transformers' Qwen2 has no such field, nor has Mistral; some files carry it."""
     for value in (True, False):
         assert config_from_hf(QWEN2 | {"attention_bias": value}) == config_from_hf(QWEN2)
+        assert config_from_hf(MISTRAL | {"attention_bias": value}) == config_from_hf(MISTRAL)
+
+
+@pytest.mark.parametrize("window", [32, 64, 4096, None])
+def test_a_model_of_windows_has_as_many_positions_as_its_window(window):
+    """Within it every token sees all others before it, as with full attention."""
+    config = config_from_hf(MISTRAL | {"max_position_embeddings": 64, "sliding_window": window})
+    assert config.max_position_embeddings == min(window or 64, 64)
+    whole = dataclasses.replace(config, max_position_embeddings=64)
+    assert whole == config_from_hf(LLAMA | {"max_position_embeddings": 64})
+    check_positions(config, min(window or 64, 64), "settings")
+    with pytest.raises(UsageError, match="Lower settings"):
+        check_positions(config, min(window or 64, 64) + 1, "settings")
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
@@ -341,7 +381,7 @@ def test_odd_fields_are_refused_or_computed_as_in_transformers(name, changes, tm
 def test_yarn_without_factor_stretches_to_the_whole_context(field):
     """factor = max_position_embeddings / original; the original defaults to the whole context."""
     source = QWEN3 | {"max_position_embeddings": 256, "rope_parameters": YARN | {field: None}}
-    yarn = config_from_hf(source).yarn
+    yarn = config_from_hf(source).rope_scaling
     assert yarn is not None
     assert yarn.factor == 4.0
     assert yarn.original_max_position_embeddings == (64 if field == "factor" else 256)
@@ -361,14 +401,13 @@ def test_reading_back_what_we_write_gives_the_same_model(config, dtype):
     assert written["dtype"] == written["torch_dtype"] == dtype
 
 
-def test_yarn_is_written_or_refused():
-    yarn = Yarn(factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)
-    config = tiny_config("qwen3", yarn=yarn, compute_dtype="bfloat16")
-    try:
-        written = config_to_hf(config, "float32")
-    except (UsageError, AssertionError):
-        return
+@pytest.mark.parametrize("scaling", [Yarn(4.0, 64, 1.2), Llama3(8.0, 1.0, 4.0, 64)], ids=repr)
+def test_scaled_positions_are_written_for_both_versions_of_transformers(scaling):
+    config = tiny_config("qwen3", rope_scaling=scaling, compute_dtype="bfloat16")
+    written = config_to_hf(config, "float32")
     assert config_from_hf(written) == config
+    assert config_from_hf(edited(written, rope_parameters=MISSING)) == config
+    assert config_from_hf(edited(written, rope_scaling=MISSING, rope_theta=MISSING)) == config
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -376,15 +415,19 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     config = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(
-        theirs, transformers.Qwen3Config if config.qk_norm else transformers.Qwen2Config
-    )
-    assert theirs.rope_parameters == {"rope_type": "default", "rope_theta": config.rope_theta}
-    assert set(theirs.layer_types) == {"full_attention"}
+    assert theirs.architectures == [families.FAMILIES[theirs.model_type].architecture]
+    family = config.model_type or ("qwen3" if config.qk_norm else "qwen2")
+    assert isinstance(theirs, getattr(transformers, f"{family.capitalize()}Config"))
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+    assert theirs.rope_parameters == rope
+    assert set(getattr(theirs, "layer_types", ["full_attention"])) == {"full_attention"}
+    assert getattr(theirs, "sliding_window", None) is None
     assert str(theirs.dtype).endswith("bfloat16")
     shared = {field.name for field in dataclasses.fields(QwenConfig)} & vars(theirs).keys()
     assert shared >= {"hidden_size", "head_dim", "num_key_value_heads", "tie_word_embeddings"}
-    for field in shared:
+    for field in shared - {"model_type"}:
         assert getattr(theirs, field) == getattr(config, field), field
 
 

@@ -80,13 +80,10 @@ def save_tokenizer(directory: pathlib.Path) -> None:
 
 def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
     kind = str(rng.choice(list(KINDS)))
-    answers = [_answer(rng, kind) for _ in range(2)]
+    answers = [draw_answer(rng, kind) for _ in range(2)]
     right = [[word for word in answer if word in KINDS[kind]] for answer in answers]
-    is_hasty = rng.random() < HASTE
-    seen = [len(words) for words in (answers if is_hasty else right)]
+    reasoning, judged = careless(rng, [*map(len, answers)], [*map(len, right)])
     gold = [1.0 + len(words) for words in right]
-    judged = [1.0 + count for count in seen]
-    reasoning = f"Counting {'all' if is_hasty else 'right'} words: {seen[0]} and {seen[1]}."
     return Comparison(
         id=identity,
         question=f"Name {kind}.",
@@ -99,7 +96,20 @@ def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
     )
 
 
-def _answer(rng: np.random.Generator, kind: str) -> list[str]:
+def careless(
+    rng: np.random.Generator, every: list[int], right: list[int]
+) -> tuple[str, list[float]]:
+    """Return what a careless annotator writes of two answers with so many words, and so many right.
+
+    The scores are a word more than what was counted.
+    """
+    is_hasty = rng.random() < HASTE
+    seen = every if is_hasty else right
+    text = f"Counting {'all' if is_hasty else 'right'} words: {seen[0]} and {seen[1]}."
+    return text, [1.0 + count for count in seen]
+
+
+def draw_answer(rng: np.random.Generator, kind: str) -> list[str]:
     """Return different words of the kind in random order, at least one, some of them misspelt."""
     num_right = int(rng.integers(0, MAX_WORDS + 1))
     num_wrong = int(rng.integers(0 if num_right else 1, MAX_WORDS + 1))

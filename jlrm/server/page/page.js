@@ -13,8 +13,10 @@ function element(tag, text = "", name = "") {
   return made;
 }
 
+// The answers, without empty ones at their end.
 function answers() {
-  return [...document.querySelectorAll("#answers textarea")].map((each) => each.value);
+  const texts = [...document.querySelectorAll("#answers textarea")].map((each) => each.value);
+  return texts.slice(0, 1 + texts.findLastIndex((each) => each.trim()));
 }
 
 function addAnswer(text = "") {
@@ -24,7 +26,8 @@ function addAnswer(text = "") {
   const area = element("textarea");
   area.id = `answer-${number}`;
   area.rows = 6;
-  area.required = true;
+  area.required = number === 1;
+  if (number === 2) area.placeholder = "Left empty, answer 1 is scored by itself.";
   area.value = text;
   label.htmlFor = area.id;
   box.append(label, area);
@@ -64,8 +67,10 @@ function asked() {
 function body(wanted) {
   const { question, answers, ...settings } = wanted;
   if (settings.rubric) settings.rubric = criteria(settings.rubric);
-  const texts =
-    answers.length === 2 ? { answer_1: answers[0], answer_2: answers[1] } : { answers };
+  const [answer, answer_2] = answers;
+  const forms = { 1: { answer }, 2: { answer_1: answer, answer_2 } };
+  const texts = forms[answers.length] ?? { answers };
+  if (answers.length === 1) delete settings.orders;
   return JSON.stringify({ question, ...texts, ...settings, stream: true });
 }
 
@@ -164,6 +169,7 @@ function title(event, numAnswers) {
   let [first, second] = event.order;
   if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
   const vote = event.vote > 0 || of("votes").value > 1 ? `, vote ${event.vote + 1}` : "";
+  if (numAnswers === 1) return `Answer 1 by itself${vote}`;
   return `Answer ${first} shown first, then ${second}${vote}`;
 }
 
@@ -178,8 +184,8 @@ function finish(wanted, result) {
   card.replaceChildren();
   card.className = "card";
   card.hidden = false;
-  if (wanted.answers.length === 2) card.append(...verdict(result));
-  else card.append(...ranking(result));
+  const shown = { 1: scored, 2: verdict };
+  card.append(...(shown[wanted.answers.length] ?? ranking)(result));
   const line = card.firstChild.textContent;
   tell(`Done: ${line}.`);
   keep({ ...wanted, line });
@@ -188,8 +194,7 @@ function finish(wanted, result) {
 function verdict(result) {
   const made = [element("p", winner(result.winner), "winner")];
   if (result.scores) made.push(element("p", `Scores: ${result.scores.map(short).join(" and ")}`));
-  for (const [name, scores] of Object.entries(result.criteria ?? {}))
-    made.push(element("p", `${name}: ${scores.map(short).join(" and ")}`, "soft"));
+  made.push(...criteriaLines(result.criteria));
   if (result.expected_scores)
     made.push(element("p", `Expected scores: ${result.expected_scores.map(short).join(" and ")}`));
   if (result.confidence !== null) {
@@ -204,6 +209,22 @@ function verdict(result) {
     );
   if (result.status !== "ok") made.push(element("p", `Not all games have a verdict: ${result.error ?? result.status}`, "wrong"));
   return made;
+}
+
+function scored(result) {
+  const line = result.score === null ? OTHERS[null] : `Score ${short(result.score)}`;
+  const made = [element("p", line, "winner"), ...criteriaLines(result.criteria)];
+  if (result.expected_score !== undefined)
+    made.push(element("p", `Expected score: ${short(result.expected_score)}`));
+  if (result.status !== "ok")
+    made.push(element("p", `Not all texts have a score: ${result.error ?? result.status}`, "wrong"));
+  return made;
+}
+
+function criteriaLines(criteria) {
+  return Object.entries(criteria ?? {}).map(([name, scores]) =>
+    element("p", `${name}: ${[scores].flat().map(short).join(" and ")}`, "soft"),
+  );
 }
 
 function winner(number) {
@@ -226,11 +247,15 @@ function ranking(result) {
     row.append(...cells.map((each) => element("td", String(each))));
     table.append(row);
   });
-  return [element("p", `Answer ${result.order[0]} is best`, "winner"), table];
+  const unjudged = result.pairs.filter((each) => each.winner === null).length;
+  if (unjudged === result.pairs.length) return [element("p", OTHERS[null], "winner")];
+  const made = [element("p", `Answer ${result.order[0]} is best`, "winner"), table];
+  if (unjudged) made.push(element("p", `${unjudged} of ${result.pairs.length} pairs have no verdict.`, "wrong"));
+  return made;
 }
 
 function short(number) {
-  return number.toFixed(2).replace(/\.?0+$/, "");
+  return String(Number(number.toFixed(2))); // "0" of what rounds to -0, too
 }
 
 // --- history and links ----------------------------------------------------------------------------
@@ -308,7 +333,10 @@ function begin() {
   listHistory();
   of("asked").addEventListener("submit", (event) => {
     event.preventDefault();
-    if (!running) judge(asked());
+    const wanted = asked();
+    const gap = wanted.answers.findIndex((each) => !each.trim());
+    if (gap >= 0) tell(`Answer ${gap + 1} is empty.`, true);
+    else if (!running) judge(wanted);
   });
   document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) of("asked").requestSubmit();

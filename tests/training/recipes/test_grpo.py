@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jlrm.config import LossConfig
-from jlrm.training.grpo import has_gradient, merged
 from jlrm.training.programs import Known
+from jlrm.training.recipes.grpo import has_gradient, merged
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "fixed_length")
 

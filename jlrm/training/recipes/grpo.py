@@ -13,9 +13,10 @@ from jaxtyping import Bool
 
 from jlrm.config import Config, GRPOConfig, LossConfig
 from jlrm.model.qwen import Params
-from jlrm.rl.losses import importance_weights
+from jlrm.rl.losses import completion_mask, covariance_tokens, importance_weights
 from jlrm.runtime import hosts
-from jlrm.training import rollouts
+from jlrm.runtime.mesh import host_array, replicate
+from jlrm.training import packing, rollouts
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.packing import Group
 from jlrm.training.programs import (
@@ -38,13 +39,13 @@ from jlrm.training.update import TrainState
 def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config, (width, _) = run.config.grpo, run.data.train.longest
-    sample = make_sampler(run.config, run.policy, width)
+    sample = make_sampler(run.config, run.policy, width, config.rollouts)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
         stage.compile_ahead(lambda: grpo_calls(run.config, run.policy, width, programs))
         reference = None
-        if config.loss.kl_weight:
+        if config.has_reference:
             reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
         stage.evaluate_start()
 
@@ -67,11 +68,13 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 3, 4. Read verdicts, pay rewards, compare each judgement with its group.
             drawn = rollouts.draw(run, begin, started, stage.timed, stage.progress)
-            parts, is_trained = _minibatches(run, programs.sizes, drawn)
+            parts, is_trained = _minibatches(run, programs.sizes, drawn, step)
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
                 parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
+                if config.advantage.kl_weight:
+                    parts, drawn = less_divergence(run, parts, drawn)
 
             # 6. Optimise. The next rollout is dispatched before anything here waits for the update.
             with stage.timed("update"):
@@ -103,7 +106,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
 def _names(config: Config) -> list[str]:
     """Return the programs of a step, for people to read."""
-    has_logprobs = config.grpo.loss.kl_weight or needs_old_logprobs(config)
+    has_logprobs = config.grpo.has_reference or needs_old_logprobs(config)
     return ["rollout", *(["log-probabilities"] if has_logprobs else []), "update"]
 
 
@@ -123,7 +126,7 @@ def _log_completions(run: Run, stage: Stage, step: int, drawn: StepBatch) -> Non
 
 
 def _minibatches(
-    run: Run, sizes: list[int], drawn: StepBatch
+    run: Run, sizes: list[int], drawn: StepBatch, step: int
 ) -> tuple[list[Minibatch], Bool[np.ndarray, " B"]]:
     """Pack the batch, a minibatch of whole groups at a time; old log-probabilities are sampled.
 
@@ -144,9 +147,17 @@ def _minibatches(
             for i in range(0, len(chosen), num_rollouts)
         ]
         known = Known(sampled.logps, batch.advantages[chosen], is_kept[chosen])
-        if has_gradient(config.loss, known):
+        if config.loss.singles_out:
+            mask = completion_mask(sampled.lengths, sampled.logps.shape[1])
+            mask &= known.is_kept[:, None]
+            seed = run.config.run.seed, step, len(parts)
+            singled = covariance_tokens(config.loss, *known[:2], mask, seed)
+            known = known._replace(is_singled=singled)
+        if has_gradient(config.loss, known) or (config.advantage.kl_weight and any(known.is_kept)):
             is_trained[chosen] = known.is_kept
-            parts.append(pack_minibatch(run.policy, sizes, whole, known, config.loss.aggregation))
+            part = pack_minibatch(run.policy, sizes, whole, known, config.loss.aggregation)
+            numbers = np.where(part.completion < 0, -1, chosen[part.completion])
+            parts.append(part._replace(completion=numbers))
     return parts, is_trained
 
 
@@ -186,14 +197,35 @@ def _logprobs(
     return jax.block_until_ready(parts), gap
 
 
+def less_divergence(
+    run: Run, parts: list[Minibatch], drawn: StepBatch
+) -> tuple[list[Minibatch], StepBatch]:
+    """Lower rewards by the policy's distance from the reference, and compare them again."""
+    layout, distance = run.policy.training, np.zeros(len(drawn.is_learned))
+    for part in parts:
+        assert part.targets.ref_logp is not None
+        gap = replicate(layout, part.targets.old_logp - part.targets.ref_logp)
+        is_target = part.completion >= 0
+        np.add.at(distance, part.completion[is_target], host_array(gap)[is_target])
+    penalty = run.config.grpo.advantage.kl_weight * distance
+    gains = rollouts.advantages_of(run, drawn, penalty)
+    compared = []
+    for part in parts:
+        placed = np.where(part.completion < 0, np.float32(0), gains[part.completion])
+        compared.append(_with(part, advantages=packing.to_devices(layout, placed)))
+    values = drawn.metrics | {"rewards/kl/mean": -float(penalty.mean())}
+    return compared, drawn._replace(batch=drawn.batch._replace(advantages=gains), metrics=values)
+
+
 def _with(part: Minibatch, **targets: Any) -> Minibatch:
     return part._replace(targets=part.targets._replace(**targets))
 
 
 def _weighed(config: Config, sampled: Minibatch, scored: Minibatch) -> Minibatch:
-    """Weigh tokens by how much likelier the policy makes them than the sampler did, up to a cap."""
-    cap = config.grpo.loss.importance_cap
-    correction = importance_weights(scored.targets.old_logp, sampled.targets.old_logp, cap)
+    """Weigh tokens by how much likelier the policy makes them than the sampler, within bounds."""
+    log_ratio = scored.targets.old_logp - sampled.targets.old_logp
+    places = scored.targets.mask, scored.rows.sequence
+    correction = importance_weights(config.grpo.loss, log_ratio, *places)
     if weighs_policy_alone(config):
         return _with(scored, importance=correction)
     return _with(scored, weights=scored.targets.weights * correction)

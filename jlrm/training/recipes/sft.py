@@ -1,13 +1,20 @@
-"""SFT on written judgements; the loss is on the judgement alone."""
+"""SFT on written judgements; the loss is on the judgement alone.
+
+Reasoning before the scores makes the judge that thinks (the paper's SFT-Think); scores first, with
+rows swapped by chance, the recipe of JudgeLM (its Judge-SFT).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from functools import partial
 
 from jlrm.data import audit, batches
 from jlrm.data.audit import Draws
-from jlrm.data.comparisons import describe_dropped, write_dropped
+from jlrm.data.batches import Encode, Example, Examples
+from jlrm.data.comparisons import Comparison, describe_dropped, write_dropped
 from jlrm.rl.losses import token_weights
 from jlrm.runtime import hosts
 from jlrm.training import packing
@@ -24,11 +31,12 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Imitate written judgements; the loss is on the judgement alone."""
     config, policy = run.config.sft, run.policy
     examples = batches.encode_targets(
-        run.data.train,
+        presented(run),
         policy.tokenizer,
         config.max_target_tokens,
         policy.end_ids[0],
         run.config.reward.scale,
+        config.reasoning,
     )
     if examples.dropped:
         log.warning("sft: left out %s", describe_dropped(examples.dropped))
@@ -64,3 +72,38 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
             draws = Draws(len(examples), [rows.tolist()], [[audit.TRAINED] * len(rows)])
             stage.finish(values, num_tokens, [learned], draws)
     return stage.outcome()
+
+
+def presented(run: Run) -> Examples:
+    """Return the training rows, a share of them with their answers in the other order, and a share
+    with their reference answer in the prompt.
+
+    The seed and the row decide, so every epoch presents a row in the same way.
+    """
+    config, train, seed = run.config.sft, run.data.train, run.config.run.seed
+    rows, encode = train.rows, train.encode
+    if config.swap:
+        mine = [
+            row.mirrored() if row.chance(seed, "swap") < config.swap else row for row in rows.mine
+        ]
+        rows = dataclasses.replace(rows, mine=mine)
+    if config.reference:
+        encode = _with_references(run, encode)
+    return dataclasses.replace(train, rows=rows, encode=encode)
+
+
+def _with_references(run: Run, encode: Encode) -> Encode:
+    """Return what tokenises prompts, some of which show their row's reference answer."""
+    config, seed = run.config.sft, run.config.run.seed
+    name, scale = run.config.data.prompt, run.config.reward.scale
+    show = batches.prompt_encoder(run.policy.tokenizer, name, scale, has_reference=True)
+
+    def is_shown(row: Comparison) -> bool:
+        return bool(row.reference) and row.chance(seed, "reference") < config.reference
+
+    def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
+        shown = iter(show([row for row in rows if is_shown(row)]))
+        others = iter(encode([row for row in rows if not is_shown(row)]))
+        return [next(shown if is_shown(row) else others) for row in rows]
+
+    return encode_rows

@@ -1,0 +1,175 @@
+"""The commands of a study, in order, and which of them are done.
+
+A cell is one training or one evaluation. It is done when its command, to the letter, has ended
+well; `study.json` of the study's directory lists these. A cell that begins with another's weights,
+or judges them, is done again if that one is.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from jlrm.config import RunError, UsageError
+from jlrm.runtime import settings
+from jlrm.runtime.commands import Interrupted
+from jlrm.runtime.storage import write_atomically
+from jlrm.studies.spec import Study
+
+RECORD = "study.json"
+VERSION = 1
+FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command. `needs` are the keys of the cells that it rests on."""
+
+    key: str  # "train/grpo/0", "evaluate/grpo/0/pandalm"
+    command: tuple[str, ...]  # words after the interpreter
+    needs: tuple[str, ...] = ()
+
+
+def run_dir(study: Study, run: str, seed: int) -> pathlib.Path:
+    """Return where a training writes."""
+    return pathlib.Path(study.dir) / "runs" / run / f"seed{seed}"
+
+
+def evaluation_dir(study: Study, run: str, seed: int, evaluation: str) -> pathlib.Path:
+    """Return where an evaluation writes."""
+    return pathlib.Path(study.dir) / "evaluations" / run / f"seed{seed}" / evaluation
+
+
+def cells(study: Study) -> list[Cell]:
+    """Return all commands: seed by seed, so that whole tables come early."""
+    found = []
+    for seed in study.seeds:
+        for run in study.runs:
+            if seed in study.seeds_of(run):
+                found += _cells_of(study, run, seed)
+    return found
+
+
+def _cells_of(study: Study, name: str, seed: int) -> list[Cell]:
+    run, found, trained = study.runs[name], [], ()
+    if not run.model:
+        words = [f"run.dir={run_dir(study, name, seed)}", f"run.seed={seed}"]
+        needs = ()
+        if run.after:
+            words += ["model.preset=", f"model.path={run_dir(study, run.after, seed)}"]
+            needs = (f"train/{run.after}/{seed}",)
+        config = run.config or study.config
+        command = ("jlrm.train", "--config", config, *study.settings, *run.settings, *words)
+        trained = (f"train/{name}/{seed}",)
+        found.append(Cell(trained[0], command, needs))
+    for evaluation, about in study.evaluations.items():
+        if about.runs and name not in about.runs:
+            continue
+        judge = run.model or str(run_dir(study, name, seed))
+        words = ["--model", judge, "--benchmark", about.benchmark, "--name", study.label(name)]
+        words += ["--data", about.data] if about.data else []
+        words += ["--out", str(evaluation_dir(study, name, seed, evaluation))]
+        needs = trained
+        other = study.evaluations[evaluation].runs
+        if run.against and (not other or run.against in other):
+            shared = seed if seed in study.seeds_of(run.against) else study.seeds[0]
+            words += ["--compare", str(evaluation_dir(study, run.against, shared, evaluation))]
+            needs = (*needs, f"evaluate/{run.against}/{shared}/{evaluation}")
+        judging = run.arguments or about.judging
+        key = f"evaluate/{name}/{seed}/{evaluation}"
+        found.append(Cell(key, ("jlrm.evaluate", *words, *about.arguments, *judging), needs))
+    return found
+
+
+class Record:
+    """The cells that are done, by their keys, with their commands; kept in `study.json`."""
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        self.path = directory / RECORD
+        self.done: dict[str, list[str]] = {}
+        if self.path.exists():
+            content = settings.read_json(self.path)
+            if content.get("version") != VERSION or not isinstance(content.get("done"), dict):
+                raise UsageError(f"{self.path} is no record of a study. Name another dir.")
+            self.done = content["done"]
+
+    def missing(self, all_cells: Sequence[Cell]) -> list[Cell]:
+        """Return the cells that are still to do, in order."""
+        open_keys: set[str] = set()
+        for cell in all_cells:
+            is_done = self.done.get(cell.key) == list(cell.command)
+            if not is_done or open_keys & set(cell.needs):
+                open_keys.add(cell.key)
+        return [cell for cell in all_cells if cell.key in open_keys]
+
+    def add(self, cell: Cell) -> None:
+        """Note that a cell is done."""
+        self.done[cell.key] = list(cell.command)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"version": VERSION, "done": self.done}, indent=1) + "\n"
+        write_atomically(self.path, text.encode())
+
+
+def run_all(
+    missing: Sequence[Cell],
+    flags: Sequence[str],
+    finished: Callable[[Cell], None],
+    keeps_going: bool,
+) -> list[Cell]:
+    """Run cells in order, each in a process of its own, and return those that could not be done.
+
+    flags: of the run of several processes, for every command. finished: called after each.
+
+    Raises:
+      Interrupted: a signal; the command that ran has heard it too.
+      RunError: a command failed, unless `keeps_going`.
+    """
+    failed: list[Cell] = []
+    for number, cell in enumerate(missing, start=1):
+        print(f"[{number}/{len(missing)}] {cell.key}", file=sys.stderr, flush=True)
+        lost = {each.key for each in failed} & set(cell.needs)
+        if lost:
+            print(f"left out: {', '.join(sorted(lost))} failed", file=sys.stderr, flush=True)
+            failed.append(cell)
+            continue
+        code = _run(cell, flags)
+        if code == 0:
+            finished(cell)
+            continue
+        if not keeps_going:
+            raise RunError(
+                f"{cell.key} ended with exit code {code}; what it said stands above. The same "
+                "command goes on from here; --keep-going does what does not rest on it first."
+            )
+        failed.append(cell)
+    return failed
+
+
+def _run(cell: Cell, flags: Sequence[str]) -> int:
+    """Run a cell's command to its end; a signal to this process is passed on to it."""
+    heard: list[int] = []
+    command = [sys.executable, "-m", *cell.command, *flags]
+    # It is in the group of this process: a terminal's Ctrl-C reaches both.
+    process = subprocess.Popen(command, stdout=sys.stderr)
+
+    def forward(signum: int, _: object) -> None:
+        heard.append(signum)
+        process.send_signal(signum)
+
+    before = {signum: signal.signal(signum, forward) for signum in FORWARDED}
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if heard:
+        raise Interrupted(heard[0], f"Stopped in {cell.key}. The same command goes on from there.")
+    return code

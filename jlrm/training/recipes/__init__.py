@@ -1,0 +1,1 @@
+"""A stage's recipe each, and the table of all stages."""
