@@ -106,7 +106,7 @@ class Workload:
 
     def __init__(self, config: Config, network: Network) -> None:
         self.config, self.mesh, self.model = config, network.mesh, network.model
-        self.training, model = network.training, network.model
+        self.network, self.training, model = network, network.training, network.model
         self.batch = draw_batch(config)
         sampling, longest = config.sampling, config.data.max_prompt_tokens
         self.programs = grpo_programs(config, network, longest)
@@ -208,7 +208,7 @@ class Workload:
             logps, advantages = self.logps[rows], self.advantages[rows]
             parts.append(
                 pack_minibatch(
-                    self.training,
+                    self.network,
                     self.programs.sizes,
                     groups,
                     Known(

@@ -167,6 +167,7 @@ CHANGES = {
     "sampling.top_p": Change(0.5),
     "sampling.weights": Change("int8", ("grpo.loss.importance_cap=2",)),
     "sampling.slots": Change(1, by_programs=True),
+    "sampling.exact": Change(True, ("model.compute_dtype=bfloat16", "grpo.epochs=1")),
     # A model that has learnt nothing never ends its reasoning, behind which they count.
     "sampling.stop_strings": Change("{{a: 1, e: 1, o: 1}}", by_programs=True),
     "sampling.eval_temperature": Change(1.0),

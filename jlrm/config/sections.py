@@ -116,6 +116,9 @@ class SamplingConfig:
     weights: Literal["full", "int8", "unmerged"] = "full"
     # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
+    # Sampler and trainer compute in one order, so that log-probabilities of both have the same
+    # bits (runtime/exact.py). On one CPU device, in bfloat16, and without top_k and top_p.
+    exact: bool = False
     # Text: the number of the occurrence that ends a completion. They count from the end of the
     # reasoning, `</think>`: what is drafted or quoted before it ends nothing.
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})

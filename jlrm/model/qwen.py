@@ -28,12 +28,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlrm.model import gradient_sums, lora
-from jlrm.model.attention import attend_packed
+from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.lora import LoRA
 from jlrm.model.quantised import Blocks, quantise_layers, quantise_letters, widen_all
 from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import LOCAL, Layout, Local
 
 Params = dict[str, Any]
@@ -66,6 +67,7 @@ class QwenConfig:
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
     lora: LoRA | None = field(default=None, kw_only=True)  # None: all parameters are trained
+    exact: bool = field(default=False, kw_only=True)  # every program rounds alike (exact.py)
 
 
 class RMSNorm(nn.Module):
@@ -79,9 +81,13 @@ class RMSNorm(nn.Module):
         init = _lettered(nn.initializers.ones, self.letter)
         scale = self.param("scale", init, x.shape[-1:], jnp.dtype(self.config.param_dtype))
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        if self.config.exact:
+            variance = exact.mean_last(exact.apart(jnp.square(wide)))[..., None]
+        else:
+            variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.config.rms_norm_eps)
-        return (normed * _last_axis(scale.astype(jnp.float32), x)).astype(x.dtype)
+        normed = normed * _last_axis(scale.astype(jnp.float32), x)
+        return exact.rounded(normed, x.dtype) if self.config.exact else normed.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -102,12 +108,14 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config, "H", name="q_norm")(q)
             k = RMSNorm(config, "H", name="k_norm")(k)
-        q = shard(rotate(q, rope), "A T N H")
-        k = shard(rotate(k, rope).swapaxes(1, 2), "A K T H")
+        q = shard(rotate(q, rope, config.exact), "A T N H")
+        k = shard(rotate(k, rope, config.exact).swapaxes(1, 2), "A K T H")
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
         letters = "N", "H", "D"
         kernel = self._weight("o", letters, (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
+        if config.exact:
+            return exact.product("BTNH,NHD->BTD", out, kernel), extra
         summed = sum_heads(self.layout, out, kernel)
         return lora.add(self, "o", letters, out, kernel, summed), extra
 
@@ -116,12 +124,13 @@ class Attention(nn.Module):
         shape = (x.shape[-1], num_heads, config.head_dim)
         letters = "D", heads, "H"
         kernel = self._weight(name, letters, shape)
-        out = jnp.einsum("BTD,DNH->BTNH", x, kernel)
+        product = exact.product if config.exact else jnp.einsum
+        out = product("BTD,DNH->BTNH", x, kernel)
         out = lora.add(self, name, letters, x, kernel, out)
         if config.qkv_bias:
             init = _lettered(nn.initializers.zeros, heads, "H")
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
-            out = out + bias.astype(out.dtype)[None, None]
+            out = _add(config, out, bias.astype(out.dtype)[None, None])
         return out
 
     def _weight(
@@ -145,17 +154,29 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width, inner = x.shape[-1], self.config.intermediate_size
+        if self.config.exact:
+            return self._exactly(x, width, inner)
         x = self.layout.shard(x, "M T D")
         gate, up = self._times(x, "gate", "D", "F", inner), self._times(x, "up", "D", "F", inner)
         hidden = self.layout.shard(jax.nn.silu(gate) * up, "M T F")
         return self.layout.shard(self._times(hidden, "down", "F", "D", width), "B T D")
 
     def _times(self, x: Array, name: str, inputs: str, outputs: str, size: int) -> Array:
-        init = _lettered(_fan_in_normal((0,)), inputs, outputs)
-        dtype = jnp.dtype(self.config.param_dtype)
-        kernel = self.param(name, init, (x.shape[-1], size), dtype)
-        kernel = kernel.astype(self.config.compute_dtype)
+        kernel = self._kernel(name, inputs, outputs, (x.shape[-1], size))
         return lora.add(self, name, (inputs, outputs), x, kernel, x @ kernel)
+
+    def _kernel(self, name: str, inputs: str, outputs: str, shape: tuple[int, int]) -> Array:
+        init = _lettered(_fan_in_normal((0,)), inputs, outputs)
+        value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+        return value.astype(self.config.compute_dtype)
+
+    def _exactly(self, x: Float[Array, "B T D"], width: int, inner: int) -> Float[Array, "B T D"]:
+        """Compute the same, rounded alike in every program (exact.py)."""
+        kernels = (self._kernel(name, "D", "F", (width, inner)) for name in ("gate", "up"))
+        gate, up = (exact.product("BTD,DF->BTF", x, kernel) for kernel in kernels)
+        wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        down = self._kernel("down", "F", "D", (inner, width))
+        return exact.product("BTF,FD->BTD", exact.rounded(wide, x.dtype), down)
 
 
 class Block(nn.Module):
@@ -172,9 +193,9 @@ class Block(nn.Module):
         normed = RMSNorm(self.config, "D", name="attn_norm")(x)
         attention = Attention(self.config, self.layout, self.attend, name="attn")
         attended, extra = attention(normed, rope, context)
-        x = self.layout.shard(x + attended, "B T D")
+        x = self.layout.shard(_add(self.config, x, attended), "B T D")
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
-        return x + MLP(self.config, self.layout, name="mlp")(normed), extra
+        return _add(self.config, x, MLP(self.config, self.layout, name="mlp")(normed)), extra
 
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
@@ -250,7 +271,7 @@ def hidden_states(
     """
     params = {name: tree for name, tree in params.items() if name not in ("head", "score")}
     letters = lora.of_paths(param_letters(config), params)
-    attend = partial(_attend_packed, layout.platform)
+    attend = partial(_attend_packed, config.exact, layout.platform)
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
@@ -337,9 +358,18 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def _attend_packed(
-    platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
+    is_exact: bool, platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
 ) -> tuple[Array, None]:
+    if is_exact:
+        return attend_exactly(q, k, v, packing), None
     return attend_packed(q, k, v, packing, platform), None
+
+
+def _add(config: QwenConfig, x: Array, y: Array) -> Array:
+    """Add in compute precision."""
+    if not config.exact:
+        return x + y
+    return exact.rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:

@@ -43,6 +43,7 @@ class Learner:
         config = settings(work)
         model = source.read_model(config)
         network = Network(model, create_mesh(config.mesh, jax.devices()[:1]), 0, ())
+        self.network = network
         self.training = network.training
         self.programs = grpo_programs(config, network, work.prompt_tokens)
         stops = stop_tables({}, [], model.vocab_size)
@@ -75,7 +76,7 @@ class Learner:
     def pack(self, completions: np.ndarray, known: Known) -> Minibatch:
         """Pack completions and send them to the device."""
         sizes, groups = self.programs.sizes, self.groups(completions)
-        return pack_minibatch(self.training, sizes, groups, known, "sequence_mean")
+        return pack_minibatch(self.network, sizes, groups, known, "sequence_mean")
 
     def pack_batch(self) -> Minibatch:
         """Pack the batch of the workload."""

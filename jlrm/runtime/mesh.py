@@ -139,8 +139,10 @@ def training_layout(mesh: Mesh) -> Layout:
     )
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Return compiler options of programs in the training layout."""
+def compiler_options(mesh: Mesh, is_exact: bool = False) -> dict[str, str]:
+    """Return compiler options of programs in the training layout; if exact, of all programs."""
+    if is_exact:  # nothing fused into products, which then sum in the same order in all programs
+        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     # TPU: otherwise XLA turns each product with a sharded contraction into a loop of small slices
     # and sends, which costs far more than gathering the weight (2.5 times the estimated time).
     # CPU: XLA's library for fused loops is limited to matrix products. Its sums made an update take

@@ -17,7 +17,7 @@ import numpy as np
 
 from jlrm.data import batches
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.runtime.mesh import Layout, global_array, host_array, replicate
+from jlrm.runtime.mesh import Layout, compiler_options, global_array, host_array, replicate
 from jlrm.sampling import sampler
 from jlrm.sampling.decode import Prompts, decode_params
 from jlrm.sampling.policy import Network
@@ -38,7 +38,10 @@ def lay_out_program(model: QwenConfig, decoding: Layout, weights: str = "full") 
 @functools.lru_cache(maxsize=8)  # so that what is compiled ahead is what runs
 def rollout_program(network: Network, settings: SamplerSettings) -> Any:
     """Return the jitted sampler; `rollout_arguments` lists what it takes after the weights."""
-    return jax.jit(partial(sampler.generate, network.model, network.decoding, settings))
+    return jax.jit(
+        partial(sampler.generate, network.model, network.decoding, settings),
+        compiler_options=compiler_options(network.mesh, True) if network.model.exact else None,
+    )
 
 
 def rollout_arguments(

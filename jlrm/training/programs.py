@@ -22,7 +22,7 @@ from jlrm.judgement import prompts
 from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
-from jlrm.runtime.mesh import Layout, compiler_options
+from jlrm.runtime.mesh import compiler_options
 from jlrm.sampling.generate import lay_out_program, rollout_arguments, rollout_program
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
@@ -105,7 +105,7 @@ def sft_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
         update=jax.jit(
             partial(update.sft_update, network.model, layout, optimizer),
             donate_argnums=0,
-            compiler_options=compiler_options(layout.mesh),
+            compiler_options=compiler_options(layout.mesh, network.model.exact),
         ),
         optimizer=optimizer,
         rate=update.learning_rate(sft.optimizer, sft.steps),
@@ -146,10 +146,12 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     model, training = network.model, network.training
     num_updates = grpo.steps * grpo.epochs * grpo.minibatches
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-    options = compiler_options(training.mesh)
+    options = compiler_options(training.mesh, model.exact)
     fixed = model, training, network.distribution(sampling)
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
-    group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
+    unit, num_new = network.unit, sampling.max_new_tokens
+    longest = longest_prompt + -longest_prompt % unit, num_new + -num_new % unit
+    group_tokens = longest[0] + grpo.rollouts * longest[1]
     return GRPOPrograms(
         lay_out=lay_out_program(model, network.decoding, sampling.weights),
         freeze=freeze_program(network),
@@ -162,8 +164,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
         optimizer=optimizer,
         rate=update.learning_rate(grpo.optimizer, num_updates),
         sizes=packing.row_sizes(
-            longest_prompt,
-            sampling.max_new_tokens,
+            *longest,
             prompts_per_device * group_tokens,
             grpo.pack_tokens,
             training.platform,
@@ -279,14 +280,15 @@ def abstract_targets(
 
 
 def pack_minibatch(
-    layout: Layout,
+    network: Network,
     sizes: Sequence[int],
     groups: Sequence[Group],
     known: Known,
     aggregation: str,
 ) -> Minibatch:
     """Pack groups and what is known of their completions, and send it to the devices."""
-    packed = packing.pack(groups, sizes, layout.mesh.size)
+    layout = network.training
+    packed = packing.pack(groups, sizes, layout.mesh.size, network.unit)
     lengths = np.array([len(ids) for group in groups for ids in group.completions])
     mask = completion_mask(lengths, known.logps.shape[1]) & known.is_kept[:, None]
     targets = PolicyTargets(

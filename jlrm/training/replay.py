@@ -104,7 +104,10 @@ def replay(file: pathlib.Path) -> list[str]:
     mesh = create_mesh(config.mesh, devices)
     policy = open_policy(model, mesh, source.model_files(saved))
     params = source.read_params(saved, model, policy.training)
-    step = jax.jit(_step(config, stage, policy), compiler_options=compiler_options(policy.mesh))
+    step = jax.jit(
+        _step(config, stage, policy),
+        compiler_options=compiler_options(policy.mesh, policy.model.exact),
+    )
     lines = [f"{stage} step {about['step']}, with the weights of {saved}:"]
     for number, batch in enumerate(batches):
         on_devices = packing.to_devices(policy.training, batch)

@@ -129,7 +129,8 @@ def quantise_program(model: QwenConfig, layout: Layout) -> Any:
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
     """Return an architecture as a run trains it; `stored`: the dtype of the model's files."""
     source, settings = config.model, config.lora
-    numerics = {"compute_dtype": source.compute_dtype, "remat": source.remat}
+    numerics: dict[str, Any] = {"compute_dtype": source.compute_dtype, "remat": source.remat}
+    numerics["exact"] = config.sampling.exact
     if not settings.rank:
         return dataclasses.replace(model, param_dtype=source.param_dtype, **numerics)
     adapters = lora.of_settings(settings, source.param_dtype)

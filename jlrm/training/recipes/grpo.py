@@ -157,7 +157,7 @@ def _minibatches(
             known = known._replace(is_singled=singled)
         if has_gradient(config.loss, known) or (config.advantage.kl_weight and any(known.is_kept)):
             is_trained[chosen] = known.is_kept
-            part = pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
+            part = pack_minibatch(run.policy, sizes, whole, known, config.loss.aggregation)
             numbers = np.where(part.completion < 0, -1, chosen[part.completion])
             parts.append(part._replace(completion=numbers))
     return parts, is_trained

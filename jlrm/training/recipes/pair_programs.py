@@ -41,7 +41,7 @@ def dpo_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
     """Return the programs of DPO on prompts and completions of at most so many tokens."""
     dpo, model, layout = config.dpo, network.model, network.training
     optimizer = update.make_optimizer(dpo.optimizer, dpo.steps)
-    options = compiler_options(layout.mesh)
+    options = compiler_options(layout.mesh, model.exact)
     return DPOPrograms(
         lay_out=lay_out_program(model, network.decoding, config.sampling.weights),
         freeze=freeze_program(network),
@@ -85,7 +85,7 @@ def reward_programs(config: Config, network: Network, longest: tuple[int, int]) 
         update=jax.jit(
             partial(update.reward_update, network.model, layout, settings.kind, optimizer),
             donate_argnums=0,
-            compiler_options=compiler_options(layout.mesh),
+            compiler_options=compiler_options(layout.mesh, network.model.exact),
         ),
         optimizer=optimizer,
         rate=update.learning_rate(settings.optimizer, settings.steps),
