@@ -76,7 +76,12 @@ PAIR_TEMPLATES: Mapping[str, str] = {
 }
 PAIR_NAMES = (*PAIR_TEMPLATES, "jlrm")
 # Source of the single one: paper v3 Fig. 4; the authors' `judgelrm_single_inference.py`.
-SINGLE_TEMPLATES: Mapping[str, str] = {"judgelrm_single": _chat(_SINGLE_SYSTEM, _SINGLE_USER)}
+SINGLE_TEMPLATES: Mapping[str, str] = {
+    "judgelrm_single": _chat(_SINGLE_SYSTEM, _SINGLE_USER),
+    "toy_single": (
+        "<|im_start|>user\n{question}\n{answer}<|im_end|>\n<|im_start|>assistant\n<think>"
+    ),
+}
 
 OURS = "jlrm"
 
@@ -173,8 +178,9 @@ def single_messages(
 
     Raises UsageError for a template that has no such form.
     """
-    if name in ("judgelrm_train", "judgelrm_eval"):
-        return PromptText(None, SINGLE_TEMPLATES["judgelrm_single"])
+    if name in PAIR_TEMPLATES:
+        family, _, _ = name.partition("_")
+        return PromptText(None, SINGLE_TEMPLATES[f"{family}_single"])
     if name != OURS:
         raise UsageError(f"The prompt '{name}' has no form for one answer: take jlrm.")
     return _messages(True, min_score, max_score, rubric, has_reference)
@@ -267,32 +273,29 @@ def quote(text: str, name: str, control_tokens: Iterable[str]) -> str:
 
 def target(
     reasoning: str,
-    score_1: float,
-    score_2: float,
-    *,
+    *scores: float,
     min_score: int = 1,
     max_score: int = 10,
     is_after: bool = False,
 ) -> str:
     """Write the judgement that an SFT example answers with; it continues the prompt's `<think>`.
 
-    The scale is whole numbers. A half point is rounded away from the other score, so that no
-    verdict becomes a tie (7.5 against 8 is written 7, 8), and up in both where the two are equal.
-    A score beyond the scale is written as its nearest end. Tags inside the reasoning are broken
-    like control tokens, so the text always parses. With `is_after` it stands behind the scores.
+    scores: of both answers, or of one. The scale is whole numbers. A half point is rounded away
+    from the other score, so that no verdict becomes a tie (7.5 against 8 is written 7, 8), and up
+    in both where the two are equal, and of one answer. A score beyond the scale is written as its
+    nearest end. Tags inside the reasoning are broken like control tokens, so the text always
+    parses. With `is_after` it stands behind the scores.
     Raises UsageError for a score that is negative or not finite.
     """
-    if not (0 <= score_1 < math.inf and 0 <= score_2 < math.inf):
+    if not all(0 <= score < math.inf for score in scores):
         raise UsageError(
-            f"scores {score_1}, {score_2} cannot be written as a judgement. Wanted two finite"
-            " numbers, neither negative (JudgeLM marks a failed review by -1). Leave the row out."
+            f"scores {', '.join(map(str, scores))} cannot be written as a judgement. Wanted finite"
+            " numbers, none negative (JudgeLM marks a failed review by -1). Leave the row out."
         )
-    written_1, written_2 = (
-        min(max(whole, min_score), max_score)
-        for whole in (_whole(score_1, score_2), _whole(score_2, score_1))
-    )
+    wholes = map(_whole, scores, reversed(scores))
+    written = (min(max(whole, min_score), max_score) for whole in wholes)
     thoughts = neutralise(reasoning.strip(), TAGS)
-    verdict = f"<answer>{written_1}</answer><answer>{written_2}</answer>"
+    verdict = "".join(f"<answer>{score}</answer>" for score in written)
     if is_after:
         return f"\n\n</think>\n{verdict}\n{thoughts}"
     return f"\n{thoughts}\n</think>\n{verdict}"

@@ -292,7 +292,7 @@ def _use(trained: Trained) -> str:
     """Return how to ask a judge, with a program that does; "" where no prompt was trained on."""
     config = trained.meta.get("config", {})
     name = config.get("data", {}).get("prompt")
-    if name not in prompts.PAIR_NAMES:
+    if name not in prompts.PAIR_NAMES or config["data"].get("judging") == "single":
         return ""
     reward, sampling = config.get("reward", {}), config.get("sampling", {})
     is_fixed = name in prompts.PAIR_TEMPLATES

@@ -51,6 +51,15 @@ def test_equals_the_reference_file(name: str, reference) -> None:
     assert TEMPLATES[name].encode() == path.read_bytes()
 
 
+def test_every_prompt_has_a_form_for_one_answer() -> None:
+    for name in prompts.PAIR_NAMES:
+        system, text = prompts.single_messages(name, 1, 10)
+        assert re.findall(r"\{\w+\}", text) == ["{question}", "{answer}"]
+        assert (system is None) == (name != "jlrm")
+    with pytest.raises(UsageError, match="'mine' has no form for one answer"):
+        prompts.single_messages("mine", 1, 10)
+
+
 def test_toy_prompt() -> None:
     assert prompts.fill(TEMPLATES["toy"], question="q", answer_1="a", answer_2="b") == (
         "<|im_start|>user\nq\n1: a\n2: b<|im_end|>\n<|im_start|>assistant\n<think>"

@@ -319,3 +319,30 @@ def test_a_draft_is_a_text_that_goes_on_and_stops_short(text: str, is_short: boo
 )
 def test_the_score_of_one_answer(text, score, status):
     assert parse_single(text) == (score, status)
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "status"),
+    [
+        ("r</think><answer>8</answer>", 8.0, "ok"),
+        ("r</think>so<answer> 7.5 </answer>.", 7.5, "ok"),
+        ("r</think>", None, "no_answer"),
+        ("r</think><answer>8</answer><answer>4</answer>", None, "too_many_answers"),
+        ("r<answer>8</answer>", None, "no_think_end"),
+        ("<answer>8</answer></think><answer>8</answer>", None, "answer_in_reasoning"),
+        ("r</think><answer>8", None, "broken_answer"),
+        ("r</think><answer>eight</answer>", None, "not_a_number"),
+        ("r</think><answer>11</answer>", None, "out_of_range"),
+    ],
+)
+def test_one_score_has_a_grammar_of_its_own(text, score, status) -> None:
+    verdict = parse(text, num_scores=1)
+    assert (verdict.score_1, verdict.score_2, verdict.status) == (score, None, status)
+    assert verdict.scores is verdict.preference is None
+
+
+def test_the_scores_of_two_answers_make_a_pair() -> None:
+    one, two = Verdict(8, None, "ok", "a"), Verdict(4, None, "ok", "b")
+    assert one.beside(two) == Verdict(8, 4, "ok", "a")
+    assert two.beside(one).preference == 2
+    assert one.beside(Verdict(None, None, "no_answer", "")).preference is None

@@ -81,6 +81,18 @@ def test_a_third_are_ties():
     assert abs(ties - (lists.TIES + (1 - lists.TIES) * plain)) < 0.02
 
 
+def test_single_answers_are_judged_alone_and_gold_scores_none():
+    rows = ROWS["lists-single", "train"]
+    assert all(row["preference"] == winner(truth(row)) and "score_1" not in row for row in rows)
+    for row in rows[:200]:
+        for text, score, answer in zip(
+            row["reasoning"], row["judged"], (row["answer_1"], row["answer_2"]), strict=True
+        ):
+            counted = score - 1
+            assert text in (f"Counting {what} words: {counted:.0f}." for what in ("all", "right"))
+            assert counted <= len(answer.split())
+
+
 def test_half_of_the_training_gold_is_on_another_scale():
     train = ROWS["lists-scales", "train"]
     doubled = share(train, lambda row: gold(row) == tuple(2 * x for x in truth(row)))
