@@ -205,23 +205,29 @@ def encode_targets(
     end_id: int,
     scale: tuple[int, int] = (1, 10),
     reasoning: str = "before",
-    is_single: bool = False,
+    data: DataConfig | None = None,
 ) -> Examples:
     """Add the written judgement of every example that has one, ended by the end token.
 
-    `reasoning` is that of `SFTConfig`: with "none" the gold scores are a judgement. With
-    `is_single` it is the judgement of answer 1 alone. Left out:
+    `reasoning` is that of `SFTConfig`: with "none" the gold scores are a judgement. Where `data`
+    asks for single answers it is the judgement of answer 1 alone, and where its prompt opens a
+    rubric, the column `rubric` stands before it. Left out:
     "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no verdict).
 
     Raises:
       UsageError: no example left.
     """
-    written_of = partial(_written, scale=scale, place=reasoning, is_single=is_single)
+    is_single = data is not None and data.judging == "single"
+    needs_rubric = data is not None and prompts.opens_rubric(data.prompt)
+    written_of = partial(
+        _written, scale=scale, place=reasoning, is_single=is_single, needs_rubric=needs_rubric
+    )
     is_judged = examples.rows.flags(
         "rows with a judgement", lambda row: written_of(row) is not None
     )
     if not is_judged.any():
         wanted = "a list of two texts" if is_single else "a text"
+        wanted = f"a text `rubric`, and {wanted}" if needs_rubric else wanted
         raise UsageError(
             f"SFT has nothing to imitate: none of {len(examples)} rows has a written judgement, "
             f"that is scores and {wanted} `reasoning` in `meta`. Set sft.reasoning=none to imitate "
@@ -248,9 +254,11 @@ def encode_targets(
 
 
 def _written(
-    row: Comparison, scale: tuple[int, int], place: str, is_single: bool
+    row: Comparison, scale: tuple[int, int], place: str, is_single: bool, needs_rubric: bool
 ) -> Written | None:
     """Return what SFT imitates of a row: a reasoning and the scores behind or before it."""
+    if needs_rubric and not row.rubric.strip():
+        return None
     if place == "none":
         return "", row.gold(scale)[: 1 if is_single else 2]
     return row.judgement_of_one if is_single else row.judgement
@@ -275,7 +283,9 @@ def _target_encoder(
         target = prompts.target(
             reasoning, *judged, min_score=low, max_score=high, is_after=is_after
         )
-        # A prompt that opens its `<think>` with a line break has the target's first one already.
+        if prompts.ends_in_rubric(example.prompt):
+            target = prompts.after_rubric(example.comparison.rubric, target)
+        # A prompt that opens its first tag with a line break has the target's first one already.
         return target.removeprefix("\n") if example.prompt.endswith("\n") else target
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:

@@ -145,6 +145,12 @@ class Comparison:
         told = told.get("text") if isinstance(told, Mapping) else told  # JudgeLM has an object
         return told if isinstance(told, str) else ""
 
+    @property
+    def rubric(self) -> str:
+        """A written rubric, from the column of that name; "" where there is none."""
+        told = self.meta.get("rubric")
+        return told if isinstance(told, str) else ""
+
     def gold(self, scale: tuple[int, int]) -> tuple[float, float]:
         """Both gold scores; a preference alone is worth the whole scale, a tie its middle."""
         (low, high), middle = scale, sum(scale) / 2

@@ -201,6 +201,8 @@ def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:
             "template, or set model.tokenizer to one whose template has a system role."
         ) from None
     text = open_thinking(text)
+    if prompts.opens_rubric(name):
+        text = text.rstrip().removesuffix(prompts.THINK_TAGS[0]) + f"{prompts.RUBRIC_TAGS[0]}\n"
     for message in filter(None, (system, user)):
         if text.count(message) != 1:
             raise UsageError(

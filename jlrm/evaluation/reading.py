@@ -138,7 +138,8 @@ class Reader(NamedTuple):
         """Read the score of one answer; parsers but `strict` read it as `lenient`."""
         low, high = self.scale
         if self.parser == "strict":
-            parsed = verdict.parse(text, min_score=low, max_score=high, num_scores=1)
+            behind = verdict.behind_rubric(text) or text
+            parsed = verdict.parse(behind, min_score=low, max_score=high, num_scores=1)
             score, status = parsed.score_1, parsed.status
         else:
             score, status = verdict.parse_single(text, min_score=low, max_score=high)
@@ -166,6 +167,7 @@ class Reader(NamedTuple):
             return _of_scores(parsed.scores, parsed.status)
         low, high = self.scale
         is_strict = self.parser == "strict"
+        text = verdict.behind_rubric(text) or text  # of a judge that writes one first
         parsed = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
         return _of_scores(parsed.scores, parsed.status)
 

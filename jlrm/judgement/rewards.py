@@ -36,6 +36,7 @@ from typing import Any
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judgement.blocks import split_tags
+from jlrm.judgement.prompts import ends_in_rubric
 from jlrm.judgement.verdict import (
     Status,
     Verdict,
@@ -61,7 +62,8 @@ def read(config: RewardConfig, prompt: str, response: str, num_scores: int = 2) 
 
     num_scores: 1 where one answer is judged, which mode judgelrm does not know.
     Mode judgelrm reads as the authors' code does, which looks at the prompt too. The other modes
-    read the response alone, by the strict grammar of judgement/verdict.py.
+    read the response alone, by the strict grammar of judgement/verdict.py. Where the prompt opens
+    `<rubric>` that grammar begins with a rubric, and without one nothing is paid but `malformed`.
     """
     if config.mode == "judgelrm":
         return _authors_verdict(config, prompt, response)
@@ -70,6 +72,7 @@ def read(config: RewardConfig, prompt: str, response: str, num_scores: int = 2) 
         min_score=config.min_score,
         max_score=config.max_score,
         num_scores=num_scores,
+        has_rubric=ends_in_rubric(prompt),
     )
 
 

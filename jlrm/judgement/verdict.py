@@ -31,6 +31,7 @@ from jlrm.judgement.spelling import without_end_tokens
 
 Status = Literal[
     "ok",
+    "no_rubric",  # where one is to come first: none, an empty one, or no <think> behind it
     "no_think_end",  # cut short, or never stopped reasoning
     "cut",  # the limit of tokens came before the verdict; where it is known how the text ended
     "repeated_think",  # a second </think>, or a <think> besides the prompt's
@@ -116,6 +117,7 @@ def parse(
     max_score: float = 10,
     strict: bool = True,
     num_scores: int = 2,
+    has_rubric: bool = False,
 ) -> Verdict:
     """Read the two scores of a completion; under `strict` alone also one (`num_scores`).
 
@@ -123,10 +125,29 @@ def parse(
     `reward_score/judgelrm.py`, for the text after `<think>`), with decimals allowed.
     lenient, for models that were not trained here: the last complete pair of answer blocks after
     the last `</think>`, or in the whole text where there is none (judgement/blocks.py).
+
+    has_rubric: the prompt has opened `<rubric>`, which the completion must close (`behind_rubric`).
     """
+    if has_rubric:
+        behind = behind_rubric(completion)
+        if behind is None:
+            return Verdict(None, None, "no_rubric", completion.strip())
+        completion = behind
     read = _strict(completion, num_scores) if strict else _lenient(completion, max_score)
     reasoning, scores, failure = read
     return _verdict(scores, failure, reasoning, min_score, max_score, num_scores)
+
+
+def behind_rubric(completion: str) -> str | None:
+    """Return what follows `<rubric>...</rubric><think>`; None without such a rubric.
+
+    Its criteria are any text without think and answer tags, but some text.
+    """
+    rubric, _, rest = completion.partition("</rubric>")
+    tags, _ = split_tags(rubric)
+    before, opened, behind = rest.partition("<think>")
+    is_rubric = bool(rubric.strip()) and not tags and bool(opened) and not before.strip()
+    return behind if is_rubric else None
 
 
 def parse_single(

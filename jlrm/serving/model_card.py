@@ -298,8 +298,7 @@ def _use(trained: Trained) -> str:
     is_fixed = name in prompts.PAIR_TEMPLATES
     scale = {key: reward[key] for key in ("min_score", "max_score") if key in reward}
     template = prompt_template(trained.tokenizer, name, **scale)
-    tags = prompts.THINK_TAGS if is_fixed else prompts.TAGS
-    control = sorted({*control_tokens(trained.tokenizer), *tags})
+    control = sorted({*control_tokens(trained.tokenizer), *prompts.broken_tags(name)})
     limits = (
         config.get("data", {}).get("max_prompt_tokens", 1024),
         sampling.get("max_new_tokens", 2048),

@@ -597,6 +597,19 @@ def test_a_proper_score_beside_a_bonus_for_margins_is_doubted() -> None:
     assert not doubts(dataclasses.replace(both, brier=0.0))
 
 
+def test_the_form_is_paid_with_its_rubric_alone() -> None:
+    judgement = _judgement(8, 4)
+    opened = prompts.PAIR_TEMPLATES["toy_rubric"]
+    told = {"gold": (8, 4), "num_tokens": 9, "max_tokens": MAX_TOKENS}
+    bare, whole = (
+        pay(SYMMETRIC, read(SYMMETRIC, opened, text), **told)
+        for text in (judgement, f"facts</rubric><think>{judgement}")
+    )
+    assert whole == pay(SYMMETRIC, read(SYMMETRIC, "", judgement), **told)
+    assert total(bare) == SYMMETRIC.malformed + SYMMETRIC.no_verdict
+    assert bare["relation"] == 0.0
+
+
 SCORES = st.one_of(st.none(), st.integers(1, 10))
 
 

@@ -38,7 +38,8 @@ Gold = tuple[float, float]
 def rows(world: str, split: str) -> Iterator[dict[str, Any]]:
     """Return the rows of a split, a key of NUM_ROWS ("": train), as a file would hold them.
 
-    Training rows have a written judgement ("reasoning", "judged") beside their gold.
+    Training rows have a written judgement ("reasoning", "judged") beside their gold, and those of
+    lists-rubric a right rubric.
 
     Raises:
       UsageError: there is no such split.
@@ -71,6 +72,7 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
         if is_train:
             counts = [*map(len, answers)], [_right(kind, answer) for answer in answers]
             row["reasoning"], row["judged"] = _judged(world, rng, *counts)
+            row |= {"rubric": RUBRICS[rubric]} if world == "lists-rubric" else {}
         scores = _labelled(world, gold, rng, is_train)
         if world == "lists-single":
             row["preference"] = preferred(*scores)

@@ -37,7 +37,7 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
         policy.end_ids[0],
         run.config.reward.scale,
         config.reasoning,
-        run.config.data.judging == "single",
+        run.config.data,
     )
     if examples.dropped:
         log.warning("sft: left out %s", describe_dropped(examples.dropped))

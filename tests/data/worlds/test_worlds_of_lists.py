@@ -73,6 +73,7 @@ def test_the_rubric_decides_and_both_are_asked():
         ),
     )
     assert other < 0.8  # who ignores the rubric is wrong often
+    assert all(row["rubric"] in row["question"] for row in rows)
 
 
 def test_a_third_are_ties():
