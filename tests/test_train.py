@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import COMPILE_FASTEST, mesh_of
 
-from jlrm import config, evaluate, export, train
+from jlrm import config, evaluate, export, judge, train
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import audit
 from jlrm.data.batches import Example
@@ -506,6 +506,9 @@ def test_a_judge_of_single_answers_is_evaluated_as_it_was_trained(tmp_path, warm
         assert said[theirs] == pytest.approx(found[ours]), ours
     responses = (tmp_path / "out/pairs/responses.jsonl").read_text().splitlines()
     assert len(responses) == 1 + 2 * 24  # each answer once, though both orders are counted
+    with pytest.raises(UsageError, match="has seen no pairs"):
+        judge.main([str(heldout), "--model", str(tmp_path / "r"), "--out", str(tmp_path / "j")])
+    assert not (tmp_path / "j").exists()
 
 
 def test_rows_that_are_swapped_already_are_not_swapped_back(tmp_path):
