@@ -202,7 +202,7 @@ def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:
         ) from None
     text = open_thinking(text)
     if prompts.opens_rubric(name):
-        text = text.rstrip().removesuffix(prompts.THINK_TAGS[0]) + f"{prompts.RUBRIC_TAGS[0]}\n"
+        text = text.rstrip().removesuffix(prompts.THINK_TAGS[0]) + f"{prompts.first_tag(name)}\n"
     for message in filter(None, (system, user)):
         if text.count(message) != 1:
             raise UsageError(

@@ -237,6 +237,11 @@ def opens_rubric(name: str) -> bool:
     return name == OURS_AFTER_RUBRIC or ends_in_rubric(PAIR_TEMPLATES.get(name, ""))
 
 
+def first_tag(name: str) -> str:
+    """Return the tag that a prompt opens for the model to go on from."""
+    return (RUBRIC_TAGS if opens_rubric(name) else THINK_TAGS)[0]
+
+
 def ends_in_rubric(prompt: str) -> bool:
     """Return whether the text of a prompt ends by opening `<rubric>`."""
     return prompt.rstrip().endswith(RUBRIC_TAGS[0])

@@ -145,7 +145,7 @@ FIXED_PROMPT = (
 )
 CHAT_PROMPT = (
     "The prompt is a system and a user message in this model's chat template, and then an open\n"
-    "`<think>`. Below is the text that this makes, as in training: fill it in and generate from"
+    "`{first}`. Below is the text that this makes, as in training: fill it in and generate from"
     " there.\nDon't put it through the chat template once more."
 )
 FIXED_SERVER = (
@@ -317,7 +317,7 @@ def _use(trained: Trained) -> str:
         max_tokens=limits[1],
         ends=" or ".join(map(str, trained.ends)),
         broken=SPACED if is_fixed else BRACKETED,
-        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
+        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT.format(first=prompts.first_tag(name)),
         lines="\n".join(f"    {line!r}" for line in template.splitlines(keepends=True)),
         control="\n".join(f"    {token!r}," for token in control),
         serve=f"vllm serve . --served-model-name {model} --generation-config vllm "
