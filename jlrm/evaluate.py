@@ -32,7 +32,7 @@ from jlrm.config import RunError, UsageError
 from jlrm.evaluation import journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
-from jlrm.evaluation.games import Backend, Game
+from jlrm.evaluation.games import Backend, Game, alone, beside
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
@@ -54,8 +54,9 @@ class BenchmarkRun(NamedTuple):
     benchmark: Benchmark
     policy: Policy
     games: list[Game]
+    asked: list[Game]  # these, or the games in which each of their answers is judged alone
     header: dict[str, Any]  # of its journal, with what judges.identity adds
-    recorded: Backend | None  # of the backend `verdicts`
+    recorded: Backend | None = None  # of the backend `verdicts`
 
     @property
     def num_items(self) -> int:
@@ -73,18 +74,20 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     """
     # 1. Read the benchmarks, before a model is downloaded.
     low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high))
+    read = reader(args.parser, (low, high))._replace(is_single=args.single)
     runs = [_read(name, args) for name in args.names]
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
     model = options.pinned(args.backend, args.model)
-    num_games = sum(len(run.games) for run in runs)
+    num_games = sum(len(run.asked) for run in runs)
     args.options = options.settled(args.backend, model, args.options, num_games)
     identity = options.identity(args.backend, model, args.options, args.seed)
+    identity |= {"single": True} if args.single else {}  # older journals do not name it
     headers = [{**run.header, **identity} for run in runs]
     hosts.agree("benchmarks and models", headers)
     out = args.out if hosts.is_main() else None
-    journals = [Journal(_folder(out, run), h) for run, h in zip(runs, headers, strict=True)]
+    folders = [out and out / name for name in args.names]
+    journals = [Journal(*each) for each in zip(folders, headers, strict=True)]
 
     @functools.cache  # the model is loaded for the first game that has no response yet
     def backend() -> Backend:
@@ -96,14 +99,15 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         name = run.benchmark.name
         left = _left(run, kept)
         if left and (args.backend == options.JLRM or hosts.is_main()):
-            asking.judge(run.recorded or backend(), left, kept, name, len(run.games))
+            asking.judge(run.recorded or backend(), left, kept, name, len(run.asked))
         if not hosts.is_main():
             continue
 
         # 4. Credit the verdicts.
         games, responses = run.games, kept.responses
-        for text in asking.remarks(name, games, responses, run.policy.counts_refused):
+        for text in asking.remarks(name, run.asked, responses, run.policy.counts_refused):
             log.warning("%s", text)
+        responses = beside(games, responses) if args.single else responses
         evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
@@ -147,17 +151,12 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
     games = chosen.games(sources.sample(asked, args.limit, args.seed), policy, args.seed)
     if args.backend != options.VERDICTS:
-        return BenchmarkRun(chosen, policy, games, header, None)
+        return BenchmarkRun(chosen, policy, games, alone(games) if args.single else games, header)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
-    header["verdicts"] = results.checksum(
-        {game: journal.as_row(each) for game, each in recorded.responses.items()}
-    )
-    return BenchmarkRun(chosen, policy, recorded.as_played(games), header, recorded.backend(path))
-
-
-def _folder(out: pathlib.Path | None, run: BenchmarkRun) -> pathlib.Path | None:
-    return out / run.benchmark.name if out else None
+    rows = {game: journal.as_row(each) for game, each in recorded.responses.items()}
+    header["verdicts"], games = results.checksum(rows), recorded.as_played(games)
+    return BenchmarkRun(chosen, policy, games, games, header, recorded.backend(path))
 
 
 def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> str:
@@ -186,11 +185,11 @@ def _left(run: BenchmarkRun, kept: Journal) -> list[Game]:
     """Return the games that have no response yet, by the journal of process 0."""
     here = kept.done if run.policy.counts_refused else kept.done - kept.refused
     done = hosts.gather("the responses so far", here)[0]
-    return [game for game in run.games if game.id not in done]
+    return [game for game in run.asked if game.id not in done]
 
 
 def _first_error(run: BenchmarkRun, kept: Journal) -> str:
-    own = (kept.responses[game.id] for game in run.games if game.id in kept.responses)
+    own = (kept.responses[game.id] for game in run.asked if game.id in kept.responses)
     reasons = (response.error or response.refused for response in own)
     return f"The first game: {next(filter(None, reasons), 'it has no response').rstrip('.')}."
 
@@ -208,7 +207,8 @@ def _comparison(
         raise UsageError(f"--compare {other_dir}: it was evaluated on other data of {name}.")
     judge = results_file.read(other_dir).judge
     low, high = judge.decoding.get("scale") or (1, 10)
-    read = Reader(judge.parser, (low, high))
+    read = Reader(judge.parser, (low, high), is_single="single" in header)
+    responses = beside(run.games, responses) if read.is_single else responses
     other = mine._replace(responses=responses, reader=read)
     compared = results.comparison(mine, other, judge.name)
     if compared is None:
@@ -294,7 +294,7 @@ def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     """Several hosts judge together; where no device judges, the first one does it alone."""
     if args.backend != options.JLRM and cluster.settings(args) is None:
         return contextlib.nullcontext()
-    names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading")
+    names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading", "single")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
 
 
@@ -317,6 +317,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--backend", choices=options.BACKENDS, help="who judges (jlrm)")
     add("--verdicts", **several, metavar="FILE", help="recorded verdicts; or B=FILE")
+    add("--single", action="store_true", help="score each answer alone, and compare the scores")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", default="lenient", help=f"how texts are read (lenient). {parsers}")
     add(
@@ -363,6 +364,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError(f"--backend {args.backend} {wanted} --verdicts FILE.")
     if args.backend != options.VERDICTS and not args.model:
         raise UsageError(f"--backend {args.backend} needs --model.")
+    args.single = options.is_single(args)
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)

@@ -272,6 +272,11 @@ def _check_form(args: argparse.Namespace) -> None:
     """Refuse flags that would say nothing of rows of this form."""
     if args.single and args.rank:
         raise UsageError("--single and --rank read rows of two forms. Name one of them.")
+    if not args.single and options.is_single(args):
+        raise UsageError(
+            f"{args.model} was trained to judge each answer alone (data.judging=single), and has "
+            "seen no pairs. Give rows of one answer, with --single; jlrm evaluate compares pairs."
+        )
     useless = {
         "--single": ("values", "calibration", "tie_margin", "make_pairs", "make_judgements"),
         "--rank": ("values", "make_judgements"),

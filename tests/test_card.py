@@ -127,9 +127,12 @@ def test_the_program_asks_and_writes_as_our_own_judge(
     card = card_of(out)
     assert f"`{prompt}`" in card and "agreement 51.23" in card
     assert f"````text\n{found['PROMPT']}\n````" in card
-    assert ("without a chat template" in card) == (prompt != "jlrm")
-    if prompt == "jlrm":
-        assert "from 0 to 5" in found["PROMPT"] and found["PROMPT"].endswith("<think>\n")
+    is_chat = prompt.startswith("jlrm")
+    assert ("without a chat template" in card) == (not is_chat)
+    if is_chat:
+        first = prompts.first_tag(prompt)
+        assert "from 0 to 5" in found["PROMPT"] and found["PROMPT"].endswith(f"{first}\n")
+        assert f"open\n`{first}`" in card
 
 
 def greedy(prompt: str) -> dict[str, Any]:

@@ -87,6 +87,11 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.steps=[1"], "is not valid YAML"),
         (["data.orders=both", "grpo.prompts=3"], "needs an even number of grpo.prompts"),
         (["reward.swap_consistency=1"], "set data.orders=both"),
+        (["data.judging=single", "grpo.prompts=3"], "data.judging=single needs an even number"),
+        (["data.judging=single", "data.orders=both"], "Set data.orders=given."),
+        (["data.judging=single", "data.gold=majority"], "Set data.gold=given or shuffled."),
+        (["preset=irpm", "reward.mode=judgelrm"], "reward.mode=judgelrm can't use"),
+        (["preset=irpm", "dpo.steps=1"], "Set dpo.steps=0."),
         (
             ["reward.swap_consistency=1", "data.orders=both", "reward.mode=none"],
             "withholds a reward, and reward.mode=none pays none",

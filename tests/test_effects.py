@@ -159,6 +159,7 @@ CHANGES = {
     "data.rescale": Change("{{0: 1, 5: 10}}"),
     "data.prompt": Change("jlrm", ("data.max_prompt_tokens=700", "grpo.steps=0")),
     "data.orders": Change("both"),
+    "data.judging": Change("single", ("sft.steps=0",)),
     "data.max_prompt_tokens": Change(36),
     "data.overlong": Change("refuse", ("data.max_prompt_tokens=36",)),
     "sampling.max_new_tokens": Change(7),

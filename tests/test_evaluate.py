@@ -88,6 +88,41 @@ def model(pairs, out, *more) -> list[str]:
     return [*flags, "--out", str(out), "--no-report", *more]
 
 
+def test_each_answer_is_scored_alone(pairs, tmp_path, judged_by, capsys):
+    """Answer 0 is worth 7 and answer 1 is worth 4, but every fourth is not read."""
+
+    def say(game):
+        assert game.is_single
+        number = int(game.item.id.removeprefix("p"))
+        if game.first and number % 4 == 0:
+            return "why</think>none"
+        return f"why</think><answer>{7 - 3 * game.first}</answer>"
+
+    judge = judged_by(Judge(say))
+    found = ran(capsys, *model(pairs, tmp_path / "o", "--single"))["pairs"]
+    assert len(judge.asked) == len(set(judge.asked)) == 24  # not 48: an order is not asked
+    assert (found["n"], found["parse_failures"]) == (12, 6)
+    assert found["overall"] == 75.0 and found["consistency"] == 75.0
+    kept = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert kept["judge"]["decoding"]["single"] is True
+    assert kept["benchmarks"]["pairs"]["statuses"] == {"ok": 18, "no_answer": 6}
+    ran(capsys, *model(pairs, tmp_path / "o", "--single"))
+    assert len(judge.asked) == 24  # nothing is asked twice
+    with pytest.raises(UsageError, match=r"single None \(now True\)|single True \(now None\)"):
+        evaluate.main(model(pairs, tmp_path / "o"))
+    other = ["--single", "--compare", str(tmp_path / "o")]
+    ran(capsys, *model(pairs, tmp_path / "again", *other))
+    compared = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert compared["benchmarks"]["pairs"]["comparison"]["difference"] == 0.0
+
+
+def test_a_game_of_single_answers_fails_where_one_of_them_does(pairs, tmp_path, judged_by, capsys):
+    judge = judged_by(Judge(lambda game: None if game.first else GOOD))
+    with pytest.raises(RunError, match=r"No item of pairs was judged\. The first game"):
+        evaluate.main(model(pairs, tmp_path / "o", "--single"))
+    assert len(judge.asked) == 24
+
+
 # ------------------------------------------------------------------------------ recorded judges
 
 
@@ -498,6 +533,10 @@ def test_none_of_twelve_right_does_not_mean_never(pairs, capsys, tmp_path, judge
         (("--benchmark", "padalm", "--model", "m"), "Did you mean 'pandalm'"),
         (("--benchmark", " ,", "--model", "m"), "--benchmark is empty. Known: helpsteer3"),
         (("--benchmark", "pandalm"), "--backend jlrm needs --model"),
+        (
+            ("--benchmark", "pandalm", "--verdicts", "x", "--single"),
+            "--single has no effect with --backend verdicts",
+        ),
         (("--benchmark", "pandalm", "--backend", "verdicts"), "needs --verdicts FILE"),
         (
             ("--benchmark", "pandalm", "--backend", "openai", "--model", "m", "--verdicts", "x"),

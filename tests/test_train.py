@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import COMPILE_FASTEST, mesh_of
 
-from jlrm import config, evaluate, export, train
+from jlrm import config, evaluate, export, judge, train
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data import audit
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison, write_comparisons
-from jlrm.data.worlds import toy
+from jlrm.data.worlds import lists, toy
 from jlrm.judgement import prompts, rewards
+from jlrm.judgement.verdict import preferred
 from jlrm.model import qwen
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime import commands, devices
@@ -511,6 +512,65 @@ def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, d
         if np.ptp(rewards_of):
             wanted = (rewards_of - rewards_of.mean()) / (rewards_of.std(ddof=1) + 1e-6)
             np.testing.assert_allclose(advantages, wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def warm_single(tmp_path_factory) -> list[str]:
+    """As `warm`, of a model that scores single answers."""
+    directory = tmp_path_factory.mktemp("warm") / "single"
+    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0"]
+    run(directory, "lists-single", "preset=irpm", "sft.steps=120", *fast)
+    path = f"model.path={directory}"
+    own = ["preset=irpm", "sampling.max_new_tokens=32"]
+    return [path, "model.preset=", "model.tokenizer=", *own]
+
+
+def test_single_answers_are_scored_alone_and_paid_by_those_of_the_other(tmp_path, warm_single):
+    run(tmp_path / "r", "lists-single", *warm_single, "grpo.steps=2")
+    (file, _) = sorted((tmp_path / "r/completions").glob("*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    is_paid = False
+    for start in range(0, 16, 8):  # 4 rollouts of either answer
+        group = rows[start : start + 8]
+        assert len({row["id"] for row in group}) == 1
+        for own, other in ((group[:4], group[4:]), (group[4:], group[:4])):
+            theirs = [each["verdict"][0] for each in other if each["verdict"]]
+            for row in own:
+                assert row["answer_1"] in row["prompt"] and row["answer_2"] not in row["prompt"]
+                if not row["verdict"]:
+                    continue
+                sides = [preferred(row["verdict"][0], each) == row["label"] for each in theirs]
+                assert row["rewards/preference"] == pytest.approx(np.mean(sides)), row
+                is_paid = True
+            rewards_of = np.array([row["reward"] for row in own])
+            if np.ptp(rewards_of):
+                wanted = (rewards_of - rewards_of.mean()) / (rewards_of.std(ddof=1) + 1e-6)
+                np.testing.assert_allclose([row["advantage"] for row in own], wanted, atol=1e-5)
+    assert is_paid
+
+
+def test_a_judge_of_single_answers_is_evaluated_as_it_was_trained(tmp_path, warm_single, capsys):
+    heldout = tmp_path / "heldout.jsonl"
+    rows = list(lists.rows("lists-single", "heldout"))[:24]
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held_out = [f"data.eval={heldout}", "data.eval_rows=24", "grpo.steps=1"]
+    found = run(tmp_path / "r", "lists-single", *warm_single, *held_out)["grpo"]
+    evaluate.main(
+        [
+            *("--model", str(tmp_path / "r"), "--benchmark", "pairs", "--json", "--no-report"),
+            *("--data", str(heldout), "--out", str(tmp_path / "out")),
+            *("--policy", "aggregation=first_order", "--parser", "strict"),
+            *("--max-prompt-tokens", "48", "--max-new-tokens", "32", "--compute-dtype", "float32"),
+        ]
+    )
+    said = json.loads(capsys.readouterr().out)["pairs"]
+    for theirs, ours in heldout_module.METRICS.items():
+        assert said[theirs] == pytest.approx(found[ours]), ours
+    responses = (tmp_path / "out/pairs/responses.jsonl").read_text().splitlines()
+    assert len(responses) == 1 + 2 * 24  # each answer once, though both orders are counted
+    with pytest.raises(UsageError, match="has seen no pairs"):
+        judge.main([str(heldout), "--model", str(tmp_path / "r"), "--out", str(tmp_path / "j")])
+    assert not (tmp_path / "j").exists()
 
 
 def test_rows_that_are_swapped_already_are_not_swapped_back(tmp_path):

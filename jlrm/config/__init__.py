@@ -132,6 +132,22 @@ def _check(config: Config) -> None:
         )
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
+    if config.data.judging == "single":
+        _check_single(config)
+
+
+def _check_single(config: Config) -> None:
+    known = {"data.orders": "given", "data.gold": ("given", "shuffled"), "dpo.steps": 0}
+    known |= {"reward_model.steps": 0, "reward.mode": ("judgelrm_symmetric", "none")}
+    for name, usable in known.items():
+        section, _, key = name.partition(".")
+        value = getattr(getattr(config, section), key)
+        listed = usable if isinstance(usable, tuple) else (usable,)
+        if value not in listed:
+            raise UsageError(
+                f"data.judging=single judges each answer alone, which {name}={value} can't use. "
+                f"Set {name}={' or '.join(map(str, listed))}."
+            )
 
 
 def _check_sampling(config: Config) -> None:
@@ -230,9 +246,10 @@ def _check_grpo(grpo: GRPOConfig, data: DataConfig) -> None:
             "grpo.ahead=stale samples the next prompts before zero_variance=resample knows how "
             "many it still needs. Set grpo.zero_variance to skip or keep."
         )
-    if data.orders == "both" and grpo.prompts // grpo.minibatches % 2:
+    if data.prompts_of_row == 2 and grpo.prompts // grpo.minibatches % 2:
+        setting = "orders=both" if data.orders == "both" else "judging=single"
         raise UsageError(
-            f"data.orders=both needs an even number of grpo.prompts for each of grpo.minibatches="
+            f"data.{setting} needs an even number of grpo.prompts for each of grpo.minibatches="
             f"{grpo.minibatches}, got grpo.prompts={grpo.prompts}."
         )
 
@@ -274,7 +291,7 @@ def _check_advantage(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.surrogate={grpo.loss.surrogate} chooses tokens before the KL of "
             "grpo.advantage.kl_weight is known. Use grpo.loss.kl_weight."
         )
-    if advantage.orders != "together" and data.orders != "both":
+    if advantage.orders != "together" and data.prompts_of_row == 1:
         raise UsageError(
             f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "
             "data.orders=both."

@@ -144,4 +144,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "gdpo": {"grpo.advantage.terms": "apart", "grpo.advantage.whiten": "rows"},
     "eis_grpo": {"data.orders": "both", "grpo.advantage.orders": "summed"},
+    # arXiv 2601.00677: a score is paid by the share of the other answer's scores that it is on the
+    # right side of, and compared with the scores of the same answer.
+    "irpm": {
+        "data.judging": "single",
+        "reward.relation": 1.0,
+        "reward.wrong_relation": 0.0,
+        "reward.preference": 1.0,
+        "reward.wrong_preference": 0.0,
+        "reward.absolute_exact": 0.0,
+        "reward.absolute_near": 0.0,
+        "reward.confidence": 0.0,
+        "grpo.advantage.orders": "apart",
+    },
 }

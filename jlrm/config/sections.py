@@ -99,9 +99,17 @@ class DataConfig:
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
+    # "single": each answer of a pair is judged alone, by the prompt's form for one answer, and its
+    # score is paid by comparison with the scores of the other one (judgement/rewards.py).
+    judging: Literal["pairs", "single"] = "pairs"
     max_prompt_tokens: Positive = 1024  # longest prompt that is used
     # A longer prompt is counted and left out ("skip"), or stops the run ("refuse").
     overlong: Literal["skip", "refuse"] = "skip"
+
+    @property
+    def prompts_of_row(self) -> int:
+        """How many prompts a training row has, which stand together in every batch."""
+        return 2 if self.orders == "both" or self.judging == "single" else 1
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,8 @@ class SamplingConfig:
     # bits (runtime/exact.py). On one CPU device, in bfloat16, and without top_k and top_p.
     exact: bool = False
     # Text: the number of the occurrence that ends a completion. They count from the end of the
-    # reasoning, `</think>`: what is drafted or quoted before it ends nothing.
+    # reasoning, `</think>`: what is drafted or quoted before it ends nothing. With
+    # data.judging=single, `</answer>` is taken to occur once.
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
     eval_temperature: NonNegative = 0.0  # for the held-out set; 0: greedy
     eval_batch_size: Positive = 32  # held-out prompts that are sampled together

@@ -159,7 +159,8 @@ class AdvantageConfig:
     # Brought to mean 0 and deviation 1 at the end, over the batch's completions ("rows") or tokens.
     whiten: Literal["none", "rows", "tokens"] = "none"
     # Of a pair in both orders: compared with all of its completions, with those of the same order,
-    # or the sum of both advantages (EIS-GRPO). See data.orders.
+    # or the sum of both advantages (EIS-GRPO). See data.orders. With data.judging=single the same
+    # of both answers of a pair.
     orders: Literal["together", "apart", "summed"] = "together"
     # Each reward is lowered by this times the sum of log(old / reference probability) over the
     # completion's tokens (k1), before rewards are compared.

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Int
@@ -42,6 +43,7 @@ class Example:
 
 
 Encode = Callable[[Sequence[Comparison]], list[Example]]
+Written = tuple[str, tuple[float, ...]]  # a written judgement: its reasoning and its scores
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def prompt_encoder(
     scale: tuple[int, int] = (1, 10),
     *,
     has_reference: bool = False,
+    is_single: bool = False,
 ) -> Encode:
     """Return what fills and tokenises the prompts of rows, however long.
 
@@ -89,12 +92,18 @@ def prompt_encoder(
       prompt: the template's name.
       scale: written into a prompt that states one.
       has_reference: it shows the row's reference answer.
+      is_single: it shows answer 1 alone.
 
     Raises:
       UsageError: no such template.
     """
     template = prompt_template(
-        tokenizer, prompt, min_score=scale[0], max_score=scale[1], has_reference=has_reference
+        tokenizer,
+        prompt,
+        min_score=scale[0],
+        max_score=scale[1],
+        has_reference=has_reference,
+        is_single=is_single,
     )
     quote = functools.partial(prompts.quote, name=prompt, control_tokens=control_tokens(tokenizer))
 
@@ -103,6 +112,7 @@ def prompt_encoder(
             prompts.fill(
                 template,
                 question=quote(row.question),
+                answer=quote(row.answer_1),
                 answer_1=quote(row.answer_1),
                 answer_2=quote(row.answer_2),
                 reference=quote(row.reference),
@@ -162,7 +172,8 @@ def encode_prompts(
     Raises:
       UsageError: an overlong row under `overlong: refuse`, no row left, or no such template.
     """
-    encode_rows = prompt_encoder(tokenizer, config.prompt, scale)
+    is_single = config.judging == "single"
+    encode_rows = prompt_encoder(tokenizer, config.prompt, scale, is_single=is_single)
     counts = count_tokens(rows.mine, encode_rows, progress=progress)
     lengths = rows.table("lengths of prompts", counts)
     limit = config.max_prompt_tokens
@@ -194,26 +205,37 @@ def encode_targets(
     end_id: int,
     scale: tuple[int, int] = (1, 10),
     reasoning: str = "before",
+    data: DataConfig | None = None,
 ) -> Examples:
     """Add the written judgement of every example that has one, ended by the end token.
 
-    `reasoning` is that of `SFTConfig`: with "none" the gold scores are a judgement. Left out:
+    `reasoning` is that of `SFTConfig`: with "none" the gold scores are a judgement. Where `data`
+    asks for single answers it is the judgement of answer 1 alone, and where its prompt opens a
+    rubric, the column `rubric` stands before it. Left out:
     "no_judgement", and "overlong_judgement" (over `max_tokens`; a cut judgement has no verdict).
 
     Raises:
       UsageError: no example left.
     """
-    needs_text = reasoning != "none"
+    is_single = data is not None and data.judging == "single"
+    needs_rubric = data is not None and prompts.opens_rubric(data.prompt)
+    written_of = partial(
+        _written, scale=scale, place=reasoning, is_single=is_single, needs_rubric=needs_rubric
+    )
     is_judged = examples.rows.flags(
-        "rows with a judgement", lambda row: row.judgement is not None or not needs_text
+        "rows with a judgement", lambda row: written_of(row) is not None
     )
     if not is_judged.any():
+        wanted = "a list of two texts" if is_single else "a text"
+        wanted = f"a text `rubric`, and {wanted}" if needs_rubric else wanted
         raise UsageError(
             f"SFT has nothing to imitate: none of {len(examples)} rows has a written judgement, "
-            "that is scores and a text `reasoning` in `meta`. Set sft.reasoning=none to imitate "
+            f"that is scores and {wanted} `reasoning` in `meta`. Set sft.reasoning=none to imitate "
             "labels alone, or sft.steps=0 to train by GRPO alone, which needs no more either."
         )
-    encode_rows = _target_encoder(examples.encode, tokenizer, end_id, scale, reasoning)
+    encode_rows = _target_encoder(
+        examples.encode, tokenizer, end_id, scale, written_of, is_after=reasoning == "after"
+    )
     written = examples.rows.select(np.flatnonzero(is_judged))
     lengths = written.table("lengths of targets", count_tokens(written.mine, encode_rows))
     is_over = lengths[:, 1] > max_tokens
@@ -231,22 +253,39 @@ def encode_targets(
     return whole.select(np.flatnonzero(~is_over))
 
 
+def _written(
+    row: Comparison, scale: tuple[int, int], place: str, is_single: bool, needs_rubric: bool
+) -> Written | None:
+    """Return what SFT imitates of a row: a reasoning and the scores behind or before it."""
+    if needs_rubric and not row.rubric.strip():
+        return None
+    if place == "none":
+        return "", row.gold(scale)[: 1 if is_single else 2]
+    return row.judgement_of_one if is_single else row.judgement
+
+
 def _target_encoder(
-    encode_prompt: Encode, tokenizer: Tokenizer, end_id: int, scale: tuple[int, int], place: str
+    encode_prompt: Encode,
+    tokenizer: Tokenizer,
+    end_id: int,
+    scale: tuple[int, int],
+    written_of: Callable[[Comparison], Written | None],
+    is_after: bool,
 ) -> Encode:
     """Return what tokenises the prompts of rows and their written judgements."""
     control = control_tokens(tokenizer)
 
     def text(example: Example) -> str:
-        row = example.comparison
-        written = ("", row.gold(scale)) if place == "none" else row.judgement
+        written = written_of(example.comparison)
         assert written, "a row without a written judgement"
         reasoning, judged = prompts.neutralise(written[0], control), written[1]
         low, high = scale
         target = prompts.target(
-            reasoning, *judged, min_score=low, max_score=high, is_after=place == "after"
+            reasoning, *judged, min_score=low, max_score=high, is_after=is_after
         )
-        # A prompt that opens its `<think>` with a line break has the target's first one already.
+        if prompts.ends_in_rubric(example.prompt):
+            target = prompts.after_rubric(example.comparison.rubric, target)
+        # A prompt that opens its first tag with a line break has the target's first one already.
         return target.removeprefix("\n") if example.prompt.endswith("\n") else target
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:

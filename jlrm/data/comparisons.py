@@ -52,6 +52,7 @@ REASONS = {
 
 
 _NAMED = regex.compile(r"(?i)\b((?:assistant|answer|response)\s*#?)([12])\b")
+WRITTEN = ("reasoning", "judged")  # the columns of written judgements, in `meta`
 FILE_ROWS = 1 << 40  # more rows than a file has
 
 
@@ -96,7 +97,7 @@ class Comparison:
     preference: int | None = None  # 1, 2, 0 = tie
     source: str = ""
     # Columns of the row that have no other meaning, for rewards of one's own; "reasoning" and
-    # "judged" are a written judgement, for SFT.
+    # "judged" are a written judgement, for SFT: a text and two scores, or a text of each answer.
     meta: dict[str, Any] = field(default_factory=dict)
     is_swapped: bool = field(default=False, compare=False, repr=False)  # not in its own order
     # Named where the row is left out; no part of its value.
@@ -129,10 +130,25 @@ class Comparison:
         return reasoning, (judged[0], judged[1])
 
     @property
+    def judgement_of_one(self) -> tuple[str, tuple[float]] | None:
+        """A written judgement of answer 1 alone; None where `reasoning` is no list of two texts."""
+        texts = self.meta.get("reasoning")
+        if not (isinstance(texts, list | tuple) and len(texts) == 2):
+            return None
+        one = dataclasses.replace(self, meta={**self.meta, "reasoning": texts[0]}).judgement
+        return (one[0], one[1][:1]) if one else None
+
+    @property
     def reference(self) -> str:
         """A reference answer, from the column of that name; "" where there is none."""
         told = self.meta.get("reference")
         told = told.get("text") if isinstance(told, Mapping) else told  # JudgeLM has an object
+        return told if isinstance(told, str) else ""
+
+    @property
+    def rubric(self) -> str:
+        """A written rubric, from the column of that name; "" where there is none."""
+        told = self.meta.get("rubric")
         return told if isinstance(told, str) else ""
 
     def gold(self, scale: tuple[int, int]) -> tuple[float, float]:
@@ -156,9 +172,17 @@ class Comparison:
             score_2=self.score_1,
             preference=swap_preference(self.preference),
             is_swapped=not self.is_swapped,
-            # A written judgement names the answers by their places.
-            meta={k: v for k, v in self.meta.items() if k not in ("reasoning", "judged")},
+            meta=self._swapped_meta(),
         )
+
+    def _swapped_meta(self) -> dict[str, Any]:
+        """Return `meta` without a judgement of both answers, which names them by their places.
+
+        Judgements of each answer alone change places.
+        """
+        is_apart = self.judgement_of_one is not None
+        written = {k: self.meta[k][::-1] for k in WRITTEN if k in self.meta} if is_apart else {}
+        return {k: v for k, v in self.meta.items() if k not in WRITTEN} | written
 
     def mirrored(self) -> Comparison:
         """Return the row as `swapped` does, with its written judgement turned round too.

@@ -102,18 +102,19 @@ def encode_splits(
 ) -> tuple[Examples, Examples]:
     """Return the training and held-out rows that fit, the latter in both orders.
 
-    With `data.orders: both` training row 2i+1 is row 2i in the other order. The held-out rows come
+    With `data.orders: both` training row 2i+1 is row 2i in the other order. With `data.judging:
+    single` it is too, and the prompt of each shows what is answer 1 there. The held-out rows come
     all as given, then all swapped.
 
     Raises:
       UsageError: no row fits, or rows that are swapped already would be swapped back.
     """
     rows, together = splits.train, 1
-    if data.orders == "both":
+    if data.prompts_of_row == 2:
         if rows.flags("swapped rows", lambda row: row.id.endswith(SWAPPED)).any():
             raise UsageError(
-                f"{data.train} holds swapped rows already (prepared with --swap), and "
-                "data.orders=both would swap them back. Set data.orders=given, or prepare it anew."
+                f"{data.train} holds swapped rows already (prepared with --swap), and data.orders="
+                "both or data.judging=single would swap them back. Prepare it anew without them."
             )
         rows, together = rows.in_both_orders(), 2
     train = encode_prompts(rows, tokenizer, data, scale, together=together, progress="tokenise")

@@ -155,8 +155,11 @@ def prompt_template(
     min_score: int = 1,
     max_score: int = 10,
     has_reference: bool = False,
+    is_single: bool = False,
 ) -> str:
     """Return the text of a pair template, with its fields `{question}`, `{answer_1}`, `{answer_2}`.
+
+    With `is_single` that of its form for one answer, with the fields `{question}`, `{answer}`.
 
     `jlrm` goes through the tokenizer's chat template, thinking switched on where it has a switch,
     and opens `<think>` exactly once whether or not that template does so itself. The scale is
@@ -167,9 +170,10 @@ def prompt_template(
       UsageError: no such template, no chat template, or one that can't be filled or that a field
         does not come through.
     """
-    if name in prompts.PAIR_TEMPLATES:
+    if name in prompts.PAIR_TEMPLATES and not is_single:
         return prompts.PAIR_TEMPLATES[name]
-    asked = prompts.messages(name, min_score, max_score, has_reference=has_reference)
+    write = prompts.single_messages if is_single else prompts.messages
+    asked = write(name, min_score, max_score, has_reference=has_reference)
     return whole_text(tokenizer, name, asked)
 
 
@@ -197,6 +201,8 @@ def whole_text(tokenizer: Tokenizer, name: str, prompt: PromptText) -> str:
             "template, or set model.tokenizer to one whose template has a system role."
         ) from None
     text = open_thinking(text)
+    if prompts.opens_rubric(name):
+        text = text.rstrip().removesuffix(prompts.THINK_TAGS[0]) + f"{prompts.first_tag(name)}\n"
     for message in filter(None, (system, user)):
         if text.count(message) != 1:
             raise UsageError(

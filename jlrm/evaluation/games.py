@@ -8,6 +8,7 @@ They do not know who judged, and backends do not know what earns credit.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -93,6 +94,41 @@ class Response:
 
 # judge(games, record): calls `record` once per game, in any order, from the calling thread.
 Backend = Callable[[Sequence[Game], Callable[[Response], None]], None]
+
+
+def alone(games: Iterable[Game]) -> list[Game]:
+    """Return the games in which each answer of some games is judged by itself, once."""
+    apart = (Game(game.item, i, i) for game in games for i in (game.first, game.second))
+    return list({game.id: game for game in apart}.values())
+
+
+def beside(games: Iterable[Game], responses: Mapping[str, Response]) -> dict[str, Response]:
+    """Return the responses to games of two answers, of those in which each was judged by itself.
+
+    The texts of the first answer stand before as many of the second: `Reader.is_single`.
+    """
+    found = {}
+    for game in games:
+        both = [responses.get(Game(game.item, i, i).id) for i in (game.first, game.second)]
+        told = [each for each in both if each is not None]
+        failed = [each for each in told if each.error is not None or each.refused is not None]
+        if failed:
+            found[game.id] = dataclasses.replace(failed[0], game=game.id)
+        elif len(told) == 2:
+            found[game.id] = _joined(game.id, *told)
+    return found
+
+
+def _joined(name: str, one: Response, two: Response) -> Response:
+    """Return two responses to single answers as one."""
+    scores = one.scores and two.scores and (one.scores[0], two.scores[0])
+    sums = {}
+    for field_name in ("prompt_tokens", "num_tokens", "seconds"):
+        parts = getattr(one, field_name), getattr(two, field_name)
+        sums[field_name] = None if None in parts else sum(parts)
+    texts = None if scores else (*(one.texts or ()), *(two.texts or ()))
+    endings = one.endings and two.endings and (*one.endings, *two.endings)
+    return Response(name, texts, scores, endings=endings, **sums)
 
 
 class GameVerdict(NamedTuple):

@@ -58,11 +58,14 @@ class Reader(NamedTuple):
     """How texts are read: a parser by name, and the scale of its scores.
 
     tie_margin: scores of a pair, means over its games, that differ by no more are a tie.
+    is_single: each answer was judged by itself, and a response to a pair holds the texts of the
+    first and then those of the second (`games.beside`).
     """
 
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
     tie_margin: float = 0.0
+    is_single: bool = False
 
     def read(self, text: str, ending: str | None = None, rubric: Rubric | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
@@ -132,9 +135,14 @@ class Reader(NamedTuple):
     def read_one(
         self, text: str, ending: str | None = None, rubric: Rubric | None = None
     ) -> tuple[float | None, str]:
-        """Read the score of one answer; a parser that reads pairs only reads it as `lenient`."""
+        """Read the score of one answer; parsers but `strict` read it as `lenient`."""
         low, high = self.scale
-        score, status = verdict.parse_single(text, min_score=low, max_score=high)
+        if self.parser == "strict":
+            behind = verdict.behind_rubric(text) or text
+            parsed = verdict.parse(behind, min_score=low, max_score=high, num_scores=1)
+            score, status = parsed.score_1, parsed.status
+        else:
+            score, status = verdict.parse_single(text, min_score=low, max_score=high)
         is_reasoning = "</think>" not in text
         is_cut = ending == "length" and (is_reasoning or status in MENDED_BY_MORE_TOKENS)
         if is_cut:
@@ -159,6 +167,7 @@ class Reader(NamedTuple):
             return _of_scores(parsed.scores, parsed.status)
         low, high = self.scale
         is_strict = self.parser == "strict"
+        text = verdict.behind_rubric(text) or text  # of a judge that writes one first
         parsed = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
         return _of_scores(parsed.scores, parsed.status)
 
@@ -224,6 +233,8 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     endings = response.endings or (None,) * len(response.texts)
+    if read.is_single:
+        return _read_apart(game, [*zip(response.texts, endings, strict=True)], read)
     votes = [
         read.read(*each, game.item.rubric) for each in zip(response.texts, endings, strict=True)
     ]
@@ -236,6 +247,19 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
         return GameVerdict(game.first, game.second, _majority(named), None, "ok")
     (status, _), *_ = Counter(vote.status for vote in votes).most_common(1)
     return GameVerdict(game.first, game.second, None, None, status)
+
+
+def _read_apart(game: Game, written: Sequence[tuple[str, str | None]], read: Reader) -> GameVerdict:
+    """Return the verdict of the mean scores of two answers, half of the texts of either."""
+    half, means = len(written) // 2, []
+    for texts in (written[:half], written[half:]):
+        votes = [read.read_one(*each, game.item.rubric) for each in texts]
+        scores = [score for score, _ in votes if score is not None]
+        if not scores:
+            (status, _), *_ = Counter(status for _, status in votes).most_common(1)
+            return GameVerdict(game.first, game.second, None, None, status)
+        means.append(statistics.fmean(scores))
+    return game_verdict(game, (means[0], means[1]))
 
 
 def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] | None:

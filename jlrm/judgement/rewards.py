@@ -19,7 +19,10 @@ judgelrm            what the authors' code pays, quirks included. The text is pr
 judgelrm_symmetric  the paper's formula. The order is the sign of the difference, scores come from
                     the completion alone, decimals are allowed, and swapping changes nothing.
 
-`swap_consistency` needs both orders of a pair, so it comes after the rows are scored (`withhold`).
+An answer that is judged alone is paid for the pairs that its score makes with the scores of the
+other answer (`pay_beside`). `swap_consistency` needs both orders of a pair, so it comes after the
+rows are scored (`withhold`).
+
 Left out: rewards of users (judgement/plugins.py), means over a batch, advantages, devices. A failed
 judgement earns what the settings say; a label that mode judgelrm_symmetric can't use stops the run.
 """
@@ -27,11 +30,13 @@ judgement earns what the settings say; a label that mode judgelrm_symmetric can'
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlrm.config import RewardConfig, UsageError
 from jlrm.judgement.blocks import split_tags
+from jlrm.judgement.prompts import ends_in_rubric
 from jlrm.judgement.verdict import (
     Status,
     Verdict,
@@ -52,15 +57,23 @@ TERMS = ("format", "no_verdict", *CONTENT, "length", "overlong")
 JUDGELRM = RewardConfig(mode="judgelrm", no_verdict=-2.0, min_score=0)
 
 
-def read(config: RewardConfig, prompt: str, response: str) -> Verdict:
+def read(config: RewardConfig, prompt: str, response: str, num_scores: int = 2) -> Verdict:
     """Read a response by the grammar that the mode pays: its verdict is "ok" or earns nothing.
 
+    num_scores: 1 where one answer is judged, which mode judgelrm does not know.
     Mode judgelrm reads as the authors' code does, which looks at the prompt too. The other modes
-    read the response alone, by the strict grammar of judgement/verdict.py.
+    read the response alone, by the strict grammar of judgement/verdict.py. Where the prompt opens
+    `<rubric>` that grammar begins with a rubric, and without one nothing is paid but `malformed`.
     """
     if config.mode == "judgelrm":
         return _authors_verdict(config, prompt, response)
-    return parse(response, min_score=config.min_score, max_score=config.max_score)
+    return parse(
+        response,
+        min_score=config.min_score,
+        max_score=config.max_score,
+        num_scores=num_scores,
+        has_rubric=ends_in_rubric(prompt),
+    )
 
 
 def pay(
@@ -91,6 +104,32 @@ def pay(
     else:
         terms = _symmetric(config, verdict, gold, preference, length)
     return {**terms, "overlong": overlong}
+
+
+def pay_beside(
+    config: RewardConfig, verdict: Verdict, others: Sequence[Verdict], **known: Any
+) -> Terms:
+    """Return the terms of a verdict on one answer; `others` are verdicts on the answer beside it.
+
+    It is paid as `pay` pays the pairs that it makes with them, on average. So `relation`, or
+    `preference`, tells which share of the others' scores it is on the right side of (IRPM, arXiv
+    2601.00677). Others without a score make no pair; without any pair no term of content applies.
+
+    known: the rest of what `pay` is given; gold and preference are those of the pair, this answer
+    first.
+    """
+    if verdict.score_1 is None:
+        return pay(config, verdict, **known)
+    pairs = [verdict.beside(other) for other in others if other.score_1 is not None]
+    if not pairs:
+        return {**pay(config, verdict.beside(verdict), **known), **dict.fromkeys(CONTENT)}
+    paid = [pay(config, pair, **known) for pair in pairs]
+    return {name: _mean([terms[name] for terms in paid]) for name in paid[0]}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    applied = [value for value in values if value is not None]
+    return statistics.fmean(applied) if applied else None
 
 
 def total(terms: Mapping[str, float | None]) -> float:

@@ -12,6 +12,7 @@ Left out: what a failure costs in training (judgement/rewards.py) or in a benchm
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from jlrm.judgement.spelling import without_end_tokens
 
 Status = Literal[
     "ok",
+    "no_rubric",  # where one is to come first: none, an empty one, or no <think> behind it
     "no_think_end",  # cut short, or never stopped reasoning
     "cut",  # the limit of tokens came before the verdict; where it is known how the text ended
     "repeated_think",  # a second </think>, or a <think> besides the prompt's
@@ -56,6 +58,7 @@ _FINISHED = ".!?:;)]}>\"'`*_\u201d\u2019\u3002\uff01\uff1f\u2026"  # last charac
 @dataclass(frozen=True)
 class Verdict:
     score_1: float | None  # None unless `status` is "ok"
+    # The same; of one answer that was judged alone None, until it is set `beside` the other's.
     score_2: float | None
     status: Status
     reasoning: str  # before </think>; all of the text where that is missing
@@ -67,10 +70,17 @@ class Verdict:
 
     @property
     def scores(self) -> tuple[float, float] | None:
-        """Both scores, None without a verdict."""
+        """Both scores, None unless both answers have one."""
         if self.score_1 is None or self.score_2 is None:
             return None
         return self.score_1, self.score_2
+
+    def beside(self, other: Verdict) -> Verdict:
+        """Return the verdict of a pair whose answers were judged alone, the other one by `other`.
+
+        Status and reasoning stay those of this one.
+        """
+        return dataclasses.replace(self, score_2=other.score_1)
 
 
 def preferred(score_1: float, score_2: float) -> Preference:
@@ -101,17 +111,43 @@ def implied_probability(score_1: float, score_2: float, certain_margin: float) -
 
 
 def parse(
-    completion: str, *, min_score: float = 1, max_score: float = 10, strict: bool = True
+    completion: str,
+    *,
+    min_score: float = 1,
+    max_score: float = 10,
+    strict: bool = True,
+    num_scores: int = 2,
+    has_rubric: bool = False,
 ) -> Verdict:
-    """Read the two scores of a completion.
+    """Read the two scores of a completion; under `strict` alone also one (`num_scores`).
 
     strict: the grammar that the reward pays (the structure check of the authors'
     `reward_score/judgelrm.py`, for the text after `<think>`), with decimals allowed.
     lenient, for models that were not trained here: the last complete pair of answer blocks after
     the last `</think>`, or in the whole text where there is none (judgement/blocks.py).
+
+    has_rubric: the prompt has opened `<rubric>`, which the completion must close (`behind_rubric`).
     """
-    reasoning, scores, failure = _strict(completion) if strict else _lenient(completion, max_score)
-    return _verdict(scores, failure, reasoning, min_score, max_score)
+    if has_rubric:
+        behind = behind_rubric(completion)
+        if behind is None:
+            return Verdict(None, None, "no_rubric", completion.strip())
+        completion = behind
+    read = _strict(completion, num_scores) if strict else _lenient(completion, max_score)
+    reasoning, scores, failure = read
+    return _verdict(scores, failure, reasoning, min_score, max_score, num_scores)
+
+
+def behind_rubric(completion: str) -> str | None:
+    """Return what follows `<rubric>...</rubric><think>`; None without such a rubric.
+
+    Its criteria are any text without think and answer tags, but some text.
+    """
+    rubric, _, rest = completion.partition("</rubric>")
+    tags, _ = split_tags(rubric)
+    before, opened, behind = rest.partition("<think>")
+    is_rubric = bool(rubric.strip()) and not tags and bool(opened) and not before.strip()
+    return behind if is_rubric else None
 
 
 def parse_single(
@@ -154,7 +190,7 @@ def breaks_off(completion: str) -> bool:
     return any(map(str.isalpha, rest)) and rest[-1] not in _FINISHED
 
 
-def structure(tags: list[str]) -> Status:
+def structure(tags: list[str], num_scores: int = 2) -> Status:
     """Return "ok" for the one sequence of tags that is well-formed after the prompt's `<think>`."""
     if "</think>" not in tags:
         return "no_think_end"
@@ -165,15 +201,16 @@ def structure(tags: list[str]) -> Status:
     num_blocks = len(tags) // 2
     if tags[1:] != BLOCK * num_blocks:
         return "broken_answer"
-    few: tuple[Status, ...] = ("no_answer", "one_answer", "ok")
-    return few[num_blocks] if num_blocks < len(few) else "too_many_answers"
+    if num_blocks >= num_scores:
+        return "ok" if num_blocks == num_scores else "too_many_answers"
+    return "one_answer" if num_blocks else "no_answer"
 
 
-def _strict(completion: str) -> tuple[str, Sequence[float], Status]:
+def _strict(completion: str, num_scores: int) -> tuple[str, Sequence[float], Status]:
     tags, texts = split_tags(completion)
-    status = structure(tags)
+    status = structure(tags, num_scores)
     reasoning = completion.partition("</think>")[0].strip()
-    scores = _numbers([texts[2], texts[4]]) if status == "ok" else []
+    scores = _numbers(texts[2:-1:2]) if status == "ok" else []
     return reasoning, scores, "not_a_number" if status == "ok" else status
 
 
@@ -190,13 +227,19 @@ def _parts(completion: str) -> tuple[str, str]:
 
 
 def _verdict(
-    scores: Sequence[float], failure: Status, reasoning: str, low: float, high: float
+    scores: Sequence[float],
+    failure: Status,
+    reasoning: str,
+    low: float,
+    high: float,
+    num_scores: int = 2,
 ) -> Verdict:
-    if len(scores) != 2:
+    if len(scores) != num_scores:
         return Verdict(None, None, failure, reasoning)
     if not all(low <= score <= high for score in scores):
         return Verdict(None, None, "out_of_range", reasoning)
-    return Verdict(scores[0], scores[1], "ok", reasoning)
+    first, second = (*scores, None)[:2]
+    return Verdict(first, second, "ok", reasoning)
 
 
 def _numbers(texts: Iterable[str]) -> list[float]:

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlrm.config import MeshConfig, UsageError
+from jlrm.config import Config, MeshConfig, UsageError
 from jlrm.evaluation import heuristics
 from jlrm.evaluation.games import Backend
 from jlrm.evaluation.prompting import prompting
@@ -167,7 +167,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     if args.backend == HEURISTIC:
         heuristics.judge(args.model)  # an unknown one is refused before any data is read
     if args.backend in BOTH:
-        prompt, scale = _trained_with(args.model) if args.backend == JLRM else ("jlrm", [1, 10])
+        run = _trained_with(args.model) if args.backend == JLRM else None
+        prompt, scale = (run.data.prompt, [*run.reward.scale]) if run else ("jlrm", [1, 10])
         chosen["prompt"] = chosen["prompt"] or prompt
         chosen["scale"] = list(chosen["scale"]) or scale
         if chosen["scale"][0] >= chosen["scale"][1]:
@@ -181,19 +182,28 @@ def _check_finite(flag: str, value: Any) -> None:
         raise UsageError(f"{flag}: wanted a finite number, got {value}.")
 
 
-def _trained_with(model: str) -> tuple[str, list[int]]:
-    """Return the prompt and the scale of a run's own config; those of jlrm for other models."""
+def is_single(args: argparse.Namespace) -> bool:
+    """Return whether each answer is judged alone: as `--single` says, or as a run was trained.
+
+    Raises:
+      UsageError: `--single` with a backend that can't.
+    """
+    if args.single and args.backend not in BOTH:
+        raise UsageError(f"--single has no effect with --backend {args.backend}.")
+    run = _trained_with(args.model) if args.backend == JLRM else None
+    return args.single or (run is not None and run.data.judging == "single")
+
+
+def _trained_with(model: str) -> Config | None:
+    """Return the config of a run, which has the judge's prompt and scale; None of other models."""
     from jlrm.weights import steps
     from jlrm.weights.source import side_files
 
     if not steps.is_run(model):
-        return "jlrm", [1, 10]
+        return None
     steps.find(model)
     file = side_files(model) / "config.yaml"
-    if not file.is_file():  # an imported model
-        return "jlrm", [1, 10]
-    run = load(file)
-    return run.data.prompt, list(run.reward.scale)
+    return load(file) if file.is_file() else None  # none of an imported model
 
 
 def as_folder(name: str) -> str:

@@ -145,7 +145,7 @@ FIXED_PROMPT = (
 )
 CHAT_PROMPT = (
     "The prompt is a system and a user message in this model's chat template, and then an open\n"
-    "`<think>`. Below is the text that this makes, as in training: fill it in and generate from"
+    "`{first}`. Below is the text that this makes, as in training: fill it in and generate from"
     " there.\nDon't put it through the chat template once more."
 )
 FIXED_SERVER = (
@@ -292,14 +292,13 @@ def _use(trained: Trained) -> str:
     """Return how to ask a judge, with a program that does; "" where no prompt was trained on."""
     config = trained.meta.get("config", {})
     name = config.get("data", {}).get("prompt")
-    if name not in prompts.PAIR_NAMES:
+    if name not in prompts.PAIR_NAMES or config["data"].get("judging") == "single":
         return ""
     reward, sampling = config.get("reward", {}), config.get("sampling", {})
     is_fixed = name in prompts.PAIR_TEMPLATES
     scale = {key: reward[key] for key in ("min_score", "max_score") if key in reward}
     template = prompt_template(trained.tokenizer, name, **scale)
-    tags = prompts.THINK_TAGS if is_fixed else prompts.TAGS
-    control = sorted({*control_tokens(trained.tokenizer), *tags})
+    control = sorted({*control_tokens(trained.tokenizer), *prompts.broken_tags(name)})
     limits = (
         config.get("data", {}).get("max_prompt_tokens", 1024),
         sampling.get("max_new_tokens", 2048),
@@ -318,7 +317,7 @@ def _use(trained: Trained) -> str:
         max_tokens=limits[1],
         ends=" or ".join(map(str, trained.ends)),
         broken=SPACED if is_fixed else BRACKETED,
-        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT,
+        prompt_is=FIXED_PROMPT if is_fixed else CHAT_PROMPT.format(first=prompts.first_tag(name)),
         lines="\n".join(f"    {line!r}" for line in template.splitlines(keepends=True)),
         control="\n".join(f"    {token!r}," for token in control),
         serve=f"vllm serve . --served-model-name {model} --generation-config vllm "

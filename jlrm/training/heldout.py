@@ -1,6 +1,7 @@
 """The held-out set in training: judged like a rollout, counted like a benchmark.
 
-Both orders of every pair are asked. A response is read as the reward reads it, so `parse_rate` and
+Both orders of every pair are asked, or both answers, and then their scores compared
+(`data.judging`). A response is read as the reward reads it, so `parse_rate` and
 `agreement` mean here what `judge/parse_rate` and `judge/agreement` mean in a step's metrics, and
 `run.best_metric` can't rank a format that the reward calls malformed. A verdict that is missing is
 wrong, and no pair with one is consistent.
@@ -35,6 +36,7 @@ from jlrm.sampling import writer
 from jlrm.sampling.generate import lay_out_program
 from jlrm.training.programs import heldout_decoding
 from jlrm.training.scoring import (
+    Judged,
     Judgement,
     compare_orders,
     judge,
@@ -82,7 +84,7 @@ def make_evaluation(run: Run) -> EvaluateFn:
                 completions[each.example.comparison.id] = each.completions[0].ids
                 bar.update()
         ids = [completions[game.id] for game in games]
-        judgements, logged = judge(run, examples, ids, state)
+        judgements, logged = _judged(run, examples, ids, state)
         if run.config.reward.swap_consistency:
             partner = [*range(half, 2 * half), *range(half)]
             judgements = compare_orders(run.config.reward, judgements, partner)
@@ -96,6 +98,18 @@ def make_evaluation(run: Run) -> EvaluateFn:
         return values | mean_logged(logged, values)
 
     return evaluate
+
+
+def _judged(
+    run: Run, examples: Sequence[Example], ids: Sequence[Sequence[int]], state: TrainerState
+) -> Judged:
+    """Return the records of the held-out set; of answers that are judged alone, pair by pair."""
+    if run.config.data.judging == "pairs":
+        return judge(run, examples, ids, state)
+    half = len(ids) // 2
+    order = [place for i in range(half) for place in (i, half + i)]
+    judged = judge(run, [examples[i] for i in order], [ids[i] for i in order], state, 2)
+    return judged._replace(judgements=[*judged.judgements[::2], *judged.judgements[1::2]])
 
 
 def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str, float]:

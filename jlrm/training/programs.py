@@ -91,7 +91,7 @@ def heldout_decoding(config: Config) -> DecodingSettings:
         settings.eval_batch_size,
         config.run.seed,
         settings.eval_temperature,
-        stop_strings=settings.stop_strings,
+        stop_strings=stop_strings(config),
         stop_after=prompts.reasoning_end(config.data.prompt),
     )
 
@@ -316,9 +316,16 @@ def _freeze(model: QwenConfig, params: Params) -> Params:
     return jax.tree.map(jnp.copy, qwen.to_compute_dtype(model, params))
 
 
+def stop_strings(config: Config) -> dict[str, int]:
+    """Return which occurrence of which text ends a completion; one score has one `</answer>`."""
+    given = config.sampling.stop_strings
+    is_single = config.data.judging == "single" and "</answer>" in given
+    return {**given, "</answer>": 1} if is_single else given
+
+
 def training_stops(
     config: Config, network: Network, token_bytes: Sequence[bytes] = ()
 ) -> StopTables:
     """Return what ends completions; without the bytes of tokens: tables of the same shape."""
     after = prompts.reasoning_end(config.data.prompt)
-    return stop_tables(config.sampling.stop_strings, token_bytes, network.model.vocab_size, after)
+    return stop_tables(stop_strings(config), token_bytes, network.model.vocab_size, after)

@@ -1,11 +1,12 @@
 """Groups of judgements that GRPO compares: sampled, judged, and given their advantages.
 
 A group is the R rollouts of a prompt, or with `data.orders: both` the 2R rollouts of a pair in both
-orders. A group of equal rewards teaches nothing. `grpo.zero_variance` keeps it (no advantage, but
-KL and entropy count), takes it out of the loss, or draws the next prompts until there are enough
-others (dynamic sampling, DAPO, arXiv 2503.14476, section 3.2), at most `grpo.max_draws` batches a
-step. What was drawn and not learned from is counted. The position in the data, one integer,
-advances by the number of batches drawn.
+orders, or with `data.judging: single` those of both answers of a pair. A group of equal rewards
+teaches nothing. `grpo.zero_variance` keeps it (no advantage, but KL and entropy count), takes it
+out of the loss, or draws the next prompts until there are enough others (dynamic sampling, DAPO,
+arXiv 2503.14476, section 3.2), at most `grpo.max_draws` batches a step. What was drawn and not
+learned from is counted. The position in the data, one integer, advances by the number of batches
+drawn.
 
 A completion that no reward applies to (each gave None) has the reward NaN here. It is no part of
 its group's baseline and no part of the loss.
@@ -227,10 +228,10 @@ def restored(run: Run, content: dict[str, Any], stream: int) -> Started:
 def _prompts(run: Run, position: int, stream: int) -> tuple[list[int], list[Example]]:
     """Return which rows (or pairs) stand at a position in the data, and their prompts."""
     config, data = run.config.grpo, run.config.data
-    pick = batches.pair_rows if data.orders == "both" else batches.batch_rows
+    pick = batches.pair_rows if data.prompts_of_row == 2 else batches.batch_rows
     rows = pick(run.config.run.seed, position, config.prompts, len(run.data.train), stream)
     prompts = run.data.train.take(rows)
-    together = _together(run)
+    together = data.prompts_of_row
     return (rows[::together] // together).tolist(), prompts
 
 
@@ -261,7 +262,7 @@ def draw(
     by_row = np.repeat(is_learned, len(batch.examples) // len(is_learned))
     by_row &= ~np.isnan(rewards_of(batch.judgements))
     values = _metrics(run, drawn, is_learned)
-    num_rows = len(run.data.train) // _together(run)
+    num_rows = len(run.data.train) // run.config.data.prompts_of_row
     return StepBatch(batch, by_row, num_rows, rows, chosen, _num_tokens(drawn), values)
 
 
@@ -290,7 +291,8 @@ def _advantages(
     grouped = _terms(run, judgements, is_counted)
     if penalty is not None:
         grouped = {name: each - penalty.reshape(shape) for name, each in grouped.items()}
-    return advantages(config, grouped, lengths.reshape(shape), _together(run)).reshape(-1)
+    num_orders = run.config.data.prompts_of_row
+    return advantages(config, grouped, lengths.reshape(shape), num_orders).reshape(-1)
 
 
 def advantages_of(
@@ -322,18 +324,13 @@ def _partner(run: Run) -> list[int]:
 
 
 def _num_groups(run: Run) -> int:
-    return run.config.grpo.prompts // _together(run)
-
-
-def _together(run: Run) -> int:
-    """Return how many prompts make a group."""
-    return 2 if run.config.data.orders == "both" else 1
+    return run.config.grpo.prompts // run.config.data.prompts_of_row
 
 
 def _is_informative(run: Run, batch: RolloutBatch) -> Bool[np.ndarray, " groups"]:
     """Return which groups have two rewards that differ."""
     paid = _terms(run, batch.judgements)
-    return is_informative(run.config.grpo.advantage, paid, _together(run))
+    return is_informative(run.config.grpo.advantage, paid, run.config.data.prompts_of_row)
 
 
 def _choose(run: Run, drawn: list[RolloutBatch]) -> tuple[RolloutBatch, Int[np.ndarray, " groups"]]:

@@ -12,6 +12,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,11 +48,12 @@ class Judgement:
 
     def table_row(self) -> dict[str, Any]:
         """Return the record as columns of a table that people read."""
-        scores = self.verdict.scores
+        both = self.verdict.score_1, self.verdict.score_2
+        scores = [float(score) for score in both if score is not None]
         return {
             "response": self.response,
             "reasoning": self.verdict.reasoning,
-            "verdict": None if scores is None else [float(score) for score in scores],
+            "verdict": scores if both[0] is not None else None,
             "status": self.verdict.status,
             "is_right": self.is_right,
             **{f"rewards/{name}": value for name, value in self.terms.items()},
@@ -133,6 +135,7 @@ def judge(
         run.config.sampling.max_new_tokens,
         context,
         group_size if run.config.data.gold == "majority" else 0,
+        group_size // 2 if run.config.data.judging == "single" else 0,
     )
     parts = hosts.gather("rewards", Judged(judgements, context.numbers()))
     return Judged(
@@ -150,27 +153,33 @@ def judge_responses(
     max_tokens: int,
     context: PluginContext | None = None,
     electorate: int = 0,
+    per_answer: int = 0,
 ) -> list[Judgement]:
     """Read responses, given as text and as token ids, and pay them by our terms and by plug-ins.
 
     What plug-ins log is kept in `context`. Our terms compare with the gold of each row or, where
-    there is an `electorate`, with the majority of so many responses that stand together.
+    there is an `electorate`, with the majority of so many responses that stand together. Where
+    answers are judged alone, `per_answer` responses to one stand before as many to the other. The
+    record of each then holds the score of the other one's at the same place.
     """
     verdicts = [
-        rewards.read(config, example.prompt, response)
+        rewards.read(config, example.prompt, response, 1 if per_answer else 2)
         for example, response in zip(examples, responses, strict=True)
     ]
+    others = beside(verdicts, per_answer) if per_answer else [()] * len(verdicts)
     golds: list[Gold | None] = [
         (each.comparison.scores, each.comparison.preference) for each in examples
     ]
     if electorate:
         golds = majorities(examples, verdicts, electorate)
     judgements = [
-        _judgement(config, example, response, verdict, gold, (len(row_ids), max_tokens))
-        for example, response, verdict, gold, row_ids in zip(
-            examples, responses, verdicts, golds, ids, strict=True
+        _judgement(config, example, response, (verdict, own), gold, (len(row_ids), max_tokens))
+        for example, response, verdict, own, gold, row_ids in zip(
+            examples, responses, verdicts, others, golds, ids, strict=True
         )
     ]
+    if per_answer:
+        judgements = [_paired(*each) for each in zip(examples, judgements, others, strict=True)]
     if not (loaded and examples):
         return judgements
     context = context or PluginContext()
@@ -191,6 +200,23 @@ def judge_responses(
         )
         for each, row, *values in zip(judgements, logged, *paid.values(), strict=True)
     ]
+
+
+def beside(verdicts: Sequence[Verdict], size: int) -> list[Sequence[Verdict]]:
+    """Return for each verdict those on the other answer of its pair, that of its number first."""
+    found: list[Sequence[Verdict]] = []
+    for start in range(0, len(verdicts), size):
+        other = start + size if start // size % 2 == 0 else start - size
+        theirs = verdicts[other : other + size]
+        found += [[*theirs[i:], *theirs[:i]] for i in range(size)]
+    return found
+
+
+def _paired(example: Example, judgement: Judgement, others: Sequence[Verdict]) -> Judgement:
+    """Return the record with the pair of scores that it makes with the first of the others."""
+    verdict = judgement.verdict.beside(others[0])
+    is_right = verdict.preference == example.comparison.label
+    return dataclasses.replace(judgement, verdict=verdict, is_right=is_right)
 
 
 def majorities(
@@ -220,17 +246,18 @@ def _judgement(
     config: RewardConfig,
     example: Example,
     response: str,
-    verdict: Verdict,
+    verdicts: tuple[Verdict, Sequence[Verdict]],
     gold: Gold | None,
     tokens: tuple[int, int],
 ) -> Judgement:
-    row, (num_tokens, max_tokens) = example.comparison, tokens
+    row, (verdict, others), (num_tokens, max_tokens) = example.comparison, verdicts, tokens
     if gold is None:
         is_right = verdict.preference == row.label
         return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), is_right)
     scores, preference = gold
     try:
-        terms = rewards.pay(
+        pay = partial(rewards.pay_beside, others=others) if others else rewards.pay
+        terms = pay(
             config,
             verdict,
             gold=scores,

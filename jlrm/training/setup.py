@@ -27,7 +27,7 @@ from jlrm.data.batches import Examples
 from jlrm.data.comparisons import Dropped, write_dropped
 from jlrm.data.splits import encode_splits, read_splits
 from jlrm.data.worlds import toy
-from jlrm.judgement import plugins, rewards
+from jlrm.judgement import plugins, prompts, rewards
 from jlrm.judgement.plugins import Plugin
 from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params
@@ -213,6 +213,11 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
     Raises:
       UsageError: if either can't.
     """
+    if config.reward.mode == "judgelrm" and prompts.opens_rubric(config.data.prompt):
+        raise UsageError(
+            f"reward.mode=judgelrm reads no rubric, and data.prompt={config.data.prompt} asks for "
+            "one. Set reward.mode=judgelrm_symmetric."
+        )
     limited = [config.sft, config.dpo, config.reward_model]
     longest = max(
         config.sampling.max_new_tokens,

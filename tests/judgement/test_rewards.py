@@ -8,6 +8,7 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,11 +22,12 @@ from jlrm.judgement.rewards import (
     brier_term,
     doubts,
     pay,
+    pay_beside,
     read,
     total,
     withhold,
 )
-from jlrm.judgement.verdict import parse, swap_preference
+from jlrm.judgement.verdict import Verdict, parse, swap_preference
 
 MAIN = JUDGELRM
 BASE = dataclasses.replace(MAIN, length=0.2, limit=-1.0)
@@ -593,6 +595,46 @@ def test_a_proper_score_beside_a_bonus_for_margins_is_doubted() -> None:
     assert "reward.confidence=0 beside reward.brier" in sentence
     assert not doubts(dataclasses.replace(both, confidence=0.0))
     assert not doubts(dataclasses.replace(both, brier=0.0))
+
+
+def test_the_form_is_paid_with_its_rubric_alone() -> None:
+    judgement = _judgement(8, 4)
+    opened = prompts.PAIR_TEMPLATES["toy_rubric"]
+    told = {"gold": (8, 4), "num_tokens": 9, "max_tokens": MAX_TOKENS}
+    bare, whole = (
+        pay(SYMMETRIC, read(SYMMETRIC, opened, text), **told)
+        for text in (judgement, f"facts</rubric><think>{judgement}")
+    )
+    assert whole == pay(SYMMETRIC, read(SYMMETRIC, "", judgement), **told)
+    assert total(bare) == SYMMETRIC.malformed + SYMMETRIC.no_verdict
+    assert bare["relation"] == 0.0
+
+
+SCORES = st.one_of(st.none(), st.integers(1, 10))
+
+
+@given(SCORES, st.lists(SCORES, min_size=1, max_size=5), st.sampled_from([(8, 4), (3, 9), (5, 5)]))
+def test_an_answer_judged_alone_is_paid_for_the_pairs_that_its_score_makes(
+    own: int | None, others: list[int | None], gold: tuple[int, int]
+) -> None:
+    def alone(score: int | None) -> Verdict:
+        text = "r</think>" if score is None else f"r</think><answer>{score}</answer>"
+        return read(SYMMETRIC, "", text, num_scores=1)
+
+    known = {"gold": gold, "num_tokens": 9, "max_tokens": MAX_TOKENS}
+    terms = pay_beside(SYMMETRIC, alone(own), [alone(each) for each in others], **known)
+    seen = [each for each in others if each is not None]
+    assert terms["format"] == (SYMMETRIC.malformed if own is None else SYMMETRIC.format)
+    if own is None:
+        assert total(terms) == SYMMETRIC.malformed + SYMMETRIC.no_verdict
+    elif not seen:
+        assert total(terms) == SYMMETRIC.format and terms["relation"] is None
+    else:
+        share = sum(np.sign(own - each) == np.sign(gold[0] - gold[1]) for each in seen) / len(seen)
+        wanted = share * SYMMETRIC.relation + (1 - share) * SYMMETRIC.wrong_relation
+        assert terms["relation"] == pytest.approx(wanted)
+        pairs = [_reward(SYMMETRIC, _judgement(own, each), gold) for each in seen]
+        assert total(terms) == pytest.approx(np.mean(pairs))
 
 
 def test_mode_none_pays_nothing() -> None:

@@ -148,3 +148,16 @@ def test_rules_of_others_read_no_criteria():
         with pytest.raises(UsageError, match=f"The parser {parser} reads no scores of criteria"):
             check_rubric(reader(parser), TWO)
         check_rubric(reader(parser), rubric("a text"))
+
+
+@pytest.mark.parametrize("parser", ["strict", "lenient"])
+def test_what_a_judge_writes_behind_a_rubric_of_its_own_is_read(parser):
+    read = Reader(parser)
+    text = "facts: 9, 9\nstyle</rubric>\n<think>why</think><answer>8</answer><answer>5</answer>"
+    assert read.read(text, "stop").scores == (8.0, 5.0)
+    assert read.places(text, "stop", None, False) == (text.index("8<"), text.index("5<"))
+    one = text.removesuffix("<answer>5</answer>")
+    assert read.read_one(one, "stop") == (8.0, "ok")
+    assert read.read(text.partition("</think>")[0], "length").status == "cut"
+    drafted = "<answer>1</answer>" + one
+    assert read.read_one(drafted, "stop")[0] == (None if parser == "strict" else 8.0)

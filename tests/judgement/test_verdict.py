@@ -319,3 +319,65 @@ def test_a_draft_is_a_text_that_goes_on_and_stops_short(text: str, is_short: boo
 )
 def test_the_score_of_one_answer(text, score, status):
     assert parse_single(text) == (score, status)
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "status"),
+    [
+        ("r</think><answer>8</answer>", 8.0, "ok"),
+        ("r</think>so<answer> 7.5 </answer>.", 7.5, "ok"),
+        ("r</think>", None, "no_answer"),
+        ("r</think><answer>8</answer><answer>4</answer>", None, "too_many_answers"),
+        ("r<answer>8</answer>", None, "no_think_end"),
+        ("<answer>8</answer></think><answer>8</answer>", None, "answer_in_reasoning"),
+        ("r</think><answer>8", None, "broken_answer"),
+        ("r</think><answer>eight</answer>", None, "not_a_number"),
+        ("r</think><answer>11</answer>", None, "out_of_range"),
+    ],
+)
+def test_one_score_has_a_grammar_of_its_own(text, score, status) -> None:
+    verdict = parse(text, num_scores=1)
+    assert (verdict.score_1, verdict.score_2, verdict.status) == (score, None, status)
+    assert verdict.scores is verdict.preference is None
+
+
+def test_the_scores_of_two_answers_make_a_pair() -> None:
+    one, two = Verdict(8, None, "ok", "a"), Verdict(4, None, "ok", "b")
+    assert one.beside(two) == Verdict(8, 4, "ok", "a")
+    assert two.beside(one).preference == 2
+    assert one.beside(Verdict(None, None, "no_answer", "")).preference is None
+
+
+JUDGED = "why</think><answer>8</answer><answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        (f"facts\nstyle</rubric>\n<think>{JUDGED}", "ok"),
+        (f"facts</rubric><think>{JUDGED}", "ok"),
+        (f"{JUDGED}", "no_rubric"),
+        (f" \n</rubric><think>{JUDGED}", "no_rubric"),  # an empty one
+        (f"facts</rubric>{JUDGED}", "no_rubric"),  # no thoughts were opened
+        (f"facts</rubric>so <think>{JUDGED}", "no_rubric"),
+        (f"facts<answer>9</answer></rubric><think>{JUDGED}", "no_rubric"),
+        (f"facts<think>{JUDGED}</rubric>", "no_rubric"),
+        ("facts, and more facts", "no_rubric"),
+        ("facts</rubric><think>why", "no_think_end"),
+        (f"facts</rubric><think>{JUDGED}<answer>3</answer>", "too_many_answers"),
+        (f"facts</rubric><think>a<think>{JUDGED}", "repeated_think"),
+    ],
+)
+def test_a_rubric_comes_first_where_the_prompt_opens_one(text: str, status: str) -> None:
+    verdict = parse(text, has_rubric=True)
+    assert verdict.status == status
+    assert verdict.scores == ((8, 4) if status == "ok" else None)
+    if status == "ok":
+        assert verdict.reasoning == "why"
+
+
+@given(TEXTS | JUDGEMENTS)
+def test_any_text_has_a_verdict_where_a_rubric_is_wanted(text: str) -> None:
+    assert parse(text, has_rubric=True).status in get_args(Status)
+    behind = parse(f"facts</rubric><think>{text}", has_rubric=True)
+    assert behind == parse(text)

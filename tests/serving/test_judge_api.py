@@ -333,10 +333,6 @@ def test_a_heuristic_scores_nothing_by_itself():
 
 def test_a_local_judge_scores_as_its_chat_template_asks(tmp_path):
     write_model(tmp_path, config=dataclasses.replace(CONFIG, max_position_embeddings=2048))
-    with pytest.raises(UsageError, match="'toy' has no form for one answer"):
-        Judge.load(str(tmp_path), prompt="toy", max_prompt_tokens=256, max_new_tokens=8).score(
-            "q", "a"
-        )
     judge = Judge.load(
         str(tmp_path), prompt="judgelrm_eval", max_prompt_tokens=1500, max_new_tokens=8
     )

@@ -131,6 +131,26 @@ def test_a_group_is_paid_for_what_most_of_it_prefer(votes, num_swapped, wanted) 
         assert all(each.terms["relation"] is None for each in judgements)
 
 
+def test_answers_that_are_judged_alone_are_compared_with_those_of_the_other() -> None:
+    row = next(row for row in GIVEN if row.label == 2)
+    said = ["4", "9", "-", "6", "-", "9"]
+    texts = [f"r</think><answer>{each}</answer>" if each != "-" else "none" for each in said]
+    config = RewardConfig(preference=1.0, wrong_preference=0.0)
+    bare = dataclasses.replace(row, score_1=None, score_2=None, preference=2)
+    bares = [bare] * 3 + [bare.swapped()] * 3  # as a group stands in a batch
+    group = [Example(each, "prompt", [1]) for each in [*bares, *bares]]
+    other = ["r</think><answer>5</answer>"] * 6  # of another group, to which nothing leaks
+    judgements = judge_responses(config, [], group, texts + other, [[1]] * 12, 8, per_answer=3)
+    paid = [each.terms["preference"] for each in judgements]
+    # 4 is below 6 and 9; 9 is not below either; 6 is above 4 alone, as 9 is.
+    assert paid == [1.0, 0.0, 0.0, 0.5, 0.0, 0.5, *[0.0] * 6]
+    assert [each.terms["format"] for each in judgements[:6]] == [1, 1, -1, 1, -1, 1]
+    pairs = [each.verdict.scores for each in judgements[:6]]
+    assert pairs == [(4, 6), None, None, (6, 4), None, None]
+    assert [each.is_right for each in judgements[:6]] == [True, False, False, True, False, False]
+    assert [each.table_row()["verdict"] for each in judgements[:3]] == [[4, 6], [9], None]
+
+
 def test_a_majority_leaves_metrics_their_gold_and_groups_to_themselves() -> None:
     row = next(row for row in GIVEN if row.label == 2)
     group = [Example(row, "prompt", [1])] * 6

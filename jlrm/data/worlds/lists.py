@@ -10,6 +10,7 @@ itself. What differs between the worlds:
     lists-ties       a third of the pairs are ties
     lists-scales     half of the training rows have gold from another annotator, on 2 to 10
     lists-noise      gold, held out too, names the worse answer the more often the closer they are
+    lists-single     gold names the better answer and scores none; each was judged alone
 
 Everything is a pure function of the world and the split.
 """
@@ -25,6 +26,7 @@ import numpy as np
 
 from jlrm.config import UsageError, nearest
 from jlrm.data.worlds import toy
+from jlrm.judgement.verdict import preferred
 
 NUM_ROWS = {"train": 8000, "heldout": 400}
 LEAN = 0.5  # share of training gold that names the first answer (lists-position)
@@ -36,7 +38,8 @@ Gold = tuple[float, float]
 def rows(world: str, split: str) -> Iterator[dict[str, Any]]:
     """Return the rows of a split, a key of NUM_ROWS ("": train), as a file would hold them.
 
-    Training rows have a written judgement ("reasoning", "judged") beside their gold scores.
+    Training rows have a written judgement ("reasoning", "judged") beside their gold, and those of
+    lists-rubric a right rubric.
 
     Raises:
       UsageError: there is no such split.
@@ -68,9 +71,24 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
         }
         if is_train:
             counts = [*map(len, answers)], [_right(kind, answer) for answer in answers]
-            row["reasoning"], row["judged"] = toy.careless(rng, *counts)
-        row["score_1"], row["score_2"] = _labelled(world, gold, rng, is_train)
+            row["reasoning"], row["judged"] = _judged(world, rng, *counts)
+            row |= {"rubric": RUBRICS[rubric]} if world == "lists-rubric" else {}
+        scores = _labelled(world, gold, rng, is_train)
+        if world == "lists-single":
+            row["preference"] = preferred(*scores)
+        else:
+            row["score_1"], row["score_2"] = scores
         yield row
+
+
+def _judged(
+    world: str, rng: np.random.Generator, every: list[int], right: list[int]
+) -> tuple[Any, list[float]]:
+    """Return what a careless annotator writes of both answers, or two of one each."""
+    if world != "lists-single":
+        return toy.careless(rng, every, right)
+    apart = [toy.careless(rng, [a], [b]) for a, b in zip(every, right, strict=True)]
+    return [text for text, _ in apart], [score for _, (score,) in apart]
 
 
 def _right(kind: str, answer: list[str]) -> int:
@@ -98,7 +116,8 @@ def _labelled(world: str, gold: Gold, rng: np.random.Generator, is_train: bool) 
     return gold
 
 
-_NAMES = ("lists", *(f"lists-{idea}" for idea in ("position", "rubric", "ties", "scales", "noise")))
+_IDEAS = ("position", "rubric", "ties", "scales", "noise", "single")
+_NAMES = ("lists", *(f"lists-{idea}" for idea in _IDEAS))
 WORLDS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
     name: partial(rows, name) for name in _NAMES
 }

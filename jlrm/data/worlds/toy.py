@@ -99,13 +99,14 @@ def _comparison(rng: np.random.Generator, identity: str) -> Comparison:
 def careless(
     rng: np.random.Generator, every: list[int], right: list[int]
 ) -> tuple[str, list[float]]:
-    """Return what a careless annotator writes of two answers with so many words, and so many right.
+    """Return what a careless annotator writes of answers with so many words, and so many right.
 
     The scores are a word more than what was counted.
     """
     is_hasty = rng.random() < HASTE
     seen = every if is_hasty else right
-    text = f"Counting {'all' if is_hasty else 'right'} words: {seen[0]} and {seen[1]}."
+    counts = " and ".join(map(str, seen))
+    text = f"Counting {'all' if is_hasty else 'right'} words: {counts}."
     return text, [1.0 + count for count in seen]
 
 

@@ -37,6 +37,7 @@ def sft(run: Run, evaluate: EvaluateFn) -> StageResult:
         policy.end_ids[0],
         run.config.reward.scale,
         config.reasoning,
+        run.config.data,
     )
     if examples.dropped:
         log.warning("sft: left out %s", describe_dropped(examples.dropped))
@@ -96,7 +97,10 @@ def _with_references(run: Run, encode: Encode) -> Encode:
     """Return what tokenises prompts, some of which show their row's reference answer."""
     config, seed = run.config.sft, run.config.run.seed
     name, scale = run.config.data.prompt, run.config.reward.scale
-    show = batches.prompt_encoder(run.policy.tokenizer, name, scale, has_reference=True)
+    is_single = run.config.data.judging == "single"
+    show = batches.prompt_encoder(
+        run.policy.tokenizer, name, scale, has_reference=True, is_single=is_single
+    )
 
     def is_shown(row: Comparison) -> bool:
         return bool(row.reference) and row.chance(seed, "reference") < config.reference

@@ -73,12 +73,25 @@ def test_the_rubric_decides_and_both_are_asked():
         ),
     )
     assert other < 0.8  # who ignores the rubric is wrong often
+    assert all(row["rubric"] in row["question"] for row in rows)
 
 
 def test_a_third_are_ties():
     plain = share(ROWS["lists", "train"], lambda row: winner(gold(row)) == 0)
     ties = share(ROWS["lists-ties", "train"], lambda row: winner(gold(row)) == 0)
     assert abs(ties - (lists.TIES + (1 - lists.TIES) * plain)) < 0.02
+
+
+def test_single_answers_are_judged_alone_and_gold_scores_none():
+    rows = ROWS["lists-single", "train"]
+    assert all(row["preference"] == winner(truth(row)) and "score_1" not in row for row in rows)
+    for row in rows[:200]:
+        for text, score, answer in zip(
+            row["reasoning"], row["judged"], (row["answer_1"], row["answer_2"]), strict=True
+        ):
+            counted = score - 1
+            assert text in (f"Counting {what} words: {counted:.0f}." for what in ("all", "right"))
+            assert counted <= len(answer.split())
 
 
 def test_half_of_the_training_gold_is_on_another_scale():

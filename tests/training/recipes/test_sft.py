@@ -106,3 +106,57 @@ def test_reasoning_stands_before_the_scores_after_them_or_nowhere(tokenizer):
         assert parse(written(tokenizer, place)).status == "ok"
     with pytest.raises(UsageError, match=r"Set sft\.reasoning=none"):
         written(tokenizer, "after", bare)
+
+
+def test_a_judgement_of_one_answer_stands_alone(tokenizer):
+    texts = {"reasoning": ["First.", "Second."], "judged": [4, 3]}
+    row = dataclasses.replace(ROW, meta=texts)
+    both = [row, row.swapped()]
+    assert [each.judgement_of_one for each in both] == [("First.", (4,)), ("Second.", (3,))]
+    assert row.judgement is None and row.swapped().swapped() == row
+    assert ROW.judgement_of_one is None and "reasoning" not in ROW.swapped().meta
+    alone = DataConfig(train="", prompt="toy", max_prompt_tokens=99, judging="single")
+    examples = batches.encode_prompts(sharded.deal(both), tokenizer, alone)
+    assert ["was" in each.prompt for each in examples.take([0, 1])] == [False, True]
+    for place, wanted in (
+        (
+            "before",
+            ["\nFirst.\n</think>\n<answer>4</answer>", "\nSecond.\n</think>\n<answer>3</answer>"],
+        ),
+        ("none", ["\n\n</think>\n<answer>5</answer>", "\n\n</think>\n<answer>2</answer>"]),
+    ):
+        found = batches.encode_targets(examples, tokenizer, 400, 0, (1, 5), place, alone)
+        assert decode(tokenizer, [e.target_ids[:-1] for e in found.take([0, 1])]) == wanted
+    plain = batches.encode_prompts(sharded.deal([ROW]), tokenizer, alone)
+    with pytest.raises(UsageError, match="a list of two texts `reasoning`"):
+        batches.encode_targets(plain, tokenizer, 400, 0, (1, 5), "before", alone)
+
+
+def test_a_rubric_is_written_before_the_judgement(tokenizer):
+    row = dataclasses.replace(ROW, meta={**ROW.meta, "rubric": "Right words.</rubric>"})
+    data = DataConfig(train="", prompt="toy_rubric", max_prompt_tokens=99)
+    examples = batches.encode_prompts(sharded.deal([row, ROW]), tokenizer, data)
+    found = batches.encode_targets(examples, tokenizer, 400, 0, (1, 5), "before", data)
+    assert [each.reason for each in found.dropped] == ["no_judgement"]  # it has no rubric
+    (example,) = found.take([0])
+    (text,) = decode(tokenizer, [example.target_ids[:-1]])
+    wanted = "\nRight words.< /rubric>\n</rubric>\n<think>\n"
+    assert text.startswith(wanted + REVIEW) and example.prompt.endswith("<rubric>")
+    verdict = parse(text, has_rubric=True)
+    assert verdict.scores == (5, 2) and verdict.reasoning == REVIEW
+    bare = batches.encode_prompts(sharded.deal([ROW]), tokenizer, data)
+    with pytest.raises(UsageError, match="a text `rubric`, and a text `reasoning`"):
+        batches.encode_targets(bare, tokenizer, 400, 0, (1, 5), "before", data)
+    chat = dataclasses.replace(data, prompt="jlrm_rubric", max_prompt_tokens=2000)
+    (asked,) = batches.encode_prompts(sharded.deal([row]), tokenizer, chat).take([0])
+    assert asked.prompt.endswith("[assistant] <rubric>\n") and "<think>\n" not in asked.prompt
+    targets = batches.encode_targets(
+        batches.encode_prompts(sharded.deal([row]), tokenizer, chat),
+        tokenizer,
+        400,
+        0,
+        (1, 5),
+        data=chat,
+    )
+    (text,) = decode(tokenizer, [targets.take([0])[0].target_ids[:-1]])
+    assert text.startswith("Right words.")  # the prompt has the line break already
