@@ -92,6 +92,7 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["data.judging=single", "data.gold=majority"], "Set data.gold=given or shuffled."),
         (["preset=irpm", "reward.mode=judgelrm"], "reward.mode=judgelrm can't use"),
         (["preset=irpm", "dpo.steps=1"], "Set dpo.steps=0."),
+        (["preset=remax", "grpo.zero_variance=skip"], "set grpo.zero_variance=keep"),
         (
             ["reward.swap_consistency=1", "data.orders=both", "reward.mode=none"],
             "withholds a reward, and reward.mode=none pays none",

@@ -514,6 +514,32 @@ def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, d
             np.testing.assert_allclose(advantages, wanted, atol=1e-5)
 
 
+def test_remax_compares_with_the_greedy_completion_of_the_prompt(tmp_path, data, warm):
+    options = [*warm, "preset=remax", "run.save_every=1"]
+    run(tmp_path / "whole", data, *options, "grpo.steps=2")
+    run(tmp_path / "broken", data, *options, "grpo.steps=1")
+    run(tmp_path / "broken", data, *options, "grpo.steps=2")
+    assert_same_record(tmp_path / "whole", tmp_path / "broken")
+    (file, _) = sorted((tmp_path / "whole/completions").glob("*.parquet"))
+    rows = pq.read_table(file).to_pylist()
+    assert len(rows) == 16
+    baselines = []
+    for start in range(0, 16, 4):
+        group = rows[start : start + 4]
+        found = [row["reward"] - row["advantage"] for row in group]
+        assert max(found) - min(found) < 1e-5
+        baselines.append((found[0], sum(row["reward"] for row in group) / 4))
+    assert any(abs(greedy - mean) > 0.01 for greedy, mean in baselines), "the group's own mean"
+    cold = [*options, "sampling.temperature=1e-4", "grpo.steps=1"]  # all are the greedy one
+    run(tmp_path / "cold", data, *cold)
+    (file,) = (tmp_path / "cold/completions").glob("*.parquet")
+    found = pq.read_table(file).to_pylist()
+    assert {row["id"] for row in found} == {row["id"] for row in rows}
+    assert all(abs(row["advantage"]) < 1e-5 for row in found)
+    for row, (greedy, _) in zip(found[::4], baselines, strict=True):
+        assert row["reward"] == pytest.approx(greedy, abs=1e-5)
+
+
 @pytest.fixture(scope="module")
 def warm_single(tmp_path_factory) -> list[str]:
     """As `warm`, of a model that scores single answers."""

@@ -291,6 +291,11 @@ def _check_advantage(grpo: GRPOConfig, data: DataConfig) -> None:
             f"grpo.loss.surrogate={grpo.loss.surrogate} chooses tokens before the KL of "
             "grpo.advantage.kl_weight is known. Use grpo.loss.kl_weight."
         )
+    if advantage.baseline == "greedy" and (grpo.zero_variance != "keep" or data.gold == "majority"):
+        raise UsageError(
+            "grpo.advantage.baseline=greedy learns from groups of equal rewards too, and its own "
+            "completion has no majority: set grpo.zero_variance=keep and data.gold=given."
+        )
     if advantage.orders != "together" and data.prompts_of_row == 1:
         raise UsageError(
             f"grpo.advantage.orders={advantage.orders} compares within both orders of a pair: set "

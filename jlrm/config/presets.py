@@ -132,6 +132,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "rloo": {"grpo.advantage.baseline": "leave_one_out", "grpo.advantage.scale": "none"},
     "opo": {"grpo.advantage.baseline": "length_weighted", "grpo.advantage.scale": "none"},
+    "remax": {"grpo.advantage.baseline": "greedy", "grpo.advantage.scale": "none"},
     "reinforce++": {
         "grpo.advantage.baseline": "none",
         "grpo.advantage.scale": "none",

@@ -151,8 +151,9 @@ class AdvantageConfig:
     """Settings of the advantages (rl/advantages.py): what is done with rewards."""
 
     # What is subtracted: the mean of the group, of the others in it (RLOO), the mean weighted by
-    # length (OPO), or nothing.
-    baseline: Literal["group", "leave_one_out", "length_weighted", "none"] = "group"
+    # length (OPO), the reward of one more completion of the prompt, which is drawn greedily and is
+    # no part of the loss (ReMax), or nothing.
+    baseline: Literal["group", "leave_one_out", "length_weighted", "greedy", "none"] = "group"
     # Whose standard deviation that is divided by.
     scale: Literal["group", "batch", "none"] = "group"
     eps: NonNegative = 1e-6  # added to that standard deviation, and to the one of `whiten`

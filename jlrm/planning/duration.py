@@ -82,6 +82,7 @@ def _runs(config: Config, stage: str, programs: Container[str]) -> dict[str, int
         "grpo": {
             "lay_out": 1,
             "rollout": 1,
+            "rollout_greedy": 1,
             "logprobs_reference": grpo.minibatches,
             "logprobs_policy": grpo.minibatches,
             "update": grpo.epochs * grpo.minibatches,

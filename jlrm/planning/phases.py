@@ -191,7 +191,10 @@ def _grpo_points(
             *([Point("freeze", {**moments, **_rest(held, kinds["freeze"])})] if reference else []),
             *([Point("freeze", held)] if reference else []),
         ],
-        "rollout": [Point("lay_out", {**moments, **reference}), Point("rollout", during)],
+        "rollout": [
+            Point("lay_out", {**moments, **reference}),
+            *(Point(name, during) for name in ("rollout", "rollout_greedy") if name in kinds),
+        ],
         "logprobs": [*_logprobs(kinds, held, reference, batch), Point("", total(always, batch))],
         "update": [
             Point("update", total(reference, laid_out if grpo.ahead == "next" else {}, others))

@@ -29,6 +29,7 @@ class Paid(NamedTuple):
     rewards: Float[np.ndarray, "G R"]  # 0 where there is none
     is_paid: Bool[np.ndarray, "G R"]
     lengths: Int[np.ndarray, "G R"]  # of completions, in tokens
+    greedy: Float[np.ndarray, "G R"]  # reward of the greedy completion of the same prompt, or 0
 
 
 def group_mean(paid: Paid) -> Float[np.ndarray, "G 1"]:
@@ -49,6 +50,11 @@ def length_weighted(paid: Paid) -> Float[np.ndarray, "G 1"]:
     return _mean(paid.rewards, paid.is_paid * paid.lengths, axis=1)
 
 
+def greedy(paid: Paid) -> Float[np.ndarray, "G R"]:
+    """Return the reward of the prompt's greedy completion (ReMax, arXiv 2310.10505, Eq. 4)."""
+    return paid.greedy
+
+
 def nothing(paid: Paid) -> Float[np.ndarray, "G R"]:
     """Return 0 (REINFORCE++, arXiv 2501.03262, where whitening over the batch comes after)."""
     return np.zeros_like(paid.rewards)
@@ -59,6 +65,7 @@ BASELINES: dict[str, Callable[[Paid], np.ndarray]] = {
     "group": group_mean,
     "leave_one_out": leave_one_out,
     "length_weighted": length_weighted,
+    "greedy": greedy,
     "none": nothing,
 }
 
@@ -68,6 +75,7 @@ def advantages(
     terms: Mapping[str, Float[np.ndarray, "G R"]],
     lengths: Int[np.ndarray, "G R"] | None = None,
     num_orders: int = 1,
+    greedy: Mapping[str, Float[np.ndarray, "G R"]] | None = None,
 ) -> Float[np.ndarray, "G R"]:
     """Return the advantage of each completion.
 
@@ -78,6 +86,8 @@ def advantages(
       num_orders: how many equal parts a group has, one for each order of its pair. Rewards are
         compared within the whole group, within its parts, or both, which are then summed (EIS-GRPO,
         arXiv 2505.13346), as `orders` says.
+      greedy: for the baseline of that name, the same of the greedy completion of each one's prompt.
+        Where that earns nothing (NaN) it counts as 0.
     """
     rewards = {
         name: np.asarray(each, np.float32).astype(np.float64) for name, each in terms.items()
@@ -87,8 +97,9 @@ def advantages(
     total = np.zeros(shape)
     for name, values in rewards.items():
         weight = config.term_weights.get(name, 1.0)
+        beside = np.nan_to_num(greedy[name]) if greedy else np.zeros(shape)
         for num_parts in _parts(config, num_orders):
-            parts = (x.reshape(shape[0] * num_parts, -1) for x in (values, lengths))
+            parts = (x.reshape(shape[0] * num_parts, -1) for x in (values, lengths, beside))
             total += weight * _compared(config, *parts).reshape(shape)
     is_paid = np.any([~np.isnan(each) for each in rewards.values()], axis=0)
     return _whitened(config, total, is_paid, lengths).astype(np.float32)
@@ -113,7 +124,10 @@ def _parts(config: AdvantageConfig, num_orders: int) -> tuple[int, ...]:
 
 
 def _compared(
-    config: AdvantageConfig, rewards: Float[np.ndarray, "G R"], lengths: Int[np.ndarray, "G R"]
+    config: AdvantageConfig,
+    rewards: Float[np.ndarray, "G R"],
+    lengths: Int[np.ndarray, "G R"],
+    greedy: Float[np.ndarray, "G R"],
 ) -> Float[np.ndarray, "G R"]:
     """Return `(reward - baseline) / (deviation + eps)`.
 
@@ -122,7 +136,7 @@ def _compared(
     0 nothing differs, and the advantage is 0.
     """
     is_paid = ~np.isnan(rewards)
-    paid = Paid(np.where(is_paid, rewards, 0.0), is_paid, lengths)
+    paid = Paid(np.where(is_paid, rewards, 0.0), is_paid, lengths, greedy)
     centred = np.where(is_paid, paid.rewards - BASELINES[config.baseline](paid), 0.0)
     if config.scale == "none":
         return centred

@@ -75,12 +75,15 @@ class Minibatch(NamedTuple):
     completion: Int[np.ndarray, "A B C"]  # number of each target's completion; -1: no target
 
 
-def rollout_settings(config: Config, network: Network) -> SamplerSettings:
-    """Return how the completions of a GRPO step are drawn."""
+def rollout_settings(
+    config: Config, network: Network, *, is_greedy: bool = False
+) -> SamplerSettings:
+    """Return how the completions of a GRPO step are drawn, or those that they are compared with."""
     sampling = config.sampling
-    return SamplerSettings(
-        network.distribution(sampling), sampling.max_new_tokens, network.end_ids, sampling.slots
-    )
+    distribution = network.distribution(sampling)
+    if is_greedy:
+        distribution = dataclasses.replace(distribution, temperature=0.0, top_k=0, top_p=1.0)
+    return SamplerSettings(distribution, sampling.max_new_tokens, network.end_ids, sampling.slots)
 
 
 def heldout_decoding(config: Config) -> DecodingSettings:
@@ -200,6 +203,13 @@ def grpo_calls(
         ),
         weights="lay_out",
     )
+    if grpo.advantage.baseline == "greedy":
+        stops = training_stops(config, network)
+        calls["rollout_greedy"] = Call(
+            rollout_program(network, rollout_settings(config, network, is_greedy=True)),
+            rollout_arguments(network, stops, grpo.prompts, 1, longest_prompt),
+            weights="lay_out",
+        )
     if has_reference:
         frozen = abstract_reference(network, state)
         calls["logprobs_reference"] = Call(programs.logprobs, (frozen, rows.rows), longest=rows)

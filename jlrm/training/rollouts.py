@@ -73,13 +73,15 @@ def join_sampled(parts: Sequence[Sampled]) -> Sampled:
 SampleFn = Callable[[Params, Sequence[Example], int], Callable[[], Sampled]]
 
 
-def make_sampler(config: Config, policy: TextPolicy, width: int, num_rollouts: int) -> SampleFn:
+def make_sampler(
+    config: Config, policy: TextPolicy, width: int, num_rollouts: int, *, is_greedy: bool = False
+) -> SampleFn:
     """Return the sampler of a step's groups; prompts have at most `width` tokens."""
     sampling = config.sampling
     spelled = token_bytes(policy.tokenizer) if sampling.stop_strings else []
     generate = make_generator(
         policy,
-        rollout_settings(config, policy),
+        rollout_settings(config, policy, is_greedy=is_greedy),
         training_stops(config, policy, spelled),
         config.run.seed,
         num_rollouts,
@@ -99,6 +101,18 @@ def make_sampler(config: Config, policy: TextPolicy, width: int, num_rollouts: i
             return Sampled(written, *map(np.asarray, (logps, lengths, is_finished)))
 
         return collect
+
+    return sample
+
+
+def one_after_the_other(*samplers: SampleFn) -> SampleFn:
+    """Return what draws what each of the samplers does, the rows of one behind those of another."""
+
+    def sample(
+        weights: Params, examples: Sequence[Example], position: int
+    ) -> Callable[[], Sampled]:
+        begun = [each(weights, examples, position) for each in samplers]
+        return lambda: join_sampled([collect() for collect in begun])
 
     return sample
 
@@ -158,6 +172,7 @@ class RolloutBatch(NamedTuple):
     judgements: list[Judgement]
     advantages: Float[np.ndarray, " B"]
     logged: Sequence[tuple[str, float]] = ()  # metrics of plug-ins, of all that was drawn
+    greedy: Sequence[Judgement] = ()  # of the greedy completion of each prompt
 
 
 class StepBatch(NamedTuple):
@@ -271,13 +286,20 @@ def _finish(run: Run, started: Started, timed: Timed, state: TrainerState) -> Ro
     with timed("rollout"):
         sampled = started.collect()
     examples = [example for example in prompts for _ in range(config.rollouts)]
+    sampled, others = sampled.take(range(len(examples))), sampled.ids[len(examples) :]
     with timed("reward"):
         group_size = len(examples) // _num_groups(run)
         judgements, logged = judge(run, examples, sampled.ids, state, group_size)
         if run.config.reward.swap_consistency:
             judgements = compare_orders(run.config.reward, judgements, _partner(run))
-        gains = _advantages(run, judgements, sampled.lengths)
-    return RolloutBatch(examples, sampled, judgements, gains, logged)
+        greedy: list[Judgement] = []
+        if others:
+            greedy = judge(run, prompts, others, state, run.config.data.prompts_of_row).judgements
+            if run.config.reward.swap_consistency:
+                partner = [i ^ 1 for i in range(len(greedy))]  # orders of a pair stand together
+                greedy = compare_orders(run.config.reward, greedy, partner)
+        gains = _advantages(run, judgements, sampled.lengths, greedy=greedy)
+    return RolloutBatch(examples, sampled, judgements, gains, logged, greedy)
 
 
 def _advantages(
@@ -286,13 +308,18 @@ def _advantages(
     lengths: Int[np.ndarray, " B"],
     is_counted: Bool[np.ndarray, " B"] | bool = True,
     penalty: Float[np.ndarray, " B"] | None = None,
+    greedy: Sequence[Judgement] = (),
 ) -> Float[np.ndarray, " B"]:
     config, shape = run.config.grpo.advantage, (_num_groups(run), -1)
     grouped = _terms(run, judgements, is_counted)
     if penalty is not None:
         grouped = {name: each - penalty.reshape(shape) for name, each in grouped.items()}
-    num_orders = run.config.data.prompts_of_row
-    return advantages(config, grouped, lengths.reshape(shape), num_orders).reshape(-1)
+    beside = None
+    if greedy:
+        of_each = [judgement for judgement in greedy for _ in range(run.config.grpo.rollouts)]
+        beside = _terms(run, of_each)
+    num_orders, lengths = run.config.data.prompts_of_row, lengths.reshape(shape)
+    return advantages(config, grouped, lengths, num_orders, beside).reshape(-1)
 
 
 def advantages_of(
@@ -301,7 +328,7 @@ def advantages_of(
     """Return the advantages of a step's batch whose rewards are lowered by so much."""
     is_counted = drawn.is_learned if run.config.grpo.zero_variance == "resample" else True
     judgements, lengths = drawn.batch.judgements, drawn.batch.sampled.lengths
-    return _advantages(run, judgements, lengths, is_counted, penalty)
+    return _advantages(run, judgements, lengths, is_counted, penalty, drawn.batch.greedy)
 
 
 def _terms(

@@ -85,6 +85,18 @@ def test_other_estimators_equal_verls(name, settings):
     np.testing.assert_allclose(by(rewards, lengths, **settings), wanted, rtol=1e-6)
 
 
+def test_the_greedy_completions_reward_is_a_baseline_as_in_verl():
+    rewards, lengths = recorded()
+    greedy = {"reward": np.array(RECORD["inputs"]["greedy_rewards"]).reshape(rewards.shape)}
+    config = AdvantageConfig(baseline="greedy", scale="none")
+    wanted = np.array(RECORD["advantages"]["remax"]).reshape(rewards.shape)
+    found = module.advantages(config, {"reward": rewards}, lengths, greedy=greedy)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    greedy["reward"][0] = np.nan  # no reward applies to it
+    found = module.advantages(config, {"reward": rewards}, lengths, greedy=greedy)
+    np.testing.assert_allclose(found, [rewards[0], wanted[1]], rtol=1e-6)
+
+
 def two_terms() -> dict[str, np.ndarray]:
     rewards, _ = recorded()
     return {"sign": np.where(rewards > -1, 1.0, -1.0), "value": rewards}
@@ -202,6 +214,7 @@ def oracle(rewards: np.ndarray, lengths: np.ndarray, config: AdvantageConfig) ->
                 "group": np.mean(paid),
                 "leave_one_out": np.mean(others) if others else reward,
                 "length_weighted": np.dot(sizes, values) / np.sum(sizes),
+                "greedy": 0.0,  # where none is given
                 "none": 0.0,
             }[config.baseline]
             spread = {"group": paid, "batch": everyone, "none": [0.0, 1.0]}[config.scale]
@@ -238,7 +251,7 @@ def test_each_baseline_of_the_config_is_a_line_of_the_table():
     assert set(names) == set(BASELINES)
 
 
-@pytest.mark.parametrize("baseline", [name for name in BASELINES if name != "none"])
+@pytest.mark.parametrize("baseline", sorted(BASELINES.keys() - {"greedy", "none"}))
 def test_a_uniform_group_and_a_lone_completion_get_zeros_by_every_baseline(baseline):
     rewards = np.array([[0.1, 0.1, 0.1], [np.nan, 5.0, np.nan], [1.0, 2.0, 4.0]])
     lengths = np.array([[3, 7, 9], [2, 4, 6], [1, 5, 9]])

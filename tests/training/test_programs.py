@@ -38,6 +38,10 @@ STAGES = {
         {"grpo": {**GRPO, "loss": {"kl_weight": 0.01, "surrogate": "kl_cov"}}},
         (*OF_GRPO, "_freeze"),
     ),
+    "greedy": (
+        {"grpo": {**GRPO, "advantage": {"baseline": "greedy"}, "loss": {"kl_weight": 0.0}}},
+        OF_GRPO[:2],
+    ),
     "dpo": ({"dpo": DPO}, OF_DPO),
     "scores": ({"reward_model": {"steps": 2, "batch_size": 4}}, ("reward_update",)),
     "adapters": (

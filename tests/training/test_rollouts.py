@@ -345,7 +345,7 @@ def test_a_row_that_stands_twice_in_a_batch_is_drawn_twice(tmp_path):
             width, _ = run.data.train.longest
             sample = rollouts.make_sampler(config, run.policy, width, config.grpo.rollouts)
             programs = grpo_programs(config, run.policy, width)
-            weights = programs.lay_out(initial_params(run, "grpo"))
+            weights = programs.lay_out(initial_params(run, "grpo", {}))
             (row, other) = run.data.train.take([0, 1])
             twice = sample(weights, [row, row, other, row], 0)().ids
             beside = sample(weights, [row, other, row, other], 0)().ids

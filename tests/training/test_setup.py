@@ -232,9 +232,9 @@ def test_a_stage_begins_where_the_one_before_it_ended(run_dir, monkeypatch):
     run = opened(settings(run_dir))
     monkeypatch.setattr(setup.steps, "find_step", lambda series, step: f"{series}/{step}")
     monkeypatch.setattr(setup.reading, "restore_params", lambda source, _: source)
-    assert set(setup.initial_params(run, "grpo")) >= {"embed", "layers"}
+    assert set(setup.initial_params(run, "grpo", {})) >= {"embed", "layers"}
     both = settings(run_dir, grpo={"steps": 4})
     both = from_dict({**to_dict(both), "sft": {"steps": 7}})
     run = setup.Run(both, run.directory, run.policy, run.data)
-    assert setup.initial_params(run, "grpo") == f"{run_dir}/checkpoints/sft/7"
-    assert set(setup.initial_params(run, "sft")) >= {"embed", "layers"}
+    assert setup.initial_params(run, "grpo", {}) == f"{run_dir}/checkpoints/sft/7"
+    assert set(setup.initial_params(run, "sft", {})) >= {"embed", "layers"}

@@ -30,7 +30,7 @@ from jlrm.training.programs import (
     pack_minibatch,
     weighs_policy_alone,
 )
-from jlrm.training.rollouts import StepBatch, make_sampler, table_rows
+from jlrm.training.rollouts import StepBatch, make_sampler, one_after_the_other, table_rows
 from jlrm.training.scoring import mean_logged
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats, means
@@ -41,6 +41,9 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
     """Train by GRPO; the weights it begins from are also the frozen reference."""
     config, (width, _) = run.config.grpo, run.data.train.longest
     sample = make_sampler(run.config, run.policy, width, config.rollouts)
+    if config.advantage.baseline == "greedy":
+        greedy = make_sampler(run.config, run.policy, width, 1, is_greedy=True)
+        sample = one_after_the_other(sample, greedy)
     programs = grpo_programs(run.config, run.policy, width)
     initial = partial(initial_params, run, "grpo")
     with Stage(run, "grpo", programs.optimizer, initial, evaluate, _names(run.config)) as stage:
