@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -120,3 +121,9 @@ def test_a_step_does_not_depend_on_passes_nor_devices(size, shape):
     check_same(other[:2], whole[:2])
     num_passes = int(other[2].rows.num_passes)
     assert num_passes > 1 or shape != ONE
+
+
+def test_a_step_in_one_order_of_sums_is_the_same_step():
+    """Pairs need not begin with a tile: only GRPO compares bits with the sampler's."""
+    exact = dataclasses.replace(CONFIG, exact=True)
+    check_same(take(512, config=exact)[:2], take(512)[:2])
