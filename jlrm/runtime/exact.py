@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-LANES = 16  # columns of ones: with a single one, a product is another routine
+LANES = 16  # columns that sum: with a single one, a product is another routine
 
 
 def rounded(x: Array, dtype: Any) -> Array:
@@ -73,22 +74,29 @@ def mean_last(x: Float[Array, "*batch N"]) -> Float[Array, " *batch"]:
 
 
 def total_last(x: Float[Array, "*batch N"]) -> Float[Array, " *batch"]:
-    """Sum over the last axis by a matrix product, which reads `x` as it lies in memory.
+    """Sum what is not negative over the last axis, by a product that reads `x` as it lies there.
 
     Fused into a sum, exponentials are computed again there, by another routine.
     """
-    ones = jnp.ones((x.shape[-1], LANES), x.dtype)
-    return jnp.einsum("...S,SO->...O", x, ones, preferred_element_type=jnp.float32).max(-1)
+    return _summed(x).max(-1)
 
 
 def log_total(mass: Float[Array, "*batch V"]) -> Float[Array, " *batch"]:
     """Return the logarithm of the sum over the last axis, for long axes of exponentials."""
     mass = jnp.pad(mass, [(0, 0)] * (mass.ndim - 1) + [(0, -mass.shape[-1] % 128)])
     blocks = mass.reshape(*mass.shape[:-1], -1, 128)
-    ones = jnp.ones((128, LANES), mass.dtype)
-    sums = jnp.einsum("...S,SO->...O", blocks, ones, preferred_element_type=jnp.float32)
-    logarithms = jnp.log(sum_last(jnp.swapaxes(sums, -1, -2)))
-    # All columns are equal. Only a product reads them as whole vectors: fused into what follows,
-    # the logarithm of a single number is taken by another routine.
-    first = jnp.zeros((LANES, LANES)).at[0].set(1.0)
+    logarithms = jnp.log(sum_last(jnp.swapaxes(_summed(blocks), -1, -2)))
+    # The first column is the sum's. Only a product reads them as whole vectors: fused into what
+    # follows, the logarithm of a single number is taken by another routine.
+    first = np.zeros((LANES, LANES), np.float32)
+    first[0] = 1.0
     return jnp.einsum("...O,OP->...P", logarithms, first).max(-1)
+
+
+def _summed(x: Float[Array, "*batch N"]) -> Float[Array, "*batch lanes"]:
+    """Return the sum over the last axis in every lane but the last, which has half of it."""
+    # Not all ones: XLA keeps those as one number that is repeated inside the product, and with the
+    # options of other programs its library of fused loops (JAX 0.10.2) then returns garbage.
+    ones = np.ones((x.shape[-1], LANES), x.dtype)
+    ones[:, -1] = 0.5
+    return jnp.einsum("...S,SO->...O", x, ones, preferred_element_type=jnp.float32)

@@ -14,8 +14,10 @@ from jlrm.config import LossConfig, OptimizerConfig, UsageError
 from jlrm.data import batches
 from jlrm.model import qwen
 from jlrm.model.qwen import QwenConfig
+from jlrm.model.rope import Llama3, Yarn
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import compiler_options
 from jlrm.sampling import decode
 from jlrm.sampling.generate import rollout_program
@@ -108,18 +110,33 @@ def update_gap(model: QwenConfig, size: int) -> float:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_and_teacher_forced_log_probabilities_have_the_same_bits(num_kv_heads, temperature):
     model = dataclasses.replace(MODEL, num_key_value_heads=num_kv_heads)
-    exact = gaps(dataclasses.replace(model, exact=True), temperature)
-    assert exact.size > 200
-    assert not exact.any()
+    found = gaps(dataclasses.replace(model, exact=True), temperature)
+    assert found.size > 200
+    assert not found.any()
     assert gaps(model, temperature).mean() > 1e-4  # else the test could not fail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"qk_norm": True, "rope_scaling": Yarn(4.0, 64, 1.14)},
+        {"rope_scaling": Llama3(8.0, 1.0, 4.0, 64), "tie_word_embeddings": False},
+    ],
+    ids=["qwen3", "llama"],
+)
+def test_so_have_those_of_other_families(family):
+    found = gaps(dataclasses.replace(MODEL, qkv_bias=False, exact=True, **family), 1.0)
+    assert found.size > 200
+    assert not found.any()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
 def test_the_update_finds_the_same_bits(remat):
-    exact = dataclasses.replace(MODEL, exact=True, remat=remat)
-    assert update_gap(exact, 1024) == 0.0
-    assert update_gap(exact, 384) == 0.0  # several passes
+    model = dataclasses.replace(MODEL, exact=True, remat=remat)
+    assert update_gap(model, 1024) == 0.0
+    assert update_gap(model, 384) == 0.0  # several passes
     assert update_gap(dataclasses.replace(MODEL, remat=remat), 1024) > 1e-4
 
 
@@ -145,8 +162,18 @@ def test_gradients_are_those_of_bfloat16():
         return np.concatenate([np.asarray(leaf).ravel() / np.linalg.norm(leaf) for leaf in leaves])
 
     wide = gradients(dataclasses.replace(MODEL, compute_dtype="float32"))
-    plain, exact = gradients(MODEL), gradients(dataclasses.replace(MODEL, exact=True))
-    assert np.linalg.norm(exact - wide) < 2 * np.linalg.norm(plain - wide)
+    plain, ordered = gradients(MODEL), gradients(dataclasses.replace(MODEL, exact=True))
+    assert np.linalg.norm(ordered - wide) < 2 * np.linalg.norm(plain - wide)
+
+
+@pytest.mark.parametrize("is_exact", [None, False, True])
+def test_sums_are_right_with_the_options_of_every_program(is_exact):
+    """A product with ones alone was garbage with all options but those of exact programs."""
+    options = None if is_exact is None else compiler_options(mesh_of(1, 1, 1), is_exact)
+    x = np.random.default_rng(0).random((2, 128, 300), np.float32)
+    for sums, wanted in ((exact.total_last, x.sum(-1)), (exact.log_total, np.log(x.sum(-1)))):
+        found = jax.jit(sums, compiler_options=options)(x)
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def test_several_devices_are_refused():
