@@ -76,7 +76,14 @@ def quantise_layers(params: Any, kind: str) -> Any:
     """Return parameters with the matrices of their layers quantised; `kind` "stored": none."""
     if kind == "stored":
         return params
-    return _map_matrices(params, lambda x: quantise(x, kind))
+
+    def stack(x: Any) -> Blocks:
+        if isinstance(x, np.ndarray):
+            return quantise(x, kind)
+        # Layer by layer: as a whole, float32 numbers of 3B weights would take 5 GiB for a moment.
+        return jax.lax.map(lambda layer: quantise(layer, kind), x)
+
+    return _map_matrices(params, stack)
 
 
 def widen_all(tree: Any) -> Any:
