@@ -33,7 +33,7 @@ flatten: Any = traverse_util.flatten_dict
 unflatten: Any = traverse_util.unflatten_dict
 MARK = "_lora_"  # in the names of what is trained: q_lora_a, q_lora_b, q_lora_m
 LENGTH = f"{MARK}m"
-SCORE = ("score",)
+SCORE = ("score",)  # where the head of a reward model lies
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ class Attention(nn.Module):
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
         letters = "N", "H", "D"
-        kernel = self._weight("o", letters, (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
+        kernel = _weight(self, "o", letters, (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
         if config.exact:
             return exact.product("BTNH,NHD->BTD", out, kernel), extra
         summed = sum_heads(self.layout, out, kernel)
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         config = self.config
         shape = (x.shape[-1], num_heads, config.head_dim)
         letters = "D", heads, "H"
-        kernel = self._weight(name, letters, shape)
+        kernel = _weight(self, name, letters, shape)
         product = exact.product if config.exact else jnp.einsum
         out = product("BTD,DNH->BTNH", x, kernel)
         out = lora.add(self, name, letters, x, kernel, out)
@@ -132,17 +132,6 @@ class Attention(nn.Module):
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
             out = _add(config, out, bias.astype(out.dtype)[None, None])
         return out
-
-    def _weight(
-        self,
-        name: str,
-        letters: tuple[str, ...],
-        shape: tuple[int, ...],
-        fan_in: tuple[int, ...] = (0,),
-    ) -> Array:
-        init = _lettered(_fan_in_normal(fan_in), *letters)
-        value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
-        return value.astype(self.config.compute_dtype)
 
 
 class MLP(nn.Module):
@@ -162,20 +151,15 @@ class MLP(nn.Module):
         return self.layout.shard(self._times(hidden, "down", "F", "D", width), "B T D")
 
     def _times(self, x: Array, name: str, inputs: str, outputs: str, size: int) -> Array:
-        kernel = self._kernel(name, inputs, outputs, (x.shape[-1], size))
+        kernel = _weight(self, name, (inputs, outputs), (x.shape[-1], size))
         return lora.add(self, name, (inputs, outputs), x, kernel, x @ kernel)
-
-    def _kernel(self, name: str, inputs: str, outputs: str, shape: tuple[int, int]) -> Array:
-        init = _lettered(_fan_in_normal((0,)), inputs, outputs)
-        value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
-        return value.astype(self.config.compute_dtype)
 
     def _exactly(self, x: Float[Array, "B T D"], width: int, inner: int) -> Float[Array, "B T D"]:
         """Compute the same, rounded alike in every program (exact.py)."""
-        kernels = (self._kernel(name, "D", "F", (width, inner)) for name in ("gate", "up"))
+        kernels = (_weight(self, name, ("D", "F"), (width, inner)) for name in ("gate", "up"))
         gate, up = (exact.product("BTD,DF->BTF", x, kernel) for kernel in kernels)
         wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        down = self._kernel("down", "F", "D", (inner, width))
+        down = _weight(self, "down", ("F", "D"), (inner, width))
         return exact.product("BTF,FD->BTD", exact.rounded(wide, x.dtype), down)
 
 
@@ -415,6 +399,19 @@ def _init_layer(config: QwenConfig, key: Array) -> Any:
 def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
     """Attach the letters of a parameter's shape to its initialiser; `Layout.param` reads them."""
     return nn.with_partitioning(init, letters)
+
+
+def _weight(
+    module: Any,
+    name: str,
+    letters: tuple[str, ...],
+    shape: tuple[int, ...],
+    fan_in: tuple[int, ...] = (0,),
+) -> Array:
+    """Return a matrix of a module in the precision that it is used in."""
+    init = _lettered(_fan_in_normal(fan_in), *letters)
+    value = module.param(name, init, shape, jnp.dtype(module.config.param_dtype))
+    return value.astype(module.config.compute_dtype)
 
 
 def _fan_in_normal(axes: tuple[int, ...]) -> Any:
