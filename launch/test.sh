@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv if needed, then run the linters and the tests.
-#   bash launch/test.sh            everything: 22 to 27 minutes on two cores, less once all is compiled
+#   bash launch/test.sh            everything: half an hour on two cores, less once all is compiled
 #   bash launch/test.sh --fast     what to run on every save: 90 seconds; no types, and no
 #                                  test marked `slow`
 #   bash launch/test.sh campaign   hours: thousands of examples of each property, tests marked
