@@ -38,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jlrm.config import Config, UsageError
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.peers import against
 from jlrm.planning import costs, machine
 from jlrm.planning.costs import BatchSizes, Cost
@@ -106,7 +106,7 @@ class Workload:
 
     def __init__(self, config: Config, network: Network) -> None:
         self.config, self.mesh, self.model = config, network.mesh, network.model
-        self.training, model = network.training, network.model
+        self.network, self.training, model = network, network.training, network.model
         self.batch = draw_batch(config)
         sampling, longest = config.sampling, config.data.max_prompt_tokens
         self.programs = grpo_programs(config, network, longest)
@@ -127,7 +127,9 @@ class Workload:
         self.number = 0  # of the rollout
         params = qwen.init(model, self.training, config.run.seed)
         self.state = update.init_state(model, self.training, self.programs.optimizer, params)
-        self.reference = self.programs.freeze(params) if config.grpo.has_reference else None
+        self.reference: qwen.Params | None = None  # what is trained of it
+        if config.grpo.has_reference:
+            self.reference = self.programs.freeze(self.state.params)
         self._draw_tokens()
         self.parts = self._pack()
 
@@ -141,7 +143,8 @@ class Workload:
 
     def logprobs(self) -> None:
         """Score the batch once."""
-        params = self.state.params if self.reference is None else self.reference
+        scored = self.state.params if self.reference is None else self.reference
+        params = lora.join(self.state.base, scored)
         for part in self.parts:
             jax.block_until_ready(self.programs.logprobs(params, part.rows))
 
@@ -190,7 +193,7 @@ class Workload:
 
     def _generate(self, generate: Generate) -> None:
         self.number += 1
-        weights = self.programs.lay_out(self.state.params)
+        weights = self.programs.lay_out(self.state.weights)
         numbers = np.arange(len(self.prompts))
         fetch(generate(weights, self.prompts, numbers, self.number), len(self.prompts))
 
@@ -205,7 +208,7 @@ class Workload:
             logps, advantages = self.logps[rows], self.advantages[rows]
             parts.append(
                 pack_minibatch(
-                    self.training,
+                    self.network,
                     self.programs.sizes,
                     groups,
                     Known(

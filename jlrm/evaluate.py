@@ -41,7 +41,7 @@ from jlrm.judges import asking, options
 from jlrm.judges.recorded import Recorded
 from jlrm.reports import results_file
 from jlrm.reports.results_file import BenchmarkResult, JudgeRecord, PairedComparison, Results
-from jlrm.runtime import cluster, commands, hosts, pair_flags
+from jlrm.runtime import cluster, commands, hosts
 
 log = logging.getLogger(__name__)
 
@@ -342,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
-    pair_flags.add(parser)
+    commands.add_pair_flags(parser)
     add("--scores", choices=["score", "score_w_reference"], help="gold of JudgeLM rows")
     options.add_options(parser)
     cluster.add_arguments(parser)
@@ -381,7 +381,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
 
 def _reading(args: argparse.Namespace) -> dict[str, Any]:
     """Return how the user's own rows are read."""
-    given = {**pair_flags.read(args), "scores": args.scores}
+    given = {**commands.read_pair_flags(args), "scores": args.scores}
     reading = {name: value for name, value in given.items() if value}
     if reading and not any(BENCHMARKS[name].is_own for name in args.names):
         raise UsageError(f"--{next(iter(reading))} is for rows of your own: --benchmark pairs.")

@@ -2,16 +2,19 @@
 
     python -m jlrm.export --checkpoint RUN[@STEP] --out DIR     a directory that transformers loads
     python -m jlrm.export --checkpoint RUN --out DIR --push ORG/NAME      and upload it
+    python -m jlrm.export --checkpoint RUN --out DIR --adapter  its adapters alone, for PEFT
     python -m jlrm.export --from-hf MODEL --out DIR             an Orbax checkpoint to train from
 
 Export reads one tensor at a time out of the checkpoint and appends it to a safetensors file, so its
-memory is that of the largest tensor, and it needs no accelerator. A directory appears whole or not
-at all, and is uploaded when it is whole. Its card is serving/model_card.py's.
+memory is that of the largest tensor, and it needs no accelerator. Adapters are merged on the way.
+A directory appears whole or not at all, and is uploaded when it is whole. Its card is
+serving/model_card.py's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +36,7 @@ from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
 from jlrm.serving import calibration, model_card
 from jlrm.serving.model_card import Trained
-from jlrm.weights import checkpoint, hf, hf_config, hub, reading, steps
+from jlrm.weights import adapters, checkpoint, hf, hf_config, hub, steps
 from jlrm.weights.hub import Target
 from jlrm.weights.source import fingerprint, num_labels, side_files
 
@@ -59,8 +62,6 @@ def export_to_hf(
     """
     step_dir = steps.find(source)
     measured = [results_file.read(directory) for directory in results]
-    reading.check_files(step_dir)
-    wanted = steps.read_digests(step_dir)
     model_dir, meta = side_files(source) / "model", steps.read_meta(step_dir)
     config = replace(hf_config.read_config(model_dir), num_labels=num_labels(source))
     partial = _begin(out)
@@ -85,12 +86,24 @@ def export_to_hf(
     )
     model_card.write(partial / "README.md", trained)
 
-    def read(tensor: hf.Tensor) -> Any:
-        return reading.read_tensor(step_dir, tensor.path, tensor.layer, wanted)
-
     total = len(hf.tensors(config))
-    for _ in tqdm(hf.save_tensors(read, config, partial, dtype), total=total, desc="export"):
-        pass
+    with contextlib.ExitStack() as stack:
+        saved = hf.save_tensors(adapters.reader(source, config, stack), config, partial, dtype)
+        for _ in tqdm(saved, total=total, desc="export"):
+            pass
+    os.replace(partial, out)
+
+
+def export_adapter(source: str, out: pathlib.Path) -> None:
+    """Write the adapters of a run's checkpoint as a directory of PEFT.
+
+    Raises:
+      UsageError: no such checkpoint, it has no adapters, or something is at `out`.
+    """
+    adapters.of_step(source)
+    partial = _begin(out)
+    hf.copy_tokenizer(side_files(source) / "model", partial)
+    adapters.write(source, partial)
     os.replace(partial, out)
 
 
@@ -272,7 +285,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, target = pathlib.Path(args.out).expanduser(), _target(args)
     if target and not args.dry_run:
         hub.check(target)
-    if args.checkpoint:
+    if args.adapter:
+        if not args.checkpoint or args.dtype or args.results or args.push:
+            raise UsageError("--adapter goes with --checkpoint and --out alone.")
+        export_adapter(args.checkpoint, out)
+    elif args.checkpoint:
         export_to_hf(args.checkpoint, out, args.dtype or "bfloat16", args.results)
     elif not args.from_hf:
         _check_exported(out)
@@ -310,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
         help="--out of an evaluation, for the card; repeatable. Those of these weights that lie in "
         "the run or in evaluations/ are found",
     )
+    add("--adapter", action="store_true", help="write the adapters alone, as PEFT loads them")
     add("--push", metavar="ORG/NAME", help="upload to this repository of the hub, when all is done")
     add("--private", action="store_true", help="make the repository private, if it is new")
     add("--revision", default="", metavar="BRANCH", help="upload to this branch (main)")

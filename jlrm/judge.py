@@ -34,7 +34,7 @@ from jlrm.evaluation.reading import PARSERS, Reader, check_rubric, reader
 from jlrm.evaluation.statistics import results
 from jlrm.judges import asking, options
 from jlrm.judges.requests import NO_PROBABILITIES
-from jlrm.runtime import cluster, commands, hosts, pair_flags
+from jlrm.runtime import cluster, commands, hosts
 from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, lists, tally, training_rows
 from jlrm.serving import rows as row_files
@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.expected_scores and args.backend == options.OPENAI:
         raise UsageError(NO_PROBABILITIES)
     args.told = rubric, args.expected_scores
-    args.reading = pair_flags.read(args)
+    args.reading = commands.read_pair_flags(args)
     args.map = calibration.find(args.calibration, args.model)
     name = options.as_folder(pathlib.PurePath(args.model).name)
     args.out = (args.out or pathlib.Path("judged", name)).expanduser()
@@ -372,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, of pairs")
     add("--json", action="store_true", help="the summary as one JSON object on stdout")
-    pair_flags.add(parser)
+    commands.add_pair_flags(parser)
     options.add_options(parser)
     cluster.add_arguments(parser)
     return parser

@@ -39,7 +39,7 @@ from jlrm.judgement import labels
 from jlrm.preparation import local
 from jlrm.preparation.curation import statistics
 from jlrm.preparation.recipe import Checks, Recipe, fingerprints
-from jlrm.runtime import commands, pair_flags
+from jlrm.runtime import commands
 from jlrm.runtime.storage import LAST_FILES, Place, open_place
 
 OWN_FILES = {"dropped.jsonl", "statistics.json", "preparation.json"}  # beside the dataset's
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"{flag} needs --tokenizer, with which prompts are measured.")
     given = {name: value for name, value in vars(args).items() if value is not None}
     out, as_json, engine = given.pop("out"), given.pop("json"), given.pop("engine")
-    given |= pair_flags.read(args)
+    given |= commands.read_pair_flags(args)
     start = time.perf_counter()
     try:
         given["values"] = labels.meanings(given["values"])
@@ -227,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     source = "a file, directory, url, hf:ORG/NAME or tfds:NAME, #SPLIT after it"
     add("--input", required=True, nargs="+", metavar="SRC", help=source)
     add("--out", required=True, metavar="DIR", help="directory to be made, or a url such as gs://")
-    pair_flags.add(parser)
+    commands.add_pair_flags(parser)
     add("--scores", choices=["score", "score_w_reference"], help="gold of JudgeLM rows")
     add("--validation", type=float, metavar="SHARE", help="of the questions to hold out (0.02)")
     add("--swap", action="store_true", help="add each training row in the other order")

@@ -72,7 +72,8 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grp.steps=3"], "Unknown key 'grp'. Did you mean 'grpo'?"),
         (
             ["xyz=3"],
-            "'xyz'. Known: run, data, model, mesh, sampling, reward, sft, dpo, grpo, reward_model.",
+            "'xyz'. Known: run, data, model, lora, mesh, sampling, reward, sft, dpo, grpo, "
+            "reward_model.",
         ),
         (["grpo.optimizer.lerning_rate=3"], "Did you mean 'learning_rate'?"),
         (["grpo.steps=many"], "grpo.steps='many' is not what was wanted: a whole number."),
@@ -109,6 +110,11 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["dpo.beta=0"], "dpo.beta=0.0 is too small"),
         (["reward_model.steps=1", "run.best_metric=reward"], "a reward model writes none"),
         (["sampling.top_p=0"], "outside (0, 1]"),
+        (["sampling.exact=true", "lora.rank=2"], "does not hold with adapters"),
+        (["sampling.exact=true", "sampling.top_k=3"], "Set sampling.top_k=0"),
+        (["sampling.exact=true", "sampling.slots=2"], "Set sampling.slots=0"),
+        (["sampling.exact=true", "model.compute_dtype=float32"], "holds in bfloat16"),
+        (["sampling.exact=true", "grpo.steps=0", "dpo.steps=1"], "is about GRPO"),
         (["grpo.minibatches=3"], "grpo.minibatches=3 does not divide grpo.prompts=16."),
         (["grpo.optimizer.nu_dtype=bfloat16"], "Lower b2 to 0.99, or keep float32."),
         (["sampling.weights=int8"], "set grpo.loss.importance_cap, e.g. 2.0."),

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from jlrm import train
 from jlrm.config import Config, MeshConfig, OptimizerConfig, RewardConfig, RunError, UsageError
@@ -127,10 +128,19 @@ CHANGES = {
     "run.wandb_project": Change("somewhere"),
     "model.path": Change("{earlier}", also=("model.preset=", "model.tokenizer=")),
     "model.preset": Change("wider"),
+    "model.adapter": Change(
+        "{folder}/adapter", ("model.path={earlier}", "model.preset=", "model.tokenizer=")
+    ),
     "model.tokenizer": Change("{tokenizer}"),
     "model.param_dtype": Change("bfloat16"),
     "model.compute_dtype": Change("bfloat16"),
     "model.remat": Change("none", by_programs=True),
+    "lora.rank": Change(2),
+    "lora.alpha": Change(1.0, ("lora.rank=2",)),
+    "lora.rank_stabilised": Change(True, ("lora.rank=2",)),
+    "lora.targets": Change("[q, down]", ("lora.rank=2",)),
+    "lora.base": Change("nf4", ("lora.rank=2",)),
+    "lora.magnitude": Change(True, ("lora.rank=2",)),
     "mesh.data": Change(2),
     "mesh.fsdp": Change(1, also=("mesh.data=-1",)),
     "mesh.tensor": Change(2),
@@ -158,6 +168,7 @@ CHANGES = {
     "sampling.top_p": Change(0.5),
     "sampling.weights": Change("int8", ("grpo.loss.importance_cap=2",)),
     "sampling.slots": Change(1, by_programs=True),
+    "sampling.exact": Change(True, ("model.compute_dtype=bfloat16", "grpo.epochs=1")),
     # A model that has learnt nothing never ends its reasoning, behind which they count.
     "sampling.stop_strings": Change("{{a: 1, e: 1, o: 1}}", by_programs=True),
     "sampling.eval_temperature": Change(1.0),
@@ -355,6 +366,13 @@ def write_files(base: pathlib.Path) -> None:
     toy.save_tokenizer(base / "chat")
     chat = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
     (base / "chat/chat_template.jinja").write_text(chat)
+    (base / "adapter").mkdir()
+    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (base / "adapter" / "adapter_config.json").write_text(json.dumps(told))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    held = {f"{name}A.weight": np.ones((2, 16), np.float32)}
+    held[f"{name}B.weight"] = np.ones((16, 2), np.float32)
+    save_file(held, base / "adapter" / "adapter_model.safetensors")
     (base / "tokenizer").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "VOCAB_SIZE", 400)

@@ -26,7 +26,7 @@ from jlrm.data.dataset import write_dataset
 from jlrm.data.readers import read
 from jlrm.data.tokenizer import load_tokenizer
 from jlrm.data.worlds import toy
-from jlrm.runtime import commands, pair_flags
+from jlrm.runtime import commands
 from jlrm.runtime.storage import open_place
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -652,7 +652,7 @@ ERRORS = {
 def test_columns_are_spelled_as_in_a_config_too(spelling):
     parser = prepare._parser()
     args = parser.parse_args(["--input", "x", "--out", "y", "--columns", *spelling])
-    assert pair_flags.read(args)["columns"] == {"question": "q", "answer_1": "a"}
+    assert commands.read_pair_flags(args)["columns"] == {"question": "q", "answer_1": "a"}
 
 
 @pytest.mark.parametrize(("flags", "message"), ERRORS.values(), ids=ERRORS)

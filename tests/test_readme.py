@@ -82,6 +82,7 @@ APART = {
     "jlrm train --config configs/judge_pairs_0.5b.yaml": "makes runs/mine for all others",
     "jlrm judge --model runs/mine@best": "is typed into (server/test_terminal.py)",
     "jlrm judge serve": "is started, and asked by the next one",
+    "jlrm export --checkpoint runs/judgelrm_7b_lora --out": "weights/test_peft.py exports adapters",
     "curl -s http://127.0.0.1:8000/v1/judge": "asks that server",
 }
 # Commands that can't run here, and how far they are checked.
@@ -92,6 +93,7 @@ CHECKED = {
     "pip install 'jlrm[serve]'": "the name of an extra",
     "jlrm train --config configs/language_135m.yaml": "a checkpoint of the hub, and an hour",
     "jlrm train --config configs/judgelrm_3b.yaml": "a 3B model on a TPU slice",
+    "jlrm train --config configs/judgelrm_7b_lora.yaml": "a 7B model on a TPU slice",
     "jlrm prepare --engine beam": "runs on Dataflow (preparation/test_engines.py runs it here)",
     "bash launch/peers.sh": "installs gigabytes",
     "jlrm plan": "compiles for minutes, with libtpu",

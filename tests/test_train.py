@@ -34,7 +34,8 @@ from jlrm.training import heldout as heldout_module
 from jlrm.training import same_run, update
 from jlrm.training.scoring import judge_responses
 from jlrm.weights import hf, hf_config, reading
-from jlrm.weights.steps import find, read_meta, saved_steps
+from jlrm.weights.source import read_params
+from jlrm.weights.steps import find, read_digests, read_meta, saved_steps
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -226,6 +227,67 @@ def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path
     assert any(row.get("reward_std", 0) > 0.1 for row in read_metrics(tmp_path / "whole"))
     assert_same_record(tmp_path / "whole", tmp_path / "broken")
     assert_equal_trees(final_params(tmp_path / "whole"), final_params(tmp_path / "broken"))
+
+
+LORA = ["lora.rank=3", "sft.optimizer.learning_rate=1e-2", "grpo.optimizer.learning_rate=1e-2"]
+
+
+def test_a_run_of_adapters_goes_on_bit_for_bit_and_is_read_merged(tmp_path, data, warm):
+    options = [*warm, *LORA, "sft.steps=2", "grpo.loss.kl_weight=0.1"]
+    run(tmp_path / "whole", data, *options)
+    run(tmp_path / "broken", data, *options, "grpo.steps=2")
+    run(tmp_path / "broken", data, *options, "grpo.steps=4")
+    assert_same_record(tmp_path / "whole", tmp_path / "broken")
+    (saved,) = {
+        frozenset(str(k) for k, _ in jax.tree_util.tree_leaves_with_path(tree))
+        for tree in (saved_params(tmp_path / "whole"), saved_params(tmp_path / "broken"))
+    }
+    assert saved and all("_lora_" in name for name in saved), "the base is saved too"
+    assert_equal_trees(saved_params(tmp_path / "whole"), saved_params(tmp_path / "broken"))
+    rows = [row for row in steps(tmp_path / "whole") if row["stage"] == "grpo"]
+    assert abs(rows[0]["kl"]) < 1e-6 < rows[-1]["kl"]  # against what GRPO began from
+
+    model = hf_config.read_config(tmp_path / "whole/model", compute_dtype="float32")
+    layout = training_layout(mesh_of(1, 1, 1))
+    found = read_params(str(tmp_path / "whole"), model, layout)
+    base = read_params(str(pathlib.Path(warm[0].partition("=")[2])), model, layout)
+    adapters = saved_params(tmp_path / "whole")["layers"]["mlp"]
+    moved = np.einsum("Liu,Lou->Lio", adapters["gate_lora_a"], adapters["gate_lora_b"])
+    wanted = np.asarray(base["layers"]["mlp"]["gate"]) + 32 / 3 * moved
+    np.testing.assert_allclose(found["layers"]["mlp"]["gate"], wanted, atol=1e-5)
+    np.testing.assert_array_equal(found["embed"], base["embed"])
+    # A run goes on from the merged weights, with adapters of its own.
+    start = [f"model.path={tmp_path / 'whole'}", *warm[1:], *LORA, "grpo.steps=1"]
+    run(tmp_path / "next", data, *start)
+
+
+def test_adapters_beneath_which_the_base_has_changed_are_refused(tmp_path, data):
+    run(tmp_path / "first", data, "sft.steps=1", "grpo.steps=0")
+    export.export_to_hf(str(tmp_path / "first"), tmp_path / "hf", "float32")
+    start = [f"model.path={tmp_path / 'hf'}", "model.preset=", "model.tokenizer=", *LORA]
+    run(tmp_path / "r", data, *start, "sft.steps=1", "grpo.steps=0")
+    config = hf_config.read_config(tmp_path / "r/model")
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UsageError, match=r"holds adapters of model.path=.*Bring them back"):
+        read_params(str(tmp_path / "r"), config, training_layout(mesh_of(1, 1, 1)))
+    with pytest.raises(UsageError, match=r"base \(the weights of model.path\)"):
+        run(tmp_path / "r", data, *start, "sft.steps=2", "grpo.steps=0")
+
+
+def saved_params(run_dir: pathlib.Path):
+    step = find(str(run_dir))
+    names = read_digests(step)["params"]
+    tree: dict = {}
+    for name in names:
+        *path, last = name.removeprefix("params.").split(".")
+        leaf = tree
+        for part in path:
+            leaf = leaf.setdefault(part, {})
+        leaf[last] = reading.read_tensor(step, ".".join([*path, last]), None)
+    return tree
 
 
 def test_eight_devices_learn_what_one_does(tmp_path, data, warm):

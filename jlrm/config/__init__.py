@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from jlrm.config.sections import (
     DataConfig,
+    LoRAConfig,
     MeshConfig,
     ModelSource,
     RewardConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "GRPOConfig",
+    "LoRAConfig",
     "LossConfig",
     "MeshConfig",
     "ModelSource",
@@ -61,6 +63,7 @@ class Config:
     run: RunConfig
     data: DataConfig
     model: ModelSource = field(default_factory=ModelSource)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -109,6 +112,16 @@ def _check(config: Config) -> None:
     if not stages_of(config):
         listed = ", ".join(f"{name}.steps" for name in stage_titles())
         raise UsageError(f"Nothing to train: of {listed} none is above 0.")
+    if config.model.adapter and not config.model.path:
+        raise UsageError("model.adapter moves existing weights: set model.path to its base model.")
+    if config.lora.rank and not config.lora.targets:
+        raise UsageError("lora.targets is empty: name the matrices that have an adapter.")
+    if config.lora.base != "stored" and not config.lora.rank:
+        raise UsageError(
+            f"lora.base={config.lora.base} quantises what is frozen, and lora.rank=0 trains all."
+        )
+    if config.sampling.weights == "unmerged" and not config.lora.rank:
+        raise UsageError("sampling.weights=unmerged is of adapters, and lora.rank=0 has none.")
     _check_sampling(config)
     _check_sft(config.sft, config.data)
     _check_dpo(config.dpo)
@@ -153,11 +166,40 @@ def _check_sampling(config: Config) -> None:
             "sampling.weights=int8 samples from another policy than the trained one. The loss must "
             "correct for it: set grpo.loss.importance_cap, e.g. 2.0."
         )
+    if sampling.exact:
+        _check_exact(config)
     for text, count in sampling.stop_strings.items():
         if not text or count < 1:
             raise UsageError(
                 f"sampling.stop_strings: {text!r}: {count} needs a text and a count of at least 1."
             )
+
+
+def _check_exact(config: Config) -> None:
+    """Refuse what has been measured to differ in bits, or has not been measured."""
+    sampling, compute_dtype = config.sampling, config.model.compute_dtype
+    if not config.grpo.steps:
+        raise UsageError(
+            "sampling.exact=true is about GRPO, which alone learns from log-probabilities of the "
+            "sampler. Set grpo.steps, or leave it out."
+        )
+    if config.lora.rank:
+        raise UsageError(
+            "sampling.exact=true does not hold with adapters, which are merged to sample. Set "
+            "lora.rank=0, or leave it out."
+        )
+    wanted = {"top_k": 0, "top_p": 1.0, "slots": 0, "weights": "full"}
+    for name, value in wanted.items():
+        if getattr(sampling, name) != value:
+            raise UsageError(
+                f"sampling.exact=true does not hold with sampling.{name}="
+                f"{getattr(sampling, name)}. Set sampling.{name}={value}."
+            )
+    if compute_dtype != "bfloat16":
+        raise UsageError(
+            f"sampling.exact=true holds in bfloat16, not in {compute_dtype}, where the gap is some "
+            "1e-6 without it. Set model.compute_dtype=bfloat16, or leave it out."
+        )
 
 
 def _check_sft(sft: SFTConfig, data: DataConfig) -> None:

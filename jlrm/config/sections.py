@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jlrm.config.values import Count, Metric, NonNegative, Part, Positive, Seed
+from jlrm.config.values import Count, Metric, NonNegative, Part, Positive, Seed, Target
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,34 @@ class RunConfig:
 class ModelSource:
     # Weights to begin with: Hugging Face directory or hub id, or an earlier run as DIR[@STEP].
     path: str = ""
+    # Directory of a PEFT adapter of `path` (LoRA or DoRA) to go on from; with lora.rank=0: merged.
+    adapter: str = ""
     preset: str = ""  # random weights of this named shape (weights/presets.py), instead of `path`
     # Hugging Face directory or hub id; empty: the one beside `path`; "toy": generated.
     tokenizer: str = ""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # precision of the trained weights
+    # Precision of the trained weights; those frozen beneath adapters keep that of their files.
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Precision of matrix products, activations and KV cache.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass computes again instead of keeping it: "full" needs least memory.
     remat: Literal["none", "dots", "full"] = "full"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Adapters, which are trained instead of the model's own weights (model/lora.py)."""
+
+    rank: Count = 0  # of every adapter; 0: none, all weights are trained
+    alpha: NonNegative = 32.0  # what an adapter adds is multiplied by alpha / rank
+    rank_stabilised: bool = False  # by alpha / sqrt(rank) instead (rsLoRA, arXiv 2312.03732)
+    # Matrices of the layers that have an adapter.
+    targets: list[Target] = field(
+        default_factory=lambda: ["q", "k", "v", "o", "gate", "up", "down"]
+    )
+    # How the frozen matrices of the layers are stored: as their files have them, or quantised in
+    # blocks of 64, to 8 bits or to the 4 of NormalFloat (model/quantised.py).
+    base: Literal["stored", "int8", "nf4"] = "stored"
+    magnitude: bool = False  # the length of each output's weights is trained too (DoRA)
 
 
 @dataclass(frozen=True)
@@ -99,10 +119,14 @@ class SamplingConfig:
     top_k: Count = 0  # sample from this many likeliest tokens; 0: off
     top_p: float = 1.0  # sample from the likeliest tokens of this total probability; 1: off
     # Weights that rollouts are drawn with; "int8" halves what a step reads. The sampler is then
-    # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised.
-    weights: Literal["full", "int8"] = "full"
+    # another policy, so grpo.loss.importance_cap is needed. Evaluation is never quantised. Adapters
+    # are merged, or stay beside their matrices ("unmerged"), where nothing is rounded anew.
+    weights: Literal["full", "int8", "unmerged"] = "full"
     # Rollouts of a prompt that run at once; the next begins when one ends. 0: all of them.
     slots: Count = 0
+    # Sampler and trainer compute in one order, so that log-probabilities of both have the same
+    # bits (runtime/exact.py). On one CPU device, in bfloat16, and without top_k and top_p.
+    exact: bool = False
     # Text: the number of the occurrence that ends a completion. They count from the end of the
     # reasoning, `</think>`: what is drafted or quoted before it ends nothing. With
     # data.judging=single, `</answer>` is taken to occur once.

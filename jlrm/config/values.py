@@ -14,6 +14,7 @@ NonNegative = Annotated[float, 0.0]
 MOST = 2**31 - 1  # counts become int32 on the devices
 Metric = Literal["agreement", "f1", "parse_rate", "swap_consistency", "reward"]
 Part = Literal["base", "model", "train", "heldout", "plugins"]  # of a run: training/same_run.py
+Target = Literal["q", "k", "v", "o", "gate", "up", "down"]  # matrices of a layer: model/qwen.py
 Seed = Annotated[int, 0, 2**32 - 1]  # random keys hold 32 bits: a larger seed would repeat another
 
 

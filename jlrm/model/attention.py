@@ -14,6 +14,7 @@ the visible blocks in plain XLA (this file). Neither holds an array of T x T. On
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jlrm.model.visibility import BLOCK, Packing, scaled, visible_blocks
+from jlrm.runtime import exact
 
 # Finite: with -inf a query that has seen no key yet would compute exp(-inf + inf), which is NaN.
 MASKED = -1e30
@@ -59,6 +61,19 @@ def attend_packed(
     return _blockwise(q, k, v, packing)
 
 
+def attend_exactly(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    packing: Packing,
+) -> Float[Array, "B T N H"]:
+    """Return the same in bits that cached attention gives too (exact.py).
+
+    Each segment must begin at a multiple of `TILE`.
+    """
+    return _blockwise(q, k, v, packing, True)
+
+
 class _QueryBlocks(NamedTuple):
     """All blocks of queries, row by row along the leading axis, and the blocks that they see."""
 
@@ -70,17 +85,39 @@ class _QueryBlocks(NamedTuple):
     num_visible: Int[Array, ""]
 
 
-@jax.custom_vjp
-def _blockwise(q: Array, k: Array, v: Array, packing: Packing) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(q: Array, k: Array, v: Array, packing: Packing, is_exact: bool = False) -> Array:
     """Attend block by block with a running softmax (FlashAttention, arXiv:2205.14135)."""
     # A VJP of its own, since the number of visible blocks is data: JAX has no reverse mode for
     # loops of unknown length.
-    return _blockwise_forward(q, k, v, packing)[0]
+    return _blockwise_forward(q, k, v, packing, is_exact)[0]
 
 
-def _blockwise_forward(q: Array, k: Array, v: Array, packing: Packing) -> tuple[Array, Any]:
+def _blockwise_forward(
+    q: Array, k: Array, v: Array, packing: Packing, is_exact: bool
+) -> tuple[Array, Any]:
     """Return the output, and what the backward pass needs (Algorithm 1 of FlashAttention)."""
-    blocks, queries = _query_blocks(packing), _fold(scaled(q), k.shape[1])
+    blocks, queries = _query_blocks(packing), _fold(scaled(q, is_exact), k.shape[1])
+
+    def exact_block(_: None, xs: tuple[Array, _QueryBlocks]) -> tuple[None, tuple[Array, Array]]:
+        queries, block = xs
+
+        def highest_of(n: Array, highest: Array) -> Array:
+            scores = _scores(queries, k, packing, block, block.key_blocks[n])
+            return jnp.maximum(highest, scores.max(-1))
+
+        total, weighted = (jnp.zeros(shape) for shape in (queries.shape[:2], queries.shape))
+        # In a pass before, so that the sums are never rescaled on the way.
+        highest = lax.fori_loop(0, block.num_visible, highest_of, jnp.full_like(total, MASKED))
+
+        def key_block(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            index = block.key_blocks[n]
+            scores = _scores(queries, k, packing, block, index)
+            values = _key_block(v, block.row, index)
+            return add_block(scores - highest[..., None], values, "KQS,KSH->KQH", *carry)
+
+        total, weighted = lax.fori_loop(0, block.num_visible, key_block, (total, weighted))
+        return None, _finished(highest, total, weighted, q.dtype)
 
     def query_block(_: None, xs: tuple[Array, _QueryBlocks]) -> tuple[None, tuple[Array, Array]]:
         queries, block = xs
@@ -106,20 +143,40 @@ def _blockwise_forward(q: Array, k: Array, v: Array, packing: Packing) -> tuple[
         highest, total, weighted = lax.fori_loop(
             0, block.num_visible, key_block, (jnp.full_like(total, MASKED), total, weighted)
         )
-        # Real scores lie far above MASKED / 2. Padding queries have seen nothing and give 0.
-        has_seen = highest > MASKED / 2
-        total = jnp.where(has_seen, total, 1.0)
-        out = jnp.where(has_seen[..., None], weighted / total[..., None], 0.0)
-        # With 0 here, the backward pass computes weights exp(MASKED - 0) = 0 for such a query.
-        return None, (out.astype(q.dtype), jnp.where(has_seen, highest + jnp.log(total), 0.0))
+        return None, _finished(highest, total, weighted, q.dtype)
 
-    _, (out, logsumexp) = lax.scan(query_block, None, (queries, blocks))
+    body = exact_block if is_exact else query_block
+    _, (out, logsumexp) = lax.scan(body, None, (queries, blocks))
     out = _unfold(out, q)
     # One number a query instead of its weights: the backward pass recomputes those from it.
     return out, (queries, k, v, packing, blocks, out, logsumexp)
 
 
-def _blockwise_backward(residuals: Any, d_out: Array) -> tuple[Array, Array, Array, None]:
+def add_block(
+    scores: Float[Array, "*batch S"],
+    values: Float[Array, "..."],
+    formula: str,
+    total: Float[Array, " *batch"],
+    weighted: Float[Array, "*batch H"],
+) -> tuple[Float[Array, " *batch"], Float[Array, "*batch H"]]:
+    """Add a block of keys to the sums of a softmax; `scores` are less the highest of all."""
+    weights = exact.rounded(jnp.exp(scores), values.dtype)
+    return total + exact.total_last(weights), weighted + _dot(formula, weights, values)
+
+
+def _finished(highest: Array, total: Array, weighted: Array, dtype: Any) -> tuple[Array, Array]:
+    """Return the output of queries, and the logarithm of their sums of weights."""
+    # Real scores lie far above MASKED / 2. Padding queries have seen nothing and give 0.
+    has_seen = highest > MASKED / 2
+    total = jnp.where(has_seen, total, 1.0)
+    out = jnp.where(has_seen[..., None], weighted / total[..., None], 0.0)
+    # With 0 here, the backward pass computes weights exp(MASKED - 0) = 0 for such a query.
+    return exact.rounded(out, dtype), jnp.where(has_seen, highest + jnp.log(total), 0.0)
+
+
+def _blockwise_backward(
+    is_exact: bool, residuals: Any, d_out: Array
+) -> tuple[Array, Array, Array, None]:
     """Return the gradients by q, k and v (Algorithm 4 of FlashAttention)."""
     queries, k, v, packing, blocks, out, logsumexp = residuals
     # The softmax subtracts the mean of d_weights under the weights, which is sum(d_out * out).

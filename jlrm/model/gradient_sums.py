@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from jlrm.model.lora import join
 from jlrm.runtime.mesh import AXES
 
 # layer(weights of one layer, x "B T D", context) -> x "B T D"
@@ -29,33 +30,38 @@ Layer = Callable[[Any, Array, Any], Array]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def run(
-    layer: Layer, stack: Any, sums: Any, x: Float[Array, "B T D"], context: Any
+    layer: Layer, stack: Any, frozen: Any, sums: Any, x: Float[Array, "B T D"], context: Any
 ) -> Float[Array, "B T D"]:
     """Run layers whose weights are stacked; the backward pass computes each of them again.
 
     Args:
       layer: must not close over traced arrays.
+      stack, frozen: the weights that are trained, and those that have no gradient.
       sums: as `spread` puts them, as one device sees them: a leading axis of size 1.
       context: has no gradient.
     """
-    x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x, context), None), x, stack)
+    whole = join(frozen, stack)
+    x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x, context), None), x, whole)
     return x
 
 
-def _forward(layer: Layer, stack: Any, sums: Any, x: Array, context: Any) -> tuple[Array, Any]:
-    out, inputs = jax.lax.scan(lambda x, weights: (layer(weights, x, context), x), x, stack)
-    return out, (stack, sums, inputs, context)
+def _forward(
+    layer: Layer, stack: Any, frozen: Any, sums: Any, x: Array, context: Any
+) -> tuple[Array, Any]:
+    whole = join(frozen, stack)
+    out, inputs = jax.lax.scan(lambda x, weights: (layer(weights, x, context), x), x, whole)
+    return out, (stack, frozen, sums, inputs, context)
 
 
-def _backward(layer: Layer, kept: Any, gradient: Array) -> tuple[None, Any, Array, None]:
-    stack, sums, inputs, context = kept
+def _backward(layer: Layer, kept: Any, gradient: Array) -> tuple[None, None, Any, Array, None]:
+    stack, frozen, sums, inputs, context = kept
     last = inputs.shape[0] - 1
 
     def step(i: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         gradient, sums = carry
         take = partial(jax.lax.dynamic_index_in_dim, index=last - i, keepdims=False)
-        weights, x = jax.tree.map(take, (stack, inputs))
-        _, pull = jax.vjp(lambda weights, x: layer(weights, x, context), weights, x)
+        weights, fixed, x = jax.tree.map(take, (stack, frozen, inputs))
+        _, pull = jax.vjp(lambda weights, x: layer(join(fixed, weights), x, context), weights, x)
         of_weights, gradient = pull(gradient)
         sums = jax.tree.map(
             lambda total, one: total.at[0, last - i].add(one.astype(total.dtype)), sums, of_weights
@@ -63,7 +69,7 @@ def _backward(layer: Layer, kept: Any, gradient: Array) -> tuple[None, Any, Arra
         return gradient, sums
 
     gradient, sums = jax.lax.fori_loop(0, last + 1, step, (gradient, sums))
-    return None, sums, gradient, None
+    return None, None, sums, gradient, None
 
 
 run.defvjp(_forward, _backward)

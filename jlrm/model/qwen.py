@@ -13,6 +13,7 @@ everything else. Letters as in runtime/mesh.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,11 +27,14 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlrm.model import gradient_sums
-from jlrm.model.attention import attend_packed
+from jlrm.model import gradient_sums, lora
+from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
+from jlrm.model.lora import LoRA
+from jlrm.model.quantised import Blocks, quantise_layers, quantise_letters, widen_all
 from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import LOCAL, Layout, Local
 
 Params = dict[str, Any]
@@ -62,6 +66,8 @@ class QwenConfig:
     param_dtype: str = field(default="float32", kw_only=True)
     compute_dtype: str = field(default="bfloat16", kw_only=True)
     remat: str = field(default="full", kw_only=True)
+    lora: LoRA | None = field(default=None, kw_only=True)  # None: all parameters are trained
+    exact: bool = field(default=False, kw_only=True)  # every program rounds alike (exact.py)
 
 
 class RMSNorm(nn.Module):
@@ -75,9 +81,13 @@ class RMSNorm(nn.Module):
         init = _lettered(nn.initializers.ones, self.letter)
         scale = self.param("scale", init, x.shape[-1:], jnp.dtype(self.config.param_dtype))
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        if self.config.exact:
+            variance = exact.mean_last(exact.apart(jnp.square(wide)))[..., None]
+        else:
+            variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(variance + self.config.rms_norm_eps)
-        return (normed * _last_axis(scale.astype(jnp.float32), x)).astype(x.dtype)
+        normed = normed * _last_axis(scale.astype(jnp.float32), x)
+        return exact.rounded(normed, x.dtype) if self.config.exact else normed.astype(x.dtype)
 
 
 class Attention(nn.Module):
@@ -98,21 +108,29 @@ class Attention(nn.Module):
         if config.qk_norm:
             q = RMSNorm(config, "H", name="q_norm")(q)
             k = RMSNorm(config, "H", name="k_norm")(k)
-        q = shard(rotate(q, rope), "A T N H")
-        k = shard(rotate(k, rope).swapaxes(1, 2), "A K T H")
+        q = shard(rotate(q, rope, config.exact), "A T N H")
+        k = shard(rotate(k, rope, config.exact).swapaxes(1, 2), "A K T H")
         v = shard(v.swapaxes(1, 2), "A K T H")
         out, extra = self.attend(self.layout, q, k, v, context)
-        kernel = self._weight("o", ("N", "H", "D"), (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
-        return sum_heads(self.layout, out, kernel), extra
+        letters = "N", "H", "D"
+        kernel = self._weight("o", letters, (*out.shape[-2:], x.shape[-1]), fan_in=(0, 1))
+        if config.exact:
+            return exact.product("BTNH,NHD->BTD", out, kernel), extra
+        summed = sum_heads(self.layout, out, kernel)
+        return lora.add(self, "o", letters, out, kernel, summed), extra
 
     def _project(self, x: Array, name: str, heads: str, num_heads: int) -> Array:
         config = self.config
         shape = (x.shape[-1], num_heads, config.head_dim)
-        out = jnp.einsum("BTD,DNH->BTNH", x, self._weight(name, ("D", heads, "H"), shape))
+        letters = "D", heads, "H"
+        kernel = self._weight(name, letters, shape)
+        product = exact.product if config.exact else jnp.einsum
+        out = product("BTD,DNH->BTNH", x, kernel)
+        out = lora.add(self, name, letters, x, kernel, out)
         if config.qkv_bias:
             init = _lettered(nn.initializers.zeros, heads, "H")
             bias = self.param(f"{name}_bias", init, shape[1:], jnp.dtype(config.param_dtype))
-            out = out + bias.astype(out.dtype)[None, None]
+            out = _add(config, out, bias.astype(out.dtype)[None, None])
         return out
 
     def _weight(
@@ -135,17 +153,30 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        config = self.config
-        width, inner = x.shape[-1], config.intermediate_size
-        dtypes = jnp.dtype(config.param_dtype), config.compute_dtype
-        into = _lettered(_fan_in_normal((0,)), "D", "F")
-        out_of = _lettered(_fan_in_normal((0,)), "F", "D")
-        gate = self.param("gate", into, (width, inner), dtypes[0]).astype(dtypes[1])
-        up = self.param("up", into, (width, inner), dtypes[0]).astype(dtypes[1])
-        down = self.param("down", out_of, (inner, width), dtypes[0]).astype(dtypes[1])
+        width, inner = x.shape[-1], self.config.intermediate_size
+        if self.config.exact:
+            return self._exactly(x, width, inner)
         x = self.layout.shard(x, "M T D")
-        hidden = self.layout.shard(jax.nn.silu(x @ gate) * (x @ up), "M T F")
-        return self.layout.shard(hidden @ down, "B T D")
+        gate, up = self._times(x, "gate", "D", "F", inner), self._times(x, "up", "D", "F", inner)
+        hidden = self.layout.shard(jax.nn.silu(gate) * up, "M T F")
+        return self.layout.shard(self._times(hidden, "down", "F", "D", width), "B T D")
+
+    def _times(self, x: Array, name: str, inputs: str, outputs: str, size: int) -> Array:
+        kernel = self._kernel(name, inputs, outputs, (x.shape[-1], size))
+        return lora.add(self, name, (inputs, outputs), x, kernel, x @ kernel)
+
+    def _kernel(self, name: str, inputs: str, outputs: str, shape: tuple[int, int]) -> Array:
+        init = _lettered(_fan_in_normal((0,)), inputs, outputs)
+        value = self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+        return value.astype(self.config.compute_dtype)
+
+    def _exactly(self, x: Float[Array, "B T D"], width: int, inner: int) -> Float[Array, "B T D"]:
+        """Compute the same, rounded alike in every program (exact.py)."""
+        kernels = (self._kernel(name, "D", "F", (width, inner)) for name in ("gate", "up"))
+        gate, up = (exact.product("BTD,DF->BTF", x, kernel) for kernel in kernels)
+        wide = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        down = self._kernel("down", "F", "D", (inner, width))
+        return exact.product("BTF,FD->BTD", exact.rounded(wide, x.dtype), down)
 
 
 class Block(nn.Module):
@@ -162,9 +193,9 @@ class Block(nn.Module):
         normed = RMSNorm(self.config, "D", name="attn_norm")(x)
         attention = Attention(self.config, self.layout, self.attend, name="attn")
         attended, extra = attention(normed, rope, context)
-        x = self.layout.shard(x + attended, "B T D")
+        x = self.layout.shard(_add(self.config, x, attended), "B T D")
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
-        return x + MLP(self.config, self.layout, name="mlp")(normed), extra
+        return _add(self.config, x, MLP(self.config, self.layout, name="mlp")(normed)), extra
 
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
@@ -179,8 +210,12 @@ def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     )
 
 
-def param_letters(config: QwenConfig) -> Any:
-    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s."""
+def param_letters(config: QwenConfig, base: str = "") -> Any:
+    """Return the letters of every parameter's dimensions, as a tree of `PartitionSpec`s.
+
+    base: as of `LoRA`, if it is not as in the config.
+    """
+    base = base or (config.lora.base if config.lora else "stored")
     layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
     outer = {"embed": PartitionSpec("V", "D")}
     if config.num_labels:
@@ -188,7 +223,8 @@ def param_letters(config: QwenConfig) -> Any:
     elif not config.tie_word_embeddings:
         outer["head"] = PartitionSpec("V", "D")
     layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
-    return {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    whole = {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
+    return quantise_letters(whole, base)
 
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:
@@ -202,6 +238,13 @@ def init_program(config: QwenConfig, layout: Layout) -> Any:
     return jax.jit(partial(_init, config), out_shardings=shardings)
 
 
+def adapters_program(config: QwenConfig, layout: Layout) -> Any:
+    """Return the jitted program key, frozen parameters -> adapters that change nothing yet."""
+    adapters, _ = lora.split(config.lora, abstract_params(config, layout))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, adapters)
+    return jax.jit(partial(_init_adapters, config), out_shardings=shardings)
+
+
 def hidden_states(
     config: QwenConfig,
     layout: Layout,
@@ -213,23 +256,27 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Return final hidden states of packed rows; T is a multiple of `visibility.BLOCK`.
 
+    Without adapters in `params` the states are those of the frozen model.
+
     The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
 
-    With `sums` the gradients of the layers are added to these (gradient_sums.py), and the layers
-    are computed anew in the backward pass, as with `remat` "full".
+    With `sums` the gradients of what is trained of the layers are added to these
+    (gradient_sums.py), and the layers are computed anew in the backward pass, as with `remat`
+    "full".
 
     What each device does is written out here, not left to the compiler. A device runs its own rows,
     and gathers the weights of one layer at a time, axis by axis. The gradient of such a gather is a
     reduce-scatter along each axis. Left to itself, the compiler sums whole gradients on every
     device of slices such as v5e 4x4 (7B on v5e-16: 99 GiB of all-reduce in an update, compiled).
     """
-    letters = param_letters(config)
-    names = {name for name in params if name not in ("head", "score")}
-    attend = partial(_attend_packed, layout.platform)
+    params = {name: tree for name, tree in params.items() if name not in ("head", "score")}
+    letters = lora.of_paths(param_letters(config), params)
+    attend = partial(_attend_packed, config.exact, layout.platform)
     block = Block(config, LOCAL, attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
-        x, _ = apply(block, gather(layout, weights, letters["layers"]), x, *context)
+        weights = gather(layout, weights, letters["layers"])
+        x, _ = apply(block, to_compute_dtype(config, widen_all(weights)), x, *context)
         return x
 
     def run(
@@ -244,28 +291,35 @@ def hidden_states(
         if sums is None:
             x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
         else:
-            x = gradient_sums.run(one_layer, params["layers"], sums, x, (angles_, packing))
+            trained, frozen = lora.split(config.lora, params["layers"])
+            x = gradient_sums.run(one_layer, trained, frozen, sums, x, (angles_, packing))
         norm = gather(layout, params["final_norm"], letters["final_norm"])
         return apply(RMSNorm(config, "D"), norm, x)
 
     cells, rows = layout.activation("B -").spec, layout.activation("B").spec
     packed: Any = Packing(cells, cells, rows)  # pyright: ignore[reportArgumentType]
-    weights = {name: jax.tree.map(lambda x: layout.param(x).spec, letters[name]) for name in names}
-    spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, letters["layers"])
+    weights = jax.tree.map(lambda x: layout.param(x).spec, letters)
+    summed, _ = lora.split(config.lora, letters["layers"])
+    spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, summed)
     return jax.shard_map(
         run,
         mesh=layout.mesh,
         in_specs=(weights, cells, cells, packed, None if sums is None else spread),
         out_specs=layout.activation("B - -").spec,
         check_vma=False,  # the TPU kernels do not say over which axes their results vary
-    )({name: params[name] for name in names}, tokens, positions, packing, sums)
+    )(params, tokens, positions, packing, sums)
 
 
 def to_compute_dtype(config: QwenConfig, params: Params) -> Params:
-    """Cast weights to the dtype they are used in; norm scales are used in float32 and stay so."""
+    """Cast weights to the dtype they are used in.
+
+    Norm scales and DoRA's lengths are used in float32 and stay so; quantised matrices stay narrow
+    until they run.
+    """
 
     def cast(path: Any, x: Array) -> Array:
-        return x if path[-1] == "scale" else x.astype(config.compute_dtype)
+        is_kept = path[-1].endswith(("scale", lora.LENGTH)) or isinstance(x, Blocks)
+        return x if is_kept else x.astype(config.compute_dtype)
 
     return dict(flax.traverse_util.path_aware_map(cast, params))
 
@@ -304,9 +358,18 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def _attend_packed(
-    platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
+    is_exact: bool, platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
 ) -> tuple[Array, None]:
+    if is_exact:
+        return attend_exactly(q, k, v, packing), None
     return attend_packed(q, k, v, packing, platform), None
+
+
+def _add(config: QwenConfig, x: Array, y: Array) -> Array:
+    """Add in compute precision."""
+    if not config.exact:
+        return x + y
+    return exact.rounded(x.astype(jnp.float32) + y.astype(jnp.float32), x.dtype)
 
 
 def _last_axis(vector: Array, like: Array) -> Array:
@@ -316,6 +379,10 @@ def _last_axis(vector: Array, like: Array) -> Array:
 
 def _init(config: QwenConfig, key: Array) -> Params:
     """Return random parameters; those of the layers are stacked on a leading axis."""
+    if config.lora is not None:
+        base = _init(dataclasses.replace(config, lora=None), key)
+        base = quantise_layers(base, config.lora.base)
+        return lora.join(base, _init_adapters(config, key, base))
     table_key, head_key, layers_key = jax.random.split(key, 3)
     shape, dtype = (config.vocab_size, config.hidden_size), jnp.dtype(config.param_dtype)
     layer_keys = jax.random.split(layers_key, config.num_hidden_layers)
@@ -329,6 +396,13 @@ def _init(config: QwenConfig, key: Array) -> Params:
     elif not config.tie_word_embeddings:
         params["head"] = _fan_in_normal((1,))(head_key, shape, dtype)
     return params
+
+
+def _init_adapters(config: QwenConfig, key: Array, base: Params) -> Params:
+    keys = jax.random.split(jax.random.fold_in(key, 1), config.num_hidden_layers)
+    layers = jax.vmap(lambda key: nn.unbox(_init_layer(config, key)))(keys)
+    adapters, _ = lora.split(config.lora, layers)
+    return {"layers": lora.with_lengths(adapters, base["layers"])}
 
 
 def _init_layer(config: QwenConfig, key: Array) -> Any:

@@ -12,6 +12,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jlrm.runtime import exact
+
 Rope = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]  # cosine and sine, H2 = H/2
 
 
@@ -84,9 +86,18 @@ def angles(
     return jnp.cos(turned) * scale, jnp.sin(turned) * scale
 
 
-def rotate(x: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
+def rotate(
+    x: Float[Array, "B T N H"], rope: Rope, is_exact: bool = False
+) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + H/2) of every head by their angles, paired as Hugging Face does."""
     cos, sin = (angle[:, :, None, :] for angle in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    if is_exact:
+        products = (
+            exact.apart(x * y)
+            for x, y in ((first, cos), (second, sin), (second, cos), (first, sin))
+        )
+        a, b, c, d = products
+        return exact.rounded(jnp.concatenate([a - b, c + d], axis=-1), x.dtype)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlrm.runtime import exact
+
 # A packed row is a whole number of blocks. A TPU register has 128 lanes.
 BLOCK = 128
 
@@ -77,6 +79,7 @@ def visible_blocks(
     return shares_group & (key <= last_query) & (is_prompt | (key + key_block > own_start))
 
 
-def scaled(q: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+def scaled(q: Float[Array, "B T N H"], is_exact: bool = False) -> Float[Array, "B T N H"]:
     """Scale queries by 1/sqrt(H), in float32: for H = 128 it is no bfloat16 number."""
-    return (q.astype(jnp.float32) * q.shape[3] ** -0.5).astype(q.dtype)
+    wide = q.astype(jnp.float32) * q.shape[3] ** -0.5
+    return exact.rounded(wide, q.dtype) if is_exact else wide.astype(q.dtype)

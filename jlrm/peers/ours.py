@@ -43,6 +43,7 @@ class Learner:
         config = settings(work)
         model = source.read_model(config)
         network = Network(model, create_mesh(config.mesh, jax.devices()[:1]), 0, ())
+        self.network = network
         self.training = network.training
         self.programs = grpo_programs(config, network, work.prompt_tokens)
         stops = stop_tables({}, [], model.vocab_size)
@@ -59,7 +60,7 @@ class Learner:
 
     def draw(self, number: int) -> Rollout:
         """Lay the weights out, generate all completions and fetch them."""
-        weights = self.programs.lay_out(self.state.params)
+        weights = self.programs.lay_out(self.state.weights)
         prompts = self.work.prompts
         begun = self.generate(weights, prompts, np.arange(len(prompts)), number)
         return fetch(begun, len(prompts))
@@ -75,7 +76,7 @@ class Learner:
     def pack(self, completions: np.ndarray, known: Known) -> Minibatch:
         """Pack completions and send them to the device."""
         sizes, groups = self.programs.sizes, self.groups(completions)
-        return pack_minibatch(self.training, sizes, groups, known, "sequence_mean")
+        return pack_minibatch(self.network, sizes, groups, known, "sequence_mean")
 
     def pack_batch(self) -> Minibatch:
         """Pack the batch of the workload."""
@@ -122,7 +123,7 @@ def check(work: Any) -> tuple[np.ndarray, float]:
     run, completions = Learner(work), work.batch["completion_ids"]
     part = run.pack_batch()
     packed = packing.pack(run.groups(completions), run.programs.sizes, 1)
-    found = host_array(run.programs.logprobs(run.state.params, part.rows)[0])
+    found = host_array(run.programs.logprobs(run.state.weights, part.rows)[0])
     logps = np.zeros(completions.shape, np.float32)
     where = packed.is_target
     logps[packed.completion[where], packed.offset[where]] = found[where]

@@ -141,6 +141,8 @@ def update_costs(config: QwenConfig, batch: BatchSizes, moment_bytes: int) -> li
     """
     num_weights = _num_weights(config)
     size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
+    if config.lora is not None:  # frozen weights have no gradient, and adapters are a hundredth
+        return [Cost(2 * batch_flops(config, batch), 2 * size * num_weights)]
     at_rest = np.dtype(jnp.dtype(config.param_dtype)).itemsize + moment_bytes
     return [
         Cost(3 * batch_flops(config, batch), 3 * size * num_weights),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +19,6 @@ from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
-from jlrm.training.calls import abstract_reference
 from jlrm.training.update import TrainState
 
 WEIGHTS, MOMENTS, REFERENCE = "master weights", "optimiser", "reference"
@@ -46,19 +47,22 @@ def total(*parts: Held) -> dict[str, int]:
 
 def state_kinds(state: TrainState) -> dict[str, int]:
     """Return what a training state holds."""
-    return {WEIGHTS: shard_bytes(state.params), MOMENTS: shard_bytes(state.opt_state)}
+    return {WEIGHTS: shard_bytes(state.weights), MOMENTS: shard_bytes(state.opt_state)}
 
 
-def laid_out_bytes(network: Network, is_int8: bool) -> int:
+def laid_out_bytes(network: Network, form: str) -> int:
     """Return what one device holds of the weights laid out for decoding."""
     layout = network.decoding
-    params = qwen.abstract_params(network.model, layout)
+    # Quantised matrices are widened; adapters are merged, or lie beside them.
+    beside = network.model.lora if form == "unmerged" else None
+    beside = beside and dataclasses.replace(beside, base="stored")
+    params = qwen.abstract_params(dataclasses.replace(network.model, lora=beside), layout)
     placed = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        abstract_reference(network),  # in compute precision, as decoding has them
+        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
         params,
     )
-    if not is_int8:
+    if form != "int8":
         return shard_bytes(placed)
     held = shard_bytes({**placed, "layers": {}})
     held += shard_bytes(qwen.head(network.model, placed)) // 2  # a copy of its own

@@ -14,13 +14,14 @@ Shapes are those of the longest batch: every prompt `data.max_prompt_tokens` lon
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from jlrm.config import Config, stages_of
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning.counting import Assumed
 from jlrm.planning.memory import (
@@ -92,7 +93,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
     """Return the programs of a run and its phases."""
     network, longest = bare_network(model, mesh), config.data.max_prompt_tokens
     calls = first_calls(config, network)
-    points = {"load": [Point("init", {}) if calls else _read(network)]}
+    begun = [_read(network)] if config.model.path else []
+    points = {"load": [*begun, *(Point(name, {}) for name in calls)]}
     resident, state = 0, dict[str, int]()
     for stage in stages_of(config):
         own = STAGES[stage].calls(config, network, longest)
@@ -118,8 +120,8 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
 
 def _read(network: Network) -> Point:
     """Return the moment at which weights have been read."""
-    params = qwen.abstract_params(network.model, network.training)
-    return Point("", {WEIGHTS: shard_bytes(params)})
+    model = replace(network.model, lora=None)  # a base is read before it is quantised
+    return Point("", {WEIGHTS: shard_bytes(qwen.abstract_params(model, network.training))})
 
 
 def _points(
@@ -129,7 +131,7 @@ def _points(
     held = _always(kinds)
     init = next(name for name in kinds if name.startswith("init"))
     return {
-        "load": [Point(init, {}), Point("", held)],
+        "load": [Point(init, _rest(held, kinds[init])), Point("", held)],
         stage: [Point(stage, {})],
         "evaluation": [Point("evaluation", held)],
         "checkpoint": [Point("", held)],
@@ -179,14 +181,15 @@ def _grpo_points(
     if "logprobs_reference" in kinds:
         reference = {REFERENCE: kinds["logprobs_reference"][REFERENCE]}
     always = {**held, **reference}
-    laid_out = {LAID_OUT: laid_out_bytes(network, config.sampling.weights == "int8")}
+    laid_out = {LAID_OUT: laid_out_bytes(network, config.sampling.weights)}
     during = _during_rollout(config, network, always, laid_out, batch)
     return {
         "load": [
-            Point("init_optimizer", {}),
+            Point("init_optimizer", _rest(held, kinds["init_optimizer"])),
             Point("", always),
             # A run that goes on reads its first weights once more, for the reference.
-            *([Point("freeze", moments), Point("freeze", held)] if reference else []),
+            *([Point("freeze", {**moments, **_rest(held, kinds["freeze"])})] if reference else []),
+            *([Point("freeze", held)] if reference else []),
         ],
         "rollout": [Point("lay_out", {**moments, **reference}), Point("rollout", during)],
         "logprobs": [*_logprobs(kinds, held, reference, batch), Point("", total(always, batch))],
@@ -204,7 +207,7 @@ def _during_rollout(
     """Return what is there while a rollout runs, with what has been dispatched behind it."""
     during = dict(always)
     if config.grpo.ahead != "none":  # evaluation's weights, or those of a second rollout
-        behind = {LAID_OUT: laid_out_bytes(network, False)}
+        behind = {LAID_OUT: laid_out_bytes(network, "full")}
         during = total(during, max(behind, laid_out, key=lambda kinds: kinds[LAID_OUT]))
     return total(during, batch) if config.grpo.ahead == "stale" else during
 
@@ -212,7 +215,7 @@ def _during_rollout(
 def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Held) -> list[Point]:
     """Return the moments at which log-probabilities are computed, one minibatch at a time."""
     beside = {
-        "logprobs_reference": held,
+        "logprobs_reference": {**held, **_rest(held, kinds.get("logprobs_reference", {}))},
         "logprobs_policy": {MOMENTS: held[MOMENTS], **reference},
     }
     return [
@@ -220,6 +223,11 @@ def _logprobs(kinds: Mapping[str, Held], held: Held, reference: Held, batch: Hel
         for name, others in beside.items()
         if name in kinds
     ]
+
+
+def _rest(held: Held, of_program: Held) -> dict[str, int]:
+    """Return the weights that are there beside those of a program: frozen ones, or trained ones."""
+    return {WEIGHTS: held[WEIGHTS] - of_program.get(WEIGHTS, 0)}
 
 
 def _always(kinds: Mapping[str, Held]) -> dict[str, int]:
@@ -232,18 +240,21 @@ def _kinds(config: Config, network: Network, name: str, call: Call) -> dict[str,
     """Return what the arguments of a program are."""
     first, rest = call.arguments[0], call.arguments[1:]
     if call.weights:
-        laid_out = laid_out_bytes(network, _is_int8(config, call))
+        laid_out = laid_out_bytes(network, _form(config, call))
         return {LAID_OUT: laid_out, BATCH: shard_bytes(call.arguments)}
     if isinstance(first, TrainState):
         return {**state_kinds(first), BATCH: shard_bytes(rest)}
-    if name == "init":  # a random key
-        return {}
-    kinds = {REFERENCE if name.endswith("_reference") else WEIGHTS: shard_bytes(first)}
+    if name in ("init", "init_adapters"):  # a random key, and what lies beneath the adapters
+        return {WEIGHTS: shard_bytes(rest)}
+    kinds = {WEIGHTS: shard_bytes(first)}
+    if name.endswith("_reference"):  # adapters have the policy's own base
+        trained, base = lora.split(network.model.lora, first)
+        kinds = {REFERENCE: shard_bytes(trained), WEIGHTS: shard_bytes(base)}
     return {**kinds, BATCH: shard_bytes(rest)} if rest else kinds
 
 
-def _is_int8(config: Config, call: Call) -> bool:
-    return call.weights == "lay_out" and config.sampling.weights == "int8"
+def _form(config: Config, call: Call) -> str:
+    return config.sampling.weights if call.weights == "lay_out" else "full"
 
 
 def _planned(config: Config, network: Network, name: str, call: Call) -> PlannedProgram:

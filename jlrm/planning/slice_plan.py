@@ -32,7 +32,7 @@ from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.weights import hf, hf_config
-from jlrm.weights.source import read_model
+from jlrm.weights.source import as_trained, read_model
 from jlrm.weights.steps import split
 
 
@@ -157,9 +157,10 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
     except UsageError:
         if not source.path:
             raise
-        numerics = {n: getattr(source, n) for n in ("param_dtype", "compute_dtype", "remat")}
         directory = hf.resolve(source.path, ("config.json",))
-        return hf_config.read_config(directory, **numerics), f"config.json of {source.path}"
+        stored = hf_config.stored_dtype(directory)
+        model = as_trained(config, hf_config.read_config(directory), stored)
+        return model, f"config.json of {source.path}"
     if source.path and not pathlib.Path(split(source.path)[0]).expanduser().exists():
         return model, f"{source.path}, as the built-in shape of that name (nothing is downloaded)"
     return model, source.path or f"preset {source.preset}"

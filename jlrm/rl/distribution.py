@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jlrm.runtime import exact
+
 REMOVED = -1e30  # logit of an id that can't be drawn; finite, so that gradients stay finite
 
 
@@ -25,6 +27,7 @@ class Distribution:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     num_ids: int = 0  # ids from here on exist in the head but not in the tokenizer; 0: all exist
+    exact: bool = False  # sampler and trainer normalise by the same sum, bit for bit
 
 
 def log_distribution(
@@ -99,6 +102,13 @@ class Vocabulary:
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(self.axes) * num_rows, num_rows)
 
 
+def scaled(logits: Float[Array, "*batch v"], distribution: Distribution) -> Array:
+    """Return float32 logits divided by the temperature."""
+    logits = logits.astype(jnp.float32) / (distribution.temperature or 1.0)
+    is_one = distribution.temperature in (0.0, 1.0)
+    return exact.apart(logits) if distribution.exact and not is_one else logits
+
+
 def kept_logits(
     logits: Float[Array, "*batch v"],
     distribution: Distribution,
@@ -106,7 +116,7 @@ def kept_logits(
     vocabulary: Vocabulary,
 ) -> Float[Array, "*batch v"]:
     """Return float32 logits divided by the temperature, REMOVED where an id can't be drawn."""
-    logits = logits.astype(jnp.float32) / (distribution.temperature or 1.0)
+    logits = scaled(logits, distribution)
     ids = vocabulary.ids(logits)
     num_ids = distribution.num_ids or vocabulary.size
     if num_ids < logits.shape[-1] * vocabulary.num_shards:

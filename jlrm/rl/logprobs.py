@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jlrm.rl.distribution import Distribution, Vocabulary, kept_logits
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import AXES, Layout
 
 # Positions in a chunk of one device, over all its rows. With 152k ids they are 148 MiB of logits.
@@ -283,7 +284,8 @@ class _Share:
         # H = log sum(e^x) - sum(x e^x) / sum(e^x): both sums in one exchange between devices.
         total, moment = vocabulary.sum(mass, mass * shifted)
         chosen = vocabulary.value_of(tokens, shifted)
-        log_total = jnp.log(total)
+        is_exact = self.distribution.exact
+        log_total = exact.log_total(mass)[..., None] if is_exact else jnp.log(total)
         logp, entropy = chosen - log_total, log_total - moment / total
         return _ChunkLogits(states, tokens, logits, highest + log_total, logp, entropy)
 

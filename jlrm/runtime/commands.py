@@ -1,10 +1,12 @@
 """How every command ends: the exit code, and one sentence where a user can mend something.
 
 0 done; 1 the run failed; 2 wrong input; 130 Ctrl-C; 143 SIGTERM (a scheduler may start it again).
+Also the flags of pairs, `--columns` and `--values`, that several commands have.
 """
 
 from __future__ import annotations
 
+import argparse
 import concurrent.futures
 import contextlib
 import logging
@@ -19,10 +21,16 @@ from typing import Any, NoReturn, TypeVar
 
 from jlrm.config import RunError, UsageError
 from jlrm.runtime import devices
+from jlrm.runtime.settings import parse_pairs
 
 T = TypeVar("T")
 AT_ONCE = "Stopped at once. What was saved before is whole."
 GRACE = 2.0  # seconds in which a handler may end the process in its own way
+# Flags of pairs: their form, an example and what they are for.
+PAIR_FLAGS = {
+    "columns": ("OURS=THEIRS", "answer_1=response_a", "names of the columns"),
+    "values": ("THEIRS=OURS", "0=1 1=2 2=0", "what labels mean: 1, 2 or 0 (a tie)"),
+}
 
 
 class Interrupted(Exception):
@@ -195,3 +203,29 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
         traceback.print_exc()
         return 1, f"error: {type(error).__name__}: {error}"
     return 0, ""
+
+
+def add_pair_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name columns and labels: `data.columns` and `data.values` of a config."""
+    for name, (form, example, meaning) in PAIR_FLAGS.items():
+        note = f"{meaning}, e.g. {example}"
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=form, help=note)
+
+
+def read_pair_flags(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Return the pairs of those flags by their names, in any spelling of `parse_pairs`.
+
+    Raises:
+      UsageError: what is no pair.
+    """
+    given = {}
+    for name, (form, example, _) in PAIR_FLAGS.items():
+        texts, pairs = getattr(args, name), {}
+        if texts and texts[0].startswith("{") and not texts[0].endswith("}"):
+            texts = [" ".join(texts)]  # a mapping without quotes, divided at its spaces
+        for text in texts:
+            if "=" not in text and not text.startswith("{"):
+                raise UsageError(f"--{name} {text}: wanted {form}, e.g. {example}.")
+            pairs |= parse_pairs(text, f"--{name}")
+        given[name] = pairs
+    return given

@@ -4,7 +4,7 @@ The alphabet is the same in einsums, annotations, parameter declarations and tab
 
     B sequences = P·R   T query positions   S cache positions   V vocabulary   L layers
     P prompts           R rollouts/prompt   D width             F MLP width
-    N query heads       K key/value heads   H head width
+    N query heads       K key/value heads   H head width        U rank of an adapter
     A the sequences again, where their heads attend
     M the sequences again, inside products whose F or V is spread
 
@@ -42,7 +42,7 @@ from jaxtyping import Array
 from jlrm.config import MeshConfig, UsageError
 from jlrm.runtime import devices
 
-ALPHABET = frozenset("ABMPRTSVDFNKHL")
+ALPHABET = frozenset("ABMPRTSVDFNKHLU")
 AXES = ("data", "fsdp", "tensor")
 Table = Mapping[str, tuple[str, ...]]
 
@@ -139,8 +139,10 @@ def training_layout(mesh: Mesh) -> Layout:
     )
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """Return compiler options of programs in the training layout."""
+def compiler_options(mesh: Mesh, is_exact: bool = False) -> dict[str, str]:
+    """Return compiler options of programs in the training layout; if exact, of all programs."""
+    if is_exact:  # nothing fused into products, which then sum in the same order in all programs
+        return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
     # TPU: otherwise XLA turns each product with a sharded contraction into a loop of small slices
     # and sends, which costs far more than gathering the weight (2.5 times the estimated time).
     # CPU: XLA's library for fused loops is limited to matrix products. Its sums made an update take

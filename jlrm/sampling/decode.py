@@ -22,27 +22,19 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
+from jlrm.model.attention import TILE
+from jlrm.model.quantised import widen_all
 from jlrm.model.qwen import Block, Params, QwenConfig
 from jlrm.model.visibility import BLOCK
 from jlrm.runtime.mesh import Layout, step_layout
+from jlrm.sampling.caches import Context, KeysValues, fold, on_each_device, shard, unfold, write
+from jlrm.sampling.exact_attention import attend_cached_exactly, attend_prompt_exactly
 
 # Input dimensions of each matrix. Int8 scales are per output, so these are reduced over.
 INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "down"), (0,)), "o": (0, 1)}
 QUERIES = 256  # prompt positions whose attention scores are held at once
 MASKED = -1e30  # finite: a row that sees no key gets a mean of the values instead of NaN
-
-
-class KeysValues(NamedTuple):
-    """Keys and values of one layer: a prefix, or a cache.
-
-    In a prefix both are `[P, K, T, H]`. In a cache keys are `[P, R, K, H, S]` and values
-    `[P, R, K, S, H]`: both products of a step then run along the last axis, which halves their
-    time on a CPU.
-    """
-
-    keys: Array
-    values: Array
 
 
 class Prompts(NamedTuple):
@@ -86,16 +78,6 @@ class NextTokens(NamedTuple):
     slot_mask: Bool[Array, "B S"]  # cache slots that a row sees, the new one included
 
 
-class _Context(NamedTuple):
-    """What the attention of one layer reads in a decoding step, beside the new tokens."""
-
-    prefix: KeysValues
-    prefix_mask: Bool[Array, "P T"]
-    cache: KeysValues
-    slot: Int[Array, ""]
-    slot_mask: Bool[Array, "B S"]
-
-
 class Int8(NamedTuple):
     """A matrix as 8-bit integers, and the float32 factor of each output."""
 
@@ -104,18 +86,24 @@ class Int8(NamedTuple):
 
 
 def decode_params(
-    config: QwenConfig, layout: Layout, params: Params, quantise: bool = False
+    config: QwenConfig,
+    layout: Layout,
+    params: Params,
+    weights: str = "full",
 ) -> Params:
     """Return parameters as decoding wants them: compute dtype, one tree a layer, in `layout`.
 
-    With `quantise` the matrices of the layers and the head are `Int8`, so a step reads half the
-    bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and reported
-    log-probabilities are those of the quantised policy.
+    With `weights` "int8" the matrices of the layers and the head are `Int8`, so a step reads half
+    the bytes. The head is then a copy, since the embedding table keeps its dtype. Tokens and
+    reported log-probabilities are those of the quantised policy.
+
+    Adapters are merged into their matrices, in compute precision. With "unmerged" they stay beside
+    them, and a step does what training does.
     """
     # Weights move here, once a rollout. With training's shards left in place, each step of 7B on
     # v5e-16 would gather 9.6 GiB (compiled).
     params = qwen.to_compute_dtype(config, params)
-    letters = qwen.param_letters(config)
+    letters = lora.of_paths(qwen.param_letters(config, base="stored"), params)
 
     def place(tree: Params, letters: Any, drop: int) -> Params:
         return jax.tree.map(
@@ -127,10 +115,12 @@ def decode_params(
     outer = {name: leaf for name, leaf in params.items() if name != "layers"}
     outer = place(outer, {name: letters[name] for name in outer}, 0)
     layers = [
-        place(jax.tree.map(lambda x, i=i: x[i], params["layers"]), letters["layers"], 1)
+        place(_layer(config, params["layers"], i), letters["layers"], 1)
         for i in range(config.num_hidden_layers)
     ]
-    if not quantise:
+    if weights != "unmerged":
+        layers = [lora.merge(config.lora, layer) for layer in layers]
+    if weights != "int8":
         return {**outer, "layers": layers}
     head = _quantise(qwen.head(config, params), (1,))
     layers = [
@@ -143,6 +133,10 @@ def decode_params(
         for layer in layers
     ]
     return {**outer, "head": head, "layers": layers}
+
+
+def _layer(config: QwenConfig, stacked: Params, i: int) -> Params:
+    return qwen.to_compute_dtype(config, widen_all(jax.tree.map(lambda x: x[i], stacked)))
 
 
 def head(config: QwenConfig, params: Params) -> Float[Array, "V D"]:
@@ -201,7 +195,8 @@ def prefill(
     positions = positions if branches is None else branches.positions
     rope = qwen.rope(config, positions)
     x = qwen.embed(config, layout, params["embed"], tokens)
-    block, prefix = Block(config, layout, _attend_prompt), []
+    is_exact = config.exact and branches is None
+    block, prefix = Block(config, layout, attend_prompt_exactly if is_exact else _attend_prompt), []
     for layer in params["layers"]:
         x, keys_values = qwen.apply(block, dequantise(config, layer), x, rope, branches)
         prefix.append(keys_values)
@@ -214,6 +209,8 @@ def run_prompts(
     """Return the hidden state that predicts each prompt's first new token, and the prefix."""
     # They come spread over all devices, as training wants them.
     tokens, lengths = layout.shard(prompts.tokens, "P T"), layout.shard(prompts.lengths, "P")
+    if config.exact:  # whole tiles
+        tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % TILE)))
     hidden, layers = prefill(config, layout, params, tokens)
     ends = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     mask = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -226,7 +223,7 @@ def empty_caches(
     """Return empty caches for P times R rows, of `num_slots` slots, one cache a layer."""
     shape = (*num_rows, config.num_key_value_heads, config.head_dim, num_slots)
     keys = jnp.zeros(shape, config.compute_dtype)
-    cache = _shard(layout, KeysValues(keys, keys.swapaxes(3, 4)))
+    cache = shard(layout, KeysValues(keys, keys.swapaxes(3, 4)))
     return [cache] * config.num_hidden_layers
 
 
@@ -238,7 +235,7 @@ def grow_caches(layout: Layout, caches: list[KeysValues], num_slots: int) -> lis
         return jnp.pad(x, widths)
 
     return [
-        _shard(layout, KeysValues(grow(cache.keys, 4), grow(cache.values, 3))) for cache in caches
+        shard(layout, KeysValues(grow(cache.keys, 4), grow(cache.values, 3))) for cache in caches
     ]
 
 
@@ -256,9 +253,10 @@ def decode_step(
     slot_mask = layout.shard(new.slot_mask, "B S")
     rope = qwen.rope(config, positions[:, None])
     x = qwen.embed(config, layout, params["embed"], tokens[:, None])
-    block, new_caches = Block(config, layout, _attend_cached), []
+    attend = attend_cached_exactly if config.exact else _attend_cached
+    block, new_caches = Block(config, layout, attend), []
     for layer, keys_values, cache in zip(params["layers"], prefix.layers, caches, strict=True):
-        context = _Context(keys_values, prefix.mask, cache, new.slot, slot_mask)
+        context = Context(keys_values, prefix.mask, cache, new.slot, slot_mask)
         x, cache = qwen.apply(block, dequantise(config, layer), x, rope, context)
         new_caches.append(cache)
     return qwen.final_norm(config, params, x)[:, 0], new_caches
@@ -278,7 +276,9 @@ def _attend_prompt(
     num_prompts, num_tokens = q.shape[:2]
     is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
     if layout.platform == "tpu" and is_even and context is None:
-        return _attend_by_kernel(layout, q, k, v), KeysValues(k, v)
+        from jlrm.model.splash import splash_causal  # imports Pallas
+
+        return on_each_device(layout, splash_causal, q, k, v), KeysValues(k, v)
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)
@@ -291,20 +291,6 @@ def _attend_prompt(
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         outputs.append(jnp.einsum("PKGTS,PKSH->PTKGH", weights, v[:, :, :end]))
     return jnp.concatenate(outputs, axis=1).reshape(q.shape), KeysValues(k, v)
-
-
-def _attend_by_kernel(layout: Layout, q: Array, k: Array, v: Array) -> Float[Array, "P T N H"]:
-    from jlrm.model.splash import splash_causal  # imports Pallas
-
-    queries, keys = layout.activation("P T N H").spec, layout.activation("P K T H").spec
-    attend = jax.shard_map(
-        splash_causal,
-        mesh=layout.mesh,
-        in_specs=(queries, keys, keys),
-        out_specs=queries,
-        check_vma=False,  # the kernels do not say over which axes their results vary
-    )
-    return attend(q, k, v)
 
 
 def _is_seen(branches: Branches, start: int, end: int) -> Bool[Array, "P Q S"]:
@@ -322,15 +308,15 @@ def _attend_cached(
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B K 1 H"],
     v: Float[Array, "B K 1 H"],
-    context: _Context,
+    context: Context,
 ) -> tuple[Float[Array, "B 1 N H"], KeysValues]:
     """Attend from one token of every row, over the prefix of its prompt and its own cache."""
     # Written first: a token sees itself.
-    prefix, cache = context.prefix, _write(layout, context.cache, k, v, context.slot)
+    prefix, cache = context.prefix, write(layout, context.cache, k, v, context.slot)
     num_prompts, num_heads = prefix.keys.shape[:2]
     grouped = q.reshape(num_prompts, -1, num_heads, q.shape[2] // num_heads, q.shape[3])
     # One product for all rollouts of a prompt: its prefix is read once a step, not R times.
-    of_prefix = _scores("PKQH,PKTH->PKQT", _fold(grouped), prefix.keys)
+    of_prefix = _scores("PKQH,PKTH->PKQT", fold(grouped), prefix.keys)
     of_prefix = jnp.where(context.prefix_mask[:, None, None], of_prefix, MASKED)
     of_cache = _scores("PRKGH,PRKHS->PRKGS", grouped, cache.keys)
     of_cache = jnp.where(
@@ -339,42 +325,15 @@ def _attend_cached(
         MASKED,
     )
     # One softmax over both parts needs their common maximum and their common sum (float32).
-    unfold = partial(_unfold, num_groups=grouped.shape[3])
+    apart = partial(unfold, num_groups=grouped.shape[3])
     top = jnp.maximum(
-        unfold(jnp.max(of_prefix, -1, keepdims=True)), jnp.max(of_cache, -1, keepdims=True)
+        apart(jnp.max(of_prefix, -1, keepdims=True)), jnp.max(of_cache, -1, keepdims=True)
     )
-    of_prefix, of_cache = jnp.exp(of_prefix - _fold(top)), jnp.exp(of_cache - top)
-    total = unfold(jnp.sum(of_prefix, -1, keepdims=True)) + jnp.sum(of_cache, -1, keepdims=True)
-    out = unfold(_weighted("PKQT,PKTH->PKQH", of_prefix, prefix.values))
+    of_prefix, of_cache = jnp.exp(of_prefix - fold(top)), jnp.exp(of_cache - top)
+    total = apart(jnp.sum(of_prefix, -1, keepdims=True)) + jnp.sum(of_cache, -1, keepdims=True)
+    out = apart(_weighted("PKQT,PKTH->PKQH", of_prefix, prefix.values))
     out += _weighted("PRKGS,PRKSH->PRKGH", of_cache, cache.values)
     return (out / total).astype(q.dtype).reshape(q.shape), cache
-
-
-def _fold(x: Float[Array, "P R K G X"]) -> Float[Array, "P K RG X"]:
-    """Make one matrix of all queries that share a prompt and a key/value head."""
-    x = x.swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1, x.shape[4])
-
-
-def _unfold(x: Float[Array, "P K RG X"], num_groups: int) -> Float[Array, "P R K G X"]:
-    return x.reshape(*x.shape[:2], -1, num_groups, x.shape[3]).swapaxes(1, 2)
-
-
-def _write(
-    layout: Layout, cache: KeysValues, k: Array, v: Array, slot: Int[Array, ""]
-) -> KeysValues:
-    """Store the keys and values of every row in the same slot."""
-    rows = cache.keys.shape[:3]
-    new_keys = k.reshape(*rows, k.shape[3], 1)
-    new_values = v.reshape(*rows, 1, v.shape[3])
-    keys = jax.lax.dynamic_update_slice(cache.keys, new_keys, (0, 0, 0, 0, slot))
-    values = jax.lax.dynamic_update_slice(cache.values, new_values, (0, 0, 0, slot, 0))
-    return _shard(layout, KeysValues(keys, values))
-
-
-def _shard(layout: Layout, cache: KeysValues) -> KeysValues:
-    keys, values = cache
-    return KeysValues(layout.shard(keys, "P R K H S"), layout.shard(values, "P R K S H"))
 
 
 def _scores(formula: str, q: Array, k: Array) -> Array:

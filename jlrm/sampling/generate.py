@@ -17,7 +17,7 @@ import numpy as np
 
 from jlrm.data import batches
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.runtime.mesh import Layout, global_array, host_array, replicate
+from jlrm.runtime.mesh import Layout, compiler_options, global_array, host_array, replicate
 from jlrm.sampling import sampler
 from jlrm.sampling.decode import Prompts, decode_params
 from jlrm.sampling.policy import Network
@@ -30,15 +30,18 @@ Generate = Callable[[Params, Sequence[Sequence[int]], np.ndarray, int], Rollout]
 
 
 @functools.cache  # rollouts and held-out judgements of a run share one, compiled once
-def lay_out_program(model: QwenConfig, decoding: Layout, quantise: bool = False) -> Any:
-    """Return the jitted program parameters -> weights laid out for decoding."""
-    return jax.jit(partial(decode_params, model, decoding, quantise=quantise))
+def lay_out_program(model: QwenConfig, decoding: Layout, weights: str = "full") -> Any:
+    """Return the jitted program parameters -> weights laid out for decoding (sampling.weights)."""
+    return jax.jit(partial(decode_params, model, decoding, weights=weights))
 
 
 @functools.lru_cache(maxsize=8)  # so that what is compiled ahead is what runs
 def rollout_program(network: Network, settings: SamplerSettings) -> Any:
     """Return the jitted sampler; `rollout_arguments` lists what it takes after the weights."""
-    return jax.jit(partial(sampler.generate, network.model, network.decoding, settings))
+    return jax.jit(
+        partial(sampler.generate, network.model, network.decoding, settings),
+        compiler_options=compiler_options(network.mesh, True) if network.model.exact else None,
+    )
 
 
 def rollout_arguments(

@@ -20,6 +20,7 @@ from jlrm.data.tokenizer import (
     highest_id,
     load_tokenizer,
 )
+from jlrm.model.attention import TILE
 from jlrm.model.qwen import QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import Layout, rollout_layout, training_layout
@@ -44,9 +45,16 @@ class Network:
         """Where arrays lie in rollouts."""
         return rollout_layout(self.mesh)
 
+    @property
+    def unit(self) -> int:
+        """Slots of packed rows of which each segment begins at a multiple."""
+        return TILE if self.model.exact else 1
+
     def distribution(self, sampling: SamplingConfig) -> Distribution:
         """Return what rollouts are drawn from and log-probabilities are taken under."""
-        return Distribution(sampling.temperature, sampling.top_k, sampling.top_p, self.num_ids)
+        return Distribution(
+            sampling.temperature, sampling.top_k, sampling.top_p, self.num_ids, sampling.exact
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +109,13 @@ def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
     Raises:
       UsageError: if so.
     """
+    is_here = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    if model.exact and not is_here:
+        raise UsageError(
+            f"sampling.exact=true holds on one CPU device. This is a mesh of {mesh.size}, of kind "
+            f"{mesh.devices.flat[0].platform}. Leave it out: grpo.loss.importance_cap corrects for "
+            "the gap."
+        )
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     needs = {
         "num_attention_heads": ("mesh.tensor", tensor),

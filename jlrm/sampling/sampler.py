@@ -24,8 +24,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from jlrm.model.attention import TILE
 from jlrm.model.qwen import Params, QwenConfig
-from jlrm.rl.distribution import REMOVED, Distribution, log_distribution
+from jlrm.rl.distribution import REMOVED, Distribution, log_distribution, scaled
+from jlrm.runtime import exact
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling import decode
 from jlrm.sampling.decode import KeysValues, NextTokens, Prompts
@@ -137,6 +139,8 @@ def generate(
         return draw(state._replace(caches=caches), hidden)
 
     sizes = cache_sizes(num_new)
+    if config.exact:  # whole tiles
+        sizes = [size + -size % TILE for size in sizes]
     caches = decode.empty_caches(config, layout, (len(prompts.tokens), num_slots), sizes[0])
     slots, drawn = _empty(keys, num_slots, num_new, stops)
     # The first token needs no decoding step: the prefill has computed the state it is drawn from.
@@ -229,6 +233,8 @@ def sample(
     index, _ = _invert(jnp.exp(inside - top[:, None]), rest)
     logit = jnp.take_along_axis(inside, index[:, None], axis=1)[:, 0]
     token = shard * (num_ids // num_shards) + block * BLOCK + index
+    if distribution.exact:
+        return token, logit - top - exact.log_total(jnp.exp(logits - top[:, None]))
     return token, logit - top - jnp.log(total)
 
 
@@ -237,7 +243,7 @@ def _scaled(logits: Float[Array, "B V"], distribution: Distribution) -> Float[Ar
     if distribution.top_k or distribution.top_p < 1.0:
         return log_distribution(logits, distribution)
     # Without a cut-off nothing is normalised here: `sample` divides by the total itself.
-    logits = logits / (distribution.temperature or 1.0)
+    logits = scaled(logits, distribution)
     if distribution.num_ids:
         is_id = jnp.arange(logits.shape[1])[None] < distribution.num_ids
         logits = jnp.where(is_id, logits, REMOVED)

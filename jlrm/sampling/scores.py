@@ -53,7 +53,7 @@ class Scorer:
 
 def scores_program(network: Network) -> Any:
     """Return the program params, tokens, lengths -> scores."""
-    options = compiler_options(network.mesh)
+    options = compiler_options(network.mesh, network.model.exact)
     return jax.jit(partial(last_scores, network), compiler_options=options)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params
 from jlrm.runtime.mesh import Layout
 from jlrm.sampling.policy import Network
@@ -93,14 +93,14 @@ def longest_rows(layout: Layout, sizes: Sequence[int], groups: Sequence[Group]) 
     return LongestRows(rows, num_passes, num_targets, shapes)
 
 
-def abstract_reference(network: Network) -> Params:
-    """Return what `freeze` makes of the parameters, as abstract arrays."""
-    params = qwen.abstract_params(network.model, network.training)
-    return jax.tree.map(
+def abstract_reference(network: Network, state: TrainState) -> Params:
+    """Return the reference: what `freeze` makes of what is trained, and all that is frozen."""
+    frozen = jax.tree.map(
         lambda leaf, like: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=like.sharding),
-        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), params),
-        params,
+        jax.eval_shape(partial(qwen.to_compute_dtype, network.model), state.params),
+        state.params,
     )
+    return lora.join(state.base, frozen)
 
 
 def init_optimizer(

@@ -118,11 +118,17 @@ def row_sizes(
 
 
 def pack(
-    groups: Sequence[Group], sizes: Sequence[int], num_rows: int, *, is_whole: bool = False
+    groups: Sequence[Group],
+    sizes: Sequence[int],
+    num_rows: int,
+    unit: int = 1,
+    *,
+    is_whole: bool = False,
 ) -> Packed:
     """Pack groups into passes of `num_rows` rows, of the size that computes the fewest slots.
 
     Args:
+      unit: each segment begins at a multiple of so many slots.
       is_whole: no group is cut: a loss compares its completions within a row.
 
     Raises:
@@ -131,7 +137,7 @@ def pack(
     """
     best: tuple[int, int, list[list[_Piece]]] | None = None
     for size in sizes:
-        bins = _first_fit(_pieces(groups, size, is_whole), size)
+        bins = _first_fit(_pieces(groups, size, unit, is_whole), size)
         if bins is None:
             continue
         # A pass costs the same however few of its rows are in use.
@@ -147,7 +153,7 @@ def pack(
     _, size, bins = best
     num_completions = sum(len(group.completions) for group in groups)
     most = most_passes(num_completions, num_rows) if may_repeat(size, sizes) else 1
-    return _lay_out(bins, size, num_rows, most)
+    return _lay_out(bins, size, num_rows, most, unit)
 
 
 def may_repeat(size: int, sizes: Sequence[int]) -> bool:
@@ -193,6 +199,7 @@ class _Piece(NamedTuple):
 
     prompt: Sequence[int]
     completions: list[tuple[int, Sequence[int]]]  # (number over all groups, ids)
+    prompt_slots: int
     num_slots: int  # of its completions
     num_targets: int
 
@@ -213,23 +220,24 @@ class _Room(NamedTuple):
         return max(prompts + self.slots, self.targets) <= size
 
 
-def _pieces(groups: Sequence[Group], size: int, is_whole: bool) -> list[_Piece]:
+def _pieces(groups: Sequence[Group], size: int, unit: int, is_whole: bool) -> list[_Piece]:
     """Cut groups so that each piece fits a row, unless a single completion is too long for it."""
     pieces: list[_Piece] = []
     number = 0
     for group in groups:
         completions: list[tuple[int, Sequence[int]]] = []
-        room = empty = _Room(len(group.prompt))
+        room = empty = _Room(_round_up(len(group.prompt), unit))
         for ids in group.completions:
             # The last token needs no slot: nothing is predicted from it.
-            grown = room.with_(0, len(ids) - 1, len(ids))
+            needs = 0, _round_up(len(ids) - 1, unit), len(ids)
+            grown = room.with_(*needs)
             if completions and not (is_whole or grown.fits(size)):
-                pieces.append(_Piece(group.prompt, completions, room.slots, room.targets))
-                completions, grown = [], empty.with_(0, len(ids) - 1, len(ids))
+                pieces.append(_Piece(group.prompt, completions, *room))
+                completions, grown = [], empty.with_(*needs)
             completions.append((number, ids))
             room = grown
             number += 1
-        pieces.append(_Piece(group.prompt, completions, room.slots, room.targets))
+        pieces.append(_Piece(group.prompt, completions, *room))
     return pieces
 
 
@@ -237,8 +245,8 @@ def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
     """Put each piece, longest first, into the first row with room; None: one is too long."""
     bins: list[list[_Piece]] = []
     rooms: list[_Room] = []
-    for piece in sorted(pieces, key=lambda p: -(len(p.prompt) + p.num_slots)):
-        needs = len(piece.prompt), piece.num_slots, piece.num_targets
+    for piece in sorted(pieces, key=lambda p: -(p.prompt_slots + p.num_slots)):
+        needs = piece.prompt_slots, piece.num_slots, piece.num_targets
         for i, room in enumerate(rooms):
             if room.with_(*needs).fits(size):
                 bins[i].append(piece)
@@ -252,7 +260,9 @@ def _first_fit(pieces: list[_Piece], size: int) -> list[list[_Piece]] | None:
     return bins
 
 
-def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: int) -> Packed:
+def _lay_out(
+    bins: list[list[_Piece]], size: int, num_rows: int, most_passes: int, unit: int
+) -> Packed:
     """Write the rows of all passes into arrays."""
     num_passes = -(-len(bins) // num_rows)
     # Any number of passes shares one shape, so that each length of rows is one program.
@@ -266,7 +276,7 @@ def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: in
     for place, row in enumerate(bins):
         at = divmod(place, num_rows)
         here = {name: array[at] for name, array in cells.items()}
-        prefix[at], used, num_targets = _fill(row, here, completion[at])
+        prefix[at], used, num_targets = _fill(row, here, completion[at], unit)
         # The devices of a pass run the same number of chunks of targets: that of the fullest row.
         count[at[0]] = max(count[at[0]], num_targets)
         num_tokens += used
@@ -287,16 +297,16 @@ def _lay_out(bins: list[list[_Piece]], size: int, num_rows: int, most_passes: in
 
 
 def _fill(
-    row: list[_Piece], cells: dict[str, np.ndarray], completion: np.ndarray
+    row: list[_Piece], cells: dict[str, np.ndarray], completion: np.ndarray, unit: int
 ) -> tuple[int, int, int]:
     """Write one row in place; return its prefix, slots in use, and targets."""
-    slot = 0
+    slot = num_used = 0
     last_slots = []
     for number, piece in enumerate(row, 1):  # group 0 is padding
         _segment(cells, slot, piece.prompt, number, 0)
-        slot += len(piece.prompt)
-        last_slots.append(slot - 1)
-    num_used = slot
+        last_slots.append(slot + len(piece.prompt) - 1)
+        num_used += len(piece.prompt)
+        slot += piece.prompt_slots
     # The gap stays padding: Splash's mask has too few bits for an exact prefix (`prefix_align`).
     slot = prefix = _round_up(slot, prefix_align(len(completion)))
     target = sequence = 0
@@ -311,7 +321,7 @@ def _fill(
             cells["sequence"][here] = sequence
             cells["offset"][here] = range(len(ids))
             completion[here] = index
-            slot += len(ids) - 1
+            slot += _round_up(len(ids) - 1, unit)
             num_used += len(ids) - 1
             target += len(ids)
             sequence += 1

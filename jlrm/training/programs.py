@@ -6,6 +6,7 @@ Training calls these programs with arrays; a plan compiles the same ones for abs
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 
 from jlrm.config import Config
 from jlrm.judgement import prompts
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.losses import PolicyTargets, completion_mask, token_weights
-from jlrm.runtime.mesh import Layout, compiler_options
+from jlrm.runtime.mesh import compiler_options
 from jlrm.sampling.generate import lay_out_program, rollout_arguments, rollout_program
 from jlrm.sampling.policy import Network
 from jlrm.sampling.sampler import SamplerSettings
@@ -30,6 +31,7 @@ from jlrm.sampling.writer import DecodingSettings, sampler_settings
 from jlrm.training import packing, update
 from jlrm.training.calls import Call, abstract_reference, init_optimizer, like, longest_rows
 from jlrm.training.packing import Group, Rows
+from jlrm.weights.source import quantise_program
 
 
 class SFTPrograms(NamedTuple):
@@ -45,7 +47,7 @@ class GRPOPrograms(NamedTuple):
     """The programs of GRPO besides the sampler, and the row lengths they are compiled for."""
 
     lay_out: Any  # params -> params laid out for decoding
-    freeze: Any  # params -> a copy in compute precision: the originals are given up to the update
+    freeze: Any  # what is trained -> a copy in compute precision: updates take the originals
     logprobs: Any  # params, rows -> log-probabilities, entropy
     update: Any  # state, rows, targets -> state, metrics
     optimizer: optax.GradientTransformation
@@ -103,7 +105,7 @@ def sft_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
         update=jax.jit(
             partial(update.sft_update, network.model, layout, optimizer),
             donate_argnums=0,
-            compiler_options=compiler_options(layout.mesh),
+            compiler_options=compiler_options(layout.mesh, network.model.exact),
         ),
         optimizer=optimizer,
         rate=update.learning_rate(sft.optimizer, sft.steps),
@@ -144,12 +146,14 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
     model, training = network.model, network.training
     num_updates = grpo.steps * grpo.epochs * grpo.minibatches
     optimizer = update.make_optimizer(grpo.optimizer, num_updates)
-    options = compiler_options(training.mesh)
+    options = compiler_options(training.mesh, model.exact)
     fixed = model, training, network.distribution(sampling)
     prompts_per_device = -(-grpo.prompts // (grpo.minibatches * training.mesh.size))
-    group_tokens = longest_prompt + grpo.rollouts * sampling.max_new_tokens
+    unit, num_new = network.unit, sampling.max_new_tokens
+    longest = longest_prompt + -longest_prompt % unit, num_new + -num_new % unit
+    group_tokens = longest[0] + grpo.rollouts * longest[1]
     return GRPOPrograms(
-        lay_out=lay_out_program(model, network.decoding, sampling.weights == "int8"),
+        lay_out=lay_out_program(model, network.decoding, sampling.weights),
         freeze=freeze_program(network),
         logprobs=jax.jit(partial(update.logprobs, *fixed), compiler_options=options),
         update=jax.jit(
@@ -160,8 +164,7 @@ def grpo_programs(config: Config, network: Network, longest_prompt: int) -> GRPO
         optimizer=optimizer,
         rate=update.learning_rate(grpo.optimizer, num_updates),
         sizes=packing.row_sizes(
-            longest_prompt,
-            sampling.max_new_tokens,
+            *longest,
             prompts_per_device * group_tokens,
             grpo.pack_tokens,
             training.platform,
@@ -189,7 +192,7 @@ def grpo_calls(
     calls = {"init_optimizer": init_optimizer(network, programs.optimizer, state)}
     if has_reference:
         calls["freeze"] = Call(programs.freeze, (state.params,))
-    calls["lay_out"] = Call(programs.lay_out, (state.params,))
+    calls["lay_out"] = Call(programs.lay_out, (state.weights,))
     calls["rollout"] = Call(
         rollout_program(network, rollout_settings(config, network)),
         rollout_arguments(
@@ -198,10 +201,10 @@ def grpo_calls(
         weights="lay_out",
     )
     if has_reference:
-        frozen = abstract_reference(network)
+        frozen = abstract_reference(network, state)
         calls["logprobs_reference"] = Call(programs.logprobs, (frozen, rows.rows), longest=rows)
     if needs_old_logprobs(config):
-        arguments = state.params, rows.rows
+        arguments = state.weights, rows.rows
         calls["logprobs_policy"] = Call(programs.logprobs, arguments, longest=rows)
     calls["update"] = Call(programs.update, (state, rows.rows, targets), longest=rows)
     return calls
@@ -223,11 +226,19 @@ def weighs_policy_alone(config: Config) -> bool:
 
 
 def first_calls(config: Config, network: Network) -> dict[str, Call]:
-    """Return the programs before the first stage: weights are born, unless they are read."""
-    if config.model.path:
-        return {}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return {"init": Call(qwen.init_program(network.model, network.training), (key,))}
+    """Return the programs before a stage: weights and adapters are born, unless they are read."""
+    model, layout = network.model, network.training
+    plain, key = dataclasses.replace(model, lora=None), jax.eval_shape(lambda: jax.random.key(0))
+    calls = {} if config.model.path else {"init": Call(qwen.init_program(plain, layout), (key,))}
+    if model.lora is None:
+        return calls
+    if model.lora.base != "stored":
+        whole = qwen.abstract_params(plain, layout)
+        calls["init_base"] = Call(quantise_program(model, layout), (whole,))
+    if not config.model.adapter:
+        _, base = lora.split(model.lora, qwen.abstract_params(model, layout))
+        calls["init_adapters"] = Call(qwen.adapters_program(model, layout), (key, base))
+    return calls
 
 
 def heldout_calls(config: Config, network: Network, longest_prompt: int) -> dict[str, Call]:
@@ -269,14 +280,15 @@ def abstract_targets(
 
 
 def pack_minibatch(
-    layout: Layout,
+    network: Network,
     sizes: Sequence[int],
     groups: Sequence[Group],
     known: Known,
     aggregation: str,
 ) -> Minibatch:
     """Pack groups and what is known of their completions, and send it to the devices."""
-    packed = packing.pack(groups, sizes, layout.mesh.size)
+    layout = network.training
+    packed = packing.pack(groups, sizes, layout.mesh.size, network.unit)
     lengths = np.array([len(ids) for group in groups for ids in group.completions])
     mask = completion_mask(lengths, known.logps.shape[1]) & known.is_kept[:, None]
     targets = PolicyTargets(
@@ -292,9 +304,10 @@ def pack_minibatch(
 
 
 def freeze_program(network: Network) -> Any:
-    """Return the program that keeps a copy of the weights as the reference."""
+    """Return the program that keeps a copy of what is trained as the reference."""
     params = qwen.abstract_params(network.model, network.training)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    trained, _ = lora.split(network.model.lora, params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trained)
     return jax.jit(partial(_freeze, network.model), out_shardings=shardings)
 
 

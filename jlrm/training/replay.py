@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.tree_util import keystr
 
 from jlrm.config import Config, UsageError
+from jlrm.model import lora
 from jlrm.model.visibility import Packing
 from jlrm.rl.losses import PolicyTargets
 from jlrm.rl.preferences import PairTargets, RewardTargets
@@ -103,7 +104,10 @@ def replay(file: pathlib.Path) -> list[str]:
     mesh = create_mesh(config.mesh, devices)
     policy = open_policy(model, mesh, source.model_files(saved))
     params = source.read_params(saved, model, policy.training)
-    step = jax.jit(_step(config, stage, policy), compiler_options=compiler_options(policy.mesh))
+    step = jax.jit(
+        _step(config, stage, policy),
+        compiler_options=compiler_options(policy.mesh, policy.model.exact),
+    )
     lines = [f"{stage} step {about['step']}, with the weights of {saved}:"]
     for number, batch in enumerate(batches):
         on_devices = packing.to_devices(policy.training, batch)
@@ -156,7 +160,8 @@ def _step(config: Config, stage: str, policy: TextPolicy) -> Any:
     }[stage]
 
     def step(params: Any, rows: Rows, targets: Any) -> dict[str, jax.Array]:
-        state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0))
+        params, base = lora.split(model.lora, params)
+        state = update.TrainState(params, optimizer.init(params), jax.numpy.int32(0), base)
         return take(state, rows, targets)[1]
 
     return step

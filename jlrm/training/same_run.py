@@ -29,7 +29,7 @@ from jlrm.data.comparisons import Comparison
 from jlrm.data.sharded import ShardedRows
 from jlrm.runtime import hosts
 from jlrm.runtime.settings import flatten, from_dict, parse_yaml, to_dict
-from jlrm.weights import source, steps
+from jlrm.weights import adapters, source, steps
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,8 @@ def made_from(
     base = before.get("base", "")
     if config.model.path and (not base or _reads_base(config)):
         base = source.fingerprint(config.model.path)
+        if config.model.adapter:
+            base += f"+{adapters.digest(pathlib.Path(config.model.adapter).expanduser())}"
     mine = {
         "base": base,
         "model": _digest(file.name.encode() + file.read_bytes() for file in _files(model)),
@@ -252,9 +254,9 @@ def note_changes(
 
 
 def _reads_base(config: Config) -> bool:
-    """Return whether a run that goes on may read the base model again, as a reference."""
+    """Return whether a run that goes on may read its base again: a reference, or frozen."""
     has_reference = {"grpo": config.grpo.has_reference, "dpo": config.dpo.reference == "start"}
-    return has_reference.get(stages_of(config)[0], False)
+    return has_reference.get(stages_of(config)[0], False) or config.lora.rank > 0
 
 
 def _files(directory: pathlib.Path) -> list[pathlib.Path]:

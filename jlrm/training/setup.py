@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -28,7 +29,7 @@ from jlrm.data.splits import encode_splits, read_splits
 from jlrm.data.worlds import toy
 from jlrm.judgement import plugins, prompts, rewards
 from jlrm.judgement.plugins import Plugin
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params
 from jlrm.reports import alarms
 from jlrm.runtime import devices, hosts, storage
@@ -38,9 +39,9 @@ from jlrm.runtime.settings import save
 from jlrm.runtime.storage import Mirror, write_atomically
 from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
-from jlrm.weights import hf, hf_config, reading, steps
+from jlrm.weights import adapters, hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
-from jlrm.weights.source import model_files, num_labels, read_params
+from jlrm.weights.source import as_trained, model_files, num_labels, read_base, read_params
 
 log = logging.getLogger(__name__)
 
@@ -190,12 +191,8 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
             f"Process {hosts.index()} can't see in run.dir={directory.path} what process 0 has "
             "just written there. Put it where all hosts see it: a shared disk, or gs://."
         )
-    source = config.model
-    model = hf_config.read_config(
-        directory.model,
-        param_dtype=source.param_dtype,
-        compute_dtype=source.compute_dtype,
-        remat=source.remat,
+    model = as_trained(
+        config, hf_config.read_config(directory.model), hf_config.stored_dtype(directory.model)
     )
     return open_policy(model, mesh, directory.model)
 
@@ -238,11 +235,19 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
         )
 
 
-def initial_params(run: Run, stage: str) -> Params:
-    """Return the weights a stage begins from.
+def frozen_params(run: Run) -> Params:
+    """Return the weights that stay as they are beneath adapters; empty: all are trained."""
+    model, layout = run.policy.model, run.policy.training
+    if model.lora is None:
+        return {}
+    return read_base(run.config, model, layout)
 
-    They are those at the end of the stage before it; for the first, read from `model.path`, or
-    random by the run's seed.
+
+def initial_params(run: Run, stage: str, base: Params) -> Params:
+    """Return what a stage trains, as it begins.
+
+    That is what it was at the end of the stage before; for the first, read from `model.path`, or
+    random by the run's seed. Adapters begin at random, and change nothing of their base yet.
     """
     config, policy = run.config, run.policy
     names = stages_of(config)
@@ -250,7 +255,13 @@ def initial_params(run: Run, stage: str) -> Params:
         before = names[place - 1]
         series = steps.absolute(config.run.dir) / "checkpoints" / before
         saved = steps.find_step(series, getattr(config, before).steps)
-        return reading.restore_params(saved, qwen.abstract_params(policy.model, policy.training))
+        abstract = qwen.abstract_params(policy.model, policy.training)
+        return reading.restore_params(saved, lora.split(policy.model.lora, abstract)[0])
+    if config.model.adapter:
+        return adapters.read_start(config, policy.model, policy.training)
+    if policy.model.lora:
+        program = qwen.adapters_program(policy.model, policy.training)
+        return program(jax.random.key(config.run.seed), base)
     if not config.model.path:
         return qwen.init(policy.model, policy.training, config.run.seed)
     return read_params(config.model.path, policy.model, policy.training)

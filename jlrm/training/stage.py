@@ -32,6 +32,7 @@ from jlrm.config import RunConfig, RunError, stages_of
 from jlrm.data import audit
 from jlrm.data.audit import Draws
 from jlrm.judgement.notes import TrainerState
+from jlrm.model import lora
 from jlrm.model.qwen import Params
 from jlrm.reports.alarms import Alarm
 from jlrm.reports.tracking import Tracker, progress_bar
@@ -42,7 +43,7 @@ from jlrm.training import replay, same_run, update
 from jlrm.training.calls import Call, compilations
 from jlrm.training.heldout import EvaluateFn
 from jlrm.training.programs import heldout_calls
-from jlrm.training.setup import Run, refuse_to_begin_before
+from jlrm.training.setup import Run, frozen_params, refuse_to_begin_before
 from jlrm.training.update import TrainState
 from jlrm.weights.checkpoint import Checkpoints
 
@@ -76,10 +77,10 @@ class StageResult(NamedTuple):
 class Stage:
     """One stage of a run: iterate over its remaining steps, `finish` each of them.
 
-    Begins from the stage's newest checkpoint, or from `initial` weights. `start` and `evaluation`
-    hold the first and the newest held-out metrics, `num_tokens` and `seconds` (of wall time, from
-    reading weights to saving them, evaluation included) what the stage has cost over all its
-    starts.
+    Begins from the stage's newest checkpoint, or from `initial` weights, given the frozen ones.
+    `start` and `evaluation` hold the first and the newest held-out metrics, `num_tokens` and
+    `seconds` (of wall time, from reading weights to saving them, evaluation included) what the
+    stage has cost over all its starts.
     """
 
     state: TrainState
@@ -89,7 +90,7 @@ class Stage:
         run: Run,
         name: str,
         optimizer: optax.GradientTransformation,
-        initial: Callable[[], Params],
+        initial: Callable[[Params], Params],
         evaluate: EvaluateFn,
         programs: Sequence[str],
     ) -> None:
@@ -110,11 +111,13 @@ class Stage:
         self.stream: int = getattr(run.config, name).stream
         self._done = self._checkpoints.latest_step() or 0
         self.is_resumed = self._done > 0
+        base = frozen_params(run)
         if self._done:
-            self._restore(optimizer)
+            self._restore(optimizer, base)
         else:
-            network = run.policy
-            self.state = update.init_state(network.model, network.training, optimizer, initial())
+            model, layout = run.policy.model, run.policy.training
+            params = lora.join(base, initial(base))
+            self.state = update.init_state(model, layout, optimizer, params)
         self.tracker = _open_tracker(run, name, self._num_steps, self._done)
         if hosts.is_main():
             is_finished = self._done >= self._num_steps
@@ -124,11 +127,12 @@ class Stage:
         self._signum = self._num_unapplied = 0
         self._signalled = 0.0  # when, if so
 
-    def _restore(self, optimizer: optax.GradientTransformation) -> None:
+    def _restore(self, optimizer: optax.GradientTransformation, base: Params) -> None:
         """Go on from the newest checkpoint."""
         network = self._run.policy
         abstract = update.abstract_state(network.model, network.training, optimizer)
-        self._done, self.state, meta = self._checkpoints.restore_newest(abstract)
+        self._done, state, meta = self._checkpoints.restore_newest(abstract)
+        self.state = state._replace(base=base)
         if self._done < self._num_steps:  # which `run.resume` may have led further back
             refuse_to_begin_before(self._run.config, self._name)
         self.start, self.evaluation = meta["start"], meta["evaluation"]
@@ -204,7 +208,7 @@ class Stage:
         config = self._run.config
         is_first = stages_of(config)[0] == self._name
         if config.model.path and is_first and not self.is_resumed:
-            self.start = self._evaluate(self.state.params, "before training", self.progress)
+            self.start = self._evaluate(self.state.weights, "before training", self.progress)
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 
     def finish(
@@ -253,7 +257,7 @@ class Stage:
         is_evaluated = is_last or _is_due(step, settings.eval_every)
         if is_evaluated:
             when = f"after {self._name} step {step}"
-            self.evaluation = self._evaluate(self.state.params, when, self.progress)
+            self.evaluation = self._evaluate(self.state.weights, when, self.progress)
             values |= {f"eval/{name}": value for name, value in self.evaluation.items()}
         alarm = self._alarm_to_stop_on(self.tracker.log(step, values))
         is_saved = is_evaluated or not is_applied or bool(self._signum) or bool(alarm)

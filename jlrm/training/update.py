@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlrm.config import DPOConfig, LossConfig, OptimizerConfig
-from jlrm.model import gradient_sums, qwen
+from jlrm.model import gradient_sums, lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
@@ -36,9 +36,15 @@ Loss = Callable[[Params, Params | None, tuple[Rows, Any]], tuple[Array, dict[str
 
 
 class TrainState(NamedTuple):
-    params: Params
+    params: Params  # what is trained
     opt_state: Any
     step: Int[Array, ""]  # optimiser steps taken
+    base: Params = {}  # what is frozen beneath adapters; no checkpoint has it  # noqa: RUF012
+
+    @property
+    def weights(self) -> Params:
+        """All parameters of the model."""
+        return lora.join(self.base, self.params)
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -97,7 +103,7 @@ def abstract_state(
     config: QwenConfig, layout: Layout, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the state as `ShapeDtypeStruct`s with shardings; moments lie as their parameters."""
-    params = qwen.abstract_params(config, layout)
+    params, base = lora.split(config.lora, qwen.abstract_params(config, layout))
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda leaf, param: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=param.sharding),
@@ -108,15 +114,16 @@ def abstract_state(
         ),
     )
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.replicated())
-    return TrainState._make([params, opt_state, step])
+    return TrainState._make([params, opt_state, step, base])
 
 
 def init_state(
     config: QwenConfig, layout: Layout, optimizer: optax.GradientTransformation, params: Params
 ) -> TrainState:
-    """Return the state before the first step."""
+    """Return the state before the first step, of all parameters."""
+    params, base = lora.split(config.lora, params)
     opt_state = init_optimizer_program(config, layout, optimizer)(params)
-    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), layout.replicated()))
+    return TrainState(params, opt_state, jax.device_put(jnp.int32(0), layout.replicated()), base)
 
 
 def init_optimizer_program(
@@ -306,10 +313,13 @@ def _step(
     Weights are cast once, before the passes: what moves between devices, and each pass's own
     gradients, are in compute precision.
     """
-    abstract = qwen.abstract_params(config, layout)
+    abstract, _ = lora.split(config.lora, qwen.abstract_params(config, layout))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     params = qwen.to_compute_dtype(config, state.params)
     params = jax.lax.with_sharding_constraint(params, shardings)
+    if state.base:
+        base, of_all = qwen.to_compute_dtype(config, state.base), loss
+        loss = lambda params, *rest: of_all(lora.join(base, params), *rest)  # noqa: E731
     if batch[0].tokens.shape[0] == 1:
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (value, sums), grads = value_and_grad(params, None, _pass(batch, 0))
@@ -323,8 +333,9 @@ def _step(
     new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
     is_finite = jnp.isfinite(value) & jnp.isfinite(metrics["grad_norm"])
-    taken = TrainState(new_params, opt_state, state.step + 1)
-    return jax.tree.map(partial(jnp.where, is_finite), taken, state), metrics
+    before, taken = state._replace(base={}), TrainState(new_params, opt_state, state.step + 1)
+    after = jax.tree.map(partial(jnp.where, is_finite), taken, before)
+    return after._replace(base=state.base), metrics
 
 
 def _summed(loss: Loss, params: Params, shardings: Any, batch: tuple[Rows, Any]) -> Any:

@@ -14,10 +14,10 @@ import reprlib
 from typing import Any
 
 from jlrm.config import UsageError
+from jlrm.model.families import FAMILIES, OTHERS, Family
 from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Llama3, Scaling, Yarn
 from jlrm.runtime.settings import read_json
-from jlrm.weights.families import FAMILIES, OTHERS, Family
 from jlrm.weights.hf_files import refuse_adapter
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -31,7 +31,7 @@ LABELS = {  # what the scores of a reward model are of, by its kind
 LARGEST = 1e30  # of numbers that become float32
 
 
-def read_config(directory: pathlib.Path, **numerics: str) -> QwenConfig:
+def read_config(directory: pathlib.Path, **numerics: Any) -> QwenConfig:
     """Read the architecture from a directory's config.json.
 
     Args:
@@ -88,7 +88,7 @@ def _described(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def config_from_hf(
-    source: dict[str, Any], where: str = "config.json", **numerics: str
+    source: dict[str, Any], where: str = "config.json", **numerics: Any
 ) -> QwenConfig:
     """Map a config.json onto `QwenConfig`.
 

@@ -265,7 +265,8 @@ UNTIE = (
     "false; else remove it from the file."
 )
 MERGE = (
-    " Merge an adapter into its base model first: peft's `AutoPeftModelForCausalLM"
+    " To train from it, set model.path to its base model and model.adapter to this directory. For "
+    "all else, merge it into its base model first: peft's `AutoPeftModelForCausalLM"
     ".from_pretrained(ADAPTER).merge_and_unload().save_pretrained(MODEL)`, and its tokenizer's "
     "`save_pretrained(MODEL)`."
 )

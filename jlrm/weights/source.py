@@ -6,13 +6,19 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import jax
+
 from jlrm.config import Config, UsageError
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
+from jlrm.model.lora import LoRA
+from jlrm.model.quantised import quantise_layers, widen_all
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.runtime import hosts, storage
 from jlrm.runtime.mesh import Layout
+from jlrm.runtime.settings import from_dict
 from jlrm.weights import hf, hf_config, hf_files, passing, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
@@ -46,15 +52,89 @@ def read_params(source: str, model: QwenConfig, layout: Layout) -> Params:
     """Read a model's weights onto the devices; `source` as in `model.path`.
 
     Each process reads its own parts, unless one alone has the files: then that one passes them on.
+    Adapters of a run are merged into their base, unless `model` has such adapters itself.
     """
     if steps.is_run(source):
-        abstract = qwen.abstract_params(model, layout)
-        return reading.restore_params(steps.find(source), abstract)
+        return _read_run(source, model, layout)
     directory = hf.resolve(source)
     have = hosts.gather("the weights", hf_files.are_here(directory))  # once all is downloaded
     if all(have) or not any(have):  # where nobody has them, all say so
         return hf.load_params(directory, model, layout)
     return passing.load_params(directory, model, layout, reader=have.index(True))
+
+
+def _read_run(source: str, model: QwenConfig, layout: Layout) -> Params:
+    step = steps.find(source)
+    if (config := config_with_adapters(step)) is None:
+        return reading.restore_params(step, qwen.abstract_params(model, layout))
+    side = side_files(source) / "model"
+    of_run = as_trained(config, hf_config.read_config(side), hf_config.stored_dtype(side))
+    of_run = dataclasses.replace(of_run, num_labels=model.num_labels)
+    adapters, _ = lora.split(of_run.lora, qwen.abstract_params(of_run, layout))
+    params = lora.join(read_base(config, of_run, layout), reading.restore_params(step, adapters))
+    if model.lora is not None:
+        return params
+    return merged(of_run.lora, params, model, layout)
+
+
+def merged(adapters: LoRA | None, params: Params, model: QwenConfig, layout: Layout) -> Params:
+    """Return parameters without adapters that compute the same, as `model` stores them."""
+
+    def merge(params: Params) -> Params:
+        params = jax.tree.map(lambda x: x.astype(model.param_dtype), widen_all(params))
+        return {**params, "layers": jax.vmap(partial(lora.merge, adapters))(params["layers"])}
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, qwen.abstract_params(model, layout))
+    return jax.jit(merge, out_shardings=shardings)(params)
+
+
+def config_with_adapters(step: Any) -> Config | None:
+    """Return the config of the run that saved a step, if the step holds adapters.
+
+    Raises:
+      UsageError: their base is no longer what they were trained on.
+    """
+    meta = steps.read_meta(step)
+    if not meta.get("config", {}).get("lora", {}).get("rank"):
+        return None
+    config, wanted = from_dict(meta["config"]), meta["made_from"]["base"].partition("+")[0]
+    if config.model.path and wanted != (found := fingerprint(config.model.path)):
+        raise UsageError(
+            f"{step} holds adapters of model.path={config.model.path}, whose weights were "
+            f"{wanted} then and are {found} now (weights/source.py: fingerprint). Bring them back."
+        )
+    return config
+
+
+def read_base(config: Config, model: QwenConfig, layout: Layout) -> Params:
+    """Return what lies beneath a run's adapters, as it was born or as its files have it."""
+    plain = dataclasses.replace(model, lora=None, num_labels=0)
+    if config.model.path:
+        params = read_params(config.model.path, plain, layout)
+    else:
+        params = qwen.init(plain, layout, config.run.seed)
+    _, wanted = lora.split(model.lora, qwen.abstract_params(model, layout))
+    params = lora.of_paths(params, wanted)  # a reward model has a head of its own
+    return params if config.lora.base == "stored" else quantise_program(model, layout)(params)
+
+
+def quantise_program(model: QwenConfig, layout: Layout) -> Any:
+    """Return the jitted program parameters of a base -> the same with its matrices quantised."""
+    assert model.lora is not None
+    _, wanted = lora.split(model.lora, qwen.abstract_params(model, layout))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    return jax.jit(partial(quantise_layers, kind=model.lora.base), out_shardings=shardings)
+
+
+def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
+    """Return an architecture as a run trains it; `stored`: the dtype of the model's files."""
+    source, settings = config.model, config.lora
+    numerics: dict[str, Any] = {"compute_dtype": source.compute_dtype, "remat": source.remat}
+    numerics["exact"] = config.sampling.exact
+    if not settings.rank:
+        return dataclasses.replace(model, param_dtype=source.param_dtype, **numerics)
+    adapters = lora.of_settings(settings, source.param_dtype)
+    return dataclasses.replace(model, param_dtype=stored, lora=adapters, **numerics)
 
 
 def read_model(config: Config) -> QwenConfig:
@@ -66,17 +146,17 @@ def read_model(config: Config) -> QwenConfig:
       UsageError: it would have to be downloaded.
     """
     source = config.model
-    numerics = {name: getattr(source, name) for name in ("param_dtype", "compute_dtype", "remat")}
     if source.preset:
-        return dataclasses.replace(preset(source.preset), **numerics)
-    if steps.is_run(source.path):
-        return hf_config.read_config(side_files(source.path) / "model", **numerics)
+        return as_trained(config, preset(source.preset), "float32")
     directory = pathlib.Path(source.path).expanduser()
+    if steps.is_run(source.path):
+        directory = side_files(source.path) / "model"
     if directory.is_dir():
-        return hf_config.read_config(directory, **numerics)
+        stored = hf_config.stored_dtype(directory)
+        return as_trained(config, hf_config.read_config(directory), stored)
     organisation, _, name = source.path.lower().replace("-instruct", "").rpartition("/")
     if organisation in ORGANISATIONS and name in PRESETS:
-        return dataclasses.replace(preset(name), **numerics)
+        return as_trained(config, preset(name), "bfloat16")
     raise UsageError(
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
         " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."

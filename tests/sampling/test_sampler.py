@@ -16,7 +16,8 @@ from conftest import ROUNDING, mesh_of, tiny_config
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
+from jlrm.model.lora import LoRA
 from jlrm.rl.distribution import Distribution, log_distribution
 from jlrm.runtime.mesh import rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
@@ -217,7 +218,7 @@ def test_8_bit_weights_draw_from_the_policy_they_stand_for(architecture):
     config = tiny_config(architecture)
     layout = rollout_layout(mesh_of(1, 1, 1))
     full = decode.decode_params(config, layout, random_params(config))
-    narrow = decode.decode_params(config, layout, random_params(config), quantise=True)
+    narrow = decode.decode_params(config, layout, random_params(config), "int8")
     rounded = decode.dequantise(config, narrow)
     program = jax.jit(
         functools.partial(generate, config, layout, SamplerSettings(PLAIN, NUM_NEW, ()))
@@ -702,3 +703,24 @@ def test_other_prompts_and_keys_compile_nothing():
         return jax.lax.fori_loop(0, 9, lambda i, pair: (pair[1], pair[0].at[i].set(1.0)), pair)
 
     assert "copy" in operations(swap, "f32[16]", (jnp.zeros(16), jnp.ones(16)))
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (1, 2, 2)])
+@pytest.mark.parametrize("has_magnitude", [False, True])
+def test_rollouts_are_the_same_with_merged_and_unmerged_adapters(has_magnitude, mesh_shape):
+    targets = ("q", "k", "v", "o", "gate", "up", "down")
+    config = dataclasses.replace(SHALLOW, lora=LoRA(3, 0.7, targets, has_magnitude, "float32"))
+    params, layout = random_params(config, mesh_shape), rollout_layout(mesh_of(*mesh_shape))
+    settings = SamplerSettings(PLAIN, NUM_NEW, END_IDS)
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+    def draw(form: str, params: Any) -> Rollout:
+        weights = decode.decode_params(config, layout, params, form)
+        prompts = Prompts(*map(jnp.asarray, random_prompts()))
+        return generate(config, layout, settings, weights, prompts, grid_keys(), NO_STOPS)
+
+    merged, beside = draw("full", params), draw("unmerged", params)
+    np.testing.assert_array_equal(merged.tokens, beside.tokens)
+    np.testing.assert_allclose(merged.logps, beside.logps, atol=2e-4)
+    off = draw("full", lora.split(config.lora, params)[1])
+    assert np.any(np.asarray(merged.tokens) != np.asarray(off.tokens)), "the adapters do nothing"

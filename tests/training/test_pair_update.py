@@ -19,6 +19,8 @@ from jlrm.rl.preferences import PairTargets
 from jlrm.runtime.mesh import training_layout
 from jlrm.training import packing, update
 from jlrm.training.packing import Group
+from jlrm.training.recipes.pair_programs import scored_group
+from jlrm.training.recipes.reward_model import reward_targets
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -120,3 +122,40 @@ def test_a_step_does_not_depend_on_passes_nor_devices(size, shape):
     check_same(other[:2], whole[:2])
     num_passes = int(other[2].rows.num_passes)
     assert num_passes > 1 or shape != ONE
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_untied", "qwen3"])
+def test_a_question_that_stands_once_gives_the_step_of_the_plain_reward_model(architecture):
+    """Bradley-Terry over whole sequences, each scored at its last token, without packing."""
+    config = tiny_config(architecture, num_labels=1)
+    layout, state = layout_of(ONE), initial_state("sgd", ONE, config)
+    head = np.random.default_rng(4).normal(size=state.params["score"].shape).astype(np.float32)
+    state = state._replace(params={**state.params, "score": jnp.asarray(head)})
+    before = jax.tree.map(jnp.copy, state.params)
+    groups = [scored_group(pair.prompt, pair.completions) for pair in pairs()]
+    packed = packing.pack(groups, [512], 1, is_whole=True)
+    targets = reward_targets(packed, groups, [1] * NUM_PAIRS)
+    rows, targets = packing.to_devices(layout, (packed.rows, targets))
+    step = functools.partial(
+        update.reward_update, config, layout, "bradley_terry", optimizer_of("sgd")
+    )
+    state, metrics = jax.jit(step, compiler_options=FAST)(state, rows, targets)
+
+    sequences = [[*pair.prompt, *ids] for pair in pairs() for ids in pair.completions]
+    last = jnp.array([len(sequence) - 1 for sequence in sequences])
+    tokens = np.array([[*ids, *[0] * (LONGEST - len(ids))] for ids in sequences], np.int32)
+
+    def loss(params: Any) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(LONGEST), tokens.shape)
+        seen = np.ones(tokens.shape, bool)
+        hidden = plain_states(config, layout, params, tokens, positions, seen)
+        ends = hidden[jnp.arange(len(sequences)), last]
+        scores = (ends @ params["score"])[:, 0]
+        return jnp.mean(jnp.logaddexp(0, scores[1::2] - scores[::2]))
+
+    wanted, gradients = jax.value_and_grad(loss)(before)
+    np.testing.assert_allclose(metrics["loss"], wanted, rtol=0, atol=1e-6 + ROUNDING)
+    assert abs(wanted - np.log(2)) > 0.01, "all are scored alike"
+    check_same(jax.tree.map(jnp.subtract, before, state.params), gradients, atol=1e-5)
+    num_plain = sum(map(len, sequences))
+    assert packed.num_tokens < num_plain - sum(len(pair.prompt) for pair in pairs()) + len(last)

@@ -40,6 +40,15 @@ STAGES = {
     ),
     "dpo": ({"dpo": DPO}, OF_DPO),
     "scores": ({"reward_model": {"steps": 2, "batch_size": 4}}, ("reward_update",)),
+    "adapters": (
+        {
+            "lora": {"rank": 2, "base": "int8"},
+            "dpo": DPO,
+            "grpo": {**GRPO, "loss": {"kl_weight": 0.01}},
+            "reward_model": {"steps": 2, "batch_size": 4},
+        },
+        (*OF_GRPO, *OF_DPO, "reward_update"),
+    ),
 }
 
 

@@ -257,7 +257,7 @@ def test_rewards_are_lowered_by_the_sum_of_log_ratios_before_they_are_compared(o
     values = [1.0, None, 30.0, 2.0, 2.0, 2.0]
     step = drawn(run, values)
     layout = training_layout(create_mesh(run.config.mesh, jax.devices()[:1]))
-    policy = types.SimpleNamespace(tokenizer=run.policy.tokenizer, training=layout)
+    policy = types.SimpleNamespace(tokenizer=run.policy.tokenizer, training=layout, unit=1)
     run = dataclasses.replace(run, policy=cast(Any, policy))
     rng, parts, distance = np.random.default_rng(0), [], np.zeros(6)
     for number in (0, 1):
@@ -272,7 +272,7 @@ def test_rewards_are_lowered_by_the_sum_of_log_ratios_before_they_are_compared(o
         known = Known(
             sampled.logps, step.batch.advantages[chosen], step.is_learned[chosen], ref_logps
         )
-        part = pack_minibatch(layout, [128], [group], known, "token_mean")
+        part = pack_minibatch(run.policy, [128], [group], known, "token_mean")
         parts.append(
             part._replace(completion=np.where(part.completion < 0, -1, chosen[part.completion]))
         )

@@ -18,12 +18,12 @@ from conftest import ARCHITECTURES, GOLDEN, mesh_of, plain_states, tiny_config
 from safetensors.numpy import load_file, save_file
 
 from jlrm.config import UsageError
-from jlrm.model import qwen
+from jlrm.model import families, qwen
 from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Llama3, Yarn
 from jlrm.runtime.mesh import Layout, training_layout
 from jlrm.sampling.policy import check_positions
-from jlrm.weights import families, hf, hf_config
+from jlrm.weights import hf, hf_config
 from jlrm.weights.hf_config import config_from_hf, config_to_hf
 from jlrm.weights.presets import PRESETS
 

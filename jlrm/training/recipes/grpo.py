@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from jlrm.config import Config, GRPOConfig, LossConfig
+from jlrm.model import lora
 from jlrm.model.qwen import Params
 from jlrm.rl.losses import completion_mask, covariance_tokens, importance_weights
 from jlrm.runtime import hosts
@@ -46,11 +47,12 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
         stage.compile_ahead(lambda: grpo_calls(run.config, run.policy, width, programs))
         reference = None
         if config.has_reference:
-            reference = programs.freeze(initial() if stage.is_resumed else stage.state.params)
+            first = initial(stage.state.base) if stage.is_resumed else stage.state.params
+            reference = programs.freeze(first)
         stage.evaluate_start()
 
         def begin(position: int) -> rollouts.Started:
-            weights = programs.lay_out(stage.state.params)
+            weights = programs.lay_out(stage.state.weights)
             return rollouts.start(run, sample, weights, position, stage.stream)
 
         started = None
@@ -72,7 +74,7 @@ def grpo(run: Run, evaluate: EvaluateFn) -> StageResult:
 
             # 5. Log-probabilities of the reference, and of the policy where they are needed.
             with stage.timed("logprobs"):
-                parts, gap = _logprobs(run, programs, stage.state.params, reference, parts)
+                parts, gap = _logprobs(run, programs, stage.state, reference, parts)
                 if config.advantage.kl_weight:
                     parts, drawn = less_divergence(run, parts, drawn)
 
@@ -155,7 +157,7 @@ def _minibatches(
             known = known._replace(is_singled=singled)
         if has_gradient(config.loss, known) or (config.advantage.kl_weight and any(known.is_kept)):
             is_trained[chosen] = known.is_kept
-            part = pack_minibatch(run.policy.training, sizes, whole, known, config.loss.aggregation)
+            part = pack_minibatch(run.policy, sizes, whole, known, config.loss.aggregation)
             numbers = np.where(part.completion < 0, -1, chosen[part.completion])
             parts.append(part._replace(completion=numbers))
     return parts, is_trained
@@ -175,7 +177,7 @@ def has_gradient(loss: LossConfig, known: Known) -> bool:
 def _logprobs(
     run: Run,
     programs: GRPOPrograms,
-    params: Params,
+    state: TrainState,
     reference: Params | None,
     parts: list[Minibatch],
 ) -> tuple[list[Minibatch], float | None]:
@@ -186,14 +188,17 @@ def _logprobs(
     """
     gap = None
     if parts and needs_old_logprobs(run.config):
-        scored = [_with(part, old_logp=programs.logprobs(params, part.rows)[0]) for part in parts]
+        weights = state.weights
+        scored = [_with(part, old_logp=programs.logprobs(weights, part.rows)[0]) for part in parts]
         gap = _mean_gap(parts, scored)
         if run.config.grpo.loss.importance_cap:
             pairs = zip(parts, scored, strict=True)
             scored = [_weighed(run.config, *pair) for pair in pairs]
         parts = scored
     if reference is not None:
-        parts = [_with(part, ref_logp=programs.logprobs(reference, part.rows)[0]) for part in parts]
+        # Adapters have the policy's own base, which an update gives back as it was: no second copy.
+        frozen = lora.join(state.base, reference)
+        parts = [_with(part, ref_logp=programs.logprobs(frozen, part.rows)[0]) for part in parts]
     return jax.block_until_ready(parts), gap
 
 

@@ -29,7 +29,7 @@ class DPOPrograms(NamedTuple):
     """The programs of DPO besides the sampler, and the row lengths they are compiled for."""
 
     lay_out: Any  # params -> params laid out for decoding
-    freeze: Any  # params -> a copy in compute precision
+    freeze: Any  # what is trained -> a copy in compute precision
     logprobs: Any  # params, rows -> log-probabilities, entropy
     update: Any  # state, rows, targets of pairs -> state, metrics
     optimizer: optax.GradientTransformation
@@ -41,9 +41,9 @@ def dpo_programs(config: Config, network: Network, longest: tuple[int, int]) -> 
     """Return the programs of DPO on prompts and completions of at most so many tokens."""
     dpo, model, layout = config.dpo, network.model, network.training
     optimizer = update.make_optimizer(dpo.optimizer, dpo.steps)
-    options = compiler_options(layout.mesh)
+    options = compiler_options(layout.mesh, model.exact)
     return DPOPrograms(
-        lay_out=lay_out_program(model, network.decoding, config.sampling.weights == "int8"),
+        lay_out=lay_out_program(model, network.decoding, config.sampling.weights),
         freeze=freeze_program(network),
         logprobs=jax.jit(
             partial(update.logprobs, model, layout, Distribution()), compiler_options=options
@@ -85,7 +85,7 @@ def reward_programs(config: Config, network: Network, longest: tuple[int, int]) 
         update=jax.jit(
             partial(update.reward_update, network.model, layout, settings.kind, optimizer),
             donate_argnums=0,
-            compiler_options=compiler_options(layout.mesh),
+            compiler_options=compiler_options(layout.mesh, network.model.exact),
         ),
         optimizer=optimizer,
         rate=update.learning_rate(settings.optimizer, settings.steps),
@@ -120,7 +120,7 @@ def reward_calls(
     texts = abstract_texts(network, config.sampling.eval_batch_size, sum(longest))
     return {
         "init_reward_optimizer": init_optimizer(network, programs.optimizer, state),
-        "reward_scores": Call(scores_program(network), (state.params, *texts)),
+        "reward_scores": Call(scores_program(network), (state.weights, *texts)),
         "reward_model": Call(programs.update, (state, rows.rows, targets), longest=rows),
     }
 
@@ -180,7 +180,7 @@ def dpo_calls(
     if has_reference:
         calls["freeze_dpo"] = Call(programs.freeze, (state.params,))
     if config.dpo.is_sampled:
-        calls["lay_out"] = Call(programs.lay_out, (state.params,))
+        calls["lay_out"] = Call(programs.lay_out, (state.weights,))
         calls["rollout_dpo"] = Call(
             rollout_program(network, rollout_settings(config, network)),
             rollout_arguments(
@@ -193,7 +193,7 @@ def dpo_calls(
             weights="lay_out",
         )
     if has_reference:
-        arguments = abstract_reference(network), rows.rows
+        arguments = abstract_reference(network, state), rows.rows
         calls["dpo_reference"] = Call(programs.logprobs, arguments, longest=rows)
     calls["dpo"] = Call(programs.update, (state, rows.rows, targets), longest=rows)
     return calls

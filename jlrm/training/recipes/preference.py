@@ -25,6 +25,7 @@ from jlrm.data import audit, batches
 from jlrm.data.audit import Draws
 from jlrm.data.batches import Examples
 from jlrm.data.comparisons import describe_dropped, write_dropped
+from jlrm.model import lora
 from jlrm.model.qwen import Params
 from jlrm.rl.preferences import PairTargets
 from jlrm.runtime import hosts
@@ -70,7 +71,8 @@ def dpo(run: Run, evaluate: EvaluateFn) -> StageResult:
         stage.compile_ahead(lambda: dpo_calls(run.config, policy, longest[0], programs, longest[1]))
         reference = None
         if config.reference == "start":
-            start = initial("dpo") if stage.is_resumed else stage.state.params
+            base = stage.state.base
+            start = initial("dpo", base) if stage.is_resumed else stage.state.params
             reference = programs.freeze(start)
         stage.evaluate_start()
         for _ in stage:
@@ -99,7 +101,8 @@ def _learn(
     rows, targets = packing.to_devices(layout, (packed.rows, targets))
     if reference is not None:
         with stage.timed("logprobs"):
-            ref_logp, _ = programs.logprobs(reference, rows)
+            frozen = lora.join(stage.state.base, reference)
+            ref_logp, _ = programs.logprobs(frozen, rows)
             targets = targets._replace(ref_logp=jax.block_until_ready(ref_logp))
     with stage.timed("update"):
         stage.state, values = programs.update(stage.state, rows, targets)
@@ -141,7 +144,7 @@ def _sampled(run: Run, programs: DPOPrograms) -> Callable[[Stage], PairBatch]:
         rows = batches.batch_rows(seed, stage.position, size, len(data), stage.stream)
         with stage.timed("rollout"):
             prompts = data.take(rows)
-            sampled = sample(programs.lay_out(stage.state.params), prompts, stage.position)()
+            sampled = sample(programs.lay_out(stage.state.weights), prompts, stage.position)()
         examples = [prompt for prompt in prompts for _ in range(config.rollouts)]
         with stage.timed("reward"):
             judgements, logged = scoring.judge(

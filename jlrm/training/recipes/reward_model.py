@@ -26,7 +26,7 @@ from jlrm.evaluation import scored
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, both_orders, game_verdict
 from jlrm.judgement.notes import TrainerState
-from jlrm.model import qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params
 from jlrm.rl.preferences import RewardTargets
 from jlrm.sampling.scores import Scorer
@@ -114,10 +114,11 @@ def reward_targets(packed: packing.Packed, groups: list[Group], labels: list[int
     return RewardTargets._make((is_last, label, np.array(len(groups), np.float32)))
 
 
-def _initial(run: Run, policy: Any) -> Params:
-    """Return the weights of the stage before with a head that scores everything alike."""
-    params = initial_params(run, "reward_model")
-    wanted = qwen.abstract_params(policy.model, policy.training)
+def _initial(run: Run, policy: Any, base: Params) -> Params:
+    """Return what the stage before trained, with a head that scores everything alike."""
+    params = initial_params(run, "reward_model", base)
+    abstract = qwen.abstract_params(policy.model, policy.training)
+    wanted, _ = lora.split(policy.model.lora, abstract)
     head = wanted["score"]
     make = jax.jit(partial(jnp.zeros, head.shape, head.dtype), out_shardings=head.sharding)
     return {name: make() if name == "score" else params[name] for name in wanted}

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
-from conftest import mesh_of
-from test_train import assert_equal_trees, assert_same_record, comparable, run, steps
+from test_train import assert_equal_trees, assert_same_record, comparable, run, saved_params, steps
 
 from jlrm import evaluate, export, train
 from jlrm.config import UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
-from jlrm.model import qwen
-from jlrm.runtime.mesh import training_layout
 from jlrm.training.heldout import METRICS
-from jlrm.weights import hf_config, reading
-from jlrm.weights.steps import find
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -39,32 +33,27 @@ def no_pages(monkeypatch):
     monkeypatch.setattr(train.run_page, "write_report", lambda *_: None)
 
 
-def final_weights(run_dir, kind: str):
-    model = hf_config.read_config(run_dir / "model", compute_dtype="float32")
-    model = dataclasses.replace(model, num_labels=1 + KINDS.index(kind))
-    abstract = qwen.abstract_params(model, training_layout(mesh_of(1, 1, 1)))
-    return reading.restore_params(find(str(run_dir)), abstract)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_reward_model_goes_on_bit_for_bit_where_it_stopped(tmp_path, data, kind):
+@pytest.mark.parametrize(("kind", "rank"), [*((kind, 0) for kind in KINDS), ("bradley_terry", 3)])
+def test_a_reward_model_goes_on_bit_for_bit_where_it_stopped(tmp_path, data, kind, rank):
     options = [*OPTIONS, f"reward_model.kind={kind}", "run.save_every=1", "sft.steps=1"]
+    options += [f"lora.rank={rank}"]
     run(tmp_path / "whole", data, *options, "reward_model.steps=3")
     run(tmp_path / "broken", data, *options, "reward_model.steps=1")
     run(tmp_path / "broken", data, *options, "reward_model.steps=3")
     assert_same_record(tmp_path / "whole", tmp_path / "broken")
-    weights = [final_weights(tmp_path / name, kind) for name in ("whole", "broken")]
+    weights = [saved_params(tmp_path / name) for name in ("whole", "broken")]
     assert_equal_trees(*weights)
     assert "head" not in weights[0] and np.abs(np.asarray(weights[0]["score"])).max() > 0
     first = next(row for row in steps(tmp_path / "whole") if row["stage"] == "reward_model")
     assert first["loss"] == pytest.approx(np.log(3 if kind == "classes" else 2), abs=1e-5)
 
 
-def test_a_reward_model_judges_in_training_as_a_run_and_exported(tmp_path, data, capsys):
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_reward_model_judges_in_training_as_a_run_and_exported(tmp_path, data, capsys, rank):
     heldout = tmp_path / "heldout.jsonl"
     write_comparisons(toy.comparisons(seed=8, num_rows=24), heldout)
     options = [*OPTIONS, "reward_model.steps=25", f"data.eval={heldout}", "data.eval_rows=24"]
-    options += ["reward_model.batch_size=32", "data.max_prompt_tokens=64"]
+    options += ["reward_model.batch_size=32", "data.max_prompt_tokens=64", f"lora.rank={rank}"]
     found = run(tmp_path / "r", data, *options)["reward_model"]
     rows = steps(tmp_path / "r")
     assert rows[-1]["loss"] < 0.66 < rows[0]["loss"]  # longer answers are often better

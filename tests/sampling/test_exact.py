@@ -1,0 +1,155 @@
+"""`sampling.exact`: the log-probabilities of sampler and trainer have the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from conftest import mesh_of
+
+from jlrm.config import LossConfig, OptimizerConfig, UsageError
+from jlrm.data import batches
+from jlrm.model import qwen
+from jlrm.model.qwen import QwenConfig
+from jlrm.rl.distribution import Distribution
+from jlrm.rl.losses import PolicyTargets
+from jlrm.runtime.mesh import compiler_options
+from jlrm.sampling import decode
+from jlrm.sampling.generate import rollout_program
+from jlrm.sampling.policy import Network, bare_network
+from jlrm.sampling.sampler import SamplerSettings, rollout_keys
+from jlrm.sampling.stops import stop_tables
+from jlrm.training import packing, update
+from jlrm.training.packing import Group
+
+MODEL = QwenConfig(
+    vocab_size=512,
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    qkv_bias=True,
+    qk_norm=False,
+    tie_word_embeddings=True,
+    compute_dtype="bfloat16",
+)
+
+
+def rollout(model: QwenConfig, temperature: float, size: int, num_new: int = 70):
+    """Return a network, its weights, and packed rows of what it has sampled, with log-probs."""
+    network = Network(model, mesh_of(1, 1, 1), 0, (3,))
+    params = qwen.init(model, network.training, 0)
+    # Sharper than at birth, so that tokens have unequal probabilities.
+    params["embed"] = params["embed"] * 20
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, 512, length).tolist() for length in (90, 33)]
+    tokens, lengths = batches.pad(prompts, 100)
+    weights = jax.jit(partial(decode.decode_params, model, network.decoding))(params)
+    settings = SamplerSettings(of(model, temperature), num_new, (3,))
+    drawn = rollout_program(network, settings)(
+        weights,
+        decode.Prompts(tokens, lengths),
+        rollout_keys(0, 0, np.arange(2, dtype=np.int32), 3),
+        stop_tables({}, [], model.vocab_size),
+    )
+    ids, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
+    groups = [
+        Group(prompt, [row[:n].tolist() for row, n in zip(*each, strict=True)])
+        for prompt, *each in zip(prompts, ids, lengths, strict=True)
+    ]
+    packed = packing.pack(groups, [size], 1, network.unit)
+    return network, params, packed, packed.take(np.asarray(drawn.logps).reshape(-1, num_new))
+
+
+def of(model: QwenConfig, temperature: float) -> Distribution:
+    return Distribution(temperature, exact=model.exact)
+
+
+def gaps(model: QwenConfig, temperature: float) -> np.ndarray:
+    """Return the distance of sampled and teacher-forced log-probabilities, token by token."""
+    network, params, packed, sampled = rollout(model, temperature, 1024)
+    logprobs = jax.jit(
+        partial(update.logprobs, model, network.training, of(model, temperature)),
+        compiler_options=compiler_options(network.mesh, model.exact),
+    )
+    forced, _ = logprobs(params, packing.to_devices(network.training, packed.rows))
+    return np.abs(np.asarray(forced) - sampled)[packed.is_target]
+
+
+def update_gap(model: QwenConfig, size: int) -> float:
+    """Return the mean distance that an optimiser step finds from sampled log-probabilities."""
+    network, params, packed, sampled = rollout(model, 1.0, size)
+    mask = packed.is_target
+    targets = PolicyTargets(
+        old_logp=sampled,
+        ref_logp=None,
+        advantages=mask.astype(np.float32),
+        mask=mask,
+        weights=(mask / mask.sum()).astype(np.float32),
+    )
+    fixed = model, network.training, of(model, 1.0)
+    optimizer = update.make_optimizer(OptimizerConfig(), 10)
+    step = jax.jit(
+        partial(update.grpo_update, *fixed, LossConfig(kl_weight=0.0), optimizer),
+        compiler_options=compiler_options(network.mesh, model.exact),
+    )
+    state = update.init_state(model, network.training, optimizer, params)
+    _, metrics = step(state, *packing.to_devices(network.training, (packed.rows, targets)))
+    return float(metrics["old_logp_gap"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_kv_heads", [2, 6])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampled_and_teacher_forced_log_probabilities_have_the_same_bits(num_kv_heads, temperature):
+    model = dataclasses.replace(MODEL, num_key_value_heads=num_kv_heads)
+    exact = gaps(dataclasses.replace(model, exact=True), temperature)
+    assert exact.size > 200
+    assert not exact.any()
+    assert gaps(model, temperature).mean() > 1e-4  # else the test could not fail
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_the_update_finds_the_same_bits(remat):
+    exact = dataclasses.replace(MODEL, exact=True, remat=remat)
+    assert update_gap(exact, 1024) == 0.0
+    assert update_gap(exact, 384) == 0.0  # several passes
+    assert update_gap(dataclasses.replace(MODEL, remat=remat), 1024) > 1e-4
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_bfloat16():
+    def gradients(model: QwenConfig) -> np.ndarray:
+        network = Network(model, mesh_of(1, 1, 1), 0, (3,))
+        params = qwen.init(model, network.training, 0)
+        rng = np.random.default_rng(0)
+        group = Group(range(4, 60), [rng.integers(4, 512, 60).tolist() for _ in range(3)])
+        rows = packing.pack([group], [384], 1, 64).rows
+        part = jax.tree.map(lambda x: x[0] if np.ndim(x) else x, rows)
+
+        def loss(params: qwen.Params) -> jax.Array:
+            params = qwen.to_compute_dtype(model, params)
+            places = part.tokens, part.positions, part.packing
+            states = qwen.hidden_states(model, network.training, params, *places)
+            wide = states.astype(np.float32) * np.cos(np.arange(96, dtype=np.float32))[None, None]
+            return (wide * (part.packing.group > 0)[..., None]).sum()
+
+        options = compiler_options(network.mesh, model.exact)
+        leaves = jax.tree.leaves(jax.jit(jax.grad(loss), compiler_options=options)(params))
+        return np.concatenate([np.asarray(leaf).ravel() / np.linalg.norm(leaf) for leaf in leaves])
+
+    wide = gradients(dataclasses.replace(MODEL, compute_dtype="float32"))
+    plain, exact = gradients(MODEL), gradients(dataclasses.replace(MODEL, exact=True))
+    assert np.linalg.norm(exact - wide) < 2 * np.linalg.norm(plain - wide)
+
+
+def test_several_devices_are_refused():
+    model = dataclasses.replace(MODEL, exact=True)
+    with pytest.raises(UsageError, match="one CPU device"):
+        bare_network(model, mesh_of(2, 1, 1))
