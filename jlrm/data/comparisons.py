@@ -234,6 +234,15 @@ class AnswerList(Comparison):
         best = max(gold for gold in self.golds if gold is not None)
         return self.golds.index(best) + 1 if self.golds.count(best) == 1 else 0
 
+    def record(self) -> dict[str, Any]:
+        """Return the row as a plain dictionary, its gold as `scores` or as a `ranking`."""
+        known = [gold for gold in self.golds if gold is not None]
+        places = [g if g is None else 1 + sum(k > g for k in known) for g in self.golds]
+        gold = (None, places) if self.is_ranked else (list(self.golds), None)
+        listed = {"answers": list(self.answers), "scores": gold[0], "ranking": gold[1]}
+        ours = ("rest", "golds", "is_ranked")
+        return {k: v for k, v in super().record().items() if k not in ours} | listed
+
     def pairs(self) -> dict[tuple[int, int], Comparison]:
         """Return the pairs that have gold, by the places of their answers, counted from 0."""
         known = [(i, gold) for i, gold in enumerate(self.golds) if gold is not None]

@@ -264,4 +264,6 @@ def _outcome(row: Row) -> str:
     verdict = row.get("verdict")
     if not verdict:
         return "unparsed"
-    return "right" if preferred(*verdict) == row["label"] else "wrong"
+    is_right = row.get("is_right")  # of a list, the share of its pairs; in old files not there
+    is_right = preferred(*verdict) == row["label"] if is_right is None else is_right == 1
+    return "right" if is_right else "wrong"

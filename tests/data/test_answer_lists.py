@@ -8,7 +8,7 @@ import pytest
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import readers
-from jlrm.data.comparisons import AnswerList
+from jlrm.data.comparisons import AnswerList, write_comparisons
 from jlrm.data.splits import read_splits
 
 ROW = {"question": "q", "answers": ["a", "b", "c", "d"]}
@@ -43,6 +43,16 @@ def test_scores_and_rankings_are_gold_pair_by_pair(tmp_path):
         assert len({pair.id for pair in pairs.values()}) == 6
     assert scored.pairs()[0, 3].scores == (5, 7.5) and ranked.pairs()[0, 3].scores is None
     assert ranked.gold((1, 9)) == (5, 1, 5, 9) and scored.gold((1, 9)) == (5, 2, 5, 7.5)
+
+
+def test_a_list_is_written_as_it_was_read(tmp_path):
+    given = [{**ROW, "scores": [5, None, 5, 7.5]}, {**ROW, "ranking": [2, 3, 2, 1]}]
+    rows = read(tmp_path, *given).rows
+    write_comparisons(rows, tmp_path / "again.jsonl")
+    part, _ = readers.read_part(str(tmp_path / "again.jsonl"), is_listed=True)
+    assert [each.record() for each in part.rows] == [each.record() for each in rows]
+    assert part.rows[0] == rows[0]
+    assert part.rows[1].pairs() == rows[1].pairs()
 
 
 def test_what_is_not_known_makes_no_pair(tmp_path):
