@@ -583,7 +583,7 @@ def test_lists_are_judged_at_once_and_paid_by_their_pairs(tmp_path):
     with pytest.raises(UsageError, match="there are lists of 4 answers"):
         run(directory, "lists-many", *own, *heldout, *fast)
     found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2")
-    assert found["grpo"]["pairs"] == 24 and found["grpo"]["parse_rate"] > 50
+    assert found["grpo"]["pairs"] == 24 and found["grpo"]["parse_rate"] > 20
     (file, _) = sorted((directory / "completions").glob("*.parquet"))
     known = {row["id"]: row for row in lists.rows("lists-many", "train")}
     sizes = set()
