@@ -93,6 +93,9 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["preset=irpm", "reward.mode=judgelrm"], "reward.mode=judgelrm can't use"),
         (["preset=irpm", "dpo.steps=1"], "Set dpo.steps=0."),
         (["preset=remax", "grpo.zero_variance=skip"], "set grpo.zero_variance=keep"),
+        (["data.judging=lists", "data.orders=both"], "lists of answers at once, which data.orders"),
+        (["data.judging=lists", "data.gold=shuffled"], "Set data.gold=given."),
+        (["data.judging=lists", "sft.swap=0.5"], "Set sft.swap=0."),
         (
             ["reward.swap_consistency=1", "data.orders=both", "reward.mode=none"],
             "withholds a reward, and reward.mode=none pays none",

@@ -269,6 +269,30 @@ def test_outcomes_follow_the_order_of_the_scores(label, verdict, outcome):
     assert run_page._outcome({"label": label, "verdict": verdict}) == outcome
 
 
+def test_outcomes_of_lists_and_single_answers_are_those_that_were_counted():
+    whole = {"label": 3, "verdict": [4, 1, 7], "is_right": 1.0}
+    assert run_page._outcome(whole) == "right"
+    assert run_page._outcome({**whole, "is_right": 2 / 3}) == "wrong"
+    alone = {"label": 1, "verdict": [9], "is_right": False}  # the other answer's was not read
+    assert run_page._outcome(alone) == "wrong"
+
+
+@pytest.mark.slow
+def test_a_list_is_shown_with_all_of_its_answers(tmp_path):
+    write_grpo(tmp_path, 2)
+    answers = {"answers": ["one", "two", f"three {EVIL}"], "label": 3, "is_right": 1.0}
+    scores = {"gold": [4.0, None, 8.0], "verdict": [3.0, 5.0, 9.0]}
+    rows = [{**judgements()[0], **answers, **scores}]
+    with tracking.Tracker(tmp_path, **STAGE | {"first_step": 2}, num_steps=9) as tracker:
+        tracker.log_completions(9, rows)
+    text, page = render(tmp_path)
+    parts = ("Answer 1", "one", "Answer 2", "two", "Answer 3 best", f"three {EVIL}", "I think so")
+    card = page.text.split("right-0")[1]
+    places = [card.index(part) for part in parts]
+    assert places == sorted(places) and EVIL not in text and "a tie" not in card
+    assert cells(text, "Gold") == ["4", "–", "8"] and cells(text, "Verdict") == ["3", "5", "9"]
+
+
 @pytest.mark.slow
 def test_terms_that_are_always_zero_are_not_drawn_and_lines_differ_in_colour(tmp_path):
     terms = {f"rewards/term_{i}/mean": float(i % 10 != 0) for i in range(21)}

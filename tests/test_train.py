@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -597,6 +598,36 @@ def test_a_judge_of_single_answers_is_evaluated_as_it_was_trained(tmp_path, warm
     with pytest.raises(UsageError, match="has seen no pairs"):
         judge.main([str(heldout), "--model", str(tmp_path / "r"), "--out", str(tmp_path / "j")])
     assert not (tmp_path / "j").exists()
+
+
+def test_lists_are_judged_at_once_and_paid_by_their_pairs(tmp_path):
+    fast = ["sft.steps=80", "sft.batch_size=32", "sft.optimizer.learning_rate=4e-3"]
+    stop = "sampling.stop_strings={</answer>: 4}"
+    own = ["data.judging=lists", "data.max_prompt_tokens=112", "sampling.max_new_tokens=48"]
+    heldout = ["data.eval=lists-many#heldout", "data.eval_rows=24"]
+    directory = tmp_path / "r"
+    with pytest.raises(UsageError, match="there are lists of 4 answers"):
+        run(directory, "lists-many", *own, *heldout, *fast)
+    found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2")
+    assert found["grpo"]["pairs"] == 24 and found["grpo"]["parse_rate"] > 20
+    (file, _) = sorted((directory / "completions").glob("*.parquet"))
+    known = {row["id"]: row for row in lists.rows("lists-many", "train")}
+    sizes = set()
+    for row in pq.read_table(file).to_pylist():
+        answers, gold = known[row["id"]]["answers"], known[row["id"]]["scores"]
+        assert all(f"{i}: {answer}" in row["prompt"] for i, answer in enumerate(answers, 1))
+        if not row["verdict"]:
+            assert row["is_right"] == 0 and row["status"] != "ok"
+            continue
+        said = row["verdict"]
+        assert len(said) == len(answers)
+        places = itertools.combinations(range(len(answers)), 2)
+        agreed = [preferred(said[i], said[j]) == preferred(gold[i], gold[j]) for i, j in places]
+        assert row["is_right"] == pytest.approx(np.mean(agreed))
+        wanted = np.mean([2.0 if each else -1.5 for each in agreed])
+        assert row["rewards/relation"] == pytest.approx(wanted)
+        sizes.add(len(answers))
+    assert sizes == {3, 4}
 
 
 def test_rows_that_are_swapped_already_are_not_swapped_back(tmp_path):

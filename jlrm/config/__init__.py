@@ -132,21 +132,24 @@ def _check(config: Config) -> None:
         )
     _check_grpo(grpo, config.data)
     _check_reward(config.reward, config.data)
-    if config.data.judging == "single":
-        _check_single(config)
+    if config.data.judging != "pairs":
+        _check_judging(config)
 
 
-def _check_single(config: Config) -> None:
+def _check_judging(config: Config) -> None:
+    is_single = config.data.judging == "single"
     known = {"data.orders": "given", "data.gold": ("given", "shuffled"), "dpo.steps": 0}
     known |= {"reward_model.steps": 0, "reward.mode": ("judgelrm_symmetric", "none")}
+    known |= {} if is_single else {"data.gold": "given", "sft.swap": 0}
+    what = "each answer alone" if is_single else "lists of answers at once"
     for name, usable in known.items():
         section, _, key = name.partition(".")
         value = getattr(getattr(config, section), key)
         listed = usable if isinstance(usable, tuple) else (usable,)
         if value not in listed:
             raise UsageError(
-                f"data.judging=single judges each answer alone, which {name}={value} can't use. "
-                f"Set {name}={' or '.join(map(str, listed))}."
+                f"data.judging={config.data.judging} judges {what}, which {name}={value} can't "
+                f"use. Set {name}={' or '.join(map(str, listed))}."
             )
 
 

@@ -100,8 +100,9 @@ class DataConfig:
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.
     orders: Literal["given", "both"] = "given"
     # "single": each answer of a pair is judged alone, by the prompt's form for one answer, and its
-    # score is paid by comparison with the scores of the other one (judgement/rewards.py).
-    judging: Literal["pairs", "single"] = "pairs"
+    # score is paid by comparison with the scores of the other one (judgement/rewards.py). "lists":
+    # rows hold `answers`, 2 to 8, and `scores` or a `ranking`; all are judged at once.
+    judging: Literal["pairs", "single", "lists"] = "pairs"
     max_prompt_tokens: Positive = 1024  # longest prompt that is used
     # A longer prompt is counted and left out ("skip"), or stops the run ("refuse").
     overlong: Literal["skip", "refuse"] = "skip"
@@ -129,7 +130,8 @@ class SamplingConfig:
     exact: bool = False
     # Text: the number of the occurrence that ends a completion. They count from the end of the
     # reasoning, `</think>`: what is drafted or quoted before it ends nothing. With
-    # data.judging=single, `</answer>` is taken to occur once.
+    # data.judging=single, `</answer>` is taken to occur once; with lists, name it as often as the
+    # longest list has answers (shorter ones end by the end token).
     stop_strings: dict[str, int] = field(default_factory=lambda: {"</answer>": 2})
     eval_temperature: NonNegative = 0.0  # for the held-out set; 0: greedy
     eval_batch_size: Positive = 32  # held-out prompts that are sampled together

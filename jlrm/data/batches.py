@@ -97,25 +97,22 @@ def prompt_encoder(
     Raises:
       UsageError: no such template.
     """
-    template = prompt_template(
-        tokenizer,
-        prompt,
-        min_score=scale[0],
-        max_score=scale[1],
-        has_reference=has_reference,
-        is_single=is_single,
+    low, high = scale
+    kind = {"has_reference": has_reference, "is_single": is_single}
+    template = functools.cache(
+        partial(prompt_template, tokenizer, prompt, min_score=low, max_score=high, **kind)
     )
+    template(num_answers=2)  # raises before any row is read
     quote = functools.partial(prompts.quote, name=prompt, control_tokens=control_tokens(tokenizer))
 
     def encode_rows(rows: Sequence[Comparison]) -> list[Example]:
         texts = [
             prompts.fill(
-                template,
+                template(num_answers=len(row.answers)),
                 question=quote(row.question),
                 answer=quote(row.answer_1),
-                answer_1=quote(row.answer_1),
-                answer_2=quote(row.answer_2),
                 reference=quote(row.reference),
+                **{f"answer_{i}": quote(each) for i, each in enumerate(row.answers, 1)},
             )
             for row in rows
         ]
@@ -260,7 +257,8 @@ def _written(
     if needs_rubric and not row.rubric.strip():
         return None
     if place == "none":
-        return "", row.gold(scale)[: 1 if is_single else 2]
+        gold = row.gold(scale)[: 1 if is_single else None]
+        return ("", gold) if gold else None
     return row.judgement_of_one if is_single else row.judgement
 
 

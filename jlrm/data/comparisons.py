@@ -1,8 +1,8 @@
 """The one row type: a question, two answers, and what is known of their quality.
 
-A row has two scores, or a preference alone, or both if they agree. A row that can't be used becomes
-a `Dropped` with its place and the reason: nothing is guessed, and nothing is lost silently. Files
-are read by readers.py.
+A row has two scores, or a preference alone, or both if they agree. Answers that are judged at once
+(`AnswerList`) are a row too. A row that can't be used becomes a `Dropped` with its place and the
+reason: nothing is guessed, and nothing is lost silently. Files are read by readers.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pathlib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import regex
@@ -104,7 +105,12 @@ class Comparison:
     where: Where = field(default=Where(0), compare=False, repr=False)
 
     @property
-    def scores(self) -> tuple[float, float] | None:
+    def answers(self) -> tuple[str, ...]:
+        """All answers."""
+        return self.answer_1, self.answer_2
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
         """Both gold scores, None for a row that has a preference alone."""
         if self.score_1 is None or self.score_2 is None:
             return None
@@ -119,18 +125,18 @@ class Comparison:
         return preferred(*self.scores)
 
     @property
-    def judgement(self) -> tuple[str, tuple[float, float]] | None:
+    def judgement(self) -> tuple[str, tuple[float, ...]] | None:
         """A written judgement, its reasoning and its scores; None for a row without one."""
         reasoning, judged = self.meta.get("reasoning"), self.meta.get("judged", self.scores)
-        is_pair = isinstance(judged, (list, tuple)) and len(judged) == 2
-        if not isinstance(reasoning, str) or not reasoning or not is_pair:
+        is_whole = isinstance(judged, (list, tuple)) and len(judged) == len(self.answers)
+        if not isinstance(reasoning, str) or not reasoning or not is_whole:
             return None
         if any(isinstance(each, bool) or not isinstance(each, (int, float)) for each in judged):
             return None
-        return reasoning, (judged[0], judged[1])
+        return reasoning, tuple(judged)
 
     @property
-    def judgement_of_one(self) -> tuple[str, tuple[float]] | None:
+    def judgement_of_one(self) -> tuple[str, tuple[float, ...]] | None:
         """A written judgement of answer 1 alone; None where `reasoning` is no list of two texts."""
         texts = self.meta.get("reasoning")
         if not (isinstance(texts, list | tuple) and len(texts) == 2):
@@ -151,7 +157,7 @@ class Comparison:
         told = self.meta.get("rubric")
         return told if isinstance(told, str) else ""
 
-    def gold(self, scale: tuple[int, int]) -> tuple[float, float]:
+    def gold(self, scale: tuple[int, int]) -> tuple[float, ...]:
         """Both gold scores; a preference alone is worth the whole scale, a tie its middle."""
         (low, high), middle = scale, sum(scale) / 2
         by_label = {0: (middle, middle), 1: (high, low), 2: (low, high)}
@@ -201,6 +207,75 @@ class Comparison:
         """Return a number from 0 to 1 by which the row is chosen for something, or is not."""
         told = json.dumps([seed, what, self.id, self.question, self.answer_1, self.answer_2])
         return int.from_bytes(hashlib.sha256(told.encode()).digest()[:8]) / 2**64
+
+
+@dataclass(frozen=True)
+class AnswerList(Comparison):
+    """A question and two or more answers that are judged at once; a pair's gold is not there."""
+
+    rest: tuple[str, ...] = ()  # the answers from the third on
+    # Of each answer, higher for a better one; None where it is not known, and no pair with it is.
+    golds: tuple[float | None, ...] = ()
+    is_ranked: bool = False  # only the order of `golds` means something
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """All answers."""
+        return self.answer_1, self.answer_2, *self.rest
+
+    @property
+    def scores(self) -> tuple[float, ...] | None:
+        """The gold scores that are known, None for a list that is ranked."""
+        return None if self.is_ranked else tuple(g for g in self.golds if g is not None)
+
+    @property
+    def label(self) -> int:
+        """The number of the best answer, counted from 1; 0 where several are equally good."""
+        best = max(gold for gold in self.golds if gold is not None)
+        return self.golds.index(best) + 1 if self.golds.count(best) == 1 else 0
+
+    def record(self) -> dict[str, Any]:
+        """Return the row as a plain dictionary, its gold as `scores` or as a `ranking`."""
+        known = [gold for gold in self.golds if gold is not None]
+        places = [g if g is None else 1 + sum(k > g for k in known) for g in self.golds]
+        gold = (None, places) if self.is_ranked else (list(self.golds), None)
+        listed = {"answers": list(self.answers), "scores": gold[0], "ranking": gold[1]}
+        ours = ("rest", "golds", "is_ranked")
+        return {k: v for k, v in super().record().items() if k not in ours} | listed
+
+    def pairs(self) -> dict[tuple[int, int], Comparison]:
+        """Return the pairs that have gold, by the places of their answers, counted from 0."""
+        known = [(i, gold) for i, gold in enumerate(self.golds) if gold is not None]
+        return {(i, j): self._pair(i, j, a, b) for (i, a), (j, b) in combinations(known, 2)}
+
+    def _pair(self, i: int, j: int, one: float, two: float) -> Comparison:
+        texts = self.answers[i], self.answers[j]
+        pair = Comparison(f"{self.id}:{i}-{j}", self.question, *texts, source=self.source)
+        if self.is_ranked:
+            return dataclasses.replace(pair, preference=preferred(one, two))
+        return dataclasses.replace(pair, score_1=one, score_2=two)
+
+    def gold(self, scale: tuple[int, int]) -> tuple[float, ...]:
+        """Return all gold scores, a ranking's from the top of the scale down; () if one lacks."""
+        known = tuple(gold for gold in self.golds if gold is not None)
+        if len(known) < len(self.golds):
+            return ()
+        levels, (low, high) = sorted(set(known), reverse=True), scale
+        step = (high - low) / max(len(levels) - 1, 1)
+        return tuple(high - step * levels.index(g) for g in known) if self.is_ranked else known
+
+    def swapped(self) -> AnswerList:
+        """Return the same list with its answers in the reverse order."""
+        first, second, *rest = reversed(self.answers)
+        return dataclasses.replace(
+            self,
+            answer_1=first,
+            answer_2=second,
+            rest=tuple(rest),
+            golds=self.golds[::-1],
+            is_swapped=not self.is_swapped,
+            meta=self._swapped_meta(),
+        )
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jlrm.config import UsageError
-from jlrm.data.comparisons import Comparison, Where, listed
+from jlrm.data.comparisons import AnswerList, Comparison, Where, listed
 from jlrm.judgement import labels
 from jlrm.judgement.conversations import (
     Messages,
@@ -33,10 +33,11 @@ from jlrm.judgement.conversations import (
     written_turns,
 )
 from jlrm.judgement.labels import Unusable
-from jlrm.judgement.prompts import PAIR_TEMPLATES, split_judgelm_text
+from jlrm.judgement.prompts import MOST_LISTED, PAIR_TEMPLATES, split_judgelm_text
 from jlrm.judgement.transcripts import without_end
 
 Row = dict[str, Any]
+C = TypeVar("C", bound=Comparison)
 
 # Our names, and JudgeLM-100K's.
 TEXTS = {"question": "question_body", "answer_1": "answer1_body", "answer_2": "answer2_body"}
@@ -46,7 +47,8 @@ TRL_QUESTIONS = ("prompt", "question", "instruction")
 IDS = ("id", "review_id", "question_id")  # the first that a row has
 SCORES = ("score_1", "score_2")
 TRL = ("chosen", "rejected", "score_chosen", "score_rejected")
-RENAMABLE = (*TEXTS, *SCORES, "preference", "id", "source", "score", "text", "prompt", *TRL)
+LIST = ("answers", "scores", "ranking")
+RENAMABLE = (*TEXTS, *SCORES, "preference", "id", "source", "score", "text", "prompt", *TRL, *LIST)
 SPELLED = {*QUESTIONS, *ANSWERS, *SCORES, *TRL, "score", "preference", "winner"}
 # What is read into a field of its own; "reasoning" is in `meta`, but has a meaning there.
 OURS = {*TEXTS, *SCORES, "score", "preference", "source", "text", "meta"}
@@ -81,14 +83,45 @@ def comparison(row: Row, identity: str, place: Where, known: Mapping[str, int]) 
         raise Unusable("failed_review")
     if conflicts:
         raise Unusable("conflicting_label")
+    return _writable_row(comparison)
+
+
+def answer_list(row: Row, identity: str, place: Where, known: Mapping[str, int]) -> AnswerList:
+    """Check a row that has a list of answers, as `comparison` does; `known` is of pairs alone."""
+    where, answers = str(place), row.get("answers")
+    if not isinstance(answers, list) or not 2 <= len(answers) <= MOST_LISTED:
+        got = f"{len(answers)}" if isinstance(answers, list) else f"{answers!r:.60}"
+        raise UsageError(
+            f"{where}: data.judging=lists reads 'answers', 2 to {MOST_LISTED} texts, got {got}."
+        )
+    texts = [_text({"answers": each}, "answers", where) for each in answers]
+    golds, is_ranked = labels.golds(row.get("scores"), row.get("ranking"), len(texts), where)
+    read = AnswerList(
+        id=identity,
+        question=_text(row, "question", where),
+        answer_1=texts[0],
+        answer_2=texts[1],
+        rest=tuple(texts[2:]),
+        golds=golds,
+        is_ranked=is_ranked,
+        source=str(row.get("source") or ""),
+        meta=_meta(_without(row, *LIST)),
+        where=place,
+    )
+    return _writable_row(read)
+
+
+def _writable_row(row: C) -> C:
     try:
-        json.dumps(vars(comparison), ensure_ascii=False).encode()
+        json.dumps(vars(row), ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):  # half a surrogate pair, or nested too deep
         raise Unusable("unwritable") from None
-    return comparison
+    return row
 
 
 def _text(row: Row, name: str, where: str) -> str:
+    if name not in row and "answers" in row:
+        raise UsageError(f"{where} has a list of answers, which data.judging=lists reads.")
     if name not in row:
         other = f" (or '{TEXTS[name]}')" if name in TEXTS else ""
         raise UsageError(

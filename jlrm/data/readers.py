@@ -43,6 +43,7 @@ from jlrm.data.forms import (
     IDS,
     RENAMABLE,
     Unusable,
+    answer_list,
     comparison,
     in_our_form,
     our_spelling,
@@ -74,6 +75,7 @@ class Seen:
 
     lacking: set[str]  # columns to be renamed that none of these rows had
     values: Mapping[str, int]  # what its labels mean, where that was said
+    is_listed: bool = False  # every row is to hold a list of answers
     names: list[str] = field(default_factory=list)  # of the columns of one of them
     column: str = "preference"  # the source's own name of its labels
     # Rows by the number that alone labels them, and those left out by the reason.
@@ -128,12 +130,15 @@ def read_part(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
     every: slice = ALL,
+    is_listed: bool = False,
 ) -> tuple[Comparisons, Seen]:
     """Read some of the rows: `every` counts them, or the lines of a file, from 0.
 
+    `is_listed`: they hold lists of answers, and become AnswerLists.
     What it says of a source as a whole is left to `check_whole`. Otherwise as `read`.
     """
     seen = nothing_seen(columns or {}, values or {})
+    seen.is_listed = is_listed
     part = Comparisons([], [])
     for row in with_progress(each_row(source, seen, columns, scores, every=every), source):
         if isinstance(row, Dropped):
@@ -180,13 +185,15 @@ def each_row(
         identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
-            row = in_our_form(labels.labelled(row, where), scores, where)
-            read = comparison(row, identity, place, seen.values)
+            if not seen.is_listed:
+                row = in_our_form(labels.labelled(row, where), scores, where)
+            make = answer_list if seen.is_listed else comparison
+            read = make(row, identity, place, seen.values)
         except Unusable as reason:
             seen.reasons[str(reason)] += 1
             yield Dropped(place, identity, str(reason))
             continue
-        if read.scores is None and (number := labels.numbering(row["preference"])):
+        if read.scores is None and (number := labels.numbering(row.get("preference"))):
             seen.numbers[number] += 1
         seen.num_rows += 1
         yield read

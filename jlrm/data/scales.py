@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jlrm.config import UsageError
-from jlrm.data.comparisons import Comparison
+from jlrm.data.comparisons import AnswerList, Comparison
 from jlrm.data.sharded import ShardedRows
 
 USUAL_HIGHEST = (1.0, 5.0, 10.0, 100.0)
@@ -38,7 +38,10 @@ def rescaled(rows: ShardedRows, points: Mapping[str, float]) -> ShardedRows:
 
     def mapped(row: Comparison) -> Comparison:
         changed: dict[str, Any] = {}
-        if row.scores is not None:
+        if isinstance(row, AnswerList):
+            own = (gold if gold is None or row.is_ranked else ours(gold) for gold in row.golds)
+            changed["golds"] = tuple(own)
+        elif row.scores is not None:
             changed["score_1"], changed["score_2"] = map(ours, row.scores)
         if "judged" in row.meta and row.judgement:  # scores of its own, which SFT imitates
             changed["meta"] = {**row.meta, "judged": [*map(ours, row.judgement[1])]}
@@ -68,6 +71,8 @@ def without_off_scale(rows: ShardedRows, scale: tuple[float, float]) -> ShardedR
     def kept(row: Comparison) -> Comparison:
         if row.scores is None or all(low <= score <= high for score in row.scores):
             return row
+        if isinstance(row, AnswerList):
+            return dataclasses.replace(row, is_ranked=True)
         return dataclasses.replace(row, score_1=None, score_2=None, preference=row.label)
 
     return ShardedRows([kept(row) for row in rows.mine], rows.owners)
@@ -75,10 +80,9 @@ def without_off_scale(rows: ShardedRows, scale: tuple[float, float]) -> ShardedR
 
 def describe_off_scale(rows: ShardedRows, scale: tuple[int, int], source: str) -> str:
     """Say how many rows have gold scores outside a scale and what helps, or "" if none has."""
-    scores = rows.table(
-        "gold scores",
-        np.array([row.scores or (np.nan, np.nan) for row in rows.mine]).reshape(-1, 2),
-    )
+    nothing = (np.nan, np.nan)
+    ends = [(min(row.scores), max(row.scores)) if row.scores else nothing for row in rows.mine]
+    scores = rows.table("gold scores", np.array(ends).reshape(-1, 2))
     scores = scores[~np.isnan(scores).any(axis=1)]
     is_off = ((scores < scale[0]) | (scores > scale[1])).any(axis=1)
     if not is_off.any():

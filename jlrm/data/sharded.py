@@ -100,8 +100,11 @@ def read(
     columns: Mapping[str, str] | None = None,
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
+    is_listed: bool = False,
 ) -> tuple[ShardedRows, list[Dropped]]:
     """Read a source as `readers.read` does, each process its share; return rows and dropped ones.
+
+    `is_listed` is that of `readers.read_part`.
 
     Raises:
       UsageError: as `readers.read`, in the process that has the row; or the source is not the same
@@ -110,7 +113,7 @@ def read(
     hosts.agree(f"files of {source}", _sizes(source))
     every = slice(hosts.index(), None, hosts.count())
     part, seen = readers.read_part(
-        source, columns=columns, values=values, scores=scores, every=every
+        source, columns=columns, values=values, scores=scores, every=every, is_listed=is_listed
     )
     mine = ([row.where.order for row in part.rows], part.dropped, seen)
     orders, left_out, parts = zip(*hosts.gather(f"rows of {source}", mine), strict=True)

@@ -58,6 +58,8 @@ def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) ->
 
 
 def _as_given(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
+    if data.train == "toy" and data.judging == "lists":
+        raise UsageError("data.train=toy has pairs. Lists of answers has data.train=lists-many.")
     if data.train == "toy":
         train = sharded.deal(toy.comparisons(1, toy.NUM_TRAIN))
         num_heldout = data.eval_rows or USUAL_HELDOUT
@@ -137,7 +139,11 @@ def _read(
     data: DataConfig, source: str, scale: tuple[int, int], needs_scores: bool
 ) -> tuple[ShardedRows, list[Dropped]]:
     rows, dropped = sharded.read(
-        source, columns=data.columns, values=data.values, scores=data.scores
+        source,
+        columns=data.columns,
+        values=data.values,
+        scores=data.scores,
+        is_listed=data.judging == "lists",
     )
     rows = scales.rescaled(rows, data.rescale)
     if said := scales.describe_off_scale(rows, scale, source):

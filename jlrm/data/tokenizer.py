@@ -156,10 +156,12 @@ def prompt_template(
     max_score: int = 10,
     has_reference: bool = False,
     is_single: bool = False,
+    num_answers: int = 2,
 ) -> str:
     """Return the text of a pair template, with its fields `{question}`, `{answer_1}`, `{answer_2}`.
 
-    With `is_single` that of its form for one answer, with the fields `{question}`, `{answer}`.
+    Of a list there are `num_answers` of these. With `is_single` that of its form for one answer,
+    with the fields `{question}`, `{answer}`.
 
     `jlrm` goes through the tokenizer's chat template, thinking switched on where it has a switch,
     and opens `<think>` exactly once whether or not that template does so itself. The scale is
@@ -171,8 +173,9 @@ def prompt_template(
         does not come through.
     """
     if name in prompts.PAIR_TEMPLATES and not is_single:
-        return prompts.PAIR_TEMPLATES[name]
-    write = prompts.single_messages if is_single else prompts.messages
+        return prompts.pair_template(name, num_answers)
+    listed = functools.partial(prompts.messages, num_answers=num_answers)
+    write = prompts.single_messages if is_single else listed
     asked = write(name, min_score, max_score, has_reference=has_reference)
     return whole_text(tokenizer, name, asked)
 

@@ -318,6 +318,37 @@ def scores(given: Any, where: str) -> tuple[float | None, float | None]:
     return pair[0][0], pair[1][0]
 
 
+def golds(given: Any, ranking: Any, num: int, where: str) -> tuple[tuple[float | None, ...], bool]:
+    """Read what each of `num` answers is worth, by scores, or by a ranking: then True is returned.
+
+    A ranking has the place of each answer, 1 for the best, equal ones for equally good answers; it
+    is returned as negative numbers, so that more is better. None is a missing score or place.
+
+    Raises:
+      UsageError: neither or both are given, or one that is no list of `num` finite numbers, or a
+        place below 1.
+      Unusable: fewer than two answers have one.
+    """
+    if (given is None) == (ranking is None):
+        got = "neither" if given is None else "both"
+        raise UsageError(f"{where}: a list of answers needs 'scores' or 'ranking', got {got}.")
+    name, told = ("scores", given) if ranking is None else ("ranking", ranking)
+    found = [_score(each) for each in told] if isinstance(told, list) else []
+    is_finite = all(math.isfinite(value) for value, _ in found if value is not None)
+    if len(found) != num or not is_finite or any(out is not None for _, out in found):
+        raise UsageError(f"{where}: '{name}' must be {num} numbers, one an answer, got {told!r}.")
+    values = [value for value, _ in found]
+    if ranking is not None and any(value is not None and value < 1 for value in values):
+        raise UsageError(
+            f"{where}: 'ranking' has the place of each answer, 1 for the best, got {told!r}."
+        )
+    if num - values.count(None) < 2:
+        raise Unusable("no_label")
+    if ranking is None:
+        return tuple(values), False
+    return tuple(None if value is None else -value for value in values), True
+
+
 def _listed(text: str) -> Any:
     """Return the list that a text holds, as JSON or as two numbers with a space between."""
     inner = text.strip()

@@ -269,6 +269,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
 def _verl_arguments(row: Row) -> dict[str, Any]:
     scores, meta = (row["score_1"], row["score_2"]), copy.deepcopy(row["meta"])
     truth = row["preference"] if scores == (None, None) else list(scores)
+    truth = row.get("scores") or row.get("ranking") or truth  # of a list of answers
     return {
         "data_source": row["source"],
         "solution_str": row["completion"],

@@ -20,8 +20,8 @@ judgelrm_symmetric  the paper's formula. The order is the sign of the difference
                     the completion alone, decimals are allowed, and swapping changes nothing.
 
 An answer that is judged alone is paid for the pairs that its score makes with the scores of the
-other answer (`pay_beside`). `swap_consistency` needs both orders of a pair, so it comes after the
-rows are scored (`withhold`).
+other answer (`pay_beside`), and a list for the pairs of its answers (`pay_list`).
+`swap_consistency` needs both orders of a pair, so it comes after the rows are scored (`withhold`).
 
 Left out: rewards of users (judgement/plugins.py), means over a batch, advantages, devices. A failed
 judgement earns what the settings say; a label that mode judgelrm_symmetric can't use stops the run.
@@ -49,6 +49,7 @@ from jlrm.judgement.verdict import (
 )
 
 Terms = dict[str, float | None]
+Gold = tuple[Sequence[Any] | None, int | None]  # scores, and a preference
 
 CONTENT = ("relation", "preference", "absolute", "confidence", "brier")
 TERMS = ("format", "no_verdict", *CONTENT, "length", "overlong")
@@ -60,7 +61,7 @@ JUDGELRM = RewardConfig(mode="judgelrm", no_verdict=-2.0, min_score=0)
 def read(config: RewardConfig, prompt: str, response: str, num_scores: int = 2) -> Verdict:
     """Read a response by the grammar that the mode pays: its verdict is "ok" or earns nothing.
 
-    num_scores: 1 where one answer is judged, which mode judgelrm does not know.
+    num_scores: as many as there are answers; mode judgelrm knows two alone.
     Mode judgelrm reads as the authors' code does, which looks at the prompt too. The other modes
     read the response alone, by the strict grammar of judgement/verdict.py. Where the prompt opens
     `<rubric>` that grammar begins with a rubric, and without one nothing is paid but `malformed`.
@@ -124,6 +125,23 @@ def pay_beside(
     if not pairs:
         return {**pay(config, verdict.beside(verdict), **known), **dict.fromkeys(CONTENT)}
     paid = [pay(config, pair, **known) for pair in pairs]
+    return {name: _mean([terms[name] for terms in paid]) for name in paid[0]}
+
+
+def pay_list(
+    config: RewardConfig, verdict: Verdict, golds: Mapping[tuple[int, int], Gold], **known: Any
+) -> Terms:
+    """Return the terms of a verdict on a list: what `pay` pays its pairs, on average.
+
+    So `relation`, or `preference`, tells in which share of the pairs scores and gold agree.
+
+    golds: of each pair of answers (counted from 0) that has gold, its scores and its preference.
+    known: the rest of what `pay` is given.
+    """
+    paid = [
+        pay(config, verdict.of_pair(*pair), gold=scores, preference=preference, **known)
+        for pair, (scores, preference) in golds.items()
+    ]
     return {name: _mean([terms[name] for terms in paid]) for name in paid[0]}
 
 

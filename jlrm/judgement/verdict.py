@@ -1,9 +1,10 @@
-"""From generated text to two scores, with a status for each way in which a text is no judgement.
+"""From generated text to scores, with a status for each way in which a text is no judgement.
 
 The parser looks at the sequence of tags. A completion begins after the prompt's `<think>`. So a
 well-formed one has exactly the tags `</think>`, `<answer>`, `</answer>`, `<answer>`, `</answer>` in
-this order, and a number in each answer. Any text may stand between and after them. Text that does
-not parse is data: `parse` never raises, and takes time linear in the text.
+this order, and a number in each answer; of one answer or a list, as many blocks as answers. Any
+text may stand between and after them. Text that does not parse is data: `parse` never raises, and
+takes time linear in the text.
 
 Models that were not trained here write other forms; judgement/blocks.py and numbers.py read those.
 
@@ -38,6 +39,7 @@ Status = Literal[
     "answer_in_reasoning",  # an answer tag before </think>
     "no_answer",
     "one_answer",
+    "too_few_answers",  # of a list: more than one, but not one for each
     "too_many_answers",
     "broken_answer",  # tags nested, crossed or not closed
     "not_a_number",
@@ -62,6 +64,7 @@ class Verdict:
     score_2: float | None
     status: Status
     reasoning: str  # before </think>; all of the text where that is missing
+    rest: tuple[float, ...] = ()  # of a list: the scores from the third on
 
     @property
     def preference(self) -> Preference | None:
@@ -74,6 +77,13 @@ class Verdict:
         if self.score_1 is None or self.score_2 is None:
             return None
         return self.score_1, self.score_2
+
+    def of_pair(self, first: int, second: int) -> Verdict:
+        """Return what a list's verdict says of two of its answers, counted from 0."""
+        if self.scores is None:
+            return self
+        scores = (*self.scores, *self.rest)
+        return dataclasses.replace(self, score_1=scores[first], score_2=scores[second], rest=())
 
     def beside(self, other: Verdict) -> Verdict:
         """Return the verdict of a pair whose answers were judged alone, the other one by `other`.
@@ -119,7 +129,7 @@ def parse(
     num_scores: int = 2,
     has_rubric: bool = False,
 ) -> Verdict:
-    """Read the two scores of a completion; under `strict` alone also one (`num_scores`).
+    """Read the two scores of a completion; under `strict` alone also one or more (`num_scores`).
 
     strict: the grammar that the reward pays (the structure check of the authors'
     `reward_score/judgelrm.py`, for the text after `<think>`), with decimals allowed.
@@ -203,7 +213,8 @@ def structure(tags: list[str], num_scores: int = 2) -> Status:
         return "broken_answer"
     if num_blocks >= num_scores:
         return "ok" if num_blocks == num_scores else "too_many_answers"
-    return "one_answer" if num_blocks else "no_answer"
+    few: tuple[Status, ...] = ("no_answer", "one_answer")
+    return few[num_blocks] if num_blocks < len(few) else "too_few_answers"
 
 
 def _strict(completion: str, num_scores: int) -> tuple[str, Sequence[float], Status]:
@@ -238,8 +249,8 @@ def _verdict(
         return Verdict(None, None, failure, reasoning)
     if not all(low <= score <= high for score in scores):
         return Verdict(None, None, "out_of_range", reasoning)
-    first, second = (*scores, None)[:2]
-    return Verdict(first, second, "ok", reasoning)
+    second = scores[1] if num_scores > 1 else None
+    return Verdict(scores[0], second, "ok", reasoning, tuple(scores[2:]))
 
 
 def _numbers(texts: Iterable[str]) -> list[float]:

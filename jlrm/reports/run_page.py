@@ -264,7 +264,7 @@ def _outcome(row: Row) -> str:
     verdict = row.get("verdict")
     if not verdict:
         return "unparsed"
-    # One score alone is that of an answer beside which the other's was not read. Tables of older
-    # runs do not say what was right.
-    is_right = row["is_right"] if "is_right" in row else preferred(*verdict) == row["label"]
+    # One score alone is that of an answer beside which the other's was not read. Of a list, what is
+    # right is a share of its pairs. Tables of older runs do not say.
+    is_right = row["is_right"] == 1 if "is_right" in row else preferred(*verdict) == row["label"]
     return "right" if is_right else "wrong"

@@ -1,7 +1,8 @@
 """The held-out set in training: judged like a rollout, counted like a benchmark.
 
 Both orders of every pair are asked, or both answers, and then their scores compared
-(`data.judging`). A response is read as the reward reads it, so `parse_rate` and
+(`data.judging`). Lists are asked as given and in the reverse order, and their pairs count. A
+response is read as the reward reads it, so `parse_rate` and
 `agreement` mean here what `judge/parse_rate` and `judge/agreement` mean in a step's metrics, and
 `run.best_metric` can't rank a format that the reward calls malformed. A verdict that is missing is
 wrong, and no pair with one is consistent.
@@ -17,13 +18,14 @@ reads no decimals, `strict` does. The default parser, `lenient`, also reads what
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from jlrm.config import RunError
 from jlrm.data.batches import Example
+from jlrm.data.comparisons import AnswerList, Comparison
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.benchmarks.registry import policy_of
 from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, game_verdict
@@ -89,7 +91,9 @@ def make_evaluation(run: Run) -> EvaluateFn:
             partner = [*range(half, 2 * half), *range(half)]
             judgements = compare_orders(run.config.reward, judgements, partner)
         mean_length = float(np.mean([len(row) for row in ids]))
-        values = {**figures(games, judgements), "mean_length": mean_length}
+        is_listed = run.config.data.judging == "lists"
+        values = list_figures(examples, judgements) if is_listed else figures(games, judgements)
+        values["mean_length"] = mean_length
         if run.config.run.best_metric == "reward" and np.isnan(values["reward"]):
             raise RunError(
                 "No reward applies to any held-out row, and run.best_metric=reward ranks "
@@ -104,7 +108,7 @@ def _judged(
     run: Run, examples: Sequence[Example], ids: Sequence[Sequence[int]], state: TrainerState
 ) -> Judged:
     """Return the records of the held-out set; of answers that are judged alone, pair by pair."""
-    if run.config.data.judging == "pairs":
+    if run.config.data.judging != "single":
         return judge(run, examples, ids, state)
     half = len(ids) // 2
     order = [place for i in range(half) for place in (i, half + i)]
@@ -130,6 +134,35 @@ def figures(games: Sequence[Game], judgements: Sequence[Judgement]) -> dict[str,
     }
 
 
+def list_figures(examples: Sequence[Example], judgements: Sequence[Judgement]) -> dict[str, float]:
+    """Return the metrics of judgements of lists, all as given, then all in the reverse order.
+
+    Shares are of the pairs of all lists. `pairs` counts lists: those of one list hang together.
+    """
+    half = len(examples) // 2
+    rows: list[Comparison] = []
+    given: list[Judgement] = []
+    swapped: list[Judgement] = []
+    for example, one, two in zip(
+        examples[:half], judgements[:half], judgements[half:], strict=True
+    ):
+        row = example.comparison
+        assert isinstance(row, AnswerList), "a pair among lists"
+        last = len(row.answers) - 1
+        for (i, j), pair in row.pairs().items():
+            rows.append(pair)
+            given.append(replace(one, verdict=one.verdict.of_pair(i, j)))
+            swapped.append(replace(two, verdict=two.verdict.of_pair(last - j, last - i)))
+    items = pairs.items(rows, "the held-out set")
+    games = [Game(item, *order) for order in ((0, 1), (1, 0)) for item in items]
+    return {
+        **figures(games, given + swapped),
+        "pairs": float(half),
+        "parse_rate": parse_rate(judgements),
+        "reward": mean_reward(judgements),
+    }
+
+
 def _game_verdict(game: Game, verdict: Verdict) -> GameVerdict:
     if verdict.scores is None:
         return GameVerdict(game.first, game.second, None, None, verdict.status)
@@ -138,5 +171,5 @@ def _game_verdict(game: Game, verdict: Verdict) -> GameVerdict:
 
 def _named(example: Example, game: Game) -> Example:
     """Return the example under the name of its game, which is unique."""
-    row = dataclasses.replace(example.comparison, id=game.id)
-    return dataclasses.replace(example, comparison=row)
+    row = replace(example.comparison, id=game.id)
+    return replace(example, comparison=row)

@@ -27,6 +27,7 @@ from jlrm.config import Config, RunError
 from jlrm.data import audit, batches
 from jlrm.data.audit import Draws
 from jlrm.data.batches import Example
+from jlrm.data.comparisons import AnswerList, Comparison
 from jlrm.data.tokenizer import token_bytes
 from jlrm.judgement.notes import TrainerState
 from jlrm.model.qwen import Params
@@ -133,6 +134,7 @@ def table_rows(batch: RolloutBatch) -> list[dict[str, Any]]:
             "prompt": example.prompt,
             "gold": list(example.comparison.scores or ()),
             "label": example.comparison.label,
+            **_listed(example.comparison),
             **judgement.table_row(),
             "advantage": float(advantage),
         }
@@ -142,6 +144,13 @@ def table_rows(batch: RolloutBatch) -> list[dict[str, Any]]:
     ]
     logged = [judgement.logged for judgement in batch.judgements]
     return [row | extra for row, extra in zip(rows, _extra_columns(logged, rows[0]), strict=True)]
+
+
+def _listed(row: Comparison) -> dict[str, Any]:
+    """Return what a list has in a table besides, or in place of, what a pair has."""
+    if not isinstance(row, AnswerList):
+        return {}
+    return {"answers": list(row.answers), "gold": [] if row.is_ranked else list(row.golds)}
 
 
 def _extra_columns(

@@ -25,7 +25,7 @@ import yaml
 from jaxtyping import UInt64
 
 from jlrm.config import Config, DataConfig, UsageError, stage_titles, stages_of
-from jlrm.data.comparisons import Comparison
+from jlrm.data.comparisons import AnswerList, Comparison
 from jlrm.data.sharded import ShardedRows
 from jlrm.runtime import hosts
 from jlrm.runtime.settings import flatten, from_dict, parse_yaml, to_dict
@@ -272,6 +272,8 @@ def _of_rows(name: str, rows: ShardedRows) -> str:
 def _of_row(row: Comparison) -> int:
     """Return a number that stands for what a row says, wherever it was read from."""
     gold = (row.score_1, row.score_2, row.preference)
+    if isinstance(row, AnswerList):
+        gold = (*row.rest, row.golds, row.is_ranked)
     told = json.dumps([row.question, row.answer_1, row.answer_2, gold, row.meta], default=str)
     return int.from_bytes(hashlib.sha256(told.encode(errors="surrogatepass")).digest()[:8])
 

@@ -20,11 +20,12 @@ from jaxtyping import Float
 
 from jlrm.config import RewardConfig, RunError, UsageError
 from jlrm.data.batches import Example
+from jlrm.data.comparisons import AnswerList, Comparison
 from jlrm.data.tokenizer import decode
 from jlrm.judgement import plugins, rewards
 from jlrm.judgement.notes import PluginContext, TrainerState
 from jlrm.judgement.plugins import Plugin
-from jlrm.judgement.rewards import Terms
+from jlrm.judgement.rewards import Gold, Terms
 from jlrm.judgement.verdict import Verdict, is_consistent, swap_preference
 from jlrm.runtime import hosts
 from jlrm.training.setup import Run
@@ -37,7 +38,8 @@ class Judgement:
     response: str
     verdict: Verdict
     terms: Terms
-    is_right: bool  # the verdict prefers what gold prefers
+    # The verdict prefers what gold prefers; of a list, the share of its pairs in which it does.
+    is_right: bool | float
     logged: dict[str, Any] = field(default_factory=dict)  # by plug-ins, for the table
 
     @property
@@ -48,7 +50,7 @@ class Judgement:
 
     def table_row(self) -> dict[str, Any]:
         """Return the record as columns of a table that people read."""
-        both = self.verdict.score_1, self.verdict.score_2
+        both = self.verdict.score_1, self.verdict.score_2, *self.verdict.rest
         scores = [float(score) for score in both if score is not None]
         return {
             "response": self.response,
@@ -59,9 +61,6 @@ class Judgement:
             **{f"rewards/{name}": value for name, value in self.terms.items()},
             "reward": self.reward,
         }
-
-
-Gold = tuple[Sequence[Any] | None, int | None]  # scores, and a preference
 
 
 class Judged(NamedTuple):
@@ -163,7 +162,9 @@ def judge_responses(
     record of each then holds the score of the other one's at the same place.
     """
     verdicts = [
-        rewards.read(config, example.prompt, response, 1 if per_answer else 2)
+        rewards.read(
+            config, example.prompt, response, 1 if per_answer else len(example.comparison.answers)
+        )
         for example, response in zip(examples, responses, strict=True)
     ]
     others = beside(verdicts, per_answer) if per_answer else [()] * len(verdicts)
@@ -251,25 +252,29 @@ def _judgement(
     tokens: tuple[int, int],
 ) -> Judgement:
     row, (verdict, others), (num_tokens, max_tokens) = example.comparison, verdicts, tokens
+    is_right = right(row, verdict)
     if gold is None:
-        is_right = verdict.preference == row.label
         return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), is_right)
-    scores, preference = gold
+    known: dict[str, Any] = dict(zip(("gold", "preference"), gold, strict=True))
+    pay = partial(rewards.pay_beside, others=others) if others else rewards.pay
+    if isinstance(row, AnswerList):
+        golds = {places: (pair.scores, pair.preference) for places, pair in row.pairs().items()}
+        pay, known = rewards.pay_list, {"golds": golds}
     try:
-        pay = partial(rewards.pay_beside, others=others) if others else rewards.pay
-        terms = pay(
-            config,
-            verdict,
-            gold=scores,
-            preference=preference,
-            num_tokens=num_tokens,
-            max_tokens=max_tokens,
-        )
+        terms = pay(config, verdict, **known, num_tokens=num_tokens, max_tokens=max_tokens)
     except UsageError as error:
         raise UsageError(f"Row {row.id}: {error}") from None
     except Exception as error:
         raise RunError(f"The reward of row {row.id} failed: {error}") from error
-    return Judgement(response, verdict, terms, verdict.preference == row.label)
+    return Judgement(response, verdict, terms, is_right)
+
+
+def right(row: Comparison, verdict: Verdict) -> bool | float:
+    """Return whether a verdict prefers what gold does; of a list, in which share of its pairs."""
+    if not isinstance(row, AnswerList):
+        return verdict.preference == row.label
+    pairs = row.pairs().items()
+    return float(np.mean([verdict.of_pair(*i).preference == pair.label for i, pair in pairs]))
 
 
 def compare_orders(

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -218,6 +219,7 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
             f"reward.mode=judgelrm reads no rubric, and data.prompt={config.data.prompt} asks for "
             "one. Set reward.mode=judgelrm_symmetric."
         )
+    check_stop(config, data)
     limited = [config.sft, config.dpo, config.reward_model]
     longest = max(
         config.sampling.max_new_tokens,
@@ -232,6 +234,25 @@ def check_together(config: Config, policy: TextPolicy, data: RunData) -> None:
         raise UsageError(
             f"grpo.prompts={config.grpo.prompts} is more than there are usable rows: "
             f"{len(data.train)}."
+        )
+
+
+def check_stop(config: Config, data: RunData) -> None:
+    """Refuse to end judgements of lists before their last score.
+
+    Raises:
+      UsageError: naming the setting.
+    """
+    count = config.sampling.stop_strings.get("</answer>")
+    if config.data.judging != "lists" or count is None:
+        return
+    both = data.train.rows, data.heldout.rows
+    sizes = [rows.table("answers", np.array([len(r.answers) for r in rows.mine])) for rows in both]
+    longest = int(np.concatenate(sizes).max())
+    if count < longest:
+        raise UsageError(
+            f"sampling.stop_strings ends a judgement after {count} `</answer>`, and there are "
+            f"lists of {longest} answers. Set sampling.stop_strings={{</answer>: {longest}}}."
         )
 
 

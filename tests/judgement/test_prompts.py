@@ -63,6 +63,33 @@ def test_every_prompt_has_a_form_for_one_answer() -> None:
             prompts.single_messages(name, 1, 10)
 
 
+@pytest.mark.parametrize("num", range(2, prompts.MOST_LISTED + 1))
+def test_a_list_is_asked_as_a_pair_is(num: int) -> None:
+    fields = ["{question}", *(f"{{answer_{i}}}" for i in range(1, num + 1))]
+    for name in ("toy", "toy_rubric"):
+        text = prompts.pair_template(name, num)
+        assert re.findall(r"\{\w+\}", text) == fields
+        filled = prompts.fill(text, question="q", **{f"answer_{i}": f"<{i}>" for i in range(1, 9)})
+        assert f"\n{num}: <{num}><|im_end|>" in filled
+    for name in ("jlrm", "jlrm_rubric"):
+        system, text = prompts.messages(name, 1, 10, num_answers=num)
+        assert re.findall(r"\{\w+\}", text) == fields
+        assert system.count("<answer>") == num and f"the {prompts.NUMBERS[num]} scores" in system
+        if num == 2:
+            assert (system, text) == prompts.messages(name, 1, 10)
+        else:
+            assert "two" not in system and "neither" not in system
+    if num > 2:
+        with pytest.raises(UsageError, match=f"'judgelrm_eval' has no form for {num} answers"):
+            prompts.pair_template("judgelrm_eval", num)
+
+
+def test_lists_keep_their_order_where_half_points_are_rounded() -> None:
+    text = prompts.target("why", 7.5, 3, 7.5, 9, 7)
+    verdict = parse(text, num_scores=5)
+    assert (*verdict.scores, *verdict.rest) == (8, 3, 8, 9, 7)
+
+
 def test_prompts_that_open_a_rubric_and_what_they_break() -> None:
     assert [n for n in prompts.PAIR_NAMES if prompts.opens_rubric(n)] == [
         "toy_rubric",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import random
 import re
 from typing import Any
@@ -23,11 +24,12 @@ from jlrm.judgement.rewards import (
     doubts,
     pay,
     pay_beside,
+    pay_list,
     read,
     total,
     withhold,
 )
-from jlrm.judgement.verdict import Verdict, parse, swap_preference
+from jlrm.judgement.verdict import Verdict, parse, preferred, swap_preference
 
 MAIN = JUDGELRM
 BASE = dataclasses.replace(MAIN, length=0.2, limit=-1.0)
@@ -635,6 +637,42 @@ def test_an_answer_judged_alone_is_paid_for_the_pairs_that_its_score_makes(
         assert terms["relation"] == pytest.approx(wanted)
         pairs = [_reward(SYMMETRIC, _judgement(own, each), gold) for each in seen]
         assert total(terms) == pytest.approx(np.mean(pairs))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 10), st.integers(1, 10)), min_size=2, max_size=8),
+    st.booleans(),
+)
+def test_a_list_is_paid_as_its_pairs_are_on_average(answers, is_ranked: bool) -> None:
+    said, gold = zip(*answers, strict=True)
+    text = "why</think>" + "".join(f"<answer>{score}</answer>" for score in said)
+    places = list(itertools.combinations(range(len(answers)), 2))
+    by_label = {(i, j): (None, preferred(gold[i], gold[j])) for i, j in places}
+    golds = by_label if is_ranked else {(i, j): ((gold[i], gold[j]), None) for i, j in places}
+    known = {"golds": golds, "num_tokens": 9, "max_tokens": MAX_TOKENS}
+    verdict = read(SYMMETRIC, "", text, num_scores=len(answers))
+    terms = pay_list(SYMMETRIC, verdict, **known)
+    pairs = [
+        _by_preference(SYMMETRIC, _judgement(said[i], said[j]), by_label[i, j][1])
+        if is_ranked
+        else score(
+            SYMMETRIC,
+            prompt="",
+            completion=_judgement(said[i], said[j]),
+            gold=(gold[i], gold[j]),
+            num_tokens=9,
+            max_tokens=MAX_TOKENS,
+        )
+        for i, j in places
+    ]
+    assert total(terms) == pytest.approx(np.mean([total(each) for each in pairs]))
+    agreed = np.mean([np.sign(said[i] - said[j]) == np.sign(gold[i] - gold[j]) for i, j in places])
+    order = "preference" if is_ranked else "relation"
+    wanted = agreed * SYMMETRIC.relation + (1 - agreed) * SYMMETRIC.wrong_relation
+    assert terms[order] == pytest.approx(wanted)
+    assert terms["relation" if is_ranked else "preference"] is None
+    cut = read(SYMMETRIC, "", text.removesuffix("</answer>"), num_scores=len(answers))
+    assert total(pay_list(SYMMETRIC, cut, **known)) == SYMMETRIC.malformed + SYMMETRIC.no_verdict
 
 
 def test_mode_none_pays_nothing() -> None:

@@ -341,6 +341,34 @@ def test_one_score_has_a_grammar_of_its_own(text, score, status) -> None:
     assert verdict.scores is verdict.preference is None
 
 
+FOUR = "r</think><answer>8</answer><answer>4</answer>, <answer>6.5</answer> <answer>4</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        (FOUR, "ok"),
+        (FOUR + " so", "ok"),
+        (FOUR + "<answer>1</answer>", "too_many_answers"),
+        (FOUR.removesuffix("<answer>4</answer>"), "too_few_answers"),
+        ("r</think><answer>8</answer>", "one_answer"),
+        ("r</think>", "no_answer"),
+        (FOUR.replace("6.5", "65"), "out_of_range"),
+        (FOUR.replace("6.5", "six"), "not_a_number"),
+        (FOUR.removesuffix("</answer>"), "broken_answer"),
+    ],
+)
+def test_a_list_has_a_score_of_each_answer(text, status) -> None:
+    verdict = parse(text, num_scores=4)
+    assert verdict.status == status
+    seen = {(i, j): verdict.of_pair(i, j).scores for i, j in ((0, 1), (1, 3), (3, 2))}
+    if status == "ok":
+        assert seen == {(0, 1): (8, 4), (1, 3): (4, 4), (3, 2): (4, 6.5)}
+        assert verdict.of_pair(3, 2).preference == 2 and not verdict.of_pair(3, 2).rest
+    else:
+        assert set(seen.values()) == {None}
+
+
 def test_the_scores_of_two_answers_make_a_pair() -> None:
     one, two = Verdict(8, None, "ok", "a"), Verdict(4, None, "ok", "b")
     assert one.beside(two) == Verdict(8, 4, "ok", "a")

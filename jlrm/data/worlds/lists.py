@@ -11,6 +11,7 @@ itself. What differs between the worlds:
     lists-scales     half of the training rows have gold from another annotator, on 2 to 10
     lists-noise      gold, held out too, names the worse answer the more often the closer they are
     lists-single     gold names the better answer and scores none; each was judged alone
+    lists-many       three or four answers to a question, judged at once
 
 Everything is a pure function of the world and the split.
 """
@@ -31,6 +32,7 @@ from jlrm.judgement.verdict import preferred
 NUM_ROWS = {"train": 8000, "heldout": 400}
 LEAN = 0.5  # share of training gold that names the first answer (lists-position)
 TIES = 1 / 3  # share of pairs that are ties (lists-ties)
+MANY = (3, 4)  # answers to a question (lists-many)
 RUBRICS = ("Most right words.", "Fewest words.")
 Gold = tuple[float, float]
 
@@ -56,24 +58,31 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
     numbers = 2 * rng.permutation(NUM_ROWS["train"])[: NUM_ROWS[split]] + is_train
     for number in numbers.tolist():
         kind = str(rng.choice(list(toy.KINDS)))
-        answers = [toy.draw_answer(rng, kind) for _ in range(2)]
+        num = int(rng.choice(MANY)) if world == "lists-many" else 2
+        answers = [toy.draw_answer(rng, kind) for _ in range(num)]
         if world == "lists-ties" and rng.random() < TIES:
             while _right(kind, answers[1]) != _right(kind, answers[0]):
                 answers[1] = toy.draw_answer(rng, kind)
         rubric = int(rng.integers(2)) if world == "lists-rubric" else 0
-        gold = _quality(kind, answers, rubric)
         asked = f"{RUBRICS[rubric]} {number}" if world == "lists-rubric" else f"{number}"
         row: dict[str, Any] = {
             "id": f"{world}-{split}-{number}",
             "question": f"Name {kind}. {asked}",
-            "answer_1": " ".join(answers[0]),
-            "answer_2": " ".join(answers[1]),
         }
+        texts = [" ".join(answer) for answer in answers]
+        right = [_right(kind, answer) for answer in answers]
+        if world == "lists-many":
+            row |= {"answers": texts, "scores": [1.0 + count for count in right]}
+        else:
+            row["answer_1"], row["answer_2"] = texts
         if is_train:
-            counts = [*map(len, answers)], [_right(kind, answer) for answer in answers]
-            row["reasoning"], row["judged"] = _judged(world, rng, *counts)
+            counts = [*map(len, answers)]
+            row["reasoning"], row["judged"] = _judged(world, rng, counts, right)
             row |= {"rubric": RUBRICS[rubric]} if world == "lists-rubric" else {}
-        scores = _labelled(world, gold, rng, is_train)
+        if world == "lists-many":
+            yield row
+            continue
+        scores = _labelled(world, _quality(kind, answers, rubric), rng, is_train)
         if world == "lists-single":
             row["preference"] = preferred(*scores)
         else:
@@ -84,7 +93,7 @@ def _rows(world: str, split: str) -> Iterator[dict[str, Any]]:
 def _judged(
     world: str, rng: np.random.Generator, every: list[int], right: list[int]
 ) -> tuple[Any, list[float]]:
-    """Return what a careless annotator writes of both answers, or two of one each."""
+    """Return what a careless annotator writes of all answers, or two of one each."""
     if world != "lists-single":
         return toy.careless(rng, every, right)
     apart = [toy.careless(rng, [a], [b]) for a, b in zip(every, right, strict=True)]
@@ -116,7 +125,7 @@ def _labelled(world: str, gold: Gold, rng: np.random.Generator, is_train: bool) 
     return gold
 
 
-_IDEAS = ("position", "rubric", "ties", "scales", "noise", "single")
+_IDEAS = ("position", "rubric", "ties", "scales", "noise", "single", "many")
 _NAMES = ("lists", *(f"lists-{idea}" for idea in _IDEAS))
 WORLDS: dict[str, Callable[[str], Iterator[dict[str, Any]]]] = {
     name: partial(rows, name) for name in _NAMES

@@ -94,6 +94,20 @@ def test_single_answers_are_judged_alone_and_gold_scores_none():
             assert counted <= len(answer.split())
 
 
+def test_lists_of_three_or_four_answers_are_read_as_such():
+    rows = ROWS["lists-many", "train"]
+    assert {len(row["answers"]) for row in rows} == set(lists.MANY)
+    for row in rows[:200]:
+        kind = row["question"].split()[1].removesuffix(".")
+        right = [sum(w in toy.KINDS[kind] for w in answer.split()) for answer in row["answers"]]
+        assert row["scores"] == [1.0 + count for count in right]
+        assert len(row["judged"]) == len(row["answers"])
+    data = DataConfig(train="lists-many", eval="lists-many#heldout", judging="lists")
+    read = read_splits(data, (1, 10), needs_scores=False).train.mine[0]
+    assert [*read.answers] == rows[0]["answers"] and [*read.golds] == rows[0]["scores"]
+    assert read.judgement == (rows[0]["reasoning"], tuple(rows[0]["judged"]))
+
+
 def test_half_of_the_training_gold_is_on_another_scale():
     train = ROWS["lists-scales", "train"]
     doubled = share(train, lambda row: gold(row) == tuple(2 * x for x in truth(row)))
