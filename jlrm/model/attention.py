@@ -61,6 +61,18 @@ def attend_packed(
     return _blockwise(q, k, v, packing)
 
 
+def attend_causal(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    platform: str,
+) -> Float[Array, "B T N H"]:
+    """Return `attend_packed` of rows that are one segment each: all slots up to a query's own."""
+    zeros = jnp.zeros(q.shape[:2], jnp.int32)
+    packing = Packing(group=zeros + 1, start=zeros, prefix=zeros[:, 0])
+    return attend_packed(q, k, v, packing, platform)
+
+
 def attend_exactly(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],

@@ -56,17 +56,6 @@ def splash(
     return lax.map(attend_row, rows).swapaxes(1, 2)[:, :unpadded]
 
 
-def splash_causal(
-    q: Float[Array, "B T N H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
-) -> Float[Array, "B T N H"]:
-    """Return causal attention, by the kernel of packed rows: each row is one segment.
-
-    T is a multiple of `visibility.BLOCK`. The rows are those of one device.
-    """
-    zeros = jnp.zeros(q.shape[:2], jnp.int32)
-    return splash(q, k, v, Packing(group=zeros + 1, start=zeros, prefix=zeros[:, 0]))
-
-
 def _kernel(
     num_slots: int,
     tile: int,

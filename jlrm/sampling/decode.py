@@ -23,7 +23,7 @@ from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int
 
 from jlrm.model import lora, qwen
-from jlrm.model.attention import TILE
+from jlrm.model.attention import TILE, attend_causal
 from jlrm.model.quantised import widen_all
 from jlrm.model.qwen import Block, Params, QwenConfig
 from jlrm.model.visibility import BLOCK
@@ -271,14 +271,15 @@ def _attend_prompt(
 ) -> tuple[Float[Array, "P T N H"], KeysValues]:
     """Attend causally, and to what branches let a slot see: queries block by block.
 
-    On TPUs the kernel of training runs plain prompts.
+    Plain prompts are attended to as in training.
     """
     num_prompts, num_tokens = q.shape[:2]
     is_even = num_prompts % layout.num_shards("P") == 0 and num_tokens % BLOCK == 0
-    if layout.platform == "tpu" and is_even and context is None:
-        from jlrm.model.splash import splash_causal  # imports Pallas
-
-        return on_each_device(layout, splash_causal, q, k, v), KeysValues(k, v)
+    # Packed attention loops over tiles of 64 where there is no kernel, which a GPU can't fill.
+    has_kernel = layout.platform != "gpu" or q.dtype != jnp.float32
+    if context is None and is_even and has_kernel:
+        causal = partial(attend_causal, platform=layout.platform)
+        return on_each_device(layout, causal, q, k, v), KeysValues(k, v)
     outputs = []
     for start in range(0, num_tokens, QUERIES):
         end = min(start + QUERIES, num_tokens)
