@@ -1,9 +1,10 @@
 """What a benchmark asks of a judge and what comes back: items, games, responses, verdicts.
 
 A benchmark reads *items*. An item has two or more answers; the judge sees two of them at a time, in
-an order: a *game*. What a backend records of a game is a *response*: a plain JSON row that outlives
-the process. What is read from it is a *verdict*. Benchmarks give items credit for their verdicts.
-They do not know who judged, and backends do not know what earns credit.
+an order: a *game* (or one alone, or a whole list at once). What a backend records of a game is a
+*response*: a plain JSON row that outlives the process. What is read from it is a *verdict*.
+Benchmarks give items credit for their verdicts. They do not know who judged, and backends do not
+know what earns credit.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ class Item:
 class Game:
     """Two answers of an item, by their indices, in the order in which the judge sees them.
 
-    Or one of them, twice: it is judged by itself.
+    Or one of them, twice: it is judged by itself. Or more than two, all judged at once.
     """
 
     item: Item
     first: int
     second: int
+    rest: tuple[int, ...] = ()  # from the third on
 
     @property
     def is_single(self) -> bool:
@@ -51,17 +53,26 @@ class Game:
         return self.first == self.second
 
     @property
+    def shown(self) -> tuple[int, ...]:
+        """The indices of the answers that the judge sees, in order."""
+        return (self.first,) if self.is_single else (self.first, self.second, *self.rest)
+
+    def swapped(self) -> Game:
+        """Return the game of the same answers in the reverse order."""
+        first, second, *rest = (self.first, self.second, *self.rest)[::-1]
+        return Game(self.item, first, second, tuple(rest))
+
+    @property
     def id(self) -> str:
         """A name that is unique in a benchmark and the same in every run."""
-        return f"{self.item.id}:{self.first}-{self.second}"
+        return f"{self.item.id}:{'-'.join(map(str, (self.first, self.second, *self.rest)))}"
 
     @property
     def num_characters(self) -> int:
         """The number of characters that the judge is shown besides its prompt's own."""
         item = self.item
         more = item.reference or "", item.rubric.text if item.rubric else ""
-        answers = (item.answers[i] for i in {self.first, self.second})
-        return sum(map(len, (item.question, *more, *answers)))
+        return sum(map(len, (item.question, *more, *(item.answers[i] for i in self.shown))))
 
 
 @dataclass(frozen=True)
@@ -122,13 +133,31 @@ def beside(games: Iterable[Game], responses: Mapping[str, Response]) -> dict[str
 def _joined(name: str, one: Response, two: Response) -> Response:
     """Return two responses to single answers as one."""
     scores = one.scores and two.scores and (one.scores[0], two.scores[0])
-    sums = {}
+    sums: dict[str, Any] = {}
     for field_name in ("prompt_tokens", "num_tokens", "seconds"):
         parts = getattr(one, field_name), getattr(two, field_name)
         sums[field_name] = None if None in parts else sum(parts)
     texts = None if scores else (*(one.texts or ()), *(two.texts or ()))
     endings = one.endings and two.endings and (*one.endings, *two.endings)
-    return Response(name, texts, scores, endings=endings, **sums)
+    expected = one.expected and two.expected and (*one.expected, *two.expected)
+    return Response(name, texts, scores, endings=endings, expected=expected, **sums)
+
+
+def apart(game: Game, response: Response) -> list[tuple[Game, Response]]:
+    """Return the single games that `beside` made a response of, each with its half of it."""
+    half = len(response.texts or ()) // 2
+    return [
+        (
+            Game(game.item, i, i),
+            dataclasses.replace(
+                response,
+                texts=response.texts and response.texts[part],
+                endings=response.endings and response.endings[part],
+                expected=response.expected and response.expected[part],
+            ),
+        )
+        for i, part in ((game.first, slice(half)), (game.second, slice(half, None)))
+    ]
 
 
 class GameVerdict(NamedTuple):

@@ -190,8 +190,13 @@ def is_single(args: argparse.Namespace) -> bool:
     """
     if args.single and args.backend not in BOTH:
         raise UsageError(f"--single has no effect with --backend {args.backend}.")
-    run = _trained_with(args.model) if args.backend == JLRM else None
-    return args.single or (run is not None and run.data.judging == "single")
+    return args.single or judging(args.backend, args.model) == "single"
+
+
+def judging(backend: str, model: str) -> str:
+    """Return what a run was trained to judge, by `data.judging`; of another model "pairs"."""
+    run = _trained_with(model) if backend == JLRM else None
+    return run.data.judging if run else "pairs"
 
 
 def _trained_with(model: str) -> Config | None:
