@@ -269,8 +269,8 @@ def _check_form(args: argparse.Namespace) -> None:
     args.at_once = judging == "lists" if args.at_once is None else args.at_once
     if not args.single and judging == "single":
         raise UsageError(
-            f"{args.model} was trained to judge each answer alone (data.judging=single), and has "
-            "seen no pairs. Give rows of one answer, with --single; jlrm evaluate compares pairs."
+            f"{options.seen_no_pairs(args.model)} Give rows of one answer, with --single; jlrm "
+            "evaluate, Judge.compare and jlrm judge serve score both answers of a pair."
         )
     useless = {
         "--single": ("values", "calibration", "tie_margin", "make_pairs", "make_judgements"),

@@ -199,6 +199,14 @@ def judging(backend: str, model: str) -> str:
     return run.data.judging if run else "pairs"
 
 
+def seen_no_pairs(model: str) -> str:
+    """Return what to say of a judge of single answers that is to compare."""
+    return (
+        f"{model} was trained to judge each answer alone (data.judging=single), and has seen no "
+        "pairs."
+    )
+
+
 def _trained_with(model: str) -> Config | None:
     """Return the config of a run, which has the judge's prompt and scale; None of other models."""
     from jlrm.weights import steps

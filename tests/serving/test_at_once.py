@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import http.server
 import json
 import pathlib
+import shutil
 import threading
 
 import pytest
 from judges.test_local import CONFIG, write_model
 from serving.test_lists import lines, written
 
+from jlrm import export
 from jlrm import judge as command
 from jlrm.config import RunError, UsageError
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import Reader
 from jlrm.judges import options
-from jlrm.runtime.settings import load
+from jlrm.runtime.settings import load, save
+from jlrm.serving.asked import Pair
 from jlrm.serving.judge import Judge
 
 QUICKSTART = pathlib.Path(__file__).parent.parent.parent / "configs/quickstart.yaml"
@@ -247,25 +251,65 @@ def test_a_heuristic_and_a_game_of_a_list():
 # --- runs are asked as they were trained ----------------------------------------------------------
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Return a function that has every model taken for a run with a setting of `data.judging`."""
-
-    def use(judging: str) -> None:
-        run = load(QUICKSTART, [f"data.judging={judging}"])
-        monkeypatch.setattr(options, "_trained_with", lambda model: run)
-        monkeypatch.setattr(options, "make", lambda *_: Lister())
-        monkeypatch.setattr(options, "settled", lambda backend, model, chosen, num_games=0: chosen)
-        monkeypatch.setattr(options, "identity", lambda *_: {})
-
-    return use
-
-
-def test_load_knows_how_a_run_was_trained(trained):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> pathlib.Path:
+    """A directory with a run of random weights for each setting of `data.judging`, by its name."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "hf").mkdir()
+    write_model(folder / "hf")
+    export.main(["--from-hf", str(folder / "hf"), "--out", str(folder / "pairs")])
     for judging in ("pairs", "single", "lists"):
-        trained(judging)
-        assert Judge.load("runs/mine").judging == judging
-    assert Judge.load("longer", backend="heuristic").judging == "pairs"
+        if judging != "pairs":
+            shutil.copytree(folder / "pairs", folder / judging)
+        save(load(QUICKSTART, [f"data.judging={judging}"]), folder / judging / "config.yaml")
+    return folder
+
+
+SIZES = {"max_prompt_tokens": 128, "max_new_tokens": 4, "compute_dtype": "float32"}
+
+
+def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
+    """Random weights write no verdict: what is asked shows in the games."""
+    lists, pairs, single = (
+        Judge.load(str(runs / name), **SIZES) for name in ("lists", "pairs", "single")
+    )
+    assert [len(each.rank("q", THREE).games) for each in (lists, pairs, single)] == [2, 6, 1]
+    assert pairs.compare("q", "a", "b") == lists.compare("q", "a", "b")
+    (alone,) = single.compare("q", "a", "b").games
+    assert alone.texts == tuple(single.score("q", each).texts[0] for each in ("a", "b"))
+    assert alone.texts[0] != pairs.compare("q", "a", "b").games[0].texts[0]
+    source = written(runs / "pairs.jsonl", {"question": "q", "answer_1": "a", "answer_2": "b"})
+    out = ["--out", str(runs / "out")]
+    for flags in ([str(source)], [str(written(runs / "lists.jsonl", ROWS[0])), "--rank"]):
+        with pytest.raises(UsageError, match=r"no pairs\. Give rows of one answer, with --s"):
+            command.main([*flags, "--model", str(runs / "single"), *out])
+
+
+def test_a_run_of_single_answers_is_served_as_it_was_trained(runs):
+    pytest.importorskip("uvicorn")
+    from jlrm.server import command as serving
+    from jlrm.server import terminal
+    from jlrm.server.bodies import Drawing
+
+    flags = ["--model", str(runs / "single"), "--slots", "2", "--max-new-tokens", "4"]
+    args = serving._parser().parse_args(
+        [*flags, "--max-prompt-tokens", "128", "--compute-dtype", "float32"]
+    )
+    service = serving.open_service(args)
+    service.engine.start()
+    heard = []
+    try:
+        drawing = Drawing(1, 0.0, 4, 0, True)
+        pair = Pair("q", "a", "b")
+        told = service.judge([pair], "both", drawing, lambda game, _: heard.append(game.shown))
+        (found,) = asyncio.run(told)
+    finally:
+        service.engine.close()
+    assert set(heard) == {(0,), (1,)}
+    assert found == Judge.load(str(runs / "single"), **SIZES).compare("q", "a", "b")
+    args.backend = options.JLRM
+    with pytest.raises(UsageError, match="has seen no pairs"), terminal._opened(args):
+        pass
 
 
 ROWS = (
@@ -275,11 +319,11 @@ ROWS = (
 )
 
 
-def test_lists_in_a_file_are_judged_at_once(tmp_path, capsys, trained):
-    trained("lists")
+def test_lists_in_a_file_are_judged_at_once(tmp_path, capsys, runs, monkeypatch):
+    monkeypatch.setattr(options, "make", lambda *_: Lister())
     source, out, made = (tmp_path / name for name in ("lists.jsonl", "out", "made.jsonl"))
     written(source, *ROWS)
-    flags = [str(source), "--rank", "--model", "runs/mine", "--out", str(out)]
+    flags = [str(source), "--rank", "--model", str(runs / "lists"), "--out", str(out)]
     with pytest.raises(RunError, match="1 of 3 rows have no verdict"):
         command.main([*flags, "--make-pairs", str(made)])
     one, two, many = lines(out / "verdicts.jsonl")
@@ -297,4 +341,4 @@ def test_lists_in_a_file_are_judged_at_once(tmp_path, capsys, trained):
     command.main([*flags[:-1], str(tmp_path / "apart"), "--no-at-once"])
     assert lines(tmp_path / "apart" / "verdicts.jsonl")[2]["wins"] == [8.0] * 9
     with pytest.raises(UsageError, match="--at-once has an effect with --rank alone"):
-        command.main([str(source), "--model", "runs/mine", "--at-once"])
+        command.main([str(source), "--model", "m", "--at-once"])
