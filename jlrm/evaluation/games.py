@@ -33,6 +33,7 @@ class Item:
     reference: str | None = None
     rubric: Rubric | None = None
     is_expected: bool = False  # expected scores are wanted
+    golds: tuple[float | None, ...] = ()  # of a list: gold of each answer, higher for a better one
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,61 @@ class Response:
 
 # judge(games, record): calls `record` once per game, in any order, from the calling thread.
 Backend = Callable[[Sequence[Game], Callable[[Response], None]], None]
+
+
+# What a journal says of how its judge was asked; older ones name neither of the last two.
+WAYS: Mapping[str, dict[str, bool]] = {
+    "pairs": {},
+    "single": {"single": True},
+    "lists": {"at_once": True},
+}
+
+
+def way_of(header: Mapping[str, Any]) -> str:
+    """Return how the judge of a journal was asked."""
+    return next((way for way, told in WAYS.items() if told.keys() & header.keys()), "pairs")
+
+
+def asked_about(games: Iterable[Game], judging: str) -> list[Game]:
+    """Return what a judge is asked about games of two answers; judging: as of `data.judging`."""
+    if judging == "lists":
+        return list({(whole := _whole(game)).id: whole for game in games}.values())
+    return alone(games) if judging == "single" else list(games)
+
+
+def said_of(
+    games: Iterable[Game], responses: Mapping[str, Response], judging: str
+) -> Mapping[str, Response]:
+    """Return the responses to games of two answers, of those to what was asked about them.
+
+    The texts on a list are those of each of its pairs (`Reader.judging`), what they cost is the
+    first one's.
+    """
+    if judging != "lists":
+        return beside(games, responses) if judging == "single" else responses
+    found: dict[str, Response] = {}
+    paid = {"prompt_tokens": None, "num_tokens": None, "seconds": None}
+    told = set[str]()
+    for game in games:
+        name = _whole(game).id
+        if (response := responses.get(name)) is not None:
+            cost = paid if name in told else {}
+            found[game.id] = dataclasses.replace(response, game=game.id, **cost)
+            told.add(name)
+    return found
+
+
+def _whole(game: Game) -> Game:
+    """Return the game of all answers of an item in which a pair of them is shown in this order."""
+    first, second, *rest = range(len(game.item.answers))
+    given = Game(game.item, first, second, tuple(rest))
+    return given if game.first < game.second else given.swapped()
+
+
+def within(game: Game, scores: Sequence[float]) -> tuple[float, float]:
+    """Return the scores of a game's two answers, of those of the list as it was shown."""
+    by_place = dict(zip(_whole(game).shown, scores, strict=True))
+    return by_place[game.first], by_place[game.second]
 
 
 def alone(games: Iterable[Game]) -> list[Game]:

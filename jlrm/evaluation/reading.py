@@ -32,6 +32,7 @@ from jlrm.evaluation.games import (
     Response,
     apart,
     game_verdict,
+    within,
 )
 from jlrm.evaluation.rubrics import Rubric
 from jlrm.judgement import letters, verdict
@@ -67,14 +68,20 @@ class Reader(NamedTuple):
     """How texts are read: a parser by name, and the scale of its scores.
 
     tie_margin: scores of a pair, means over its games, that differ by no more are a tie.
-    is_single: each answer was judged by itself, and a response to a pair holds the texts of the
-    first and then those of the second (`games.beside`).
+    judging: of a pair, "pairs"; "single": each answer was judged by itself, and a response holds
+    the texts of the first and then those of the second; "lists": all answers of the item were
+    judged at once, and it holds the texts on all of them (`games.said_of`).
     """
 
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
     tie_margin: float = 0.0
-    is_single: bool = False
+    judging: str = "pairs"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each answer of a pair was judged by itself."""
+        return self.judging == "single"
 
     def read(self, text: str, ending: str | None = None, rubric: Rubric | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
@@ -258,6 +265,11 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     endings = response.endings or (None,) * len(response.texts)
+    if read.judging == "lists":
+        scores, status = read_list(len(game.item.answers), response, read)
+        if scores is None:
+            return GameVerdict(game.first, game.second, None, None, status)
+        return game_verdict(game, within(game, scores))
     if read.is_single:
         return _read_apart(game, [*zip(response.texts, endings, strict=True)], read)
     votes = [
@@ -287,14 +299,16 @@ def _read_apart(game: Game, written: Sequence[tuple[str, str | None]], read: Rea
     return game_verdict(game, (means[0], means[1]))
 
 
-def read_list(game: Game, response: Response, read: Reader) -> tuple[tuple[float, ...] | None, str]:
+def read_list(
+    num_answers: int, response: Response, read: Reader
+) -> tuple[tuple[float, ...] | None, str]:
     """Return the mean scores of answers that were judged at once, in the order shown.
 
     None without a vote that can be read, with the most frequent status.
     """
     texts = response.texts or ()
     written = zip(texts, response.endings or (None,) * len(texts), strict=True)
-    votes = [read.read_list(*each, len(game.shown)) for each in written]
+    votes = [read.read_list(*each, num_answers) for each in written]
     scores = [own for own, _ in votes if own is not None]
     if scores:
         return tuple(map(statistics.fmean, zip(*scores, strict=True))), "ok"

@@ -159,9 +159,9 @@ def open_service(args: argparse.Namespace) -> Service:
         args.block,
     )
     low, high = chosen["scale"]
-    is_single = options.judging(options.JLRM, args.model) == "single"
     read, rubric = reader(args.parser, (low, high), args.tie_margin), None
-    read = read._replace(is_single=is_single)
+    if options.judging(options.JLRM, args.model) == "single":
+        read = read._replace(judging="single")
     if args.rubric:
         rubric = rubrics.read(args.rubric)
         check_rubric(read, rubric)

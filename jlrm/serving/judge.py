@@ -83,7 +83,7 @@ class Judge:
         # judging: `data.judging` of its training, pairs, single or lists.
         self.judging, self.name, self.calibrated, self.rubric = judging, name, calibrated, rubric
         self._backend, self._seed, self._is_expected = backend, seed, is_expected
-        self._read = read._replace(is_single=judging == "single")
+        self._read = read._replace(judging="single") if judging == "single" else read
         self._lock, self._num_games, self._num_unread = threading.Lock(), 0, 0
         self._is_told = False
 

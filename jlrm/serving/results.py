@@ -356,7 +356,7 @@ def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedLi
         return JudgedList(order, none, "unjudged", (), None, error)
     if response.refused is not None:
         return JudgedList(order, none, "refused", (), None, response.refused)
-    scores, status = read_list(game, response, read)
+    scores, status = read_list(len(game.shown), response, read)
     by_place = dict(zip(game.shown, scores or none, strict=True))
     given = tuple(by_place[place] for place in sorted(by_place))
     return JudgedList(order, given, status, response.texts or (), response.num_tokens)

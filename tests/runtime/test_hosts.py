@@ -416,6 +416,7 @@ def test_several_processes_train_on_lists_as_one_does(settings):
     (settings / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = [f"data.train={settings / 'lists.jsonl'}", "data.judging=lists", "run.eval_every=2"]
     own += ["data.max_prompt_tokens=112", "grpo.steps=2", "run.completions_every=1"]
+    own += ["sampling.stop_strings={</answer>: 4}"]
     for number in (1, 2):
         pod = train(settings, f"lists_of_{number}", number, *own)
         assert pod.wait() == [0] * number, pod.said(number - 1)
