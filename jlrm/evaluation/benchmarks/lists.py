@@ -34,7 +34,7 @@ HOW_TO_GET = (
 )
 
 
-class Counts(NamedTuple):
+class PairCounts(NamedTuple):
     """What a list's verdicts come to."""
 
     credits: tuple[float, ...]  # of the games that count
@@ -93,7 +93,7 @@ def _credit(judged: ItemVerdicts, policy: Policy) -> Credit:
     best = [_best(own.values()) for own in (given, swapped)] if both else []
     is_same = best[0] is not None and best[0] == best[1] if best else None
     is_read = tuple(verdict.preference is not None for verdict in verdicts)
-    counted = Counts(credits, agree, is_same, is_read)
+    counted = PairCounts(credits, agree, is_same, is_read)
     said = tuple(verdict.in_order for verdict in verdicts)
     return Credit(item, sum(credits) / len(credits), said, counted)
 
@@ -117,7 +117,7 @@ def _best(verdicts: Collection[GameVerdict]) -> frozenset[int] | None:
 
 
 def _total(credits: Sequence[Credit], policy: Policy) -> dict[str, float]:
-    counts: list[Counts] = [credit.detail for credit in credits]
+    counts: list[PairCounts] = [credit.detail for credit in credits]
     found = {"agreement": percent(each for own in counts for each in own.credits)}
     if agree := [each for own in counts for each in own.agree]:
         same = [own.is_same_best for own in counts if own.is_same_best is not None]
