@@ -223,6 +223,7 @@ def test_a_server_is_asked_at_once(endpoint):
     assert found.consistency == 0.0 and found.scores == (7.5,) * 4
 
 
+@pytest.mark.slow
 def test_a_model_of_ours_is_asked_at_once(tmp_path):
     write_model(tmp_path, config=dataclasses.replace(CONFIG, max_position_embeddings=2048))
     sizes = {"max_prompt_tokens": 200, "max_new_tokens": 8}
@@ -268,6 +269,7 @@ def runs(tmp_path_factory) -> pathlib.Path:
 SIZES = {"max_prompt_tokens": 128, "max_new_tokens": 4, "compute_dtype": "float32"}
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
     """Random weights write no verdict: what is asked shows in the games."""
     lists, pairs, single = (
@@ -285,6 +287,7 @@ def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
             command.main([*flags, "--model", str(runs / "single"), *out])
 
 
+@pytest.mark.slow
 def test_a_run_of_single_answers_is_served_as_it_was_trained(runs):
     pytest.importorskip("uvicorn")
     from jlrm.server import command as serving
