@@ -32,7 +32,7 @@ from jlrm.config import RunError, UsageError
 from jlrm.evaluation import journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
-from jlrm.evaluation.games import Backend, Game, alone, beside
+from jlrm.evaluation.games import WAYS, Backend, Game, asked_about, said_of, way_of
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
@@ -54,8 +54,9 @@ class BenchmarkRun(NamedTuple):
     benchmark: Benchmark
     policy: Policy
     games: list[Game]
-    asked: list[Game]  # these, or the games in which each of their answers is judged alone
+    asked: list[Game]  # these, or those of single answers or lists that decide them
     header: dict[str, Any]  # of its journal, with what judges.identity adds
+    judging: str = "pairs"  # as of `data.judging`
     recorded: Backend | None = None  # of the backend `verdicts`
 
     @property
@@ -74,7 +75,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     """
     # 1. Read the benchmarks, before a model is downloaded.
     low, high = args.options.get("scale") or (1, 10)
-    read = reader(args.parser, (low, high))._replace(is_single=args.single)
+    read = reader(args.parser, (low, high))
     runs = [_read(name, args) for name in args.names]
 
     # 2. Open the journals. What other processes hear, process 0 hears too.
@@ -82,8 +83,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     num_games = sum(len(run.asked) for run in runs)
     args.options = options.settled(args.backend, model, args.options, num_games)
     identity = options.identity(args.backend, model, args.options, args.seed)
-    identity |= {"single": True} if args.single else {}  # older journals do not name it
-    headers = [{**run.header, **identity} for run in runs]
+    identity |= WAYS["single"] if args.judging == "single" else {}
+    headers = [{**run.header, **identity, **WAYS[run.judging]} for run in runs]
     hosts.agree("benchmarks and models", headers)
     out = args.out if hosts.is_main() else None
     folders = [out and out / name for name in args.names]
@@ -107,7 +108,8 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         games, responses = run.games, kept.responses
         for text in asking.remarks(name, run.asked, responses, run.policy.counts_refused):
             log.warning("%s", text)
-        responses = beside(games, responses) if args.single else responses
+        responses = said_of(games, responses, run.judging)
+        read = read._replace(judging=run.judging)
         evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
@@ -151,12 +153,13 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
     games = chosen.games(sources.sample(asked, args.limit, args.seed), policy, args.seed)
     if args.backend != options.VERDICTS:
-        return BenchmarkRun(chosen, policy, games, alone(games) if args.single else games, header)
+        judging = args.judging if args.judging == "single" or chosen.is_listed else "pairs"
+        return BenchmarkRun(chosen, policy, games, asked_about(games, judging), header, judging)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
     rows = {game: journal.as_row(each) for game, each in recorded.responses.items()}
     header["verdicts"], games = results.checksum(rows), recorded.as_played(games)
-    return BenchmarkRun(chosen, policy, games, games, header, recorded.backend(path))
+    return BenchmarkRun(chosen, policy, games, games, header, "pairs", recorded.backend(path))
 
 
 def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> str:
@@ -207,8 +210,8 @@ def _comparison(
         raise UsageError(f"--compare {other_dir}: it was evaluated on other data of {name}.")
     judge = results_file.read(other_dir).judge
     low, high = judge.decoding.get("scale") or (1, 10)
-    read = Reader(judge.parser, (low, high), is_single="single" in header)
-    responses = beside(run.games, responses) if read.is_single else responses
+    read = Reader(judge.parser, (low, high), judging=way_of(header))
+    responses = said_of(run.games, responses, read.judging)
     other = mine._replace(responses=responses, reader=read)
     compared = results.comparison(mine, other, judge.name)
     if compared is None:
@@ -294,7 +297,7 @@ def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]
     """Several hosts judge together; where no device judges, the first one does it alone."""
     if args.backend != options.JLRM and cluster.settings(args) is None:
         return contextlib.nullcontext()
-    names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading", "single")
+    names = ("model", "names", "options", "policy", "subset", "limit", "seed", "reading", "judging")
     return hosts.joined(args, {name: getattr(args, name) for name in names})
 
 
@@ -309,15 +312,13 @@ def _parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"action": "append", "default": []}
     add("--model", default="", metavar="M", help=WHO)
     add("--benchmark", required=True, metavar="B,B2", help="one or more of those listed below")
-    add(
-        "--data",
-        **several,
-        metavar="PATH",
-        help="file, directory or hf:NAME; or B=PATH",
-    )
+    add("--data", **several, metavar="PATH", help="file, directory or hf:NAME; or B=PATH")
     add("--backend", choices=options.BACKENDS, help="who judges (jlrm)")
     add("--verdicts", **several, metavar="FILE", help="recorded verdicts; or B=FILE")
     add("--single", action="store_true", help="score each answer alone, and compare the scores")
+    told = "lists: one judgement of all answers (of a run that was trained so, its way)"
+    report = argparse.BooleanOptionalAction
+    add("--at-once", action=report, default=None, help=told)
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", default="lenient", help=f"how texts are read (lenient). {parsers}")
     add(
@@ -328,18 +329,13 @@ def _parser() -> argparse.ArgumentParser:
         help="change the rule, e.g. order=both or, of one benchmark, judgebench.order=as_given. "
         "Keys: order, aggregation, tie_credit, error_credit, refused",
     )
-    add(
-        "--subset",
-        **several,
-        metavar="NAME",
-        help="only this subset and rows without one; or B=NAME",
-    )
+    only = "only this subset and rows without one; or B=NAME"
+    add("--subset", **several, metavar="NAME", help=only)
     add("--limit", type=int, default=0, metavar="N", help="items of each, drawn by lot (0: all)")
     add("--seed", type=int, default=0, help="seed of random orders, the lot and sampling (0)")
     add("--name", default="", help="name of the judge in reports (the model's)")
     add("--out", type=pathlib.Path, metavar="DIR", help="of what is written (evaluations/NAME)")
     add("--compare", type=pathlib.Path, metavar="DIR", help="--out of another judge to compare")
-    report = argparse.BooleanOptionalAction
     add("--report", action=report, default=True, help="report.html, report.png, model_card.md")
     add("--json", action="store_true", help="the metrics as one JSON object on stdout")
     commands.add_pair_flags(parser)
@@ -364,7 +360,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UsageError(f"--backend {args.backend} {wanted} --verdicts FILE.")
     if args.backend != options.VERDICTS and not args.model:
         raise UsageError(f"--backend {args.backend} needs --model.")
-    args.single = options.is_single(args)
+    args.judging = options.judging_of(args)
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
@@ -372,6 +368,8 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         for value in getattr(args, flag):
             if (owner := value.partition("=")[0]) in BENCHMARKS and owner not in args.names:
                 raise UsageError(f"--{flag} {value}: --benchmark does not name {owner}.")
+    if args.at_once is not None and not any(BENCHMARKS[name].is_listed for name in args.names):
+        raise UsageError("--at-once is for lists of your own: --benchmark lists.")
     args.reading = _reading(args)
     args.options = options.options(args)
     args.model = args.model or pathlib.Path(_plain(args.verdicts[0])).stem
@@ -384,7 +382,8 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
     given = {**commands.read_pair_flags(args), "scores": args.scores}
     reading = {name: value for name, value in given.items() if value}
     if reading and not any(BENCHMARKS[name].is_own for name in args.names):
-        raise UsageError(f"--{next(iter(reading))} is for rows of your own: --benchmark pairs.")
+        flag = next(iter(reading))
+        raise UsageError(f"--{flag} is for rows of your own: --benchmark pairs, or lists.")
     return reading
 
 

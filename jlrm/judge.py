@@ -39,10 +39,7 @@ from jlrm.runtime.storage import write_atomically
 from jlrm.serving import audit, calibration, lists, tally, training_rows
 from jlrm.serving import rows as row_files
 from jlrm.serving.asked import ORDERS, Pair, Single, games_of, single_game
-from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.judge import doubt
 from jlrm.serving.lists import ListRow
-from jlrm.serving.ranking import ranked
 from jlrm.serving.results import (
     JudgedPair,
     Plain,
@@ -57,7 +54,7 @@ from jlrm.serving.rows import Row, SingleRow
 VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
 UNTYPED = ("out", "single", "rank", "make_pairs", "make_judgements", "json", "columns", "values")
-UNTYPED += ("reference", "rubric", "expected_scores")
+UNTYPED += ("reference", "rubric", "expected_scores", "at_once")
 UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches", "apart")
 
 
@@ -88,7 +85,9 @@ def judge(args: argparse.Namespace) -> tally.JudgingSummary:
     # 3. Write.
     read = _reader(args)
     judged = [
-        _judged(row.id, games[number], kept, read, args.map)
+        judged_pair(
+            row.id, own := games[number], [kept.responses.get(g.id) for g in own], read, args.map
+        )
         if number in games
         else JudgedPair(None, None, None, None, "", "unjudged", (), None, row.id, row.error)
         for number, row in enumerate(rows)
@@ -145,21 +144,24 @@ def rank(args: argparse.Namespace) -> tally.RankingSummary:
     Raises:
       UsageError, Interrupted: as `judge`.
     """
-    rows = lists.read(args.pairs, args.reading["columns"], args.reference)
+    rows = lists.read(args.pairs, args.reading["columns"], args.reference, args.at_once)
     games = {
-        number: lists.games(number, row, args.orders, args.seed, args.told)
+        number: lists.games(number, row, args.orders, args.seed, args.told, args.at_once)
         for number, row in enumerate(rows)
         if not row.error
     }
-    asked = [game for own in games.values() for _, pair in own for game in pair]
+    asked = [game for own in games.values() for pair in own.values() for game in pair]
     data = results.checksum([row[:3] for row in rows])
     header = {"data": data, "orders": args.orders, "rank": True} | _told(args, rows)
+    header |= {"at_once": True} if args.at_once else {}  # older journals do not name it
     kept = _asked(args, asked, header, args.name)
-    read, rankings = _reader(args), []
-    for number, row in enumerate(rows):
-        own = games.get(number, ())
-        judged = [_judged(name, pair, kept, read, args.map) for name, pair in own]
-        rankings.append(ranked(judged, len(row.answers)) if judged else None)
+    told = _reader(args), args.map
+    rankings = [
+        lists.ranking(games[number], kept.responses, len(row.answers), *told)
+        if number in games
+        else None
+        for number, row in enumerate(rows)
+    ]
     summary = tally.ranking_summary(rows, rankings, kept.responses)
     if hosts.is_main():
         _write(args, (lists.line(*each) for each in zip(rows, rankings, strict=True)), summary)
@@ -216,17 +218,6 @@ def _asked(
     return kept
 
 
-def _judged(
-    identity: str,
-    games: Sequence[Game],
-    kept: Journal,
-    read: Reader,
-    calibrated: ConfidenceMap | None,
-) -> JudgedPair:
-    responses = [kept.responses.get(game.id) for game in games]
-    return judged_pair(identity, games, responses, read, calibrated)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, judge, and print what came of it."""
     words = sys.argv[1:] if argv is None else list(argv)
@@ -272,10 +263,14 @@ def _check_form(args: argparse.Namespace) -> None:
     """Refuse flags that would say nothing of rows of this form."""
     if args.single and args.rank:
         raise UsageError("--single and --rank read rows of two forms. Name one of them.")
-    if not args.single and options.is_single(args):
+    if args.at_once is not None and not args.rank:
+        raise UsageError("--at-once has an effect with --rank alone.")
+    judging = options.judging(args.backend, args.model)
+    args.at_once = judging == "lists" if args.at_once is None else args.at_once
+    if not args.single and judging == "single":
         raise UsageError(
-            f"{args.model} was trained to judge each answer alone (data.judging=single), and has "
-            "seen no pairs. Give rows of one answer, with --single; jlrm evaluate compares pairs."
+            f"{options.seen_no_pairs(args.model)} Give rows of one answer, with --single; jlrm "
+            "evaluate, Judge.compare and jlrm judge serve score both answers of a pair."
         )
     useless = {
         "--single": ("values", "calibration", "tie_margin", "make_pairs", "make_judgements"),
@@ -320,7 +315,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
         print("\n".join([*tally.lines(summary), f"Written: {args.out / VERDICTS}"]))
     if summary.games and 2 * summary.unread > summary.games:
-        print(f"warning: {doubt(args.model, summary.unread, summary.games)}", file=sys.stderr)
+        print(f"warning: {tally.doubt(args.model, summary.unread, summary.games)}", file=sys.stderr)
     if summary.errors:
         raise RunError(
             f"{summary.errors} of {summary.rows} rows have no verdict, for a reason that stands in "
@@ -344,6 +339,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=backends, default=options.JLRM, help="who judges (jlrm)")
     add("--single", action="store_true", help="rows hold a question and one answer, to be scored")
     add("--rank", action="store_true", help="rows hold a question and a list of answers")
+    once = argparse.BooleanOptionalAction
+    what = "with --rank: one judgement of all answers, 2 to 8 (of a run trained on lists, its way)"
+    add("--at-once", action=once, default=None, help=what)
     add("--orders", choices=ORDERS, default="both", help="of the answers (both)")
     parsers = "; ".join(f"{name}: {what}" for name, what in PARSERS.items())
     add("--parser", choices=PARSERS, default="lenient", help=f"how texts are read. {parsers}")

@@ -689,7 +689,7 @@ def test_columns_are_for_rows_of_ones_own(capsys, tmp_path):
     flags = ["--model", "m", "--backend", "openai", "--benchmark", "pandalm", "--data", "x.json"]
     for flag in (["--columns", "question=q"], ["--values", "0=1"], ["--scores", "score"]):
         code, text = failed(capsys, *flags, *flag)
-        assert code == 2 and f"{flag[0]} is for rows of your own: --benchmark pairs." in text
+        assert code == 2 and f"{flag[0]} is for rows of your own: --benchmark pairs, or" in text
 
 
 @pytest.mark.slow

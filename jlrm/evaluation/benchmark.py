@@ -39,6 +39,7 @@ class Benchmark(NamedTuple):
     group: Callable[[Item], Hashable] | None = None
     not_percent: tuple[str, ...] = ()  # metrics that are no percentages
     is_own: bool = False  # the rows are the user's own
+    is_listed: bool = False  # all answers of an item may be judged at once
 
     @property
     def policy(self) -> Policy:

@@ -1,9 +1,10 @@
 """What a benchmark asks of a judge and what comes back: items, games, responses, verdicts.
 
 A benchmark reads *items*. An item has two or more answers; the judge sees two of them at a time, in
-an order: a *game*. What a backend records of a game is a *response*: a plain JSON row that outlives
-the process. What is read from it is a *verdict*. Benchmarks give items credit for their verdicts.
-They do not know who judged, and backends do not know what earns credit.
+an order: a *game* (or one alone, or a whole list at once). What a backend records of a game is a
+*response*: a plain JSON row that outlives the process. What is read from it is a *verdict*.
+Benchmarks give items credit for their verdicts. They do not know who judged, and backends do not
+know what earns credit.
 """
 
 from __future__ import annotations
@@ -32,18 +33,20 @@ class Item:
     reference: str | None = None
     rubric: Rubric | None = None
     is_expected: bool = False  # expected scores are wanted
+    golds: tuple[float | None, ...] = ()  # of a list: gold of each answer, higher for a better one
 
 
 @dataclass(frozen=True)
 class Game:
     """Two answers of an item, by their indices, in the order in which the judge sees them.
 
-    Or one of them, twice: it is judged by itself.
+    Or one of them, twice: it is judged by itself. Or more than two, all judged at once.
     """
 
     item: Item
     first: int
     second: int
+    rest: tuple[int, ...] = ()  # from the third on
 
     @property
     def is_single(self) -> bool:
@@ -51,17 +54,26 @@ class Game:
         return self.first == self.second
 
     @property
+    def shown(self) -> tuple[int, ...]:
+        """The indices of the answers that the judge sees, in order."""
+        return (self.first,) if self.is_single else (self.first, self.second, *self.rest)
+
+    def swapped(self) -> Game:
+        """Return the game of the same answers in the reverse order."""
+        first, second, *rest = (self.first, self.second, *self.rest)[::-1]
+        return Game(self.item, first, second, tuple(rest))
+
+    @property
     def id(self) -> str:
         """A name that is unique in a benchmark and the same in every run."""
-        return f"{self.item.id}:{self.first}-{self.second}"
+        return f"{self.item.id}:{'-'.join(map(str, (self.first, self.second, *self.rest)))}"
 
     @property
     def num_characters(self) -> int:
         """The number of characters that the judge is shown besides its prompt's own."""
         item = self.item
         more = item.reference or "", item.rubric.text if item.rubric else ""
-        answers = (item.answers[i] for i in {self.first, self.second})
-        return sum(map(len, (item.question, *more, *answers)))
+        return sum(map(len, (item.question, *more, *(item.answers[i] for i in self.shown))))
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,61 @@ class Response:
 Backend = Callable[[Sequence[Game], Callable[[Response], None]], None]
 
 
+# What a journal says of how its judge was asked; older ones name neither of the last two.
+WAYS: Mapping[str, dict[str, bool]] = {
+    "pairs": {},
+    "single": {"single": True},
+    "lists": {"at_once": True},
+}
+
+
+def way_of(header: Mapping[str, Any]) -> str:
+    """Return how the judge of a journal was asked."""
+    return next((way for way, told in WAYS.items() if told.keys() & header.keys()), "pairs")
+
+
+def asked_about(games: Iterable[Game], judging: str) -> list[Game]:
+    """Return what a judge is asked about games of two answers; judging: as of `data.judging`."""
+    if judging == "lists":
+        return list({(whole := _whole(game)).id: whole for game in games}.values())
+    return alone(games) if judging == "single" else list(games)
+
+
+def said_of(
+    games: Iterable[Game], responses: Mapping[str, Response], judging: str
+) -> Mapping[str, Response]:
+    """Return the responses to games of two answers, of those to what was asked about them.
+
+    The texts on a list are those of each of its pairs (`Reader.judging`), what they cost is the
+    first one's.
+    """
+    if judging != "lists":
+        return beside(games, responses) if judging == "single" else responses
+    found: dict[str, Response] = {}
+    paid = {"prompt_tokens": None, "num_tokens": None, "seconds": None}
+    told = set[str]()
+    for game in games:
+        name = _whole(game).id
+        if (response := responses.get(name)) is not None:
+            cost = paid if name in told else {}
+            found[game.id] = dataclasses.replace(response, game=game.id, **cost)
+            told.add(name)
+    return found
+
+
+def _whole(game: Game) -> Game:
+    """Return the game of all answers of an item in which a pair of them is shown in this order."""
+    first, second, *rest = range(len(game.item.answers))
+    given = Game(game.item, first, second, tuple(rest))
+    return given if game.first < game.second else given.swapped()
+
+
+def within(game: Game, scores: Sequence[float]) -> tuple[float, float]:
+    """Return the scores of a game's two answers, of those of the list as it was shown."""
+    by_place = dict(zip(_whole(game).shown, scores, strict=True))
+    return by_place[game.first], by_place[game.second]
+
+
 def alone(games: Iterable[Game]) -> list[Game]:
     """Return the games in which each answer of some games is judged by itself, once."""
     apart = (Game(game.item, i, i) for game in games for i in (game.first, game.second))
@@ -122,13 +189,31 @@ def beside(games: Iterable[Game], responses: Mapping[str, Response]) -> dict[str
 def _joined(name: str, one: Response, two: Response) -> Response:
     """Return two responses to single answers as one."""
     scores = one.scores and two.scores and (one.scores[0], two.scores[0])
-    sums = {}
+    sums: dict[str, Any] = {}
     for field_name in ("prompt_tokens", "num_tokens", "seconds"):
         parts = getattr(one, field_name), getattr(two, field_name)
         sums[field_name] = None if None in parts else sum(parts)
     texts = None if scores else (*(one.texts or ()), *(two.texts or ()))
     endings = one.endings and two.endings and (*one.endings, *two.endings)
-    return Response(name, texts, scores, endings=endings, **sums)
+    expected = one.expected and two.expected and (*one.expected, *two.expected)
+    return Response(name, texts, scores, endings=endings, expected=expected, **sums)
+
+
+def apart(game: Game, response: Response) -> list[tuple[Game, Response]]:
+    """Return the single games that `beside` made a response of, each with its half of it."""
+    half = len(response.texts or ()) // 2
+    return [
+        (
+            Game(game.item, i, i),
+            dataclasses.replace(
+                response,
+                texts=response.texts and response.texts[part],
+                endings=response.endings and response.endings[part],
+                expected=response.expected and response.expected[part],
+            ),
+        )
+        for i, part in ((game.first, slice(half)), (game.second, slice(half, None)))
+    ]
 
 
 class GameVerdict(NamedTuple):

@@ -44,6 +44,10 @@ def judge(name: str) -> Backend:
                 why = "A heuristic compares answers, and scores none by itself."
                 record(Response(game.id, error=why))
                 continue
+            if game.rest:
+                why = "A heuristic compares two answers, and no list at once."
+                record(Response(game.id, error=why))
+                continue
             answers = game.item.answers
             winner = HEURISTICS[name](answers[game.first], answers[game.second])
             record(Response(game.id, preference=winner))

@@ -78,20 +78,31 @@ class Prompting:
         if self.own is not None:
             self._check(game, places(self.own))
             return PromptText("", self.own)
+        num = len(game.shown)
         if self.name == prompts.OURS:
             write = prompts.single_messages if game.is_single else prompts.messages
+            more = {} if game.is_single else {"num_answers": num}
             kind = rubric.kind if rubric else ""
-            return write(self.name, *self.scale, kind, reference is not None)
+            return write(self.name, *self.scale, kind, reference is not None, **more)
         for what, value in (("rubric", rubric), ("reference", reference)):
             if value is not None:
                 raise UsageError(
                     f"The prompt '{self.name}' has no place for a {what}: take jlrm, or a template "
                     f"with {{{what}}}."
                 )
-        return prompts.single_messages(self.name, *self.scale) if game.is_single else self.plain
+        if game.is_single:
+            return prompts.single_messages(self.name, *self.scale)
+        if self.name in prompts.PAIR_TEMPLATES:
+            return PromptText(None, prompts.pair_template(self.name, num))
+        return prompts.messages(self.name, *self.scale, num_answers=num)
 
     def _check(self, game: Game, own: set[str]) -> None:
         wanted = SINGLE if game.is_single else PAIR
+        if game.rest:
+            raise UsageError(
+                f"The template {self.name} has no form for {len(game.shown)} answers at once: take "
+                "the prompt jlrm."
+            )
         if missing := [name for name in wanted if name not in own]:
             form = "one answer" if game.is_single else "pairs"
             raise UsageError(
@@ -110,12 +121,11 @@ class Prompting:
 
     def fill(self, template: str, game: Game, quote: Callable[[str], str]) -> str:
         """Write a game into a text; `quote` breaks what could steer a judge."""
-        item, shown = game.item, [game.item.answers[i] for i in (game.first, game.second)]
+        item, shown = game.item, [quote(game.item.answers[i]) for i in game.shown]
         values = {"question": quote(item.question)}
+        values |= {f"answer_{place}": text for place, text in enumerate(shown, 1)}
         if game.is_single:
-            values["answer"] = quote(shown[0])
-        else:
-            values["answer_1"], values["answer_2"] = map(quote, shown)
+            values = {"question": values["question"], "answer": shown[0]}
         if item.reference is not None:
             values["reference"] = quote(item.reference)
         if item.rubric is not None:

@@ -25,7 +25,15 @@ from typing import Any, NamedTuple
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation import rubrics
-from jlrm.evaluation.games import Game, GameVerdict, ItemVerdicts, Response, game_verdict
+from jlrm.evaluation.games import (
+    Game,
+    GameVerdict,
+    ItemVerdicts,
+    Response,
+    apart,
+    game_verdict,
+    within,
+)
 from jlrm.evaluation.rubrics import Rubric
 from jlrm.judgement import letters, verdict
 
@@ -37,7 +45,9 @@ PARSERS = {  # name: what it reads
     "judgelm": "JudgeLM's own rule",
 }
 RULES_OF_OTHERS = ("judgelrm", "judgelm")
-MENDED_BY_MORE_TOKENS = ("no_think_end", "no_answer", "one_answer", "broken_answer")
+MENDED_BY_MORE_TOKENS = (
+    *("no_think_end", "no_answer", "one_answer", "too_few_answers", "broken_answer"),
+)
 Scores = tuple[float, float]
 _PLAIN_BLOCK = re.compile(r"<answer>\s*([0-9]+(?:\.[0-9]+)?)\s*</answer>")
 
@@ -58,14 +68,20 @@ class Reader(NamedTuple):
     """How texts are read: a parser by name, and the scale of its scores.
 
     tie_margin: scores of a pair, means over its games, that differ by no more are a tie.
-    is_single: each answer was judged by itself, and a response to a pair holds the texts of the
-    first and then those of the second (`games.beside`).
+    judging: of a pair, "pairs"; "single": each answer was judged by itself, and a response holds
+    the texts of the first and then those of the second; "lists": all answers of the item were
+    judged at once, and it holds the texts on all of them (`games.said_of`).
     """
 
     parser: str = "lenient"
     scale: tuple[float, float] = (1, 10)
     tie_margin: float = 0.0
-    is_single: bool = False
+    judging: str = "pairs"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each answer of a pair was judged by itself."""
+        return self.judging == "single"
 
     def read(self, text: str, ending: str | None = None, rubric: Rubric | None = None) -> Reading:
         """Read one text; ending: "stop" or "length", None where nobody said how it ended."""
@@ -126,8 +142,7 @@ class Reader(NamedTuple):
         parsed = self._read(text)
         if self.parser in RULES_OF_OTHERS:
             return parsed
-        is_reasoning = "</think>" not in text
-        is_cut = ending == "length" and (is_reasoning or parsed.status in MENDED_BY_MORE_TOKENS)
+        is_cut = _is_cut(text, ending, parsed.status)
         # Nobody said how it ended, but what was read stands before an unfinished sentence.
         is_draft = ending is None and parsed.scores is not None and verdict.breaks_off(text)
         return Reading(None, None, "cut") if is_cut or is_draft else parsed
@@ -143,9 +158,7 @@ class Reader(NamedTuple):
             score, status = parsed.score_1, parsed.status
         else:
             score, status = verdict.parse_single(text, min_score=low, max_score=high)
-        is_reasoning = "</think>" not in text
-        is_cut = ending == "length" and (is_reasoning or status in MENDED_BY_MORE_TOKENS)
-        if is_cut:
+        if _is_cut(text, ending, status):
             return None, "cut"
         if score is None or rubric is None or not rubric.criteria:
             return score, status
@@ -153,6 +166,19 @@ class Reader(NamedTuple):
         if isinstance(criteria, str):
             return None, criteria
         return rubric.total([one for (one,) in criteria]), "ok"
+
+    def read_list(
+        self, text: str, ending: str | None, num_answers: int
+    ) -> tuple[tuple[float, ...] | None, str]:
+        """Read a score of each answer of a list; parsers but `strict` read them as `lenient`."""
+        low, high = self.scale
+        is_strict, behind = self.parser == "strict", verdict.behind_rubric(text) or text
+        limits: dict[str, Any] = {"min_score": low, "max_score": high, "num_scores": num_answers}
+        parsed = verdict.parse(behind, strict=is_strict, **limits)
+        is_draft = ending is None and parsed.status == "ok" and verdict.breaks_off(text)
+        if is_draft or _is_cut(text, ending, parsed.status):
+            return None, "cut"
+        return parsed.scores and (*parsed.scores, *parsed.rest), parsed.status
 
     def _read(self, text: str) -> Reading:
         if self.parser == "letters":
@@ -170,6 +196,12 @@ class Reader(NamedTuple):
         text = verdict.behind_rubric(text) or text  # of a judge that writes one first
         parsed = verdict.parse(text, min_score=low, max_score=high, strict=is_strict)
         return _of_scores(parsed.scores, parsed.status)
+
+
+def _is_cut(text: str, ending: str | None, status: str) -> bool:
+    """Return whether the limit of tokens came before the verdict."""
+    is_reasoning = "</think>" not in text
+    return ending == "length" and (is_reasoning or status in MENDED_BY_MORE_TOKENS)
 
 
 def _of_scores(scores: Scores | None, status: str) -> Reading:
@@ -233,6 +265,11 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
     if not response.texts:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     endings = response.endings or (None,) * len(response.texts)
+    if read.judging == "lists":
+        scores, status = read_list(len(game.item.answers), response, read)
+        if scores is None:
+            return GameVerdict(game.first, game.second, None, None, status)
+        return game_verdict(game, within(game, scores))
     if read.is_single:
         return _read_apart(game, [*zip(response.texts, endings, strict=True)], read)
     votes = [
@@ -262,6 +299,23 @@ def _read_apart(game: Game, written: Sequence[tuple[str, str | None]], read: Rea
     return game_verdict(game, (means[0], means[1]))
 
 
+def read_list(
+    num_answers: int, response: Response, read: Reader
+) -> tuple[tuple[float, ...] | None, str]:
+    """Return the mean scores of answers that were judged at once, in the order shown.
+
+    None without a vote that can be read, with the most frequent status.
+    """
+    texts = response.texts or ()
+    written = zip(texts, response.endings or (None,) * len(texts), strict=True)
+    votes = [read.read_list(*each, num_answers) for each in written]
+    scores = [own for own, _ in votes if own is not None]
+    if scores:
+        return tuple(map(statistics.fmean, zip(*scores, strict=True))), "ok"
+    (status, _), *_ = Counter(status for _, status in votes).most_common(1) or [("no_answer", 0)]
+    return None, status
+
+
 def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] | None:
     """Return the mean scores of each criterion over the votes that have a verdict, as shown.
 
@@ -270,6 +324,9 @@ def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] 
     rubric, texts = game.item.rubric, response.texts or ()
     if rubric is None or not rubric.criteria:
         return None
+    if read.is_single and not game.is_single:
+        one, two = (criteria_of(*half, read) for half in apart(game, response))
+        return {name: (one[name], two[name]) for name in one} if one and two else None
     votes = []
     for text, ending in zip(texts, response.endings or (None,) * len(texts), strict=True):
         if game.is_single:
@@ -291,6 +348,9 @@ def expected_of(game: Game, response: Response, read: Reader) -> tuple[float, ..
 
     None where there are none: they were not wanted, or no text has plain numbers for scores.
     """
+    if read.is_single and not game.is_single:
+        one, two = (expected_of(*half, read) for half in apart(game, response))
+        return (*one, *two) if one and two else None
     rubric, texts = game.item.rubric, response.texts or ()
     votes = []
     endings = response.endings or (None,) * len(texts)

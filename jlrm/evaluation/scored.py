@@ -79,6 +79,8 @@ def make(
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         if num_labels > 1 and any(game.is_single for game in games):
             raise UsageError(f"{model} scores two answers together, and none by itself.")
+        if any(game.rest for game in games):
+            raise UsageError(f"{model} is a reward model, which sees no list at once.")
         for start in range(0, len(games), batch_size):
             block = games[start : start + batch_size]
             texts = texts_of(block)

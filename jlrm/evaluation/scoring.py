@@ -14,15 +14,13 @@ from jlrm.evaluation.policies import Policy
 from jlrm.judgement.verdict import is_consistent, swap_preference
 
 
-def ordered(
-    item: Item, first: int, second: int, order: str, seed: int, address: str = ""
-) -> list[Game]:
-    """Return the games of two answers of an item in a policy's order.
+def ordered(as_given: Game, order: str, seed: int, address: str = "") -> list[Game]:
+    """Return the games of two answers of an item, or of a list, in a policy's order.
 
     A random order depends on the seed and the pair alone: neither on other rows nor on their order.
     `address` stands for the pair where the id of its item does not.
     """
-    as_given, swapped = Game(item, first, second), Game(item, second, first)
+    swapped = as_given.swapped()
     if order == "both":
         return [as_given, swapped]
     is_swapped = order == "random" and _coin(f"{seed}:{address or as_given.id}")
@@ -31,7 +29,7 @@ def ordered(
 
 def pair_games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
     """Return the games of items of two answers."""
-    return [game for item in items for game in ordered(item, 0, 1, policy.order, seed)]
+    return [game for item in items for game in ordered(Game(item, 0, 1), policy.order, seed)]
 
 
 def _coin(text: str) -> bool:

@@ -17,7 +17,7 @@ from jlrm.judgement.numbers import Pair, both, json_scores, score
 from jlrm.judgement.spelling import plain
 
 BLOCK = ["<answer>", "</answer>"]
-Failure = Literal["no_answer", "one_answer", "too_many_answers", "not_a_number"]
+Failure = Literal["no_answer", "one_answer", "too_few_answers", "too_many_answers", "not_a_number"]
 
 # It cannot backtrack over more than one run of characters: it is linear.
 _TAGS = re.compile(r"(</?(?:think|answer)>)")
@@ -85,6 +85,27 @@ def last_score(text: str, most: float) -> float | Failure:
         if (found := score(block.text, most)) is not None:
             return found
     return "not_a_number" if blocks else "no_answer"
+
+
+def last_scores(text: str, most: float, num_scores: int) -> tuple[float, ...] | Failure:
+    """Return the scores of a text's last complete verdict on a list, or why it has none.
+
+    Each stands in a block of its own. Blocks without a number are placeholders. What is left is one
+    verdict or several whole ones, or ends with one whose blocks stand close together.
+    """
+    spelt = _ANSWER_TAG.sub(r"<\1answer>", plain(html.unescape(text)))
+    blocks = answer_blocks(text) or answer_blocks(spelt)
+    kept = [block for block in blocks if _has_number(block.text, most)]
+    if len(kept) < num_scores:
+        return "too_few_answers" if len(kept) > 1 else without_pair(len(blocks))
+    last = _runs(kept, _near)[-1]
+    if len(kept) % num_scores and len(last) != num_scores:
+        return "too_many_answers"
+    found = [
+        score(block.text, most, place) for place, block in enumerate(kept[-num_scores:], start=1)
+    ]
+    scores = tuple(each for each in found if each is not None)
+    return scores if len(scores) == num_scores else "not_a_number"
 
 
 def _last_pair(blocks: Sequence[AnswerBlock], most: float) -> Pair | Failure:

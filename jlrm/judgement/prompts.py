@@ -87,6 +87,9 @@ SINGLE_TEMPLATES: Mapping[str, str] = {
     "toy_single": (
         "<|im_start|>user\n{question}\n{answer}<|im_end|>\n<|im_start|>assistant\n<think>"
     ),
+    "toy_rubric_single": (
+        "<|im_start|>user\n{question}\n{answer}<|im_end|>\n<|im_start|>assistant\n<rubric>"
+    ),
 }
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight"}
@@ -212,8 +215,8 @@ def single_messages(
 
     Raises UsageError for a template that has no such form.
     """
-    if name in PAIR_TEMPLATES and not opens_rubric(name):
-        family, _, _ = name.partition("_")
+    if name in PAIR_TEMPLATES:
+        family = name if opens_rubric(name) else name.partition("_")[0]
         return PromptText(None, SINGLE_TEMPLATES[f"{family}_single"])
     if name not in (OURS, OURS_AFTER_RUBRIC):
         raise UsageError(f"The prompt '{name}' has no form for one answer: take jlrm.")

@@ -17,6 +17,7 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, get_args
 
 from jlrm.judgement.blocks import (
@@ -24,6 +25,7 @@ from jlrm.judgement.blocks import (
     answer_blocks,
     last_pair,
     last_score,
+    last_scores,
     split_tags,
     without_pair,
 )
@@ -129,12 +131,13 @@ def parse(
     num_scores: int = 2,
     has_rubric: bool = False,
 ) -> Verdict:
-    """Read the two scores of a completion; under `strict` alone also one or more (`num_scores`).
+    """Read the two scores of a completion, or more (`num_scores`); under `strict` alone also one.
 
     strict: the grammar that the reward pays (the structure check of the authors'
     `reward_score/judgelrm.py`, for the text after `<think>`), with decimals allowed.
     lenient, for models that were not trained here: the last complete pair of answer blocks after
-    the last `</think>`, or in the whole text where there is none (judgement/blocks.py).
+    the last `</think>`, or in the whole text where there is none (judgement/blocks.py). Of a list
+    as many blocks as it has answers.
 
     has_rubric: the prompt has opened `<rubric>`, which the completion must close (`behind_rubric`).
     """
@@ -143,8 +146,8 @@ def parse(
         if behind is None:
             return Verdict(None, None, "no_rubric", completion.strip())
         completion = behind
-    read = _strict(completion, num_scores) if strict else _lenient(completion, max_score)
-    reasoning, scores, failure = read
+    read = _strict if strict else partial(_lenient, max_score)
+    reasoning, scores, failure = read(completion, num_scores)
     return _verdict(scores, failure, reasoning, min_score, max_score, num_scores)
 
 
@@ -225,9 +228,13 @@ def _strict(completion: str, num_scores: int) -> tuple[str, Sequence[float], Sta
     return reasoning, scores, "not_a_number" if status == "ok" else status
 
 
-def _lenient(completion: str, max_score: float) -> tuple[str, Sequence[float], Status]:
+def _lenient(
+    max_score: float, completion: str, num_scores: int
+) -> tuple[str, Sequence[float], Status]:
     reasoning, tail = _parts(completion)
-    outcome = last_pair(without_end_tokens(tail), max_score)
+    tail = without_end_tokens(tail)
+    is_pair = num_scores == 2
+    outcome = last_pair(tail, max_score) if is_pair else last_scores(tail, max_score, num_scores)
     return (reasoning, [], outcome) if isinstance(outcome, str) else (reasoning, outcome, "ok")
 
 

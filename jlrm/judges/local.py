@@ -49,7 +49,7 @@ from jlrm.sampling.writer import (
 from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, num_labels, read_params
 
-STOP, STOP_SINGLE = {"</answer>": 2}, {"</answer>": 1}
+STOP = {"</answer>": 2}  # of a pair; others are stopped behind as many scores as they have answers
 Expect = Callable[[Params, Sequence["WrittenGame"]], list[Response]]
 
 
@@ -140,17 +140,13 @@ def make(
     expect, num_shards = make_expectation(policy, scale), policy.decoding.num_shards("P")
 
     @functools.cache
-    def writer(is_single: bool) -> Writer:
-        if not is_single:
-            return make_writer(policy, decoding, sizes)
-        one = dataclasses.replace(
-            decoding, stop_strings=STOP_SINGLE if decoding.stop_strings else {}
-        )
-        return make_writer(policy, one, sizes)
+    def writer(num_answers: int) -> Writer:
+        stops = dict.fromkeys(decoding.stop_strings, num_answers)
+        return make_writer(policy, dataclasses.replace(decoding, stop_strings=stops), sizes)
 
     def judge(games: Sequence[Game], record: Callable[[Response], None]) -> None:
-        for is_single in {game.is_single for game in games}:
-            own = {game.id: game for game in games if game.is_single == is_single}
+        for num_answers in sorted({len(game.shown) for game in games}):
+            own = {game.id: game for game in games if len(game.shown) == num_answers}
             fitting = []
             for example in encode_games(list(own.values())):
                 if len(example.prompt_ids) > max_prompt_tokens:
@@ -161,7 +157,7 @@ def make(
                 continue
             written = (
                 written_game(policy.tokenizer, own[each.example.comparison.id], each)
-                for each in writer(is_single)(weights(), fitting)
+                for each in writer(num_answers)(weights(), fitting)
             )
             for response in with_expected(written, partial(expect, weights()), num_shards):
                 record(response)

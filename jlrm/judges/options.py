@@ -182,16 +182,38 @@ def _check_finite(flag: str, value: Any) -> None:
         raise UsageError(f"{flag}: wanted a finite number, got {value}.")
 
 
-def is_single(args: argparse.Namespace) -> bool:
-    """Return whether each answer is judged alone: as `--single` says, or as a run was trained.
+def judging_of(args: argparse.Namespace) -> str:
+    """Return how a judge is asked, by `data.judging`: as a flag says, or as a run was trained.
 
     Raises:
-      UsageError: `--single` with a backend that can't.
+      UsageError: `--single` or `--at-once` with a backend that can't, or a judge of single answers.
     """
-    if args.single and args.backend not in BOTH:
-        raise UsageError(f"--single has no effect with --backend {args.backend}.")
-    run = _trained_with(args.model) if args.backend == JLRM else None
-    return args.single or (run is not None and run.data.judging == "single")
+    for name in ("single", "at_once"):
+        if getattr(args, name) and args.backend not in BOTH:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} has no effect with --backend {args.backend}.")
+    own = judging(args.backend, args.model)
+    if args.single and args.at_once:
+        raise UsageError("--single and --at-once are two ways to ask. Name one of them.")
+    if own == "single" and args.at_once:
+        raise UsageError(f"{seen_no_pairs(args.model)} Leave out --at-once.")
+    if args.single or args.at_once:
+        return "single" if args.single else "lists"
+    return "pairs" if args.at_once is False and own == "lists" else own
+
+
+def judging(backend: str, model: str) -> str:
+    """Return what a run was trained to judge, by `data.judging`; of another model "pairs"."""
+    run = _trained_with(model) if backend == JLRM else None
+    return run.data.judging if run else "pairs"
+
+
+def seen_no_pairs(model: str) -> str:
+    """Return what to say of a judge of single answers that is to compare."""
+    return (
+        f"{model} was trained to judge each answer alone (data.judging=single), and has seen no "
+        "pairs."
+    )
 
 
 def _trained_with(model: str) -> Config | None:

@@ -160,6 +160,8 @@ def open_service(args: argparse.Namespace) -> Service:
     )
     low, high = chosen["scale"]
     read, rubric = reader(args.parser, (low, high), args.tie_margin), None
+    if options.judging(options.JLRM, args.model) == "single":
+        read = read._replace(judging="single")
     if args.rubric:
         rubric = rubrics.read(args.rubric)
         check_rubric(read, rubric)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
 from jlrm.data import tokenizer as tokenizers
-from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.games import Game, Response, alone, beside
 from jlrm.evaluation.prompting import EncodeGames
 from jlrm.evaluation.reading import Reader, check_rubric
 from jlrm.judgement import prompts
@@ -80,16 +80,21 @@ class Service:
     ) -> list[JudgedPair]:
         """Judge pairs together; `tell` hears of every piece.
 
+        A judge of single answers is asked about each answer by itself, and sees no order.
+
         Raises:
           UsageError: a text that is none.
           Busy, RunError: as `Engine.submit`.
         """
+        is_single = self.read.is_single
+        orders = "given" if is_single else orders
         own = [
             games_of(_identity(pair[:3], i), pair, orders, drawing.seed)
             for i, pair in enumerate(pairs)
         ]
         games = [game for each in own for game in each]
-        responses = await self._responses(games, drawing, tell)
+        responses = await self._responses(alone(games) if is_single else games, drawing, tell)
+        responses = beside(games, responses) if is_single else responses
         return [
             judged_pair(
                 pair.id,

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from jlrm.config import UsageError
 from jlrm.evaluation.games import Game
 from jlrm.evaluation.reading import reader
 from jlrm.judgement.spelling import without_end_tokens
@@ -157,7 +158,16 @@ def _judge(screen: Screen, ask: Ask, pair: Pair) -> None:
 
 @contextlib.contextmanager
 def _opened(args: argparse.Namespace) -> Iterator[Ask]:
-    """Open the judge that the flags name."""
+    """Open the judge that the flags name.
+
+    Raises:
+      UsageError: anything the user can mend.
+    """
+    if options.judging(args.backend, args.model) == "single":
+        raise UsageError(
+            f"{options.seen_no_pairs(args.model)} Give rows of one answer, with --single; "
+            "Judge.compare and jlrm judge serve score both answers of a pair."
+        )
     if args.backend != options.JLRM:
         chosen = options.options(args)
         made = options.make(args.backend, args.model, chosen, args.seed, None)

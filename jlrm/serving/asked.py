@@ -13,6 +13,7 @@ from jlrm.evaluation.rubrics import Rubric
 from jlrm.evaluation.scoring import ordered
 from jlrm.judgement import conversations
 from jlrm.judgement.labels import Unusable
+from jlrm.judgement.prompts import MOST_LISTED
 
 Orders = Literal["both", "given", "random"]
 ORDERS = ("both", "given", "random")
@@ -45,18 +46,54 @@ class Single(NamedTuple):
     is_expected: bool = False
 
 
+class Listed(NamedTuple):
+    """A question and answers that are judged at once, as `Pair`; expected scores are not known."""
+
+    question: Any
+    answers: Sequence[Any]
+    reference: Any = None
+    rubric: Rubric | None = None
+    is_expected: bool = False
+
+
 def games_of(number: int | str, pair: Pair, orders: str, seed: int) -> list[Game]:
     """Return the games of a pair; `number` tells pairs of one call apart.
 
     Raises:
       UsageError: a text that is none, or an order that there is not.
     """
+    question, *answers = map(as_text, pair[:3], FIELDS)
+    return _games(Item(str(number), question, tuple(answers), **_more(pair)), orders, seed)
+
+
+def games_at_once(number: int | str, asked: Listed, orders: str, seed: int) -> list[Game]:
+    """Return the games in which all answers are judged at once: as given, and in reverse.
+
+    Raises:
+      UsageError: as `games_of`, or a number of answers that no prompt shows.
+    """
+    if not 2 <= len(asked.answers) <= MOST_LISTED:
+        raise UsageError(
+            f"One judgement is of 2 to {MOST_LISTED} answers, got {len(asked.answers)}. With "
+            "at_once=False (--no-at-once) each is compared with each."
+        )
+    if asked.is_expected or (asked.rubric and asked.rubric.criteria):
+        raise UsageError(
+            "Expected scores and rubrics of criteria are for pairs and single answers, not for "
+            "answers judged at once: leave them out, or say at_once=False (--no-at-once)."
+        )
+    question = as_text(asked.question, "question")
+    answers = tuple(as_text(each, "an answer") for each in asked.answers)
+    return _games(Item(str(number), question, answers, **_more(asked)), orders, seed)
+
+
+def _games(item: Item, orders: str, seed: int) -> list[Game]:
     if orders not in ORDERS:
         raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
-    question, *answers = map(as_text, pair[:3], FIELDS)
-    item = Item(str(number), question, (answers[0], answers[1]), **_more(pair))
     order = "as_given" if orders == "given" else orders  # a policy's word for it
-    return ordered(item, 0, 1, order, seed, address=json.dumps([question, *answers]))
+    first, second, *rest = range(len(item.answers))
+    address = json.dumps([item.question, *item.answers])
+    return ordered(Game(item, first, second, tuple(rest)), order, seed, address)
 
 
 def each_beside_each(
@@ -99,7 +136,7 @@ def single_game(number: int | str, asked: Single) -> Game:
     return Game(Item(str(number), *texts, **_more(asked)), 0, 0)
 
 
-def _more(asked: Pair | Single) -> dict[str, Any]:
+def _more(asked: Pair | Single | Listed) -> dict[str, Any]:
     """Return what an item holds besides the texts that are judged."""
     reference = None if asked.reference is None else as_text(asked.reference, "reference")
     return {"reference": reference, "rubric": asked.rubric, "is_expected": asked.is_expected}

@@ -7,7 +7,8 @@
     result.winner, result.confidence, result.is_consistent
 
 Each pair is judged in both orders unless `orders` says otherwise, all games of a call in the same
-batches. Nothing raises for what a judge wrote: a game without a verdict has a status.
+batches. Nothing raises for what a judge wrote: a game without a verdict has a status. A run is
+asked as it was trained (`data.judging`): one of single answers scores those of a pair one by one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.evaluation.games import Backend, Response
+from jlrm.evaluation.games import Backend, Game, Response, alone, beside
 from jlrm.evaluation.reading import Reader, check_rubric, reader
 from jlrm.evaluation.rubrics import Rubric
 from jlrm.evaluation.rubrics import rubric as as_rubric
@@ -31,11 +32,13 @@ from jlrm.judges.requests import NO_PROBABILITIES
 from jlrm.serving import calibration as maps
 from jlrm.serving.asked import (
     FIELDS,
+    Listed,
     Orders,
     Pair,
     Single,
     as_text,
     each_beside_each,
+    games_at_once,
     games_of,
     is_conversation,
     pair_of,
@@ -43,14 +46,16 @@ from jlrm.serving.asked import (
     single_game,
 )
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.ranking import ranked
+from jlrm.serving.ranking import one_by_one, ranked, ranked_at_once
 from jlrm.serving.results import (
     JudgedPair,
     Ranking,
     ScoredAnswer,
+    judged_list,
     judged_pair,
     scored_answer,
 )
+from jlrm.serving.tally import doubt
 
 if TYPE_CHECKING:
     from jlrm.serving.audit import Audit
@@ -73,10 +78,12 @@ class Judge:
         calibrated: ConfidenceMap | None = None,
         rubric: Rubric | None = None,
         is_expected: bool = False,
+        judging: str = "pairs",
     ) -> None:
-        self.name, self.calibrated, self.rubric = name, calibrated, rubric
-        self._is_expected = is_expected
-        self._backend, self._read, self._seed = backend, read, seed
+        # judging: `data.judging` of its training, pairs, single or lists.
+        self.judging, self.name, self.calibrated, self.rubric = judging, name, calibrated, rubric
+        self._backend, self._seed, self._is_expected = backend, seed, is_expected
+        self._read = read._replace(judging="single") if judging == "single" else read
         self._lock, self._num_games, self._num_unread = threading.Lock(), 0, 0
         self._is_told = False
 
@@ -137,7 +144,8 @@ class Judge:
         check_rubric(read, rubric)
         if expected and backend == options.OPENAI:
             raise UsageError(NO_PROBABILITIES)
-        return cls(made, read, pinned, seed, calibrated, rubric, expected)
+        given = calibrated, rubric, expected, options.judging(backend, pinned)
+        return cls(made, read, pinned, seed, *given)
 
     def __repr__(self) -> str:
         return f"Judge({self.name!r})"
@@ -157,9 +165,9 @@ class Judge:
 
         Args:
           question, answer_1, answer_2: three texts, or three lists of them; or a pandas.DataFrame
-            with these columns alone. A conversation, a list of messages {role, content}, may stand
-            for any text.
-          orders: "both"; "given": answer 1 is shown first; "random": by the seed and the pair.
+            with these columns alone. Conversations, lists of messages, may stand for texts.
+          orders: "both"; "given": answer 1 is shown first; "random": by the seed and the pair. A
+            judge of single answers sees no order, and has one game of each pair.
           reference: an answer that the judge is shown as right; of many pairs a list.
           rubric, expected: as in `load`.
 
@@ -192,8 +200,8 @@ class Judge:
         """Judge a stream of pairs, some hundred at a time, and yield the results in order."""
         given = {"rubric": as_rubric(rubric), "is_expected": expected}
         told = {name: value for name, value in given.items() if value}
-        iterator = iter(pairs)
-        while part := list(itertools.islice(iterator, STREAM_PAIRS)):
+        pairs = iter(pairs)
+        while part := list(itertools.islice(pairs, STREAM_PAIRS)):
             yield from self.compare_all([pair_of(each)._replace(**told) for each in part], orders)
 
     def score(
@@ -216,16 +224,14 @@ class Judge:
         told = {"rubric": as_rubric(rubric), "is_expected": expected}
         if isinstance(question, str) or is_conversation(question):
             return self.score_all([Single(question, answer, reference=reference, **told)])[0]
-        columns = [list(question), list(answer)]
-        rows = rows_of("score", ("question", "answer"), columns, reference)
+        rows = rows_of("score", ("question", "answer"), [list(question), list(answer)], reference)
         return self.score_all([Single(*texts, reference=own, **told) for *texts, own in rows])
 
     def score_all(self, asked: Sequence[Single]) -> list[ScoredAnswer]:
         """Score answers to questions together, and return the results in order."""
         games = [single_game(number, self._told(each)) for number, each in enumerate(asked)]
-        responses: dict[str, Response] = {}
         with self._lock:
-            self._backend(games, lambda response: responses.update({response.game: response}))
+            responses = self._responses(games)
             results = [
                 scored_answer(each.id, game, responses.get(game.id), self._read)
                 for each, game in zip(asked, games, strict=True)
@@ -239,6 +245,7 @@ class Judge:
         question: str,
         answers: Sequence[str],
         *,
+        at_once: bool | None = None,
         orders: Orders = "both",
         reference: Any = None,
         rubric: Any = None,
@@ -246,13 +253,34 @@ class Judge:
     ) -> Ranking:
         """Order several answers by comparing each with each; the rest as in `compare`.
 
+        Args:
+          at_once: one judgement of all answers, 2 to 8, as given and in reverse; by default of a
+            run that was trained so (data.judging=lists). A judge of single answers scores each.
+
         Raises:
-          UsageError: fewer than two answers.
+          UsageError: fewer than two answers, or more than the judge can be shown.
         """
         if len(answers) < 2:
             raise UsageError(f"Judge.rank: wanted two answers at least, got {len(answers)}.")
-        pairs = each_beside_each(question, answers, reference, as_rubric(rubric), expected)
+        told = reference, as_rubric(rubric), expected
+        if self.judging == "single":
+            if at_once:
+                raise UsageError(f"{self.name} was trained to judge each answer alone: no at_once.")
+            asked = [Single(question, each, str(i), *told) for i, each in enumerate(answers)]
+            return ranked_at_once([one_by_one(self.score_all(asked))], self._read, self.calibrated)
+        if self.judging == "lists" if at_once is None else at_once:
+            return self._rank_at_once(Listed(question, answers, *told), orders)
+        pairs = each_beside_each(question, answers, *told)
         return ranked(self.compare_all(pairs, orders), len(answers))
+
+    def _rank_at_once(self, asked: Listed, orders: Orders) -> Ranking:
+        games = games_at_once(0, self._told(asked), orders, self._seed)
+        with self._lock:
+            responses = self._responses(games)
+            judged = [judged_list(game, responses.get(game.id), self._read) for game in games]
+            played = [each for each in judged if each.status != "unjudged"]
+            self._count(len(played), sum(each.status != "ok" for each in played))
+        return ranked_at_once(judged, self._read, self.calibrated)
 
     def audit(
         self,
@@ -303,13 +331,10 @@ class Judge:
     def compare_all(self, pairs: Sequence[Pair], orders: Orders = "both") -> list[JudgedPair]:
         """Judge pairs together, and return the results in order."""
         told = [self._told(pair) for pair in pairs]
+        orders = "given" if self._read.is_single else orders
         games = [games_of(number, pair, orders, self._seed) for number, pair in enumerate(told)]
-        responses: dict[str, Response] = {}
         with self._lock:
-            self._backend(
-                [game for own in games for game in own],
-                lambda response: responses.update({response.game: response}),
-            )
+            responses = self._responses([game for own in games for game in own])
             results = [
                 judged_pair(
                     pair.id,
@@ -323,6 +348,14 @@ class Judge:
             played = [game for each in results for game in each.games if game.status != "unjudged"]
             self._count(len(played), sum(game.winner is None for game in played))
         return results
+
+    def _responses(self, games: Sequence[Game]) -> dict[str, Response]:
+        """Ask about games, and of a judge of single answers about each answer of them."""
+        responses: dict[str, Response] = {}
+        asked = alone(games) if self._read.is_single else games
+        self._backend(asked, lambda response: responses.update({response.game: response}))
+        pairs = [game for game in games if not game.is_single]
+        return responses | beside(pairs, responses) if self._read.is_single else responses
 
     def _told(self, asked: Any) -> Any:
         """Return a pair or a single answer with the rubric of this judge if it has none."""
@@ -340,9 +373,8 @@ class Judge:
                 f"{', '.join(map(str, frame.columns))}."
             )
         rows = rows_of("compare", FIELDS, [list(frame[name]) for name in FIELDS], reference)
-        judged = self.compare_all(
-            [Pair(*texts, reference=own, **told) for *texts, own in rows], orders
-        )
+        pairs = [Pair(*texts, reference=own, **told) for *texts, own in rows]
+        judged = self.compare_all(pairs, orders)
         more = {
             name: [getattr(each, name) for each in judged]
             for name in ("criteria", "expected_scores")
@@ -366,12 +398,3 @@ class Judge:
         if is_most and not self._is_told:
             self._is_told = True
             log.warning("%s", doubt(self.name, self._num_unread, self._num_games))
-
-
-def doubt(name: str, num_unread: int, num_games: int) -> str:
-    """Return what to say of a judge most of whose responses hold no verdict."""
-    return (
-        f"{name} wrote no verdict in {num_unread} of {num_games} games. It may not be a judge of "
-        "this prompt: name the prompt that it was trained with, allow longer judgements "
-        "(max_new_tokens), or train it (jlrm train)."
-    )

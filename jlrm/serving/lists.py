@@ -8,11 +8,22 @@ from typing import Any, NamedTuple
 
 from jlrm.config import UsageError
 from jlrm.data import forms
-from jlrm.evaluation.games import Game
+from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.reading import Reader
+from jlrm.judgement.prompts import MOST_LISTED
 from jlrm.reports import contracts
 from jlrm.serving import rows
-from jlrm.serving.asked import Orders, as_text, each_beside_each, games_of
-from jlrm.serving.results import VERSION, Ranking
+from jlrm.serving.asked import (
+    Listed,
+    Orders,
+    as_text,
+    each_beside_each,
+    games_at_once,
+    games_of,
+)
+from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.ranking import ranked, ranked_at_once
+from jlrm.serving.results import VERSION, Ranking, judged_list, judged_pair
 
 SPELLINGS = {
     "question": forms.QUESTIONS,
@@ -44,7 +55,9 @@ class RankLine(Ranking):
     reference: str | None = field(default=None, metadata=contracts.LEFT_OUT)
 
 
-def read(source: str, columns: Mapping[str, str], reference: str = "") -> list[ListRow]:
+def read(
+    source: str, columns: Mapping[str, str], reference: str = "", at_once: bool = False
+) -> list[ListRow]:
     """Return every row of a source that holds a question and a list of answers, as `rows.read`.
 
     Raises:
@@ -55,9 +68,11 @@ def read(source: str, columns: Mapping[str, str], reference: str = "") -> list[L
         if error:
             return ListRow(identity, "", (), error)
         answers = given["answers"]
-        if not isinstance(answers, list) or not 2 <= len(answers) <= MOST_ANSWERS:
+        most = MOST_LISTED if at_once else MOST_ANSWERS
+        if not isinstance(answers, list) or not 2 <= len(answers) <= most:
             what = f"{len(answers)}" if isinstance(answers, list) else "no list"
-            raise UsageError(f"answers must be a list of 2 to {MOST_ANSWERS}, got {what}.")
+            told = " where they are judged at once (--no-at-once takes more)" if at_once else ""
+            raise UsageError(f"answers must be a list of 2 to {most}{told}, got {what}.")
         texts = tuple(as_text(each, "an answer") for each in answers)
         return ListRow(identity, as_text(given["question"], "question"), texts)
 
@@ -65,11 +80,33 @@ def read(source: str, columns: Mapping[str, str], reference: str = "") -> list[L
 
 
 def games(
-    number: int, row: ListRow, orders: Orders, seed: int, told: Sequence[Any]
-) -> list[tuple[str, list[Game]]]:
-    """Return the ids and games of the pairs of a list; `told` as of `each_beside_each`."""
+    number: int, row: ListRow, orders: Orders, seed: int, told: Sequence[Any], at_once: bool
+) -> dict[str, list[Game]]:
+    """Return the games of a list, by the pairs' ids or at once; `told` as of `each_beside_each`."""
+    if at_once:
+        asked = Listed(row.question, row.answers, row.reference, *told)
+        return {"": games_at_once(number, asked, orders, seed)}
     pairs = each_beside_each(row.question, row.answers, row.reference, *told)
-    return [(pair.id, games_of(f"{number}.{pair.id}", pair, orders, seed)) for pair in pairs]
+    return {pair.id: games_of(f"{number}.{pair.id}", pair, orders, seed) for pair in pairs}
+
+
+def ranking(
+    own: Mapping[str, Sequence[Game]],
+    responses: Mapping[str, Response],
+    num_answers: int,
+    read: Reader,
+    calibrated: ConfidenceMap | None,
+) -> Ranking:
+    """Return what the responses to the games of a list come to."""
+
+    def said(pair: Sequence[Game]) -> list[Response | None]:
+        return [responses.get(game.id) for game in pair]
+
+    if "" in own:
+        at_once = zip(own[""], said(own[""]), strict=True)
+        return ranked_at_once([judged_list(*each, read) for each in at_once], read, calibrated)
+    judged = [judged_pair(name, pair, said(pair), read, calibrated) for name, pair in own.items()]
+    return ranked(judged, num_answers)
 
 
 def line(row: ListRow, ranking: Ranking | None) -> RankLine:

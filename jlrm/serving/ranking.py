@@ -7,13 +7,26 @@ weak normal prior, without which an answer that always wins has no finite streng
 
 from __future__ import annotations
 
+import itertools
+import statistics
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from scipy import optimize
 
-from jlrm.serving.results import POINTS, JudgedPair, Ranking
+from jlrm.evaluation.reading import Reader
+from jlrm.judgement.verdict import preferred
+from jlrm.serving.calibration import ConfidenceMap
+from jlrm.serving.results import (
+    POINTS,
+    JudgedGame,
+    JudgedList,
+    JudgedPair,
+    Ranking,
+    ScoredAnswer,
+    put_together,
+)
 
 PRIOR = 3.0  # standard deviation of the strengths before anything is known
 NORMAL = 1.959963984540054  # standard errors of a 95 % interval
@@ -88,17 +101,69 @@ def ranked(judged: Sequence[JudgedPair], num_answers: int) -> Ranking:
 
     Every game counts: two orders that disagree are a win for each.
     """
-    outcomes, wins = [], [0.0] * num_answers
-    for pair in judged:
-        first, second = (int(number) - 1 for number in pair.id.split("-"))
-        for game in pair.games:
-            if game.winner is None:
-                continue
-            outcomes.append(Outcome(first, second, game.winner))
-            wins[first] += POINTS[game.winner]
-            wins[second] += 1 - POINTS[game.winner]
+    outcomes = _outcomes(judged)
     found = strengths(outcomes, num_answers)
     order = sorted(range(num_answers), key=lambda i: (-found.values[i], i))
-    return Ranking(
-        tuple(i + 1 for i in order), found.values, found.intervals, tuple(wins), tuple(judged)
+    wins = _wins(outcomes, num_answers)
+    return Ranking(tuple(i + 1 for i in order), found.values, found.intervals, wins, tuple(judged))
+
+
+def ranked_at_once(
+    judged: Sequence[JudgedList], read: Reader, calibrated: ConfidenceMap | None = None
+) -> Ranking:
+    """Return the ranking by the mean scores of answers in judgements of all of them."""
+    columns = [
+        [score for score in column if score is not None]
+        for column in zip(*(each.scores for each in judged), strict=True)
+    ]
+    means = tuple(statistics.fmean(own) if own else None for own in columns)
+    known = [(-mean, i + 1) for i, mean in enumerate(means) if mean is not None]
+    pairs = tuple(
+        put_together(f"{i + 1}-{j + 1}", [_game(each, i, j) for each in judged], read, calibrated)
+        for i, j in itertools.combinations(range(len(columns)), 2)
     )
+    order, wins = tuple(i for _, i in sorted(known)), _wins(_outcomes(pairs), len(columns))
+    return Ranking(order, (), (), wins, pairs, means, tuple(judged))
+
+
+def one_by_one(scored: Sequence[ScoredAnswer]) -> JudgedList:
+    """Return the scores of answers that were judged each by itself as one judgement."""
+    failed = next((each for each in scored if each.score is None), None)
+    counts = [each.num_tokens for each in scored if each.num_tokens is not None]
+    return JudgedList(
+        tuple(range(1, len(scored) + 1)),
+        tuple(each.score for each in scored),
+        failed.status if failed else "ok",
+        tuple(text for each in scored for text in each.texts),
+        sum(counts) if counts else None,
+        failed.error if failed else None,
+    )
+
+
+def _game(judged: JudgedList, i: int, j: int) -> JudgedGame:
+    """Return what a judgement says of two of its answers; its texts stand there alone."""
+    one, two = judged.scores[i], judged.scores[j]
+    scores = None if one is None or two is None else (one, two)
+    is_swapped = judged.order.index(i + 1) > judged.order.index(j + 1)
+    status = "ok" if scores else judged.status
+    winner = preferred(*scores) if scores else None
+    order = (2, 1) if is_swapped else (1, 2)
+    return JudgedGame(order, winner, scores, status, (), None, None if scores else judged.error)
+
+
+def _outcomes(judged: Sequence[JudgedPair]) -> list[Outcome]:
+    return [
+        Outcome(first, second, game.winner)
+        for pair in judged
+        for first, second in [[int(number) - 1 for number in pair.id.split("-")]]
+        for game in pair.games
+        if game.winner is not None
+    ]
+
+
+def _wins(outcomes: Sequence[Outcome], num_answers: int) -> tuple[float, ...]:
+    wins = [0.0] * num_answers
+    for first, second, winner in outcomes:
+        wins[first] += POINTS[winner]
+        wins[second] += 1 - POINTS[winner]
+    return tuple(wins)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jlrm.evaluation.games import Game, GameVerdict, Response
-from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_response
+from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_list, read_response
 from jlrm.judgement.verdict import (
     implied_probability,
     is_consistent,
@@ -166,12 +166,33 @@ class ScoreLine(ScoredAnswer):
     reference: str | None = field(default=None, metadata=contracts.LEFT_OUT)
 
 
+@dataclass(frozen=True)
+class JudgedList(Plain):
+    """One judgement of several answers; `scores` are of the answers as they were given.
+
+    order: the answers by their numbers, counted from 1, as they were shown. texts: what the judge
+    wrote, one for each vote. Of a judge of single answers: what it wrote of each, one by one.
+    """
+
+    order: tuple[int, ...]
+    scores: tuple[float | None, ...]  # of an answer without one None
+    status: str
+    texts: tuple[str, ...]
+    num_tokens: int | None
+    error: str | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Ranking(Plain):
     """Answers from the best to the worst.
 
     order: the numbers of the answers, counted from 1. strengths: of each answer, the logarithm of
     its odds against an average one (serving/ranking.py); intervals: of 95 %.
+
+    Where answers are judged at once (or each by itself) `judgements` holds what was said, and
+    `scores` the mean of each answer, by which they are ordered. There are no strengths: pairs that
+    one judgement decides say nothing of how sure it is. `pairs` are read off the scores. Answers
+    without a score are left out of the order.
     """
 
     order: tuple[int, ...]
@@ -179,12 +200,38 @@ class Ranking(Plain):
     intervals: tuple[tuple[float, float], ...]
     wins: tuple[float, ...]  # of each answer, a tie counting a half
     pairs: tuple[JudgedPair, ...]
+    scores: tuple[float | None, ...] | None = field(default=None, metadata=contracts.LEFT_OUT)
+    judgements: tuple[JudgedList, ...] | None = field(default=None, metadata=contracts.LEFT_OUT)
+
+    @property
+    def games(self) -> tuple[JudgedGame | JudgedList, ...]:
+        """What was asked of the judge."""
+        return self.judgements or tuple(game for pair in self.pairs for game in pair.games)
+
+    @property
+    def consistency(self) -> float | None:
+        """The share of the pairs of which both orders say the same; None without both orders."""
+        said = [pair.is_consistent for pair in self.pairs if pair.is_consistent is not None]
+        return sum(said) / len(said) if said else None
 
     def __repr__(self) -> str:
+        if self.scores is not None:
+            return f"<{self._by_scores()}>"
         listed = " > ".join(f"{i} ({self.strengths[i - 1]:+.2f})" for i in self.order)
         return f"<ranking {listed}>"
 
+    def _by_scores(self) -> str:
+        scores = self.scores or ()
+        listed = " > ".join(f"{i} ({scores[i - 1]:g})" for i in self.order)
+        if not listed:
+            return f"no ranking, {self.games[0].error or self.games[0].status}"
+        agree = self.consistency
+        told = "" if agree is None else f", the orders agree on {100 * agree:.0f} % of the pairs"
+        return f"ranking {listed}{told}"
+
     def _repr_html_(self) -> str:
+        if self.scores is not None:
+            return _table([("ranking", self._by_scores())])
         return _table(
             [
                 (
@@ -216,6 +263,16 @@ def judged_pair(
     calibrated: maps the confidence that scores state, and says below which the pair is a tie.
     """
     played = [judged_game(*each, read) for each in zip(games, responses, strict=True)]
+    return put_together(identity, played, read, calibrated)
+
+
+def put_together(
+    identity: str,
+    played: Sequence[JudgedGame],
+    read: Reader,
+    calibrated: ConfidenceMap | None = None,
+) -> JudgedPair:
+    """Return the verdict of games of one pair that were read; as `judged_pair`."""
     scored = [game.scores for game in played if game.scores]
     named = [game.winner for game in played if game.winner is not None]
     failed = next((game for game in played if game.winner is None), None)
@@ -289,6 +346,20 @@ def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGa
         criteria=criteria and {name: as_given(each) for name, each in criteria.items()},
         expected_scores=as_given(expected_of(game, response, read)),
     )
+
+
+def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedList:
+    """Read what was said of answers that were judged at once."""
+    order, none = tuple(place + 1 for place in game.shown), (None,) * len(game.shown)
+    if response is None or response.error is not None:
+        error = response.error if response else "it was not judged"
+        return JudgedList(order, none, "unjudged", (), None, error)
+    if response.refused is not None:
+        return JudgedList(order, none, "refused", (), None, response.refused)
+    scores, status = read_list(len(game.shown), response, read)
+    by_place = dict(zip(game.shown, scores or none, strict=True))
+    given = tuple(by_place[place] for place in sorted(by_place))
+    return JudgedList(order, given, status, response.texts or (), response.num_tokens)
 
 
 def scored_answer(

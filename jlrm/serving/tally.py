@@ -190,6 +190,7 @@ def ranking_summary(
         for row, ranking in zip(rows, rankings, strict=True)
         for pair in (ranking.pairs if ranking else ())
     ]
+    games = [game for ranking in rankings if ranking for game in ranking.games]
     agree = [(q, float(p.is_consistent)) for q, p in pairs if p.is_consistent is not None]
     first = [
         (question, float(game.winner == game.order[0]))
@@ -199,15 +200,23 @@ def ranking_summary(
     ]
     return RankingSummary(
         rows=len(rows),
-        games=sum(len(pair.games) for _, pair in pairs),
-        unread=sum(game.winner is None for _, pair in pairs for game in pair.games),
+        games=len(games),
+        unread=sum(game.status != "ok" for game in games),
         errors=sum(
-            ranking is None or any(game.error for pair in ranking.pairs for game in pair.games)
-            for ranking in rankings
+            ranking is None or any(game.error for game in ranking.games) for ranking in rankings
         ),
         consistency=rate_by_question(*_columns(agree)),
         first=rate_by_question(*_columns(first)),
         **_spent(responses),
+    )
+
+
+def doubt(name: str, num_unread: int, num_games: int) -> str:
+    """Return what to say of a judge most of whose responses hold no verdict."""
+    return (
+        f"{name} wrote no verdict in {num_unread} of {num_games} games. It may not be a judge of "
+        "this prompt: name the prompt that it was trained with, allow longer judgements "
+        "(max_new_tokens), or train it (jlrm train)."
     )
 
 

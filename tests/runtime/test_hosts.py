@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -22,7 +23,7 @@ from jlrm.config import UsageError
 from jlrm.data import audit
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.dataset import write_dataset
-from jlrm.data.worlds import toy
+from jlrm.data.worlds import lists, toy
 from jlrm.reports.tracking import read_metrics
 from jlrm.runtime import cluster, hosts
 
@@ -407,6 +408,25 @@ def test_several_processes_train_as_one_does(settings, count):
         assert [mine[n] for n in numbers] == pytest.approx([theirs[n] for n in numbers], abs=1e-5)
     assert completions(settings / f"of_{count}") == completions(settings / "of_1")
     assert audit.read(settings / f"of_{count}") == audit.read(settings / "of_1")
+
+
+@pytest.mark.slow
+def test_several_processes_train_on_lists_as_one_does(settings):
+    rows = itertools.islice(lists.rows("lists-many", "train"), 40)
+    (settings / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = [f"data.train={settings / 'lists.jsonl'}", "data.judging=lists", "run.eval_every=2"]
+    own += ["data.max_prompt_tokens=112", "grpo.steps=2", "run.completions_every=1"]
+    own += ["sampling.stop_strings={</answer>: 4}"]
+    for number in (1, 2):
+        pod = train(settings, f"lists_of_{number}", number, *own)
+        assert pod.wait() == [0] * number, pod.said(number - 1)
+    one, two = (values(settings / f"lists_of_{number}") for number in (1, 2))
+    assert len(one) == 2 and one[-1]["eval/pairs"] == 8
+    for mine, theirs in zip(one, two, strict=True):
+        numbers = [name for name in mine if name != "stage"]
+        assert [mine[n] for n in numbers] == pytest.approx([theirs[n] for n in numbers], abs=1e-5)
+    assert completions(settings / "lists_of_1") == completions(settings / "lists_of_2")
+    assert audit.read(settings / "lists_of_1") == audit.read(settings / "lists_of_2")
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
         game
         for item in items
         for first, second in _pairs(item, policy)
-        for game in ordered(item, first, second, policy.order, seed)
+        for game in ordered(Game(item, first, second), policy.order, seed)
     ]
 
 

@@ -69,7 +69,7 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
         game
         for item in items
         for loser in range(1, len(item.answers))
-        for game in ordered(item, 0, loser, policy.order, seed)
+        for game in ordered(Game(item, 0, loser), policy.order, seed)
     ]
 
 

@@ -73,7 +73,7 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
         game
         for item in items
         for i, j in CELLS
-        for game in ordered(item, i, NUM_STYLES + j, policy.order, seed)
+        for game in ordered(Game(item, i, NUM_STYLES + j), policy.order, seed)
     ]
 
 

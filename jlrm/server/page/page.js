@@ -167,9 +167,10 @@ function grow(event, numAnswers) {
 
 function title(event, numAnswers) {
   let [first, second] = event.order;
+  const isAlone = first === second;
   if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
   const vote = event.vote > 0 || of("votes").value > 1 ? `, vote ${event.vote + 1}` : "";
-  if (numAnswers === 1) return `Answer 1 by itself${vote}`;
+  if (isAlone) return `Answer ${first} by itself${vote}`;
   return `Answer ${first} shown first, then ${second}${vote}`;
 }
 

@@ -40,7 +40,7 @@ from jlrm.evaluation.reading import (
     reader,
 )
 from jlrm.evaluation.scoring import kappa
-from jlrm.judgement.verdict import parse_authors
+from jlrm.judgement.verdict import parse_authors, preferred
 from jlrm.judges.recorded import Recorded
 
 EXACT = {"rel": 1e-12, "abs": 1e-10}
@@ -466,14 +466,20 @@ def items_of(name: str, num: int = 24, seed: int = 0) -> list[Item]:
             num_answers, label = 3, None
         elif name in ("rewardbench", "rmb"):
             label = 1
+        elif name == "lists":
+            num_answers, label = rng.choice([2, 3, 4]), None
+        golds = tuple(rng.sample(range(9), num_answers)) if name == "lists" else ()
         answers = tuple(f"answer {i}" for i in range(num_answers))
-        items.append(Item(str(number), f"?{number}", answers, label, num_correct, subset))
+        told = answers, label, num_correct, subset
+        items.append(Item(str(number), f"?{number}", *told, golds=golds))
     return items
 
 
 def truth(game: Game) -> int:
     """Return the right verdict as shown."""
-    label = game.item.label
+    label, golds = game.item.label, game.item.golds
+    if golds:
+        return preferred(golds[game.first], golds[game.second])
     if label is None:
         first, second = (int(i < game.item.num_correct) for i in (game.first, game.second))
         return (first > second) + 2 * (first < second)
@@ -532,7 +538,8 @@ def test_a_judge_of_ties_gets_the_credit_of_ties(name):
         elif name == "rmb":
             assert found == 25.0  # half of the pairs, none of the lists
         else:
-            fraction = {"rmbench": 0.0, "judgebench": 0.0, "mtbench_human": 0.0}.get(name, 0.5)
+            nothing = ("rmbench", "judgebench", "mtbench_human", "lists")
+            fraction = 0.0 if name in nothing else 0.5
             assert found == pytest.approx(100 * fraction)
 
 
@@ -1023,7 +1030,7 @@ def test_missing_data_says_how_to_get_it(name, tmp_path, monkeypatch):
     for missing in (str(tmp_path / "absent.json"), ""):
         with pytest.raises(UsageError) as error:
             known.read(missing)
-        if name == "pairs" and missing:
+        if name in ("pairs", "lists") and missing:
             continue  # the reader's own sentence
         assert f"--data {name}=" in str(error.value)
     if known.source:  # offline, as all tests are
