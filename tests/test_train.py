@@ -41,6 +41,8 @@ from jlrm.weights.steps import find, read_digests, read_meta, saved_steps
 pytestmark = pytest.mark.slow  # whole models are compiled
 
 TIMES = ("time/", "perf/tokens")
+# A long training that is no subject of saving: every second of its many steps would be saved.
+SAVE_ONCE = "run.save_every=1000"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,7 @@ def warm(tmp_path_factory) -> list[str]:
         "sft.batch_size=32",
         "sft.optimizer.learning_rate=4e-3",
         "grpo.steps=0",
+        SAVE_ONCE,
     )
     path = f"model.path={directory}"
     return [path, "model.preset=", "model.tokenizer=", "sampling.max_new_tokens=32"]
@@ -545,7 +548,7 @@ def test_remax_compares_with_the_greedy_completion_of_the_prompt(tmp_path, data,
 def warm_single(tmp_path_factory) -> list[str]:
     """As `warm`, of a model that scores single answers."""
     directory = tmp_path_factory.mktemp("warm") / "single"
-    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0"]
+    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0", SAVE_ONCE]
     run(directory, "lists-single", "preset=irpm", "sft.steps=120", *fast)
     path = f"model.path={directory}"
     own = ["preset=irpm", "sampling.max_new_tokens=32"]
@@ -608,7 +611,7 @@ def test_lists_are_judged_at_once_and_paid_by_their_pairs(tmp_path):
     directory = tmp_path / "r"
     with pytest.raises(UsageError, match="there are lists of 4 answers"):
         run(directory, "lists-many", *own, *heldout, *fast)
-    found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2")
+    found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2", SAVE_ONCE)
     assert found["grpo"]["pairs"] == 24 and found["grpo"]["parse_rate"] > 20
     (file, _) = sorted((directory / "completions").glob("*.parquet"))
     known = {row["id"]: row for row in lists.rows("lists-many", "train")}
