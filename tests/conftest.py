@@ -44,6 +44,7 @@ os.environ["XLA_FLAGS"] = COMPILE_FAST  # for libtpu in this process, and in tho
 from endpoints import serve  # noqa: F401 (a fixture)
 
 from jlrm.config import MeshConfig
+from jlrm.data.worlds import toy
 from jlrm.model.qwen import QwenConfig, hidden_states
 from jlrm.model.visibility import BLOCK, Packing
 from jlrm.runtime import storage
@@ -102,6 +103,35 @@ def cases(reference) -> pathlib.Path:
 def no_pauses(monkeypatch):
     """Let a test whose disk fails see it at once."""
     monkeypatch.setattr(storage, "PAUSES", ())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_toy_tokenizer(tmp_path_factory):
+    """Train the tokenizer of the toy world once a size: nearly every run of these tests has it."""
+    train, known = toy.save_tokenizer, {}
+
+    def save(directory: pathlib.Path) -> None:
+        if toy.VOCAB_SIZE not in known:
+            trained = tmp_path_factory.mktemp("tokenizer")
+            train(trained)
+            known[toy.VOCAB_SIZE] = {path.name: path.read_bytes() for path in trained.iterdir()}
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in known[toy.VOCAB_SIZE].items():
+            (directory / name).write_bytes(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "save_tokenizer", save)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pages():
+    """Spare the seconds that a run takes to draw its page; tests/test_report.py draws them all."""
+    from jlrm.reports import run_page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_page, "write_report", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

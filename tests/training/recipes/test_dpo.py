@@ -14,11 +14,12 @@ from test_train import (
     steps,
 )
 
-from jlrm import train
 from jlrm.data import audit
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.training.recipes.preference import best_and_worst
+
+pytestmark = pytest.mark.usefixtures("no_pages")
 
 DPO = ["grpo.steps=0", "dpo.batch_size=4", "dpo.optimizer.learning_rate=3e-3"]
 
@@ -28,11 +29,6 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
     write_comparisons(toy.comparisons(seed=3, num_rows=64), path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch):
-    monkeypatch.setattr(train.run_page, "write_report", lambda *_: None)
 
 
 def test_the_best_paid_is_paired_with_the_worst_paid():
