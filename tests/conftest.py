@@ -22,11 +22,14 @@ IS_OLD_JAX = importlib.metadata.version("jax").startswith("0.10.")
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
 
 # Programs here run for milliseconds; what costs is compiling them well. The emitters of fusions
-# take two fifths of that; jax 0.11 has no other ones, and refuses the flag, as libtpu does.
+# take most of that; jax 0.11 has no other ones, and refuses the flag, as libtpu does. A program
+# cut into 32 modules for as many threads costs a fifth more than in one piece.
 COMPILE_FAST = os.environ.get(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-COMPILE_FASTEST = COMPILE_FAST + IS_OLD_JAX * " --xla_cpu_use_fusion_emitters=false"
+COMPILE_FASTEST = COMPILE_FAST + IS_OLD_JAX * (
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = COMPILE_FASTEST
 
 import jax
@@ -50,7 +53,7 @@ from jlrm.model.visibility import BLOCK, Packing
 from jlrm.runtime import storage
 from jlrm.runtime.mesh import AXES, create_mesh
 
-pytest_plugins = ["tiers"]
+pytest_plugins = ["programs", "tiers"]
 
 # Whoever starts us in the background may have switched Ctrl-C off, for all that we start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

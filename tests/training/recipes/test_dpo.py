@@ -39,6 +39,7 @@ def test_the_best_paid_is_paired_with_the_worst_paid():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize(
     ("pairs", "rank"), [("answers", 0), ("answers", 3), ("verdicts", 0), ("judgements", 3)]
 )

@@ -28,6 +28,7 @@ def data(tmp_path_factory):
     return path
 
 
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize(("kind", "rank"), [*((kind, 0) for kind in KINDS), ("bradley_terry", 3)])
 def test_a_reward_model_goes_on_bit_for_bit_where_it_stopped(tmp_path, data, kind, rank):
     options = [*OPTIONS, f"reward_model.kind={kind}", "run.save_every=1", "sft.steps=1"]
