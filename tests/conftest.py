@@ -22,11 +22,14 @@ IS_OLD_JAX = importlib.metadata.version("jax").startswith("0.10.")
 ROUNDING = 0.0 if IS_OLD_JAX else 1e-5
 
 # Programs here run for milliseconds; what costs is compiling them well. The emitters of fusions
-# take two fifths of that; jax 0.11 has no other ones, and refuses the flag, as libtpu does.
+# take most of that; jax 0.11 has no other ones, and refuses the flag, as libtpu does. A program
+# cut into 32 modules for as many threads costs a fifth more than in one piece.
 COMPILE_FAST = os.environ.get(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
-COMPILE_FASTEST = COMPILE_FAST + IS_OLD_JAX * " --xla_cpu_use_fusion_emitters=false"
+COMPILE_FASTEST = COMPILE_FAST + IS_OLD_JAX * (
+    " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
 os.environ["XLA_FLAGS"] = COMPILE_FASTEST
 
 import jax
@@ -44,12 +47,13 @@ os.environ["XLA_FLAGS"] = COMPILE_FAST  # for libtpu in this process, and in tho
 from endpoints import serve  # noqa: F401 (a fixture)
 
 from jlrm.config import MeshConfig
+from jlrm.data.worlds import toy
 from jlrm.model.qwen import QwenConfig, hidden_states
 from jlrm.model.visibility import BLOCK, Packing
 from jlrm.runtime import storage
 from jlrm.runtime.mesh import AXES, create_mesh
 
-pytest_plugins = ["tiers"]
+pytest_plugins = ["programs", "tiers"]
 
 # Whoever starts us in the background may have switched Ctrl-C off, for all that we start too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -102,6 +106,35 @@ def cases(reference) -> pathlib.Path:
 def no_pauses(monkeypatch):
     """Let a test whose disk fails see it at once."""
     monkeypatch.setattr(storage, "PAUSES", ())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_toy_tokenizer(tmp_path_factory):
+    """Train the tokenizer of the toy world once a size: nearly every run of these tests has it."""
+    train, known = toy.save_tokenizer, {}
+
+    def save(directory: pathlib.Path) -> None:
+        if toy.VOCAB_SIZE not in known:
+            trained = tmp_path_factory.mktemp("tokenizer")
+            train(trained)
+            known[toy.VOCAB_SIZE] = {path.name: path.read_bytes() for path in trained.iterdir()}
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in known[toy.VOCAB_SIZE].items():
+            (directory / name).write_bytes(content)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "save_tokenizer", save)
+        yield
+
+
+@pytest.fixture(scope="module")
+def no_pages():
+    """Spare the seconds that a run takes to draw its page; tests/test_report.py draws them all."""
+    from jlrm.reports import run_page
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_page, "write_report", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from programs import Programs
 from safetensors.numpy import save_file
 
 from jlrm import train
@@ -254,26 +255,15 @@ def fields(section: type = Config, prefix: str = "") -> Iterator[str]:
 # --- Observing a whole run ---
 
 
-class Programs:
-    """Stands in for `jax.jit`: a program made twice is compiled once, and what it is, recorded."""
+class Recorded(Programs):
+    """Equal programs are compiled once, and what they are, recorded."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.used: set[str] = set()
-        self._jit, self._made = jax.jit, {}
 
-    def __call__(self, function: Callable | None = None, **options: Any) -> Any:
-        if function is None:
-            return functools.partial(self, **options)
-        key = self._key(function, options)
-        if key not in self._made:
-            self._made[key] = self._recording(self._jit(function, **options))
-        return self._made[key]
-
-    def _key(self, function: Any, options: Any) -> str:
-        bound = (function,)
-        if isinstance(function, functools.partial):
-            bound = function.func, function.args, function.keywords
-        return repr((bound, options))  # another object of equal settings has an equal repr
+    def made(self, function: Callable, options: Any) -> Any:
+        return self._recording(super().made(function, options))
 
     def _recording(self, program: Any) -> Any:
         texts: dict[Any, str] = {}
@@ -296,7 +286,7 @@ def observe(tmp_path_factory):
     """Return a function: overrides -> what a run with them shows, each run only once."""
     base = tmp_path_factory.mktemp("effects")
     with pytest.MonkeyPatch.context() as patch:
-        programs = Programs()
+        programs = Recorded()
         patch.setattr(jax, "jit", programs)
         patch.setattr(update, "make_optimizer", functools.cache(update.make_optimizer))
         patch.setattr(train.run_page, "write_report", lambda *_: None)  # two seconds of drawing

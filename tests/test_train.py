@@ -41,6 +41,8 @@ from jlrm.weights.steps import find, read_digests, read_meta, saved_steps
 pytestmark = pytest.mark.slow  # whole models are compiled
 
 TIMES = ("time/", "perf/tokens")
+# A long training that is no subject of saving: every second of its many steps would be saved.
+SAVE_ONCE = "run.save_every=1000"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,7 @@ def warm(tmp_path_factory) -> list[str]:
         "sft.batch_size=32",
         "sft.optimizer.learning_rate=4e-3",
         "grpo.steps=0",
+        SAVE_ONCE,
     )
     path = f"model.path={directory}"
     return [path, "model.preset=", "model.tokenizer=", "sampling.max_new_tokens=32"]
@@ -207,6 +210,7 @@ def test_a_run_says_what_it_compiles_and_judges_and_when_nothing_can_be_read(
     assert "parsed=0" in said
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_an_alarm_ends_a_run_that_asks_for_it_and_the_same_command_goes_on(tmp_path, data):
     small = ["grpo.prompts=2", "grpo.rollouts=2", "sampling.max_new_tokens=4", "grpo.steps=6"]
     with pytest.raises(UsageError, match="no alarm 'silence'"):
@@ -220,6 +224,7 @@ def test_an_alarm_ends_a_run_that_asks_for_it_and_the_same_command_goes_on(tmp_p
     assert_same_record(tmp_path / "r", tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path, data, warm):
     options = [*warm, "sft.steps=2"]
     run(tmp_path / "whole", data, *options)
@@ -233,6 +238,7 @@ def test_a_run_that_goes_on_ends_bit_for_bit_where_an_unbroken_one_does(tmp_path
 LORA = ["lora.rank=3", "sft.optimizer.learning_rate=1e-2", "grpo.optimizer.learning_rate=1e-2"]
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_of_adapters_goes_on_bit_for_bit_and_is_read_merged(tmp_path, data, warm):
     options = [*warm, *LORA, "sft.steps=2", "grpo.loss.kl_weight=0.1"]
     run(tmp_path / "whole", data, *options)
@@ -333,6 +339,7 @@ def test_without_kl_no_reference_is_scored(tmp_path, data, monkeypatch):
     assert "kl" not in row
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_training_from_a_hugging_face_directory_and_from_a_run(tmp_path, data):
     run(tmp_path / "first", data, "sft.steps=1", "grpo.steps=0")
     export.export_to_hf(str(tmp_path / "first"), tmp_path / "hf", "float32")
@@ -426,6 +433,7 @@ def test_a_reward_that_fails_stops_the_run_and_names_the_row():
         )
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_when_the_next_rollout_begins_changes_nothing_unless_it_is_before_the_update(
     tmp_path, data, warm
 ):
@@ -515,6 +523,7 @@ def test_both_orders_of_a_pair_are_one_group_and_consistency_is_paid(tmp_path, d
             np.testing.assert_allclose(advantages, wanted, atol=1e-5)
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_remax_compares_with_the_greedy_completion_of_the_prompt(tmp_path, data, warm):
     options = [*warm, "preset=remax", "run.save_every=1"]
     run(tmp_path / "whole", data, *options, "grpo.steps=2")
@@ -545,7 +554,7 @@ def test_remax_compares_with_the_greedy_completion_of_the_prompt(tmp_path, data,
 def warm_single(tmp_path_factory) -> list[str]:
     """As `warm`, of a model that scores single answers."""
     directory = tmp_path_factory.mktemp("warm") / "single"
-    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0"]
+    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0", SAVE_ONCE]
     run(directory, "lists-single", "preset=irpm", "sft.steps=120", *fast)
     path = f"model.path={directory}"
     own = ["preset=irpm", "sampling.max_new_tokens=32"]
@@ -608,7 +617,7 @@ def test_lists_are_judged_at_once_and_paid_by_their_pairs(tmp_path):
     directory = tmp_path / "r"
     with pytest.raises(UsageError, match="there are lists of 4 answers"):
         run(directory, "lists-many", *own, *heldout, *fast)
-    found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2")
+    found = run(directory, "lists-many", stop, *own, *heldout, *fast, "grpo.steps=2", SAVE_ONCE)
     assert found["grpo"]["pairs"] == 24 and found["grpo"]["parse_rate"] > 20
     (file, _) = sorted((directory / "completions").glob("*.parquet"))
     known = {row["id"]: row for row in lists.rows("lists-many", "train")}
@@ -676,6 +685,7 @@ def test_the_config_for_pairs_trains_on_a_few_preferences(tmp_path):
         train.train(load(path, again), jax.devices()[:1])
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_keeps_its_held_out_rows_where_their_number_is_left_open(tmp_path, data):
     """As a run that was begun when 200 rows were held out, however few there were."""
     options = ["grpo.steps=2", "data.eval_rows=40"]
@@ -732,6 +742,7 @@ def test_groups_of_equal_rewards_are_kept_masked_or_drawn_anew(tmp_path, data, w
     assert enough
 
 
+@pytest.mark.usefixtures("shared_programs")
 def test_resampling_goes_on_exactly_after_a_stop(tmp_path, data, warm, parity):
     options = [*warm, *parity, "grpo.zero_variance=resample"]
     run(tmp_path / "whole", data, *options)

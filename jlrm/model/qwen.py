@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax
@@ -184,12 +184,11 @@ class Block(nn.Module):
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
     """Return the parameter tree as `ShapeDtypeStruct`s that carry their shardings in `layout`."""
-    shapes = jax.eval_shape(lambda: _init(config, jax.random.key(0)))
     return jax.tree.map(
         lambda leaf, letters: jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=layout.param(letters)
         ),
-        shapes,
+        _shapes(config),
         param_letters(config),
     )
 
@@ -200,15 +199,27 @@ def param_letters(config: QwenConfig, base: str = "") -> Any:
     base: as of `LoRA`, if it is not as in the config.
     """
     base = base or (config.lora.base if config.lora else "stored")
-    layer = nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
     outer = {"embed": PartitionSpec("V", "D")}
     if config.num_labels:
         outer["score"] = PartitionSpec("D", None)
     elif not config.tie_word_embeddings:
         outer["head"] = PartitionSpec("V", "D")
-    layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), layer)
+    layers = jax.tree.map(lambda letters: PartitionSpec("L", *letters), _layer_letters(config))
     whole = {**outer, "layers": layers, "final_norm": {"scale": PartitionSpec("D")}}
     return quantise_letters(whole, base)
+
+
+# A run asks for both some twenty times, and each takes a trace of Flax: without a memory that was
+# most of what a run of a tiny model did outside its programs. Callers get trees of their own.
+@lru_cache(maxsize=64)
+def _shapes(config: QwenConfig) -> Params:
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
+
+
+@lru_cache(maxsize=64)
+def _layer_letters(config: QwenConfig) -> Any:
+    """Return the letters of one layer's parameters, without that of the layers."""
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init_layer(config, jax.random.key(0))))
 
 
 def init(config: QwenConfig, layout: Layout, seed: int) -> Params:

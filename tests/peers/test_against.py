@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tokenizers
+from conftest import COMPILE_FASTEST
 
 from jlrm import bench
 from jlrm.config import RunError
@@ -300,6 +301,7 @@ def test_help_tells_the_flags_and_the_libraries(capsys):
 @pytest.mark.slow
 def test_ours_and_transformers_compute_the_same(torch, fakes, monkeypatch, capsys):
     """Real adapters of both, in this Python; every phase runs."""
+    monkeypatch.setenv("XLA_FLAGS", COMPILE_FASTEST)
     for name, file in ((OURS, "ours.py"), ("hf", "hf_torch.py")):
         monkeypatch.setitem(processes.LIBRARIES, name, Library("", processes.HERE / file))
     assert run("hf", "--repeats", "1", "--json") == 0

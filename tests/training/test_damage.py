@@ -17,7 +17,7 @@ from jlrm.reports.tracking import read_metrics
 from jlrm.runtime.settings import from_dict
 from jlrm.weights import steps
 
-pytestmark = pytest.mark.slow  # whole models are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pages")]  # whole models are compiled
 
 
 def settings(run_dir: pathlib.Path, **changes: Any) -> Config:
@@ -47,7 +47,7 @@ def record(run_dir: pathlib.Path) -> list[tuple[str, int]]:
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory) -> pathlib.Path:
+def begun(tmp_path_factory, no_pages) -> pathlib.Path:
     """A run of both stages, in a directory with a name that a url would read otherwise."""
     run_dir = tmp_path_factory.mktemp("runs") / "a@b %20#1"
     trained(run_dir)

@@ -25,7 +25,7 @@ from jlrm.training import rollouts
 from jlrm.training.recipes import sft
 from jlrm.weights import file_list, hf_config, reading, steps
 
-pytestmark = pytest.mark.slow  # whole models are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pages")]  # whole models are compiled
 
 REWARDS = '''
 import numpy

@@ -104,6 +104,7 @@ def is_jitted(value) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize(("stages", "called"), STAGES.values(), ids=STAGES)
 def test_no_program_of_a_run_is_missing_from_its_plan(tmp_path, monkeypatch, stages, called):
     write_comparisons(toy.comparisons(seed=3, num_rows=32), tmp_path / "pairs.jsonl")

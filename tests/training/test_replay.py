@@ -21,7 +21,7 @@ from jlrm.training.recipes import grpo as grpo_module
 from jlrm.training.recipes import sft
 from jlrm.weights import steps
 
-pytestmark = pytest.mark.slow  # whole models are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pages")]  # whole models are compiled
 
 
 def spoil(monkeypatch, module, name, at, change):

@@ -14,11 +14,12 @@ from test_train import (
     steps,
 )
 
-from jlrm import train
 from jlrm.data import audit
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.training.recipes.preference import best_and_worst
+
+pytestmark = pytest.mark.usefixtures("no_pages")
 
 DPO = ["grpo.steps=0", "dpo.batch_size=4", "dpo.optimizer.learning_rate=3e-3"]
 
@@ -30,11 +31,6 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch):
-    monkeypatch.setattr(train.run_page, "write_report", lambda *_: None)
-
-
 def test_the_best_paid_is_paired_with_the_worst_paid():
     assert best_and_worst(np.array([1.0, 3.0, -1.0, 3.0])) == (1, 2)
     assert best_and_worst(np.array([np.nan, 2.0, 1.0])) == (1, 2)
@@ -43,6 +39,7 @@ def test_the_best_paid_is_paired_with_the_worst_paid():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize(
     ("pairs", "rank"), [("answers", 0), ("answers", 3), ("verdicts", 0), ("judgements", 3)]
 )

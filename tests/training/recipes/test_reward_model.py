@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from test_train import assert_equal_trees, assert_same_record, comparable, run, saved_params, steps
 
-from jlrm import evaluate, export, train
+from jlrm import evaluate, export
 from jlrm.config import UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.training.heldout import METRICS
 
-pytestmark = pytest.mark.slow  # whole models are compiled
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_pages")]  # whole models are compiled
 
 KINDS = ("bradley_terry", "cross", "classes")
 OPTIONS = ["grpo.steps=0", "reward_model.batch_size=8", "reward_model.optimizer.learning_rate=3e-3"]
@@ -28,11 +28,7 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch):
-    monkeypatch.setattr(train.run_page, "write_report", lambda *_: None)
-
-
+@pytest.mark.usefixtures("shared_programs")
 @pytest.mark.parametrize(("kind", "rank"), [*((kind, 0) for kind in KINDS), ("bradley_terry", 3)])
 def test_a_reward_model_goes_on_bit_for_bit_where_it_stopped(tmp_path, data, kind, rank):
     options = [*OPTIONS, f"reward_model.kind={kind}", "run.save_every=1", "sft.steps=1"]
