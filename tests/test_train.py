@@ -652,7 +652,10 @@ def test_a_run_on_preferences_alone(tmp_path, warm):
         run(tmp_path / "s", tmp_path / "preferences.jsonl", *warm, "reward.mode=judgelrm")
 
 
-def test_a_run_on_rows_without_a_label_is_paid_by_their_majority(tmp_path, warm):
+def test_a_run_on_rows_without_a_label_is_paid_by_their_majority(
+    tmp_path, warm, pages, monkeypatch
+):
+    monkeypatch.setattr(train.run_page, "write_report", pages)
     made = toy.comparisons(seed=4, num_rows=80)
     rows = [
         dataclasses.replace(row, id=f"bare-{i}", score_1=None, score_2=None) if i < 64 else row
