@@ -294,6 +294,18 @@ def test_a_list_is_shown_with_all_of_its_answers(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_row_without_a_label_is_shown_as_neither_right_nor_wrong(tmp_path):
+    write_grpo(tmp_path, 2)
+    bare = {"label": None, "gold": [], "verdict": [3.0, 5.0], "is_right": None}
+    with tracking.Tracker(tmp_path, **STAGE | {"first_step": 2}, num_steps=9) as tracker:
+        tracker.log_completions(9, [{**judgements()[0], **bare}])
+    text, page = render(tmp_path)
+    card = page.text.split("? unlabelled")[1]
+    assert "right-0" in card and "a tie" not in card and "better" not in card.split("What the")[0]
+    assert cells(text, "Verdict") == ["3", "5"] and cells(text, "Gold") == ["–", "–"]
+
+
+@pytest.mark.slow
 def test_terms_that_are_always_zero_are_not_drawn_and_lines_differ_in_colour(tmp_path):
     terms = {f"rewards/term_{i}/mean": float(i % 10 != 0) for i in range(21)}
     with tracking.Tracker(tmp_path, **STAGE, num_steps=2) as tracker:

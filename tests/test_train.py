@@ -661,6 +661,31 @@ def test_a_run_on_preferences_alone(tmp_path, warm):
         run(tmp_path / "s", tmp_path / "preferences.jsonl", *warm, "reward.mode=judgelrm")
 
 
+def test_a_run_on_rows_without_a_label_is_paid_by_their_majority(tmp_path, warm):
+    made = toy.comparisons(seed=4, num_rows=80)
+    rows = [
+        dataclasses.replace(row, id=f"bare-{i}", score_1=None, score_2=None) if i < 64 else row
+        for i, row in enumerate(made)
+    ]
+    write_comparisons(rows[:64], tmp_path / "bare.jsonl")
+    write_comparisons(rows[64:], tmp_path / "gold.jsonl")
+    held_out = [f"data.eval={tmp_path}/gold.jsonl", "data.eval_rows=16", "run.completions_every=1"]
+    own = [*warm, *held_out, "data.gold=majority", "grpo.rollouts=5"]
+    summary = run(tmp_path / "r", tmp_path / "bare.jsonl", *own, "grpo.steps=2")
+    assert 0 <= summary["grpo"]["agreement"] <= 100
+    row = steps(tmp_path / "r")[-1]
+    assert "judge/agreement" not in row and "rewards/relation/mean" not in row
+    assert "rewards/preference/mean" in row and 0 <= row["completions/unpaid_ratio"] < 1
+    (file, _) = sorted((tmp_path / "r/completions").glob("*.parquet"))
+    for judged in pq.read_table(file).to_pylist():
+        assert judged["id"].startswith("bare-")
+        assert judged["label"] is None and judged["is_right"] is None
+    with pytest.raises(UsageError, match="all were left out: 64 without a label"):
+        run(tmp_path / "s", tmp_path / "bare.jsonl", *warm, *held_out, "grpo.steps=1")
+    with pytest.raises(UsageError, match="None of the 64 rows"):
+        run(tmp_path / "t", tmp_path / "bare.jsonl", *warm, "data.gold=majority", "grpo.steps=1")
+
+
 PREFERENCES = [
     {"question": row.question + f" ({i})", "preference": row.label, "id": row.id}
     | {"answer_1": row.answer_1, "answer_2": row.answer_2}

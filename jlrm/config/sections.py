@@ -94,7 +94,7 @@ class DataConfig:
     rescale: dict[str, float] = field(default_factory=dict)
     # "shuffled", a control: in half the training pairs, by chance, gold names the worse answer.
     # "majority": GRPO pays agreement with what most judgements of a group prefer; the gold of a
-    # training row is counted by metrics alone.
+    # training row is counted by metrics alone, and it needs none.
     gold: Literal["given", "shuffled", "majority"] = "given"
     prompt: str = "judgelrm_train"  # name of the prompt template (judgement/prompts.py)
     # "both": every pair is judged in both orders in one step, and GRPO compares all of them.

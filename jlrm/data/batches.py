@@ -225,6 +225,11 @@ def encode_targets(
     if not is_judged.any():
         wanted = "a list of two texts" if is_single else "a text"
         wanted = f"a text `rubric`, and {wanted}" if needs_rubric else wanted
+        if reasoning == "none" and not needs_rubric:
+            raise UsageError(
+                f"SFT has nothing to imitate: none of {len(examples)} rows has a label. Set "
+                "sft.steps=0 to train by GRPO alone."
+            )
         raise UsageError(
             f"SFT has nothing to imitate: none of {len(examples)} rows has a written judgement, "
             f"that is scores and {wanted} `reasoning` in `meta`. Set sft.reasoning=none to imitate "

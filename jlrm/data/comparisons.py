@@ -1,7 +1,8 @@
 """The one row type: a question, two answers, and what is known of their quality.
 
-A row has two scores, or a preference alone, or both if they agree. Answers that are judged at once
-(`AnswerList`) are a row too. A row that can't be used becomes a `Dropped` with its place and the
+A row has two scores, or a preference alone, or both if they agree. Where nothing compares with gold
+(`data.gold=majority`) it may have neither. Answers that are judged at once (`AnswerList`) are a row
+too. A row that can't be used becomes a `Dropped` with its place and the
 reason: nothing is guessed, and nothing is lost silently. Files are read by readers.py.
 """
 
@@ -87,7 +88,7 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A question and two answers, with scores, a preference, or both."""
+    """A question and two answers, with scores, a preference, both, or no label at all."""
 
     id: str
     question: str
@@ -111,17 +112,16 @@ class Comparison:
 
     @property
     def scores(self) -> tuple[float, ...] | None:
-        """Both gold scores, None for a row that has a preference alone."""
+        """Both gold scores, None for a row that has none."""
         if self.score_1 is None or self.score_2 is None:
             return None
         return self.score_1, self.score_2
 
     @property
-    def label(self) -> int:
-        """The better answer by preference, else by scores; 0 for a tie."""
-        if self.preference is not None:
+    def label(self) -> int | None:
+        """The better answer by preference, else by scores; 0 for a tie, None where both lack."""
+        if self.preference is not None or self.scores is None:
             return self.preference
-        assert self.scores is not None, f"row {self.id} has no label"
         return preferred(*self.scores)
 
     @property
@@ -158,9 +158,12 @@ class Comparison:
         return told if isinstance(told, str) else ""
 
     def gold(self, scale: tuple[int, int]) -> tuple[float, ...]:
-        """Both gold scores; a preference alone is worth the whole scale, a tie its middle."""
+        """Both gold scores; a preference alone is worth the whole scale, a tie its middle.
+
+        () without a label.
+        """
         (low, high), middle = scale, sum(scale) / 2
-        by_label = {0: (middle, middle), 1: (high, low), 2: (low, high)}
+        by_label = {0: (middle, middle), 1: (high, low), 2: (low, high), None: ()}
         return self.scores or by_label[self.label]
 
     def record(self) -> dict[str, Any]:

@@ -54,10 +54,17 @@ SPELLED = {*QUESTIONS, *ANSWERS, *SCORES, *TRL, "score", "preference", "winner"}
 OURS = {*TEXTS, *SCORES, "score", "preference", "source", "text", "meta"}
 
 
-def comparison(row: Row, identity: str, place: Where, known: Mapping[str, int]) -> Comparison:
+def comparison(
+    row: Row,
+    identity: str,
+    place: Where,
+    known: Mapping[str, int],
+    needs_label: bool = True,
+) -> Comparison:
     """Check a row in our form: a wrong type stops the reading, an unusable value drops the row.
 
     known: what labels mean, of `labels.meanings`.
+    needs_label: a row with neither scores nor a preference is dropped; one score alone always is.
     """
     where = str(place)
     texts = {name: _text(row, name, where) for name in TEXTS}
@@ -77,7 +84,10 @@ def comparison(row: Row, identity: str, place: Where, known: Mapping[str, int]) 
         where=place,
     )
     if pair is None and comparison.preference is None:
-        raise Unusable("no_label" if first is second is None else "one_score")
+        if not first is second is None:
+            raise Unusable("one_score")
+        if needs_label:
+            raise Unusable("no_label")
     conflicts = pair and comparison.label != dataclasses.replace(comparison, preference=None).label
     if pair and _is_failed(*pair) and (conflicts or comparison.preference is None):
         raise Unusable("failed_review")

@@ -76,6 +76,7 @@ class Seen:
     lacking: set[str]  # columns to be renamed that none of these rows had
     values: Mapping[str, int]  # what its labels mean, where that was said
     is_listed: bool = False  # every row is to hold a list of answers
+    needs_label: bool = True  # a row without one is left out
     names: list[str] = field(default_factory=list)  # of the columns of one of them
     column: str = "preference"  # the source's own name of its labels
     # Rows by the number that alone labels them, and those left out by the reason.
@@ -131,14 +132,16 @@ def read_part(
     scores: str = "score",
     every: slice = ALL,
     is_listed: bool = False,
+    needs_label: bool = True,
 ) -> tuple[Comparisons, Seen]:
     """Read some of the rows: `every` counts them, or the lines of a file, from 0.
 
     `is_listed`: they hold lists of answers, and become AnswerLists.
+    `needs_label`: those of two answers that have no label are left out.
     What it says of a source as a whole is left to `check_whole`. Otherwise as `read`.
     """
     seen = nothing_seen(columns or {}, values or {})
-    seen.is_listed = is_listed
+    seen.is_listed, seen.needs_label = is_listed, needs_label
     part = Comparisons([], [])
     for row in with_progress(each_row(source, seen, columns, scores, every=every), source):
         if isinstance(row, Dropped):
@@ -185,10 +188,11 @@ def each_row(
         identity = place.name if row.get(own) is None else str(row[own])
         row = {key: value for key, value in row.items() if key not in ("id", own)}
         try:
-            if not seen.is_listed:
+            if seen.is_listed:
+                read = answer_list(row, identity, place, seen.values)
+            else:
                 row = in_our_form(labels.labelled(row, where), scores, where)
-            make = answer_list if seen.is_listed else comparison
-            read = make(row, identity, place, seen.values)
+                read = comparison(row, identity, place, seen.values, seen.needs_label)
         except Unusable as reason:
             seen.reasons[str(reason)] += 1
             yield Dropped(place, identity, str(reason))

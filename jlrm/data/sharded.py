@@ -101,10 +101,11 @@ def read(
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
     is_listed: bool = False,
+    needs_label: bool = True,
 ) -> tuple[ShardedRows, list[Dropped]]:
     """Read a source as `readers.read` does, each process its share; return rows and dropped ones.
 
-    `is_listed` is that of `readers.read_part`.
+    `is_listed` and `needs_label` are those of `readers.read_part`.
 
     Raises:
       UsageError: as `readers.read`, in the process that has the row; or the source is not the same
@@ -113,7 +114,13 @@ def read(
     hosts.agree(f"files of {source}", _sizes(source))
     every = slice(hosts.index(), None, hosts.count())
     part, seen = readers.read_part(
-        source, columns=columns, values=values, scores=scores, every=every, is_listed=is_listed
+        source,
+        columns=columns,
+        values=values,
+        scores=scores,
+        every=every,
+        is_listed=is_listed,
+        needs_label=needs_label,
     )
     mine = ([row.where.order for row in part.rows], part.dropped, seen)
     orders, left_out, parts = zip(*hosts.gather(f"rows of {source}", mine), strict=True)

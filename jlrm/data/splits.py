@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int, UInt64
+from jaxtyping import Bool, Int, UInt64
 
 from jlrm.config import DataConfig, UsageError
 from jlrm.data import scales, sharded
@@ -43,7 +43,8 @@ class Splits(NamedTuple):
 def read_splits(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> Splits:
     """Read the sources of a run; `needs_scores` leaves out rows that have a preference alone.
 
-    With `data.gold: shuffled` training rows lose what their gold says; held-out rows keep it.
+    With `data.gold: shuffled` training rows lose what their gold says; held-out rows keep it. With
+    `majority` training rows need no label, and only rows that have one are held out.
     Gold scores outside `scale`, the judge's, are counted and said, and only their order is kept.
 
     Raises:
@@ -65,18 +66,30 @@ def _as_given(data: DataConfig, scale: tuple[int, int], needs_scores: bool) -> S
         num_heldout = data.eval_rows or USUAL_HELDOUT
         return Splits(train, sharded.deal(toy.comparisons(2, num_heldout)), [])
     warn_of_benchmark(data.train)
-    train, dropped = _read(data, data.train, scale, needs_scores)
+    needs_label = data.gold != "majority"
+    train, dropped = _read(data, data.train, scale, needs_scores, needs_label)
     questions = train.questions(data.folding)
+    is_labelled = train.flags("rows with a label", lambda row: row.label is not None)
+    if not is_labelled.all():
+        log.warning(
+            "%s: %d of %d rows have no label: the majority of the judgements of each is its gold",
+            *(data.train, np.sum(~is_labelled), len(train)),
+        )
     if data.eval:
         rows, dropped_too = _read(data, data.eval, scale, needs_scores)
         theirs = rows.questions(data.folding)
-        heldout, _ = _hold_out(theirs, data.eval_rows or USUAL_HELDOUT)
+        heldout, _ = _hold_out(theirs, data.eval_rows or USUAL_HELDOUT, np.ones(len(rows), bool))
         num_shared = len(np.intersect1d(questions, theirs[heldout]))
         if num_shared:
             log.warning("%d held-out questions are in %s too", num_shared, data.train)
         return Splits(train, rows.select(heldout), [*dropped, *dropped_too])
+    if not is_labelled.any():
+        raise UsageError(
+            f"None of the {len(train)} rows of {data.train} has a label, and held-out rows need "
+            "one. Name labelled ones in data.eval."
+        )
     num_heldout = data.eval_rows or min(USUAL_HELDOUT, max(1, len(train) // LARGEST_SHARE))
-    heldout, rest = _hold_out(questions, num_heldout)
+    heldout, rest = _hold_out(questions, num_heldout, is_labelled)
     if not len(rest):
         num_questions = len(np.unique(questions))
         raise UsageError(
@@ -136,7 +149,11 @@ def encode_splits(
 
 
 def _read(
-    data: DataConfig, source: str, scale: tuple[int, int], needs_scores: bool
+    data: DataConfig,
+    source: str,
+    scale: tuple[int, int],
+    needs_scores: bool,
+    needs_label: bool = True,
 ) -> tuple[ShardedRows, list[Dropped]]:
     rows, dropped = sharded.read(
         source,
@@ -144,6 +161,7 @@ def _read(
         values=data.values,
         scores=data.scores,
         is_listed=data.judging == "lists",
+        needs_label=needs_label,
     )
     rows = scales.rescaled(rows, data.rescale)
     if said := scales.describe_off_scale(rows, scale, source):
@@ -187,8 +205,9 @@ def _by_chance(row: Comparison) -> Comparison:
 
 
 def _hold_out(
-    questions: UInt64[np.ndarray, " N"], num_rows: int
+    questions: UInt64[np.ndarray, " N"], num_rows: int, is_labelled: Bool[np.ndarray, " N"]
 ) -> tuple[Int[np.ndarray, " H"], Int[np.ndarray, " M"]]:
-    """Return which rows are held out, and those whose questions are not among theirs."""
-    in_order = np.argsort(questions, kind="stable")[:num_rows]
-    return in_order, np.flatnonzero(questions > questions[in_order[-1]])
+    """Return which labelled rows are held out, and rows whose questions are not among theirs."""
+    in_order = np.argsort(questions, kind="stable")
+    heldout = in_order[is_labelled[in_order]][:num_rows]
+    return heldout, np.flatnonzero(~np.isin(questions, questions[heldout]))

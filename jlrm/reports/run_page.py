@@ -249,7 +249,7 @@ def _judgements(run_dir: pathlib.Path) -> tuple[str, list[str], list[tuple[str, 
     import pyarrow.parquet as pq
 
     rows = pq.read_table(paths[-1]).to_pylist()
-    num_seen, groups = Counter(), {"right": [], "wrong": [], "unparsed": []}
+    num_seen, groups = Counter(), {"right": [], "wrong": [], "unlabelled": [], "unparsed": []}
     for row in rows:
         num_seen[row.get("id")] += 1
         groups[_outcome(row)].append((num_seen[row.get("id")], _outcome(row), row))
@@ -266,5 +266,7 @@ def _outcome(row: Row) -> str:
         return "unparsed"
     # One score alone is that of an answer beside which the other's was not read. Of a list, what is
     # right is a share of its pairs. Tables of older runs do not say.
-    is_right = row["is_right"] == 1 if "is_right" in row else preferred(*verdict) == row["label"]
-    return "right" if is_right else "wrong"
+    is_right = row["is_right"] if "is_right" in row else preferred(*verdict) == row["label"]
+    if is_right is None:
+        return "unlabelled"
+    return "right" if is_right == 1 else "wrong"

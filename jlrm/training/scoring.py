@@ -39,7 +39,8 @@ class Judgement:
     verdict: Verdict
     terms: Terms
     # The verdict prefers what gold prefers; of a list, the share of its pairs in which it does.
-    is_right: bool | float
+    # None: the row has no label.
+    is_right: bool | float | None
     logged: dict[str, Any] = field(default_factory=dict)  # by plug-ins, for the table
 
     @property
@@ -269,10 +270,13 @@ def _judgement(
     return Judgement(response, verdict, terms, is_right)
 
 
-def right(row: Comparison, verdict: Verdict) -> bool | float:
-    """Return whether a verdict prefers what gold does; of a list, in which share of its pairs."""
+def right(row: Comparison, verdict: Verdict) -> bool | float | None:
+    """Return whether a verdict prefers what gold does; of a list, in which share of its pairs.
+
+    None where there is no gold.
+    """
     if not isinstance(row, AnswerList):
-        return verdict.preference == row.label
+        return None if row.label is None else verdict.preference == row.label
     pairs = row.pairs().items()
     return float(np.mean([verdict.of_pair(*i).preference == pair.label for i, pair in pairs]))
 
@@ -315,14 +319,15 @@ def metrics(
     """Return the metrics of a batch of judgements; agreement and parse rate in percent.
 
     The mean of a term is over the rows it applies to; a term that applies to none is left out, and
-    so are `reward` and `reward_std` where no row is paid.
+    so are `reward` and `reward_std` where no row is paid, and agreement where no row has a label.
     """
     paid = rewards_of(judgements)
     paid = paid[~np.isnan(paid)]
+    known = [each.is_right for each in judgements if each.is_right is not None]
     values = {
         **({"reward": float(paid.mean())} if len(paid) else {}),
         **({"reward_std": float(paid.std(ddof=1))} if len(paid) > 1 else {}),
-        "judge/agreement": 100 * float(np.mean([each.is_right for each in judgements])),
+        **({"judge/agreement": 100 * float(np.mean(known))} if known else {}),
         "judge/parse_rate": parse_rate(judgements),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": 1 - float(is_finished.mean()),

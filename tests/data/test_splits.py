@@ -110,6 +110,57 @@ def test_an_unlabelled_row_is_said_in_words_and_listed_by_its_key(source, tmp_pa
     assert [row.reason for row in splits.dropped] == ["no_label"]
 
 
+def unlabelled(made, is_bare):
+    bare = {"score_1": None, "score_2": None, "preference": None}
+    return [dataclasses.replace(r, **bare) if is_bare(i) else r for i, r in enumerate(made)]
+
+
+def test_the_majority_as_gold_lets_in_rows_without_a_label_and_holds_none_out(source, caplog):
+    # Two rows a question: of every third question both lack a label, of every other one of them.
+    made = unlabelled(rows(120, 60), lambda i: i % 60 % 3 == 0 or i % 2 == 0)
+    bare = {row.id for row in made if row.label is None}
+    path = source(made)
+    splits = read_splits(DataConfig(train=path, gold="majority"), SCALE, needs_scores=False)
+    assert f"{len(bare)} of 120 rows have no label" in caplog.text and not splits.dropped
+    train, heldout = ({row.id: row for row in side.mine} for side in splits[:2])
+    assert len(heldout) == 24 and not heldout.keys() & bare
+    asked = {row.question for row in heldout.values()}
+    # What is not trained on asks a question that is held out.
+    assert train.keys() == {row.id for row in made if row.question not in asked}
+    assert len(train.keys() & bare) > 40
+    assert all(
+        train[name].label is None and train[name].gold(SCALE) == () for name in bare & {*train}
+    )
+    given = read_splits(DataConfig(train=path), SCALE, needs_scores=False)
+    assert [row.reason for row in given.dropped] == ["no_label"] * len(bare)
+
+
+def test_the_same_held_out_rows_are_chosen_whether_or_not_the_majority_is_gold(source):
+    path = source(rows(90, 50))
+    ids = [
+        [[row.id for row in side.mine] for side in read_splits(config, SCALE, False)[:2]]
+        for config in (DataConfig(train=path), DataConfig(train=path, gold="majority"))
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_held_out_rows_need_labels_though_the_majority_is_gold(source, tmp_path):
+    write_comparisons(unlabelled(rows(9), lambda i: i % 3 == 0), tmp_path / "eval.jsonl")
+    config = DataConfig(train=source(unlabelled(rows(20), lambda _: True)), gold="majority")
+    with pytest.raises(
+        UsageError, match=r"None of the 20 rows of .* Name labelled ones in data\.ev"
+    ):
+        read_splits(config, SCALE, needs_scores=False)
+    config = dataclasses.replace(config, eval=str(tmp_path / "eval.jsonl"))
+    splits = read_splits(config, SCALE, needs_scores=False)
+    assert (len(splits.train), len(splits.heldout)) == (20, 6)
+    assert [row.reason for row in splits.dropped] == ["no_label"] * 3
+    one_score = {"question": "q", "answer_1": "a", "answer_2": "b", "score_1": 3}
+    (tmp_path / "x.jsonl").write_text(json.dumps(one_score))
+    with pytest.raises(UsageError, match="1 with a score for one answer only"):
+        read_splits(config, SCALE, needs_scores=False)
+
+
 def test_questions_that_differ_in_punctuation_are_on_one_side(source):
     texts = [
         f"{('say', 'Say:')[i % 2]} which is number {i // 2}{'?!' * (i % 2)}" for i in range(60)

@@ -10,3 +10,6 @@ def test_an_answer_beside_which_the_other_was_not_read_is_shown():
     assert run_page._outcome({**row, "is_right": False}) == "wrong"
     assert run_page._outcome({**row, "verdict": [4.0, 2.0]}) == "right"
     assert run_page._outcome({**row, "verdict": None, "is_right": False}) == "unparsed"
+    assert run_page._outcome({"verdict": [4.0, 2.0], "label": None, "is_right": None}) == (
+        "unlabelled"
+    )

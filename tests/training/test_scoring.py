@@ -10,6 +10,7 @@ import pytest
 
 from jlrm.config import RewardConfig, RunConfig
 from jlrm.data.batches import Example
+from jlrm.data.comparisons import Comparison
 from jlrm.data.worlds import toy
 from jlrm.evaluation.benchmarks import pairs
 from jlrm.evaluation.games import Game
@@ -99,9 +100,14 @@ def test_a_step_and_the_held_out_set_count_the_same_verdicts(mode: str) -> None:
 SAID = {"1": well_formed(1), "2": well_formed(2), "0": well_formed(0), "-": "no verdict"}
 
 
-def by_majority(votes: str, num_swapped: int = 0) -> list[Judgement]:
+def unlabelled(row: Comparison) -> Comparison:
+    return dataclasses.replace(row, score_1=None, score_2=None, preference=None)
+
+
+def by_majority(votes: str, num_swapped: int = 0, has_label: bool = True) -> list[Judgement]:
     """Return judgements of one pair, the last ones in the other order, paid by their majority."""
     row = next(row for row in GIVEN if row.label == 2)
+    row = row if has_label else unlabelled(row)
     rows = [row] * (len(votes) - num_swapped) + [row.swapped()] * num_swapped
     group = [Example(row, "prompt", [1]) for row in rows]
     texts, ids = [SAID[vote] for vote in votes], [[1]] * len(votes)
@@ -160,6 +166,20 @@ def test_a_majority_leaves_metrics_their_gold_and_groups_to_themselves() -> None
     right, wrong = RewardConfig().preference, RewardConfig().wrong_preference
     found = [each.terms["preference"] for each in judgements]
     assert found == [right, right, wrong, right, right, wrong]
+
+
+@pytest.mark.parametrize(("votes", "num_swapped"), [("1-12-", 0), ("1112", 2), ("12", 0)])
+def test_a_row_without_a_label_is_paid_as_any_other_and_counted_in_no_agreement(votes, num_swapped):
+    judgements = by_majority(votes, num_swapped, has_label=False)
+    labelled = by_majority(votes, num_swapped)
+    assert [each.terms for each in judgements] == [each.terms for each in labelled]
+    assert {each.is_right for each in judgements} == {None}  # "-" is no tie with a missing label
+    sizes = np.ones(len(votes)), np.ones(len(votes), bool)
+    found, wanted = metrics(judgements, *sizes), metrics(labelled, *sizes)
+    agreement = wanted.pop("judge/agreement")
+    assert found == wanted
+    both = metrics([*judgements, *labelled], *sizes)
+    assert both["judge/agreement"] == agreement
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,10 +13,12 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from jaxtyping import Bool
 
 from jlrm.config import UsageError
 from jlrm.data.batches import Encode, Example, Examples, count_tokens, question_encoder
-from jlrm.data.comparisons import Comparison
+from jlrm.data.comparisons import Comparison, Dropped
+from jlrm.data.sharded import ShardedRows
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode
 from jlrm.judgement import prompts
 
@@ -35,8 +37,8 @@ def encode_pairs(
 ) -> Examples:
     """Return the examples that prefer one text to another, each text ended by the end token.
 
-    `target_ids` is what is preferred, `other_ids` the other. Left out: "tie", and "overlong_target"
-    (a text of more than `max_tokens`).
+    `target_ids` is what is preferred, `other_ids` the other. Left out: "tie", "no_label", and
+    "overlong_target" (a text of more than `max_tokens`).
 
     Raises:
       UsageError: no example is left.
@@ -56,11 +58,18 @@ def encode_pairs(
             f"{max_tokens}. Raise it, or set {stage}.steps=0."
         )
     dropped = [
-        *examples.rows.left_out(np.flatnonzero(~has_winner), "tie"),
+        *left_out_without_winner(examples.rows, has_winner),
         *preferring.left_out(np.flatnonzero(is_over), "overlong_target"),
     ]
     whole = Examples(preferring, encode_rows, lengths, dropped)
     return whole.select(np.flatnonzero(~is_over))
+
+
+def left_out_without_winner(rows: ShardedRows, has_winner: Bool[np.ndarray, " N"]) -> list[Dropped]:
+    """Return the rows that have no winner as those that are left out: ties, or without a label."""
+    is_labelled = rows.flags("rows with a label", lambda row: row.label is not None)
+    reasons = {"tie": ~has_winner & is_labelled, "no_label": ~has_winner & ~is_labelled}
+    return [row for why, are in reasons.items() for row in rows.left_out(np.flatnonzero(are), why)]
 
 
 def _encoder(encode_prompt: Encode, texts: Texts, tokenizer: Tokenizer, end_id: int) -> Encode:

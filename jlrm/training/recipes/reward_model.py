@@ -39,6 +39,7 @@ from jlrm.training.recipes.pair_programs import (
     scored_group,
     scoring,
 )
+from jlrm.training.recipes.pair_texts import left_out_without_winner
 from jlrm.training.recipes.preference import pairs_of
 from jlrm.training.setup import Run, initial_params
 from jlrm.training.stage import Stage, StageResult, floats
@@ -66,7 +67,7 @@ def reward_model(run: Run, evaluate: EvaluateFn) -> StageResult:
             groups = [_group(config.kind, each) for each in chosen]
             packed = packing.pack(groups, programs.sizes, policy.mesh.size, is_whole=True)
             with stage.timed("update"):
-                labels = [each.comparison.label for each in chosen]
+                labels = [label for e in chosen if (label := e.comparison.label) is not None]
                 targets = reward_targets(packed, groups, labels)
                 learned = packing.to_devices(policy.training, (packed.rows, targets))
                 stage.state, values = programs.update(stage.state, *learned)
@@ -84,17 +85,17 @@ def examples_of(run: Run) -> Examples:
     kind, rows = run.config.reward_model.kind, run.data.train
     if kind == "bradley_terry":
         return pairs_of(run, "reward_model", "answers")
-    if kind == "classes":
-        return rows
-    has_winner = rows.rows.flags("rows with a winner", lambda row: row.label != 0)
-    if not has_winner.any():
+    told = (0, 1, 2) if kind == "classes" else (1, 2)
+    is_told = rows.rows.flags("rows with a winner", lambda row: row.label in told)
+    dropped = left_out_without_winner(rows.rows, is_told)
+    if not is_told.any():
         raise UsageError(
-            f"reward_model has nothing to compare: all {len(rows)} rows are ties. "
-            "reward_model.kind=classes learns from ties too."
+            f"reward_model has nothing to compare: of {len(rows)} rows are left out "
+            f"{describe_dropped(dropped)}. reward_model.kind=classes learns from ties too."
         )
-    if dropped := rows.rows.left_out(np.flatnonzero(~has_winner), "tie"):
+    if dropped:
         log.warning("reward_model: left out %s", describe_dropped(dropped))
-    return rows.select(np.flatnonzero(has_winner))
+    return rows.select(np.flatnonzero(is_told))
 
 
 def _group(kind: str, example: Example) -> Group:

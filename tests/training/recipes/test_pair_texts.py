@@ -66,6 +66,17 @@ def test_verdicts_are_the_gold_scores_and_their_opposite_after_no_reasoning(toke
     assert set(found) == {"first", "second", "long", "planted"}
 
 
+@pytest.mark.parametrize("kind", ["answers", "verdicts"])
+def test_a_row_without_a_label_prefers_nothing_and_is_no_tie(tokenizer, kind):
+    bare = Comparison("bare", "Name tools.", "saw", "was")
+    examples = pairs(tokenizer, kind, [*ROWS[:3], bare])
+    assert [(each.id, each.reason) for each in examples.dropped] == [
+        ("tie", "tie"),
+        ("bare", "no_label"),
+    ]
+    assert len(examples) == 2
+
+
 def test_what_is_left_out_is_counted_by_its_reason(tokenizer):
     examples = pairs(tokenizer, "answers")
     assert {each.id: each.reason for each in examples.dropped} == {

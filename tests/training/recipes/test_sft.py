@@ -108,6 +108,16 @@ def test_reasoning_stands_before_the_scores_after_them_or_nowhere(tokenizer):
         written(tokenizer, "after", bare)
 
 
+def test_without_a_label_only_a_judgement_with_its_own_scores_is_imitated(tokenizer):
+    nothing = {"score_1": None, "score_2": None, "preference": None}
+    judged = dataclasses.replace(ROW, **nothing, meta={"reasoning": "Why.", "judged": [2, 4]})
+    assert written(tokenizer, "before", judged).endswith("<answer>2</answer><answer>4</answer>")
+    with pytest.raises(UsageError, match=r"none of 1 rows has a written judgement"):
+        written(tokenizer, "before", dataclasses.replace(ROW, **nothing))
+    with pytest.raises(UsageError, match=r"none of 1 rows has a label\. Set sft\.steps=0"):
+        written(tokenizer, "none", judged)
+
+
 def test_a_judgement_of_one_answer_stands_alone(tokenizer):
     texts = {"reasoning": ["First.", "Second."], "judged": [4, 3]}
     row = dataclasses.replace(ROW, meta=texts)
