@@ -24,15 +24,16 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation import journal, sources
+from jlrm.evaluation import groups, journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.games import Backend, Game, alone, beside
+from jlrm.evaluation.groups import ItemGroup
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
@@ -57,6 +58,8 @@ class BenchmarkRun(NamedTuple):
     asked: list[Game]  # these, or the games in which each of their answers is judged alone
     header: dict[str, Any]  # of its journal, with what judges.identity adds
     recorded: Backend | None = None  # of the backend `verdicts`
+    groups: Mapping[str, ItemGroup] = {}  # of --groups
+    group_of: Mapping[str, str] = {}  # subset -> group
 
     @property
     def num_items(self) -> int:
@@ -108,7 +111,9 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
         for text in asking.remarks(name, run.asked, responses, run.policy.counts_refused):
             log.warning("%s", text)
         responses = beside(games, responses) if args.single else responses
-        evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
+        evaluation = results.Evaluation(
+            run.benchmark, run.policy, games, responses, read, run.groups, run.group_of
+        )
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
         entries[name] = results.entry(evaluation, high - low if "scale" in args.options else None)
@@ -150,13 +155,17 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     header = {"benchmark": name, "data": seen}
     asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
     games = chosen.games(sources.sample(asked, args.limit, args.seed), policy, args.seed)
+    file = _of(args.groups, name, args.names, "--groups")
+    named = groups.read(file) if file else {}
+    more: dict[str, Any] = {"groups": named, "group_of": groups.by_subset(file, named, items)}
     if args.backend != options.VERDICTS:
-        return BenchmarkRun(chosen, policy, games, alone(games) if args.single else games, header)
+        judged = alone(games) if args.single else games
+        return BenchmarkRun(chosen, policy, games, judged, header, **more)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
     rows = {game: journal.as_row(each) for game, each in recorded.responses.items()}
     header["verdicts"], games = results.checksum(rows), recorded.as_played(games)
-    return BenchmarkRun(chosen, policy, games, games, header, recorded.backend(path))
+    return BenchmarkRun(chosen, policy, games, games, header, recorded.backend(path), **more)
 
 
 def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> str:
@@ -334,6 +343,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="only this subset and rows without one; or B=NAME",
     )
+    add(
+        "--groups",
+        **several,
+        metavar="FILE",
+        help="metrics of groups of subsets too, as this YAML or JSON file names them; or B=FILE",
+    )
     add("--limit", type=int, default=0, metavar="N", help="items of each, drawn by lot (0: all)")
     add("--seed", type=int, default=0, help="seed of random orders, the lot and sampling (0)")
     add("--name", default="", help="name of the judge in reports (the model's)")
@@ -368,7 +383,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
-    for flag in ("data", "verdicts", "subset"):
+    for flag in ("data", "verdicts", "subset", "groups"):
         for value in getattr(args, flag):
             if (owner := value.partition("=")[0]) in BENCHMARKS and owner not in args.names:
                 raise UsageError(f"--{flag} {value}: --benchmark does not name {owner}.")
