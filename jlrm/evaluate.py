@@ -29,10 +29,11 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
-from jlrm.evaluation import journal, sources
+from jlrm.evaluation import groups, journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
 from jlrm.evaluation.games import WAYS, Backend, Game, asked_about, said_of, way_of
+from jlrm.evaluation.groups import Groups
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import PARSERS, Reader, reader
@@ -56,6 +57,7 @@ class BenchmarkRun(NamedTuple):
     games: list[Game]
     asked: list[Game]  # these, or those of single answers or lists that decide them
     header: dict[str, Any]  # of its journal, with what judges.identity adds
+    groups: Groups  # of --groups
     judging: str = "pairs"  # as of `data.judging`
     recorded: Backend | None = None  # of the backend `verdicts`
 
@@ -110,7 +112,9 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
             log.warning("%s", text)
         responses = said_of(games, responses, run.judging)
         read = read._replace(judging=run.judging)
-        evaluation = results.Evaluation(run.benchmark, run.policy, games, responses, read)
+        evaluation = results.Evaluation(
+            run.benchmark, run.policy, games, responses, read, run.groups
+        )
         if not evaluation.judged()[0]:
             raise RunError(f"No item of {name} was judged. {_first_error(run, kept)}")
         entries[name] = results.entry(evaluation, high - low if "scale" in args.options else None)
@@ -152,14 +156,17 @@ def _read(name: str, args: argparse.Namespace) -> BenchmarkRun:
     header = {"benchmark": name, "data": seen}
     asked = sources.of_subset(items, _of(args.subset, name, args.names, "--subset"))
     games = chosen.games(sources.sample(asked, args.limit, args.seed), policy, args.seed)
+    named = groups.of_items(_of(args.groups, name, args.names, "--groups"), items)
     if args.backend != options.VERDICTS:
         judging = args.judging if args.judging == "single" or chosen.is_listed else "pairs"
-        return BenchmarkRun(chosen, policy, games, asked_about(games, judging), header, judging)
+        asked = asked_about(games, judging)
+        return BenchmarkRun(chosen, policy, games, asked, header, named, judging)
     path = _of(args.verdicts, name, args.names, "--verdicts")
     recorded = Recorded(path, items)
     rows = {game: journal.as_row(each) for game, each in recorded.responses.items()}
     header["verdicts"], games = results.checksum(rows), recorded.as_played(games)
-    return BenchmarkRun(chosen, policy, games, games, header, "pairs", recorded.backend(path))
+    recorded_by = recorded.backend(path)
+    return BenchmarkRun(chosen, policy, games, games, header, named, "pairs", recorded_by)
 
 
 def _of(values: Sequence[str], name: str, names: Sequence[str], flag: str) -> str:
@@ -331,6 +338,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     only = "only this subset and rows without one; or B=NAME"
     add("--subset", **several, metavar="NAME", help=only)
+    grouped = "metrics of groups of subsets too, as this YAML or JSON file names them; or B=FILE"
+    add("--groups", **several, metavar="FILE", help=grouped)
     add("--limit", type=int, default=0, metavar="N", help="items of each, drawn by lot (0: all)")
     add("--seed", type=int, default=0, help="seed of random orders, the lot and sampling (0)")
     add("--name", default="", help="name of the judge in reports (the model's)")
@@ -364,7 +373,7 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     if args.limit < 0:
         raise UsageError(f"--limit={args.limit} is negative: wanted a number of items.")
     args.names = _names(args.benchmark)
-    for flag in ("data", "verdicts", "subset"):
+    for flag in ("data", "verdicts", "subset", "groups"):
         for value in getattr(args, flag):
             if (owner := value.partition("=")[0]) in BENCHMARKS and owner not in args.names:
                 raise UsageError(f"--{flag} {value}: --benchmark does not name {owner}.")

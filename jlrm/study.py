@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from jlrm.config import RunError, UsageError
 from jlrm.reports import contracts
 from jlrm.runtime import cluster, commands, hosts, settings
-from jlrm.studies import cells, outcomes, page, spec
+from jlrm.studies import cells, page, spec
 from jlrm.studies.cells import Cell, Record
 
 TIMEOUT = 1800.0  # seconds that a host may be later than another at the end
@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     def finished(cell: Cell) -> None:
         record.add(cell)  # on every host: all write the same
         if is_alone and cell.key.startswith("evaluate/"):
-            page.write(directory, outcomes.outcome(study))
+            page.write(directory, page.outcome(study))
 
     failed = cells.run_all(missing, flags, finished, args.keep_going)
     with hosts.joined(args, settings.to_dict(study), TIMEOUT):
         if hosts.is_main():
-            found = outcomes.outcome(study)
+            found = page.outcome(study)
             page.write(directory, found)
             print(json.dumps(contracts.encode(found)) if args.json else page.as_text(found))
             print(f"Study: {directory / page.PAGE}", file=sys.stderr)

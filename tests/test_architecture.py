@@ -31,7 +31,7 @@ RANKS = {
     "training": 8,
     "training.recipes": 9,
     "planning": 10,
-    "peers": 9,
+    "peers": 10,
     "studies": 9,
 }
 COMMAND = 11

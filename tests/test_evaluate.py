@@ -168,6 +168,33 @@ def test_pandalm_of_the_recorded_judgelrm_3b(reference, capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_metrics_of_groups_are_those_of_their_items_alone(reference, capsys, tmp_path):
+    """PandaLM's recorded 3B: a group is what --subset would leave, and all subsets the whole."""
+    folder = reference / "pandalm"
+    given = ["--verdicts", folder / "results_judgelrm3b.json", "--benchmark", "pandalm"]
+    given += ["--data", folder / "testset-v1.json", "--parser", "judgelrm"]
+    rows = json.loads((folder / "testset-v1.json").read_text())
+    names = sorted({row["motivation_app"].strip().lower() for row in rows} - {"imdb"})
+    named = {"Films": {"subsets": ["IMDB"], "share": 30}, "Others": {"subsets": names}}
+    file = tmp_path / "groups.json"
+    file.write_text(json.dumps({"groups": named}))
+    out = tmp_path / "out"
+    evaluate.main([*map(str, given), "--groups", str(file), "--out", str(out)])
+    assert "Films" in capsys.readouterr().out
+    found = results_file.read(out).benchmarks["pandalm"]
+    films, others = found.groups["Films"], found.groups["Others"]
+    assert (films.n, films.share, others.n, others.share) == (50, 30.0, 949, None)
+    alone = ran(capsys, *given, "--subset", "imdb")
+    assert films.metrics["f1"] == alone["f1"] and films.metrics["f1"] is not None
+    low, high = films.intervals["f1"]
+    assert low is not None and high is not None and low < films.metrics["f1"] < high
+    whole = sum(each.n * (each.metrics["agreement"] or 0.0) for each in (films, others)) / 999
+    assert whole == pytest.approx(found.metrics["agreement"])
+    assert "agreement by group" in (out / "report.html").read_text()
+    code, told = failed(capsys, *given, "--groups", tmp_path / "none.yaml")
+    assert code == 2 and "none.yaml" in told
+
+
 def test_several_benchmarks_name_their_files_and_paths_may_hold_equal_signs(reference, capsys):
     folder, bench = reference / "pandalm", reference / "judgebench"
     judge = f"{GPT},judge_name=arena_hard,judge_model=o1-mini-2024-09-12.jsonl"

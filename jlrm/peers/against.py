@@ -2,11 +2,14 @@
 
     bash launch/peers.sh .peers                          # makes their Pythons, once
     python -m jlrm.bench --against hf,trl,tunix --size small
+    python -m jlrm.bench --against trl --size judge --phases sft,dpo,bradley_terry
 
 One model with random weights, in float32 on this machine's CPU (`--device`, `--dtype`), and one
 batch for all. Rollouts draw every token at temperature 1; an update is one step of GRPO on a given
 batch; an iteration is a rollout, its rewards, log-probabilities of the reference, and an update.
-Whether all compute the same is seen in float32 always.
+The stages sft, dpo and bradley_terry take a step on pairs of answers to one prompt; DPO computes
+the log-probabilities of its reference in each. Whether all compute the same is seen in float32
+always.
 """
 
 from __future__ import annotations
@@ -20,9 +23,9 @@ from collections.abc import Sequence
 
 from jlrm.config import RunError, UsageError, nearest
 from jlrm.peers import measure, workload
-from jlrm.peers.measure import PHASES, AgainstResult, CheckedPeer, PeerFigures
+from jlrm.peers.measure import GRPO, PHASES, AgainstResult, CheckedPeer, PeerFigures
 from jlrm.peers.processes import DEVICES, LIBRARIES, MALLOCS, OURS, Site
-from jlrm.peers.workload import PROMPTS, ROLLOUTS, SIZES
+from jlrm.peers.workload import PAIRS, PROMPTS, ROLLOUTS, SIZES, STAGES
 from jlrm.reports import contracts, tables
 
 FLAG = "--against"
@@ -43,7 +46,8 @@ def main(words: Sequence[str]) -> None:
       RunError: none could be timed.
     """
     args = _parser().parse_args(words)
-    names = _names(args.against)
+    names = _listed(FLAG, args.against, [name for name in LIBRARIES if name != OURS])
+    phases = _listed("--phases", args.phases, PHASES)
     for flag, value in (("--repeats", args.repeats), ("--patience", args.patience)):
         if not 0 < value <= MOST:
             raise UsageError(f"{flag} {value} is outside 1 to {MOST}.")
@@ -52,14 +56,15 @@ def main(words: Sequence[str]) -> None:
         site = Site(
             pathlib.Path(directory), args.peers.expanduser().absolute(), args.patience, args.device
         )
-        workload.write(site.workload, size, args.device, args.dtype)
+        stages = [phase for phase in phases if phase in STAGES]
+        workload.write(site.workload, size, args.device, args.dtype, stages)
         checked = measure.check(site, names)
         able = [each.library for each in checked if not each.refused and each.library != OURS]
         _refuse_missing(checked)
         figures: list[PeerFigures] = []
         try:
             drawn = PROMPTS * ROLLOUTS, size.new_tokens
-            for each in measure.measure(site, able, drawn, args.repeats):
+            for each in measure.measure(site, able, phases, drawn, args.repeats):
                 figures.append(each)
         finally:
             result = AgainstResult(
@@ -78,14 +83,14 @@ def main(words: Sequence[str]) -> None:
         raise RunError("no library could be timed; the reasons stand above.")
 
 
-def _names(given: str) -> list[str]:
+def _listed(flag: str, given: str, known: Sequence[str]) -> list[str]:
+    """Return the names that a flag lists, each once."""
     names = [name.strip() for name in given.split(",") if name.strip()]
-    known = [name for name in LIBRARIES if name != OURS]
     for name in names:
         if name not in known:
-            raise UsageError(f"{FLAG} {name} is no library that is known. {nearest(name, known)}")
+            raise UsageError(f"{flag}: {name} is not known. {nearest(name, known)}")
     if not names:
-        raise UsageError(f"{FLAG} names no library. Known: {', '.join(known)}.")
+        raise UsageError(f"{flag} names nothing. Known: {', '.join(known)}.")
     return list(dict.fromkeys(names))
 
 
@@ -119,7 +124,8 @@ def describe(result: AgainstResult) -> str:
         f"{result.size}: {size.num_weights / 1e6:.1f} million random weights, {result.dtype} "
         f"on the {result.device}; "
         f"{PROMPTS} prompts of {size.prompt_tokens // 2} to {size.prompt_tokens} tokens, "
-        f"{ROLLOUTS} completions of {size.new_tokens} tokens each.",
+        f"{ROLLOUTS} completions of {size.new_tokens} tokens each. Other stages than GRPO: {PAIRS} "
+        f"prompts of {size.prompt_tokens} tokens with two answers of {size.new_tokens} each.",
         "",
     ]
     lines += [_check_line(each) for each in result.checked]
@@ -147,10 +153,15 @@ def _check_line(checked: CheckedPeer) -> str:
         return f"{start}: not timed, {checked.refused}."
     if checked.library == OURS:
         return f"{start}: what the others are held against."
+    stages = "".join(
+        f", {stage} by {difference:.1g}"
+        for stage, difference in (checked.stage_differences or {}).items()
+    )
+    bound = f"; losses of the first steps{stages} (bound {measure.STAGE_TOLERANCE:g})"
     return (
         f"{start}: log-probabilities differ by {checked.logp_difference:.1g} at most (bound "
         f"{measure.LOGP_TOLERANCE:g}), the loss by {checked.loss_difference:.1g} (bound "
-        f"{measure.LOSS_TOLERANCE:g})."
+        f"{measure.LOSS_TOLERANCE:g}){bound if stages else ''}."
     )
 
 
@@ -178,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(FLAG, required=True, metavar="NAMES", help=f"with commas between them: {known}")
     add("--size", choices=SIZES, default="tiny", help="of the model and the batch (tiny)")
+    phases = f"with commas between them ({','.join(GRPO)}); also {', '.join(STAGES)}"
+    add("--phases", default=",".join(GRPO), metavar="NAMES", help=phases)
     add("--device", choices=DEVICES, default="cpu", help="where all of them run (cpu)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products (float32)")
     add("--repeats", type=int, default=5, metavar="N", help="turns that count (5)")

@@ -1,6 +1,6 @@
 """Our programs beside those of other libraries: are they the same, and how long do they take?
 
-A library's log-probabilities of the batch and its loss are held against ours first. One that
+A library's log-probabilities of the batch and its losses are held against ours first. One that
 differs is not timed. Then each phase of each library runs in a process of its own, beside ours, and
 the two take turns, ours first in every second pair: what disturbs one disturbs the other. No more
 than two processes hold a model at a time.
@@ -26,13 +26,16 @@ from jlrm.peers.processes import (
     Site,
     mallocs,
 )
+from jlrm.peers.workload import STAGES
 from jlrm.reports.contracts import LEFT_OUT
 
-PHASES = ("rollout", "update", "iteration")
+GRPO = ("rollout", "update", "iteration")
+PHASES = (*GRPO, *STAGES)
 AGAINST_VERSION = 1
 # Measured are 2e-6 and 2e-8; another clip, KL or mask changes the loss by far more.
 LOGP_TOLERANCE = 1e-4  # nats, of any token
 LOSS_TOLERANCE = 1e-5
+STAGE_TOLERANCE = 1e-4  # of each loss of the first steps: Adam enlarges what rounding changes
 WARM = 2  # turns of each process that are not counted: it compiles, and fills its caches
 
 
@@ -47,12 +50,13 @@ class Spread:
 
 @dataclass(frozen=True)
 class CheckedPeer:
-    """Whether a library computes what we do: the largest difference of a token, and the loss's."""
+    """Whether a library computes what we do: the largest differences of a token and of losses."""
 
     library: str
     versions: dict[str, str] | None = field(default=None, metadata=LEFT_OUT)
     logp_difference: float | None = field(default=None, metadata=LEFT_OUT)
     loss_difference: float | None = field(default=None, metadata=LEFT_OUT)
+    stage_differences: dict[str, float] | None = field(default=None, metadata=LEFT_OUT)
     refused: str | None = field(default=None, metadata=LEFT_OUT)  # why it is not timed
     is_missing: bool = False  # it is not installed
 
@@ -117,19 +121,33 @@ def _held_against(ours: dict, name: str, told: dict) -> CheckedPeer:
         return CheckedPeer(name, versions, refused=reason)
     logp = float(np.max(np.abs(logps - wanted)))
     loss = abs(told["loss"] - ours["loss"])
+    of_stages = {
+        stage: float(np.max(np.abs(np.subtract(losses, ours["losses"][stage]))))
+        for stage, losses in told["losses"].items()
+    }
     refused = None
     if not (logp <= LOGP_TOLERANCE and loss <= LOSS_TOLERANCE):  # NaN is no agreement
         refused = (
             f"it computes something else: a log-probability differs by {logp:.2g} nats (at most "
             f"{LOGP_TOLERANCE:g}), the loss by {loss:.2g} (at most {LOSS_TOLERANCE:g})"
         )
-    return CheckedPeer(name, versions, logp, loss, refused)
+    for stage, difference in of_stages.items():
+        if not difference <= STAGE_TOLERANCE:
+            refused = (
+                f"it computes something else: a loss of {stage} differs by {difference:.2g} (at "
+                f"most {STAGE_TOLERANCE:g})"
+            )
+    return CheckedPeer(name, versions, logp, loss, of_stages or None, refused)
 
 
 def measure(
-    site: Site, names: Sequence[str], drawn: tuple[int, int], repeats: int
+    site: Site,
+    names: Sequence[str],
+    phases: Sequence[str],
+    drawn: tuple[int, int],
+    repeats: int,
 ) -> Iterator[PeerFigures]:
-    """Time every phase with each setting of malloc, and yield the figures as they are known.
+    """Time phases with each setting of malloc, and yield the figures as they are known.
 
     Args:
       drawn: B and T of the completions that a rollout has to draw.
@@ -137,7 +155,7 @@ def measure(
     Raises:
       RunError: a phase of ours failed.
     """
-    settings = list(itertools.product(mallocs(site.device), PHASES))
+    settings = list(itertools.product(mallocs(site.device), phases))
     with tqdm(total=len(settings) * len(names), file=sys.stderr) as bar:
         for malloc, phase in settings:
             with Process(site, OURS, phase, malloc) as process:

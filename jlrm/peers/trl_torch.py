@@ -130,3 +130,113 @@ def inputs_of(work):
         "ref_per_token_logps": batch["ref_logps"],
         "num_items_in_batch": torch.tensor(ids.numel(), device=place),
     }
+
+
+STAGES = ("sft", "dpo", "bradley_terry")
+
+
+def losses(work, stage):
+    """Return the loss of each of the first steps of a stage."""
+    trainer = make_stage(work, stage, work.check_rate, work.check_steps)
+    found, compute = [], trainer.compute_loss
+
+    def recording(*args, **named):
+        loss = compute(*args, **named)
+        found.append(float(loss[0] if isinstance(loss, tuple) else loss))
+        return loss
+
+    trainer.compute_loss = recording
+    trainer.train()
+    return found
+
+
+def sft(work, turns):
+    """Train on the preferred answers, one step a turn."""
+    make_stage(work, "sft", work.learning_rate, MANY, turns).train()
+
+
+def dpo(work, turns):
+    """Train on pairs; the reference is a copy of the model and is asked in each step."""
+    make_stage(work, "dpo", work.learning_rate, MANY, turns).train()
+
+
+def bradley_terry(work, turns):
+    """Train a reward model on pairs."""
+    make_stage(work, "bradley_terry", work.learning_rate, MANY, turns).train()
+
+
+def make_stage(work, stage, rate, num_steps, turns=None):
+    """Return a trainer of a stage whose steps are turns; all pairs are one batch, and an epoch."""
+    settings = {
+        "output_dir": str(work.directory / "trl"),
+        "use_cpu": work.device == "cpu",
+        "bf16": work.dtype == "bfloat16",
+        "per_device_train_batch_size": len(work.pairs["prompts"]),
+        "num_train_epochs": num_steps,
+        "learning_rate": rate,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": work.clip_norm,
+        "max_length": None,
+        "gradient_checkpointing": "checkpointing" in work.flags,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    tokenizer = work.tokenizer()
+    tokenizer.eos_token = f"t{work.pair_end}"  # which the texts end in
+    names = ("prompts", "chosen", "rejected")
+    rows = list(zip(*(work.pairs[name].tolist() for name in names), strict=True))
+    makers = {"sft": sft_parts, "dpo": dpo_parts, "bradley_terry": reward_parts}
+    trainer, config, model, listed = makers[stage](work, rows)
+    return trainer(
+        model=model,
+        args=config(**settings, **({"beta": work.beta} if stage == "dpo" else {})),
+        train_dataset=Dataset.from_list(listed),
+        processing_class=tokenizer,
+        callbacks=[] if turns is None else [Steps(turns)],
+    )
+
+
+def sft_parts(work, rows):
+    """Return trainer, config, model and rows of SFT."""
+    listed = [
+        {"input_ids": prompt + chosen, "labels": [-100] * len(prompt) + chosen}
+        for prompt, chosen, _ in rows
+    ]
+    return trl.SFTTrainer, trl.SFTConfig, load_policy(work), listed
+
+
+def dpo_parts(work, rows):
+    """Return trainer, config, model and rows of DPO, which tokenises texts itself."""
+    listed = [
+        {"prompt": words(prompt) + " ", "chosen": words(chosen), "rejected": words(rejected)}
+        for prompt, chosen, rejected in rows
+    ]
+    return trl.DPOTrainer, trl.DPOConfig, load_policy(work), listed
+
+
+def reward_parts(work, rows):
+    """Return trainer, config, model and rows of a reward model, whose head is the workload's."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        work.model, num_labels=1, dtype=torch.float32
+    )
+    with torch.no_grad():
+        model.score.weight.copy_(torch.from_numpy(work.pairs["head"])[None])
+    listed = [
+        {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        for prompt, chosen, rejected in rows
+    ]
+    return trl.RewardTrainer, trl.RewardConfig, model, listed
+
+
+def load_policy(work):
+    """Return the model in float32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+
+
+def words(ids):
+    """Return ids as text."""
+    return " ".join(f"t{i}" for i in ids)

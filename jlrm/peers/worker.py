@@ -11,6 +11,9 @@ An adapter is a file with these functions; a phase that it does not have is an e
     rollout(work, turns)     draw B completions in each turn, and put their ids into turns.tokens
     update(work, turns)      take one optimiser step on the batch in each turn
     iteration(work, turns)   a rollout, its rewards, log-probabilities of the reference, one step
+    sft, dpo, bradley_terry  (work, turns): take one step of that stage on the pairs in each turn
+    STAGES                   those of the three that there are; with it:
+    losses(work, stage)      -> the loss of each of the first `check_steps` steps at `check_rate`
 
 A turn begins when `turns` gives its number and ends when the next one is asked for, so its work has
 to be done by then, devices included. What comes before the first turn is not timed.
@@ -40,6 +43,8 @@ class Given:
         self.settings: dict[str, Any] = json.loads((directory / "workload.json").read_text())
         with np.load(directory / "batch.npz") as arrays:
             self.batch: dict[str, np.ndarray] = dict(arrays)
+        with np.load(directory / "pairs.npz") as arrays:
+            self.pairs: dict[str, np.ndarray] = dict(arrays)
 
     def __getattr__(self, name: str) -> Any:
         """Return a setting, as `work.rollouts`."""
@@ -139,7 +144,11 @@ def main() -> None:
         logps, loss = adapter.check(work)
         versions = {name: importlib.metadata.version(name) for name in adapter.PACKAGES}
         logps = np.asarray(logps, np.float64).tolist()
-        tell({"logps": logps, "loss": float(loss), "versions": versions})
+        known = [stage for stage in work.stages if stage in getattr(adapter, "STAGES", ())]
+        losses = {stage: [float(each) for each in adapter.losses(work, stage)] for stage in known}
+        tell({"logps": logps, "loss": float(loss), "losses": losses, "versions": versions})
+    elif not hasattr(adapter, phase):
+        raise SystemExit(f"nothing is known of {phase} in this library")
     else:
         getattr(adapter, phase)(work, TimedTurns(tell, adapter.device_peak))
 

@@ -1,17 +1,20 @@
-"""The workload that every library gets, as files: a random model, prompts, one batch of GRPO.
+"""The workload that every library gets, as files: a random model, prompts, a batch of each stage.
 
     model/          Hugging Face layout, float32: weights, config.json, a tokenizer of words
     workload.json   prompts as token ids, and the settings of sampling and loss
-    batch.npz       prompts padded on the left, completions, advantages, log-probabilities
+    batch.npz       GRPO: prompts padded on the left, completions, advantages, log-probabilities
+    pairs.npz       other stages: prompts, a preferred answer and another to each, equally long
 
 The tokenizer has one word for each id (`t17` is 17), so texts and ids say the same. Its end token
-lies outside the model's vocabulary and is never drawn: every completion has all its tokens.
+lies outside the model's vocabulary and is never drawn: every completion has all its tokens. Pairs
+end in the vocabulary's last token.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +24,8 @@ from jlrm.weights import hf, hf_config
 from jlrm.weights.hf import Tensor
 
 PROMPTS, ROLLOUTS = 4, 8
+PAIRS = 8
+STAGES = ("sft", "dpo", "bradley_terry")  # SFT has the preferred answers alone
 SCALE = 0.02  # standard deviation of the weights
 
 
@@ -59,6 +64,7 @@ def _qwen2(
 SIZES = {
     "tiny": Size(_qwen2(256, 512, 4, 4, 2048), prompt_tokens=128, new_tokens=128),
     "small": Size(_qwen2(512, 1408, 8, 8, 32768), prompt_tokens=128, new_tokens=128),
+    "tiny-judge": Size(_qwen2(256, 512, 4, 4, 2048), prompt_tokens=512, new_tokens=64),
     # A judge reads a question and two answers, and writes little.
     "judge": Size(_qwen2(384, 1024, 6, 6, 8192), prompt_tokens=512, new_tokens=64),
     # The shapes of SmolLM2-135M and Qwen2.5-0.5B, for accelerators.
@@ -67,10 +73,17 @@ SIZES = {
 }
 
 
-def write(directory: pathlib.Path, size: Size, device: str = "cpu", dtype: str = "float32") -> None:
+def write(
+    directory: pathlib.Path,
+    size: Size,
+    device: str = "cpu",
+    dtype: str = "float32",
+    stages: Sequence[str] = (),
+) -> None:
     """Write the files of a workload into an empty directory.
 
     device: "cpu" or "gpu". dtype: of products and activations, "float32" or "bfloat16".
+    stages: of STAGES, those whose losses are to be compared.
     """
     rng = np.random.default_rng(0)
     _write_model(directory / "model", size.model, rng)
@@ -90,6 +103,12 @@ def write(directory: pathlib.Path, size: Size, device: str = "cpu", dtype: str =
         "clip": 0.2,
         "learning_rate": 1e-6,
         "clip_norm": 1.0,
+        "beta": 0.1,
+        "stages": list(stages),
+        # Before the first step DPO's loss is log 2, whoever computes it.
+        "check_steps": 3,
+        "check_rate": 1e-4,
+        "pair_end": vocabulary - 1,
     }
     (directory / "workload.json").write_text(json.dumps(settings))
     padded = np.zeros((PROMPTS, size.prompt_tokens), np.int32)
@@ -111,6 +130,20 @@ def write(directory: pathlib.Path, size: Size, device: str = "cpu", dtype: str =
         old_logps=near_uniform(),
         ref_logps=near_uniform(),
     )
+    _write_pairs(directory, size, rng)
+
+
+def _write_pairs(directory: pathlib.Path, size: Size, rng: np.random.Generator) -> None:
+    last = size.model.vocab_size - 1
+
+    def draw(num_tokens: int) -> np.ndarray:
+        return rng.integers(1, last, (PAIRS, num_tokens)).astype(np.int32)
+
+    chosen, rejected = draw(size.new_tokens), draw(size.new_tokens)
+    chosen[:, -1] = rejected[:, -1] = last
+    head = SCALE * rng.standard_normal(size.model.hidden_size, np.float32)  # of Bradley-Terry
+    rows = {"prompts": draw(size.prompt_tokens), "chosen": chosen, "rejected": rejected}
+    np.savez(directory / "pairs.npz", allow_pickle=False, head=head, **rows)
 
 
 def _write_model(directory: pathlib.Path, model: QwenConfig, rng: np.random.Generator) -> None:

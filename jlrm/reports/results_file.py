@@ -52,6 +52,16 @@ class SubsetResult:
 
 
 @dataclass(frozen=True)
+class GroupResult:
+    """A benchmark's metrics on the items of one group of the user's."""
+
+    n: int
+    metrics: dict[str, float | None] = field(default_factory=dict)  # percent; empty: no item
+    intervals: dict[str, Interval] = field(default_factory=dict)
+    share: float | None = None  # percent of its rows that the user gives
+
+
+@dataclass(frozen=True)
 class Rate:
     """A share of `n` cases."""
 
@@ -221,6 +231,7 @@ class BenchmarkResult:
     statuses: dict[str, int] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
     subsets: dict[str, SubsetResult] = field(default_factory=dict)
+    groups: dict[str, GroupResult] = field(default_factory=dict)  # of --groups
     diagnostics: Diagnostics = Diagnostics()
     published: tuple[Published, ...] = ()
     incomplete: bool = False  # some games have no response yet

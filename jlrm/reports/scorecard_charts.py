@@ -5,7 +5,7 @@ A judge has the colour and the marker of its place on the page, in every chart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -92,26 +92,49 @@ def _places(judge: EvaluatedJudge, name: str, is_named: bool) -> Bar:
 
 def subset_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
     """Chart the accuracy on a benchmark's subsets; None where it has none."""
-    by_judge = [result.subsets for result in results_of(name, judges)]
+    by_judge = [
+        {part: (each.n, each.accuracy, each.interval) for part, each in result.subsets.items()}
+        for result in results_of(name, judges)
+    ]
+    return _parts_chart("Accuracy by subset (%)", by_judge, judges)
+
+
+def group_chart(name: str, judges: Sequence[EvaluatedJudge]) -> Chart | None:
+    """Chart the headline metric on the user's groups; None where there are none."""
+    metric = headline_metric(name, judges)
+    by_judge = [
+        {
+            part: (each.n, each.metrics.get(metric), each.intervals.get(metric))
+            for part, each in result.groups.items()
+        }
+        for result in results_of(name, judges)
+    ]
+    return _parts_chart(f"{metric} by group (%)", by_judge, judges)
+
+
+def _parts_chart(
+    title: str,
+    by_judge: Sequence[Mapping[str, tuple[int, float | None, Interval | None]]],
+    judges: Sequence[EvaluatedJudge],
+) -> Chart | None:
+    """Chart (items, percent, interval) of each part of a benchmark, for each judge."""
     rows = []
-    for subset in dict.fromkeys(subset for subsets in by_judge for subset in subsets):
-        entries = [subsets.get(subset) for subsets in by_judge]
+    for part in dict.fromkeys(part for parts in by_judge for part in parts):
+        entries = [parts.get(part) for parts in by_judge]
         marks = [
             Mark(None, series=i)
             if each is None
-            else _point(
-                each.accuracy, each.interval, i, "no verdicts" if each.accuracy is None else ""
-            )
+            else _point(each[1], each[2], i, "no verdicts" if each[1] is None else "")
             for i, each in enumerate(entries)
         ]
-        sizes = dict.fromkeys(f"{each.n:,}" for each in entries if each is not None)
+        sizes = dict.fromkeys(f"{each[0]:,}" for each in entries if each is not None)
         if any(mark.value is not None for mark in marks):
-            label = charts.wrap(f"{subset} ({' or '.join(sizes)})", 26)
+            label = charts.wrap(f"{part} ({' or '.join(sizes)})", 26)
             rows.append((label, marks))
     if not rows:
         return None
     legend = [judge.name for judge in judges] if len(judges) > 1 else []
-    chart = charts.dots("Accuracy by subset (%)", rows, legend, is_percent=True)
+    chart = charts.dots(title, rows, legend, is_percent=True)
     return chart._replace(note="In brackets: items. Lines: 95 % intervals")
 
 

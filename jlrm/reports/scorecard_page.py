@@ -46,6 +46,7 @@ class ComparedBenchmark(NamedTuple):
     lead: Lead | None
     headline: Chart | None
     reliability: Chart | None
+    groups: Chart | None
     subsets: Chart | None
 
 
@@ -77,6 +78,7 @@ def _compared(name: str, judges: Sequence[EvaluatedJudge]) -> ComparedBenchmark:
         lead=_lead(name, judges),
         headline=scorecard_charts.headline_chart(name, judges),
         reliability=scorecard_charts.reliability_chart(name, judges),
+        groups=scorecard_charts.group_chart(name, judges),
         subsets=scorecard_charts.subset_chart(name, judges),
     )
 

@@ -1,8 +1,8 @@
 """The commands of a study, in order, and which of them are done.
 
 A cell is one training or one evaluation. It is done when its command, to the letter, has ended
-well; `study.json` of the study's directory lists these. A cell that begins with another's weights,
-or judges them, is done again if that one is.
+well on the same groups; `study.json` of the study's directory lists these. A cell that begins with
+another's weights, or judges them, is done again if that one is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jlrm.config import RunError, UsageError
+from jlrm.evaluation import groups
+from jlrm.evaluation.statistics.results import checksum
 from jlrm.runtime import settings
 from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.storage import write_atomically
@@ -33,6 +35,7 @@ class Cell:
     key: str  # "train/grpo/0", "evaluate/grpo/0/pandalm"
     command: tuple[str, ...]  # words after the interpreter
     needs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()  # checksums of what it is done again for
 
 
 def run_dir(study: Study, run: str, seed: int) -> pathlib.Path:
@@ -80,9 +83,13 @@ def _cells_of(study: Study, name: str, seed: int) -> list[Cell]:
             shared = seed if seed in study.seeds_of(run.against) else study.seeds[0]
             words += ["--compare", str(evaluation_dir(study, run.against, shared, evaluation))]
             needs = (*needs, f"evaluate/{run.against}/{shared}/{evaluation}")
-        judging = run.arguments or about.judging
+        judging, reads = run.arguments or about.judging, ()
+        if about.groups:
+            words += ["--groups", about.groups]
+            reads = (checksum(groups.read(about.groups)),)
         key = f"evaluate/{name}/{seed}/{evaluation}"
-        found.append(Cell(key, ("jlrm.evaluate", *words, *about.arguments, *judging), needs))
+        command = ("jlrm.evaluate", *words, *about.arguments, *judging)
+        found.append(Cell(key, command, needs, reads))
     return found
 
 
@@ -102,14 +109,14 @@ class Record:
         """Return the cells that are still to do, in order."""
         open_keys: set[str] = set()
         for cell in all_cells:
-            is_done = self.done.get(cell.key) == list(cell.command)
+            is_done = self.done.get(cell.key) == [*cell.command, *cell.reads]
             if not is_done or open_keys & set(cell.needs):
                 open_keys.add(cell.key)
         return [cell for cell in all_cells if cell.key in open_keys]
 
     def add(self, cell: Cell) -> None:
         """Note that a cell is done."""
-        self.done[cell.key] = list(cell.command)
+        self.done[cell.key] = [*cell.command, *cell.reads]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"version": VERSION, "done": self.done}, indent=1) + "\n"
         write_atomically(self.path, text.encode())

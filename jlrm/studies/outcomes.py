@@ -59,19 +59,59 @@ class StudiedTable:
 
 
 @dataclass(frozen=True)
+class GroupRow:
+    """A group of items in a table by group: its size, its share in percent, and a value a run."""
+
+    label: str
+    n: int | None
+    share: float | None
+    values: tuple[SeedMean, ...]
+    is_published: bool = False
+
+
+@dataclass(frozen=True)
+class FittedGain:
+    """What a run gains over another in each group, in points, and the line over the shares."""
+
+    of: str
+    over: str
+    groups: tuple[str, ...]
+    shares: tuple[float, ...]  # percent
+    gains: tuple[float, ...]
+    slope: float | None  # points a percent; None: fewer than three groups, or one share for all
+    intercept: float | None
+    r: float | None  # correlation; None: no line, or all gains alike
+    is_published: bool = False
+
+
+@dataclass(frozen=True)
+class GroupedTable:
+    """A table of a study with a row for each group of items."""
+
+    title: str
+    metric: str
+    columns: tuple[str, ...]  # labels of runs
+    rows: tuple[GroupRow, ...]
+    gains: tuple[FittedGain, ...] = ()
+    across: str = ""  # what shares are of
+    note: str = ""
+    missing: str = ""  # why it has no rows of our own
+
+
+@dataclass(frozen=True)
 class StudyOutcome:
     """What `tables.json` of a study holds."""
 
     title: str
     seeds: tuple[int, ...]
     tables: dict[str, StudiedTable]
+    by_group: dict[str, GroupedTable] = field(default_factory=dict)
     version: int = VERSION
 
 
-def outcome(study: Study) -> StudyOutcome:
+def tables(study: Study) -> dict[str, StudiedTable]:
     """Read what the evaluations have written so far."""
-    tables = {name: _table(study, name, table) for name, table in study.tables.items()}
-    return StudyOutcome(study.title, tuple(study.seeds), tables)
+    return {name: _table(study, name, table) for name, table in study.tables.items()}
 
 
 def _table(study: Study, name: str, table: StudyTable) -> StudiedTable:

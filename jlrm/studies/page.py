@@ -11,9 +11,24 @@ from jlrm.reports import charts, contracts
 from jlrm.reports.charts import Axes, Chart, Line, Mark
 from jlrm.reports.pages import write_page
 from jlrm.runtime.storage import write_atomically
-from jlrm.studies.outcomes import SeedMean, StudiedTable, StudyOutcome, TableRow
+from jlrm.studies import groups, outcomes, scatter
+from jlrm.studies.outcomes import (
+    FittedGain,
+    GroupedTable,
+    SeedMean,
+    StudiedTable,
+    StudyOutcome,
+    TableRow,
+)
+from jlrm.studies.spec import Study
 
 PAGE, TEXT, DATA = "report.html", "tables.md", "tables.json"
+
+
+def outcome(study: Study) -> StudyOutcome:
+    """Read what the evaluations have written so far."""
+    by_group = groups.tables(study)
+    return StudyOutcome(study.title, tuple(study.seeds), outcomes.tables(study), by_group)
 
 
 def write(directory: pathlib.Path, found: StudyOutcome) -> None:
@@ -27,8 +42,14 @@ def write(directory: pathlib.Path, found: StudyOutcome) -> None:
         title=found.title or directory.resolve().name,
         seeds=found.seeds,
         tables=[(table, _charts(table)) for table in found.tables.values()],
+        by_group=[(table, _gains(table)) for table in found.by_group.values()],
         cell=cell,
-        unfinished=any(value.missing for table in found.tables.values() for value in _all(table)),
+        share=share,
+        unfinished=any(
+            value.missing
+            for table in (*found.tables.values(), *found.by_group.values())
+            for value in _all(table)
+        ),
     )
 
 
@@ -44,6 +65,16 @@ def as_text(found: StudyOutcome) -> str:
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append("\n".join([f"## {table.title}", "", *lines]))
         parts += [table.note] if table.note else []
+    for table in found.by_group.values():
+        rows = [["", "items", table.across, *table.columns], ["---"] * (3 + len(table.columns))]
+        for row in table.rows:
+            label = f"{row.label}, published" if row.is_published else row.label
+            items = "-" if row.n is None else str(row.n)
+            rows.append([label, items, share(row.share), *map(cell, row.values)])
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("\n".join([f"## {table.title}", "", *lines]))
+        parts += [f"{each.alt}." for each in _gains(table)]
+        parts += [text for text in (table.missing, table.note) if text]
     seeds = len(found.seeds)
     parts.append(
         f"Means of {seeds} seed{'s' if seeds > 1 else ''}, with 95 % intervals over questions"
@@ -62,8 +93,21 @@ def cell(value: SeedMean) -> str:
     return f"{value.mean:.2f}{ends}{some}"
 
 
-def _all(table: StudiedTable) -> list[SeedMean]:
+def share(value: float | None) -> str:
+    """Return what a table shows of a group's share."""
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _all(table: StudiedTable | GroupedTable) -> list[SeedMean]:
     return [value for row in table.rows for value in row.values]
+
+
+def _gains(table: GroupedTable) -> list[Chart]:
+    """Return a chart of each pair of runs, ours and the published one on the same axes."""
+    by_pair: dict[tuple[str, str], list[FittedGain]] = {}
+    for gain in table.gains:
+        by_pair.setdefault((gain.over, gain.of), []).append(gain)
+    return [scatter.chart(gains, table.across) for gains in by_pair.values()]
 
 
 def _charts(table: StudiedTable) -> list[Chart]:

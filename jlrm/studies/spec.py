@@ -40,6 +40,7 @@ class StudyEvaluation:
         default_factory=list
     )  # flags of how a model writes: [--prompt, jlrm]
     runs: list[str] = field(default_factory=list)  # which are judged; empty: all
+    groups: str = ""  # file of groups of its items (evaluation/groups.py), for `by_group`
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,27 @@ class StudyTable:
 
 
 @dataclass(frozen=True)
+class StudyBreakdown:
+    """A table with a row for each group of an evaluation's items."""
+
+    metric: str  # EVALUATION.METRIC
+    runs: list[str]  # its columns
+    title: str = ""
+    across: str = "share of its rows, %"  # what the groups' shares are of
+    # Pairs of these runs: what the second gains over the first is drawn over the shares.
+    gains: list[list[str]] = field(default_factory=list)
+    # What others have published: {group: [items, share, a number for each run]; "-" for none}.
+    published: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Study:
     dir: str  # for all that the study writes
     runs: dict[str, StudyRun]
     evaluations: dict[str, StudyEvaluation]
     tables: dict[str, StudyTable]
+    by_group: dict[str, StudyBreakdown] = field(default_factory=dict)
     title: str = ""
     config: str = ""  # of runs that name none
     settings: list[str] = field(default_factory=list)  # of all runs
@@ -86,6 +103,8 @@ class Study:
                 _check_name(f"evaluations.{name}.runs", run, self.runs)
         for name, table in self.tables.items():
             self._check_table(f"tables.{name}", table)
+        for name, breakdown in self.by_group.items():
+            self._check_breakdown(f"by_group.{name}", breakdown)
 
     def _check_run(self, name: str, run: StudyRun, seen: set[str]) -> None:
         if bool(run.model) == bool(run.config or self.config) and not run.model:
@@ -106,22 +125,32 @@ class Study:
         if not table.columns:
             raise UsageError(f"{where}.columns is empty.")
         for column in table.columns:
-            name, dot, metric = column.partition(".")
-            _check_name(f"{where}.columns", name, self.evaluations)
-            if not (dot and metric):
-                raise UsageError(f"{where}.columns: {column} is not EVALUATION.METRIC.")
+            self._check_column(f"{where}.columns", column)
         for row in table.rows:
             _check_name(f"{where}.rows", row, self.runs)
-        for label, values in table.published.items():
-            if len(values) != len(table.columns):
-                raise UsageError(
-                    f"{where}.published: {label} has {len(values)} values for "
-                    f"{len(table.columns)} columns. A value that is not known is '-'."
-                )
-            for value in values:
-                _number(value, f"{where}.published: {label}")
+        _check_published(where, table.published, len(table.columns))
         if table.at and len(table.at) != len(table.rows or self.runs):
             raise UsageError(f"{where}.at needs a number for each of its rows.")
+
+    def _check_column(self, where: str, column: str) -> None:
+        name, dot, metric = column.partition(".")
+        _check_name(where, name, self.evaluations)
+        if not (dot and metric):
+            raise UsageError(f"{where}: {column} is not EVALUATION.METRIC.")
+
+    def _check_breakdown(self, where: str, table: StudyBreakdown) -> None:
+        self._check_column(f"{where}.metric", table.metric)
+        if not table.runs:
+            raise UsageError(f"{where}.runs is empty.")
+        judged = self.evaluations[table.metric.partition(".")[0]].runs or list(self.runs)
+        for run in table.runs:
+            _check_name(f"{where}.runs", run, dict.fromkeys(judged))
+        for pair in table.gains:
+            if len(pair) != 2 or pair[0] == pair[1]:
+                raise UsageError(f"{where}.gains: {pair} is not a pair of runs.")
+            for run in pair:
+                _check_name(f"{where}.gains", run, dict.fromkeys(table.runs))
+        _check_published(where, table.published, 2 + len(table.runs))
 
     def seeds_of(self, name: str) -> list[int]:
         """Return the seeds of a run; a model that is not trained has one."""
@@ -144,6 +173,17 @@ def load(path: pathlib.Path) -> Study:
 def published(values: list[str]) -> list[float | None]:
     """Return the numbers of a published row."""
     return [_number(value, "published") for value in values]
+
+
+def _check_published(where: str, rows: Mapping[str, list[str]], num_columns: int) -> None:
+    for label, values in rows.items():
+        if len(values) != num_columns:
+            raise UsageError(
+                f"{where}.published: {label} has {len(values)} values for {num_columns} columns. "
+                "A value that is not known is '-'."
+            )
+        for value in values:
+            _number(value, f"{where}.published: {label}")
 
 
 def _number(value: str, where: str) -> float | None:

@@ -66,7 +66,12 @@ def update(work, turns):
             time.sleep(600)
         time.sleep(0.02 if "slow" in work.flags else 0.001)
 
-iteration = update
+iteration = sft = dpo = update
+STAGES = ("sft", "dpo")
+
+def losses(work, stage):
+    rising = "rises" in work.flags and stage == "dpo"
+    return [0.7 + 3e-4 * rising * step for step in range(work.check_steps)]
 """
 
 
@@ -202,6 +207,37 @@ def test_a_library_that_computes_something_else_is_not_timed(fakes, capsys, wron
     assert "error: no library could be timed" in captured.err
 
 
+STAGES = ("--phases", "sft,dpo", "--repeats", "1")
+
+
+def test_a_stage_that_learns_something_else_is_not_timed(fakes, capsys):
+    """The first loss agrees, as it does in DPO whatever is computed; the third one does not."""
+    fakes(hf=("rises",), trl=())
+    assert run("hf,trl", *STAGES, "--json") == 0
+    result = contracts.decode(AgainstResult, json.loads(capsys.readouterr().out), "stdout")
+    assert {each.library for each in result.figures} == {OURS, "trl"}
+    _, hf, trl = result.checked
+    assert hf.refused == (
+        "it computes something else: a loss of dpo differs by 0.0006 (at most 0.0001)"
+    )
+    assert trl.stage_differences == {"sft": 0.0, "dpo": 0.0}
+    text = against.describe(result)
+    assert "losses of the first steps, sft by 0, dpo by 0 (bound 0.0001)" in text
+    assert {each.phase for each in result.figures} == {"sft", "dpo"}
+
+
+def test_a_stage_that_a_library_does_not_have_is_named(fakes, tmp_path, monkeypatch, capsys):
+    whole, less = tmp_path / "fake.py", tmp_path / "less.py"
+    less.write_text(FAKE.replace("sft = dpo = update", "sft = update").replace('"dpo")', ")"))
+    fakes(hf=())
+    monkeypatch.setitem(processes.LIBRARIES, "hf", Library("", less))
+    assert whole.exists() and run("hf", *STAGES) == 0
+    printed = capsys.readouterr().out
+    assert "hf, dpo, malloc as it is: it ended with exit code 1: nothing is known of dpo" in printed
+    rows = [line.split()[:2] for line in printed.splitlines() if line.startswith(("sft", "dpo"))]
+    assert rows == [["sft", OURS], ["sft", "hf"], ["dpo", "hf"]]
+
+
 def test_one_that_hangs_is_ended_and_named(fakes, site):
     fakes(hf=("hangs at once",))
     with Process(site, "hf", "check", "as it is") as process:
@@ -222,7 +258,7 @@ def test_a_rollout_that_is_another_one_does_not_count(fakes, site, wrong):
             Side(process, (ROWS, TOKENS)).turn()
 
 
-def test_what_is_not_installed_is_left_out(fakes, tmp_path, capsys, monkeypatch):
+def test_what_is_not_installed_is_left_out(fakes, tmp_path, capsys):
     """Alone it is the user's to mend; beside another that is there, it is told and left out."""
     empty = str(tmp_path / "empty")
     assert run("trl", "--peers", empty) == 2
@@ -230,8 +266,7 @@ def test_what_is_not_installed_is_left_out(fakes, tmp_path, capsys, monkeypatch)
     assert captured.out == "" and "launch/peers.sh" in captured.err
     assert f"there is no {empty}/torch/bin/python" in captured.err
     fakes(hf=())
-    monkeypatch.setattr(measure, "PHASES", ("update",))
-    assert run("trl,hf", "--peers", empty, "--json", "--repeats", "1") == 0
+    assert run("trl,hf", "--peers", empty, "--json", "--repeats", "1", "--phases", "update") == 0
     result = contracts.decode(AgainstResult, json.loads(capsys.readouterr().out), "stdout")
     assert [each.library for each in result.checked if each.is_missing] == ["trl"]
     assert {each.library for each in result.figures} == {OURS, "hf"}
@@ -261,7 +296,7 @@ def test_one_that_fails_halfway_leaves_the_others(fakes, capsys):
     result = contracts.decode(AgainstResult, json.loads(capsys.readouterr().out), "stdout")
     found = {(each.phase, each.library): each for each in result.figures}
     assert set(found) == {
-        (phase, name) for phase in measure.PHASES for name in (OURS, "hf", "trl", "tunix")
+        (phase, name) for phase in measure.GRPO for name in (OURS, "hf", "trl", "tunix")
     }
     for phase in ("update", "iteration"):
         assert "it was killed" in found[phase, "trl"].failed
@@ -276,8 +311,9 @@ def test_one_that_fails_halfway_leaves_the_others(fakes, capsys):
     ("words", "wanted"),
     [
         (["hg"], "Did you mean 'hf'?"),
-        ([","], "names no library"),
-        (["jlrm"], "no library that is known"),
+        ([","], "--against names nothing"),
+        (["jlrm"], "--against: jlrm is not known"),
+        (["hf", "--phases", "dop"], "--phases: dop is not known. Did you mean 'dpo'?"),
         (["hf", "--repeats", "0"], "--repeats 0 is outside"),
         (["hf", "--patience", "-1"], "--patience -1 is outside"),
     ],
@@ -310,7 +346,7 @@ def test_ours_and_transformers_compute_the_same(torch, fakes, monkeypatch, capsy
     assert other.refused is None and "torch" in other.versions
     assert other.logp_difference < 1e-5 and other.loss_difference < 1e-6
     timed = [each for each in result.figures if each.library == "hf"]
-    assert [each.phase for each in timed] == list(measure.PHASES)
+    assert [each.phase for each in timed] == list(measure.GRPO)
     assert all(each.times_ours and each.peak_bytes > 2**25 for each in timed)
 
 
@@ -324,6 +360,25 @@ def test_the_bound_of_the_loss_sees_another_loss(torch, site, setting, value):
     given.settings[setting] = value
     _, wrong = hf_torch.check(given)
     assert abs(right - wrong) > 10 * measure.LOSS_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "setting", "value"),
+    [("sft", "check_rate", 2e-4), ("dpo", "beta", 0.15), ("bradley_terry", "check_rate", 2e-4)],
+)
+def test_the_bound_of_a_stage_sees_another_one(site, stage, setting, value):
+    """Ours of a stage: the first loss is known, later ones fall, and a setting is seen in them."""
+    from jlrm.peers import ours
+
+    given = Given(site.workload, [])
+    right = ours.losses(given, stage)
+    assert len(right) == given.check_steps and right[-1] < right[0]
+    first = {"sft": np.log(SIZE.model.vocab_size), "dpo": np.log(2), "bradley_terry": np.log(2)}
+    assert right[0] == pytest.approx(first[stage], abs=1e-6 if stage == "dpo" else 0.2)
+    given.settings[setting] = value
+    wrong = ours.losses(given, stage)
+    assert abs(right[-1] - wrong[-1]) > 5 * measure.STAGE_TOLERANCE
 
 
 def test_a_setting_of_malloc_reaches_the_process(fakes, site):

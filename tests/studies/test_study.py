@@ -182,7 +182,7 @@ def test_tables_hold_what_is_there_and_say_what_is_not(tmp_path):
     put(tmp_path, "sft", 0, 60.0)
     put(tmp_path, "sft", 1, 64.0, unread=10)
     put(tmp_path, "grpo", 0, 90.0)
-    found = outcomes.outcome(read)
+    found = page.outcome(read)
     longer, sft, grpo, theirs = found.tables["main"].rows
     assert longer.values[0] == SeedMean(None, missing=1)  # it has one seed
     assert [value.mean for value in sft.values] == [62.0, 50.0, 12.5, None]
@@ -202,7 +202,7 @@ def test_a_metric_that_a_benchmark_does_not_have_is_named(tmp_path):
     read = spec.load(written(tmp_path, tables={"t": {"columns": ["pairs.overal"]}}))
     put(tmp_path, "sft", 0, 60.0)
     with pytest.raises(UsageError, match=r"has no 'overal'\. Did you mean 'overall'"):
-        outcomes.outcome(read)
+        page.outcome(read)
 
 
 def test_columns_are_drawn_over_numbers(tmp_path):
@@ -214,9 +214,9 @@ def test_columns_are_drawn_over_numbers(tmp_path):
     }
     read = spec.load(written(tmp_path, tables={"sizes": table}))
     put(tmp_path, "sft", 0, 60.0)
-    (chart,) = page._charts(outcomes.outcome(read).tables["sizes"])
+    (chart,) = page._charts(page.outcome(read).tables["sizes"])
     assert "pairs.overall" in chart.alt
-    page.write(tmp_path / "out", outcomes.outcome(read))
+    page.write(tmp_path / "out", page.outcome(read))
 
 
 # --- The command ---

@@ -16,11 +16,12 @@ import numpy as np
 
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import ItemVerdicts
+from jlrm.evaluation.groups import Groups
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.scoring import percent
 from jlrm.evaluation.statistics import intervals
 from jlrm.evaluation.statistics.intervals import Clusters
-from jlrm.reports.results_file import Interval, SubsetResult
+from jlrm.reports.results_file import GroupResult, Interval, SubsetResult
 
 MEAN_CREDITS = ("overall", "agreement", "micro", "correct_average")  # of most benchmarks
 
@@ -88,6 +89,18 @@ def subsets(credited: Credited) -> dict[str, SubsetResult]:
             results[name] = SubsetResult(len(part.judged), mean, _finite_ends(_of_mean(part)))
         elif name:
             results[name] = SubsetResult(len(part.judged), None)
+    return results
+
+
+def groups(credited: Credited, told: Groups) -> dict[str, GroupResult]:
+    """Return the metrics of each group."""
+    results = {}
+    for name, group in told.named.items():
+        share = None if math.isnan(group.share) else group.share
+        owners = [told.of_subset.get(each.item.subset) for each in credited.judged]
+        places = [i for i, owner in enumerate(owners) if owner == name]
+        computed = metrics(credited.part(places)) if places else ({}, {})
+        results[name] = GroupResult(len(places), *computed, share)
     return results
 
 

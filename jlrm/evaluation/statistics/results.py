@@ -17,6 +17,7 @@ import numpy as np
 from jlrm.config import UsageError
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.games import Game, ItemVerdicts, Response
+from jlrm.evaluation.groups import Groups
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.reading import Reader, count, judged_items, statuses
 from jlrm.evaluation.scoring import counted
@@ -43,6 +44,7 @@ class Evaluation(NamedTuple):
     games: Sequence[Game]
     responses: Mapping[str, Response]  # by game
     reader: Reader
+    groups: Groups = Groups()  # of the user's
 
     def judged(self) -> tuple[list[ItemVerdicts], int]:
         """Return the items whose games are all answered, and the number of the others."""
@@ -72,6 +74,7 @@ def entry(evaluation: Evaluation, span: float | None) -> BenchmarkResult:
         statuses=statuses(judged),
         policy=dataclasses.asdict(policy),
         subsets=metrics.subsets(credited),
+        groups=metrics.groups(credited, evaluation.groups),
         diagnostics=diagnostics.summary(judged, responses, clusters=clusters, span=span),
         published=benchmark.published,
         incomplete=num_missing > 0,
@@ -170,6 +173,12 @@ def table(name: str, result: BenchmarkResult, size: int) -> Iterator[str]:
     ]
     columns = ["metric", "value", "95 % interval", *(["published"] if published else [])]
     yield tables.table(rows, columns)
+    if result.groups:
+        of_groups = [
+            {"group": group, "items": each.n, "share %": each.share, **each.metrics}
+            for group, each in result.groups.items()
+        ]
+        yield tables.table(of_groups, ["group", "items", "share %", *result.metrics])
     if compared := result.comparison:
         low, high = compared.interval
         yield (
