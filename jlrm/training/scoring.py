@@ -253,9 +253,8 @@ def _judgement(
     tokens: tuple[int, int],
 ) -> Judgement:
     row, (verdict, others), (num_tokens, max_tokens) = example.comparison, verdicts, tokens
-    is_right = right(row, verdict)
     if gold is None:
-        return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), is_right)
+        return Judgement(response, verdict, dict.fromkeys(rewards.TERMS), right(row, verdict))
     known: dict[str, Any] = dict(zip(("gold", "preference"), gold, strict=True))
     pay = partial(rewards.pay_beside, others=others) if others else rewards.pay
     if isinstance(row, AnswerList):
@@ -267,7 +266,7 @@ def _judgement(
         raise UsageError(f"Row {row.id}: {error}") from None
     except Exception as error:
         raise RunError(f"The reward of row {row.id} failed: {error}") from error
-    return Judgement(response, verdict, terms, is_right)
+    return Judgement(response, verdict, terms, right(row, verdict))
 
 
 def right(row: Comparison, verdict: Verdict) -> bool | float | None:
