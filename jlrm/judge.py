@@ -265,13 +265,10 @@ def _check_form(args: argparse.Namespace) -> None:
         raise UsageError("--single and --rank read rows of two forms. Name one of them.")
     if args.at_once is not None and not args.rank:
         raise UsageError("--at-once has an effect with --rank alone.")
-    judging = options.judging(args.backend, args.model)
-    args.at_once = judging == "lists" if args.at_once is None else args.at_once
-    if not args.single and judging == "single":
-        raise UsageError(
-            f"{options.seen_no_pairs(args.model)} Give rows of one answer, with --single; jlrm "
-            "evaluate, Judge.compare and jlrm judge serve score both answers of a pair."
-        )
+    if args.at_once is None:
+        args.at_once = options.judging(args.backend, args.model) == "lists"
+    if not args.single:
+        options.refuse_pairs(args.backend, args.model)
     useless = {
         "--single": ("values", "calibration", "tie_margin", "make_pairs", "make_judgements"),
         "--rank": ("values", "make_judgements"),

@@ -2,8 +2,8 @@
 
 A row has two scores, or a preference alone, or both if they agree. Where nothing compares with gold
 (`data.gold=majority`) it may have neither. Answers that are judged at once (`AnswerList`) are a row
-too. A row that can't be used becomes a `Dropped` with its place and the
-reason: nothing is guessed, and nothing is lost silently. Files are read by readers.py.
+too. A row that can't be used becomes a `Dropped` with its place and the reason: nothing is guessed,
+and nothing is lost silently. Files are read by readers.py.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def comparison(
         where=place,
     )
     if pair is None and comparison.preference is None:
-        if not first is second is None:
+        if first is not None or second is not None:
             raise Unusable("one_score")
         if needs_label:
             raise Unusable("no_label")

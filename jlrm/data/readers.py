@@ -101,6 +101,7 @@ def read(
     columns: Mapping[str, str] | None = None,
     values: Mapping[Any, Any] | None = None,
     scores: str = "score",
+    is_listed: bool = False,
 ) -> Comparisons:
     """Read comparisons from a file, a directory, a url, `hf:ORG/NAME`, `tfds:NAME` or a world.
 
@@ -110,7 +111,7 @@ def read(
     "score_w_reference". Rows may be in five forms, told apart by their keys: ours, JudgeLM-100K's,
     verl's (a filled-in judge prompt with its ground truth), TRL's (prompt, chosen, rejected), and
     two conversations. Conversations may be lists of messages or transcripts ("Human: ..."). Other
-    columns are kept in `Comparison.meta`.
+    columns are kept in `Comparison.meta`. With `is_listed` rows hold lists of answers instead.
 
     Reasons for a dropped row stand in comparisons.REASONS. It is said where the numbers that label
     a source look like another numbering than ours (judgement/labels.py).
@@ -119,7 +120,8 @@ def read(
       UsageError: no such source or split, no rows, no usable row, or, with its line, a row that
         lacks a field or holds another type than it should.
     """
-    part, seen = read_part(source, columns=columns, values=values, scores=scores)
+    told: dict[str, Any] = {"columns": columns, "values": values, "scores": scores}
+    part, seen = read_part(source, **told, is_listed=is_listed)
     check_whole(source, [seen])
     return part
 

@@ -35,6 +35,11 @@ class Item:
     is_expected: bool = False  # expected scores are wanted
     golds: tuple[float | None, ...] = ()  # of a list: gold of each answer, higher for a better one
 
+    def gold_label(self, first: int, second: int) -> int | None:
+        """Return which of two answers `golds` prefer, 1, 2 or 0; None where one is not known."""
+        one, two = self.golds[first], self.golds[second]
+        return None if one is None or two is None else preferred(one, two)
+
 
 @dataclass(frozen=True)
 class Game:
@@ -150,10 +155,15 @@ def said_of(
     return found
 
 
+def whole(item: Item) -> Game:
+    """Return the game of all answers of an item, as they are given."""
+    first, second, *rest = range(len(item.answers))
+    return Game(item, first, second, tuple(rest))
+
+
 def _whole(game: Game) -> Game:
     """Return the game of all answers of an item in which a pair of them is shown in this order."""
-    first, second, *rest = range(len(game.item.answers))
-    given = Game(game.item, first, second, tuple(rest))
+    given = whole(game.item)
     return given if game.first < game.second else given.swapped()
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from jlrm.config import UsageError, nearest
 from jlrm.data import forms, readers
+from jlrm.data.comparisons import Comparison, describe_dropped
 from jlrm.evaluation.games import Item
 from jlrm.runtime.storage import first_line
 
@@ -52,6 +53,20 @@ def rows(source: str, how_to_get: str, pattern: str = "*") -> Iterator[tuple[str
         raise UsageError(f"{source} holds no file {pattern}. {how_to_get}")
     for name in [str(file) for file in inside] or [source]:
         yield from _rows(name, how_to_get)
+
+
+def own_rows(source: str, how_to_get: str, **reading: Any) -> list[Comparison]:
+    """Read the user's own rows as training does; those that can't be used are left out, and told.
+
+    reading: as of `readers.read`, whose errors it raises.
+    """
+    if not source:
+        raise UsageError(f"There is no data to read. {how_to_get}")
+    found = readers.read(source, **reading)
+    if found.dropped:
+        text = "%s: left out %s"
+        logging.getLogger(__name__).warning(text, source, describe_dropped(found.dropped))
+    return found.rows
 
 
 def _rows(source: str, how_to_get: str) -> Iterator[tuple[str, Row]]:

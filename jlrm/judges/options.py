@@ -216,6 +216,19 @@ def seen_no_pairs(model: str) -> str:
     )
 
 
+def refuse_pairs(backend: str, model: str) -> None:
+    """Refuse to ask a judge of single answers about pairs.
+
+    Raises:
+      UsageError: with what else to do.
+    """
+    if judging(backend, model) == "single":
+        raise UsageError(
+            f"{seen_no_pairs(model)} Give rows of one answer, with --single; jlrm evaluate, "
+            "Judge.compare and jlrm judge serve score both answers of a pair."
+        )
+
+
 def _trained_with(model: str) -> Config | None:
     """Return the config of a run, which has the judge's prompt and scale; None of other models."""
     from jlrm.weights import steps

@@ -239,9 +239,6 @@ def _with_head(network: Network, params: Any, head: np.ndarray) -> Any:
     return {name: score if name == "score" else params[name] for name in wanted}
 
 
-STAGES = ("sft", "dpo", "bradley_terry")
-
-
 def losses(work: Any, stage: str) -> list[float]:
     """Return the loss of each of the first steps of a stage."""
     run = StageLearner(work, stage, work.check_rate)

@@ -132,9 +132,6 @@ def inputs_of(work):
     }
 
 
-STAGES = ("sft", "dpo", "bradley_terry")
-
-
 def losses(work, stage):
     """Return the loss of each of the first steps of a stage."""
     trainer = make_stage(work, stage, work.check_rate, work.check_steps)

@@ -12,8 +12,7 @@ An adapter is a file with these functions; a phase that it does not have is an e
     update(work, turns)      take one optimiser step on the batch in each turn
     iteration(work, turns)   a rollout, its rewards, log-probabilities of the reference, one step
     sft, dpo, bradley_terry  (work, turns): take one step of that stage on the pairs in each turn
-    STAGES                   those of the three that there are; with it:
-    losses(work, stage)      -> the loss of each of the first `check_steps` steps at `check_rate`
+    losses(work, stage)      beside these: -> the loss of each of the first `check_steps` steps
 
 A turn begins when `turns` gives its number and ends when the next one is asked for, so its work has
 to be done by then, devices included. What comes before the first turn is not timed.
@@ -144,7 +143,7 @@ def main() -> None:
         logps, loss = adapter.check(work)
         versions = {name: importlib.metadata.version(name) for name in adapter.PACKAGES}
         logps = np.asarray(logps, np.float64).tolist()
-        known = [stage for stage in work.stages if stage in getattr(adapter, "STAGES", ())]
+        known = [stage for stage in work.stages if hasattr(adapter, stage)]
         losses = {stage: [float(each) for each in adapter.losses(work, stage)] for stage in known}
         tell({"logps": logps, "loss": float(loss), "losses": losses, "versions": versions})
     elif not hasattr(adapter, phase):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from jlrm.config import RunError, UsageError
 from jlrm.data import tokenizer as tokenizers
-from jlrm.evaluation.games import Game, Response, alone, beside
+from jlrm.evaluation.games import Game, Response, asked_about, said_of
 from jlrm.evaluation.prompting import EncodeGames
 from jlrm.evaluation.reading import Reader, check_rubric
 from jlrm.judgement import prompts
@@ -86,15 +86,14 @@ class Service:
           UsageError: a text that is none.
           Busy, RunError: as `Engine.submit`.
         """
-        is_single = self.read.is_single
-        orders = "given" if is_single else orders
+        orders = "given" if self.read.is_single else orders
         own = [
             games_of(_identity(pair[:3], i), pair, orders, drawing.seed)
             for i, pair in enumerate(pairs)
         ]
         games = [game for each in own for game in each]
-        responses = await self._responses(alone(games) if is_single else games, drawing, tell)
-        responses = beside(games, responses) if is_single else responses
+        asked = asked_about(games, self.read.judging)
+        responses = said_of(games, await self._responses(asked, drawing, tell), self.read.judging)
         return [
             judged_pair(
                 pair.id,

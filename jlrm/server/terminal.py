@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jlrm.config import UsageError
 from jlrm.evaluation.games import Game
 from jlrm.evaluation.reading import reader
 from jlrm.judgement.spelling import without_end_tokens
@@ -163,11 +162,7 @@ def _opened(args: argparse.Namespace) -> Iterator[Ask]:
     Raises:
       UsageError: anything the user can mend.
     """
-    if options.judging(args.backend, args.model) == "single":
-        raise UsageError(
-            f"{options.seen_no_pairs(args.model)} Give rows of one answer, with --single; "
-            "Judge.compare and jlrm judge serve score both answers of a pair."
-        )
+    options.refuse_pairs(args.backend, args.model)
     if args.backend != options.JLRM:
         chosen = options.options(args)
         made = options.make(args.backend, args.model, chosen, args.seed, None)

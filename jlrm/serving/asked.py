@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jlrm.config import UsageError
-from jlrm.evaluation.games import Game, Item
+from jlrm.evaluation.games import Game, Item, whole
 from jlrm.evaluation.rubrics import Rubric
 from jlrm.evaluation.scoring import ordered
 from jlrm.judgement import conversations
@@ -91,9 +91,7 @@ def _games(item: Item, orders: str, seed: int) -> list[Game]:
     if orders not in ORDERS:
         raise UsageError(f"orders='{orders}': wanted one of {', '.join(ORDERS)}.")
     order = "as_given" if orders == "given" else orders  # a policy's word for it
-    first, second, *rest = range(len(item.answers))
-    address = json.dumps([item.question, *item.answers])
-    return ordered(Game(item, first, second, tuple(rest)), order, seed, address)
+    return ordered(whole(item), order, seed, json.dumps([item.question, *item.answers]))
 
 
 def each_beside_each(

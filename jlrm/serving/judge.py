@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jlrm.config import UsageError, nearest
-from jlrm.evaluation.games import Backend, Game, Response, alone, beside
+from jlrm.evaluation.games import Backend, Game, Response, asked_about, said_of
 from jlrm.evaluation.reading import Reader, check_rubric, reader
 from jlrm.evaluation.rubrics import Rubric
 from jlrm.evaluation.rubrics import rubric as as_rubric
@@ -352,10 +352,10 @@ class Judge:
     def _responses(self, games: Sequence[Game]) -> dict[str, Response]:
         """Ask about games, and of a judge of single answers about each answer of them."""
         responses: dict[str, Response] = {}
-        asked = alone(games) if self._read.is_single else games
+        asked = asked_about(games, self._read.judging)
         self._backend(asked, lambda response: responses.update({response.game: response}))
         pairs = [game for game in games if not game.is_single]
-        return responses | beside(pairs, responses) if self._read.is_single else responses
+        return {**responses, **said_of(pairs, responses, self._read.judging)}
 
     def _told(self, asked: Any) -> Any:
         """Return a pair or a single answer with the rubric of this judge if it has none."""

@@ -31,6 +31,7 @@ SPELLINGS = {
     "id": forms.IDS,
 }
 MOST_ANSWERS = 32  # of a list: with both orders they play 992 games
+AT_ONCE = ""  # where a pair's id would stand, of games in which all answers are judged at once
 
 
 class ListRow(NamedTuple):
@@ -85,7 +86,7 @@ def games(
     """Return the games of a list, by the pairs' ids or at once; `told` as of `each_beside_each`."""
     if at_once:
         asked = Listed(row.question, row.answers, row.reference, *told)
-        return {"": games_at_once(number, asked, orders, seed)}
+        return {AT_ONCE: games_at_once(number, asked, orders, seed)}
     pairs = each_beside_each(row.question, row.answers, row.reference, *told)
     return {pair.id: games_of(f"{number}.{pair.id}", pair, orders, seed) for pair in pairs}
 
@@ -102,8 +103,8 @@ def ranking(
     def said(pair: Sequence[Game]) -> list[Response | None]:
         return [responses.get(game.id) for game in pair]
 
-    if "" in own:
-        at_once = zip(own[""], said(own[""]), strict=True)
+    if AT_ONCE in own:
+        at_once = zip(own[AT_ONCE], said(own[AT_ONCE]), strict=True)
         return ranked_at_once([judged_list(*each, read) for each in at_once], read, calibrated)
     judged = [judged_pair(name, pair, said(pair), read, calibrated) for name, pair in own.items()]
     return ranked(judged, num_answers)

@@ -67,7 +67,6 @@ def update(work, turns):
         time.sleep(0.02 if "slow" in work.flags else 0.001)
 
 iteration = sft = dpo = update
-STAGES = ("sft", "dpo")
 
 def losses(work, stage):
     rising = "rises" in work.flags and stage == "dpo"
@@ -228,7 +227,7 @@ def test_a_stage_that_learns_something_else_is_not_timed(fakes, capsys):
 
 def test_a_stage_that_a_library_does_not_have_is_named(fakes, tmp_path, monkeypatch, capsys):
     whole, less = tmp_path / "fake.py", tmp_path / "less.py"
-    less.write_text(FAKE.replace("sft = dpo = update", "sft = update").replace('"dpo")', ")"))
+    less.write_text(FAKE.replace("sft = dpo = update", "sft = update"))
     fakes(hf=())
     monkeypatch.setitem(processes.LIBRARIES, "hf", Library("", less))
     assert whole.exists() and run("hf", *STAGES) == 0

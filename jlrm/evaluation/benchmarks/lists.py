@@ -12,21 +12,18 @@ can be read. `first_order` counts the order given alone, as training does on its
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jlrm.config import UsageError
-from jlrm.data import readers
-from jlrm.data.comparisons import AnswerList, describe_dropped
+from jlrm.data.comparisons import AnswerList
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
-from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts
+from jlrm.evaluation.games import Game, GameVerdict, Item, ItemVerdicts, whole
 from jlrm.evaluation.policies import Policy
 from jlrm.evaluation.scoring import game_credit, label_of, ordered, percent
-from jlrm.judgement.verdict import is_consistent, preferred
+from jlrm.judgement.verdict import is_consistent
 
 HOW_TO_GET = (
     "Name your lists, e.g. --data lists=FILE.jsonl with question, answers, and scores or a ranking "
@@ -50,18 +47,11 @@ def read(
     scores: str = "score",
 ) -> list[Item]:
     """Read lists as training does; rows that can't be used are left out, and told."""
-    if not source:
-        raise UsageError(f"There is no data to read. {HOW_TO_GET}")
-    part, seen = readers.read_part(
-        source, columns=columns, values=values, scores=scores, is_listed=True
-    )
-    readers.check_whole(source, [seen])
-    if part.dropped:
-        text = "%s: left out %s"
-        logging.getLogger(__name__).warning(text, source, describe_dropped(part.dropped))
-    rows = [row for row in part.rows if isinstance(row, AnswerList)]
+    told: dict[str, Any] = {"columns": columns, "values": values, "scores": scores}
     items = [
-        Item(row.id, row.question, row.answers, subset=row.source, golds=row.golds) for row in rows
+        Item(row.id, row.question, row.answers, subset=row.source, golds=row.golds)
+        for row in sources.own_rows(source, HOW_TO_GET, **told, is_listed=True)
+        if isinstance(row, AnswerList)
     ]
     return sources.finished(items, source)
 
@@ -70,16 +60,10 @@ def games(items: Sequence[Item], policy: Policy, seed: int) -> list[Game]:
     """Return the games of the pairs of each list that gold says something of."""
     found = []
     for item in items:
-        first, second, *rest = range(len(item.answers))
-        for whole in ordered(Game(item, first, second, tuple(rest)), policy.order, seed):
-            pairs = combinations(whole.shown, 2)
-            found += [Game(item, i, j) for i, j in pairs if _label(item, i, j) is not None]
+        for shown in (game.shown for game in ordered(whole(item), policy.order, seed)):
+            pairs = combinations(shown, 2)
+            found += [Game(item, i, j) for i, j in pairs if item.gold_label(i, j) is not None]
     return found
-
-
-def _label(item: Item, first: int, second: int) -> int | None:
-    one, two = item.golds[first], item.golds[second]
-    return None if one is None or two is None else preferred(one, two)
 
 
 def _credit(judged: ItemVerdicts, policy: Policy) -> Credit:
@@ -99,7 +83,7 @@ def _credit(judged: ItemVerdicts, policy: Policy) -> Credit:
 
 
 def _worth(item: Item, verdict: GameVerdict, policy: Policy) -> float:
-    label = _label(item, *sorted((verdict.first, verdict.second)))
+    label = item.gold_label(*sorted((verdict.first, verdict.second)))
     assert label is not None, f"a game of {item.id} has no gold"
     return game_credit(label_of(verdict, policy), label, policy)
 

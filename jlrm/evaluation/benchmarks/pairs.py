@@ -8,12 +8,10 @@ judges its held-out set by.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jlrm.config import UsageError
-from jlrm.data import readers
-from jlrm.data.comparisons import Comparison, describe_dropped
+from jlrm.data.comparisons import Comparison
 from jlrm.evaluation import sources
 from jlrm.evaluation.benchmark import Benchmark, Credit
 from jlrm.evaluation.classes import class_credit, class_total
@@ -35,15 +33,9 @@ def read(
     values: Mapping[str, str] | None = None,
     scores: str = "score",
 ) -> list[Item]:
-    """Read comparisons as `readers.read` does; rows that it can't use are left out, and told."""
-    if not source:
-        raise UsageError(f"There is no data to read. {HOW_TO_GET}")
-    comparisons = readers.read(source, columns=columns, values=values, scores=scores)
-    if comparisons.dropped:
-        logging.getLogger(__name__).warning(
-            "%s: left out %s", source, describe_dropped(comparisons.dropped)
-        )
-    return items(comparisons.rows, source)
+    """Read comparisons as training does; rows that can't be used are left out, and told."""
+    told: dict[str, Any] = {"columns": columns, "values": values, "scores": scores}
+    return items(sources.own_rows(source, HOW_TO_GET, **told), source)
 
 
 def items(rows: Sequence[Comparison], source: str) -> list[Item]:

@@ -49,8 +49,7 @@ class Play(NamedTuple):
         """The better answer as shown (1, 2, 0 for a tie); None where the item does not say."""
         item, first, second = self.item, self.verdict.first, self.verdict.second
         if item.golds:
-            one, two = item.golds[first], item.golds[second]
-            return None if one is None or two is None else preferred(one, two)
+            return item.gold_label(first, second)
         if item.label is not None:
             return swap_preference(item.label) if first > second else item.label
         if len(item.answers) == 2 or (first < item.num_correct) == (second < item.num_correct):
