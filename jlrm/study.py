@@ -1,6 +1,6 @@
 """Run a study: trainings and evaluations from one file, then tables of what comes out.
 
-    python -m jlrm.study STUDY.yaml [--dry-run] [--keep-going] [--seeds N,N]
+    python -m jlrm.study STUDY.yaml [--dry-run] [--keep-going] [--seeds N,N] [--jobs N]
 
     1  read     the study: runs, evaluations, tables (studies/spec.py; configs/study/)
     2  list     its commands, seed by seed, without those that are done
@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from jlrm.config import RunError, UsageError
 from jlrm.reports import contracts
 from jlrm.runtime import cluster, commands, hosts, settings
-from jlrm.studies import cells, page, spec
+from jlrm.studies import cells, jobs, page, spec
 from jlrm.studies.cells import Cell, Record
 
 TIMEOUT = 1800.0  # seconds that a host may be later than another at the end
@@ -48,13 +48,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     directory, is_alone = pathlib.Path(study.dir), cluster.settings(args) is None
+    if args.jobs != 1 and not (is_alone and args.jobs > 1):
+        raise UsageError(
+            f"--jobs {args.jobs}: on one machine, a number of commands that run at once; several "
+            "hosts run each command together."
+        )
+    logs = directory / jobs.LOGS if args.jobs > 1 else None
 
     def finished(cell: Cell) -> None:
         record.add(cell)  # on every host: all write the same
         if is_alone and cell.key.startswith("evaluate/"):
             page.write(directory, page.outcome(study))
 
-    failed = cells.run_all(missing, flags, finished, args.keep_going)
+    failed = jobs.run_all(missing, flags, finished, args.keep_going, args.jobs, logs)
     with hosts.joined(args, settings.to_dict(study), TIMEOUT):
         if hosts.is_main():
             found = page.outcome(study)
@@ -107,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", metavar="N,N", help="in place of the file's seeds")
     add("--dry-run", action="store_true", help="print the commands that are to do, and run none")
     add("--keep-going", action="store_true", help="after a failure do what does not rest on it")
+    add("--jobs", type=int, default=1, metavar="N", help="commands at once, on CPUs; each a log")
     add("--json", action="store_true", help="print tables.json on stdout")
     cluster.add_arguments(parser)
     return parser

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import json
 import pathlib
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jlrm.config import RunError, UsageError
+from jlrm.config import UsageError
 from jlrm.evaluation import groups
 from jlrm.evaluation.statistics.results import checksum
 from jlrm.runtime import settings
-from jlrm.runtime.commands import Interrupted
 from jlrm.runtime.storage import write_atomically
 from jlrm.studies.spec import Study
 
 RECORD = "study.json"
 VERSION = 1
-FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -120,63 +115,3 @@ class Record:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"version": VERSION, "done": self.done}, indent=1) + "\n"
         write_atomically(self.path, text.encode())
-
-
-def run_all(
-    missing: Sequence[Cell],
-    flags: Sequence[str],
-    finished: Callable[[Cell], None],
-    keeps_going: bool,
-) -> list[Cell]:
-    """Run cells in order, each in a process of its own, and return those that could not be done.
-
-    flags: of the run of several processes, for every command. finished: called after each.
-
-    Raises:
-      Interrupted: a signal; the command that ran has heard it too.
-      RunError: a command failed, unless `keeps_going`.
-    """
-    failed: list[Cell] = []
-    for number, cell in enumerate(missing, start=1):
-        print(f"[{number}/{len(missing)}] {cell.key}", file=sys.stderr, flush=True)
-        lost = {each.key for each in failed} & set(cell.needs)
-        if lost:
-            print(f"left out: {', '.join(sorted(lost))} failed", file=sys.stderr, flush=True)
-            failed.append(cell)
-            continue
-        code = _run(cell, flags)
-        if code == 0:
-            finished(cell)
-            continue
-        if not keeps_going:
-            raise RunError(
-                f"{cell.key} ended with exit code {code}; what it said stands above. The same "
-                "command goes on from here; --keep-going does what does not rest on it first."
-            )
-        failed.append(cell)
-    return failed
-
-
-def _run(cell: Cell, flags: Sequence[str]) -> int:
-    """Run a cell's command to its end; a signal to this process is passed on to it."""
-    heard: list[int] = []
-    command = [sys.executable, "-m", *cell.command, *flags]
-    # It is in the group of this process: a terminal's Ctrl-C reaches both.
-    process = subprocess.Popen(command, stdout=sys.stderr)
-
-    def forward(signum: int, _: object) -> None:
-        heard.append(signum)
-        process.send_signal(signum)
-
-    before = {signum: signal.signal(signum, forward) for signum in FORWARDED}
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    if heard:
-        raise Interrupted(heard[0], f"Stopped in {cell.key}. The same command goes on from there.")
-    return code

@@ -277,9 +277,9 @@ def test_a_signal_reaches_the_command_and_the_study_goes_on_later(tmp_path, monk
     )
     script = (
         "from jlrm.runtime import commands\n"
-        "from jlrm.studies import cells\n"
+        "from jlrm.studies import cells, jobs\n"
         f"one = cells.Cell('train/x/0', ('waits', {str(tmp_path / 'told')!r}))\n"
-        "commands.finish(lambda: cells.run_all([one], [], print, False))\n"
+        "commands.finish(lambda: jobs.run_all([one], [], print, False))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
