@@ -80,7 +80,7 @@ def test_a_section_keeps_its_own_defaults_when_one_field_is_given():
         (["grpo.steps=1.5"], "grpo.steps=1.5 is not what was wanted: a whole number."),
         (["run.tensorboard=3"], "run.tensorboard=3 is not what was wanted: true or false."),
         (["run.seed=true"], "run.seed=True is not what was wanted: a whole number."),
-        (["model.remat=some"], "model.remat='some' is not one of none, dots, full."),
+        (["model.remat=some"], "model.remat='some' is not one of none, dots, attention, full."),
         (["steps"], "Got 'steps', wanted section.key=value"),
         (["run.dir.x=1"], "is not a section"),
         (["grpo=3"], "Section 'grpo' must hold keys and values, got 3."),

@@ -43,8 +43,9 @@ class ModelSource:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # Precision of matrix products, activations and KV cache.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    # What the backward pass computes again instead of keeping it: "full" needs least memory.
-    remat: Literal["none", "dots", "full"] = "full"
+    # What the backward pass computes again instead of keeping it: "full", everything, needs least
+    # memory; "attention" all but attention and what enters it; "dots" what is no matrix product.
+    remat: Literal["none", "dots", "attention", "full"] = "full"
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jlrm.model.remat import ATTENDED
 from jlrm.model.visibility import BLOCK, Packing, scaled, visible_blocks
 from jlrm.runtime import exact
 
@@ -159,8 +161,8 @@ def _blockwise_forward(
 
     body = exact_block if is_exact else query_block
     _, (out, logsumexp) = lax.scan(body, None, (queries, blocks))
-    out = _unfold(out, q)
     # One number a query instead of its weights: the backward pass recomputes those from it.
+    out, logsumexp = checkpoint_name((_unfold(out, q), logsumexp), ATTENDED)
     return out, (queries, k, v, packing, blocks, out, logsumexp)
 
 

@@ -24,6 +24,7 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -32,6 +33,7 @@ from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.lora import LoRA
 from jlrm.model.quantised import Blocks, quantise_layers, quantise_letters, widen_all
+from jlrm.model.remat import QKV, rematerialised
 from jlrm.model.rope import Rope, Scaling, angles, rotate
 from jlrm.model.visibility import Packing
 from jlrm.runtime import exact
@@ -284,7 +286,7 @@ def hidden_states(
             return one_layer(weights, x, (angles_, packing)), None
 
         if sums is None:
-            x, _ = jax.lax.scan(_rematerialised(config.remat, layer), x, params["layers"])
+            x, _ = jax.lax.scan(rematerialised(config.remat, layer), x, params["layers"])
         else:
             trained, frozen = lora.split(config.lora, params["layers"])
             x = gradient_sums.run(one_layer, trained, frozen, sums, x, (angles_, packing))
@@ -355,6 +357,7 @@ def apply(module: nn.Module, params: Params, *args: Any) -> Any:
 def _attend_packed(
     is_exact: bool, platform: str, layout: Any, q: Array, k: Array, v: Array, packing: Packing
 ) -> tuple[Array, None]:
+    q, k, v = checkpoint_name((q, k, v), QKV)
     if is_exact:
         return attend_exactly(q, k, v, packing), None
     return attend_packed(q, k, v, packing, platform), None
@@ -433,14 +436,3 @@ def _fan_in_normal(axes: tuple[int, ...]) -> Any:
         return (jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype)
 
     return init
-
-
-def _rematerialised(policy: str, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a layer whose backward pass recomputes nothing ("none"), all but matrix products
-    ("dots"), or everything ("full").
-    """
-    if policy == "none":
-        return layer
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    # prevent_cse guards against XLA merging the recomputation away; inside a scan it can't.
-    return jax.checkpoint(layer, policy=dots if policy == "dots" else None, prevent_cse=False)

@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 from jaxtyping import Array, Bool, Float, Int
 
+from jlrm.model.remat import ATTENDED
 from jlrm.model.visibility import BLOCK, Packing, prefix_align, scaled, slot_bits, visible_blocks
 
 # The largest tile a kernel takes at once. A row of 5120 slots has 10 x 10 of them.
@@ -93,7 +94,7 @@ def _kernel(
         save_residuals=False,
         mask_value=kernels.DEFAULT_MASK_VALUE,
         attn_logits_soft_cap=None,
-        residual_checkpoint_name=None,
+        residual_checkpoint_name=ATTENDED,
         mask_function=_mask_function(num_slots),
         interpret=interpret,
     )

@@ -396,7 +396,7 @@ def test_rematerialisation_changes_memory_and_no_gradient():
     tokens = random_tokens("remat", 8, 10)
     mask = right_mask([10, 8, 6, 4, 2, 10, 10, 10], 10)
     grads, saved = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "attention", "full"):
         config, layout, params = golden("qwen2_untied")
         config = dataclasses.replace(config, remat=remat)
         arguments = (tokens, positions_of(mask), mask)
@@ -408,10 +408,11 @@ def test_rematerialisation_changes_memory_and_no_gradient():
 
         kept = jax.tree.leaves(jax.eval_shape(residuals, params))
         saved[remat] = sum(math.prod(leaf.shape) for leaf in kept)
-    assert saved["full"] < saved["dots"] < saved["none"]
+    assert saved["full"] < saved["attention"] < saved["dots"] < saved["none"]
     # XLA fuses the recomputation in its own way, which moves the last bits of float32.
     bound = 1e-6 if IS_OLD_JAX else 1e-5
     assert_trees_close(grads["dots"], grads["none"], bound)
+    assert_trees_close(grads["attention"], grads["none"], bound)
     assert_trees_close(grads["full"], grads["none"], bound)
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads["none"]):
         assert np.abs(np.asarray(leaf)).max() > 1e-4, jax.tree_util.keystr(path)
