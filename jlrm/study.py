@@ -1,6 +1,7 @@
 """Run a study: trainings and evaluations from one file, then tables of what comes out.
 
     python -m jlrm.study STUDY.yaml [--dry-run] [--keep-going] [--seeds N,N] [--jobs N]
+    python -m jlrm.study STUDY.yaml --topology v5e:4x4    does each training fit this slice?
 
     1  read     the study: runs, evaluations, tables (studies/spec.py; configs/study/)
     2  list     its commands, seed by seed, without those that are done
@@ -27,6 +28,7 @@ from jlrm.reports import contracts
 from jlrm.runtime import cluster, commands, hosts, settings
 from jlrm.studies import cells, jobs, page, spec
 from jlrm.studies.cells import Cell, Record
+from jlrm.studies.spec import Study
 
 TIMEOUT = 1800.0  # seconds that a host may be later than another at the end
 
@@ -54,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "hosts run each command together."
         )
     logs = directory / jobs.LOGS if args.jobs > 1 else None
+    if args.topology:
+        _plan(study, args.topology, args.jobs, logs)
+        return
 
     def finished(cell: Cell) -> None:
         record.add(cell)  # on every host: all write the same
@@ -86,6 +91,28 @@ def _check_configs(wanted: Sequence[Cell]) -> None:
                 raise UsageError(f"{cell.key}: {error}") from None
 
 
+def _plan(study: Study, topology: str, num_jobs: int, logs: pathlib.Path | None) -> None:
+    """Plan every training for a slice, and print what each of them needs there.
+
+    Raises:
+      RunError: some do not fit, or could not be planned.
+    """
+    from jlrm.planning.figures import read_plan  # here, since these import JAX
+    from jlrm.planning.page import verdict
+
+    wanted = cells.plans(study, topology)
+    for name in study.runs:
+        cells.plan_file(study, name, topology).unlink(missing_ok=True)  # of another day
+    failed = jobs.run_all(wanted, [], lambda _: None, keeps_going=True, jobs=num_jobs, logs=logs)
+    for cell in wanted:
+        name = cell.key.removeprefix("plan/")
+        file = cells.plan_file(study, name, topology)
+        told = verdict(read_plan(file)) if file.exists() else "Could not be planned."
+        print(f"{study.label(name)}: {told}")
+    if failed:
+        raise RunError(f"{len(failed)} of {len(wanted)} trainings do not fit {topology}.")
+
+
 def _seeds(text: str) -> list[int]:
     try:
         return [int(seed) for seed in text.split(",")]
@@ -114,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the commands that are to do, and run none")
     add("--keep-going", action="store_true", help="after a failure do what does not rest on it")
     add("--jobs", type=int, default=1, metavar="N", help="commands at once, on CPUs; each a log")
+    add("--topology", metavar="SLICE", help="e.g. v5e:4x4: plan each training for it; run nothing")
     add("--json", action="store_true", help="print tables.json on stdout")
     cluster.add_arguments(parser)
     return parser

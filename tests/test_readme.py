@@ -74,6 +74,7 @@ RUN: dict[str, tuple[dict[str, str], str]] = {
     "jlrm evaluate --backend heuristic": ({}, ""),
     "jlrm scorecard OUT_1 OUT_2": ({}, ""),
     "jlrm study configs/study/toy.yaml --dry-run": ({}, ""),
+    "jlrm study configs/study/toy.yaml --jobs": ({}, "--dry-run"),  # minutes
     "jlrm study configs/study/judgelrm_3b.yaml": ({}, "--dry-run"),  # it needs a TPU slice
     "bash launch/tpu_vm.sh up": ({"BUCKET": "bucket"}, "--dry-run"),
 }

@@ -43,6 +43,11 @@ def evaluation_dir(study: Study, run: str, seed: int, evaluation: str) -> pathli
     return pathlib.Path(study.dir) / "evaluations" / run / f"seed{seed}" / evaluation
 
 
+def plan_file(study: Study, run: str, topology: str) -> pathlib.Path:
+    """Return what the plan of a training for a slice is written to."""
+    return pathlib.Path(study.dir) / "plans" / topology.replace(":", "-") / run / "plan.json"
+
+
 def cells(study: Study) -> list[Cell]:
     """Return all commands: seed by seed, so that whole tables come early."""
     found = []
@@ -85,6 +90,22 @@ def _cells_of(study: Study, name: str, seed: int) -> list[Cell]:
         key = f"evaluate/{name}/{seed}/{evaluation}"
         command = ("jlrm.evaluate", *words, *about.arguments, *judging)
         found.append(Cell(key, command, needs, reads))
+    return found
+
+
+def plans(study: Study, topology: str) -> list[Cell]:
+    """Return the commands that plan each training for a slice; seeds need no plan of their own.
+
+    A run that begins with another's weights is planned with those of its config, whose shapes they
+    have.
+    """
+    found = []
+    for name, run in study.runs.items():
+        if run.model:
+            continue
+        words = ["--config", run.config or study.config, *study.settings, *run.settings]
+        words += ["--topology", topology, "--out", str(plan_file(study, name, topology).parent)]
+        found.append(Cell(f"plan/{name}", ("jlrm.plan", *words)))
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from jlrm import study
 from jlrm.config import RunError
@@ -124,3 +125,30 @@ def test_a_number_that_no_machine_can_run_is_refused(words, capsys):
     path = str(ROOT / "configs/study/toy.yaml")
     assert commands.run(lambda: study.main([path, "--dir", "nowhere", *words])) == 2
     assert "several hosts run each command together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_training_is_planned_for_a_slice(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tree = {
+        "dir": str(tmp_path / "out"),
+        "config": "configs/quickstart.yaml",
+        "settings": ["grpo.steps=0"],
+        "runs": {
+            "small": {"label": "a toy"},
+            # Its optimiser alone holds more than any machine that runs this.
+            "large": {"after": "small", "settings": ["model.preset=qwen2.5-72b"]},
+            "longer": {"model": "longer", "arguments": ["--backend", "heuristic"]},
+        },
+        "evaluations": {"pairs": {"benchmark": "pairs", "data": "lists#heldout"}},
+        "tables": {"main": {"columns": ["pairs.overall"]}},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    code = commands.run(lambda: study.main([str(path), "--topology", "here", "--jobs", "2"]))
+    told = capfd.readouterr()
+    assert code == 1, told.err
+    first, second = told.out.splitlines()
+    assert first.startswith("a toy: Fits: ") and second.startswith("large: Does not fit, by ")
+    assert "1 of 2 trainings do not fit here" in told.err
+    assert not (tmp_path / "out" / "runs").exists()
