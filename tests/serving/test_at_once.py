@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import http.server
 import json
 import pathlib
+import re
 import shutil
 import threading
 
@@ -17,12 +19,14 @@ from serving.test_lists import lines, written
 from jlrm import export
 from jlrm import judge as command
 from jlrm.config import RunError, UsageError
+from jlrm.evaluation import prompting
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import Reader
 from jlrm.judges import options
 from jlrm.runtime.settings import load, save
 from jlrm.serving.asked import Pair
 from jlrm.serving.judge import Judge
+from jlrm.weights import hf
 
 QUICKSTART = pathlib.Path(__file__).parent.parent.parent / "configs/quickstart.yaml"
 WORTH = {"best": 9, "fair": 6, "poor": 2}
@@ -266,14 +270,29 @@ def runs(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def exports(runs) -> pathlib.Path:
+    """A directory with the exports of the runs, by the same names."""
+    folder = runs / "exports"
+    for judging in ("pairs", "single", "lists"):
+        given = ["--checkpoint", str(runs / judging), "--dtype", "float32"]
+        export.main([*given, "--out", str(folder / judging)])
+    return folder
+
+
+@pytest.fixture(params=["runs", "exports"])
+def trained(request) -> pathlib.Path:
+    return request.getfixturevalue(request.param)
+
+
 SIZES = {"max_prompt_tokens": 128, "max_new_tokens": 4, "compute_dtype": "float32"}
 
 
 @pytest.mark.slow
-def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
+def test_a_run_and_its_export_are_asked_as_it_was_trained(trained, runs):
     """Random weights write no verdict: what is asked shows in the games."""
     lists, pairs, single = (
-        Judge.load(str(runs / name), **SIZES) for name in ("lists", "pairs", "single")
+        Judge.load(str(trained / name), **SIZES) for name in ("lists", "pairs", "single")
     )
     assert [len(each.rank("q", THREE).games) for each in (lists, pairs, single)] == [2, 6, 1]
     assert pairs.compare("q", "a", "b") == lists.compare("q", "a", "b")
@@ -284,17 +303,64 @@ def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
     out = ["--out", str(runs / "out")]
     for flags in ([str(source)], [str(written(runs / "lists.jsonl", ROWS[0])), "--rank"]):
         with pytest.raises(UsageError, match=r"no pairs\. Give rows of one answer, with --s"):
-            command.main([*flags, "--model", str(runs / "single"), *out])
+            command.main([*flags, "--model", str(trained / "single"), *out])
+
+
+def test_an_export_says_how_its_run_was_trained(exports, tmp_path, monkeypatch):
+    file = exports / "single" / prompting.NAME
+    wanted = {"prompt": "toy", "scale": [1, 10], "judging": "single", "version": 1}
+    assert json.loads(file.read_text()) == wanted
+    found = options.options(asking_of(exports / "single"))
+    assert (found["prompt"], found["scale"]) == ("toy", [1, 10])
+    for name in ("single", "lists"):
+        assert options.judging_of(asking_of(exports / name)) == name
+    # Imported again and exported again it is still known; a file less, and nothing is.
+    again, back = tmp_path / "run", tmp_path / "again"
+    export.main(["--from-hf", str(exports / "single"), "--out", str(again)])
+    export.main(["--checkpoint", str(again), "--out", str(back)])
+    assert prompting.as_trained(str(again)) == prompting.as_trained(str(back))
+    assert json.loads((back / prompting.NAME).read_text()) == wanted
+    resolved = []
+    monkeypatch.setattr(hf, "resolve", lambda name, files: resolved.append((name, files)) or back)
+    assert options.judging(options.JLRM, "org/name") == "single"
+    assert resolved == [("org/name", ("judging.json",))]
+    (back / prompting.NAME).unlink()
+    assert options.judging(options.JLRM, str(back)) == "pairs"
+    assert options.judging(options.OPENAI, str(exports / "single")) == "pairs"
+
+
+def asking_of(model: pathlib.Path) -> argparse.Namespace:
+    open_ones = dict.fromkeys(options.OPTIONS)
+    return argparse.Namespace(
+        backend=options.JLRM, model=str(model), single=None, at_once=None, **open_ones
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ('{"judging": "singles"}', "judging='singles'. Did you mean 'single'"),
+        ('{"prompt": "/etc/passwd"}', "prompt='/etc/passwd'. Known"),
+        ('{"scale": [10, 1]}', "scale=[10, 1] does not rise. Export the run again"),
+        ('{"scale": "ten"}', "must be a list"),
+        ('{"version": 2}', "Update jlrm"),
+        ("pairs", "is no JSON"),
+    ],
+)
+def test_what_says_nothing_of_a_training_is_refused(told, says, tmp_path):
+    (tmp_path / prompting.NAME).write_text(told)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        Judge.load(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_run_of_single_answers_is_served_as_it_was_trained(runs):
+def test_a_run_of_single_answers_is_served_as_it_was_trained(trained):
     pytest.importorskip("uvicorn")
     from jlrm.server import command as serving
     from jlrm.server import terminal
     from jlrm.server.bodies import Drawing
 
-    flags = ["--model", str(runs / "single"), "--slots", "2", "--max-new-tokens", "4"]
+    flags = ["--model", str(trained / "single"), "--slots", "2", "--max-new-tokens", "4"]
     args = serving._parser().parse_args(
         [*flags, "--max-prompt-tokens", "128", "--compute-dtype", "float32"]
     )
@@ -309,7 +375,7 @@ def test_a_run_of_single_answers_is_served_as_it_was_trained(runs):
     finally:
         service.engine.close()
     assert set(heard) == {(0,), (1,)}
-    assert found == Judge.load(str(runs / "single"), **SIZES).compare("q", "a", "b")
+    assert found == Judge.load(str(trained / "single"), **SIZES).compare("q", "a", "b")
     args.backend = options.JLRM
     with pytest.raises(UsageError, match="has seen no pairs"), terminal._opened(args):
         pass
