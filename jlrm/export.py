@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from jlrm.config import UsageError
 from jlrm.data.tokenizer import CLOCK, Tokenizer, end_ids, load_tokenizer, prompt_template
-from jlrm.evaluation import journal
+from jlrm.evaluation import journal, prompting
 from jlrm.judgement import prompts
-from jlrm.reports import results_file
+from jlrm.reports import contracts, results_file
 from jlrm.reports.results_file import Results
 from jlrm.runtime import commands
 from jlrm.runtime.settings import read_json
@@ -72,6 +72,7 @@ def export_to_hf(
         _write_scoring_config(partial / "config.json", meta, tokenizer)
     _write_generation_config(partial, tokenizer)
     _write_tokenizer_config(partial / "tokenizer_config.json")
+    _write_judging(source, partial)
     calibrated = calibration.find("", source)
     if calibrated:
         calibration.write(partial / calibration.NAME, calibrated)
@@ -126,6 +127,7 @@ def import_from_hf(source: str, out: pathlib.Path) -> None:
     partial = _begin(out)
     params = hf.load_params(directory, config, layout)
     hf.copy_side_files(directory, partial / "model")
+    _write_judging(source, partial / "model")
     checkpoint.save_params(
         partial,
         steps.IMPORTED,
@@ -144,6 +146,12 @@ def _begin(out: pathlib.Path) -> pathlib.Path:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     return partial
+
+
+def _write_judging(source: str, directory: pathlib.Path) -> None:
+    """Say how the judge is asked, where that is known; transformers passes the file over."""
+    if asked := prompting.as_trained(source):
+        contracts.write(directory / prompting.NAME, asked)
 
 
 def _write_config(file: pathlib.Path, as_read: dict[str, Any]) -> None:

@@ -69,6 +69,8 @@ def retell(directory: pathlib.Path, params: Any, prompt: str = "jlrm", **config:
     }
     for section, values in config.items():
         described[section] = {**described.get(section, {}), **values}
+    if "path" in described["model"]:
+        del described["model"]["preset"]  # no run has both
     meta = {"stage": "grpo", "step": 0, "config": described, "evaluation": {"agreement": 51.234}}
     checkpoint.save_params(directory, "grpo", params, meta)
     (directory / "config.yaml").write_text(yaml.safe_dump({"run": {"dir": "x"}, **described}))

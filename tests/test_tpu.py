@@ -183,6 +183,7 @@ def test_slots_of_a_server():
         np.zeros(4, np.int32),
         np.zeros(4, np.float32),
         np.zeros((4, 1, 3), np.int32),
+        np.zeros((4, 1), np.int16),
     )
     enter = jax.jit(partial(slots.enter, config, layout, settings), donate_argnums=1)
     advance = jax.jit(partial(slots.advance, config, layout, settings, 512), donate_argnums=1)

@@ -26,14 +26,17 @@ from jlrm.config import UsageError, nearest
 from jlrm.data.batches import Example
 from jlrm.data.comparisons import Comparison
 from jlrm.data.tokenizer import Tokenizer, control_tokens, encode, whole_text
-from jlrm.evaluation.games import Game
+from jlrm.evaluation.games import WAYS, Game
 from jlrm.judgement import prompts
 from jlrm.judgement.prompts import PromptText
+from jlrm.reports import contracts
+from jlrm.runtime.settings import load
 
 PAIR, SINGLE = ("question", "answer_1", "answer_2"), ("question", "answer")
 MORE = ("reference", "rubric", "min_score", "max_score")
 PLACES = (*PAIR, "answer", *MORE)
 LARGEST = 2**20  # bytes of a template
+NAME, VERSION = "judging.json", 1
 EncodeGames = Callable[[Sequence[Game]], list[Example]]
 
 _PLACE = re.compile(r"\{\{([A-Za-z_]\w*)\}\}|\{([A-Za-z_]\w*)\}")
@@ -212,3 +215,49 @@ def comparison(game: Game) -> Comparison:
     """Return a game as what prompts are made of; its id is the game's."""
     answers = game.item.answers
     return Comparison(game.id, game.item.question, answers[game.first], answers[game.second])
+
+
+@dataclass(frozen=True)
+class AsTrained:
+    """How a judge was asked in training; of an exported one the content of `judging.json`."""
+
+    prompt: str = prompts.OURS
+    scale: tuple[int, int] = (1, 10)
+    judging: str = "pairs"  # as of `data.judging`
+    version: int = VERSION
+
+
+def as_trained(model: str) -> AsTrained | None:
+    """Return how a run was asked in training, or the run that was exported; None of other models.
+
+    Raises:
+      UsageError: no such step, a config that can't be read, or a `judging.json` that is none.
+    """
+    from jlrm.weights import hf, hub, steps  # with JAX
+    from jlrm.weights.source import side_files
+
+    directory = pathlib.Path(model).expanduser()
+    if steps.is_run(model):
+        steps.find(model)
+        file = side_files(model) / "config.yaml"
+        if file.is_file():
+            run = load(file)
+            return AsTrained(run.data.prompt, run.reward.scale, run.data.judging)
+        directory = side_files(model) / "model"  # of an imported model
+    elif not directory.is_dir() and hub.REPOSITORY.fullmatch(model):
+        directory = hf.resolve(model, (NAME,))
+    return _read(directory / NAME) if (directory / NAME).is_file() else None
+
+
+def _read(file: pathlib.Path) -> AsTrained:
+    remedy = "Export the run again, or remove the file to have the model asked as any other."
+    content = contracts.read(file, VERSION, remedy)
+    found = contracts.decode(AsTrained, {**content, "version": VERSION}, str(file))
+    # A prompt by name alone: a file of this machine is nothing that a model from elsewhere names.
+    known = {"prompt": prompts.PAIR_NAMES, "judging": WAYS}
+    for name, values in known.items():
+        if (value := getattr(found, name)) not in values:
+            raise UsageError(f"{file}: {name}={value!r:.60}. {nearest(value, values)} {remedy}")
+    if found.scale[0] >= found.scale[1]:
+        raise UsageError(f"{file}: scale={[*found.scale]} does not rise. {remedy}")
+    return found

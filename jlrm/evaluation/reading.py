@@ -32,6 +32,7 @@ from jlrm.evaluation.games import (
     Response,
     apart,
     game_verdict,
+    whole,
     within,
 )
 from jlrm.evaluation.rubrics import Rubric
@@ -53,15 +54,11 @@ _PLAIN_BLOCK = re.compile(r"<answer>\s*([0-9]+(?:\.[0-9]+)?)\s*</answer>")
 
 
 class Reading(NamedTuple):
-    """What is read from one text: scores, or a preference alone, or neither; as shown.
-
-    criteria: the scores of each, where there is a rubric of criteria and all of them have some.
-    """
+    """What is read from one text: scores, or a preference alone, or neither; as shown."""
 
     scores: Scores | None
     preference: int | None
     status: str
-    criteria: tuple[Scores, ...] | None = None
 
 
 class Reader(NamedTuple):
@@ -95,12 +92,12 @@ class Reader(NamedTuple):
             rubric.total([one for one, _ in criteria]),
             rubric.total([two for _, two in criteria]),
         )
-        return Reading(scores, verdict.preferred(*scores), "ok", tuple(criteria))
+        return Reading(scores, verdict.preferred(*scores), "ok")
 
     def criteria(self, text: str, rubric: Rubric, num_answers: int) -> list[Any] | str:
         """Return the scores of each criterion, or the status of a text in which one has none.
 
-        The scores of one are a tuple of two, or of one where one answer is judged.
+        The scores of one are a tuple, of each answer that is judged.
         """
         low, high = self.scale
         found = rubrics.scores_in(text, rubric, high, num_answers)
@@ -168,7 +165,7 @@ class Reader(NamedTuple):
         return rubric.total([one for (one,) in criteria]), "ok"
 
     def read_list(
-        self, text: str, ending: str | None, num_answers: int
+        self, text: str, ending: str | None, num_answers: int, rubric: Rubric | None = None
     ) -> tuple[tuple[float, ...] | None, str]:
         """Read a score of each answer of a list; parsers but `strict` read them as `lenient`."""
         low, high = self.scale
@@ -178,7 +175,12 @@ class Reader(NamedTuple):
         is_draft = ending is None and parsed.status == "ok" and verdict.breaks_off(text)
         if is_draft or _is_cut(text, ending, parsed.status):
             return None, "cut"
-        return parsed.scores and (*parsed.scores, *parsed.rest), parsed.status
+        if parsed.scores is None or rubric is None or not rubric.criteria:
+            return parsed.scores and (*parsed.scores, *parsed.rest), parsed.status
+        criteria = self.criteria(text, rubric, num_answers)
+        if isinstance(criteria, str):
+            return None, criteria
+        return tuple(map(rubric.total, zip(*criteria, strict=True))), "ok"
 
     def _read(self, text: str) -> Reading:
         if self.parser == "letters":
@@ -266,7 +268,7 @@ def read_response(game: Game, response: Response, read: Reader) -> GameVerdict:
         raise ValueError(f"game {game.id} is unjudged: {response.error}")
     endings = response.endings or (None,) * len(response.texts)
     if read.judging == "lists":
-        scores, status = read_list(len(game.item.answers), response, read)
+        scores, status = read_list(whole(game.item), response, read)
         if scores is None:
             return GameVerdict(game.first, game.second, None, None, status)
         return game_verdict(game, within(game, scores))
@@ -299,16 +301,14 @@ def _read_apart(game: Game, written: Sequence[tuple[str, str | None]], read: Rea
     return game_verdict(game, (means[0], means[1]))
 
 
-def read_list(
-    num_answers: int, response: Response, read: Reader
-) -> tuple[tuple[float, ...] | None, str]:
+def read_list(game: Game, response: Response, read: Reader) -> tuple[tuple[float, ...] | None, str]:
     """Return the mean scores of answers that were judged at once, in the order shown.
 
     None without a vote that can be read, with the most frequent status.
     """
     texts = response.texts or ()
     written = zip(texts, response.endings or (None,) * len(texts), strict=True)
-    votes = [read.read_list(*each, num_answers) for each in written]
+    votes = [read.read_list(*each, len(game.shown), game.item.rubric) for each in written]
     scores = [own for own, _ in votes if own is not None]
     if scores:
         return tuple(map(statistics.fmean, zip(*scores, strict=True))), "ok"
@@ -319,7 +319,7 @@ def read_list(
 def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] | None:
     """Return the mean scores of each criterion over the votes that have a verdict, as shown.
 
-    Two scores each, or one where one answer is judged. None without such votes or criteria.
+    A score of each answer that is judged. None without such votes or criteria.
     """
     rubric, texts = game.item.rubric, response.texts or ()
     if rubric is None or not rubric.criteria:
@@ -327,13 +327,13 @@ def criteria_of(game: Game, response: Response, read: Reader) -> dict[str, Any] 
     if read.is_single and not game.is_single:
         one, two = (criteria_of(*half, read) for half in apart(game, response))
         return {name: (one[name], two[name]) for name in one} if one and two else None
-    votes = []
+    votes, num = [], len(game.shown)
     for text, ending in zip(texts, response.endings or (None,) * len(texts), strict=True):
         if game.is_single:
-            is_read = read.read_one(text, ending, rubric)[0] is not None
-            votes += [read.criteria(text, rubric, 1)] if is_read else []
-        elif (reading := read.read(text, ending, rubric)).criteria is not None:
-            votes.append(reading.criteria)
+            scores, _ = read.read_one(text, ending, rubric)
+        else:
+            scores, _ = read.read_list(text, ending, num, rubric)
+        votes += [] if scores is None else [read.criteria(text, rubric, num)]
     if not votes:
         return None
     means = [

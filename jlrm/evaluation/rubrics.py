@@ -73,7 +73,7 @@ class Rubric:
 
 
 class Scored(NamedTuple):
-    """A criterion's scores in a text: of both answers, or of one; where each begins, if plain."""
+    """A criterion's scores in a text, of each answer; where each begins, if plain."""
 
     scores: tuple[float, ...]
     places: tuple[int, ...] | None  # characters
@@ -153,7 +153,7 @@ def scores_in(text: str, found: Rubric, most: float, num_answers: int) -> list[S
     They stand behind the last `</think>`, or anywhere in a text without one, each on a line of its
     own. Of a line that stands twice the scores must be the same.
 
-    most: the end of the scale. num_answers: 2, or 1 where one answer is judged.
+    most: the end of the scale. num_answers: that are judged at once.
     """
     said: dict[str, Scored] = {}
     wanted = {_key(each.name) for each in found.criteria}
@@ -242,11 +242,13 @@ def _parted(line: str) -> Iterator[tuple[str, str]]:
 def _scored(said: str, place: int, most: float, num_answers: int) -> Scored | None:
     """Return the scores that the rest of a line states, which begins at a place of the text."""
     said = said.partition("<answer>")[0]
-    if num_answers == 2:
-        scores = numbers.both(said, most)
-    else:
+    if num_answers == 1:
         one = numbers.score(said, most)
         scores = None if one is None else (one,)
+    elif num_answers == 2:
+        scores = numbers.both(said, most)
+    else:
+        scores = numbers.several(said, most, num_answers)
     if scores is None:
         return None
     plainly = [match for match in _NUMBER.finditer(said) if match[0].isascii()]

@@ -2,7 +2,8 @@
 
 Read: `8`, `8.5`, `7,5`, `8/10`, `8 out of 10`, `**8**`, `Score: 8`, `[[8]]`, digits of any script,
 `eight`, `8 (good)`.
-Both scores of one text: `8, 7`, `8/10 and 7/10`, `Answer 1: 8, Answer 2: 7`, JSON.
+Both scores of one text: `8, 7`, `8/10 and 7/10`, `Answer 1: 8, Answer 2: 7`, JSON. Of more answers:
+`8, 7, 5`.
 Not read: `7-8`, `8 or 9`, `1,000`, `8/9`, `8/9/10`, `80%`, `1e1`, `nan`, the other answer's label.
 """
 
@@ -65,6 +66,7 @@ _BETWEEN = (  # what may part two scores, the surest first
     re.compile(r"(?<![.\s])\s+(?:,\s*)?"),  # `1. 8` is a numbered score, or 1.8
 )
 _TWO_WITH_COMMA = re.compile(r"([0-9]{1,2}(?:\.[0-9]+)?),([0-9]{1,2}(?:\.[0-9]+)?)")
+_COMMA = re.compile(",")
 _NAMES_OF_SCORES = re.compile(rf"{_THING}|scores?|ratings?|final|overall|\b(?:of|for)\b|[^0-9a-z]")
 # Where the JSON begins that a text ends with: on a line of its own, or behind a label.
 _JSON_BEGIN = re.compile(
@@ -112,6 +114,24 @@ def both(text: str, most: float) -> Pair | None:
             return _pair(score(parts[0], most, 1), score(parts[1], most, 2))
     if match := _TWO_WITH_COMMA.fullmatch(text):
         return float(match[1]), float(match[2])
+    return None
+
+
+def several(text: str, most: float, num: int) -> tuple[float, ...] | None:
+    """Return the scores of so many answers, more than two, that one text states, else None.
+
+    Commas alone part them too, where that makes as many parts: `8,5,6`.
+    """
+    text = _bare(text)
+    if len(text) > LONGEST:
+        return None
+    text = text.removeprefix("[").removesuffix("]")
+    for between in (*_BETWEEN, _COMMA):
+        parts = [part for part in between.split(text) if part]
+        if len(parts) == num:
+            found = [score(part, most, place) for place, part in enumerate(parts, start=1)]
+            scores = tuple(each for each in found if each is not None)
+            return scores if len(scores) == num else None
     return None
 
 

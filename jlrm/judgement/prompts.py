@@ -141,9 +141,9 @@ _COUNTS = {
     " rubric names them.",
 }
 _LINES = {
-    False: "a line for each criterion of the rubric, its name and the scores of the two answers"
-    " for it, in this form:\nname of the criterion: score of Answer 1, score of Answer 2\nBelow"
-    " these lines write nothing but ",
+    False: "a line for each criterion of the rubric, its name and the scores of the {number}"
+    " answers for it, in this form:\nname of the criterion: {scores}\nBelow these lines write"
+    " nothing but ",
     True: "a line for each criterion of the rubric, its name and the answer's score for it, in this"
     " form:\nname of the criterion: score\nBelow these lines write nothing but ",
 }
@@ -197,7 +197,7 @@ def messages(
     Args:
       rubric: "text" where a rubric is shown, "criteria" where each of its criteria is scored.
       has_reference: a reference answer is shown.
-      num_answers: at most MOST_LISTED; without "criteria" also more than two.
+      num_answers: at most MOST_LISTED.
 
     Raises UsageError for a name that is in neither PAIR_TEMPLATES nor here.
     """
@@ -231,6 +231,9 @@ def _messages(
     number, places = NUMBERS.get(num_answers, ""), range(1, num_answers + 1)
     given = {"a rubric": rubric, "a reference answer": has_reference}
     told = " and ".join(name for name, is_there in given.items() if is_there)
+    lines = _LINES[is_single].format(
+        number=number, scores=", ".join(f"score of Answer {i}" for i in places)
+    )
     own = {
         "given": f" You are also given {told}." if told else "",
         "min_score": str(min_score),
@@ -239,7 +242,7 @@ def _messages(
         "first": _FIRST[is_single, is_first].format(number=number),
         "none": "neither" if num_answers == 2 else "none",
         "counts": _COUNTS[is_single, is_first or bool(rubric)],
-        "ending": _LINES[is_single] if rubric == "criteria" else "nothing but ",
+        "ending": lines if rubric == "criteria" else "nothing but ",
         "scores": ("total" if rubric == "criteria" else "score") + ("" if is_single else "s"),
         "verdict": "".join(f"<answer>score of Answer {i}</answer>" for i in places),
         "answers": "\n\n".join(

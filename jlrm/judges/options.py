@@ -16,12 +16,11 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jlrm.config import Config, MeshConfig, UsageError
+from jlrm.config import MeshConfig, UsageError
 from jlrm.evaluation import heuristics
 from jlrm.evaluation.games import Backend
-from jlrm.evaluation.prompting import prompting
+from jlrm.evaluation.prompting import AsTrained, as_trained, prompting
 from jlrm.judges import requests
-from jlrm.runtime.settings import load
 
 log = logging.getLogger(__name__)
 
@@ -167,10 +166,9 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     if args.backend == HEURISTIC:
         heuristics.judge(args.model)  # an unknown one is refused before any data is read
     if args.backend in BOTH:
-        run = _trained_with(args.model) if args.backend == JLRM else None
-        prompt, scale = (run.data.prompt, [*run.reward.scale]) if run else ("jlrm", [1, 10])
-        chosen["prompt"] = chosen["prompt"] or prompt
-        chosen["scale"] = list(chosen["scale"]) or scale
+        own = _as_trained(args.backend, args.model)
+        chosen["prompt"] = chosen["prompt"] or own.prompt
+        chosen["scale"] = list(chosen["scale"] or own.scale)
         if chosen["scale"][0] >= chosen["scale"][1]:
             raise UsageError(f"--scale {chosen['scale']}: the first must be below the second.")
     return chosen
@@ -203,9 +201,8 @@ def judging_of(args: argparse.Namespace) -> str:
 
 
 def judging(backend: str, model: str) -> str:
-    """Return what a run was trained to judge, by `data.judging`; of another model "pairs"."""
-    run = _trained_with(model) if backend == JLRM else None
-    return run.data.judging if run else "pairs"
+    """Return what a run, or an export, was trained to judge, by `data.judging`; else "pairs"."""
+    return _as_trained(backend, model).judging
 
 
 def seen_no_pairs(model: str) -> str:
@@ -229,16 +226,9 @@ def refuse_pairs(backend: str, model: str) -> None:
         )
 
 
-def _trained_with(model: str) -> Config | None:
-    """Return the config of a run, which has the judge's prompt and scale; None of other models."""
-    from jlrm.weights import steps
-    from jlrm.weights.source import side_files
-
-    if not steps.is_run(model):
-        return None
-    steps.find(model)
-    file = side_files(model) / "config.yaml"
-    return load(file) if file.is_file() else None  # none of an imported model
+def _as_trained(backend: str, model: str) -> AsTrained:
+    """Return how a model is asked that nobody says more of."""
+    return (as_trained(model) if backend == JLRM else None) or AsTrained()
 
 
 def as_folder(name: str) -> str:

@@ -6,8 +6,8 @@ tokens in all slots. Between two of these calls the host looks at what was drawn
 comes next. A completion that ends inside a block leaves its slot idle until the block's end.
 
 What is drawn is what the sampler draws: the same decoding step, stop tables, and random numbers
-addressed by (seed, number of the prompt, completion, token). Each slot has a temperature of its
-own; the other cut-offs are the program's.
+addressed by (seed, number of the prompt, completion, token). Each slot has a temperature of its own
+and its own number of stop strings that end it; the other cut-offs are the program's.
 
 The state is donated to both programs, so that they change it in place.
 """
@@ -54,6 +54,7 @@ class Sequences(NamedTuple):
     temperature: Float[Array, " P"]  # 0: greedy
     address: Int[Array, "P 3"]  # of random numbers: seed, prompt's number, completion's number
     stop_states: Int[Array, "A P 1"]
+    accept: Int[Array, "A P"]  # states of stop strings that end it
 
 
 class SlotState(NamedTuple):
@@ -75,6 +76,7 @@ class Entering(NamedTuple):
     limits: Int[Any, " P"]
     temperatures: Float[Any, " P"]
     addresses: Int[Any, "P R 3"]
+    accept: Int[Any, "P A"]
 
 
 class Turns(NamedTuple):
@@ -98,7 +100,9 @@ def empty(
     addresses = jnp.zeros((num, 3), jnp.int32)
     return SlotState(
         jnp.int32(0),
-        Sequences(zeros, zeros, zeros, zeros.astype(jnp.float32), addresses, states),
+        Sequences(
+            *(zeros, zeros, zeros, zeros.astype(jnp.float32)), addresses, states, states[..., 0]
+        ),
         Prefix([KeysValues(keys, keys)] * config.num_hidden_layers, row, mask),
         decode.empty_caches(config, layout, (num, 1), settings.max_new_tokens),
     )
@@ -155,6 +159,7 @@ def enter(
         put(old.temperature, temperatures),
         put(old.address, addresses),
         old.stop_states.at[:, slots].set(0),
+        old.accept.at[:, slots].set(each(entering.accept).T),
     )
     logits = decode.logits(config, layout, params, each(ends))
     drawn = _draw(layout, settings, logits, temperatures, addresses, jnp.zeros_like(slots))
@@ -261,7 +266,8 @@ def _record(
 ) -> tuple[Sequences, Turns]:
     """Count the tokens drawn where they count, and let sequences end that are over."""
     states = follow(stops, sequences.stop_states, token[:, None])
-    is_end = has_ended(stops, settings.stop_ids, states, token[:, None])[:, 0] & is_drawn
+    own = stops._replace(accept=sequences.accept)
+    is_end = has_ended(own, settings.stop_ids, states, token[:, None])[:, 0] & is_drawn
     count = jnp.where(is_drawn, sequences.count + 1, sequences.count)
     is_cut = is_drawn & ~is_end & (count == sequences.limit)
     block = Turns(

@@ -12,6 +12,7 @@ after the last one (judgement/verdict.py): where a text stops, its reader finds 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,13 +23,14 @@ from jaxtyping import Array, Bool, Int
 
 
 class StopTables(NamedTuple):
-    """One automaton per stop string: it begins in state 0, and `accept[a]` ends the sequence.
+    """One automaton per stop string: it begins in state 0, and from `accept[a]` on it has ended.
 
-    NumPy arrays on the host, JAX arrays inside a program.
+    NumPy arrays on the host, JAX arrays inside a program. There sequences may have ends of their
+    own (`ends`): `accept[a, p]`.
     """
 
     tables: Int[Any, "A states V"]  # the state after a token
-    accept: Int[Any, " A"]
+    accept: Int[Any, "A *P"]
 
 
 def stop_tables(
@@ -43,14 +45,23 @@ def stop_tables(
 
     after: occurrences count only behind the last one of this text; "": from the start.
     """
-    automata = [
-        _byte_automaton(text.encode(), count, after.encode()) for text, count in strings.items()
-    ]
+    found = [_byte_automaton(text.encode(), n, after.encode()) for text, n in strings.items()]
+    automata = [automaton for automaton, _ in found]
     num_states = max((len(automaton) for automaton in automata), default=1)
     tables = np.zeros((len(automata), num_states, vocab_size), np.int16)
     for table, automaton in zip(tables, automata, strict=True):
         table[: len(automaton)] = _lift(automaton, token_bytes, vocab_size)
-    return StopTables(tables, np.array([len(automaton) - 1 for automaton in automata], np.int16))
+    return StopTables(tables, np.array([firsts[-1] for _, firsts in found], np.int16))
+
+
+def ends(strings: Mapping[str, int], most: int, after: str = "") -> Int[np.ndarray, "N A"]:
+    """Return other `accept` for the tables of these strings: `[n - 1]` ends at occurrence n.
+
+    most: of n, and the number of each string.
+    """
+    assert all(count == most for count in strings.values())
+    found = [_byte_automaton(text.encode(), most, after.encode())[1] for text in strings]
+    return np.array([[firsts[n] for firsts in found] for n in range(most)], np.int16)
 
 
 def follow(
@@ -67,7 +78,8 @@ def has_ended(
     tokens: Int[Array, "P Z"],
 ) -> Bool[Array, "P Z"]:
     """Return which sequences end with these tokens; `states` are the automata's after them."""
-    is_end = jnp.any(states == stops.accept[:, None, None], axis=0)
+    accept = jnp.expand_dims(stops.accept, tuple(range(stops.accept.ndim, 3)))
+    is_end = jnp.any(states >= accept, axis=0)
     if stop_ids:
         is_end |= jnp.any(tokens[..., None] == jnp.array(stop_ids)[None, None], axis=-1)
     return is_end
@@ -82,11 +94,14 @@ class ByteState(NamedTuple):
     of_text: int  # matched bytes of the stop string
 
 
-def _byte_automaton(pattern: bytes, count: int, after: bytes) -> Int[np.ndarray, "states 256"]:
+def _byte_automaton(
+    pattern: bytes, count: int, after: bytes
+) -> tuple[Int[np.ndarray, "states 256"], list[int]]:
     """Return transitions that count occurrences of `pattern` behind the last one of `after`.
 
-    Only states that can be reached are numbered, from 0 where a sequence begins. The last one ends
-    it, and keeps itself: a sequence that has ended stays ended.
+    Only states that can be reached are numbered, from 0 where a sequence begins, and those that
+    have seen fewer occurrences first. The last one ends it, and keeps itself: a sequence that has
+    ended stays ended. Also returned: the first state that has seen each number of them.
     """
     in_text, in_after = _matcher(pattern), _matcher(after)
     begin = ByteState(not after, 0, 0, 0)
@@ -105,22 +120,22 @@ def _byte_automaton(pattern: bytes, count: int, after: bytes) -> Int[np.ndarray,
     # Bytes of neither text act alike; one of them stands for all.
     spelled = {*pattern, *after}
     other = next(byte for byte in range(256) if byte not in spelled)
-    numbers, waiting, rows = {begin: 0}, [begin], []
+    rows, waiting = dict[ByteState, dict[int, ByteState]](), [begin]
     while waiting:
-        state = waiting.pop(0)
-        row = {byte: follow(state, byte) for byte in (other, *spelled)}
-        for each in row.values():
-            if each.seen < count and each not in numbers:
-                numbers[each] = len(numbers)
-                waiting.append(each)
-        rows.append(row)
-    table = np.full((len(numbers) + 1, 256), len(numbers), np.int16)
-    for number, row in enumerate(rows):
-        targets = {byte: numbers.get(each, len(numbers)) for byte, each in row.items()}
+        state = waiting.pop()
+        rows[state] = {byte: follow(state, byte) for byte in (other, *spelled)}
+        found = {each for each in rows[state].values() if each.seen < count}
+        waiting += found - rows.keys() - {*waiting}
+    ordered = sorted(rows, key=lambda state: (state.seen, state != begin, state))
+    numbers = {state: number for number, state in enumerate(ordered)}
+    table = np.full((len(rows) + 1, 256), len(rows), np.int16)
+    for state, number in numbers.items():
+        targets = {byte: numbers.get(each, len(rows)) for byte, each in rows[state].items()}
         table[number] = targets[other]
         for byte, target in targets.items():
             table[number, byte] = target
-    return table
+    seen = [state.seen for state in ordered]
+    return table, [bisect.bisect_left(seen, n) for n in range(1, count + 1)]
 
 
 def _matcher(pattern: bytes) -> Int[np.ndarray, "matched 256"]:

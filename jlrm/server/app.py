@@ -39,7 +39,7 @@ from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
 from jlrm.serving.asked import each_beside_each
 from jlrm.serving.ranking import ranked
-from jlrm.serving.results import JudgedPair, ScoredAnswer
+from jlrm.serving.results import JudgedGame, JudgedList, JudgedPair, Ranking, ScoredAnswer
 
 BODY_SECONDS = 30.0  # in which a body must have come
 WATCH = 0.25  # seconds between two looks whether a client is still there
@@ -184,17 +184,16 @@ class Routes:
         return answer
 
     async def judge(self, request: Request) -> Response:
-        """Judge pairs, each by itself or as a ranking of answers; or score one answer."""
+        """Judge pairs, rank answers, or score one answer."""
         body = bodies.judge_body(await self._body(request), self._service.defaults)
 
-        def reply(judged: Sequence[Any]) -> dict[str, Any]:
-            about = {"model": self._service.defaults.model, "usage": _usage(judged)}
-            if body.single:
-                return judged[0].to_dict() | about
-            if body.answers:
-                found = ranked(judged, body.answers)
-                return found.to_dict() | about
-            if body.is_one_pair:
+        def reply(judged: Sequence[Any] | Ranking) -> dict[str, Any]:
+            is_ranking = isinstance(judged, Ranking)
+            usage = _usage(judged.games if is_ranking else judged)
+            about = {"model": self._service.defaults.model, "usage": usage}
+            if is_ranking:
+                return judged.to_dict() | about
+            if body.single or body.is_one_pair:
                 return judged[0].to_dict() | about
             return {"results": [each.to_dict() for each in judged]} | about
 
@@ -208,11 +207,13 @@ class Routes:
             key = game.id, piece.completion
             begin, told[key] = told.get(key, 0), len(piece.text)
             place = int(game.item.id.rpartition("#")[2])
-            order = [game.first + 1, game.second + 1]
+            order = [game.first + 1, game.second + 1, *(each + 1 for each in game.rest)]
+            if body.listed and game.is_single:  # one answer of the list: the one at this place
+                place, order = 0, [place + 1] * 2
             new = {"pair": place, "order": order, "vote": piece.completion}
             events.put_nowait({**new, "text": piece.text[begin:], "ending": piece.ending})
 
-        async def work() -> Sequence[Any]:
+        async def work() -> Sequence[Any] | Ranking:
             try:
                 return await self._judging(body, tell)
             finally:
@@ -244,10 +245,12 @@ class Routes:
 
     def _judging(
         self, body: JudgeBody, tell: Callable[[Game, Piece], None] = lambda game, piece: None
-    ) -> Awaitable[Sequence[Any]]:
-        """Return the work that a body asks for: results of pairs, or that of one answer."""
+    ) -> Awaitable[Sequence[Any] | Ranking]:
+        """Return the work that a body asks for: results of pairs or of one answer, or a ranking."""
         if body.single:
             return self._service.score([body.single], body.drawing, tell)
+        if body.listed:
+            return self._service.rank(body.listed, body.at_once, body.orders, body.drawing, tell)
         return self._service.judge(body.pairs, body.orders, body.drawing, tell)
 
     async def chat(self, request: Request) -> Response:
@@ -267,7 +270,8 @@ class Routes:
         """Answer in OpenAI's form, at once or in chunks."""
         number = int(uuid.uuid5(uuid.NAMESPACE_OID, repr(body.messages))) % 2**31
         is_growing = body.drawing.is_streamed or bool(body.stops)
-        pieces = self._service.write([(ids, number)], body.drawing, is_growing)
+        asked = ids, number, self._service.num_stops
+        pieces = self._service.write([asked], body.drawing, is_growing)
         choices = kind(self._service, body, len(ids))
         if not body.drawing.is_streamed:
 
@@ -390,5 +394,7 @@ async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
         task.cancel()
 
 
-def _usage(judged: Sequence[JudgedPair | ScoredAnswer]) -> dict[str, int]:
+def _usage(
+    judged: Sequence[JudgedPair | ScoredAnswer | JudgedGame | JudgedList],
+) -> dict[str, int]:
     return {"completion_tokens": sum(each.num_tokens or 0 for each in judged)}

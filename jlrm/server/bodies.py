@@ -13,7 +13,7 @@ from typing import Any
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.rubrics import Rubric, rubric
-from jlrm.serving.asked import ORDERS, Pair, Single, each_beside_each
+from jlrm.serving.asked import ORDERS, Listed, Pair, Single, alone
 
 MOST_VOTES = 16
 MOST_DOCUMENTS = 16  # of a ranking: each is compared with each
@@ -24,7 +24,7 @@ FIELDS_OF = {  # of the forms of /v1/judge, by the field that tells them
     "answer_1": FIELDS_OF_PAIR,
     "pairs": {"pairs"},
     "answer": {"question", "answer", "id", "reference"},
-    "answers": {"question", "answers", "reference"},
+    "answers": {"question", "answers", "reference", "at_once"},
 }
 IGNORED = {  # of OpenAI's form: they say who asks, or how it is paid for
     *("user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -70,11 +70,12 @@ class JudgeBody:
     """Pairs to judge, answers to one question to be ranked, or one answer to be scored."""
 
     pairs: tuple[Pair, ...]
-    answers: int  # of a ranking; 0: pairs are asked for
     is_one_pair: bool  # which is answered by itself, and not in a list
     single: Single | None
+    listed: Listed | None
     orders: str
     drawing: Drawing
+    at_once: bool = False  # one judgement of all answers of a ranking, and not of each pair
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ class Defaults:
     max_new_tokens: int
     seed: int
     rubric: Rubric | None = None
+    judging: str = "pairs"  # `data.judging` of its training
 
 
 def parse(content: bytes) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
     """
     settings = {"model", "orders", "votes", "temperature", "max_new_tokens", "seed", "stream"}
     settings |= {"rubric", "expected_scores"}
-    _refuse_unknown(body, settings | FIELDS_OF_PAIR | {"pairs", "answer", "answers"})
+    _refuse_unknown(body, settings.union(*FIELDS_OF.values()))
     orders = _one_of(body, "orders", ORDERS, "both")
     drawing = _drawing(body, defaults, "votes", ("max_new_tokens",))
     told = rubric(body.get("rubric")) or defaults.rubric, _flag(body, "expected_scores")
@@ -153,18 +155,20 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
     if forms == ["pairs"]:
         rows = _list(body, "pairs", 1, MOST_PAIRS)
         pairs = tuple(_pair(row, f"pairs[{i}]", told) for i, row in enumerate(rows))
-        return JudgeBody(pairs, 0, False, None, orders, drawing)
+        return JudgeBody(pairs, False, None, None, orders, drawing)
     if forms == ["answer"]:
         question, reference = _required(body, "question"), body.get("reference")
         single = Single(question, body["answer"], _identity(body, ""), reference, *told)
-        return JudgeBody((), 0, False, single, orders, drawing)
+        return JudgeBody((), False, single, None, orders, drawing)
     if forms == ["answer_1"]:
         texts = {name: body[name] for name in FIELDS_OF_PAIR & body.keys()}
-        return JudgeBody((_pair(texts, "", told),), 0, True, None, orders, drawing)
+        return JudgeBody((_pair(texts, "", told),), True, None, None, orders, drawing)
     answers = _list(body, "answers", 2, MOST_DOCUMENTS)
-    question, reference = _required(body, "question"), body.get("reference")
-    pairs = tuple(each_beside_each(question, answers, reference, *told))
-    return JudgeBody(pairs, len(answers), False, None, orders, drawing)
+    listed = Listed(_required(body, "question"), answers, body.get("reference"), *told)
+    at_once = _flag(body, "at_once", defaults.judging == "lists")
+    if at_once and defaults.judging == "single":
+        raise UsageError(alone(defaults.model))
+    return JudgeBody((), False, None, listed, orders, drawing, at_once)
 
 
 def chat_body(body: Mapping[str, Any], defaults: Defaults) -> ChatBody:
@@ -353,11 +357,11 @@ def _number(body: Mapping[str, Any], name: str, default: float, least: float, mo
     return float(value)
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def _flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
     value = body.get(name)
     if value not in (None, True, False):
         raise UsageError(f"{name}: wanted true or false, got {value!r:.60}.")
-    return bool(value)
+    return default if value is None else bool(value)
 
 
 def _one_of(body: Mapping[str, Any], name: str, values: Sequence[str], default: str) -> str:

@@ -27,7 +27,7 @@ from jlrm.judgement import prompts
 from jlrm.judges import local, options
 from jlrm.rl.distribution import Distribution
 from jlrm.sampling.slots import SlotSettings
-from jlrm.sampling.stops import stop_tables
+from jlrm.sampling.stops import ends, stop_tables
 from jlrm.sampling.writer import DecodingSettings, check_decoding
 from jlrm.server.bodies import MOST_VOTES, Defaults
 from jlrm.server.engine import Engine
@@ -145,11 +145,10 @@ def open_service(args: argparse.Namespace) -> Service:
         raise UsageError(f"--votes {votes}: at most {MOST_VOTES}, and one for each of --slots.")
     grid = options.mesh(chosen["mesh"])
     policy, weights = local.open_model(model, grid, chosen["compute_dtype"], longest)
-    strings = local.STOP if chosen["stop"] else {}
+    most, after = prompts.MOST_LISTED, prompts.reasoning_end(chosen["prompt"])
+    strings = dict.fromkeys(local.STOP, most) if chosen["stop"] else {}
     spelled = token_bytes(policy.tokenizer) if strings else []
-    stops = stop_tables(
-        strings, spelled, policy.model.vocab_size, prompts.reasoning_end(chosen["prompt"])
-    )
+    stops = stop_tables(strings, spelled, policy.model.vocab_size, after)
     shards = policy.decoding.num_shards("P")
     settings = SlotSettings(
         -(-args.slots // shards) * shards,
@@ -160,21 +159,21 @@ def open_service(args: argparse.Namespace) -> Service:
     )
     low, high = chosen["scale"]
     read, rubric = reader(args.parser, (low, high), args.tie_margin), None
-    if options.judging(options.JLRM, args.model) == "single":
-        read = read._replace(judging="single")
+    judging = options.judging(options.JLRM, args.model)
+    if judging == "single":
+        read = read._replace(judging=judging)
     if args.rubric:
         rubric = rubrics.read(args.rubric)
         check_rubric(read, rubric)
     name = args.name or pathlib.PurePath(args.model).name or args.model
     return Service(
         policy,
-        Engine(policy, weights, settings, stops, args.max_waiting),
+        Engine(policy, weights, settings, stops, ends(strings, most, after), args.max_waiting),
         local.game_encoder(policy.tokenizer, prompting(chosen["prompt"], (low, high))),
         local.make_expectation(policy, (low, high)),
         read,
-        Defaults(name, temperature, votes, longest[1], args.seed % 2**31, rubric),
+        Defaults(name, temperature, votes, longest[1], args.seed % 2**31, rubric, judging),
         chosen["prompt"],
-        chosen["stop"],
         calibration.find(args.calibration, args.model),
     )
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jlrm.judgement.prompts import MOST_LISTED
 from jlrm.server.bodies import MOST_DOCUMENTS, MOST_PAIRS, MOST_VOTES, Defaults
 from jlrm.serving.asked import ORDERS
 
@@ -45,6 +46,30 @@ JUDGED_PAIR = {
     "model": TEXT,
     "usage": {"type": "object"},
 }
+NUMBERS = {"type": "array", "items": NUMBER}
+RANKING = {
+    "order": {
+        "type": "array",
+        "items": {"type": "integer"},
+        "description": "numbers of the answers, counted from 1, the best first",
+    },
+    "strengths": {**NUMBERS, "description": "of each answer, by its pairs; none where at once"},
+    "intervals": {"type": "array", "items": NUMBERS},
+    "wins": NUMBERS,
+    "pairs": {"type": "array", "items": {"$ref": "#/components/schemas/JudgedPair"}},
+    "scores": {
+        "type": "array",
+        "items": {"type": ["number", "null"]},
+        "description": "where at once, or each alone: the mean of each answer",
+    },
+    "judgements": {
+        "type": "array",
+        "items": {"type": "object"},
+        "description": "where at once, or each alone: what was said of all answers",
+    },
+    "model": TEXT,
+    "usage": {"type": "object"},
+}
 ERROR = {"message": TEXT, "type": TEXT, "code": OPTIONAL_TEXT}
 STATUSES = {
     "400": "the body is wrong; the message names the field",
@@ -64,11 +89,14 @@ def openapi(defaults: Defaults) -> dict[str, Any]:
         "info": {"title": f"jlrm: {defaults.model}", "version": "1"},
         "paths": {
             "/v1/judge": _post(
-                "Judge pairs, score an answer, or rank answers", "JudgeRequest", "JudgedPair"
+                "Judge pairs, score an answer, or rank answers",
+                "JudgeRequest",
+                "JudgedPair",
+                "Ranking",
             ),
-            "/v1/chat/completions": _post("Continue a conversation", "ChatRequest", None),
-            "/v1/completions": _post("Continue a text", "CompletionRequest", None),
-            "/v1/rerank": _post("Rank documents as answers to a query", "RerankRequest", None),
+            "/v1/chat/completions": _post("Continue a conversation", "ChatRequest"),
+            "/v1/completions": _post("Continue a text", "CompletionRequest"),
+            "/v1/rerank": _post("Rank documents as answers to a query", "RerankRequest"),
             "/v1/models": _get("The model that is served"),
             "/healthz": _get("Whether judgements can be had"),
             "/metrics": _get("Metrics, in the text form of Prometheus"),
@@ -100,9 +128,9 @@ def page(defaults: Defaults) -> str:
         f"<tr><th scope='row'>{status}</th><td>{what}</td></tr>"
         for status, what in STATUSES.items()
     )
-    example = json.dumps(
-        {"question": "How many legs has a spider?", "answer_1": "Eight.", "answer_2": "Six."}
-    )
+    question = {"question": "How many legs has a spider?"}
+    pair = json.dumps(question | {"answer_1": "Eight.", "answer_2": "Six."})
+    listed = json.dumps(question | {"answers": ["Six.", "Eight.", "Ten."], "at_once": True})
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width'>"
@@ -111,7 +139,9 @@ def page(defaults: Defaults) -> str:
         "<p>The same for programs: <a href='/openapi.json'>openapi.json</a>. "
         "A first request:</p>"
         "<pre>curl -s http://localhost:8000/v1/judge -H 'Content-Type: application/json' \\\n"
-        f"  -d '{html.escape(example)}'</pre>"
+        f"  -d '{html.escape(pair)}'</pre>"
+        f"<p>A ranking by one judgement of all answers, in place of one of each pair:</p>"
+        f"<pre>  -d '{html.escape(listed)}'</pre>"
         f"{''.join(sections)}<h2>Errors</h2><table>{errors}</table></main></html>"
     )
 
@@ -122,12 +152,12 @@ def _said(field: Mapping[str, Any]) -> str:
     return f"{kind}. {field.get('description', '')}{default}".rstrip(". ")
 
 
-def _post(summary: str, body: str, answer: str | None) -> dict[str, Any]:
+def _post(summary: str, body: str, *answers: str) -> dict[str, Any]:
     reference = {"schema": {"$ref": f"#/components/schemas/{body}"}}
     given: dict[str, Any] = {"description": "done"}
-    if answer:
-        schema = {"schema": {"$ref": f"#/components/schemas/{answer}"}}
-        given["content"] = {"application/json": schema, "text/event-stream": {}}
+    if answers:
+        schema = {"oneOf": [{"$ref": f"#/components/schemas/{each}"} for each in answers]}
+        given["content"] = {"application/json": {"schema": schema}, "text/event-stream": {}}
     return {
         "post": {
             "summary": summary,
@@ -165,6 +195,7 @@ def _schemas(defaults: Defaults) -> dict[str, Any]:
         "Pair": _object(PAIR, "question", "answer_1", "answer_2"),
         "JudgeRequest": _judge_request(defaults),
         "JudgedPair": _object(JUDGED_PAIR),
+        "Ranking": _object(RANKING),
         "ChatRequest": _chat_request(defaults),
         "CompletionRequest": _completion_request(defaults),
         "RerankRequest": _rerank_request(defaults),
@@ -187,7 +218,8 @@ def _limit(defaults: Defaults) -> dict[str, Any]:
 
 
 def _judge_request(defaults: Defaults) -> dict[str, Any]:
-    ranked = "in place of two: all are compared with each other and ranked"
+    ranked = "in place of two: all are compared with each other, or judged at once, and ranked"
+    at_once = f"one judgement of all answers, 2 to {MOST_LISTED}, as given and in reverse"
     return _object(
         {
             **PAIR,
@@ -205,6 +237,7 @@ def _judge_request(defaults: Defaults) -> dict[str, Any]:
                 "maxItems": MOST_DOCUMENTS,
                 "description": ranked,
             },
+            "at_once": {**FLAG, "description": at_once, "default": defaults.judging == "lists"},
             "rubric": {
                 "type": ["string", "object"],
                 "description": "a text, or criteria: by name a description, or one with a weight",

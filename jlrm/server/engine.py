@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from jlrm.config import RunError, UsageError
 from jlrm.data.batches import pad
@@ -60,7 +61,8 @@ class Writing:
     """A prompt whose completions are being written.
 
     number: of the prompt, by which its random numbers are addressed. tell: called by the engine's
-    thread with what each block has drawn, and with None if the engine has failed.
+    thread with what each block has drawn, and with None if the engine has failed. num_stops: of a
+    stop string, which end a completion.
     """
 
     prompt_ids: Sequence[int]
@@ -70,6 +72,7 @@ class Writing:
     number: int
     num_completions: int
     tell: Callable[[Drawn | None], None]
+    num_stops: int = 2
     is_cancelled: bool = False
     began: float = 0.0  # when it entered its slots
 
@@ -88,7 +91,10 @@ class Counters:
 
 
 class Engine:
-    """Slots of one model; `submit` and `cancel` may be called from any thread."""
+    """Slots of one model; `submit` and `cancel` may be called from any thread.
+
+    ends: states of `stops` that end a completion, by its number of stop strings (`stops.ends`).
+    """
 
     def __init__(
         self,
@@ -96,9 +102,10 @@ class Engine:
         weights: Callable[[], Params],
         settings: SlotSettings,
         stops: StopTables,
+        ends: Int[np.ndarray, "N A"],
         most_waiting: int,
     ) -> None:
-        self.settings, self.counters = settings, Counters()
+        self.settings, self.counters, self._ends = settings, Counters(), ends
         self._policy, self._weights, self._most_waiting = policy, weights, most_waiting
         layout = policy.decoding
         self._stops = StopTables._make(global_array(x, layout.replicated()) for x in stops)
@@ -314,6 +321,7 @@ class Engine:
                 ],
                 np.int32,
             ),
+            self._ends[[each.num_stops - 1 for each, _ in rows]],
         )
         width = max(self._width(len(each.prompt_ids)) for each in group)
         tokens, lengths = pad([each.prompt_ids for each, _ in rows], width)

@@ -32,9 +32,18 @@ from jlrm.sampling.slots import CUT, RUNNING, STOPPED
 from jlrm.sampling.writer import address
 from jlrm.server.bodies import Defaults, Drawing
 from jlrm.server.engine import Drawn, Engine, Writing
-from jlrm.serving.asked import Pair, Single, games_of, single_game
+from jlrm.serving.asked import (
+    Listed,
+    Pair,
+    Single,
+    each_beside_each,
+    games_at_once,
+    games_of,
+    single_game,
+)
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.results import JudgedPair, ScoredAnswer, judged_pair, scored_answer
+from jlrm.serving.ranking import judged_list, one_by_one, ranked, ranked_at_once
+from jlrm.serving.results import JudgedPair, Ranking, ScoredAnswer, judged_pair, scored_answer
 
 LETTERS = 32  # of a token: texts with more than that for each are too long, and not tokenised
 TORN = "\ufffd"  # stands for bytes of a character that is not drawn whole
@@ -67,7 +76,6 @@ class Service:
     read: Reader
     defaults: Defaults
     prompt: str  # the template's name
-    is_stopping: bool  # a text ends where its verdict does
     calibrated: ConfidenceMap | None = None
     encoding: asyncio.Lock = field(default_factory=asyncio.Lock)  # a tokenizer serves one thread
 
@@ -124,6 +132,33 @@ class Service:
             for each, game in zip(asked, games, strict=True)
         ]
 
+    async def rank(
+        self,
+        asked: Listed,
+        at_once: bool,
+        orders: str,
+        drawing: Drawing,
+        tell: Callable[[Game, Piece], None] = lambda game, piece: None,
+    ) -> Ranking:
+        """Order answers as `Judge.rank` does; `tell` hears of every piece.
+
+        Raises:
+          UsageError: a text that is none, or what can't be judged at once (`games_at_once`).
+          Busy, RunError: as `Engine.submit`.
+        """
+        question, answers, *told = asked
+        if self.read.is_single:
+            singles = [Single(question, each, str(i), *told) for i, each in enumerate(answers)]
+            scored = await self.score(singles, drawing, tell)
+            return ranked_at_once([one_by_one(scored)], self.read, self.calibrated)
+        if not at_once:
+            pairs = each_beside_each(question, answers, *told)
+            return ranked(await self.judge(pairs, orders, drawing, tell), len(answers))
+        games = games_at_once(_identity([question, *answers], 0), asked, orders, drawing.seed)
+        responses = await self._responses(games, drawing, tell)
+        judged = [judged_list(game, responses[game.id], self.read) for game in games]
+        return ranked_at_once(judged, self.read, self.calibrated)
+
     async def _responses(
         self,
         games: Sequence[Game],
@@ -156,20 +191,11 @@ class Service:
         texts: list[dict[int, Piece]] = [{} for _ in fitting]
         waiting: list[WrittenGame] = []
         began = time.monotonic()
-        asked = [(example.prompt_ids, _number(game)) for game, example in fitting]
-        left = len(fitting) * drawing.votes
-        is_growing = drawing.is_streamed or any(game.is_single for game in games)
-        async with contextlib.aclosing(self.write(asked, drawing, is_growing)) as written:
+        asked = [(example.prompt_ids, _number(game), len(game.shown)) for game, example in fitting]
+        async with contextlib.aclosing(self.write(asked, drawing, drawing.is_streamed)) as written:
             async for piece in written:
-                game, own = fitting[piece.prompt][0], texts[piece.prompt]
-                if piece.completion in own and own[piece.completion].ending:
-                    continue  # it has its score, and goes on till nobody waits for the others
-                piece = _ended(piece) if game.is_single and self.is_stopping else piece
-                own[piece.completion] = piece
-                tell(game, piece)
-                left -= bool(piece.ending)
-                if not left:
-                    break
+                texts[piece.prompt][piece.completion] = piece
+                tell(fitting[piece.prompt][0], piece)
         for (game, example), pieces in zip(fitting, texts, strict=True):
             ordered = [pieces[i] for i in sorted(pieces)]
             responses[game.id] = Response(
@@ -195,12 +221,13 @@ class Service:
 
     async def write(
         self,
-        asked: Sequence[tuple[Sequence[int], int]],
+        asked: Sequence[tuple[Sequence[int], int, int]],
         drawing: Drawing,
         is_growing: bool = True,
     ) -> AsyncGenerator[Piece, None]:
-        """Write completions of prompts, given by their ids and a number each, piece by piece.
+        """Write completions of prompts, piece by piece.
 
+        asked: of each prompt its ids, its number, and how many scores end a text.
         is_growing: each block is a piece; else a completion comes as one, at its end.
 
         Raises:
@@ -214,8 +241,8 @@ class Service:
 
         writings = [
             Writing(ids, drawing.max_new_tokens, drawing.temperature, drawing.seed, number,
-                    drawing.votes, listener(i))
-            for i, (ids, number) in enumerate(asked)
+                    drawing.votes, listener(i), num_stops)
+            for i, (ids, number, num_stops) in enumerate(asked)
         ]  # fmt: skip
         self.engine.submit(*writings)
         drawn: dict[tuple[int, int], list[int]] = {}
@@ -241,6 +268,11 @@ class Service:
         return Piece(
             prompt, new.completion, text if ending else text.rstrip(TORN), list(ids), ending
         )
+
+    @property
+    def num_stops(self) -> int:
+        """The number of scores that end a text that is no game of ours: a pair's, or a list's."""
+        return prompts.MOST_LISTED if self.defaults.judging == "lists" else 2
 
     def chat_prompt(self, messages: Iterable[tuple[str, str]]) -> list[int]:
         """Return the ids of a conversation's prompt, which opens the reasoning as a judge's does.
@@ -290,15 +322,6 @@ def _identity(texts: Sequence[Any], place: int) -> str:
     """Return a name for a pair by what it says; twice the same pair is two names."""
     said = json.dumps(texts, default=str)
     return f"{hashlib.sha256(said.encode()).hexdigest()[:16]}#{place}"
-
-
-def _ended(piece: Piece) -> Piece:
-    """Return a piece of one answer's judgement, at its end where its score is written."""
-    reasoning, mark, rest = piece.text.rpartition(THINK_END)
-    score, end, _ = rest.partition("</answer>")
-    if not mark or not end:
-        return piece
-    return piece._replace(text=f"{reasoning}{mark}{score}{end}", ending="stop")
 
 
 def _number(game: Game) -> int:

@@ -77,14 +77,19 @@ def games_at_once(number: int | str, asked: Listed, orders: str, seed: int) -> l
             f"One judgement is of 2 to {MOST_LISTED} answers, got {len(asked.answers)}. With "
             "at_once=False (--no-at-once) each is compared with each."
         )
-    if asked.is_expected or (asked.rubric and asked.rubric.criteria):
+    if asked.is_expected:
         raise UsageError(
-            "Expected scores and rubrics of criteria are for pairs and single answers, not for "
-            "answers judged at once: leave them out, or say at_once=False (--no-at-once)."
+            "Expected scores are for pairs and single answers, not for answers judged at once: "
+            "leave them out, or say at_once=False (--no-at-once)."
         )
     question = as_text(asked.question, "question")
     answers = tuple(as_text(each, "an answer") for each in asked.answers)
     return _games(Item(str(number), question, answers, **_more(asked)), orders, seed)
+
+
+def alone(name: str) -> str:
+    """Return what to say of a judge of single answers that is to judge several at once."""
+    return f"{name} was trained to judge each answer alone: no at_once."
 
 
 def _games(item: Item, orders: str, seed: int) -> list[Game]:

@@ -36,6 +36,7 @@ from jlrm.serving.asked import (
     Orders,
     Pair,
     Single,
+    alone,
     as_text,
     each_beside_each,
     games_at_once,
@@ -46,12 +47,11 @@ from jlrm.serving.asked import (
     single_game,
 )
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.ranking import one_by_one, ranked, ranked_at_once
+from jlrm.serving.ranking import judged_list, one_by_one, ranked, ranked_at_once
 from jlrm.serving.results import (
     JudgedPair,
     Ranking,
     ScoredAnswer,
-    judged_list,
     judged_pair,
     scored_answer,
 )
@@ -265,7 +265,7 @@ class Judge:
         told = reference, as_rubric(rubric), expected
         if self.judging == "single":
             if at_once:
-                raise UsageError(f"{self.name} was trained to judge each answer alone: no at_once.")
+                raise UsageError(alone(self.name))
             asked = [Single(question, each, str(i), *told) for i, each in enumerate(answers)]
             return ranked_at_once([one_by_one(self.score_all(asked))], self._read, self.calibrated)
         if self.judging == "lists" if at_once is None else at_once:

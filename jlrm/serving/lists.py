@@ -22,8 +22,8 @@ from jlrm.serving.asked import (
     games_of,
 )
 from jlrm.serving.calibration import ConfidenceMap
-from jlrm.serving.ranking import ranked, ranked_at_once
-from jlrm.serving.results import VERSION, Ranking, judged_list, judged_pair
+from jlrm.serving.ranking import judged_list, ranked, ranked_at_once
+from jlrm.serving.results import VERSION, Ranking, judged_pair
 
 SPELLINGS = {
     "question": forms.QUESTIONS,

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
-from jlrm.evaluation.reading import Reader
+from jlrm.evaluation.games import Game, Response
+from jlrm.evaluation.reading import Reader, criteria_of, read_list
 from jlrm.judgement.verdict import preferred
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import (
@@ -124,6 +125,30 @@ def ranked_at_once(
     )
     order, wins = tuple(i for _, i in sorted(known)), _wins(_outcomes(pairs), len(columns))
     return Ranking(order, (), (), wins, pairs, means, tuple(judged))
+
+
+def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedList:
+    """Read what was said of answers that were judged at once."""
+    order, none = tuple(place + 1 for place in game.shown), (None,) * len(game.shown)
+    if response is None or response.error is not None:
+        error = response.error if response else "it was not judged"
+        return JudgedList(order, none, "unjudged", (), None, error)
+    if response.refused is not None:
+        return JudgedList(order, none, "refused", (), None, response.refused)
+    scores, status = read_list(game, response, read)
+
+    def as_given(shown: Sequence[float | None]) -> tuple[float | None, ...]:
+        return tuple(score for _, score in sorted(zip(game.shown, shown, strict=True)))
+
+    criteria = criteria_of(game, response, read) or {}
+    return JudgedList(
+        order,
+        as_given(scores or none),
+        status,
+        response.texts or (),
+        response.num_tokens,
+        criteria={name: as_given(each) for name, each in criteria.items()} or None,
+    )
 
 
 def one_by_one(scored: Sequence[ScoredAnswer]) -> JudgedList:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jlrm.evaluation.games import Game, GameVerdict, Response
-from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_list, read_response
+from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_response
 from jlrm.judgement.verdict import (
     implied_probability,
     is_consistent,
@@ -172,6 +172,8 @@ class JudgedList(Plain):
 
     order: the answers by their numbers, counted from 1, as they were shown. texts: what the judge
     wrote, one for each vote. Of a judge of single answers: what it wrote of each, one by one.
+    criteria: with a rubric of criteria, the scores of the answers by each, whose means by weight
+    `scores` are.
     """
 
     order: tuple[int, ...]
@@ -180,6 +182,9 @@ class JudgedList(Plain):
     texts: tuple[str, ...]
     num_tokens: int | None
     error: str | None = None
+    criteria: dict[str, tuple[float | None, ...]] | None = field(
+        default=None, metadata=contracts.LEFT_OUT
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -346,20 +351,6 @@ def judged_game(game: Game, response: Response | None, read: Reader) -> JudgedGa
         criteria=criteria and {name: as_given(each) for name, each in criteria.items()},
         expected_scores=as_given(expected_of(game, response, read)),
     )
-
-
-def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedList:
-    """Read what was said of answers that were judged at once."""
-    order, none = tuple(place + 1 for place in game.shown), (None,) * len(game.shown)
-    if response is None or response.error is not None:
-        error = response.error if response else "it was not judged"
-        return JudgedList(order, none, "unjudged", (), None, error)
-    if response.refused is not None:
-        return JudgedList(order, none, "refused", (), None, response.refused)
-    scores, status = read_list(len(game.shown), response, read)
-    by_place = dict(zip(game.shown, scores or none, strict=True))
-    given = tuple(by_place[place] for place in sorted(by_place))
-    return JudgedList(order, given, status, response.texts or (), response.num_tokens)
 
 
 def scored_answer(

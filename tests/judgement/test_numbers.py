@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jlrm.judgement.numbers import both, json_scores, score
+from jlrm.judgement.numbers import both, json_scores, score, several
 
 LOOKS = ("{}", " {} ", "**{}**", "*{}*", "`{}`", '"{}"', "[[{}]]", "({})", "\\boxed{{{}}}", "${}$")
 LABELS = ("", "Score: ", "score = ", "**Score:** ", "Final rating: ", "\u8bc4\u5206\uff1a")
@@ -186,3 +186,24 @@ def test_values_of_json_may_say_again_which_answer_they_are_of():
     assert json_scores(text, 10) == (8.0, 7.0)
     text = json.dumps({"answer_1": "Answer 2: 8", "answer_2": "Answer 1: 7"})
     assert json_scores(text, 10) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("8, 7, 5", (8, 7, 5)),
+        ("8,7,5", (8, 7, 5)),
+        ("[8, 7, 5]", (8, 7, 5)),
+        ("8/10 7/10 5/10", (8, 7, 5)),
+        ("8; **7**; five", (8, 7, 5)),
+        ("8 and 7 and 5", (8, 7, 5)),
+        ("7,5; 7; 5", (7.5, 7, 5)),
+        ("8 / 7 / 5", None),
+        ("8, 7", None),
+        ("8, 7, 5, 6", None),
+        ("8, 7, good", None),
+        ("8, 7, 5" + " " * 400 + "x", None),
+    ],
+)
+def test_scores_of_three_answers_in_one_text(text, wanted):
+    assert several(text, 10, 3) == wanted

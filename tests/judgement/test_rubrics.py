@@ -24,8 +24,9 @@ def read(text: str, ending="stop", asked=TWO):
 
 
 def test_criteria_are_read_and_totals_are_their_means_by_weight():
-    found = read(says("accuracy: 8, 4", "Clear: style: 4, 6"))
-    assert found.criteria == ((8.0, 4.0), (4.0, 6.0)) and found.status == "ok"
+    text = says("accuracy: 8, 4", "Clear: style: 4, 6")
+    found = read(text)
+    assert Reader().criteria(text, TWO, 2) == [(8.0, 4.0), (4.0, 6.0)] and found.status == "ok"
     assert found.scores == (5.0, 5.5) and found.preference == 2  # and not the totals of the text
     assert found == read(
         says("- **Accuracy**: 8/10, 4/10", "2. clear style: Answer 1: 4, Answer 2: 6")

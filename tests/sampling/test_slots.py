@@ -18,7 +18,7 @@ from jlrm.runtime.mesh import rollout_layout
 from jlrm.sampling import decode, slots
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.slots import CUT, RUNNING, STOPPED, Entering, SlotSettings, Turns
-from jlrm.sampling.stops import StopTables, stop_tables
+from jlrm.sampling.stops import StopTables, ends, stop_tables
 
 pytestmark = pytest.mark.slow  # whole models are compiled
 
@@ -58,7 +58,12 @@ class Slots:
         self.holds: list[tuple[int, int] | None] = [None] * num_slots
 
     def enter(
-        self, prompts: dict[int, list[list[int]]], ids: Any, lengths: Any, temperature: float = 1.0
+        self,
+        prompts: dict[int, list[list[int]]],
+        ids: Any,
+        lengths: Any,
+        temperature: float = 1.0,
+        accept: Any = None,
     ) -> None:
         """Put completions of prompts into slots: {prompt's number: [[slot, completion]]}."""
         numbers = list(prompts)
@@ -69,6 +74,7 @@ class Slots:
             np.full(len(numbers), NUM_NEW, np.int32),
             np.full(len(numbers), temperature, np.float32),
             np.array(addresses, np.int32),
+            np.array([self.stops.accept] * len(numbers)) if accept is None else accept,
         )
         for number in numbers:
             for slot, completion in prompts[number]:
@@ -151,6 +157,7 @@ def test_a_prompt_that_fills_a_call_enters_once():
         np.full(2, NUM_NEW, np.int32),
         np.ones(2, np.float32),
         np.array([[[0, 5, 0]]] * 2, np.int32),
+        np.zeros((2, 0), np.int16),
     )
     twice.holds[1] = 5, 0
     twice._take(
@@ -171,6 +178,21 @@ def test_a_stop_string_ends_a_completion_and_counts_anew_for_the_next():
     for number, (tokens, length) in enumerate(zip(wanted.tokens, wanted.lengths, strict=True)):
         assert served.drawn[number, 0] == tokens[:length].tolist()
     assert STOPPED in served.endings.values()
+
+
+def test_each_slot_ends_by_its_own_number_of_stop_strings():
+    ids, lengths = random_prompts()
+    counts, spelled = {"A": 3}, [b"AB"[i % 2 : i % 2 + 1] for i in range(96)]
+    served = Slots(2, stop_ids=(), stops=stop_tables(counts, spelled, 96))
+    accept = ends(counts, 3)
+    served.enter({0: [[0, 0]], 1: [[1, 0]]}, ids, lengths, accept=accept[[2, 0]])
+    while any(held is not None for held in served.holds):
+        served.advance()
+    for number, count in ((0, 3), (1, 1)):
+        own = stop_tables({"A": count}, spelled, 96)
+        wanted = draw(ids, lengths, grid_keys(num_rollouts=1), stops=own)
+        assert served.drawn[number, 0] == wanted.tokens[number][: wanted.lengths[number]].tolist()
+        assert served.endings[number, 0] == STOPPED
 
 
 def test_a_narrow_block_reads_what_it_needs():
@@ -219,6 +241,7 @@ def test_entering_moves_no_prompt_of_another_slot_between_devices():
         np.full(4, NUM_NEW, np.int32),
         np.ones(4, np.float32),
         np.zeros((4, 1, 3), np.int32),
+        np.zeros((4, 0), np.int16),
     )
     lowered = served._enter.lower(
         served.weights, served.state, Prompts(ids, lengths), entering, served.stops

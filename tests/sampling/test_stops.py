@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jlrm.judgement.verdict import parse
-from jlrm.sampling.stops import StopTables, stop_tables
+from jlrm.sampling.stops import StopTables, ends, stop_tables
 
 ANSWER = "</answer>"
 FRAGMENTS = [ANSWER, "</answer", "</ans", "wer>", "answer>", "<", "</", ">", "<answer>", " 7", "é"]
@@ -120,6 +120,29 @@ def test_automata_of_different_sizes_share_one_table():
     assert tables.accept.tolist() == [1, 18]
     assert end_by_table(tables, 0, [1, 2, 0, 1]) == 3
     assert end_by_table(tables, 1, [0, 1, 2] * 3) == 9
+
+
+def test_a_sequence_may_end_by_fewer_occurrences_than_its_tables_count():
+    generator = np.random.default_rng(1)
+    pieces = [*(bytes([byte]) for byte in b"ab</>"), b"</a", b">a</", b"</b>"]
+    many = stop_tables({"</a>": 4}, pieces, len(pieces), after="</b>")
+    accept = ends({"</a>": 4}, 4, after="</b>")
+    assert accept.shape == (4, 1) and accept[-1] == many.accept
+    for _ in range(200):
+        tokens = generator.integers(len(pieces), size=60).tolist()
+        for count in range(1, 5):
+            own = stop_tables({"</a>": count}, pieces, len(pieces), after="</b>")
+            assert first_end(many, accept[count - 1], tokens) == first_end(own, own.accept, tokens)
+    assert ends({}, 8).shape == (8, 0)
+
+
+def first_end(tables: StopTables, accept: np.ndarray, tokens: Sequence[int]) -> int | None:
+    state = 0
+    for length, token in enumerate(tokens, start=1):
+        state = tables.tables[0, state, token]
+        if state >= accept[0]:
+            return length
+    return None
 
 
 def test_without_strings_there_is_no_automaton():

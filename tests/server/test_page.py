@@ -78,8 +78,7 @@ class KnownTexts(Service):
     ) -> dict[str, Response]:
         found = {}
         for game in games:
-            shown = dict.fromkeys((game.first, game.second))
-            scores = [QUALITY[game.item.answers[i].split()[0]] for i in shown]
+            scores = [QUALITY[game.item.answers[i].split()[0]] for i in game.shown]
             rubric, reference = game.item.rubric, game.item.reference
             thought = f"{HOSTILE} The reference: {reference}. To look at: {rubric and rubric.text}"
             lines = [f"{each.name}: {', '.join(map(str, scores))}" for each in rubric_of(game)]
@@ -103,7 +102,7 @@ def teller() -> Iterator[int]:
     engine: Any = types.SimpleNamespace(failure="")
     defaults = Defaults("told", 0.0, 1, 48, 0)
     nothing: Any = None
-    service = KnownTexts(nothing, engine, nothing, nothing, Reader(), defaults, "jlrm", True)
+    service = KnownTexts(nothing, engine, nothing, nothing, Reader(), defaults, "jlrm")
     metrics: Any = types.SimpleNamespace(request=lambda _: contextlib.nullcontext(engine))
     routes = app.make(service, app.Limits(), metrics)
     config = uvicorn.Config(routes, http=protocol.Impatient, log_level="error", lifespan="off")
@@ -241,6 +240,20 @@ def test_a_list_is_ranked_from_the_best_to_the_worst(browser, teller, view):
         titles = page.locator("#games h2").all_inner_texts()
         assert titles[-2:] == ["Answer 2 shown first, then 3", "Answer 3 shown first, then 2"]
         nothing_keeps_people_out(page, f"{view}-list")
+        page.locator("summary", has_text="Settings").click()
+        page.locator("#at_once").select_option("true")
+        page.keyboard.press("Control+Enter")
+        page.locator("#told", has_text="Done: Answer 3 is best.").wait_for()
+        titles = page.locator("#games h2").all_inner_texts()
+        assert titles == [
+            "Answers shown in the order 1, 2, 3",
+            "Answers shown in the order 3, 2, 1",
+        ]
+        assert page.locator("#verdict th").all_inner_texts() == [
+            *("Place", "Answer", "Score", "Games won")
+        ]
+        assert page.locator("#verdict td:nth-child(3)").all_inner_texts() == ["8", "5", "2"]
+        nothing_keeps_people_out(page, f"{view}-at-once")
         page.locator("#answer-2").fill(" ")
         page.keyboard.press("Control+Enter")
         page.locator("#told.wrong", has_text="Answer 2 is empty.").wait_for()

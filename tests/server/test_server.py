@@ -39,6 +39,7 @@ CHAT = (
 SIZES = ["--max-prompt-tokens", "256", "--max-new-tokens", "48", "--compute-dtype", "float32"]
 PAIRS = [(f"Name {i} tools.", f"hammer saw {i}", f"drill {'wrench ' * (i % 5)}") for i in range(6)]
 COLUMNS = list(zip(*PAIRS, strict=True))
+RANKED = {"question": "q", "answers": ["one", "two", "three"]}
 PAIR = dict(zip(("question", "answer_1", "answer_2"), PAIRS[0], strict=True))
 
 
@@ -202,10 +203,27 @@ def test_a_stream_brings_the_same_text_in_pieces(server):
     assert [[grown["[1, 2]"]], [grown["[2, 1]"]]] == texts(wanted) and len(events) > 4
 
 
-def test_answers_are_ranked(server):
+def test_answers_are_ranked(server, local):
     body = {"question": "Name tools.", "answers": ["saw", "hammer", "drill"]}
     status, reply, _ = server.ask("/v1/judge", body)
     assert status == 200 and sorted(reply["order"]) == [1, 2, 3] and len(reply["pairs"]) == 3
+    assert reply["usage"] == {
+        "completion_tokens": sum(each["num_tokens"] for each in reply["pairs"])
+    }
+    status, reply, _ = server.ask("/v1/judge", {**body, "at_once": True})
+    told = local.rank(body["question"], body["answers"], at_once=True)
+    wanted = json.loads(json.dumps(told.to_dict()))
+    assert status == 200 and [reply[name] for name in wanted] == [*wanted.values()]
+    used = sum(each["num_tokens"] for each in reply["judgements"])
+    assert reply["usage"] == {"completion_tokens": used} and reply.keys() - wanted.keys() == {
+        "usage",
+        "model",
+    }
+    _, content, _ = server.ask("/v1/judge", {**body, "at_once": True, "stream": True})
+    *events, _ = [line[6:] for line in content.decode().split("\n\n") if line]
+    *pieces, last = map(json.loads, events)
+    assert {(each["pair"], *each["order"]) for each in pieces} == {(0, 1, 2, 3), (0, 3, 2, 1)}
+    assert last["result"] == reply
     status, reply, _ = server.ask("/v1/rerank", {"query": "q", "documents": ["one"]})
     assert reply["results"] == [{"index": 0, "relevance_score": 0.5}]
     # Random weights write no verdict, and that is no ranking.
@@ -366,6 +384,12 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
         ("/v1/judge", {**PAIR, "temperature": "NaN"}, 400, "temperature"),
         ("/v1/judge", b'{"pairs": [], "temperature": NaN}', 400, "temperature"),
         ("/v1/judge", {"question": "q", "answers": ["one"]}, 400, "list of 2 to 16"),
+        ("/v1/judge", {**RANKED, "at_once": "yes"}, 400, "at_once: wanted true or false"),
+        ("/v1/judge", {**RANKED, "answers": ["a"] * 9, "at_once": True}, 400, "2 to 8 answers"),
+        ("/v1/judge", {**RANKED, "answers": [3, "a"], "at_once": True}, 400, "must be text"),
+        ("/v1/judge", {**RANKED, "at_once": True, "expected_scores": True}, 400, "at_once=False"),
+        ("/v1/judge", {**RANKED, "at_once": True, "rubric": {"a": "b"}}, 400, "no place for a"),
+        ("/v1/judge", {**PAIR, "at_once": True}, 400, "at_once has no place beside answer_1"),
         ("/v1/judge", {"pairs": ["x"]}, 400, "pairs[0]"),
         ("/v1/judge", {**PAIR, "model": "gpt-4"}, 404, "is not served here"),
         ("/v1/rerank", {"query": "q", "documents": [3]}, 400, "documents[0]"),

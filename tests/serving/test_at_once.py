@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import contextlib
 import dataclasses
 import http.server
 import json
 import pathlib
+import re
 import shutil
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from judges.test_local import CONFIG, write_model
@@ -17,12 +22,15 @@ from serving.test_lists import lines, written
 from jlrm import export
 from jlrm import judge as command
 from jlrm.config import RunError, UsageError
+from jlrm.evaluation import prompting, rubrics
 from jlrm.evaluation.games import Game, Item, Response
 from jlrm.evaluation.reading import Reader
-from jlrm.judges import options
+from jlrm.judgement import prompts
+from jlrm.judges import local, options
 from jlrm.runtime.settings import load, save
-from jlrm.serving.asked import Pair
+from jlrm.serving.asked import Listed, Pair
 from jlrm.serving.judge import Judge
+from jlrm.weights import hf
 
 QUICKSTART = pathlib.Path(__file__).parent.parent.parent / "configs/quickstart.yaml"
 WORTH = {"best": 9, "fair": 6, "poor": 2}
@@ -121,9 +129,56 @@ def test_a_judge_of_lists_ranks_at_once_unless_told_otherwise():
     with pytest.raises(UsageError, match=r"2 to 8 answers, got 9\. With at_once=False"):
         judge.rank("q", ["fair"] * 9)
     assert judge.rank("q", ["fair"] * 9, at_once=False).wins == (8,) * 9
-    for told in ({"expected": True}, {"rubric": {"facts": "True?"}}):
-        with pytest.raises(UsageError, match="not for answers judged at once"):
-            judge.rank("q", THREE, **told)
+    with pytest.raises(UsageError, match="not for answers judged at once"):
+        judge.rank("q", THREE, expected=True)
+
+
+CRITERIA = {"facts": "True?", "style": {"description": "Plain?", "weight": 3}}
+
+
+def graded(*shown: str) -> str:
+    """Score facts by worth, and style the other way round."""
+    facts = [WORTH[each] for each in shown]
+    lines = f"facts: {', '.join(map(str, facts))}\nstyle: {', '.join(str(10 - f) for f in facts)}"
+    return f"r</think>{lines}\n{blocks(*facts)}"
+
+
+def test_answers_are_judged_at_once_by_criteria():
+    found = judge_of(Lister(graded)).rank("q", THREE, at_once=True, rubric=CRITERIA)
+    assert found.scores == (4.5, 6.5, 3) and found.order == (2, 1, 3)  # means by weight, no totals
+    both = {"facts": (6, 2, 9), "style": (4, 8, 1)}
+    assert [each.criteria for each in found.judgements] == [both] * 2
+    assert found.to_dict()["judgements"][1]["criteria"]["style"] == [4, 8, 1]
+    two = judge_of(Lister(graded)).rank("q", THREE[1:], at_once=True, rubric=CRITERIA)
+    assert two.scores == (6.5, 3) and two.judgements[1].criteria["facts"] == (2, 9)
+    plain = judge_of(Lister()).rank("q", THREE, at_once=True, rubric="Is it true?")
+    assert plain.scores == (6, 2, 9) and "criteria" not in plain.to_dict()["judgements"][0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        ("facts: 8, 7\nstyle: 1, 2, 3", "no_criteria"),
+        ("facts: 8, 7, 6", "no_criteria"),
+        ("facts: 8, 7, 11\nstyle: 1, 2, 3", "out_of_range"),
+    ],
+)
+def test_a_list_without_the_scores_of_all_criteria_is_unread(lines, status):
+    judge = judge_of(Lister(lambda *shown: f"r</think>{lines}\n{blocks(8, 7, 6)}"))
+    found = judge.rank("q", THREE, at_once=True, rubric=CRITERIA)
+    assert found.order == () and {each.status for each in found.judgements} == {status}
+    assert found.judgements[0].criteria is None
+
+
+def test_prompts_ask_for_criteria_of_lists_or_say_that_they_can_not():
+    rubric = rubrics.rubric(CRITERIA)
+    game = Game(Item("i", "q", tuple(THREE), rubric=rubric), 0, 1, (2,))
+    asked = prompting.prompting("jlrm").text(game)
+    assert asked.system is not None and "the scores of the three answers for it" in asked.system
+    assert "score of Answer 1, score of Answer 2, score of Answer 3\n" in asked.system
+    for name in ("jlrm_rubric", "toy"):
+        with pytest.raises(UsageError, match=f"'{name}' has no place for a rubric: take jlrm"):
+            prompting.prompting(name).text(game)
 
 
 def test_a_judge_of_single_answers_scores_each_by_itself():
@@ -266,14 +321,29 @@ def runs(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def exports(runs) -> pathlib.Path:
+    """A directory with the exports of the runs, by the same names."""
+    folder = runs / "exports"
+    for judging in ("pairs", "single", "lists"):
+        given = ["--checkpoint", str(runs / judging), "--dtype", "float32"]
+        export.main([*given, "--out", str(folder / judging)])
+    return folder
+
+
+@pytest.fixture(params=["runs", "exports"])
+def trained(request) -> pathlib.Path:
+    return request.getfixturevalue(request.param)
+
+
 SIZES = {"max_prompt_tokens": 128, "max_new_tokens": 4, "compute_dtype": "float32"}
 
 
 @pytest.mark.slow
-def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
+def test_a_run_and_its_export_are_asked_as_it_was_trained(trained, runs):
     """Random weights write no verdict: what is asked shows in the games."""
     lists, pairs, single = (
-        Judge.load(str(runs / name), **SIZES) for name in ("lists", "pairs", "single")
+        Judge.load(str(trained / name), **SIZES) for name in ("lists", "pairs", "single")
     )
     assert [len(each.rank("q", THREE).games) for each in (lists, pairs, single)] == [2, 6, 1]
     assert pairs.compare("q", "a", "b") == lists.compare("q", "a", "b")
@@ -284,35 +354,134 @@ def test_a_run_is_asked_as_it_was_trained(runs, monkeypatch):
     out = ["--out", str(runs / "out")]
     for flags in ([str(source)], [str(written(runs / "lists.jsonl", ROWS[0])), "--rank"]):
         with pytest.raises(UsageError, match=r"no pairs\. Give rows of one answer, with --s"):
-            command.main([*flags, "--model", str(runs / "single"), *out])
+            command.main([*flags, "--model", str(trained / "single"), *out])
+
+
+def test_an_export_says_how_its_run_was_trained(exports, tmp_path, monkeypatch):
+    file = exports / "single" / prompting.NAME
+    wanted = {"prompt": "toy", "scale": [1, 10], "judging": "single", "version": 1}
+    assert json.loads(file.read_text()) == wanted
+    found = options.options(asking_of(exports / "single"))
+    assert (found["prompt"], found["scale"]) == ("toy", [1, 10])
+    for name in ("single", "lists"):
+        assert options.judging_of(asking_of(exports / name)) == name
+    # Imported again and exported again it is still known; a file less, and nothing is.
+    again, back = tmp_path / "run", tmp_path / "again"
+    export.main(["--from-hf", str(exports / "single"), "--out", str(again)])
+    export.main(["--checkpoint", str(again), "--out", str(back)])
+    assert prompting.as_trained(str(again)) == prompting.as_trained(str(back))
+    assert json.loads((back / prompting.NAME).read_text()) == wanted
+    resolved = []
+    monkeypatch.setattr(hf, "resolve", lambda name, files: resolved.append((name, files)) or back)
+    assert options.judging(options.JLRM, "org/name") == "single"
+    assert resolved == [("org/name", ("judging.json",))]
+    (back / prompting.NAME).unlink()
+    assert options.judging(options.JLRM, str(back)) == "pairs"
+    assert options.judging(options.OPENAI, str(exports / "single")) == "pairs"
+
+
+def asking_of(model: pathlib.Path) -> argparse.Namespace:
+    open_ones = dict.fromkeys(options.OPTIONS)
+    return argparse.Namespace(
+        backend=options.JLRM, model=str(model), single=None, at_once=None, **open_ones
+    )
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ('{"judging": "singles"}', "judging='singles'. Did you mean 'single'"),
+        ('{"prompt": "/etc/passwd"}', "prompt='/etc/passwd'. Known"),
+        ('{"scale": [10, 1]}', "scale=[10, 1] does not rise. Export the run again"),
+        ('{"scale": "ten"}', "must be a list"),
+        ('{"version": 2}', "Update jlrm"),
+        ("pairs", "is no JSON"),
+    ],
+)
+def test_what_says_nothing_of_a_training_is_refused(told, says, tmp_path):
+    (tmp_path / prompting.NAME).write_text(told)
+    with pytest.raises(UsageError, match=re.escape(says)):
+        Judge.load(str(tmp_path))
 
 
 @pytest.mark.slow
-def test_a_run_of_single_answers_is_served_as_it_was_trained(runs):
+def test_a_run_of_single_answers_is_served_as_it_was_trained(trained):
     pytest.importorskip("uvicorn")
-    from jlrm.server import command as serving
-    from jlrm.server import terminal
+    from jlrm.server import bodies, terminal
     from jlrm.server.bodies import Drawing
 
-    flags = ["--model", str(runs / "single"), "--slots", "2", "--max-new-tokens", "4"]
+    heard, drawing, home = (
+        [],
+        Drawing(1, 0.0, 4, 0, True),
+        Judge.load(str(trained / "single"), **SIZES),
+    )
+    with served(trained / "single", 4) as (service, args):
+        pair = Pair("q", "a", "b")
+        told = service.judge([pair], "both", drawing, lambda game, _: heard.append(game.shown))
+        (found,) = asyncio.run(told)
+        ranking = asyncio.run(service.rank(Listed("q", THREE), False, "both", drawing))
+    assert set(heard) == {(0,), (1,)}
+    assert found == home.compare("q", "a", "b") and ranking == home.rank("q", THREE)
+    body = {"question": "q", "answers": THREE}
+    assert not bodies.judge_body(body, service.defaults).at_once
+    with pytest.raises(UsageError, match="single was trained to judge each answer alone: no at_o"):
+        bodies.judge_body({**body, "at_once": True}, service.defaults)
+    args.backend = options.JLRM
+    with pytest.raises(UsageError, match="has seen no pairs"), terminal._opened(args):
+        pass
+
+
+@contextlib.contextmanager
+def served(model: pathlib.Path, num_new: int) -> Iterator[Any]:
+    """Open what serves a model."""
+    from jlrm.server import command as serving
+
+    flags = ["--model", str(model), "--slots", "2", "--max-new-tokens", str(num_new)]
     args = serving._parser().parse_args(
         [*flags, "--max-prompt-tokens", "128", "--compute-dtype", "float32"]
     )
     service = serving.open_service(args)
     service.engine.start()
-    heard = []
     try:
-        drawing = Drawing(1, 0.0, 4, 0, True)
-        pair = Pair("q", "a", "b")
-        told = service.judge([pair], "both", drawing, lambda game, _: heard.append(game.shown))
-        (found,) = asyncio.run(told)
+        yield service, args
     finally:
         service.engine.close()
-    assert set(heard) == {(0,), (1,)}
-    assert found == Judge.load(str(runs / "single"), **SIZES).compare("q", "a", "b")
-    args.backend = options.JLRM
-    with pytest.raises(UsageError, match="has seen no pairs"), terminal._opened(args):
-        pass
+
+
+@pytest.mark.slow
+def test_a_run_of_lists_is_served_as_it_was_trained(runs, monkeypatch):
+    """A text ends behind as many scores as it has answers; here a letter stands for a score."""
+    pytest.importorskip("uvicorn")
+    from jlrm.server import bodies
+
+    model, sizes = str(runs / "lists"), {**SIZES, "max_new_tokens": 64}
+    whole = Judge.load(model, **sizes).rank("q", THREE).judgements
+    texts = [text for each in whole for text in each.texts]
+    letter = min("ano", key=lambda each: -min(text.count(each) for text in texts))
+    assert all(text.count(letter) > 3 for text in texts)
+    monkeypatch.setattr(local, "STOP", {letter: 2})
+    monkeypatch.setattr(prompts, "reasoning_end", lambda name: "")
+    home = Judge.load(model, **sizes)
+    body = {"question": "q", "answers": THREE}
+
+    def asked(**more):
+        read = bodies.judge_body({**body, **more}, service.defaults)
+        told = read.listed, read.at_once, read.orders, read.drawing
+        return asyncio.run(service.rank(*told))
+
+    with served(runs / "lists", 64) as (service, _):
+        assert asked() == asked(at_once=True) == home.rank("q", THREE)
+        assert asked(at_once=False) == home.rank("q", THREE, at_once=False)
+        assert asked(orders="given").judgements == home.rank("q", THREE, orders="given").judgements
+        for told in ({"answers": ["a"] * 9}, {"expected_scores": True}):
+            with pytest.raises(UsageError, match="at_once=False"):
+                asked(**told)
+    ended = [each.texts[0] for each in home.rank("q", THREE).judgements]
+    assert [text.count(letter) for text in ended] == [3, 3]
+    with pytest.raises(UsageError, match="at_once: wanted true or false, got 'yes'"):
+        asked(at_once="yes")
+    with pytest.raises(UsageError, match="at_once has no place beside answer"):
+        bodies.judge_body({"question": "q", "answer": "a", "at_once": True}, service.defaults)
 
 
 ROWS = (

@@ -40,7 +40,7 @@ function show(asked) {
   of("answers").replaceChildren();
   const texts = asked.answers ?? [];
   for (let i = 0; i < Math.max(2, texts.length); i++) addAnswer(texts[i] ?? "");
-  for (const name of ["orders", "votes", "temperature", "seed", "rubric", "reference", "expected_scores"])
+  for (const name of ["orders", "votes", "temperature", "seed", "rubric", "reference", "expected_scores", "at_once"])
     of(name).value = asked[name] ?? (name === "orders" ? "both" : "");
 }
 
@@ -59,6 +59,7 @@ function asked() {
       ["rubric", "reference"].filter((name) => of(name).value.trim()).map((name) => [name, of(name).value]),
     ),
     ...(of("expected_scores").value && { expected_scores: true }),
+    ...(of("at_once").value && { at_once: of("at_once").value === "true" }),
   };
 }
 
@@ -71,6 +72,7 @@ function body(wanted) {
   const forms = { 1: { answer }, 2: { answer_1: answer, answer_2 } };
   const texts = forms[answers.length] ?? { answers };
   if (answers.length === 1) delete settings.orders;
+  if (answers.length <= 2) delete settings.at_once;
   return JSON.stringify({ question, ...texts, ...settings, stream: true });
 }
 
@@ -166,11 +168,11 @@ function grow(event, numAnswers) {
 }
 
 function title(event, numAnswers) {
-  let [first, second] = event.order;
-  const isAlone = first === second;
-  if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
+  let [first, second, ...rest] = event.order;
   const vote = event.vote > 0 || of("votes").value > 1 ? `, vote ${event.vote + 1}` : "";
-  if (isAlone) return `Answer ${first} by itself${vote}`;
+  if (first === second) return `Answer ${first} by itself${vote}`;
+  if (rest.length) return `Answers shown in the order ${event.order.join(", ")}${vote}`;
+  if (numAnswers > 2) [first, second] = places(numAnswers)[event.pair][first === 1 ? "slice" : "toReversed"]();
   return `Answer ${first} shown first, then ${second}${vote}`;
 }
 
@@ -235,7 +237,9 @@ function winner(number) {
 function ranking(result) {
   const table = element("table");
   const head = element("tr");
-  for (const name of ["Place", "Answer", "Strength", "95 % interval", "Games won"]) {
+  // Judged at once, or each by itself, answers have scores in place of strengths.
+  const told = result.scores ? ["Score"] : ["Strength", "95 % interval"];
+  for (const name of ["Place", "Answer", ...told, "Games won"]) {
     const cell = element("th", name);
     cell.scope = "col";
     head.append(cell);
@@ -243,8 +247,7 @@ function ranking(result) {
   table.append(head);
   result.order.forEach((number, place) => {
     const row = element("tr");
-    const [low, high] = result.intervals[number - 1].map(short);
-    const cells = [place + 1, number, short(result.strengths[number - 1]), `${low} to ${high}`, result.wins[number - 1]];
+    const cells = [place + 1, number, ...standing(result, number - 1), result.wins[number - 1]];
     row.append(...cells.map((each) => element("td", String(each))));
     table.append(row);
   });
@@ -253,6 +256,11 @@ function ranking(result) {
   const made = [element("p", `Answer ${result.order[0]} is best`, "winner"), table];
   if (unjudged) made.push(element("p", `${unjudged} of ${result.pairs.length} pairs have no verdict.`, "wrong"));
   return made;
+}
+
+function standing(result, i) {
+  if (result.scores) return [short(result.scores[i])];
+  return [short(result.strengths[i]), result.intervals[i].map(short).join(" to ")];
 }
 
 function short(number) {
