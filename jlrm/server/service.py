@@ -146,8 +146,8 @@ class Service:
           UsageError: a text that is none, or what can't be judged at once (`games_at_once`).
           Busy, RunError: as `Engine.submit`.
         """
-        question, answers, reference, rubric, is_expected = asked
-        told = reference, rubric, is_expected
+        question, answers = asked.question, asked.answers
+        told = asked.reference, asked.rubric, asked.is_expected
         if self.read.is_single:
             singles = [Single(question, each, str(i), *told) for i, each in enumerate(answers)]
             scored = await self.score(singles, drawing, tell)
