@@ -69,7 +69,7 @@ def warm(tmp_path_factory) -> list[str]:
         directory,
         "toy",
         "sft.steps=120",
-        "sft.batch_size=32",
+        "sft.batch_size=16",
         "sft.optimizer.learning_rate=4e-3",
         "grpo.steps=0",
         SAVE_ONCE,
@@ -554,7 +554,7 @@ def test_remax_compares_with_the_greedy_completion_of_the_prompt(tmp_path, data,
 def warm_single(tmp_path_factory) -> list[str]:
     """As `warm`, of a model that scores single answers."""
     directory = tmp_path_factory.mktemp("warm") / "single"
-    fast = ["sft.batch_size=32", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0", SAVE_ONCE]
+    fast = ["sft.batch_size=16", "sft.optimizer.learning_rate=4e-3", "grpo.steps=0", SAVE_ONCE]
     run(directory, "lists-single", "preset=irpm", "sft.steps=120", *fast)
     path = f"model.path={directory}"
     own = ["preset=irpm", "sampling.max_new_tokens=32"]
@@ -610,7 +610,7 @@ def test_a_judge_of_single_answers_is_evaluated_as_it_was_trained(tmp_path, warm
 
 
 def test_lists_are_judged_at_once_and_paid_by_their_pairs(tmp_path):
-    fast = ["sft.steps=80", "sft.batch_size=32", "sft.optimizer.learning_rate=4e-3"]
+    fast = ["sft.steps=80", "sft.batch_size=20", "sft.optimizer.learning_rate=4e-3"]
     stop = "sampling.stop_strings={</answer>: 4}"
     own = ["data.judging=lists", "data.max_prompt_tokens=112", "sampling.max_new_tokens=48"]
     heldout = ["data.eval=lists-many#heldout", "data.eval_rows=24"]

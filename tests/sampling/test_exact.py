@@ -132,7 +132,7 @@ def test_so_have_those_of_other_families(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
 def test_the_update_finds_the_same_bits(remat):
     model = dataclasses.replace(MODEL, exact=True, remat=remat)
     assert update_gap(model, 1024) == 0.0
