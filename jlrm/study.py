@@ -110,7 +110,9 @@ def _plan(study: Study, topology: str, num_jobs: int, logs: pathlib.Path | None)
         told = verdict(read_plan(file)) if file.exists() else "Could not be planned."
         print(f"{study.label(name)}: {told}")
     if failed:
-        raise RunError(f"{len(failed)} of {len(wanted)} trainings do not fit {topology}.")
+        raise RunError(
+            f"{len(failed)} of {len(wanted)} trainings do not fit {topology}, or have no plan."
+        )
 
 
 def _seeds(text: str) -> list[int]:

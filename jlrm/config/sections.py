@@ -44,7 +44,7 @@ class ModelSource:
     # Precision of matrix products, activations and KV cache.
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass computes again instead of keeping it: "full", everything, needs least
-    # memory; "attention" all but attention and what enters it; "dots" what is no matrix product.
+    # memory; "attention" all but attention and what enters it; "dots" all but it and products.
     remat: Literal["none", "dots", "attention", "full"] = "full"
 
 

@@ -92,16 +92,18 @@ def test_a_failure_shows_its_log_and_what_runs_ends_first(tmp_path, capfd):
     assert [each.key for each in failed] == ["bad", "after"] and done[-1].key == "other"
 
 
-def test_a_signal_reaches_all_that_run(tmp_path):
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_a_signal_reaches_all_that_run(tmp_path, names):
+    logs = repr(str(tmp_path / "logs"))
     script = (
         "import pathlib\n"
         "from jlrm.runtime import commands\n"
         "from jlrm.studies.cells import Cell\n"
         "from jlrm.studies import jobs\n"
-        f"words = [('noted', name, 'never', {str(tmp_path / 'notes')!r}) for name in 'ab']\n"
-        "both = [Cell(each[1], each) for each in words]\n"
-        f"logs = pathlib.Path({str(tmp_path / 'logs')!r})\n"
-        "commands.finish(lambda: jobs.run_all(both, [], print, False, 2, logs))\n"
+        f"words = [('noted', name, 'never', {str(tmp_path / 'notes')!r}) for name in {names!r}]\n"
+        "wanted = [Cell(each[1], each) for each in words]\n"
+        f"logs = pathlib.Path({logs}) if len(wanted) > 1 else None\n"
+        "commands.finish(lambda: jobs.run_all(wanted, [], print, False, len(wanted), logs))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -110,14 +112,16 @@ def test_a_signal_reaches_all_that_run(tmp_path):
         text=True,
     )
     file = tmp_path / "notes"
-    while not (file.exists() and len(notes(tmp_path)) == 2):
+    while not (file.exists() and len(notes(tmp_path)) == len(names)):
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     assert process.stderr is not None
     told = process.stderr.read()
     assert process.wait(30) == 143
-    assert sorted(notes(tmp_path))[-2:] == ["heard a", "heard b"]
-    assert "Stopped in a, b. The same command goes on from there." in told
+    heard = [line for line in notes(tmp_path) if line.startswith("heard ")]
+    assert sorted(heard) == [f"heard {name}" for name in names]
+    assert f"Stopped in {', '.join(names)}. The same command goes on from there." in told
+    assert "this is a" in told  # on the terminal, or as the end of its log
 
 
 @pytest.mark.parametrize("words", [["--jobs", "0"], ["--jobs", "2", "--distributed", "on"]])

@@ -7,7 +7,6 @@ import math
 import os
 import pathlib
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -261,40 +260,6 @@ def test_a_failure_stops_the_study_or_only_what_rests_on_it(tmp_path, capfd):
     assert "2 of 5 commands failed or were left out" in told.err
     done = Record(tmp_path / "out").done
     assert set(done) == {f"evaluate/{name}/0/pairs" for name in JUDGES}
-
-
-@pytest.mark.slow
-def test_a_signal_reaches_the_command_and_the_study_goes_on_later(tmp_path, monkeypatch):
-    package = tmp_path / "fakes"
-    package.mkdir()
-    (package / "waits.py").write_text(
-        "import pathlib, signal, sys, time\n"
-        "def stop(*_):\n"
-        "    pathlib.Path(sys.argv[1]).write_text('heard'); sys.exit(143)\n"
-        "signal.signal(signal.SIGTERM, stop)\n"
-        "print('waiting', file=sys.stderr, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    script = (
-        "from jlrm.runtime import commands\n"
-        "from jlrm.studies import cells, jobs\n"
-        f"one = cells.Cell('train/x/0', ('waits', {str(tmp_path / 'told')!r}))\n"
-        "commands.finish(lambda: jobs.run_all([one], [], print, False))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{package}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    lines = [process.stderr.readline(), process.stderr.readline()]
-    assert lines == ["[1/1] train/x/0\n", "waiting\n"]
-    process.send_signal(signal.SIGTERM)
-    rest = process.stderr.read()
-    assert process.wait(30) == 143
-    assert (tmp_path / "told").read_text() == "heard"
-    assert "Stopped in train/x/0. The same command goes on from there." in rest
 
 
 @pytest.mark.parametrize(
