@@ -103,15 +103,19 @@ def _plan(study: Study, topology: str, num_jobs: int, logs: pathlib.Path | None)
     wanted = cells.plans(study, topology)
     for name in study.runs:
         cells.plan_file(study, name, topology).unlink(missing_ok=True)  # of another day
-    failed = jobs.run_all(wanted, [], lambda _: None, keeps_going=True, jobs=num_jobs, logs=logs)
-    for cell in wanted:
-        name = cell.key.removeprefix("plan/")
-        file = cells.plan_file(study, name, topology)
+    once = list(dict.fromkeys(wanted.values()))
+    failed = jobs.run_all(once, [], lambda _: None, keeps_going=True, jobs=num_jobs, logs=logs)
+    for name, cell in wanted.items():
+        planned = cell.key.removeprefix("plan/")
+        file = cells.plan_file(study, planned, topology)
         told = verdict(read_plan(file)) if file.exists() else "Could not be planned."
+        if planned != name:
+            told = f"the same programs as {study.label(planned)}."
         print(f"{study.label(name)}: {told}")
     if failed:
+        num_bad = sum(cell.key in {each.key for each in failed} for cell in wanted.values())
         raise RunError(
-            f"{len(failed)} of {len(wanted)} trainings do not fit {topology}, or have no plan."
+            f"{num_bad} of {len(wanted)} trainings do not fit {topology}, or have no plan."
         )
 
 

@@ -73,6 +73,13 @@ ARCHITECTURES = {
     "qwen2_untied": {"qkv_bias": True, "qk_norm": False, "tie_word_embeddings": False},
     "qwen2_tied": {"qkv_bias": True, "qk_norm": False, "tie_word_embeddings": True},
     "qwen3": {"qkv_bias": False, "qk_norm": True, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "qkv_bias": False,
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 
 
@@ -194,7 +201,7 @@ def tiny_config(architecture: str = "qwen2_tied", **changes) -> QwenConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16 if architecture == "qwen3" else 8,
+        "head_dim": 16 if architecture.startswith("qwen3") else 8,
         "rope_theta": 1e4,
         "max_position_embeddings": 256,
         "compute_dtype": "float32",

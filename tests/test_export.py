@@ -224,7 +224,7 @@ def cpu_alone(monkeypatch):
 def test_a_dtype_is_read_as_torch_spells_it(dtype, stored, tmp_path, cpu_alone):
     write_hf(tmp_path / "hf", dtype)
     export.import_from_hf(str(tmp_path / "hf"), tmp_path / "run")
-    tensor = reading.read_tensor(steps.find(str(tmp_path / "run")), "embed", None)
+    tensor = reading.read_tensor(steps.find(str(tmp_path / "run")), "embed")
     assert tensor.dtype.name == stored
 
 

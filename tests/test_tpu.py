@@ -78,9 +78,9 @@ def sizes(operation: str, text: str) -> list[int]:
     return [math.prod(map(int, shape.split(","))) for shape in shapes]
 
 
-@pytest.mark.parametrize("num_passes", [1, 4])
-def test_update_and_scoring(num_passes):
-    config = model("qwen3-0.6b")
+@pytest.mark.parametrize(("name", "num_passes"), [("qwen3-30b-a3b", 1), ("qwen3-0.6b", 4)])
+def test_update_and_scoring(name, num_passes):
+    config = model(name)
     layout = training_layout(tpu_mesh("v5e:4x4", 1, 4, 4))
     optimizer = update.make_optimizer(OptimizerConfig(), 100)
     state = update.abstract_state(config, layout, optimizer)
@@ -100,6 +100,8 @@ def test_update_and_scoring(num_passes):
     assert largest_array(text) < SLOTS * config.vocab_size / 2
     assert not re.search(rf"\[(?:\d+,)*{SLOTS},{SLOTS}[,\]]", text)
     assert "splash" in text
+    # No expert runs tokens that chose others, in the backward pass neither.
+    assert not re.search(rf"\[128,{8 * SLOTS}[,\]]", text)
     # A gradient moves in shares, whole ones never; a fused all-reduce-scatter moves shares too.
     computations = re.split(r"\n(?=%|ENTRY)", text)
     others = [part for part in computations if not part.startswith("%all-reduce-scatter")]
@@ -129,7 +131,8 @@ def loop_bodies(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "num_new", "num_slots"), [("qwen2.5-7b", 512, 0), ("qwen3-0.6b", 1024, 2)]
+    ("name", "num_new", "num_slots"),
+    [("qwen2.5-7b", 512, 0), ("qwen3-0.6b", 1024, 2), ("qwen3-30b-a3b", 512, 0)],
 )
 def test_rollout(name, num_new, num_slots):
     num_rollouts, config = 8, model(name)

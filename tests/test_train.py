@@ -293,7 +293,7 @@ def saved_params(run_dir: pathlib.Path):
         leaf = tree
         for part in path:
             leaf = leaf.setdefault(part, {})
-        leaf[last] = reading.read_tensor(step, ".".join([*path, last]), None)
+        leaf[last] = reading.read_tensor(step, ".".join([*path, last]))
     return tree
 
 

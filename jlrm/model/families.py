@@ -13,6 +13,7 @@ class Family:
     architecture: str  # the class of transformers
     qkv_bias: bool = False
     qk_norm: bool = False
+    has_experts: bool = False
     num_key_value_heads: int | None = None  # None: as many as query heads
     head_dim: int | None = None  # None: the width over the heads
     max_position_embeddings: int = 32768
@@ -20,7 +21,7 @@ class Family:
     # read as a model of so few positions. None: no window for all layers.
     sliding_window: int | None = None
     unwindowed: tuple[str, Any] = ("use_sliding_window", False)  # the field that says: no window
-    refused: tuple[str, ...] = ()  # flags that add parameters
+    refused: tuple[str, ...] = ()  # flags that add parameters, or layers of another kind
 
 
 FAMILIES = {
@@ -31,6 +32,13 @@ FAMILIES = {
         num_key_value_heads=32,
         head_dim=128,
         refused=("attention_bias",),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        qk_norm=True,
+        has_experts=True,
+        num_key_value_heads=4,
+        refused=("attention_bias", "mlp_only_layers"),
     ),
     "llama": Family(
         "LlamaForCausalLM",
@@ -45,10 +53,10 @@ FAMILIES = {
         unwindowed=("sliding_window", None),
     ),
 }
-EXPERTS = "a router and experts in the place of its MLP"
+EXPERTS = "its experts are others than Qwen3's"
 IMAGES = "it sees images"
 OTHERS = {  # why a known family is none of these
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss"), EXPERTS),
+    **dict.fromkeys(("qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"), EXPERTS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "mllama", "mistral3"), IMAGES),
     **dict.fromkeys(("ministral", "cohere2", "olmo3"), "windows in some layers only"),
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "other norms and activations"),

@@ -1,4 +1,4 @@
-"""Dense decoders of Qwen2 to 3, Llama and Mistral: pre-norm, RoPE, grouped queries, SwiGLU.
+"""Decoders of Qwen2 to 3, Llama and Mistral: pre-norm, RoPE, grouped queries, SwiGLU or experts.
 
 One `Block` serves training and decoding. It is told how to `attend`, and returns what `attend`
 returned beside the output. For training, `hidden_states` scans the block over stacked layer
@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jlrm.model import gradient_sums, lora
+from jlrm.model import experts, gradient_sums, lora
 from jlrm.model.attention import attend_exactly, attend_packed
 from jlrm.model.exchange import gather, look_up, sum_heads
 from jlrm.model.lora import LoRA
@@ -50,7 +50,7 @@ class QwenConfig:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of an expert, where there are experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -62,6 +62,9 @@ class QwenConfig:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 32768
     rope_scaling: Scaling | None = None
+    num_experts: int = field(default=0, kw_only=True)  # of each layer; 0: it has an MLP
+    num_experts_per_tok: int = field(default=0, kw_only=True)
+    norm_topk_prob: bool = field(default=True, kw_only=True)
     # The name in config.json. Two families may compute the same, so it makes no other model.
     model_type: str = field(default="", kw_only=True, compare=False)
     num_labels: int = field(default=0, kw_only=True)  # scores of a reward model; 0: it writes text
@@ -165,6 +168,40 @@ class MLP(nn.Module):
         return exact.product("BTF,FD->BTD", exact.rounded(wide, x.dtype), down)
 
 
+class Mixture(nn.Module):
+    """Experts and their router, in the place of an MLP."""
+
+    config: QwenConfig
+    layout: Layout | Local
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config = self.config
+        x = self.layout.shard(x, "M T D")
+        # Whole wherever experts are cut: each device chooses among all.
+        router = _weight(self, "router", ("D", None), (x.shape[-1], config.num_experts))
+        chosen = experts.choose(x, router, config.num_experts_per_tok, config.norm_topk_prob)
+        return experts.mix(self.layout, x, *chosen, Experts(config, name="experts")())
+
+
+class Experts(nn.Module):
+    """The matrices of all experts of a layer."""
+
+    config: QwenConfig
+
+    @nn.compact
+    def __call__(self) -> experts.Matrices:
+        config = self.config
+        sizes = {"D": config.hidden_size, "F": config.intermediate_size}
+
+        def matrices(name: str, inputs: str, outputs: str) -> Array:
+            shape = config.num_experts, sizes[inputs], sizes[outputs]
+            return _weight(self, name, ("E", inputs, outputs), shape, fan_in=(1,))
+
+        gate, up = matrices("gate", "D", "F"), matrices("up", "D", "F")
+        return experts.Matrices(gate, up, matrices("down", "F", "D"))
+
+
 class Block(nn.Module):
     """One decoder layer; returns its output and what `attend` returned beside its own."""
 
@@ -181,7 +218,8 @@ class Block(nn.Module):
         attended, extra = attention(normed, rope, context)
         x = self.layout.shard(_add(self.config, x, attended), "B T D")
         normed = RMSNorm(self.config, "D", name="mlp_norm")(x)
-        return _add(self.config, x, MLP(self.config, self.layout, name="mlp")(normed)), extra
+        mlp = (Mixture if self.config.num_experts else MLP)(self.config, self.layout, name="mlp")
+        return _add(self.config, x, mlp(normed)), extra
 
 
 def abstract_params(config: QwenConfig, layout: Layout) -> Params:
@@ -269,7 +307,7 @@ def hidden_states(
     params = {name: tree for name, tree in params.items() if name not in ("head", "score")}
     letters = lora.of_paths(param_letters(config), params)
     attend = partial(_attend_packed, config.exact, layout.platform)
-    block = Block(config, LOCAL, attend)
+    block = Block(config, Local(layout.platform), attend)
 
     def one_layer(weights: Params, x: Array, context: tuple[Rope, Packing]) -> Array:
         weights = gather(layout, weights, letters["layers"])
@@ -410,7 +448,7 @@ def _init_layer(config: QwenConfig, key: Array) -> Any:
     return block.init(key, x, rope(config, jnp.zeros((1, 1), jnp.int32)), None)["params"]
 
 
-def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
+def _lettered(init: Callable[..., Array], *letters: str | None) -> Callable[..., Any]:
     """Attach the letters of a parameter's shape to its initialiser; `Layout.param` reads them."""
     return nn.with_partitioning(init, letters)
 
@@ -418,7 +456,7 @@ def _lettered(init: Callable[..., Array], *letters: str) -> Callable[..., Any]:
 def _weight(
     module: Any,
     name: str,
-    letters: tuple[str, ...],
+    letters: tuple[str | None, ...],
     shape: tuple[int, ...],
     fan_in: tuple[int, ...] = (0,),
 ) -> Array:

@@ -1,7 +1,8 @@
 """What a GRPO step must compute and move, by arithmetic: FLOPs and bytes of its phases.
 
 Counted is what any implementation needs: real tokens only, each prompt once, exact causal
-attention, the head only where it is used, a backward pass at twice its forward.
+attention, the head only where it is used, of experts those that a token chose, a backward pass at
+twice its forward.
 """
 
 from __future__ import annotations
@@ -56,10 +57,18 @@ class Cost(NamedTuple):
     bytes: float
 
 
-def layer_weights(config: QwenConfig) -> int:
-    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up and down."""
+def layer_weights(config: QwenConfig, num_tokens: int | None = None) -> int:
+    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up and down.
+
+    Args:
+      num_tokens: count the weights that so many tokens need at most: each has experts of its own.
+    """
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    return config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    num_experts, of_token = config.num_experts, config.num_experts_per_tok
+    mlps = num_experts if num_tokens is None else min(num_experts, num_tokens * of_token)
+    router = config.num_experts
+    inner = 3 * config.intermediate_size * (mlps if num_experts else 1)
+    return config.hidden_size * (heads * config.head_dim + inner + router)
 
 
 def head_weights(config: QwenConfig) -> int:
@@ -76,7 +85,7 @@ def forward_flops(config: QwenConfig, num_tokens: int, num_pairs: int, num_logit
     embedding; a backward pass costs twice as much, and recomputing for it (`remat`) counts nothing.
     """
     pair = 4 * config.num_attention_heads * config.head_dim
-    of_layer = 2 * layer_weights(config) * num_tokens + pair * num_pairs
+    of_layer = 2 * layer_weights(config, 1) * num_tokens + pair * num_pairs
     return config.num_hidden_layers * of_layer + 2 * head_weights(config) * num_logits
 
 
@@ -110,12 +119,17 @@ def rollout_costs(config: QwenConfig, batch: BatchSizes, num_slots: int = 0) -> 
     there are several waves of steps.
     """
     size = np.dtype(jnp.dtype(config.compute_dtype)).itemsize
-    weights = size * (config.num_hidden_layers * layer_weights(config) + head_weights(config))
+
+    def weights(num_tokens: int) -> int:
+        of_layers = config.num_hidden_layers * layer_weights(config, num_tokens)
+        return size * (of_layers + head_weights(config))
+
     of_token = 2 * size * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     num_prompts, num_prompt_tokens = len(batch.prompts), sum(batch.prompts)
     pairs = sum(map(causal_pairs, batch.prompts))
     firsts = num_prompts * batch.rollouts  # the logits of each rollout's first token
-    costs = [Cost(forward_flops(config, num_prompt_tokens, pairs, firsts), weights)]
+    flops = forward_flops(config, num_prompt_tokens, pairs, firsts)
+    costs = [Cost(flops, weights(num_prompt_tokens))]
     slots = num_slots or batch.rollouts
     for begun in range(0, batch.rollouts, slots):
         wave = min(slots, batch.rollouts - begun)
@@ -123,7 +137,8 @@ def rollout_costs(config: QwenConfig, batch: BatchSizes, num_slots: int = 0) -> 
         for own in range(1, batch.new_tokens):
             pairs = wave * num_prompt_tokens + num_rows * own
             flops = forward_flops(config, num_rows, pairs, num_rows)
-            costs.append(Cost(flops, weights + of_token * (num_prompt_tokens + num_rows * own)))
+            caches = of_token * (num_prompt_tokens + num_rows * own)
+            costs.append(Cost(flops, weights(num_rows) + caches))
     return costs
 
 

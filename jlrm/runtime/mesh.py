@@ -5,8 +5,9 @@ The alphabet is the same in einsums, annotations, parameter declarations and tab
     B sequences = P·R   T query positions   S cache positions   V vocabulary   L layers
     P prompts           R rollouts/prompt   D width             F MLP width
     N query heads       K key/value heads   H head width        U rank of an adapter
+    E experts
     A the sequences again, where their heads attend
-    M the sequences again, inside products whose F or V is spread
+    M the sequences again, inside products whose F, V or E is spread
 
 A `Layout` is a mesh with two such tables, one for parameters and one for activations. There are two
 layouts:
@@ -14,9 +15,9 @@ layouts:
 * Training spreads parameters over `fsdp` and `tensor`, and the batch over all axes. Weights are
   gathered layer by layer.
 * In a rollout weights stay in place and activations move, because these are small there. Heads lie
-  on `tensor` and the batch on the other axes. MLP and vocabulary lie on `fsdp` and `tensor`, so
-  inside them (letter M) the batch lies on `data` only. In a decoding step it does so everywhere but
-  in attention (`step_layout`).
+  on `tensor` and the batch on the other axes. MLP, experts and vocabulary lie on `fsdp` and
+  `tensor`, so inside them (letter M) the batch lies on `data` only. In a decoding step it does so
+  everywhere but in attention (`step_layout`).
 
 Whatever shards takes the layout as an argument. So no constraint is lost because a context is
 missing, and constraints act on fake CPU devices as on a slice.
@@ -42,7 +43,7 @@ from jaxtyping import Array
 from jlrm.config import MeshConfig, UsageError
 from jlrm.runtime import devices
 
-ALPHABET = frozenset("ABMPRTSVDFNKHLU")
+ALPHABET = frozenset("ABMPRTSVDFNKHLUE")
 AXES = ("data", "fsdp", "tensor")
 Table = Mapping[str, tuple[str, ...]]
 
@@ -115,8 +116,11 @@ class Layout:
         return axes
 
 
+@dataclass(frozen=True)
 class Local:
     """The layout of code that runs on each device by itself, inside `shard_map`."""
+
+    platform: str = ""
 
     def shard(self, x: Array, letters: str) -> Array:
         """Return the array unchanged: it is local to this device."""
@@ -133,7 +137,7 @@ def training_layout(mesh: Mesh) -> Layout:
     return Layout(
         mesh,
         params=MappingProxyType(
-            {**dict.fromkeys("DVF", ("fsdp", "tensor")), "N": ("tensor",), "H": ("fsdp",)}
+            {**dict.fromkeys("DVFE", ("fsdp", "tensor")), "N": ("tensor",), "H": ("fsdp",)}
         ),
         activations=MappingProxyType({"A": AXES, "B": AXES, "M": AXES}),
     )
@@ -155,7 +159,7 @@ def compiler_options(mesh: Mesh, is_exact: bool = False) -> dict[str, str]:
 
 def rollout_layout(mesh: Mesh) -> Layout:
     """Return the layout of prefill and decoding: every matrix is spread, and none moves."""
-    split = {"N": ("tensor",), "K": ("tensor",), "F": ("fsdp", "tensor"), "V": ("fsdp", "tensor")}
+    split = {**dict.fromkeys("NK", ("tensor",)), **dict.fromkeys("FVE", ("fsdp", "tensor"))}
     batch = {**dict.fromkeys("ABP", ("data", "fsdp")), "M": ("data",)}
     return Layout(
         mesh,

@@ -31,8 +31,13 @@ from jlrm.runtime.mesh import Layout, step_layout
 from jlrm.sampling.caches import Context, KeysValues, fold, on_each_device, shard, unfold, write
 from jlrm.sampling.exact_attention import attend_cached_exactly, attend_prompt_exactly
 
-# Input dimensions of each matrix. Int8 scales are per output, so these are reduced over.
-INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "down"), (0,)), "o": (0, 1)}
+# Input dimensions of each matrix, counted from its last, since experts are stacked. Int8 scales are
+# per output, so these are reduced over.
+INPUTS = {
+    **dict.fromkeys(("q", "k", "v"), (-3,)),
+    "o": (-3, -2),
+    **dict.fromkeys(("gate", "up", "down"), (-2,)),
+}
 QUERIES = 256  # prompt positions whose attention scores are held at once
 MASKED = -1e30  # finite: a row that sees no key gets a mean of the values instead of NaN
 

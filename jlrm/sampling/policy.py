@@ -122,6 +122,7 @@ def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
         "num_key_value_heads": ("mesh.tensor", tensor),
         "head_dim": ("mesh.fsdp", fsdp),
         "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "num_experts": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
         "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
         "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
     }

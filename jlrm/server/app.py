@@ -37,8 +37,7 @@ from jlrm.server.chat import Choices, TextChoices
 from jlrm.server.engine import Busy
 from jlrm.server.metrics import Metrics
 from jlrm.server.service import Piece, Service
-from jlrm.serving.asked import each_beside_each
-from jlrm.serving.ranking import ranked
+from jlrm.serving.asked import Listed
 from jlrm.serving.results import JudgedGame, JudgedList, JudgedPair, Ranking, ScoredAnswer
 
 BODY_SECONDS = 30.0  # in which a body must have come
@@ -306,32 +305,30 @@ class Routes:
     async def rerank(self, request: Request) -> Response:
         """Order documents by how well they answer a query."""
         body = bodies.rerank_body(await self._body(request), self._service.defaults)
-        documents, num = body.documents, len(body.documents)
-        pairs = each_beside_each(body.query, documents, None, self._service.defaults.rubric)
-        judged: list[JudgedPair] = []
-        if pairs:
-            work = self._service.judge(pairs, "both", body.drawing)
-            judged = await _unless_left(request, work)
-        if pairs and all(each.winner is None for each in judged):
-            why = next((each.error for each in judged if each.error), judged[0].status)
-            raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
-        found = ranked(judged, num) if judged else None
-        order = found.order if found else (1,)
+        documents, found = body.documents, None
+        if len(documents) > 1:
+            asked = Listed(body.query, documents, None, self._service.defaults.rubric)
+            work = self._service.rank(asked, body.at_once, "both", body.drawing)
+            found = await _unless_left(request, work)
+            if all(pair.winner is None for pair in found.pairs):
+                why = next(
+                    (each.error for each in found.games if each.error), found.games[0].status
+                )
+                raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
         results = []
-        for number in order[: body.top_n]:
-            strength = found.strengths[number - 1] if found else 0.0
-            # The chance to beat an average one of these.
-            result = {"index": number - 1, "relevance_score": 1 / (1 + math.exp(-strength))}
+        for i, score in _by_relevance(found, len(documents))[: body.top_n]:
+            result: dict[str, Any] = {"index": i, "relevance_score": score}
             if body.has_documents:
-                result["document"] = {"text": documents[number - 1]}
+                result["document"] = {"text": documents[i]}
             results.append(result)
         return replies.Ascii(
             {
                 "id": f"rerank-{uuid.uuid4().hex}",
                 "model": self._service.defaults.model,
                 "results": results,
-                "unjudged": sum(each.winner is None for each in judged),  # pairs of documents
-                "usage": _usage(judged),
+                # Pairs of documents.
+                "unjudged": sum(pair.winner is None for pair in found.pairs) if found else 0,
+                "usage": _usage(found.games if found else ()),
             }
         )
 
@@ -392,6 +389,26 @@ async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
         return task.result()
     finally:
         task.cancel()
+
+
+def _by_relevance(ranking: Ranking | None, num_answers: int) -> list[tuple[int, float]]:
+    """Return places of answers, from the best to the worst, and their chances to beat another.
+
+    By strengths that is an average one of these; by scores, one of those that it was judged with.
+    An answer without a score has none, and comes last.
+    """
+    if ranking is None:
+        return [(0, 0.5)]
+    places = [i - 1 for i in ranking.order]
+    if ranking.scores is None:
+        return [(i, 1 / (1 + math.exp(-ranking.strengths[i]))) for i in places]
+    met = [
+        sum(game.winner is not None for pair in ranking.pairs for game in pair.games
+            if str(i + 1) in pair.id.split("-"))
+        for i in range(num_answers)
+    ]  # fmt: skip
+    scored = [(i, ranking.wins[i] / met[i] if met[i] else 0.0) for i in places]
+    return scored + [(i, 0.0) for i in range(num_answers) if i not in places]
 
 
 def _usage(

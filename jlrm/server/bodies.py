@@ -13,6 +13,7 @@ from typing import Any
 
 from jlrm.config import UsageError, nearest
 from jlrm.evaluation.rubrics import Rubric, rubric
+from jlrm.judgement.prompts import MOST_LISTED
 from jlrm.serving.asked import ORDERS, Listed, Pair, Single, alone
 
 MOST_VOTES = 16
@@ -97,6 +98,7 @@ class RerankBody:
     top_n: int
     has_documents: bool  # in the reply
     drawing: Drawing
+    at_once: bool = False  # as of `JudgeBody`
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,7 @@ def judge_body(body: Mapping[str, Any], defaults: Defaults) -> JudgeBody:
         return JudgeBody((_pair(texts, "", told),), True, None, None, orders, drawing)
     answers = _list(body, "answers", 2, MOST_DOCUMENTS)
     listed = Listed(_required(body, "question"), answers, body.get("reference"), *told)
-    at_once = _flag(body, "at_once", defaults.judging == "lists")
-    if at_once and defaults.judging == "single":
-        raise UsageError(alone(defaults.model))
+    at_once = _at_once(body, defaults, defaults.judging == "lists")
     return JudgeBody((), False, None, listed, orders, drawing, at_once)
 
 
@@ -238,7 +238,7 @@ def rerank_body(body: Mapping[str, Any], defaults: Defaults) -> RerankBody:
       UsageError: what is wrong with it.
     """
     known = {"model", "query", "documents", "top_n", "return_documents", "max_tokens_per_doc"}
-    _refuse_unknown(body, known)
+    _refuse_unknown(body, known | {"at_once"})
     _check_model(body, defaults)
     if body.get("max_tokens_per_doc") is not None:
         raise UsageError("max_tokens_per_doc can't be had here: no text is cut.")
@@ -256,7 +256,18 @@ def rerank_body(body: Mapping[str, Any], defaults: Defaults) -> RerankBody:
     drawing = Drawing(
         defaults.votes, defaults.temperature, defaults.max_new_tokens, defaults.seed, False
     )
-    return RerankBody(query, tuple(documents), min(top_n, len(documents)), has_documents, drawing)
+    # A judge of lists compares each with each where one judgement can't hold so many.
+    fits = defaults.judging == "lists" and len(documents) <= MOST_LISTED
+    at_once = _at_once(body, defaults, fits)
+    top_n = min(top_n, len(documents))
+    return RerankBody(query, tuple(documents), top_n, has_documents, drawing, at_once)
+
+
+def _at_once(body: Mapping[str, Any], defaults: Defaults, usual: bool) -> bool:
+    at_once = _flag(body, "at_once", usual)
+    if at_once and defaults.judging == "single":
+        raise UsageError(alone(defaults.model))
+    return at_once
 
 
 def _drawing(

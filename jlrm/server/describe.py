@@ -292,6 +292,7 @@ def _rerank_request(defaults: Defaults) -> dict[str, Any]:
             "documents": {"type": "array", "items": TEXT, "maxItems": MOST_DOCUMENTS},
             "top_n": {"type": "integer", "minimum": 1},
             "return_documents": {**FLAG, "default": False},
+            "at_once": {**FLAG, "default": defaults.judging == "lists"},
             "model": {**TEXT, "default": defaults.model},
         },
         "query",

@@ -7,12 +7,13 @@ another's weights, or judges them, is done again if that one is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jlrm.config import UsageError
+from jlrm.config import RewardConfig, UsageError
 from jlrm.evaluation import groups
 from jlrm.evaluation.statistics.results import checksum
 from jlrm.runtime import settings
@@ -93,19 +94,27 @@ def _cells_of(study: Study, name: str, seed: int) -> list[Cell]:
     return found
 
 
-def plans(study: Study, topology: str) -> list[Cell]:
-    """Return the commands that plan each training for a slice; seeds need no plan of their own.
+def plans(study: Study, topology: str) -> dict[str, Cell]:
+    """Return the command that plans each training for a slice; seeds need no plan of their own.
 
-    A run that begins with another's weights is planned with those of its config, whose shapes they
-    have.
+    Trainings whose programs are the same, since they differ in their reward alone, share the plan
+    of the first. A run that begins with another's weights is planned with those of its config,
+    whose shapes they have.
     """
-    found = []
+    found: dict[str, Cell] = {}
+    firsts: dict[str, Cell] = {}  # by what programs are made from
     for name, run in study.runs.items():
         if run.model:
             continue
-        words = ["--config", run.config or study.config, *study.settings, *run.settings]
-        words += ["--topology", topology, "--out", str(plan_file(study, name, topology).parent)]
-        found.append(Cell(f"plan/{name}", ("jlrm.plan", *words)))
+        words = [run.config or study.config, *study.settings, *run.settings]
+        config = settings.load(words[0], words[1:])
+        config = dataclasses.replace(
+            config, run=dataclasses.replace(config.run, dir="-", seed=0), reward=RewardConfig()
+        )
+        out = plan_file(study, name, topology).parent
+        command = ("jlrm.plan", "--config", *words, "--topology", topology, "--out", str(out))
+        made_from = json.dumps(settings.to_dict(config), sort_keys=True)
+        found[name] = firsts.setdefault(made_from, Cell(f"plan/{name}", command))
     return found
 
 

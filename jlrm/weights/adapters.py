@@ -63,7 +63,7 @@ def reader(source: str, model: QwenConfig, stack: contextlib.ExitStack) -> Read:
     wanted = steps.read_digests(step)
     config = config_with_adapters(step)
     if config is None:
-        return lambda tensor: reading.read_tensor(step, tensor.path, tensor.layer, wanted)
+        return lambda tensor: reading.read_tensor(step, tensor.path, tensor.index, wanted)
     of_run = of_step(source)
     if config.model.path:
         base = reader(config.model.path, dataclasses.replace(model, num_labels=0), stack)
@@ -71,14 +71,12 @@ def reader(source: str, model: QwenConfig, stack: contextlib.ExitStack) -> Read:
         layout = training_layout(create_mesh(MeshConfig(), jax.devices()[:1]))
         plain = dataclasses.replace(of_run, lora=None)
         born = lora.flatten(qwen.init(plain, layout, config.run.seed), sep=".")
-        base = lambda tensor: np.asarray(born[tensor.path])[  # noqa: E731
-            ... if tensor.layer is None else tensor.layer
-        ]
+        base = lambda tensor: np.asarray(born[tensor.path])[tensor.index]  # noqa: E731
     stored = np.dtype(getattr(ml_dtypes, of_run.param_dtype, of_run.param_dtype))
 
     def read(tensor: hf.Tensor) -> np.ndarray:
         if tensor.path == "score":
-            return reading.read_tensor(step, tensor.path, tensor.layer, wanted)
+            return reading.read_tensor(step, tensor.path, tensor.index, wanted)
         value = base(tensor).astype(stored).astype(np.float32)  # as it lay beneath the adapters
         kind, path = of_run.lora, tensor.path
         name = path.rpartition(".")[2]
@@ -87,7 +85,7 @@ def reader(source: str, model: QwenConfig, stack: contextlib.ExitStack) -> Read:
         if kind is None or name not in kind.targets:
             return value
         names = [f"{path}{lora.MARK}{part}" for part in _parts(kind)]
-        a, b, *m = (reading.read_tensor(step, name, tensor.layer, wanted) for name in names)
+        a, b, *m = (reading.read_tensor(step, name, tensor.index, wanted) for name in names)
         # As lora.merge does it, but on the host: an export needs no accelerator.
         value += np.float32(kind.scale) * np.tensordot(a, b, ((-1,), (-1,))).astype(np.float32)
         for magnitude in m:
@@ -119,7 +117,7 @@ def write(source: str, directory: pathlib.Path) -> None:
     held = {}
     for tensor, name, part in _moved(model, adapters):
         path = f"{tensor.path}{lora.MARK}{part}"
-        value = reading.read_tensor(step, path, tensor.layer, wanted).astype(np.float32)
+        value = reading.read_tensor(step, path, tensor.index, wanted).astype(np.float32)
         flat = value.reshape(-1, value.shape[-1]) if part != "m" else value.reshape(-1)
         held[PREFIX + name] = np.ascontiguousarray(flat.T if part == "a" else flat)
     modules = sorted({name.split(".")[-3 if "weight" in name[-6:] else -2] for name in held})
@@ -138,7 +136,7 @@ def write(source: str, directory: pathlib.Path) -> None:
         "inference_mode": True,
     }
     if num_labels(source):
-        score = reading.read_tensor(step, "score", None, wanted).astype(np.float32)
+        score = reading.read_tensor(step, "score", (), wanted).astype(np.float32)
         held[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.T)
         fields |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     save_file(held, directory / WEIGHTS, metadata={"format": "pt"})
@@ -233,7 +231,7 @@ def _placed(
     flat = lora.flatten(abstract, sep=".")
     whole = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flat.items()}
     for name, (tensor, part) in wanted.items():
-        into = whole[f"{tensor.path}{lora.MARK}{part}"][tensor.layer]
+        into = whole[f"{tensor.path}{lora.MARK}{part}"][tensor.index]
         value = held[name].astype(np.float32)
         value = value.T if part == "a" else value
         if value.size != into.size or (part != "m" and value.shape[-1] != into.shape[-1]):

@@ -6,9 +6,9 @@ of some 2⁻⁶⁴. Sums come out alike however an array lies on devices and hos
 its own part, and a checkpoint that is restored onto another mesh has the same digests. They guard
 against damage, not against people.
 
-Stacked layers have a digest each, so that export can check the layer that it reads. A parameter has
-one for each precision in which it may be read. Numbers are float32, bfloat16, float16 or 32-bit
-integers.
+Stacked layers have a digest each, and experts in them, so that export can check what it reads. A
+parameter has one for each precision in which it may be read. Numbers are float32, bfloat16, float16
+or 32-bit integers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ GOLDEN, FIRST, SECOND, THIRD = (  # odd, so that multiplying by them is one-to-o
 )
 PART = 2**16  # numbers that the host mixes at a time, to stay in its cache
 PARAMS, STACKED = "params.", "params.layers."  # how names of parameters begin
+EXPERTS = ".experts."
 SEAL = "seal"
 
 
@@ -41,7 +42,8 @@ def look(tree: Any) -> tuple[dict[str, Any], list[str]]:
       tree: {"params": ..., "opt_state": ...}, of `jax.Array`s.
 
     Returns:
-      name: {dtype: digest, or a list of one for each layer}, and names; a name is a path.
+      name: {dtype: digest, or a list of one for each layer (of experts: a list for each layer)},
+      and names; a name is a path.
     """
     sharding = jax.tree.leaves(tree)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -51,7 +53,7 @@ def look(tree: Any) -> tuple[dict[str, Any], list[str]]:
 
 
 def of_array(array: np.ndarray) -> str:
-    """Return the digest of an array, or of one layer of a stacked one, on the host."""
+    """Return the digest of an array, or of a part of a stacked one, on the host."""
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
     total = np.zeros(2, np.uint32)
     for start in range(0, len(bits), PART):
@@ -62,14 +64,19 @@ def of_array(array: np.ndarray) -> str:
     return _hex(total)
 
 
-def is_stored(array: np.ndarray, layer: int | None, wanted: dict[str, Any]) -> bool:
-    """Return whether an array on the host, or one layer of it, is what `look` had found."""
+def is_stored(array: np.ndarray, index: tuple[int, ...], wanted: dict[str, Any]) -> bool:
+    """Return whether an array on the host, or the part of it at an index, is what `look` found."""
     mine = wanted.get(array.dtype.name)
-    if not isinstance(mine, list):
-        return of_array(array) == mine
-    if layer is None:
-        return [of_array(each) for each in array] == mine
-    return of_array(array) == mine[layer]
+    for i in index:
+        mine = mine[i] if isinstance(mine, list) and i < len(mine) else None
+    return _of_parts(array, mine) == mine
+
+
+def _of_parts(array: np.ndarray, like: Any) -> Any:
+    """Return digests of an array's parts, in lists as deep as those of `like`."""
+    if not isinstance(like, list) or not like:
+        return of_array(array)
+    return [_of_parts(each, like[0]) for each in array]
 
 
 def of_json(content: Any) -> str:
@@ -115,7 +122,7 @@ def _look(tree: Any) -> Any:
     sums, are_finite = {}, {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = _name(path)
-        num_kept = 1 if name.startswith(STACKED) else 0
+        num_kept = name.startswith(STACKED) * (2 if EXPERTS in name else 1)
         sums[name] = {
             dtype: _sums(bits, num_kept)
             for dtype, bits in _bits(leaf, is_param=name.startswith(PARAMS)).items()
@@ -165,8 +172,8 @@ def _again(mixed: Any) -> Any:
     return (mixed ^ (mixed >> np.uint32(15))) * np.uint32(THIRD)
 
 
-def _text(sums: np.ndarray) -> str | list[str]:
-    return _hex(sums) if sums.ndim == 1 else [_hex(each) for each in sums]
+def _text(sums: np.ndarray) -> Any:
+    return _hex(sums) if sums.ndim == 1 else [_text(each) for each in sums]
 
 
 def _hex(both: np.ndarray) -> str:

@@ -3,7 +3,8 @@
 Each row of `TABLE` gives the Hugging Face name of a tensor, its path in our tree, and its letters.
 Letters before `|` are inputs: Hugging Face stores a projection as `[outputs, inputs]`, and we store
 `[inputs, outputs]` with heads unfolded. So the same row serves reading and writing. A row with
-`layers` stands for one tensor per layer in the files, and for one stacked array here.
+`layers` stands for one tensor per layer in the files, and for one stacked array here; one with
+`experts`, for one per layer and expert.
 
 No model is ever whole in host memory. Import reads only the part of each tensor that a device
 needs. Export writes safetensors shards as a stream, one tensor at a time. Only safetensors are
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -53,6 +55,10 @@ TABLE = (
     ("model.layers.{}.mlp.gate_proj.weight", "layers.mlp.gate", "D | F"),
     ("model.layers.{}.mlp.up_proj.weight", "layers.mlp.up", "D | F"),
     ("model.layers.{}.mlp.down_proj.weight", "layers.mlp.down", "F | D"),
+    ("model.layers.{}.mlp.gate.weight", "layers.mlp.router", "D | E"),
+    ("model.layers.{}.mlp.experts.{}.gate_proj.weight", "layers.mlp.experts.gate", "D | F"),
+    ("model.layers.{}.mlp.experts.{}.up_proj.weight", "layers.mlp.experts.up", "D | F"),
+    ("model.layers.{}.mlp.experts.{}.down_proj.weight", "layers.mlp.experts.down", "F | D"),
     ("model.norm.weight", "final_norm.scale", "D"),
     ("lm_head.weight", "head", "V D"),
     ("score.weight", "score", "D | C"),
@@ -80,8 +86,8 @@ class Tensor:
 
     name: str
     path: str
-    layer: int | None  # index into the stacked array
-    shape: tuple[int, ...]  # ours, of one layer
+    index: tuple[int, ...]  # into the stacked array: layer, expert; empty: it is whole
+    shape: tuple[int, ...]  # ours, at that index
     num_inputs: int  # leading dimensions that are inputs; 0: the file has the same order
 
     @property
@@ -93,7 +99,7 @@ class Tensor:
         return self.shape if self.path in ("embed", "head") else (math.prod(self.shape),)
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """Return our array of one layer as in the file; contiguous, since raw memory is written."""
+        """Return our array of a tensor as in the file; contiguous, since raw memory is written."""
         if self.num_inputs:
             value = value.reshape(self.hf_shape[::-1]).T
         return np.ascontiguousarray(value.reshape(self.hf_shape))
@@ -109,8 +115,11 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         "K": config.num_key_value_heads,
         "H": config.head_dim,
         "C": config.num_labels,
+        "E": config.num_experts,
     }
-    absent = {
+    has_experts = config.num_experts > 0
+    stacked = {"layers": range(config.num_hidden_layers), "experts": range(config.num_experts)}
+    absent = {  # by a part of the path
         "head": config.tie_word_embeddings or config.num_labels > 0,
         "score": not config.num_labels,
         "q_bias": not config.qkv_bias,
@@ -118,16 +127,20 @@ def tensors(config: QwenConfig) -> list[Tensor]:
         "v_bias": not config.qkv_bias,
         "q_norm": not config.qk_norm,
         "k_norm": not config.qk_norm,
+        "mlp.router": not has_experts,
+        "mlp.experts": not has_experts,
+        **dict.fromkeys(("mlp.gate", "mlp.up", "mlp.down"), has_experts),
     }
     listed = []
     for name, path, letters in TABLE:
-        if any(absent.get(part, False) for part in path.split(".")):
+        if any(f".{part}." in f".{path}." for part, is_absent in absent.items() if is_absent):
             continue
         inputs, bar, outputs = letters.partition("|")
         shape = tuple(sizes[letter] for letter in (inputs + outputs).split())
         num_inputs = len(inputs.split()) if bar else 0
-        layers = range(config.num_hidden_layers) if path.startswith("layers.") else [None]
-        listed += [Tensor(name.format(i), path, i, shape, num_inputs) for i in layers]
+        axes = [stacked[part] for part in path.split(".") if part in stacked]
+        indices = itertools.product(*axes)
+        listed += [Tensor(name.format(*i), path, i, shape, num_inputs) for i in indices]
     return listed
 
 
@@ -199,7 +212,7 @@ def save_tensors(
 ) -> Iterator[str]:
     """Write safetensors shards and their index; yield the name of each tensor once it is written.
 
-    `read` returns our array for one tensor (one layer of a stacked array). It is dropped before the
+    `read` returns our array for one tensor (a part of a stacked array). It is dropped before the
     next one is read.
     """
     width = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
@@ -255,13 +268,15 @@ def _read_part(
     """Return the part `index` of one of our arrays; no other part of the files is read."""
     assert index is not None
     bounds = [slice(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
-    if group[0].layer is None:
+    depth = len(group[0].index)
+    if not depth:
         return _read_slice(files, group[0], bounds, dtype)
-    chosen = group[bounds[0]]
-    part_shape = tuple(part.stop - part.start for part in bounds)
-    out = np.empty(part_shape, dtype)
-    for row, tensor in zip(out, chosen, strict=True):
-        row[...] = _read_slice(files, tensor, bounds[1:], dtype)
+    out = np.empty([part.stop - part.start for part in bounds], dtype)
+    for tensor in group:
+        places = [range(*part.indices(part.stop)) for part in bounds[:depth]]
+        if all(i in place for i, place in zip(tensor.index, places, strict=True)):
+            into = tuple(map(range.index, places, tensor.index))
+            out[into] = _read_slice(files, tensor, bounds[depth:], dtype)
     return out
 
 

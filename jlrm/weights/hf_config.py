@@ -121,10 +121,11 @@ def config_from_hf(
         raise UsageError(
             f"{where}: layer_types has {len(types)} entries, and num_hidden_layers={layers}."
         )
+    mlp = _experts(source, where) if family.has_experts else {}
     return QwenConfig(
         vocab_size=size("vocab_size"),
         hidden_size=width,
-        intermediate_size=size("intermediate_size"),
+        **(mlp or {"intermediate_size": size("intermediate_size")}),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
@@ -196,7 +197,15 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
         ),
         "use_sliding_window=true": not (source.get("layer_types") or family.sliding_window)
         and _slides(source, where),
-        **{f"{flag}=true": bool(source.get(flag)) for flag in family.refused},
+        **{
+            f"{flag}={'true' if (value := source.get(flag)) is True else _short(value)}": bool(
+                value
+            )
+            for flag in family.refused
+        },
+        f"decoder_sparse_step={_short(source.get('decoder_sparse_step'))}": (
+            family.has_experts and source.get("decoder_sparse_step", 1) != 1
+        ),
         "attention_dropout": bool(source.get("attention_dropout")),
         "quantization_config": source.get("quantization_config") is not None,
         "transformers_weights": source.get("transformers_weights") is not None,
@@ -209,8 +218,8 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
     for what, is_refused in refusals.items():
         if is_refused:
             raise UsageError(
-                f"{where}: {what} is not supported. Use a dense, unquantised Qwen2, Qwen2.5, "
-                "Qwen3, Llama or Mistral model with full attention."
+                f"{where}: {what} is not supported. Use an unquantised Qwen2, Qwen2.5, Qwen3, "
+                "Qwen3-MoE, Llama or Mistral model with full attention."
             )
 
 
@@ -243,9 +252,11 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
     It has the fields of both versions: transformers 4 reads `rope_theta`, `rope_scaling` and
     `torch_dtype`, transformers 5 reads `rope_parameters` and `dtype`.
     """
-    has = config.qkv_bias, config.qk_norm
+    has = config.qkv_bias, config.qk_norm, config.num_experts > 0
     kind = config.model_type or next(
-        kind for kind, family in FAMILIES.items() if (family.qkv_bias, family.qk_norm) == has
+        kind
+        for kind, family in FAMILIES.items()
+        if (family.qkv_bias, family.qk_norm, family.has_experts) == has
     )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
@@ -268,10 +279,41 @@ def config_to_hf(config: QwenConfig, dtype: str) -> dict[str, Any]:
         **({} if scaling is None else {"rope_scaling": rope}),
         "max_position_embeddings": config.max_position_embeddings,
         "tie_word_embeddings": config.tie_word_embeddings,
+        **_experts_to_hf(config),
         **dict([FAMILIES[kind].unwindowed]),
         "attention_dropout": 0.0,
         "torch_dtype": dtype,
         "dtype": dtype,
+    }
+
+
+def _experts(source: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields of experts; those left out have the defaults of transformers."""
+    # Files of the hub have the first name; transformers 5 writes the second.
+    names = "num_experts", "num_local_experts"
+    name = next((name for name in names if source.get(name) is not None), names[0])
+    num_experts = _size(source, where, name, 128)
+    of_token = _size(source, where, "num_experts_per_tok", 8)
+    if of_token > num_experts:
+        raise UsageError(f"{where}: num_experts_per_tok={of_token} of {name}={num_experts}.")
+    return {
+        "intermediate_size": _size(source, where, "moe_intermediate_size", 768),
+        "num_experts": num_experts,
+        "num_experts_per_tok": of_token,
+        "norm_topk_prob": _flag(source, where, "norm_topk_prob"),
+    }
+
+
+def _experts_to_hf(config: QwenConfig) -> dict[str, Any]:
+    if not config.num_experts:
+        return {}
+    return {
+        "moe_intermediate_size": config.intermediate_size,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     }
 
 

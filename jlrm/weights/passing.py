@@ -60,7 +60,7 @@ def load_params(directory: pathlib.Path, config: QwenConfig, layout: Layout, rea
                 value = hf.read_whole(files, tensor, leaf.dtype) if files is not None else None
                 value = pass_on(value, tensor.shape, leaf.dtype)
                 for part, into in parts.items():
-                    _keep(value, tensor.layer, part, into)
+                    _keep(value, tensor.index, part, into)
             whole = jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index: parts[_bounds(index, leaf.shape)]
             )
@@ -97,9 +97,9 @@ def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _keep(value: np.ndarray, layer: int | None, part: Bounds, into: np.ndarray) -> None:
+def _keep(value: np.ndarray, index: tuple[int, ...], part: Bounds, into: np.ndarray) -> None:
     """Copy what a part of an array needs of one of its tensors."""
-    if layer is None:
-        into[...] = value[tuple(slice(*bound) for bound in part)]
-    elif part[0][0] <= layer < part[0][1]:
-        into[layer - part[0][0]] = value[tuple(slice(*bound) for bound in part[1:])]
+    stacked, inner = part[: len(index)], part[len(index) :]
+    if all(start <= i < end for i, (start, end) in zip(index, stacked, strict=True)):
+        where = tuple(i - start for i, (start, _) in zip(index, stacked, strict=True))
+        into[where] = value[tuple(slice(*bound) for bound in inner)]

@@ -1,4 +1,4 @@
-"""The shapes of all published dense Qwen2.5 and Qwen3 models, of others, and of the toy model.
+"""The shapes of all published Qwen2.5 and Qwen3 models, of others, and of the toy model.
 
 Sources: the config.json files of `Qwen/Qwen2.5-*-Instruct`, `Qwen/Qwen3-*`, `meta-llama/Llama-3.*`
 and `mistralai/Mistral-7B-v0.3`.
@@ -41,6 +41,24 @@ def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Qwen
         qk_norm=True,
         tie_word_embeddings=tied,
         max_position_embeddings=40960,
+    )
+
+
+def _qwen3_moe(width: int, mlp: int, layers: int, heads: int) -> QwenConfig:
+    return QwenConfig(
+        vocab_size=151936,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=4,
+        head_dim=128,
+        qkv_bias=False,
+        qk_norm=True,
+        tie_word_embeddings=False,
+        max_position_embeddings=40960,
+        num_experts=128,
+        num_experts_per_tok=8,
     )
 
 
@@ -94,6 +112,8 @@ PRESETS = {
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, tied=False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, tied=False),
+    "qwen3-30b-a3b": _qwen3_moe(2048, 768, 48, 32),
+    "qwen3-235b-a22b": _qwen3_moe(4096, 1536, 94, 64),
     "llama-3.2-1b": _llama3(2048, 8192, 16, 32, 32.0, tied=True),
     "llama-3.2-3b": _llama3(3072, 8192, 28, 24, 32.0, tied=True),
     "llama-3.1-8b": _llama3(4096, 14336, 32, 32, 8.0, tied=False),

@@ -59,11 +59,16 @@ def check_files(step_dir: epath.Path) -> None:
 
 
 def read_tensor(
-    step_dir: epath.Path, path: str, layer: int | None, wanted: dict[str, Any] | None = None
+    step_dir: epath.Path,
+    path: str,
+    index: tuple[int, ...] = (),
+    wanted: dict[str, Any] | None = None,
 ) -> np.ndarray:
-    """Read one array (`a.b.c`), or one layer of a stacked one, without touching a device.
+    """Read one array (`a.b.c`), or a part of a stacked one, without touching a device.
 
-    wanted: what `read_digests` returns.
+    Args:
+      index: layer, or layer and expert; empty: all.
+      wanted: what `read_digests` returns.
 
     Raises:
       UsageError: it can't be read, or is not what was saved.
@@ -82,8 +87,8 @@ def read_tensor(
     with _naming(step_dir):
         with reading("params"):
             stored = tensorstore.open(spec).result()
-            array = np.asarray((stored if layer is None else stored[layer]).read().result())
-        if wanted and not digests.is_stored(array, layer, wanted["params"].get(name, {})):
+            array = np.asarray(stored[index].read().result())
+        if wanted and not digests.is_stored(array, index, wanted["params"].get(name, {})):
             raise Damaged(f"its item 'params' is not what was saved, in {name}")
     return array
 

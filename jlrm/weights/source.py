@@ -127,14 +127,34 @@ def quantise_program(model: QwenConfig, layout: Layout) -> Any:
 
 
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
-    """Return an architecture as a run trains it; `stored`: the dtype of the model's files."""
+    """Return an architecture as a run trains it; `stored`: the dtype of the model's files.
+
+    Raises:
+      UsageError: adapters, or `sampling.exact`, and its experts know neither.
+    """
     source, settings = config.model, config.lora
+    if model.num_experts:
+        _check_experts(config)
     numerics: dict[str, Any] = {"compute_dtype": source.compute_dtype, "remat": source.remat}
     numerics["exact"] = config.sampling.exact
     if not settings.rank:
         return dataclasses.replace(model, param_dtype=source.param_dtype, **numerics)
     adapters = lora.of_settings(settings, source.param_dtype)
     return dataclasses.replace(model, param_dtype=stored, lora=adapters, **numerics)
+
+
+def _check_experts(config: Config) -> None:
+    adapted = [name for name in config.lora.targets if name in ("gate", "up", "down")]
+    if config.lora.rank and adapted:
+        raise UsageError(
+            f"lora.targets has {', '.join(adapted)}, and this model has experts in the place of "
+            "its MLP, which take no adapters here. Set lora.targets=[q,k,v,o]."
+        )
+    if config.sampling.exact:
+        raise UsageError(
+            "sampling.exact=true does not hold for models with experts. Leave it out: "
+            "grpo.loss.importance_cap corrects for the gap."
+        )
 
 
 def read_model(config: Config) -> QwenConfig:

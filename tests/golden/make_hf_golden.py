@@ -1,8 +1,8 @@
-"""Write four tiny Hugging Face checkpoints with the logits and greedy tokens they produce.
+"""Write five tiny Hugging Face checkpoints with the logits and greedy tokens they produce.
 
 Run `python tests/golden/make_hf_golden.py` in an environment with torch 2.13 (CPU), transformers 5
 and numpy; a few seconds, no network. Writes beside this file `qwen2_untied/`, `qwen2_tied/`,
-`qwen3/` and `qwen3_rope/` (YaRN, 80 tokens over an original context of 64), each with
+`qwen3/`, `qwen3_rope/` (YaRN, 80 tokens over an original context of 64) and `qwen3_moe/`, each with
 `config.json`, `generation_config.json`, `model.safetensors` (float32) and `logits.npz`:
 
     tokens, mask                [3, T] int32   right-padded rows
@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCAB, PAD, EOS, NUM_GREEDY = 96, 93, 95, 12
@@ -147,6 +149,17 @@ def main():
         tie_word_embeddings=True,
     )
     write("qwen3_rope", Qwen3ForCausalLM(yarn), 40, LONG, LONG_COLUMNS)
+    experts = Qwen3MoeConfig(
+        **SIZES,
+        head_dim=16,
+        rope_parameters=ROPE,
+        tie_word_embeddings=False,
+        moe_intermediate_size=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+    write("qwen3_moe", Qwen3MoeForCausalLM(experts), 50, SHORT, every)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from jlrm.weights import hf, hf_config
 from jlrm.weights.presets import PRESETS, preset
 
 # Compiling is what takes time here, so tests share shapes, and the code need not be fast.
-NAMES = ("qwen2_untied", "qwen2_tied", "qwen3", "qwen3_rope")
+NAMES = ("qwen2_untied", "qwen2_tied", "qwen3", "qwen3_rope", "qwen3_moe")
 LAG = 3  # steps from the beginning of one completion of a prompt to that of its next
 
 
@@ -452,7 +452,12 @@ def test_bfloat16_decodes_near_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("qwen2_untied", (1, 8, 1)), ("qwen3", (2, 2, 2)), ("qwen2_untied", (1, 1, 2))],
+    [
+        ("qwen2_untied", (1, 8, 1)),
+        ("qwen3", (2, 2, 2)),
+        ("qwen2_untied", (1, 1, 2)),
+        ("qwen3_moe", (2, 2, 2)),
+    ],
     ids=str,
 )
 def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mesh):
@@ -472,7 +477,9 @@ def test_sharded_training_gives_the_states_and_gradients_of_one_device(name, mes
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "mesh"), [("qwen2_untied", (1, 1, 2)), ("qwen3", (2, 2, 2))], ids=str
+    ("name", "mesh"),
+    [("qwen2_untied", (1, 1, 2)), ("qwen3", (2, 2, 2)), ("qwen3_moe", (2, 2, 2))],
+    ids=str,
 )
 def test_a_sharded_rollout_gives_the_states_of_one_device(name, mesh):
     prompts, lengths, completions = prompts_of(name)
@@ -624,7 +631,7 @@ def test_the_parameter_dtype_is_that_of_every_parameter(dtype):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_is_declared_with_letters_of_its_dimensions(architecture):
     """Sizes that are all different, so that a letter names one dimension."""
-    sizes = {"V": 96, "D": 40, "F": 56, "N": 6, "K": 2, "H": 8, "L": 3}
+    sizes = {"V": 96, "D": 40, "F": 56, "N": 6, "K": 2, "H": 8, "L": 3, "E": 8, None: 8}
     config = tiny_config(
         architecture,
         hidden_size=40,
@@ -638,7 +645,7 @@ def test_every_parameter_is_declared_with_letters_of_its_dimensions(architecture
 
     def check(path: Any, leaf: Any, letters: Any) -> None:
         assert isinstance(letters, PartitionSpec), jax.tree_util.keystr(path)
-        assert set(letters) <= ALPHABET, jax.tree_util.keystr(path)
+        assert set(letters) <= ALPHABET | {None}, jax.tree_util.keystr(path)
         assert leaf.shape == tuple(sizes[letter] for letter in letters)
 
     jax.tree_util.tree_map_with_path(check, abstract, qwen.param_letters(config))
@@ -662,6 +669,8 @@ PUBLISHED = {
     "qwen3-8b": (8_190_735_360, "8.2", "6.95"),
     "qwen3-14b": (14_768_307_200, "14.8", "13.2"),
     "qwen3-32b": (32_762_123_264, "32.8", "31.2"),
+    "qwen3-30b-a3b": (30_532_122_624, "30.5", "29.9"),
+    "qwen3-235b-a22b": (235_093_634_560, "235", "234"),
     # Cards of the others print one number.
     "llama-3.2-1b": (1_235_814_400, "1.23", ""),
     "llama-3.2-3b": (3_212_749_824, "3.21", ""),

@@ -25,9 +25,12 @@ from conftest import COMPILE_FASTEST, slowness
 from judges.test_local import CONFIG, write_model
 from starlette.requests import Request
 
+from jlrm.config import UsageError
 from jlrm.server import app, bodies
+from jlrm.serving.asked import each_beside_each
 from jlrm.serving.judge import Judge
-from jlrm.serving.results import JudgedGame, JudgedPair
+from jlrm.serving.ranking import ranked
+from jlrm.serving.results import JudgedGame, JudgedList, JudgedPair, Ranking
 
 pytestmark = pytest.mark.slow  # processes that compile whole models
 
@@ -40,6 +43,7 @@ SIZES = ["--max-prompt-tokens", "256", "--max-new-tokens", "48", "--compute-dtyp
 PAIRS = [(f"Name {i} tools.", f"hammer saw {i}", f"drill {'wrench ' * (i % 5)}") for i in range(6)]
 COLUMNS = list(zip(*PAIRS, strict=True))
 RANKED = {"question": "q", "answers": ["one", "two", "three"]}
+RERANKED = {"query": "q", "documents": ["d", "e"]}
 PAIR = dict(zip(("question", "answer_1", "answer_2"), PAIRS[0], strict=True))
 
 
@@ -231,32 +235,75 @@ def test_answers_are_ranked(server, local):
     assert status == 400 and "No two documents could be compared" in reply["error"]["message"]
 
 
+def reranked(rank, judging: str = "pairs", **more: Any) -> dict[str, Any]:
+    """Return the reply about three documents of a service that ranks so."""
+
+    async def receive():
+        documents = ["saw", {"text": "a longer one"}, "hammer"]
+        body = {"query": "q", "documents": documents, "return_documents": True, **more}
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    defaults = bodies.Defaults("m", 0.0, 1, 8, 0, judging=judging)
+    routes = app.Routes(types.SimpleNamespace(defaults=defaults, rank=rank), app.Limits(), None)
+    headers = [(b"content-type", b"application/json")]
+    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
+    return json.loads(asyncio.run(routes.rerank(request)).body)
+
+
 def test_documents_come_back_from_the_best_to_the_worst():
-    async def longer_wins(pairs, orders, drawing):
+    async def longer_wins(asked, at_once, orders, drawing):
         def game(pair, order):
             winner = 1 if len(pair.answer_1) > len(pair.answer_2) else 2
             return JudgedGame(order, winner, None, "ok", (), 5)
 
-        return [
+        assert not at_once and orders == "both"
+        judged = [
             JudgedPair(1, None, None, True, "", "ok", (game(p, (1, 2)), game(p, (2, 1))), 10, p.id)
-            for p in pairs
+            for p in each_beside_each(asked.question, asked.answers, None)
         ]
+        return ranked(judged, len(asked.answers))
 
-    async def receive():
-        documents = ["saw", {"text": "a longer one"}, "hammer"]
-        body = {"query": "q", "documents": documents, "top_n": 2, "return_documents": True}
-        return {"type": "http.request", "body": json.dumps(body).encode()}
-
-    defaults = bodies.Defaults("m", 0.0, 1, 8, 0)
-    service = types.SimpleNamespace(defaults=defaults, judge=longer_wins)
-    routes = app.Routes(service, app.Limits(), None)
-    headers = [(b"content-type", b"application/json")]
-    request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
-    reply = json.loads(asyncio.run(routes.rerank(request)).body)
+    reply = reranked(longer_wins, top_n=2)
     assert [each["document"]["text"] for each in reply["results"]] == ["a longer one", "hammer"]
     scores = [each["relevance_score"] for each in reply["results"]]
     assert 1 > scores[0] > scores[1] > 0 and reply["unjudged"] == 0
     assert reply["usage"] == {"completion_tokens": 30}
+
+
+@pytest.mark.parametrize(("judging", "more"), [("lists", {}), ("pairs", {"at_once": True})])
+def test_a_judge_of_lists_orders_documents_by_one_judgement(judging, more):
+    async def scored(asked, at_once, orders, drawing):
+        assert at_once and orders == "both"
+
+        def pair(name, winner):
+            games = [JudgedGame(order, winner, None, "ok", (), None) for order in ((1, 2), (2, 1))]
+            return JudgedPair(winner, None, None, True, "", "ok", tuple(games), None, name)
+
+        pairs = pair("1-2", 2), pair("1-3", None), pair("2-3", None)
+        lists = [
+            JudgedList((1, 2, 3), (5.0, 8.0, None), "ok", ("...",), 7),
+            JudgedList((3, 2, 1), (5.0, 8.0, None), "ok", ("...",), 8),
+        ]
+        return Ranking((2, 1), (), (), (0.0, 2.0, 0.0), pairs, (5.0, 8.0, None), tuple(lists))
+
+    reply = reranked(scored, judging, **more)
+    found = [(each["index"], each["relevance_score"]) for each in reply["results"]]
+    assert found == [(1, 1.0), (0, 0.0), (2, 0.0)]  # no score was read of the last one
+    assert reply["unjudged"] == 2 and reply["usage"] == {"completion_tokens": 15}
+
+
+def test_documents_are_compared_by_two_where_a_judgement_holds_no_more_or_is_told_to():
+    defaults = bodies.Defaults("m", 0.0, 1, 8, 0, judging="lists")
+
+    def at_once(number: int, **more: Any) -> bool:
+        return bodies.rerank_body(
+            {"query": "q", "documents": ["d"] * number, **more}, defaults
+        ).at_once
+
+    assert at_once(8) and not at_once(9) and not at_once(2, at_once=False)
+    with pytest.raises(UsageError, match="trained to judge each answer alone"):
+        alone = dataclasses.replace(defaults, judging="single")
+        bodies.rerank_body({"query": "q", "documents": ["d", "e"], "at_once": True}, alone)
 
 
 def test_too_long_a_prompt_is_an_error_of_its_own_game(server):
@@ -394,6 +441,8 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
         ("/v1/judge", {**PAIR, "model": "gpt-4"}, 404, "is not served here"),
         ("/v1/rerank", {"query": "q", "documents": [3]}, 400, "documents[0]"),
         ("/v1/rerank", {"query": "q", "documents": "d"}, 400, "documents"),
+        ("/v1/rerank", {**RERANKED, "at_once": "yes"}, 400, "at_once: wanted true or false"),
+        ("/v1/rerank", {**RERANKED, "documents": ["d"] * 9, "at_once": True}, 400, "2 to 8"),
         ("/v1/chat/completions", {"messages": []}, 400, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "tool", "content": ""}]}, 400, "role"),
         ("/v1/chat/completions", {"messages": MESSAGES, "top_p": 0.5}, 400, "top_p=0.5"),

@@ -142,6 +142,7 @@ def test_each_training_is_planned_for_a_slice(tmp_path, capfd, monkeypatch):
             "small": {"label": "a toy"},
             # Its optimiser alone holds more than any machine that runs this.
             "large": {"after": "small", "settings": ["model.preset=qwen2.5-72b"]},
+            "paid": {"settings": ["reward.length=0.2", "run.seed=1"]},
             "longer": {"model": "longer", "arguments": ["--backend", "heuristic"]},
         },
         "evaluations": {"pairs": {"benchmark": "pairs", "data": "lists#heldout"}},
@@ -152,7 +153,9 @@ def test_each_training_is_planned_for_a_slice(tmp_path, capfd, monkeypatch):
     code = commands.run(lambda: study.main([str(path), "--topology", "here", "--jobs", "2"]))
     told = capfd.readouterr()
     assert code == 1, told.err
-    first, second = told.out.splitlines()
+    first, second, third = told.out.splitlines()
     assert first.startswith("a toy: Fits: ") and second.startswith("large: Does not fit, by ")
-    assert "1 of 2 trainings do not fit here" in told.err
+    assert third == "paid: the same programs as a toy."  # so it has no plan of its own
+    assert sorted(path.name for path in tmp_path.glob("out/plans/here/*")) == ["large", "small"]
+    assert "1 of 3 trainings do not fit here" in told.err
     assert not (tmp_path / "out" / "runs").exists()

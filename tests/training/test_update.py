@@ -251,16 +251,26 @@ def test_a_grpo_step_does_not_depend_on_the_number_of_passes(ratio):
     check_same(several, one)
 
 
-@pytest.mark.parametrize("mesh_shape", [ONE, (2, 2, 2), (1, 2, 2)])
-def test_layers_gradients_summed_in_place_are_those_summed_pass_by_pass(mesh_shape):
+@pytest.mark.parametrize(
+    ("mesh_shape", "architecture"),
+    [
+        (ONE, "qwen2_tied"),
+        ((2, 2, 2), "qwen2_tied"),
+        ((1, 2, 2), "qwen2_tied"),
+        ((2, 2, 2), "qwen3_moe"),
+    ],
+    ids=str,
+)
+def test_layers_gradients_summed_in_place_are_those_summed_pass_by_pass(mesh_shape, architecture):
     """On devices that share norm scales between some, and with two slices all weights."""
-    batch = random_batch(60, 2)
+    config, batch = tiny_config(architecture), random_batch(60, 2)
     assert int(pack(batch, SEVERAL_PASSES, math.prod(mesh_shape)).rows.num_passes) > 1
-    config = dataclasses.replace(CONFIG, remat="none")
-    state = initial_state("sgd", ONE, config)
-    wanted = grpo_step(batch, SEVERAL_PASSES, state=state, config=config)
-    assert CONFIG.remat == "full"
-    found = grpo_step(batch, SEVERAL_PASSES, mesh_shape=mesh_shape)
+    apart = dataclasses.replace(config, remat="none")
+    state = initial_state("sgd", ONE, apart)
+    wanted = grpo_step(batch, SEVERAL_PASSES, state=state, config=apart)
+    assert config.remat == "full"
+    state = initial_state("sgd", mesh_shape, config)
+    found = grpo_step(batch, SEVERAL_PASSES, state=state, config=config, mesh_shape=mesh_shape)
     check_same(found, wanted)
 
 

@@ -107,10 +107,10 @@ def test_a_digest_is_the_same_on_every_mesh_and_on_the_host(dtype):
         assert not broken
         found.append(held)
     assert found[0] == found[1] == found[2]
-    assert digests.is_stored(values, None, found[0]["params.layers.q"])
-    assert digests.is_stored(values[1], 1, found[0]["params.layers.q"])
-    assert not digests.is_stored(values[1], 0, found[0]["params.layers.q"])
-    assert digests.is_stored(values, None, found[0]["params.embed"])
+    assert digests.is_stored(values, (), found[0]["params.layers.q"])
+    assert digests.is_stored(values[1], (1,), found[0]["params.layers.q"])
+    assert not digests.is_stored(values[1], (0,), found[0]["params.layers.q"])
+    assert digests.is_stored(values, (), found[0]["params.embed"])
     for other in ("float32", "bfloat16"):  # as it may be read elsewhere
         read = values.astype(jax.numpy.dtype(other))
         assert digests.of_array(read) == found[0]["params.embed"][other]
@@ -392,7 +392,7 @@ def test_a_run_may_have_any_name(saved, tmp_path, name):
     for source in (str(run), f"{run}/", f"{run}@4", f"{run}@grpo/4", f"{run}/@4"):
         assert steps.is_run(source)
         assert pathlib.Path(steps.find(source)) == step_dir(run)
-    held = reading.read_tensor(steps.find(str(run)), "embed", None)
+    held = reading.read_tensor(steps.find(str(run)), "embed")
     np.testing.assert_array_equal(held, state_of(4).params["embed"])
     export.export_to_hf(f"{run}@2", tmp_path / "out", "float32")
 

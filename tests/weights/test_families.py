@@ -1,4 +1,4 @@
-"""Llama and Mistral decoders: the logits and greedy tokens of transformers, the same file back."""
+"""Llama, Mistral, Qwen3-MoE: the logits and greedy tokens of transformers, the same file back."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": None}),
     "mistral_window": ("Mistral", {"sliding_window": WIDTH + NUM_NEW}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
+    ),
 }
 
 

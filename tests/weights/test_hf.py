@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import tracemalloc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def reader(params: Params) -> Callable[[Tensor], np.ndarray]:
         leaf = np.asarray(
             functools.reduce(lambda node, key: node[key], tensor.path.split("."), params)
         )
-        return leaf if tensor.layer is None else leaf[tensor.layer]
+        return leaf[tensor.index]
 
     return read
 
@@ -339,24 +339,41 @@ def test_names_and_shapes_are_those_of_transformers_for_every_preset(name, torch
     fields = hf_config.config_to_hf(config, "bfloat16")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    wanted = {}
+    for key, value in model.state_dict().items():
+        wanted |= dict(in_files(key, tuple(value.shape)))
     if config.tie_word_embeddings:
         assert wanted.pop("lm_head.weight") == wanted["model.embed_tokens.weight"]
     assert {tensor.name: tensor.hf_shape for tensor in hf.tensors(config)} == wanted
 
 
+def in_files(key: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Return a tensor of transformers 5 as files have it, where each expert is apart."""
+    layer, dot, name = key.partition(".experts.")
+    if not dot:
+        yield key, shape
+        return
+    number, outputs, inputs = shape
+    for i in range(number):
+        if name == "down_proj":
+            yield f"{layer}.experts.{i}.down_proj.weight", (outputs, inputs)
+        else:
+            assert name == "gate_up_proj"
+            for half in ("gate", "up"):
+                yield f"{layer}.experts.{i}.{half}_proj.weight", (outputs // 2, inputs)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_has_its_tensors(architecture):
-    """One a layer of a stacked array, of the shape of that layer; none is left over."""
+    """One a part of a stacked array, of the shape of that part; none is left over."""
     config = tiny_config(architecture, num_hidden_layers=3)
     abstract = qwen.abstract_params(config, layout_of(training_layout, 1, 1, 1))
     wanted = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         name = ".".join(key.key for key in path)
-        layers = range(3) if name.startswith("layers.") else [None]
-        shape = leaf.shape[1:] if name.startswith("layers.") else leaf.shape
-        wanted |= {(name, layer): shape for layer in layers}
-    assert {(tensor.path, tensor.layer): tensor.shape for tensor in hf.tensors(config)} == wanted
+        depth = name.startswith("layers.") + name.startswith("layers.mlp.experts.")
+        wanted |= {(name, index): leaf.shape[depth:] for index in np.ndindex(leaf.shape[:depth])}
+    assert {(tensor.path, tensor.index): tensor.shape for tensor in hf.tensors(config)} == wanted
 
 
 # ------------------------------------------------------------------ what is refused

@@ -192,13 +192,16 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mixtral"}, "model_type=mixtral (a router and experts"),
+        ({"model_type": "mixtral"}, "model_type=mixtral (its experts are others"),
         ({"model_type": ["llama"]}, "model_type=['llama']"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window=0"),
         ({"model_type": "mistral", "layer_types": ["sliding_attention"] * 2}, "layer_types"),
         ({"model_type": "llama", "attention_bias": True}, "attention_bias=true"),
         ({"model_type": "llama", "mlp_bias": True}, "mlp_bias=true"),
-        ({"model_type": "qwen3_moe"}, "model_type=qwen3_moe (a router and experts"),
+        ({"model_type": "qwen3_moe", "mlp_only_layers": [1]}, "mlp_only_layers=[1]"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+        ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok=8 of num_experts=4"),
+        ({"model_type": "qwen3_moe", "norm_topk_prob": 1}, "norm_topk_prob=1 is neither"),
         ({"model_type": "qwen2_vl"}, "model_type=qwen2_vl"),
         ({"model_type": MISSING}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
@@ -416,8 +419,9 @@ def test_transformers_reads_what_we_write(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert theirs.architectures == [families.FAMILIES[theirs.model_type].architecture]
-    family = config.model_type or ("qwen3" if config.qk_norm else "qwen2")
-    assert isinstance(theirs, getattr(transformers, f"{family.capitalize()}Config"))
+    family = config.model_type or ("Qwen3" if config.qk_norm else "Qwen2")
+    family = family.capitalize() + "Moe" * (config.num_experts > 0)
+    assert isinstance(theirs, getattr(transformers, f"{family}Config"))
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:
         rope |= {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}

@@ -71,7 +71,7 @@ def write_base(directory: pathlib.Path, architecture: str) -> pathlib.Path:
         leaf: Any = params
         for name in tensor.path.split("."):
             leaf = leaf[name]
-        return np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+        return np.asarray(leaf[tensor.index])
 
     list(hf.save_tensors(read, model, directory, "float32"))
     return directory
