@@ -72,6 +72,20 @@ def test_forward_flops_by_hand():
     assert costs.forward_flops(MODEL, 5, 15, 2) == 3 * (1440 + 240) + 160
 
 
+def test_of_experts_those_count_that_tokens_choose():
+    experts = dataclasses.replace(MODEL, num_experts=8, num_experts_per_tok=2)
+    attention, expert, router = 16 + 2 * 8 + 16, 3 * 32, 4 * 8
+    assert costs.layer_weights(experts) == attention + 8 * expert + router
+    assert costs.forward_flops(experts, 5, 0, 0) == 3 * 2 * 5 * (attention + 2 * expert + router)
+    # Three tokens read six experts at most, and many read all: weights that lie there.
+    assert costs.layer_weights(experts, 3) == attention + 6 * expert + router
+    assert costs.layer_weights(experts, 4) == costs.layer_weights(experts, 100)
+    prefill, step = costs.rollout_costs(experts, BatchSizes((3,), 1, 2))
+    size = costs.layer_weights(experts, 3) * 3 + HEAD
+    assert prefill.bytes == 4 * size
+    assert step.bytes == 4 * (3 * costs.layer_weights(experts, 1) + HEAD) + 48 * (3 + 1)
+
+
 def test_tokens_and_pairs_are_those_that_packed_rows_run_and_see():
     """Rows of several groups, so that prompts stand apart from their completions."""
     rng = np.random.default_rng(0)

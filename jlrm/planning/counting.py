@@ -7,8 +7,9 @@ counts as often as it runs, and an operand counts as memory traffic only if its 
 If the condition of a loop compares a counter with a constant, that is its trip count. Other trip
 counts depend on data: for these loops the caller says what to assume (`Assumed`).
 
-Counts are those of one device. Left out: the inside of Pallas kernels, FLOPs of anything but matrix
-products, and time. `cycles` is the compiler's own estimate, not a measurement.
+Counts are those of one device. Left out: the inside of Pallas kernels but those of experts, FLOPs
+of anything but matrix products, and time. `cycles` is the compiler's own estimate, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota"
 FREE |= {"while", "conditional", "call", "async-start", "send", "recv", "partition-id"}
 FREE |= {"replica-id", "optimization-barrier"}
 FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
+# Kernels that multiply rows with the matrix of their expert (model/experts.py), and the gradient.
+GROUPED = re.compile(r"t?gmm(\.\d+)?$|ragged-dot-none(\.\d+)?$")
 MEASURES = ("count", "ici_bytes", "dcn_bytes")
 
 
@@ -44,7 +47,7 @@ class Counts:
     bytes: float = 0.0
     cycles: float = 0.0
     collectives: dict[str, dict[str, float]] = field(default_factory=dict)
-    kernels: float = 0.0  # calls of Pallas kernels, whose inside is not counted
+    kernels: float = 0.0  # calls of Pallas kernels; of experts alone the inside is counted
     unknown_loops: int = 0  # neither known nor assumed: counted once
 
     def add(self, other: Counts, times: float = 1.0) -> None:
@@ -72,7 +75,9 @@ class Program:
     loops: list[tuple[int, Counts]]  # turns assumed, what one turn does
 
 
-def analyse(text: str, assumed: Assumed | None = None, slice_devices: int = 0) -> Program:
+def analyse(
+    text: str, assumed: Assumed | None = None, slice_devices: int = 0, num_experts: int = 0
+) -> Program:
     """Count what a scheduled HLO module does.
 
     A collective's bytes are the larger of what goes in and what comes out on a device.
@@ -81,9 +86,11 @@ def analyse(text: str, assumed: Assumed | None = None, slice_devices: int = 0) -
       assumed: how often the loops run whose trip count is not in the HLO.
       slice_devices: devices of a slice; a collective of more than one slice's goes over DCN.
         0: there is one slice.
+      num_experts: of a layer; a device with some of them is taken to run its share of the tokens.
     """
     computations, entry = hlo.parse(text)
-    walk = _Walk(computations, {key: list(n) for key, n in (assumed or {}).items()}, slice_devices)
+    assumed = {key: list(n) for key, n in (assumed or {}).items()}
+    walk = _Walk(computations, assumed, slice_devices, num_experts)
     return Program(walk.computation(entry), walk.loops)
 
 
@@ -95,9 +102,10 @@ class _Walk:
         computations: dict[str, list[Instruction]],
         assumed: dict[str, list[int]],
         slice_devices: int,
+        num_experts: int,
     ) -> None:
         self.computations, self.assumed = computations, assumed
-        self.slice_devices = slice_devices
+        self.slice_devices, self.num_experts = slice_devices, num_experts
         self.loops: list[tuple[int, Counts]] = []
 
     def computation(self, name: str) -> Counts:
@@ -156,6 +164,8 @@ class _Walk:
             counts.move(name, 1, 0, instruction.shapes[0].num_bytes)
         elif opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
             counts.kernels += 1
+            if GROUPED.match(instruction.name):
+                counts.flops += _grouped_flops(instruction, shapes, self.num_experts)
         return counts
 
     def _fusion(self, name: str) -> Counts:
@@ -265,6 +275,22 @@ def _dot_flops(instruction: Instruction, shapes: Mapping[str, Sequence[Shape]]) 
     listed = re.search(r"lhs_contracting_dims=\{([0-9,]*)\}", instruction.rest)
     contracted = [int(n) for n in listed[1].split(",") if n] if listed else []
     return 2.0 * math.prod(instruction.shapes[0].dims) * math.prod(left[n] for n in contracted)
+
+
+def _grouped_flops(
+    instruction: Instruction, shapes: Mapping[str, Sequence[Shape]], num_experts: int
+) -> float:
+    """Return the FLOPs of rows times the matrix of their expert, or of a gradient of such.
+
+    The last two operands are rows `[n, inputs]` and matrices `[E, inputs, outputs]`; or, where the
+    result is the gradient of matrices, rows and gradients of their outputs.
+    """
+    left, right = (shapes[name][0].dims for name in instruction.operands[-2:])
+    out = instruction.shapes[0].dims
+    num_own = out[0] if len(out) == 3 else right[0]
+    per_row = math.prod(out[1:] if len(out) == 3 else right[1:])
+    num_rows = math.prod(left) // out[1] if len(out) == 3 else out[0]
+    return 2.0 * num_rows * per_row * (num_own / num_experts if num_experts else 1)
 
 
 def _convolution_flops(instruction: Instruction, shapes: Mapping[str, Sequence[Shape]]) -> float:

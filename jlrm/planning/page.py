@@ -14,7 +14,7 @@ from jlrm.reports.pages import write_page
 from jlrm.reports.theme import colour
 
 NOTE = "Per device. bound s: lower bound from data-sheet rates, no speed. TFLOP: matrix products, "
-NOTE += "without Pallas kernels (attention of log-probabilities and update)."
+NOTE += "without the kernels of attention (of log-probabilities and update)."
 
 
 class PlanTable(NamedTuple):

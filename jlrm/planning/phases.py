@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     resident: int  # bytes that are there for all of a stage: a bound that needs no compiling
     host: Held  # bytes that a VM holds for each of its devices, by phase
     is_tpu: bool = True
+    num_experts: int = 0  # of each layer
 
     def updates(self) -> list[str]:
         """Return the programs that take optimiser steps."""
@@ -115,6 +116,7 @@ def plan(config: Config, model: QwenConfig, mesh: Mesh) -> Plan:
         resident,
         host_bytes(qwen.abstract_params(network.model, network.training), state),
         network.training.platform == "tpu",
+        model.num_experts,
     )
 
 

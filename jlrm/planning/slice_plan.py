@@ -192,7 +192,12 @@ def _compile_all(
 def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
     planned, arguments = plan.programs[name], plan.arguments(name, compiled)
     return slices.compile_program(
-        planned.call.program, arguments, planned.assumed, slice_devices, plan.is_tpu
+        planned.call.program,
+        arguments,
+        planned.assumed,
+        slice_devices,
+        plan.is_tpu,
+        plan.num_experts,
     )
 
 

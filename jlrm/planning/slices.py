@@ -180,8 +180,12 @@ def compile_program(
     assumed: Assumed,
     slice_devices: int = 0,
     is_tpu: bool = True,
+    num_experts: int = 0,
 ) -> Compiled:
     """Compile a jitted program for its abstract arguments' devices, and count what it does on TPUs.
+
+    Args:
+      assumed, slice_devices, num_experts: as of `counting.analyse`.
 
     Raises:
       RunError: the compiler failed for another reason than memory.
@@ -202,7 +206,7 @@ def compile_program(
     counts, note = None, ""
     try:
         if is_tpu:
-            counts = counting.analyse(compiled.as_text(), assumed, slice_devices)
+            counts = counting.analyse(compiled.as_text(), assumed, slice_devices, num_experts)
     except jax.errors.JaxRuntimeError as error:
         if "RET_CHECK" not in str(error):
             raise

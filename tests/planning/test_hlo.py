@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jlrm.planning import hlo, slices
+from jlrm.planning import counting, hlo, slices
 from jlrm.planning.slices import GIB
 
 
@@ -21,6 +21,32 @@ from jlrm.planning.slices import GIB
 )
 def test_replica_groups(text, groups):
     assert list(hlo.replica_groups(text)) == groups
+
+
+GROUPED = """HloModule jit_f, is_scheduled=true
+
+ENTRY %main (rows: bf16[64,16], experts: bf16[4,16,8], gradient: bf16[64,8]) -> bf16[4,16,8] {
+  %rows = bf16[64,16]{1,0} parameter(0)
+  %experts = bf16[4,16,8]{2,1,0} parameter(1)
+  %gradient = bf16[64,8]{1,0} parameter(2)
+  %KERNEL.1 = bf16[64,8]{1,0} custom-call(%rows, %experts), TARGET
+  %other = bf16[64,8]{1,0} custom-call(%rows, %experts), TARGET
+  ROOT %tgmm = bf16[4,16,8]{2,1,0} custom-call(%rows, %gradient), TARGET
+}
+"""
+
+
+@pytest.mark.parametrize("kernel", ["gmm", "ragged-dot-none"])
+@pytest.mark.parametrize(("num_experts", "share"), [(4, 1), (16, 1 / 4)])
+def test_products_of_experts_are_counted_for_the_rows_that_a_device_runs(
+    kernel, num_experts, share
+):
+    text = GROUPED.replace("KERNEL", kernel)
+    text = text.replace("TARGET", 'custom_call_target="tpu_custom_call"')
+    found = counting.analyse(text, num_experts=num_experts).total
+    assert found.flops == share * 2 * (2 * 64 * 16 * 8) and found.kernels == 3
+    matrices, rows, outputs = 2 * 4 * 16 * 8, 2 * 64 * 16, 2 * 64 * 8
+    assert found.bytes == 3 * (matrices + rows + outputs)
 
 
 @pytest.mark.parametrize(
