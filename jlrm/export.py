@@ -172,6 +172,8 @@ def _write_config(file: pathlib.Path, as_read: dict[str, Any]) -> None:
         if kind != "default":
             fields["rope_scaling"] = fields["rope_parameters"]
     fields |= {key: as_read[key] for key in ("dtype", "torch_dtype")}
+    if "num_local_experts" in fields:  # what transformers 5 calls it
+        fields["num_experts"] = as_read["num_experts"]
     file.write_text(json.dumps(fields, indent=2))
 
 

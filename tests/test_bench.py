@@ -77,9 +77,9 @@ def test_of_experts_those_count_that_tokens_choose():
     attention, expert, router = 16 + 2 * 8 + 16, 3 * 32, 4 * 8
     assert costs.layer_weights(experts) == attention + 8 * expert + router
     assert costs.forward_flops(experts, 5, 0, 0) == 3 * 2 * 5 * (attention + 2 * expert + router)
-    # Three tokens read six experts at most, and many read all: weights that lie there.
-    assert costs.layer_weights(experts, 3) == attention + 6 * expert + router
-    assert costs.layer_weights(experts, 4) == costs.layer_weights(experts, 100)
+    # Two tokens choose 2 + 2 x 6/8 experts on average, and many choose all: weights to be read.
+    assert costs.layer_weights(experts, 2) == attention + 3.5 * expert + router
+    assert costs.layer_weights(experts, 300) == attention + 8 * expert + router
     prefill, step = costs.rollout_costs(experts, BatchSizes((3,), 1, 2))
     size = costs.layer_weights(experts, 3) * 3 + HEAD
     assert prefill.bytes == 4 * size

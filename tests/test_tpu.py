@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tpu_mesh
+from jax.sharding import PartitionSpec as P
 
 from jlrm.config import LossConfig, OptimizerConfig
-from jlrm.model import qwen
+from jlrm.model import experts, qwen
 from jlrm.model.visibility import Packing
+from jlrm.planning import counting
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets
 from jlrm.runtime.mesh import compiler_options, rollout_layout, training_layout
@@ -111,6 +113,27 @@ def test_update_and_scoring(name, num_passes):
     if num_passes > 1:  # of one pass it is the same loop
         score = partial(update.logprobs, config, layout, DISTRIBUTION)
         jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["qwen3-30b-a3b", "qwen3-235b-a22b"])
+def test_products_of_experts_and_their_gradients(name, dtype):
+    config, grid = model(name), tpu_mesh("v5e:4x4", 1, 4, 4)
+    sides = {"n": 8 * SLOTS, "E": 128, "D": config.hidden_size, "F": config.intermediate_size}
+
+    def array(*letters: str, dtype: str = dtype) -> jax.ShapeDtypeStruct:
+        sharding = training_layout(grid).replicated()
+        return jax.ShapeDtypeStruct([sides[each] for each in letters], dtype, sharding=sharding)
+
+    @partial(jax.shard_map, mesh=grid, in_specs=P(), out_specs=P(), check_vma=False)
+    def gradients(rows, matrices, sizes, cotangent):
+        _, pull = jax.vjp(partial(experts.grouped_product, sizes=sizes), rows, matrices)
+        return pull(cotangent)
+
+    inputs = array("n", "D"), array("E", "D", "F"), array("E", dtype="int32"), array("n", "F")
+    text = jax.jit(gradients).lower(*inputs).compile().as_text()
+    counted = counting.analyse(text, num_experts=128).total
+    assert counted.flops == 2 * 2 * 8 * SLOTS * config.hidden_size * config.intermediate_size
 
 
 def placed(program, *arguments):

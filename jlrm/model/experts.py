@@ -1,31 +1,38 @@
 """Experts in the place of an MLP: a router sends each token to a few of many (Qwen3-MoE).
 
 Tokens are sorted by expert, and a ragged product multiplies each run of them with the matrices of
-its expert. A TPU computes the chosen experts alone; elsewhere JAX writes the product as one of all
-experts with masks, which suits tests and small models. No expert is ever full: nothing is dropped.
+its expert. A TPU computes the chosen experts alone; on CPUs JAX multiplies every row with all
+experts and masks, which suits tests and small models. No expert is ever full: nothing is dropped.
 
 While training, a device has gathered the experts of a layer and runs its own tokens, on TPUs by
 Megablox: for the gradient of the matrices XLA's own ragged product would run all experts on all
 tokens (libtpu 0.0.42, compiled: 128 times the work for Qwen3-30B-A3B). In a rollout experts stay
 where they are: a device runs the tokens that chose one of its own, and the outputs of all are
 summed, as those of an MLP are.
+
+Whatever is computed anew, in a backward pass too, is rounded anew: between experts that are nearly
+as good for a token another may be chosen then.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from jlrm.model.remat import EXPERTS
 from jlrm.runtime.mesh import Layout, Local
 
 # product(rows "n D", matrices "E D F", the number of rows of each "E") -> "n F"
 Product = Callable[[Array, Array, Array], Array]
 TILE = 512, 1024, 1024  # of a grouped product, at most: rows, inputs, outputs
+MOST_ROWS = 2**16  # tokens times experts that are computed at once in a rollout
 
 
 class Matrices(NamedTuple):
@@ -63,8 +70,15 @@ def mix(
     axes = layout.axes("E")
 
     def run_own(x: Array, chosen: Array, shares: Array, own: Matrices) -> Array:
-        first = jax.lax.axis_index(axes) * len(own.gate)
-        return jax.lax.psum(run(x, chosen - first, shares, own), axes)
+        chosen = chosen - jax.lax.axis_index(axes) * len(own.gate)
+        # Of prompts that are long together, part by part: each token stands there once for each of
+        # its experts, on every device.
+        num_tokens = chosen[..., 0].size
+        least = -(-chosen.size // MOST_ROWS)
+        num_parts = next(n for n in range(least, num_tokens + 1) if num_tokens % n == 0)
+        parts = (each.reshape(num_parts, 1, -1, each.shape[-1]) for each in (x, chosen, shares))
+        out = jax.lax.map(lambda part: run(part[0], part[1], part[2], own), tuple(parts))
+        return jax.lax.psum(out.reshape(x.shape), axes)
 
     letters = "M - -" if len(x) % layout.num_shards("M") == 0 else "- - -"
     rows, own = layout.activation(letters).spec, layout.param(("E", None, None)).spec
@@ -82,6 +96,7 @@ def run(
 ) -> Float[Array, "B T D"]:
     """Return the sum of the outputs of these experts; others' numbers are not 0 to E - 1."""
     num_experts, num_chosen = len(experts.gate), chosen.shape[-1]
+    named = partial(checkpoint_name, name=EXPERTS)
     flat = chosen.reshape(-1)
     is_own = (flat >= 0) & (flat < num_experts)
     flat = jnp.where(is_own, flat, num_experts)  # others' last, beyond all groups
@@ -89,11 +104,10 @@ def run(
     back = jnp.argsort(order)
     sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
 
-    rows = jnp.repeat(x.reshape(-1, x.shape[-1]), num_chosen, axis=0)
-    rows = _permuted(rows, order, back)
-    hidden = jax.nn.silu(product(rows, experts.gate, sizes)) * product(rows, experts.up, sizes)
-    out = _permuted(product(hidden, experts.down, sizes), back, order)
-    return _summed(out, is_own, shares).astype(x.dtype)
+    rows: Any = _rows_of_tokens(num_chosen, x.reshape(-1, x.shape[-1]), order, back)
+    gate, up = (named(product(rows, each, sizes)) for each in experts[:2])
+    out = named(product(jax.nn.silu(gate) * up, experts.down, sizes))
+    return _summed(_permuted(out, back, order), is_own, shares).astype(x.dtype)
 
 
 def grouped_product(
@@ -111,11 +125,18 @@ def grouped_product(
 
     from jax.experimental.pallas.ops.tpu import megablox  # other platforms do without
 
-    return megablox.gmm(rows, matrices, sizes, rows.dtype, _tiling, None, None, False, interpret)
+    tiling = _tiling if rows.dtype.itemsize == 2 else _tiling_of_wide
+    return megablox.gmm(rows, matrices, sizes, rows.dtype, tiling, None, None, False, interpret)
 
 
 def _tiling(num_rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
     return math.gcd(num_rows, TILE[0]), min(inputs, TILE[1]), min(outputs, TILE[2])
+
+
+def _tiling_of_wide(num_rows: int, inputs: int, outputs: int) -> tuple[int, int, int]:
+    """Return tiles of float32, of which fewer numbers fit on the chip."""
+    num_rows, inputs, outputs = _tiling(num_rows, inputs, outputs)
+    return num_rows, min(inputs, TILE[1] // 2), min(outputs, TILE[2] // 2)
 
 
 def _summed(
@@ -124,6 +145,26 @@ def _summed(
     """Return the sums over a token's experts, in float32; a product leaves others' rows open."""
     out = jnp.where(is_own[:, None], out, 0).reshape(*shares.shape, -1)
     return jnp.einsum("BTCD,BTC->BTD", out, shares, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows_of_tokens(
+    num_chosen: int, x: Float[Array, "t D"], order: Int[Array, " n"], back: Int[Array, " n"]
+) -> Float[Array, "n D"]:
+    """Return each token once for each of its experts, in an order that `back` undoes."""
+    return x[order // num_chosen]
+
+
+def _rows_forward(num_chosen: int, x: Array, order: Array, back: Array) -> tuple[Array, Array]:
+    return x[order // num_chosen], back
+
+
+def _rows_backward(num_chosen: int, back: Array, gradient: Array) -> tuple[Array, None, None]:
+    of_tokens = gradient[back].reshape(-1, num_chosen, gradient.shape[-1])
+    return of_tokens.sum(axis=1, dtype=jnp.float32).astype(gradient.dtype), None, None
+
+
+_rows_of_tokens.defvjp(_rows_forward, _rows_backward)
 
 
 @jax.custom_vjp

@@ -9,12 +9,14 @@ import jax
 
 # Names of what may be kept, given where it is computed (`checkpoint_name`).
 QKV = "qkv"  # what enters attention (qwen.py)
+EXPERTS = "experts"  # products of experts, which are kernels (experts.py)
 ATTENDED = "attended"  # its output, and the logarithms of its sums (attention.py, splash.py)
 
 _policies = jax.checkpoint_policies
 POLICIES: dict[str, Callable[..., bool] | None] = {
     "dots": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(ATTENDED)
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(ATTENDED, EXPERTS),
     ),
     "attention": _policies.save_only_these_names(QKV, ATTENDED),
     "full": None,

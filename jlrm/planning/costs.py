@@ -58,17 +58,18 @@ class Cost(NamedTuple):
 
 
 def layer_weights(config: QwenConfig, num_tokens: int | None = None) -> int:
-    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up and down.
+    """Return how many weights the matrices of one layer hold: q, k, v, o, gate, up, down, a router.
 
     Args:
-      num_tokens: count the weights that so many tokens need at most: each has experts of its own.
+      num_tokens: of experts, count those that so many tokens choose where all are equally likely.
     """
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
-    num_experts, of_token = config.num_experts, config.num_experts_per_tok
-    mlps = num_experts if num_tokens is None else min(num_experts, num_tokens * of_token)
-    router = config.num_experts
-    inner = 3 * config.intermediate_size * (mlps if num_experts else 1)
-    return config.hidden_size * (heads * config.head_dim + inner + router)
+    num_mlps: float = config.num_experts or 1
+    if config.num_experts and num_tokens is not None:
+        share = config.num_experts_per_tok / config.num_experts
+        num_mlps *= 1 - (1 - share) ** num_tokens
+    inner = round(3 * config.intermediate_size * num_mlps)
+    return config.hidden_size * (heads * config.head_dim + inner + config.num_experts)
 
 
 def head_weights(config: QwenConfig) -> int:

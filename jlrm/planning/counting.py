@@ -35,7 +35,7 @@ FREE |= {"while", "conditional", "call", "async-start", "send", "recv", "partiti
 FREE |= {"replica-id", "optimization-barrier"}
 FREE_CALLS = ('"AllocateBuffer"', '"ConcatBitcast"')
 # Kernels that multiply rows with the matrix of their expert (model/experts.py), and the gradient.
-GROUPED = re.compile(r"t?gmm(\.\d+)?$|ragged-dot-none(\.\d+)?$")
+GROUPED = re.compile(r"(^|_)t?gmm(_|\.|$)|^ragged-dot-none(\.|$)")
 MEASURES = ("count", "ici_bytes", "dcn_bytes")
 
 
@@ -164,7 +164,7 @@ class _Walk:
             counts.move(name, 1, 0, instruction.shapes[0].num_bytes)
         elif opcode == "custom-call" and '"tpu_custom_call"' in instruction.rest:
             counts.kernels += 1
-            if GROUPED.match(instruction.name):
+            if GROUPED.search(instruction.name):
                 counts.flops += _grouped_flops(instruction, shapes, self.num_experts)
         return counts
 

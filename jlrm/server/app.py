@@ -316,7 +316,9 @@ class Routes:
                 )
                 raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
         results = []
-        for i, score in _by_relevance(found, len(documents))[: body.top_n]:
+        for i, score in _by_relevance(found, len(documents), self._service.read.scale)[
+            : body.top_n
+        ]:
             result: dict[str, Any] = {"index": i, "relevance_score": score}
             if body.has_documents:
                 result["document"] = {"text": documents[i]}
@@ -391,24 +393,23 @@ async def _unless_left(request: Request, work: Awaitable[Any]) -> Any:
         task.cancel()
 
 
-def _by_relevance(ranking: Ranking | None, num_answers: int) -> list[tuple[int, float]]:
-    """Return places of answers, from the best to the worst, and their chances to beat another.
+def _by_relevance(
+    ranking: Ranking | None, num_answers: int, scale: tuple[float, float]
+) -> list[tuple[int, float]]:
+    """Return places of answers, from the best to the worst, and how relevant they are, 0 to 1.
 
-    By strengths that is an average one of these; by scores, one of those that it was judged with.
-    An answer without a score has none, and comes last.
+    By strengths: the chance to beat an average one of these. By scores: the share of the scale, and
+    0 for an answer without a score, which comes last.
     """
     if ranking is None:
         return [(0, 0.5)]
     places = [i - 1 for i in ranking.order]
     if ranking.scores is None:
         return [(i, 1 / (1 + math.exp(-ranking.strengths[i]))) for i in places]
-    met = [
-        sum(game.winner is not None for pair in ranking.pairs for game in pair.games
-            if str(i + 1) in pair.id.split("-"))
-        for i in range(num_answers)
-    ]  # fmt: skip
-    scored = [(i, ranking.wins[i] / met[i] if met[i] else 0.0) for i in places]
-    return scored + [(i, 0.0) for i in range(num_answers) if i not in places]
+    low, high = scale
+    scored = [((ranking.scores[i] or low) - low) / (high - low) for i in places]
+    left_out = [(i, 0.0) for i in range(num_answers) if i not in places]
+    return [*zip(places, scored, strict=True), *left_out]
 
 
 def _usage(

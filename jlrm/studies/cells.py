@@ -107,15 +107,21 @@ def plans(study: Study, topology: str) -> dict[str, Cell]:
         if run.model:
             continue
         words = [run.config or study.config, *study.settings, *run.settings]
-        config = settings.load(words[0], words[1:])
-        config = dataclasses.replace(
-            config, run=dataclasses.replace(config.run, dir="-", seed=0), reward=RewardConfig()
-        )
         out = plan_file(study, name, topology).parent
         command = ("jlrm.plan", "--config", *words, "--topology", topology, "--out", str(out))
-        made_from = json.dumps(settings.to_dict(config), sort_keys=True)
-        found[name] = firsts.setdefault(made_from, Cell(f"plan/{name}", command))
+        found[name] = firsts.setdefault(_made_from(words), Cell(f"plan/{name}", command))
     return found
+
+
+def _made_from(words: Sequence[str]) -> str:
+    """Return what the programs of a config are made from; of one that can't be read, its words."""
+    try:
+        config = settings.load(words[0], words[1:])
+    except UsageError:  # `plan` says what is wrong
+        return json.dumps(words)
+    run = dataclasses.replace(config.run, dir="-", seed=0)
+    config = dataclasses.replace(config, run=run, reward=RewardConfig())
+    return json.dumps(settings.to_dict(config), sort_keys=True)
 
 
 class Record:

@@ -253,7 +253,9 @@ def _moved(model: QwenConfig, adapters: LoRA) -> list[tuple[hf.Tensor, str, str]
     return [
         (tensor, tensor.name.removesuffix("weight") + name, part)
         for tensor in hf.tensors(model)
-        if tensor.num_inputs and tensor.path.rpartition(".")[2] in adapters.targets
+        if tensor.num_inputs
+        and tensor.path.rpartition(".")[2] in adapters.targets
+        and len(tensor.index) == 1  # experts have none
         for name, part in PARTS.items()
         if part in _parts(adapters)
     ]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -313,13 +314,18 @@ def _saved(
 
 
 def _by_layer(params: Any) -> Any:
-    """Ask for chunks of one layer in stacked arrays large enough for it to matter."""
+    """Ask for chunks of one layer, or expert, in stacked arrays large enough for it to matter.
 
-    def chunked(x: jax.Array) -> ocp.SaveArgs:
-        layer_bytes = x.nbytes // x.shape[0]
-        if layer_bytes < MIN_CHUNK_BYTES:
+    They are what is read at once (reading.py).
+    """
+
+    def chunked(path: Any, x: jax.Array) -> ocp.SaveArgs:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        depth = 2 if digests.EXPERTS in name else 1
+        num_bytes = x.nbytes // math.prod(x.shape[:depth])
+        if num_bytes < MIN_CHUNK_BYTES:
             return ocp.SaveArgs()
-        return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
+        return ocp.SaveArgs(chunk_byte_size=num_bytes, shard_axes=tuple(range(depth)))
 
-    layers = jax.tree.map(chunked, params["layers"])
+    layers = jax.tree_util.tree_map_with_path(chunked, params["layers"])
     return {**jax.tree.map(lambda _: ocp.SaveArgs(), params), "layers": layers}

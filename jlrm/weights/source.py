@@ -130,7 +130,7 @@ def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
     """Return an architecture as a run trains it; `stored`: the dtype of the model's files.
 
     Raises:
-      UsageError: adapters, or `sampling.exact`, and its experts know neither.
+      UsageError: what experts do not have is asked for: adapters, int8, `sampling.exact`.
     """
     source, settings = config.model, config.lora
     if model.num_experts:
@@ -154,6 +154,11 @@ def _check_experts(config: Config) -> None:
         raise UsageError(
             "sampling.exact=true does not hold for models with experts. Leave it out: "
             "grpo.loss.importance_cap corrects for the gap."
+        )
+    if config.sampling.weights == "int8":
+        raise UsageError(
+            "sampling.weights=int8: each step would widen all experts, which costs more than it "
+            "saves. Leave it out for a model with experts."
         )
 
 

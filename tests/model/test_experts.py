@@ -14,7 +14,7 @@ from conftest import mesh_of, tiny_config
 from jlrm.config import UsageError
 from jlrm.model import experts, qwen
 from jlrm.model.experts import Matrices
-from jlrm.runtime.mesh import LOCAL, rollout_layout, training_layout
+from jlrm.runtime.mesh import LOCAL, Local, rollout_layout, training_layout
 from jlrm.runtime.settings import from_dict
 from jlrm.sampling import decode
 from jlrm.weights import source
@@ -106,9 +106,35 @@ def test_no_token_is_dropped_where_all_choose_the_same_experts():
     np.testing.assert_allclose(found, plain(x, chosen, shares, matrices), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_on_tpus_gives_the_same_values_and_gradients(dtype, monkeypatch):
+    x, router, matrices = jax.tree.map(lambda each: jnp.asarray(each, dtype), made())
+    kernels = functools.partial(experts.grouped_product, interpret=True)
+    monkeypatch.setattr(experts, "grouped_product", kernels)
+
+    def loss(platform: str, *arguments: Any) -> jax.Array:
+        out = layer(functools.partial(experts.mix, Local(platform)), *arguments)
+        return jnp.sum(jnp.square(out.astype(jnp.float32)))
+
+    mine, wanted = (
+        jax.value_and_grad(functools.partial(loss, platform), argnums=(0, 1, 2))(
+            x, router, matrices
+        )
+        for platform in ("tpu", "cpu")
+    )
+    bound = 1e-4 if dtype == "float32" else 0.03
+    for found, expected in zip(jax.tree.leaves(mine), jax.tree.leaves(wanted), strict=True):
+        wide = np.asarray(expected, np.float32)
+        assert np.abs(np.asarray(found, np.float32) - wide).max() < bound * np.abs(wide).max()
+
+
 @pytest.mark.parametrize("num_rows", [ROWS, 1], ids=["rows divide", "one row"])
+@pytest.mark.parametrize("most", [2**15, 2 * TOKENS * CHOSEN])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
-def test_experts_that_stay_where_they_are_give_the_same_sums(mesh, num_rows):
+def test_experts_that_stay_where_they_are_give_the_same_sums(mesh, most, num_rows, monkeypatch):
+    """Run whole, and part by part."""
+    monkeypatch.setattr(experts, "MOST_ROWS", most)
     x, router, matrices = made()
     layout = rollout_layout(mesh_of(*mesh))
     placed = jax.device_put(matrices, layout.param(("E", None, None)))
@@ -146,8 +172,15 @@ def test_int8_experts_are_rounded_by_outputs_of_their_own():
             r"lora\.targets has gate, up, down, .* Set lora\.targets=\[q,k,v,o\]",
         ),
         ({"sampling": {"exact": True}}, "does not hold for models with experts"),
+        (
+            {
+                "sampling": {"weights": "int8"},
+                "grpo": {"steps": 1, "loss": {"importance_cap": 2.0}},
+            },
+            "each step would widen all experts",
+        ),
     ],
-    ids=["adapters", "exact"],
+    ids=["adapters", "exact", "int8"],
 )
 def test_what_experts_know_nothing_of_is_refused(settings, message):
     model = {"preset": "qwen3-30b-a3b", "tokenizer": "toy"}

@@ -36,7 +36,7 @@ ENTRY %main (rows: bf16[64,16], experts: bf16[4,16,8], gradient: bf16[64,8]) -> 
 """
 
 
-@pytest.mark.parametrize("kernel", ["gmm", "ragged-dot-none"])
+@pytest.mark.parametrize("kernel", ["gmm", "transpose_jvp_jit_gmm__", "ragged-dot-none"])
 @pytest.mark.parametrize(("num_experts", "share"), [(4, 1), (16, 1 / 4)])
 def test_products_of_experts_are_counted_for_the_rows_that_a_device_runs(
     kernel, num_experts, share

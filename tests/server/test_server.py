@@ -244,7 +244,9 @@ def reranked(rank, judging: str = "pairs", **more: Any) -> dict[str, Any]:
         return {"type": "http.request", "body": json.dumps(body).encode()}
 
     defaults = bodies.Defaults("m", 0.0, 1, 8, 0, judging=judging)
-    routes = app.Routes(types.SimpleNamespace(defaults=defaults, rank=rank), app.Limits(), None)
+    read = types.SimpleNamespace(scale=(1, 10))
+    service = types.SimpleNamespace(defaults=defaults, rank=rank, read=read)
+    routes = app.Routes(service, app.Limits(), None)
     headers = [(b"content-type", b"application/json")]
     request = Request({"type": "http", "method": "POST", "headers": headers}, receive)
     return json.loads(asyncio.run(routes.rerank(request)).body)
@@ -288,7 +290,8 @@ def test_a_judge_of_lists_orders_documents_by_one_judgement(judging, more):
 
     reply = reranked(scored, judging, **more)
     found = [(each["index"], each["relevance_score"]) for each in reply["results"]]
-    assert found == [(1, 1.0), (0, 0.0), (2, 0.0)]  # no score was read of the last one
+    # Shares of the scale from 1 to 10; no score was read of the last one.
+    assert found == [(1, pytest.approx(7 / 9)), (0, pytest.approx(4 / 9)), (2, 0.0)]
     assert reply["unjudged"] == 2 and reply["usage"] == {"completion_tokens": 15}
 
 

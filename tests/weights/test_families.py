@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import tensorstore
 from conftest import mesh_of, plain_states
 from safetensors.numpy import load_file
 
@@ -20,7 +21,7 @@ from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import rollout_layout, training_layout
 from jlrm.sampling import decode, sampler
 from jlrm.sampling.stops import stop_tables
-from jlrm.weights import hf, hf_config
+from jlrm.weights import checkpoint, hf, hf_config, steps
 
 VOCAB, WIDTH, NUM_NEW = toy.VOCAB_SIZE, 48, 8
 SIZES = {
@@ -141,9 +142,10 @@ def test_greedy_tokens_are_those_of_transformers(pair, torch):
 
 
 @pytest.mark.slow
-def test_an_export_is_the_same_model_of_the_same_class(pair, torch, tmp_path):
+def test_an_export_is_the_same_model_of_the_same_class(pair, torch, tmp_path, monkeypatch):
     import transformers
 
+    monkeypatch.setattr(checkpoint, "MIN_CHUNK_BYTES", 1)
     toy.save_tokenizer(pair.directory)
     export.import_from_hf(str(pair.directory), tmp_path / "run")
     export.export_to_hf(str(tmp_path / "run"), tmp_path / "out", "float32")
@@ -157,12 +159,26 @@ def test_an_export_is_the_same_model_of_the_same_class(pair, torch, tmp_path):
     assert not any(report.values())
     assert type(again) is type(pair.theirs)
     assert again.config.architectures == [type(again).__name__]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    if pair.config.num_experts:
+        assert written["num_experts"] == written["num_local_experts"] == 6  # of 4, and of 5
+        # What is read at once lies together.
+        assert chunk(tmp_path / "run", "layers.mlp.experts.gate") == (1, 1, 32, 24)
+    assert chunk(tmp_path / "run", "layers.attn.o")[0] == 1
     assert getattr(again.config, "sliding_window", 0) == getattr(
         pair.theirs.config, "sliding_window", 0
     )
     tokens = torch.tensor(rows("right")[0])
     with torch.no_grad():
         assert torch.equal(again(tokens).logits, pair.theirs(tokens).logits)
+
+
+def chunk(run: pathlib.Path, name: str) -> tuple[int, ...]:
+    """Return the shape of what is read at once of a parameter of a run."""
+    store = {"driver": "file", "path": f"{steps.find(str(run)) / 'params'}/"}
+    kvstore = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+    opened = tensorstore.open({"driver": "zarr", "kvstore": kvstore}).result()
+    return opened.chunk_layout.read_chunk.shape
 
 
 @pytest.mark.slow

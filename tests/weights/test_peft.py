@@ -39,6 +39,7 @@ KINDS = {
     "some": LoRAConfig(rank=2, alpha=3.0, targets=["q", "o", "down"], rank_stabilised=True),
     "dora": LoRAConfig(rank=3, alpha=5.0, magnitude=True),
 }
+ATTENTION = ["q", "k", "v", "o"]
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 
 
@@ -161,10 +162,17 @@ def test_a_reward_model_of_adapters_scores_alike_in_peft(torch, peft, tmp_path):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.max(np.abs(wanted)))
 
 
-@pytest.mark.parametrize("base", ["int8", "nf4"])
-def test_a_quantised_base_is_exported_as_what_it_stands_for(tmp_path, base, monkeypatch):
-    monkeypatch.setitem(KINDS, "narrow", dataclasses.replace(KINDS["dora"], base=base))
-    run = write_run(tmp_path, "narrow")
+@pytest.mark.parametrize(
+    ("base", "architecture"),
+    [("int8", "qwen2_tied"), ("nf4", "qwen2_tied"), ("nf4", "qwen3_moe")],
+)
+def test_a_quantised_base_is_exported_as_what_it_stands_for(
+    tmp_path, base, architecture, monkeypatch
+):
+    targets = ATTENTION if architecture == "qwen3_moe" else KINDS["dora"].targets
+    narrow = dataclasses.replace(KINDS["dora"], base=base, targets=targets)
+    monkeypatch.setitem(KINDS, "narrow", narrow)
+    run = write_run(tmp_path, "narrow", architecture)
     export.main(["--checkpoint", str(run), "--out", str(tmp_path / "whole"), "--dtype", "float32"])
     wanted = our_logits(run, run / "model")
     found = our_logits(tmp_path / "whole", run / "model")
@@ -204,6 +212,21 @@ def test_what_peft_writes_is_a_start(torch, peft, tmp_path, kind):
             params = lora.join(read_params(str(base), plain, layout()), params)
         found = logits(model, params)
         np.testing.assert_allclose(found, wanted, atol=1e-5 * np.max(np.abs(wanted)))
+
+
+def test_adapters_of_experts_are_refused_by_name(tmp_path, monkeypatch):
+    settings = dataclasses.replace(KINDS["lora"], targets=ATTENTION)
+    monkeypatch.setitem(KINDS, "attention", settings)
+    run = write_run(tmp_path, "attention", "qwen3_moe")
+    export.export_adapter(str(run), tmp_path / "adapter")
+    config = config_of(tmp_path / "r", tmp_path / "base", settings, adapter=f"{tmp_path}/adapter")
+    model = as_trained(config, hf_config.read_config(tmp_path / "base"), "float32")
+    assert adapters.read_start(config, model, layout())  # of attention alone
+    held = load_file(tmp_path / "adapter" / adapters.WEIGHTS)
+    name = f"{adapters.PREFIX}model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"
+    save_file({**held, name: held[sorted(held)[0]]}, tmp_path / "adapter" / adapters.WEIGHTS)
+    with pytest.raises(UsageError, match=r"experts\.0\.gate_proj\.lora_A\.weight is unknown"):
+        adapters.read_start(config, model, layout())
 
 
 def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, capsys):
