@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from jlrm.config import Config, UsageError
+from jlrm.config import Config
 from jlrm.model.qwen import QwenConfig
 from jlrm.planning import duration, machine, memory, phases, slices
 from jlrm.planning.counting import Counts
@@ -32,7 +32,7 @@ from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.weights import hf, hf_config
-from jlrm.weights.source import as_trained, read_model
+from jlrm.weights.source import NotHere, as_trained, read_model
 from jlrm.weights.steps import split
 
 
@@ -154,9 +154,7 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
     source = config.model
     try:
         model = read_model(config)
-    except UsageError:
-        if not source.path:
-            raise
+    except NotHere:
         directory = hf.resolve(source.path, ("config.json",))
         stored = hf_config.stored_dtype(directory)
         model = as_trained(config, hf_config.read_config(directory), stored)

@@ -42,7 +42,14 @@ from jlrm.sampling.policy import TextPolicy, check_positions, open_policy
 from jlrm.training import same_run
 from jlrm.weights import adapters, hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
-from jlrm.weights.source import as_trained, model_files, num_labels, read_base, read_params
+from jlrm.weights.source import (
+    as_trained,
+    check_description,
+    model_files,
+    num_labels,
+    read_base,
+    read_params,
+)
 
 log = logging.getLogger(__name__)
 
@@ -181,6 +188,8 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
             f"model.path={config.model.path} is a reward model, which writes no text. Name the "
             "model that it was trained from."
         )
+    if not directory.is_trained:
+        check_description(config)
     if hosts.is_main():
         _fill_model(config, directory)
         directory.mirror.push()

@@ -23,7 +23,12 @@ from jlrm.weights import hf, hf_config, hf_files, passing, reading, steps
 from jlrm.weights.presets import PRESETS, preset
 
 ORGANISATIONS = ("qwen", "meta-llama", "mistralai")  # of the hub, whose models are presets
+DESCRIPTION = "config.json", "adapter_config.json"
 ENDS = 1 << 20  # bytes at each end of a file that stand for it
+
+
+class NotHere(UsageError):
+    """A model would have to be downloaded."""
 
 
 def model_files(source: str) -> pathlib.Path:
@@ -41,7 +46,7 @@ def model_files(source: str) -> pathlib.Path:
 def num_labels(source: str) -> int:
     """Return how many scores a reward model gives a text; 0: the model writes text itself."""
     if not steps.is_run(source):
-        return hf_config.num_labels(hf.resolve(source))
+        return hf_config.num_labels(hf.resolve(source, DESCRIPTION))
     meta = steps.read_meta(steps.find(source))
     if meta.get("stage") != "reward_model":
         return 0
@@ -126,6 +131,18 @@ def quantise_program(model: QwenConfig, layout: Layout) -> Any:
     return jax.jit(partial(quantise_layers, kind=model.lora.base), out_shardings=shardings)
 
 
+def check_description(config: Config) -> None:
+    """Refuse what can't be trained, before the weights of a model of the hub are downloaded.
+
+    Raises:
+      UsageError: config.json says so.
+    """
+    if config.model.path and not steps.is_run(config.model.path):
+        described = hf.resolve(config.model.path, DESCRIPTION)
+        stored = hf_config.stored_dtype(described)
+        as_trained(config, hf_config.read_config(described), stored)
+
+
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
     """Return an architecture as a run trains it; `stored`: the dtype of the model's files.
 
@@ -168,7 +185,8 @@ def read_model(config: Config) -> QwenConfig:
     The official models of the presets are known by their hub id.
 
     Raises:
-      UsageError: it would have to be downloaded.
+      NotHere: it would have to be downloaded.
+      UsageError: as of `as_trained`.
     """
     source = config.model
     if source.preset:
@@ -182,7 +200,7 @@ def read_model(config: Config) -> QwenConfig:
     organisation, _, name = source.path.lower().replace("-instruct", "").rpartition("/")
     if organisation in ORGANISATIONS and name in PRESETS:
         return as_trained(config, preset(name), "bfloat16")
-    raise UsageError(
+    raise NotHere(
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
         " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."
     )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import mesh_of, tiny_config
+from conftest import GOLDEN, mesh_of, tiny_config
 
+from jlrm import train
 from jlrm.config import UsageError
 from jlrm.model import experts, qwen
 from jlrm.model.experts import Matrices
+from jlrm.runtime import commands
 from jlrm.runtime.mesh import LOCAL, Local, rollout_layout, training_layout
 from jlrm.runtime.settings import from_dict
 from jlrm.sampling import decode
@@ -195,3 +198,20 @@ def test_what_experts_know_nothing_of_is_refused(settings, message):
     )
     with pytest.raises(UsageError, match=message):
         source.read_model(config)
+
+
+def test_a_model_of_the_hub_is_refused_before_its_weights_are_downloaded(
+    tmp_path, monkeypatch, capsys
+):
+    asked = list[list[str]]()
+
+    def download(source: str, allow_patterns: list[str], **_: Any) -> str:
+        asked.append(allow_patterns)
+        return str(GOLDEN / "qwen3_moe")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    words = ["model.preset=", "model.tokenizer=", "model.path=some/moe", "lora.rank=2"]
+    words = ["--config", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}", *words]
+    assert commands.run(lambda: train.main(words)) == 2
+    assert "Set lora.targets=[q,k,v,o]" in capsys.readouterr().err
+    assert asked and all(set(each) <= {"config.json", "adapter_config.json"} for each in asked)
