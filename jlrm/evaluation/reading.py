@@ -107,7 +107,7 @@ class Reader(NamedTuple):
         return [each.scores for each in found] if is_inside else "out_of_range"
 
     def places(
-        self, text: str, ending: str | None, rubric: Rubric | None, is_single: bool
+        self, text: str, ending: str | None, rubric: Rubric | None, num_answers: int = 2
     ) -> tuple[int, ...] | None:
         """Return where in a text each score begins that is read from it, in characters.
 
@@ -115,11 +115,13 @@ class Reader(NamedTuple):
         of a text without a verdict, or with a score that is no plain number: `8` is one, and so is
         the 7 of `7.5`, but not `8/10` or `eight`.
         """
-        if is_single:
+        if num_answers == 1:
             score, _ = self.read_one(text, ending, rubric)
             scores = None if score is None else (score,)
-        else:
+        elif num_answers == 2:
             scores = self.read(text, ending, rubric).scores
+        else:
+            scores, _ = self.read_list(text, ending, num_answers, rubric)
         if scores is None:
             return None
         if rubric is not None and rubric.criteria:
@@ -351,11 +353,11 @@ def expected_of(game: Game, response: Response, read: Reader) -> tuple[float, ..
     if read.is_single and not game.is_single:
         one, two = (expected_of(*half, read) for half in apart(game, response))
         return (*one, *two) if one and two else None
-    rubric, texts = game.item.rubric, response.texts or ()
+    rubric, texts, num = game.item.rubric, response.texts or (), len(game.shown)
     votes = []
     endings = response.endings or (None,) * len(texts)
     for text, ending, own in zip(texts, endings, response.expected or (), strict=False):
-        asked = text, ending, rubric, game.is_single
+        asked = text, ending, rubric, num
         # They were computed at the places that `lenient` reads.
         places = read.places(*asked)
         if own is None or places is None or places != Reader("lenient", read.scale).places(*asked):
@@ -363,7 +365,6 @@ def expected_of(game: Game, response: Response, read: Reader) -> tuple[float, ..
         if rubric is None or not rubric.criteria:
             votes.append(own)
         else:
-            num = 1 if game.is_single else 2
             votes.append(tuple(rubric.total(own[i::num]) for i in range(num)))
     return tuple(map(statistics.fmean, zip(*votes, strict=True))) if votes else None
 

@@ -203,7 +203,7 @@ def make_expectation(policy: TextPolicy, scale: tuple[int, int]) -> Expect:
                 # Broken characters one by one, so that a place in the text is one in the bytes.
                 said = b"".join(spelled[token] for token in own).decode(errors="surrogateescape")
                 said = text if said.startswith(text) else said  # cut where its score was written
-                found = read.places(said, ending, game.item.rubric, game.is_single) or ()
+                found = read.places(said, ending, game.item.rubric, len(game.shown)) or ()
                 places.append([len(said[:i].encode(errors="surrogateescape")) for i in found])
             asked.append(Asked(prompt, ids, places))
         expected = expectation()(weights, asked) if asked else []

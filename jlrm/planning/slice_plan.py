@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -71,7 +72,10 @@ def make_plan(
     compiled, usable = {} if known is None else known, generation.hbm_gib * (1 - wishes.headroom)
     if plan.resident <= usable * GIB:  # else nothing need be compiled to know
         wanted = [name for name in plan.programs if not only or name in only]
-        _compile_all(plan, wanted, compiled, mesh.size // num_slices if num_slices > 1 else 0)
+        slice_devices = mesh.size // num_slices if num_slices > 1 else 0
+        is_described = topology != slices.HERE  # processors differ more than their names say
+        devices = f"{num_slices} x {topology}" if is_described else ""
+        _compile_all(plan, wanted, compiled, slice_devices, devices)
     code = {memory.CODE: sum(_code(plan, name, each) for name, each in compiled.items())}
     by_phase = {
         name: _phase(points, plan, compiled, code)
@@ -168,7 +172,11 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
 
 
 def _compile_all(
-    plan: Plan, wanted: Sequence[str], compiled: dict[str, Compiled], slice_devices: int
+    plan: Plan,
+    wanted: Sequence[str],
+    compiled: dict[str, Compiled],
+    slice_devices: int,
+    about: str,
 ) -> None:
     """Compile what is wanted and not yet compiled; a bar shows which program it is at."""
     names = [name for name in wanted if name not in compiled]
@@ -178,17 +186,24 @@ def _compile_all(
             weights = plan.programs[name].call.weights
             if not weights or (weights in compiled and not compiled[weights].needed):
                 bar.set_description_str(f"{name}: compiling")
+                began = time.monotonic()
                 compiled[name] = commands.abandonable(
-                    partial(_compile, plan, name, compiled, slice_devices), bar.refresh
+                    partial(_compile, plan, name, compiled, slice_devices, about), bar.refresh
                 )
                 is_refused, seconds = compiled[name].needed, compiled[name].seconds
                 size = "does not fit" if is_refused else f"{compiled[name].peak / GIB:.2f} GiB"
-                bar.write(f"{name}: {size}, compiled in {seconds:.0f} s", file=sys.stderr)
+                is_known = time.monotonic() - began < seconds
+                how = "compiled before" if is_known else "compiled"
+                bar.write(f"{name}: {size}, {how} in {seconds:.0f} s", file=sys.stderr)
             bar.update()
 
 
-def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices: int) -> Compiled:
+def _compile(
+    plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices: int, about: str
+) -> Compiled:
     planned, arguments = plan.programs[name], plan.arguments(name, compiled)
+    # Others need to know where the outputs of these lie.
+    is_laid_out = name in {each.call.weights for each in plan.programs.values()}
     return slices.compile_program(
         planned.call.program,
         arguments,
@@ -196,6 +211,7 @@ def _compile(plan: Plan, name: str, compiled: dict[str, Compiled], slice_devices
         slice_devices,
         plan.is_tpu,
         plan.num_experts,
+        "" if is_laid_out else about,
     )
 
 

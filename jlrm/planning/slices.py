@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jlrm.config import RunError, UsageError, nearest
-from jlrm.planning import counting, machine
+from jlrm.planning import counting, machine, remembered
 from jlrm.planning.counting import Assumed
 
 GIB = 2**30
@@ -181,18 +181,40 @@ def compile_program(
     slice_devices: int = 0,
     is_tpu: bool = True,
     num_experts: int = 0,
+    about: str = "",
 ) -> Compiled:
     """Compile a jitted program for its abstract arguments' devices, and count what it does on TPUs.
 
     Args:
       assumed, slice_devices, num_experts: as of `counting.analyse`.
+      about: the devices. What they and their compiler have compiled before is remembered, without
+        where its outputs lie (remembered.py); "": it is compiled.
 
     Raises:
       RunError: the compiler failed for another reason than memory.
     """
+    lowered = program.lower(*arguments)
+    if not about:
+        return _compile(lowered, arguments, assumed, slice_devices, is_tpu, num_experts)
+    counted_by = assumed, slice_devices, num_experts
+    file = remembered.place(lowered, about, counted_by, versions(is_tpu), Compiled._fields)
+    if known := remembered.recall(file):
+        return Compiled(**known, output_shardings=None)
+    found = _compile(lowered, arguments, assumed, slice_devices, is_tpu, num_experts)
+    remembered.keep(file, {k: v for k, v in found._asdict().items() if k != "output_shardings"})
+    return found
+
+
+def _compile(
+    lowered: Any,
+    arguments: Sequence[Any],
+    assumed: Assumed,
+    slice_devices: int,
+    is_tpu: bool,
+    num_experts: int,
+) -> Compiled:
     began = time.monotonic()
     try:
-        lowered = program.lower(*arguments)
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         needed = overflow(str(error))

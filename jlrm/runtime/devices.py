@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import jlrm
 from jlrm.config import UsageError
-from jlrm.runtime import google
+from jlrm.runtime import google, storage
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -86,8 +86,7 @@ def _keep_programs(url: str) -> None:
     if url:
         jax.config.update("jax_compilation_cache_dir", f"{url.rstrip('/')}/compiled")
         return
-    home = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    directory = home / "compiled" / _processor()
+    directory = storage.cache() / "compiled" / _processor()
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError:  # a home that can't be written; `described` says that nothing is kept

@@ -153,26 +153,30 @@ LOCK_FILE = ".writer"  # whose directory it is, see lock.py
 PACKAGES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 
 
+def cache() -> pathlib.Path:
+    """Return the directory for what can be made again: copies, compiled programs, plans."""
+    return pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
+
+
 def local_copy(url: str) -> pathlib.Path:
     """Copy a file or prepared directory into the cache, unless this version is already there."""
     system, root = _open(url)
     files = _remote_files(system, root, url)
     parent, _, base = root.rpartition("/")
     version = hashlib.sha256(json.dumps([url, files]).encode()).hexdigest()[:32]
-    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    cached = cache / version / base
+    cached = cache() / version / base
     if cached.exists():
         return cached
-    cache.mkdir(parents=True, exist_ok=True)
+    cache().mkdir(parents=True, exist_ok=True)
     # Renamed when complete, so that an interrupted copy is never read.
-    with tempfile.TemporaryDirectory(dir=cache, prefix="incomplete-") as holder:
+    with tempfile.TemporaryDirectory(dir=cache(), prefix="incomplete-") as holder:
         whole = pathlib.Path(holder) / "whole"
         local = [whole / name[len(parent) :].lstrip("/") for name in files]
         for path in local:
             path.parent.mkdir(parents=True, exist_ok=True)
         system.get(list(files), [str(path) for path in local])
         try:
-            whole.rename(cache / version)
+            whole.rename(cache() / version)
         except OSError:
             if not cached.exists():  # else another process has just made the same copy
                 raise
@@ -332,10 +336,9 @@ def mirror(name: str) -> Mirror:
     """Open the local side of a run directory, which need not exist; `pull` fills it."""
     if "://" not in name:
         return Mirror("", pathlib.Path(name).expanduser())
-    cache = pathlib.Path(os.environ.get("JLRM_CACHE") or "~/.cache/jlrm").expanduser()
-    (cache / "runs").mkdir(parents=True, exist_ok=True)
+    (cache() / "runs").mkdir(parents=True, exist_ok=True)
     # One each: who reads a run must not share a directory with the training that writes it.
-    local = pathlib.Path(tempfile.mkdtemp(dir=cache / "runs"))
+    local = pathlib.Path(tempfile.mkdtemp(dir=cache() / "runs"))
     atexit.register(shutil.rmtree, local, ignore_errors=True)
     return Mirror(name.rstrip("/"), local)
 

@@ -67,6 +67,11 @@ RANKING = {
         "items": {"type": "object"},
         "description": "where at once, or each alone: what was said of all answers",
     },
+    "expected_scores": {
+        "type": "array",
+        "items": {"type": ["number", "null"]},
+        "description": "where wanted, at once or each alone; they part answers of equal scores",
+    },
     "model": TEXT,
     "usage": {"type": "object"},
 }

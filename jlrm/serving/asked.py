@@ -47,7 +47,7 @@ class Single(NamedTuple):
 
 
 class Listed(NamedTuple):
-    """A question and answers that are judged at once, as `Pair`; expected scores are not known."""
+    """A question and answers that are judged at once, as `Pair`."""
 
     question: Any
     answers: Sequence[Any]
@@ -76,11 +76,6 @@ def games_at_once(number: int | str, asked: Listed, orders: str, seed: int) -> l
         raise UsageError(
             f"One judgement is of 2 to {MOST_LISTED} answers, got {len(asked.answers)}. With "
             "at_once=False (--no-at-once) each is compared with each."
-        )
-    if asked.is_expected:
-        raise UsageError(
-            "Expected scores are for pairs and single answers, not for answers judged at once: "
-            "leave them out, or say at_once=False (--no-at-once)."
         )
     question = as_text(asked.question, "question")
     answers = tuple(as_text(each, "an answer") for each in asked.answers)

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import optimize
 
 from jlrm.evaluation.games import Game, Response
-from jlrm.evaluation.reading import Reader, criteria_of, read_list
+from jlrm.evaluation.reading import Reader, criteria_of, expected_of, read_list
 from jlrm.judgement.verdict import preferred
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.results import (
@@ -112,19 +112,26 @@ def ranked(judged: Sequence[JudgedPair], num_answers: int) -> Ranking:
 def ranked_at_once(
     judged: Sequence[JudgedList], read: Reader, calibrated: ConfidenceMap | None = None
 ) -> Ranking:
-    """Return the ranking by the mean scores of answers in judgements of all of them."""
-    columns = [
-        [score for score in column if score is not None]
-        for column in zip(*(each.scores for each in judged), strict=True)
-    ]
-    means = tuple(statistics.fmean(own) if own else None for own in columns)
-    known = [(-mean, i + 1) for i, mean in enumerate(means) if mean is not None]
+    """Return the ranking by the mean scores of answers in judgements of all of them.
+
+    Of answers with the same mean the one with the higher expected score is before the other.
+    """
+    means = _means([each.scores for each in judged])
+    expected = _means([each.expected_scores for each in judged if each.expected_scores]) or None
+    more = [-(score or 0) for score in expected or [0] * len(means)]
+    known = [(-mean, more[i], i + 1) for i, mean in enumerate(means) if mean is not None]
     pairs = tuple(
         put_together(f"{i + 1}-{j + 1}", [_game(each, i, j) for each in judged], read, calibrated)
-        for i, j in itertools.combinations(range(len(columns)), 2)
+        for i, j in itertools.combinations(range(len(means)), 2)
     )
-    order, wins = tuple(i for _, i in sorted(known)), _wins(_outcomes(pairs), len(columns))
-    return Ranking(order, (), (), wins, pairs, means, tuple(judged))
+    order, wins = tuple(i for *_, i in sorted(known)), _wins(_outcomes(pairs), len(means))
+    return Ranking(order, (), (), wins, pairs, means, tuple(judged), expected)
+
+
+def _means(scores: Sequence[Sequence[float | None]]) -> tuple[float | None, ...]:
+    """Return the mean score of each answer over judgements; None where none gives it one."""
+    columns = ([score for score in own if score is not None] for own in zip(*scores, strict=True))
+    return tuple(statistics.fmean(own) if own else None for own in columns)
 
 
 def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedList:
@@ -141,6 +148,7 @@ def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedLi
         return tuple(score for _, score in sorted(zip(game.shown, shown, strict=True)))
 
     criteria = criteria_of(game, response, read) or {}
+    expected = expected_of(game, response, read)
     return JudgedList(
         order,
         as_given(scores or none),
@@ -148,6 +156,7 @@ def judged_list(game: Game, response: Response | None, read: Reader) -> JudgedLi
         response.texts or (),
         response.num_tokens,
         criteria={name: as_given(each) for name, each in criteria.items()} or None,
+        expected_scores=as_given(expected) if expected else None,
     )
 
 
@@ -155,6 +164,7 @@ def one_by_one(scored: Sequence[ScoredAnswer]) -> JudgedList:
     """Return the scores of answers that were judged each by itself as one judgement."""
     failed = next((each for each in scored if each.score is None), None)
     counts = [each.num_tokens for each in scored if each.num_tokens is not None]
+    expected = tuple(each.expected_score for each in scored)
     return JudgedList(
         tuple(range(1, len(scored) + 1)),
         tuple(each.score for each in scored),
@@ -162,6 +172,7 @@ def one_by_one(scored: Sequence[ScoredAnswer]) -> JudgedList:
         tuple(text for each in scored for text in each.texts),
         sum(counts) if counts else None,
         failed.error if failed else None,
+        expected_scores=expected if any(each is not None for each in expected) else None,
     )
 
 

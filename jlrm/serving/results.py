@@ -173,7 +173,7 @@ class JudgedList(Plain):
     order: the answers by their numbers, counted from 1, as they were shown. texts: what the judge
     wrote, one for each vote. Of a judge of single answers: what it wrote of each, one by one.
     criteria: with a rubric of criteria, the scores of the answers by each, whose means by weight
-    `scores` are.
+    `scores` are. expected_scores: as of a `JudgedPair`.
     """
 
     order: tuple[int, ...]
@@ -183,6 +183,9 @@ class JudgedList(Plain):
     num_tokens: int | None
     error: str | None = None
     criteria: dict[str, tuple[float | None, ...]] | None = field(
+        default=None, metadata=contracts.LEFT_OUT
+    )
+    expected_scores: tuple[float | None, ...] | None = field(
         default=None, metadata=contracts.LEFT_OUT
     )
 
@@ -195,9 +198,10 @@ class Ranking(Plain):
     its odds against an average one (serving/ranking.py); intervals: of 95 %.
 
     Where answers are judged at once (or each by itself) `judgements` holds what was said, and
-    `scores` the mean of each answer, by which they are ordered. There are no strengths: pairs that
-    one judgement decides say nothing of how sure it is. `pairs` are read off the scores. Answers
-    without a score are left out of the order.
+    `scores` the mean of each answer, by which they are ordered, and where these are equal by
+    `expected_scores`, if they are wanted. There are no strengths: pairs that one judgement decides
+    say nothing of how sure it is. `pairs` are read off the scores. Answers without a score are left
+    out of the order.
     """
 
     order: tuple[int, ...]
@@ -207,6 +211,9 @@ class Ranking(Plain):
     pairs: tuple[JudgedPair, ...]
     scores: tuple[float | None, ...] | None = field(default=None, metadata=contracts.LEFT_OUT)
     judgements: tuple[JudgedList, ...] | None = field(default=None, metadata=contracts.LEFT_OUT)
+    expected_scores: tuple[float | None, ...] | None = field(
+        default=None, metadata=contracts.LEFT_OUT
+    )
 
     @property
     def games(self) -> tuple[JudgedGame | JudgedList, ...]:

@@ -50,7 +50,7 @@ def test_criteria_are_read_and_totals_are_their_means_by_weight():
 def test_a_text_without_the_scores_of_all_criteria_is_unread(text, status):
     found = read(text)
     assert (found.scores, found.preference, found.status) == (None, None, status)
-    assert Reader().places(text, "stop", TWO, False) is None
+    assert Reader().places(text, "stop", TWO) is None
 
 
 def test_a_text_that_was_cut_is_cut():
@@ -61,27 +61,21 @@ def test_one_answer():
     text = "</think>\naccuracy: 8\nClear: style: 4\n<answer>9</answer>"
     assert Reader().read_one(text, "stop", TWO) == (5.0, "ok")
     assert Reader().read_one(text.replace("8", "8, 3"), "stop", TWO) == (None, "no_criteria")
-    assert [text[i] for i in Reader().places(text, "stop", TWO, True) or ()] == ["8", "4"]
+    assert [text[i] for i in Reader().places(text, "stop", TWO, 1) or ()] == ["8", "4"]
 
 
 def test_places_are_those_of_the_criteria():
     text = says("accuracy: 8, 10", "Clear: style: **4** and 6")
-    places = Reader().places(text, "stop", TWO, False)
+    places = Reader().places(text, "stop", TWO)
     assert [text[i] for i in places or ()] == ["8", "1", "4", "6"]
-    assert (
-        Reader().places(says("accuracy: 8/10, 10/10", "Clear: style: 4, 6"), "stop", TWO, False)
-        is None
-    )
+    assert Reader().places(says("accuracy: 8/10, 10/10", "Clear: style: 4, 6"), "stop", TWO) is None
     drafts = "I say <answer>3</answer><answer>4</answer>"
     plain = f"{drafts}</think> <answer> 10</answer>\n<answer>7.5</answer>"
-    assert [plain[i:][:2] for i in Reader().places(plain, "stop", None, False) or ()] == [
+    assert [plain[i:][:2] for i in Reader().places(plain, "stop", None) or ()] == [
         "10",
         "7.",
     ]
-    assert (
-        Reader().places("</think><answer>8/10</answer><answer>7</answer>", "stop", None, False)
-        is None
-    )
+    assert Reader().places("</think><answer>8/10</answer><answer>7</answer>", "stop", None) is None
 
 
 def test_a_text_as_a_rubric_changes_nothing_of_the_reading():
@@ -156,7 +150,7 @@ def test_what_a_judge_writes_behind_a_rubric_of_its_own_is_read(parser):
     read = Reader(parser)
     text = "facts: 9, 9\nstyle</rubric>\n<think>why</think><answer>8</answer><answer>5</answer>"
     assert read.read(text, "stop").scores == (8.0, 5.0)
-    assert read.places(text, "stop", None, False) == (text.index("8<"), text.index("5<"))
+    assert read.places(text, "stop", None) == (text.index("8<"), text.index("5<"))
     one = text.removesuffix("<answer>5</answer>")
     assert read.read_one(one, "stop") == (8.0, "ok")
     assert read.read(text.partition("</think>")[0], "length").status == "cut"

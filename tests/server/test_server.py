@@ -437,7 +437,6 @@ def test_our_own_client_judges_through_it_as_at_home(model, tmp_path):
         ("/v1/judge", {**RANKED, "at_once": "yes"}, 400, "at_once: wanted true or false"),
         ("/v1/judge", {**RANKED, "answers": ["a"] * 9, "at_once": True}, 400, "2 to 8 answers"),
         ("/v1/judge", {**RANKED, "answers": [3, "a"], "at_once": True}, 400, "must be text"),
-        ("/v1/judge", {**RANKED, "at_once": True, "expected_scores": True}, 400, "at_once=False"),
         ("/v1/judge", {**RANKED, "at_once": True, "rubric": {"a": "b"}}, 400, "no place for a"),
         ("/v1/judge", {**PAIR, "at_once": True}, 400, "at_once has no place beside answer_1"),
         ("/v1/judge", {"pairs": ["x"]}, 400, "pairs[0]"),

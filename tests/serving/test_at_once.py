@@ -129,8 +129,6 @@ def test_a_judge_of_lists_ranks_at_once_unless_told_otherwise():
     with pytest.raises(UsageError, match=r"2 to 8 answers, got 9\. With at_once=False"):
         judge.rank("q", ["fair"] * 9)
     assert judge.rank("q", ["fair"] * 9, at_once=False).wins == (8,) * 9
-    with pytest.raises(UsageError, match="not for answers judged at once"):
-        judge.rank("q", THREE, expected=True)
 
 
 CRITERIA = {"facts": "True?", "style": {"description": "Plain?", "weight": 3}}
@@ -214,7 +212,7 @@ def test_criteria_and_expected_scores_of_single_answers_stand_side_by_side():
         for game in games:
             long = len(game.item.answers[game.first])
             text = f"</think>facts: {long}\nstyle: 4\n<answer>1</answer>"
-            places = Reader().places(text, "stop", game.item.rubric, True)
+            places = Reader().places(text, "stop", game.item.rubric, 1)
             own = ((float(long), 5.0),) if game.item.is_expected and places else None
             record(Response(game.id, texts=(text,), endings=("stop",), expected=own))
 
@@ -222,6 +220,24 @@ def test_criteria_and_expected_scores_of_single_answers_stand_side_by_side():
     found = judge_of(say, "single").compare("q", "a" * 8, "b" * 2, **told)
     assert found.criteria == {"facts": (8.0, 2.0), "style": (4.0, 4.0)}
     assert found.scores == (6.0, 3.0) and found.expected_scores == (6.5, 3.5)
+
+
+def test_expected_scores_part_answers_of_equal_scores():
+    expected = {"fair": 7.6, "poor": 2.5, "best": 8.4}
+
+    def say(*shown):
+        text = verdict(*(2 if each == "poor" else 8 for each in shown))
+        own = tuple(expected[each] for each in shown)
+        return Response("", texts=(text, "cut"), endings=("stop", "length"), expected=(own, None))
+
+    judge = judge_of(Lister(say), "lists")
+    found = judge.rank("q", THREE, expected=True)
+    assert found.order == (3, 1, 2) and found.scores == (8, 2, 8)
+    assert found.expected_scores == (7.6, 2.5, 8.4)
+    assert [each.expected_scores for each in found.judgements] == [(7.6, 2.5, 8.4)] * 2
+    assert found.pairs[1].winner == 0  # what was written is a tie
+    plain = judge_of(Lister(), "lists").rank("q", THREE)
+    assert plain.expected_scores is None and "expected_scores" not in str(plain.to_dict())
 
 
 @pytest.mark.parametrize(
@@ -473,9 +489,9 @@ def test_a_run_of_lists_is_served_as_it_was_trained(runs, monkeypatch):
         assert asked() == asked(at_once=True) == home.rank("q", THREE)
         assert asked(at_once=False) == home.rank("q", THREE, at_once=False)
         assert asked(orders="given").judgements == home.rank("q", THREE, orders="given").judgements
-        for told in ({"answers": ["a"] * 9}, {"expected_scores": True}):
-            with pytest.raises(UsageError, match="at_once=False"):
-                asked(**told)
+        with pytest.raises(UsageError, match="at_once=False"):
+            asked(answers=["a"] * 9)
+        assert asked(expected_scores=True) == home.rank("q", THREE, expected=True)
     ended = [each.texts[0] for each in home.rank("q", THREE).judgements]
     assert [text.count(letter) for text in ended] == [3, 3]
     with pytest.raises(UsageError, match="at_once: wanted true or false, got 'yes'"):

@@ -183,7 +183,7 @@ def load(path, monkeypatch, **settings):
     template = prompts.PAIR_TEMPLATES["toy"].removesuffix("<think>") + "x"
     monkeypatch.setattr(prompts, "PAIR_TEMPLATES", {"toy": template})
     sizes = {"max_prompt_tokens": 256, "max_new_tokens": 30, "compute_dtype": "float32"}
-    return Judge.load(str(path), prompt="toy", mesh=["fsdp=8"], **sizes, **settings)
+    return Judge.load(str(path), prompt="toy", mesh=["fsdp=8"], **{**sizes, **settings})
 
 
 @pytest.mark.slow
@@ -204,6 +204,16 @@ def test_expected_scores_of_a_model_whose_probabilities_are_known(chain, monkeyp
         games=tuple(dataclasses.replace(game, expected_scores=None) for game in result.games),
     )
     assert bare == plain
+
+
+@pytest.mark.slow
+def test_expected_scores_of_a_list_whose_probabilities_are_known(chain, monkeypatch):
+    path, wanted = chain
+    judge = load(path, monkeypatch, max_new_tokens=48)
+    found = judge.rank("Name birds.", ["robin", "wren", "owl"], at_once=True, expected=True)
+    assert found.scores == (8.0, 8.0, 8.0) and found.order == (1, 2, 3)
+    assert found.expected_scores == pytest.approx((wanted,) * 3, abs=1e-5)
+    assert [each.status for each in found.judgements] == ["ok", "ok"]
 
 
 @pytest.mark.slow

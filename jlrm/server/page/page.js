@@ -238,7 +238,8 @@ function ranking(result) {
   const table = element("table");
   const head = element("tr");
   // Judged at once, or each by itself, answers have scores in place of strengths.
-  const told = result.scores ? ["Score"] : ["Strength", "95 % interval"];
+  const scores = result.expected_scores ? ["Score", "Expected"] : ["Score"];
+  const told = result.scores ? scores : ["Strength", "95 % interval"];
   for (const name of ["Place", "Answer", ...told, "Games won"]) {
     const cell = element("th", name);
     cell.scope = "col";
@@ -259,7 +260,8 @@ function ranking(result) {
 }
 
 function standing(result, i) {
-  if (result.scores) return [short(result.scores[i])];
+  const scores = [result.scores, result.expected_scores].filter(Boolean);
+  if (result.scores) return scores.map((each) => (each[i] === null ? "" : short(each[i])));
   return [short(result.strengths[i]), result.intervals[i].map(short).join(" to ")];
 }
 
