@@ -45,6 +45,7 @@ BEAT_SECONDS = 2.0
 SILENT_SECONDS = 45.0  # without a sign of life; jax's own limit (100 s) does not name the process
 LOADING_SECONDS = 60.0  # in which processes that were started together come together
 GONE = 137  # 128 + SIGKILL (9): a scheduler may start such a run again
+PARTING_SECONDS = 30  # that JAX waits for others where all of them leave
 NEVER = 7 * 24 * 3600 * 1000  # ms; the watch thread names a late process long before
 
 
@@ -219,7 +220,9 @@ def _end_together() -> None:
     # The watcher must not be inside a call into the client when the interpreter goes down.
     if _state.watcher is not None:
         _state.watcher.join(10.0)
-    jax.distributed.shutdown()
+    # All have come to the end. Process 0 may take the service away before another has its answer.
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
 
 
 def _fail(code: int, message: str) -> NoReturn:
@@ -254,7 +257,11 @@ def _initialise(args: argparse.Namespace, timeout: float) -> None:
     # Processes agree here on the step to stop at. JAX's own handler would hold back SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(**settings, initialization_timeout=int(timeout) + 60)
+        jax.distributed.initialize(
+            **settings,
+            initialization_timeout=int(timeout) + 60,
+            shutdown_timeout_seconds=PARTING_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
         reason = first_line(error)
         raise UsageError(

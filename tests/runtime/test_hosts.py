@@ -14,7 +14,9 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
+import jax
 import pyarrow.parquet as pq
 import pytest
 from conftest import COMPILE_FASTEST, slowness
@@ -292,6 +294,20 @@ def test_a_host_that_is_late_at_the_end_is_waited_for(tmp_path):
 
 
 @pytest.mark.slow
+def test_who_gets_no_answer_where_all_leave_has_left_all_the_same(monkeypatch):
+    """Process 0 holds the service, and may be gone before the others have heard of the end."""
+
+    def gone():
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: Failed to send RPC to coordinator")
+
+    waited = []
+    client = types.SimpleNamespace(wait_at_barrier=lambda name, *_: waited.append(name))
+    monkeypatch.setattr(hosts, "_state", hosts._State(client, count=2, index=1))
+    monkeypatch.setattr(jax.distributed, "shutdown", gone)
+    hosts.leave(0, "")
+    assert waited == ["jlrm-end"] and hosts._state.leaving.is_set()
+
+
 def test_an_interrupt_of_one_host_ends_the_others(tmp_path):
     body = """
     hosts.gather("start", b"")
