@@ -194,14 +194,14 @@ def compile_program(
       RunError: the compiler failed for another reason than memory.
     """
     lowered = program.lower(*arguments)
-    if not about:
-        return _compile(lowered, arguments, assumed, slice_devices, is_tpu, num_experts)
     counted_by = assumed, slice_devices, num_experts
-    file = remembered.place(lowered, about, counted_by, versions(is_tpu), Compiled._fields)
-    if known := remembered.recall(file):
+    decided_by = about, counted_by, versions(is_tpu), Compiled._fields
+    file = remembered.place(lowered, *decided_by) if about else None
+    if file and (known := remembered.recall(file)):
         return Compiled(**known, output_shardings=None)
-    found = _compile(lowered, arguments, assumed, slice_devices, is_tpu, num_experts)
-    remembered.keep(file, {k: v for k, v in found._asdict().items() if k != "output_shardings"})
+    found = _compile(lowered, arguments, *counted_by, is_tpu)
+    if file:
+        remembered.keep(file, {k: v for k, v in found._asdict().items() if k != "output_shardings"})
     return found
 
 
@@ -210,8 +210,8 @@ def _compile(
     arguments: Sequence[Any],
     assumed: Assumed,
     slice_devices: int,
-    is_tpu: bool,
     num_experts: int,
+    is_tpu: bool,
 ) -> Compiled:
     began = time.monotonic()
     try:

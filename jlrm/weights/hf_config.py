@@ -197,13 +197,8 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
         ),
         "use_sliding_window=true": not (source.get("layer_types") or family.sliding_window)
         and _slides(source, where),
-        **{
-            f"{flag}={'true' if (value := source.get(flag)) is True else _short(value)}": bool(
-                value
-            )
-            for flag in family.refused
-        },
-        f"decoder_sparse_step={_short(source.get('decoder_sparse_step'))}": (
+        **{f"{flag}={_plain(source.get(flag))}": bool(source.get(flag)) for flag in family.refused},
+        f"decoder_sparse_step={_plain(source.get('decoder_sparse_step'))}": (
             family.has_experts and source.get("decoder_sparse_step", 1) != 1
         ),
         "attention_dropout": bool(source.get("attention_dropout")),
@@ -392,4 +387,4 @@ def _short(value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return _short(value).strip("'")
+    return str(value).lower() if isinstance(value, bool) else _short(value).strip("'")

@@ -6,6 +6,8 @@ and `mistralai/Mistral-7B-v0.3`.
 
 from __future__ import annotations
 
+import dataclasses
+
 from jlrm.config import UsageError, nearest
 from jlrm.model.qwen import QwenConfig
 from jlrm.model.rope import Llama3
@@ -45,21 +47,9 @@ def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> Qwen
 
 
 def _qwen3_moe(width: int, mlp: int, layers: int, heads: int) -> QwenConfig:
-    return QwenConfig(
-        vocab_size=151936,
-        hidden_size=width,
-        intermediate_size=mlp,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=4,
-        head_dim=128,
-        qkv_bias=False,
-        qk_norm=True,
-        tie_word_embeddings=False,
-        max_position_embeddings=40960,
-        num_experts=128,
-        num_experts_per_tok=8,
-    )
+    dense = _qwen3(width, mlp, layers, heads, tied=False)
+    experts = {"num_experts": 128, "num_experts_per_tok": 8}
+    return dataclasses.replace(dense, num_key_value_heads=4, **experts)
 
 
 def _llama3(
