@@ -32,8 +32,7 @@ from jlrm.planning.phases import Plan, PlannedProgram
 from jlrm.planning.slices import GIB, Compiled, Generation
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
-from jlrm.weights import hf, hf_config
-from jlrm.weights.source import NotHere, as_trained, read_model
+from jlrm.weights.source import NotHere, read_description, read_model
 from jlrm.weights.steps import split
 
 
@@ -159,10 +158,7 @@ def open_model(config: Config) -> tuple[QwenConfig, str]:
     try:
         model = read_model(config)
     except NotHere:
-        directory = hf.resolve(source.path, ("config.json",))
-        stored = hf_config.stored_dtype(directory)
-        model = as_trained(config, hf_config.read_config(directory), stored)
-        return model, f"config.json of {source.path}"
+        return read_description(config), f"config.json of {source.path}"
     if source.path and not pathlib.Path(split(source.path)[0]).expanduser().exists():
         return model, f"{source.path}, as the built-in shape of that name (nothing is downloaded)"
     return model, source.path or f"preset {source.preset}"

@@ -315,10 +315,9 @@ class Routes:
                     (each.error for each in found.games if each.error), found.games[0].status
                 )
                 raise UsageError(f"No two documents could be compared: {why.rstrip('.')}.")
+        relevant = _by_relevance(found, len(documents), self._service.read.scale)
         results = []
-        for i, score in _by_relevance(found, len(documents), self._service.read.scale)[
-            : body.top_n
-        ]:
+        for i, score in relevant[: body.top_n]:
             result: dict[str, Any] = {"index": i, "relevance_score": score}
             if body.has_documents:
                 result["document"] = {"text": documents[i]}

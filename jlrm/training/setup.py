@@ -44,10 +44,10 @@ from jlrm.weights import adapters, hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import (
     as_trained,
-    check_description,
     model_files,
     num_labels,
     read_base,
+    read_description,
     read_params,
 )
 
@@ -188,8 +188,8 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
             f"model.path={config.model.path} is a reward model, which writes no text. Name the "
             "model that it was trained from."
         )
-    if not directory.is_trained:
-        check_description(config)
+    if config.model.path and not (directory.is_trained or steps.is_run(config.model.path)):
+        read_description(config)  # refuses what can't be trained before weights are downloaded
     if hosts.is_main():
         _fill_model(config, directory)
         directory.mirror.push()

@@ -131,16 +131,15 @@ def quantise_program(model: QwenConfig, layout: Layout) -> Any:
     return jax.jit(partial(quantise_layers, kind=model.lora.base), out_shardings=shardings)
 
 
-def check_description(config: Config) -> None:
-    """Refuse what can't be trained, before the weights of a model of the hub are downloaded.
+def read_description(config: Config) -> QwenConfig:
+    """Return the architecture of `model.path`, of which config.json alone is downloaded.
 
     Raises:
-      UsageError: config.json says so.
+      UsageError: there is none, or none that can be trained so.
     """
-    if config.model.path and not steps.is_run(config.model.path):
-        described = hf.resolve(config.model.path, DESCRIPTION)
-        stored = hf_config.stored_dtype(described)
-        as_trained(config, hf_config.read_config(described), stored)
+    directory = hf.resolve(config.model.path, DESCRIPTION)
+    stored = hf_config.stored_dtype(directory)
+    return as_trained(config, hf_config.read_config(directory), stored)
 
 
 def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
