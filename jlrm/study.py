@@ -1,6 +1,6 @@
 """Run a study: trainings and evaluations from one file, then tables of what comes out.
 
-    python -m jlrm.study STUDY.yaml [--dry-run] [--keep-going] [--seeds N,N] [--jobs N]
+    python -m jlrm.study STUDY.yaml [section.key=value ...] [--dry-run] [--seeds N,N] [--jobs N]
     python -m jlrm.study STUDY.yaml --topology v5e:4x4    does each training fit this slice?
 
     1  read     the study: runs, evaluations, tables (studies/spec.py; configs/study/)
@@ -35,12 +35,13 @@ TIMEOUT = 1800.0  # seconds that a host may be later than another at the end
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run the study."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     study = spec.load(args.study)
     if args.seeds:
         study = dataclasses.replace(study, seeds=_seeds(args.seeds))
     if args.dir:
         study = dataclasses.replace(study, dir=args.dir)
+    study = dataclasses.replace(study, settings=[*study.settings, *args.overrides])
     record, flags = Record(pathlib.Path(study.dir)), _flags(args)
     wanted = cells.cells(study)
     _check_configs(wanted)
@@ -142,6 +143,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("study", type=pathlib.Path, metavar="STUDY.yaml", help="configs/study/ holds ready ones")
+    add(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="change a setting of all trainings, as a slice's mesh; what a run sets itself stays",
+    )
     add("--dir", help="where it writes, in place of the file's dir")
     add("--seeds", metavar="N,N", help="in place of the file's seeds")
     add("--dry-run", action="store_true", help="print the commands that are to do, and run none")

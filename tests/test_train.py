@@ -710,6 +710,16 @@ def test_the_config_for_pairs_trains_on_a_few_preferences(tmp_path):
         train.train(load(path, again), jax.devices()[:1])
 
 
+def test_what_it_begins_with_is_judged_first_unless_only_the_end_is(tmp_path, data, warm):
+    judged = {}
+    for every in (0, 9):
+        ends = run(tmp_path / f"{every}", data, *warm, "grpo.steps=1", f"run.eval_every={every}")
+        rows = read_metrics(tmp_path / f"{every}")
+        judged[every] = [row["step"] for row in rows if "eval/agreement" in row]
+        assert ("start" in ends) == bool(every)
+    assert judged == {0: [1], 9: [0, 1]}
+
+
 @pytest.mark.usefixtures("shared_programs")
 def test_a_run_keeps_its_held_out_rows_where_their_number_is_left_open(tmp_path, data):
     """As a run that was begun when 200 rows were held out, however few there were."""

@@ -204,10 +204,11 @@ class Stage:
         """Judge the held-out set before the run's first step, to have something to compare with.
 
         Weights that are random have nothing to say, and a later stage compares with the one before.
+        With `run.eval_every=0` only the end of a stage is judged.
         """
         config = self._run.config
-        is_first = stages_of(config)[0] == self._name
-        if config.model.path and is_first and not self.is_resumed:
+        is_first = stages_of(config)[0] == self._name and not self.is_resumed
+        if is_first and config.model.path and config.run.eval_every:
             self.start = self._evaluate(self.state.weights, "before training", self.progress)
             self.tracker.log(0, {f"eval/{name}": value for name, value in self.start.items()})
 

@@ -236,6 +236,18 @@ def start(path, *words):
     )
 
 
+def test_settings_of_the_command_line_stand_over_the_files_and_under_a_runs_own(tmp_path, capfd):
+    path = str(written(tmp_path))
+    words = ["run.eval_every=5", "--dry-run", "sft.steps=9"]  # flags may stand between
+    assert commands.run(lambda: study.main([path, *words])) == 0
+    sft, grpo = [line for line in capfd.readouterr().out.splitlines() if "run.seed=1" in line]
+    of_all = "run.eval_every=0 run.eval_every=5 sft.steps=9"
+    assert f" {of_all} grpo.steps=0 run.dir=" in sft
+    assert f" {of_all} sft.steps=0 grpo.steps=3 run.dir=" in grpo
+    assert commands.run(lambda: study.main([path, "--dry-run", "run.eval_evry=5"])) == 2
+    assert "Unknown key 'run.eval_evry'" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_study_runs_draws_and_then_has_nothing_to_do(tmp_path, capfd):
     path = written(tmp_path, runs=JUDGES)
