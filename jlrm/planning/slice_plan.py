@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from jlrm.config import Config
 from jlrm.model.qwen import QwenConfig
@@ -30,6 +29,7 @@ from jlrm.planning.figures import (
 from jlrm.planning.memory import KINDS, Held, Point
 from jlrm.planning.phases import Plan, PlannedProgram
 from jlrm.planning.slices import GIB, Compiled, Generation
+from jlrm.reports.tracking import progress_bar
 from jlrm.runtime import commands
 from jlrm.runtime.mesh import create_mesh
 from jlrm.weights.source import NotHere, read_description, read_model
@@ -176,15 +176,19 @@ def _compile_all(
 ) -> None:
     """Compile what is wanted and not yet compiled; a bar shows which program it is at."""
     names = [name for name in wanted if name not in compiled]
-    form = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
-    with tqdm(total=len(names), file=sys.stderr, bar_format=form, dynamic_ncols=True) as bar:
+    with progress_bar("planning", len(names), "program") as bar:
+
+        def tick() -> None:
+            if sys.stderr.isatty():  # a log file gets a line a program, not one a second
+                bar.refresh()
+
         for name in names:
             weights = plan.programs[name].call.weights
             if not weights or (weights in compiled and not compiled[weights].needed):
                 bar.set_description_str(f"{name}: compiling")
                 began = time.monotonic()
                 compiled[name] = commands.abandonable(
-                    partial(_compile, plan, name, compiled, slice_devices, about), bar.refresh
+                    partial(_compile, plan, name, compiled, slice_devices, about), tick
                 )
                 is_refused, seconds = compiled[name].needed, compiled[name].seconds
                 size = "does not fit" if is_refused else f"{compiled[name].peak / GIB:.2f} GiB"
