@@ -6,6 +6,11 @@ It begins from the hidden state at the prompt's end, which is kept. The state of
 `SamplingState`. A token drawn in one turn is run through the model at the beginning of the next
 turn, so no step is spent on a batch that has finished.
 
+A slot serves one prompt. Slots that change prompts would have to read keys and values of each slot
+apart, where now a prompt's are read once for all its slots. They would save little: a turn of few
+rollouts reads the same weights as one of many, and after the last prompt of a step comes only the
+next step's, which would be sampled off-policy.
+
 Each slot writes its tokens turn by turn, whichever rollout they belong to. Completions are cut out
 of these records after the loop. Randomness is addressed by (seed, step, prompt, rollout, token): a
 completion does not depend on the rest of the batch, on its slot or on its turn.

@@ -43,7 +43,7 @@ from jlrm.training import same_run
 from jlrm.weights import adapters, hf, hf_config, reading, steps
 from jlrm.weights.presets import preset
 from jlrm.weights.source import (
-    as_trained,
+    as_computed,
     model_files,
     num_labels,
     read_base,
@@ -201,7 +201,7 @@ def open_policy_of(config: Config, directory: RunDir, mesh: Mesh) -> TextPolicy:
             f"Process {hosts.index()} can't see in run.dir={directory.path} what process 0 has "
             "just written there. Put it where all hosts see it: a shared disk, or gs://."
         )
-    model = as_trained(
+    model = as_computed(
         config, hf_config.read_config(directory.model), hf_config.stored_dtype(directory.model)
     )
     return open_policy(model, mesh, directory.model)

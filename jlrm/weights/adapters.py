@@ -28,7 +28,7 @@ from jlrm.runtime.settings import read_json
 from jlrm.weights import hf, hf_config, reading, steps
 from jlrm.weights.hf_files import is_finite, open_tensors
 from jlrm.weights.source import (
-    as_trained,
+    as_computed,
     config_with_adapters,
     merged,
     num_labels,
@@ -105,7 +105,7 @@ def of_step(source: str) -> QwenConfig:
     if (config := config_with_adapters(steps.find(source))) is None:
         raise UsageError(f"{source} has no adapters: all its weights were trained (lora.rank=0).")
     side = side_files(source) / "model"
-    return as_trained(config, hf_config.read_config(side), hf_config.stored_dtype(side))
+    return as_computed(config, hf_config.read_config(side), hf_config.stored_dtype(side))
 
 
 def write(source: str, directory: pathlib.Path) -> None:

@@ -73,7 +73,7 @@ def _read_run(source: str, model: QwenConfig, layout: Layout) -> Params:
     if (config := config_with_adapters(step)) is None:
         return reading.restore_params(step, qwen.abstract_params(model, layout))
     side = side_files(source) / "model"
-    of_run = as_trained(config, hf_config.read_config(side), hf_config.stored_dtype(side))
+    of_run = as_computed(config, hf_config.read_config(side), hf_config.stored_dtype(side))
     of_run = dataclasses.replace(of_run, num_labels=model.num_labels)
     adapters, _ = lora.split(of_run.lora, qwen.abstract_params(of_run, layout))
     params = lora.join(read_base(config, of_run, layout), reading.restore_params(step, adapters))
@@ -139,10 +139,10 @@ def read_description(config: Config) -> QwenConfig:
     """
     directory = hf.resolve(config.model.path, DESCRIPTION)
     stored = hf_config.stored_dtype(directory)
-    return as_trained(config, hf_config.read_config(directory), stored)
+    return as_computed(config, hf_config.read_config(directory), stored)
 
 
-def as_trained(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
+def as_computed(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
     """Return an architecture as a run trains it; `stored`: the dtype of the model's files.
 
     Raises:
@@ -185,20 +185,20 @@ def read_model(config: Config) -> QwenConfig:
 
     Raises:
       NotHere: it would have to be downloaded.
-      UsageError: as of `as_trained`.
+      UsageError: as of `as_computed`.
     """
     source = config.model
     if source.preset:
-        return as_trained(config, preset(source.preset), "float32")
+        return as_computed(config, preset(source.preset), "float32")
     directory = pathlib.Path(source.path).expanduser()
     if steps.is_run(source.path):
         directory = side_files(source.path) / "model"
     if directory.is_dir():
         stored = hf_config.stored_dtype(directory)
-        return as_trained(config, hf_config.read_config(directory), stored)
+        return as_computed(config, hf_config.read_config(directory), stored)
     organisation, _, name = source.path.lower().replace("-instruct", "").rpartition("/")
     if organisation in ORGANISATIONS and name in PRESETS:
-        return as_trained(config, preset(name), "bfloat16")
+        return as_computed(config, preset(name), "bfloat16")
     raise NotHere(
         f"model.path={source.path} is no local directory, and nothing is downloaded to be measured."
         " Name a shape instead: model.path= model.preset=qwen2.5-3b model.tokenizer=toy."

@@ -30,7 +30,7 @@ from jlrm.runtime import commands
 from jlrm.runtime.mesh import training_layout
 from jlrm.runtime.settings import to_dict
 from jlrm.weights import adapters, checkpoint, hf, hf_config
-from jlrm.weights.source import as_trained, fingerprint, read_params
+from jlrm.weights.source import as_computed, fingerprint, read_params
 
 pytestmark = pytest.mark.slow  # whole models are written and read
 
@@ -91,7 +91,7 @@ def write_run(
     base, run = write_base(tmp_path / "base", architecture), tmp_path / "run"
     config = config_of(run, base, KINDS[kind])
     hf.copy_side_files(base, run / "model")
-    model = as_trained(config, hf_config.read_config(base), "float32")
+    model = as_computed(config, hf_config.read_config(base), "float32")
     plain = read_params(str(base), dataclasses.replace(model, lora=None), layout())
     born = qwen.adapters_program(model, layout())(jax.random.key(0), plain)
     stage = "reward_model" if scores else "sft"
@@ -205,7 +205,7 @@ def test_what_peft_writes_is_a_start(torch, peft, tmp_path, kind):
     more = {"adapter": str(tmp_path / "adapter")}
     for rank in (settings.rank, 0):  # to go on from, and merged
         config = config_of(tmp_path / "r", base, dataclasses.replace(settings, rank=rank), **more)
-        model = as_trained(config, hf_config.read_config(base), "float32")
+        model = as_computed(config, hf_config.read_config(base), "float32")
         params = adapters.read_start(config, model, layout())
         if rank:
             plain = dataclasses.replace(model, lora=None)
@@ -220,7 +220,7 @@ def test_adapters_of_experts_are_refused_by_name(tmp_path, monkeypatch):
     run = write_run(tmp_path, "attention", "qwen3_moe")
     export.export_adapter(str(run), tmp_path / "adapter")
     config = config_of(tmp_path / "r", tmp_path / "base", settings, adapter=f"{tmp_path}/adapter")
-    model = as_trained(config, hf_config.read_config(tmp_path / "base"), "float32")
+    model = as_computed(config, hf_config.read_config(tmp_path / "base"), "float32")
     assert adapters.read_start(config, model, layout())  # of attention alone
     held = load_file(tmp_path / "adapter" / adapters.WEIGHTS)
     name = f"{adapters.PREFIX}model.layers.0.mlp.experts.0.gate_proj.lora_A.weight"
@@ -245,7 +245,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, capsys):
         more = {"adapter": str(tmp_path / "adapter")}
         config = config_of(tmp_path / "r", tmp_path / "base", settings, **more)
         with pytest.raises(UsageError) as error:
-            adapters.read_start(config, as_trained(config, model, "float32"), layout())
+            adapters.read_start(config, as_computed(config, model, "float32"), layout())
         return str(error.value)
 
     first = sorted(held)[0]
@@ -261,7 +261,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(tmp_path, capsys):
     (tmp_path / "adapter" / adapters.WEIGHTS).write_bytes(b"nothing")
     config = config_of(tmp_path / "r", tmp_path / "base", KINDS["lora"])
     with pytest.raises(UsageError, match="can't be read as an adapter"):
-        adapters.read(tmp_path / "adapter", as_trained(config, model, "float32"), layout())
+        adapters.read(tmp_path / "adapter", as_computed(config, model, "float32"), layout())
 
     with pytest.raises(UsageError, match=r"model\.adapter=.* is no directory of PEFT"):
         adapters.digest(tmp_path / "nowhere")
