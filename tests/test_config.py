@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 import pathlib
+import re
 import typing
 
 import hypothesis
@@ -17,9 +19,14 @@ from jlrm.config import Config, LossConfig, UsageError
 from jlrm.config.presets import PRESETS
 from jlrm.runtime import settings
 from jlrm.runtime.settings_help import all_meanings, describe_settings
+from jlrm.studies import spec
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+STUDIES = sorted((ROOT / "configs/study").glob("judgelrm_*.yaml"))
+# A slice in the head of a recipe: "#   v5e-8  --topology v5e:2x4  13.5 of 15.8  mesh.fsdp=4 ...",
+# with more settings on lines that are set further in.
+SLICE = re.compile(r"^#   v\S+ +--topology v\w+:(\S+) +\S+ of \S+(.*(?:\n#     .*)*)$", re.M)
 SMALLEST = {
     "run": {"dir": "somewhere"},
     "data": {"train": "toy"},
@@ -41,6 +48,27 @@ def test_every_config_loads_and_says_command_outcome_and_hardware(path):
     head = path.read_text().split("\nrun:")[0]
     assert f"python -m jlrm.train --config configs/{path.name}" in head
     assert "Expected" in head and "Hardware" in head
+
+
+def slices() -> list[tuple[pathlib.Path, str, list[str]]]:
+    return [
+        (path, topology, words.replace("#", " ").split())
+        for path in (*CONFIGS, *STUDIES)
+        for topology, words in SLICE.findall(path.read_text())
+    ]
+
+
+@pytest.mark.parametrize(("path", "topology", "words"), slices(), ids=lambda each: str(each)[-30:])
+def test_the_settings_of_a_slice_are_for_that_slice(path, topology, words):
+    recipe = ROOT / spec.load(path).config if path in STUDIES else path
+    mesh = settings.load(recipe, words).mesh
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    num_chips, given = math.prod(map(int, topology.split("x"))), math.prod(map(abs, sizes))
+    assert given == num_chips or (-1 in sizes and num_chips % given == 0)
+
+
+def test_every_study_of_the_paper_names_a_slice():
+    assert {path for path, *_ in slices()} >= set(STUDIES) and len(slices()) > 15
 
 
 def test_saved_config_loads_back_equal(tmp_path):

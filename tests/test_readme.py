@@ -98,7 +98,7 @@ CHECKED = {
     "jlrm prepare --engine beam": "runs on Dataflow (preparation/test_engines.py runs it here)",
     "bash launch/peers.sh": "installs gigabytes",
     "jlrm plan": "compiles for minutes, with libtpu",
-    "jlrm study configs/study/judgelrm_7b.yaml": "compiles for minutes, with libtpu",
+    "jlrm study configs/study/judgelrm_4b.yaml": "compiles for minutes, with libtpu",
     "jlrm bench": "measures a 0.5B model",
 }
 OPTIONAL = {"OTHER.yaml": "configs/judge_pairs_0.5b.yaml"}  # names that only [...] holds
