@@ -94,11 +94,39 @@ def zeros(params: Any) -> Any:
 
 def total(sums: Any, params: Any) -> Any:
     """Return the sums over all devices, each where its parameter lies."""
+    if jax.tree.leaves(params)[0].sharding.mesh.shape["data"] > 1:
+        return _total_of_slices(sums, params)
     return jax.tree.map(
         lambda x, param: jax.lax.with_sharding_constraint(jnp.sum(x, axis=0), param.sharding),
         sums,
         params,
     )
+
+
+def _total_of_slices(sums: Any, params: Any) -> Any:
+    """Return the same, layer by layer and in place.
+
+    For what slices send each other outside of a loop, libtpu 0.0.42 counts a buffer of its size to
+    the program's code, which stays in memory, once for every shape of rows: for two slices of
+    v5e-8, 0.7 GiB a layer of a 3B's width. In a loop it is temporary, and of one layer.
+    """
+    shardings = jax.tree.map(lambda param: param.sharding, params)
+    axes = jax.tree.map(_sharing, shardings)
+
+    def run(sums: Any) -> Any:
+        def add(i: Array, own: Any) -> Any:
+            return jax.tree.map(lambda x, axes: x.at[i].set(jax.lax.psum(x[i], axes)), own, axes)
+
+        own = jax.tree.map(lambda x: x[0], sums)
+        return jax.lax.fori_loop(0, len(jax.tree.leaves(own)[0]), add, own)
+
+    return jax.shard_map(
+        run,
+        mesh=jax.tree.leaves(shardings)[0].mesh,
+        in_specs=(jax.tree.map(lambda sharding: spread(sharding).spec, shardings),),
+        out_specs=jax.tree.map(lambda sharding: sharding.spec, shardings),
+        check_vma=False,
+    )(sums)
 
 
 def _sharing(sharding: NamedSharding) -> tuple[str, ...]:
