@@ -50,6 +50,7 @@ EXTRAS = {
         "beartype>=0.18",
         "hypothesis>=6.100",
         "ipykernel>=6.29",
+        "jsonschema>=4",
         "krippendorff>=0.8",
         "nbclient>=0.10",
         "openai>=1.60",

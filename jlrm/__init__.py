@@ -1,5 +1,6 @@
 """jlrm: train and use reasoning judges in JAX, on one CPU, one TPU chip or many slices."""
 
+import signal as _signal
 import sys as _sys
 from importlib.util import find_spec as _find_spec
 from typing import TYPE_CHECKING as _TYPE_CHECKING
@@ -22,6 +23,10 @@ if _sys.argv[:1] == ["-m"]:
             file=_sys.stderr,
         )
         _sys.exit(2)
+    # Ctrl-C ends a command that is still importing: the exception of Python would be a traceback,
+    # or be swallowed by a callback of JAX. `commands` takes over.
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
 
 def __getattr__(name: str) -> _Any:

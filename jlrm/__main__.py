@@ -6,6 +6,7 @@ A command's module is imported when it is asked for, so that `jlrm --help` answe
 from __future__ import annotations
 
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that the first argument names, and exit with its code."""
     name, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as in jlrm/__init__.py
         sys.argv = [f"jlrm.{name}", *arguments]
         runpy.run_module(f"jlrm.{name}", run_name="__main__", alter_sys=True)
     elif name in ("-h", "--help", "help"):

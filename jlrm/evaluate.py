@@ -24,7 +24,7 @@ import functools
 import json
 import logging
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,7 +32,7 @@ from jlrm.config import RunError, UsageError
 from jlrm.evaluation import groups, journal, sources
 from jlrm.evaluation.benchmark import Benchmark
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS, benchmark, policy_of
-from jlrm.evaluation.games import WAYS, Backend, Game, asked_about, said_of, way_of
+from jlrm.evaluation.games import WAYS, Backend, Game, Response, asked_about, said_of, way_of
 from jlrm.evaluation.groups import Groups
 from jlrm.evaluation.journal import Journal
 from jlrm.evaluation.policies import Policy
@@ -92,6 +92,10 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
     folders = [out and out / name for name in args.names]
     journals = [Journal(*each) for each in zip(folders, headers, strict=True)]
 
+    if args.compare and hosts.is_main():  # what is wrong there is said before anything is asked
+        for run in runs:
+            _other(args.compare, run)
+
     @functools.cache  # the model is loaded for the first game that has no response yet
     def backend() -> Backend:
         return options.make(args.backend, model, args.options, args.seed, args.out)
@@ -121,7 +125,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
         # 5. Compare.
         if args.compare:
-            comparison = _comparison(args.compare, run, evaluation)
+            comparison = _comparison(_other(args.compare, run), run, evaluation)
             entries[name] = replace(entries[name], comparison=comparison)
 
     # 6. Write.
@@ -204,12 +208,19 @@ def _first_error(run: BenchmarkRun, kept: Journal) -> str:
     return f"The first game: {next(filter(None, reasons), 'it has no response').rstrip('.')}."
 
 
-def _comparison(
-    other_dir: pathlib.Path, run: BenchmarkRun, mine: results.Evaluation
-) -> PairedComparison | None:
-    """Compare with the responses of another evaluation, read as that one read them.
+class _Other(NamedTuple):
+    """Another judge that the judge is compared with, and its responses on one benchmark."""
 
-    None, and a warning, where there is nothing to compare: a judge without any verdict.
+    judge: str
+    read: Reader
+    responses: Mapping[str, Response]
+
+
+def _other(other_dir: pathlib.Path, run: BenchmarkRun) -> _Other:
+    """Read the responses of another evaluation, which are read as that one read them.
+
+    Raises:
+      UsageError: there are none, or on other data.
     """
     name = run.benchmark.name
     header, responses = journal.read(other_dir / name)
@@ -218,13 +229,23 @@ def _comparison(
     judge = results_file.read(other_dir).judge
     low, high = judge.decoding.get("scale") or (1, 10)
     read = Reader(judge.parser, (low, high), judging=way_of(header))
-    responses = said_of(run.games, responses, read.judging)
-    other = mine._replace(responses=responses, reader=read)
-    compared = results.comparison(mine, other, judge.name)
+    return _Other(judge.name, read, responses)
+
+
+def _comparison(
+    other: _Other, run: BenchmarkRun, mine: results.Evaluation
+) -> PairedComparison | None:
+    """Compare with the responses of another evaluation.
+
+    None, and a warning, where there is nothing to compare: a judge without any verdict.
+    """
+    responses = said_of(run.games, other.responses, other.read.judging)
+    theirs = mine._replace(responses=responses, reader=other.read)
+    compared = results.comparison(mine, theirs, other.judge)
     if compared is None:
         log.warning(
             "%s: NO COMPARISON with %s: one of the two judges has no verdict on their common items",
-            *(name, judge.name),
+            *(run.benchmark.name, other.judge),
         )
     return compared
 

@@ -51,7 +51,7 @@ from jlrm.serving.results import (
 )
 from jlrm.serving.rows import Row, SingleRow
 
-VERDICTS, SUMMARY = "verdicts.jsonl", "summary.json"
+VERDICTS, SUMMARY = audit.VERDICTS, "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
 UNTYPED = ("out", "single", "rank", "make_pairs", "make_judgements", "json", "columns", "values")
 UNTYPED += ("reference", "rubric", "expected_scores", "at_once")

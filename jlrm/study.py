@@ -16,6 +16,7 @@ with --keep-going, only what rests on it. On several hosts all of them run the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -25,11 +26,12 @@ from collections.abc import Sequence
 
 from jlrm.config import RunError, UsageError
 from jlrm.reports import contracts
-from jlrm.runtime import cluster, commands, hosts, settings
+from jlrm.runtime import cluster, commands, hosts, lock, settings
 from jlrm.studies import cells, jobs, page, spec
 from jlrm.studies.cells import Cell, Record
 from jlrm.studies.spec import Study
 
+OWN = {"run.dir": "--dir", "run.seed": "--seeds"}
 TIMEOUT = 1800.0  # seconds that a host may be later than another at the end
 
 
@@ -41,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         study = dataclasses.replace(study, seeds=_seeds(args.seeds))
     if args.dir:
         study = dataclasses.replace(study, dir=args.dir)
+    _check_overrides(study, args.overrides)
     study = dataclasses.replace(study, settings=[*study.settings, *args.overrides])
     record, flags = Record(pathlib.Path(study.dir)), _flags(args)
     wanted = cells.cells(study)
@@ -66,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if is_alone and cell.key.startswith("evaluate/"):
             page.write(directory, page.outcome(study))
 
-    failed = jobs.run_all(missing, flags, finished, args.keep_going, args.jobs, logs)
+    alone = lock.sole_writer(directory) if is_alone else contextlib.nullcontext()
+    with alone:
+        failed = jobs.run_all(missing, flags, finished, args.keep_going, args.jobs, logs)
     with hosts.joined(args, settings.to_dict(study), TIMEOUT):
         if hosts.is_main():
             found = page.outcome(study)
@@ -75,6 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"Study: {directory / page.PAGE}", file=sys.stderr)
     if failed:
         raise RunError(f"{len(failed)} of {len(missing)} commands failed or were left out.")
+
+
+def _check_overrides(study: Study, overrides: Sequence[str]) -> None:
+    """Read settings of the command line with every config, also those that a run's own replace.
+
+    Raises:
+      UsageError: one is wrong, or the study's own to set.
+    """
+    for override in overrides:
+        for key, flag in OWN.items():
+            if override.startswith(f"{key}="):
+                raise UsageError(f"{override}: each training of a study has its own. Use {flag}.")
+    for config in {run.config or study.config for run in study.runs.values() if not run.model}:
+        settings.load(config, [*study.settings, *overrides])
 
 
 def _check_configs(wanted: Sequence[Cell]) -> None:

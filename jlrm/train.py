@@ -60,7 +60,7 @@ def train(config: Config, devices: Sequence[Any] | None = None) -> dict[str, Any
         stages = {name: result.evaluation for name, result in results.items()}
         summary = RunSummary(
             stages={"start": start, **stages} if start else stages,
-            steps=sum(getattr(config, name).steps for name in names),
+            steps=sum(result.num_steps for result in results.values()),
             seconds=round(sum(result.seconds for result in results.values()), 1),
             tokens=sum(result.num_tokens for result in results.values()),
         )

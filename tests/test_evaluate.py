@@ -20,6 +20,7 @@ from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
 from jlrm.evaluation.benchmarks.registry import BENCHMARKS
 from jlrm.evaluation.games import Response
+from jlrm.evaluation.journal import Journal
 from jlrm.judges import options
 from jlrm.judges.paid import Spending
 from jlrm.reports import results_file
@@ -114,6 +115,31 @@ def test_each_answer_is_scored_alone(pairs, tmp_path, judged_by, capsys):
     ran(capsys, *model(pairs, tmp_path / "again", *other))
     compared = json.loads((tmp_path / "again" / "results.json").read_text())
     assert compared["benchmarks"]["pairs"]["comparison"]["difference"] == 0.0
+
+
+def test_another_judge_to_compare_with_is_looked_for_before_anything_is_asked(
+    pairs, tmp_path, judged_by
+):
+    judge = judged_by(Judge(lambda game: GOOD))
+    with pytest.raises(UsageError, match="There are no responses at"):
+        evaluate.main(model(pairs, tmp_path / "o", "--compare", str(tmp_path / "nowhere")))
+    assert not judge.asked
+
+
+def test_two_that_write_to_one_place_do_not_ask_the_same_games(pairs, tmp_path, judged_by):
+    judge = judged_by(Judge(lambda game: GOOD))
+    header = {"of": "another evaluation"}
+    with (
+        Journal(tmp_path / "o" / "pairs", header).opened(),
+        pytest.raises(UsageError, match="is written by another process"),
+    ):
+        evaluate.main(model(pairs, tmp_path / "o"))
+    assert not judge.asked
+    early = Journal(tmp_path / "o" / "pairs", header)
+    with Journal(tmp_path / "o" / "pairs", header).opened() as kept:
+        kept.record(Response("p1/0", texts=("said",)))
+    with pytest.raises(UsageError, match="is written by another process"), early.opened():
+        pass  # it has not read what is there by now
 
 
 def test_a_game_of_single_answers_fails_where_one_of_them_does(pairs, tmp_path, judged_by, capsys):

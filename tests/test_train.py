@@ -721,6 +721,12 @@ def test_what_it_begins_with_is_judged_first_unless_only_the_end_is(tmp_path, da
 
 
 @pytest.mark.usefixtures("shared_programs")
+def test_a_summary_counts_the_steps_that_were_taken(tmp_path, data):
+    run(tmp_path / "r", data, "grpo.steps=2")
+    assert run(tmp_path / "r", data, "grpo.steps=1")["steps"] == 2
+
+
+@pytest.mark.usefixtures("shared_programs")
 def test_a_run_keeps_its_held_out_rows_where_their_number_is_left_open(tmp_path, data):
     """As a run that was begun when 200 rows were held out, however few there were."""
     options = ["grpo.steps=2", "data.eval_rows=40"]

@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from jlrm.config import UsageError
 from jlrm.evaluation.games import Response
+from jlrm.runtime.lock import is_locked
 
 NAME, OLD_NAME = "responses.jsonl", "answers.jsonl"
 KEYS = {"texts": "outputs", "preference": "decision"}  # of a row, where a field's name differs
@@ -38,7 +39,7 @@ class Journal:
         """
         self.responses: dict[str, Response] = {}
         self._path = path = None if directory is None else path_in(directory)
-        self._file = None
+        self._file, self._size = None, 0
         self._header = json.loads(json.dumps(header))
         if path is not None and path.exists():
             written, self.responses, whole = _read(path)
@@ -48,6 +49,7 @@ class Journal:
                 self.responses, whole = {}, 0  # nothing was judged that another setting could mix
             if whole < path.stat().st_size:
                 os.truncate(path, whole)
+            self._size = whole
 
     @property
     def done(self) -> set[str]:
@@ -61,19 +63,28 @@ class Journal:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Journal]:
-        """Open the file for `record`, with its header."""
+        """Open the file for `record`, with its header; nobody else writes there meanwhile.
+
+        Raises:
+          UsageError: another process does, or has since it was read.
+        """
         if self._path is None:
             yield self
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
+            if not is_locked(file) or file.tell() != self._size:
+                raise UsageError(
+                    f"{self._path} is written by another process. Wait until it ends, or name "
+                    "another --out."
+                )
             if not file.tell():
                 _append(file, {"header": self._header})
             self._file = file
             try:
                 yield self
             finally:
-                self._file = None
+                self._file, self._size = None, file.tell()
 
     def record(self, response: Response) -> None:
         """Append a response; it is in the file when this returns."""

@@ -118,7 +118,7 @@ class Reader(NamedTuple):
         if num_answers == 1:
             score, _ = self.read_one(text, ending, rubric)
             scores = None if score is None else (score,)
-        elif num_answers == 2:
+        elif num_answers == 2 and self.judging != "lists":
             scores = self.read(text, ending, rubric).scores
         else:
             scores, _ = self.read_list(text, ending, num_answers, rubric)
@@ -360,7 +360,11 @@ def expected_of(game: Game, response: Response, read: Reader) -> tuple[float, ..
         asked = text, ending, rubric, num
         # They were computed at the places that `lenient` reads.
         places = read.places(*asked)
-        if own is None or places is None or places != Reader("lenient", read.scale).places(*asked):
+        if (
+            own is None
+            or places is None
+            or places != read._replace(parser="lenient").places(*asked)
+        ):
             continue
         if rubric is None or not rubric.criteria:
             votes.append(own)

@@ -73,12 +73,17 @@ def mix(
         chosen = chosen - jax.lax.axis_index(axes) * len(own.gate)
         # Of prompts that are long together, part by part: each token stands there once for each of
         # its experts, on every device.
-        num_tokens = chosen[..., 0].size
-        least = -(-chosen.size // MOST_ROWS)
-        num_parts = next(n for n in range(least, num_tokens + 1) if num_tokens % n == 0)
-        parts = (each.reshape(num_parts, 1, -1, each.shape[-1]) for each in (x, chosen, shares))
-        out = jax.lax.map(lambda part: run(part[0], part[1], part[2], own), tuple(parts))
-        return jax.lax.psum(out.reshape(x.shape), axes)
+        num_tokens, num_parts = chosen[..., 0].size, -(-chosen.size // MOST_ROWS)
+        missing = -num_tokens % num_parts
+
+        def parted(x: Array, filling: int) -> Array:
+            flat = x.reshape(num_tokens, x.shape[-1])
+            filled = jnp.pad(flat, ((0, missing), (0, 0)), constant_values=filling)
+            return filled.reshape(num_parts, 1, -1, x.shape[-1])
+
+        parts = parted(x, 0), parted(chosen, -1), parted(shares, 0)  # -1: no expert's number
+        out = jax.lax.map(lambda part: run(part[0], part[1], part[2], own), parts)
+        return jax.lax.psum(out.reshape(-1, x.shape[-1])[:num_tokens].reshape(x.shape), axes)
 
     letters = "M - -" if len(x) % layout.num_shards("M") == 0 else "- - -"
     rows, own = layout.activation(letters).spec, layout.param(("E", None, None)).spec

@@ -107,8 +107,8 @@ def _total_of_slices(sums: Any, params: Any) -> Any:
     """Return the same, layer by layer and in place.
 
     For what slices send each other outside of a loop, libtpu 0.0.42 counts a buffer of its size to
-    the program's code, which stays in memory, once for every shape of rows: for two slices of
-    v5e-8, 0.7 GiB a layer of a 3B's width. In a loop it is temporary, and of one layer.
+    the program's code, which stays in memory, once for every shape of rows: 9.5 GiB for a 14B on
+    two slices of v5e-64. In a loop it is temporary, and of one layer.
     """
     shardings = jax.tree.map(lambda param: param.sharding, params)
     axes = jax.tree.map(_sharing, shardings)

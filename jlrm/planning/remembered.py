@@ -1,7 +1,8 @@
 """What is known of programs that were compiled for plans: each is compiled once on a machine.
 
-A program is known by its text before compiling, by the slice, by the versions of what compiles, and
-by the code that counts and names compiler options. What is kept is a small file of numbers in
+A program is known by its text before compiling and the names of its operations, by which loops are
+counted, by the slice, by the versions of what compiles, and by the code that compiles, counts and
+gives compiler options. What is kept is a small file of numbers in
 `plans` of the cache (`JLRM_CACHE`). JAX's own cache can't serve: programs for devices that are not
 here can't be read back.
 """
@@ -15,11 +16,15 @@ import inspect
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from jlrm.planning import counting, hlo
 from jlrm.planning.counting import Counts, Program
 from jlrm.runtime import mesh, storage
+from jlrm.sampling import generate
+from jlrm.training import programs
+from jlrm.training.recipes import pair_programs
 
 FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"  # of the environment; the compiler reads them
 
@@ -27,9 +32,11 @@ FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"  # of the environment; the compiler read
 def place(lowered: Any, *about: Any) -> pathlib.Path:
     """Return where a lowered program's numbers lie, or will; `about` is what else decides them."""
     digest = hashlib.sha256(lowered.as_text().encode())
+    names = re.findall(r'loc\("(jit\([^"]*)"', lowered.as_text(debug_info=True))
+    digest.update(repr(sorted(set(names))).encode())
     flags = [os.environ.get(name, "") for name in FLAGS]
     digest.update(repr((about, flags)).encode())
-    for module in (counting, hlo, mesh):
+    for module in (counting, hlo, mesh, generate, programs, pair_programs):
         digest.update(inspect.getsource(module).encode())
     return storage.cache() / "plans" / f"{digest.hexdigest()}.json"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -16,7 +17,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from jlrm.config import RunError, UsageError
@@ -92,6 +93,12 @@ def run(main: Callable[[], None]) -> int:
 def _run(main: Callable[[], None]) -> tuple[int, bool]:
     """Return the exit code, and whether Ctrl-C has ended the command where it was."""
     quieten()
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # until imports are done
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that knows less than UTF-8
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", force=True)
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_news)
@@ -205,9 +212,12 @@ def _outcome(main: Callable[[], None]) -> tuple[int, str]:
     return 0, ""
 
 
-def add_pair_flags(parser: argparse.ArgumentParser) -> None:
+def add_pair_flags(
+    parser: argparse.ArgumentParser, names: Sequence[str] = tuple(PAIR_FLAGS)
+) -> None:
     """Add the flags that name columns and labels: `data.columns` and `data.values` of a config."""
-    for name, (form, example, meaning) in PAIR_FLAGS.items():
+    for name in names:
+        form, example, meaning = PAIR_FLAGS[name]
         note = f"{meaning}, e.g. {example}"
         parser.add_argument(f"--{name}", nargs="+", default=[], metavar=form, help=note)
 
@@ -220,7 +230,7 @@ def read_pair_flags(args: argparse.Namespace) -> dict[str, dict[str, str]]:
     """
     given = {}
     for name, (form, example, _) in PAIR_FLAGS.items():
-        texts, pairs = getattr(args, name), {}
+        texts, pairs = getattr(args, name, []), {}
         if texts and texts[0].startswith("{") and not texts[0].endswith("}"):
             texts = [" ".join(texts)]  # a mapping without quotes, divided at its spaces
         for text in texts:

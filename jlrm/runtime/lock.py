@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO, Any
 
 from jlrm.config import RunError, UsageError
 from jlrm.runtime.storage import LOCK_FILE, Place, open_place
@@ -30,12 +30,30 @@ SILENT = 60.0  # seconds without one, after which a writer counts as gone
 SETTLE = 2.0  # seconds in which two that take over at once see each other
 
 
+def is_locked(file: IO[Any]) -> bool:
+    """Lock an open file for this process until it is closed; False: another process holds it.
+
+    The kernel releases the lock when the process ends, even when it is killed. A platform or a file
+    system without locks holds nothing, and anyone may write.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        pass
+    return True
+
+
 @contextlib.contextmanager
 def sole_writer(directory: pathlib.Path) -> Iterator[Callable[[], bool]]:
     """Hold a directory for this process, so that no other one writes there meanwhile.
 
-    The kernel releases the lock when the process ends, even when it is killed. A platform or a file
-    system without locks holds nothing.
+    As `is_locked` holds a file.
 
     Yields:
       A function that returns whether the directory is still there: its disk may have vanished, and
@@ -44,23 +62,14 @@ def sole_writer(directory: pathlib.Path) -> Iterator[Callable[[], bool]]:
     Raises:
       UsageError: another process holds it; the message names its number and its host.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield lambda: True
-        return
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / LOCK_FILE, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not is_locked(file):
             file.seek(0)
             owner = file.read().strip() or "another process"
             raise UsageError(
                 f"{directory} is written by {owner}. Wait until it ends, or name another directory."
-            ) from None
-        except OSError:  # some network file systems
-            pass
+            )
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

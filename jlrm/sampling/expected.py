@@ -42,6 +42,7 @@ from jlrm.sampling.writer import widths
 
 DIGITS = b"0123456789"
 FEWEST_NODES, FEWEST_IDS = 4, 16  # of a program; more are filled up to a power of two
+MOST_NODES = 256  # whose logits are held at once: 150 MiB with 152k ids
 
 
 class Asked(NamedTuple):
@@ -229,12 +230,24 @@ def log_probabilities(
     model, layout = network.model, network.decoding
     hidden, _ = decode.prefill(model, layout, params, tokens, branches)
     states = jnp.take_along_axis(hidden, slots[..., None], axis=1)
-    logits = decode.logits(model, layout, params, states.reshape(-1, states.shape[-1]))
-    if network.num_ids:  # the head may have more rows than there are ids
-        is_id = jnp.arange(logits.shape[1])[None] < network.num_ids
-        logits = jnp.where(is_id, logits, decode.MASKED)
-    logps = jax.nn.log_softmax(logits, axis=-1).reshape(*slots.shape, -1)
-    return jnp.take_along_axis(logps, ids, axis=2)
+
+    def of_part(part: tuple[Array, Array]) -> Array:
+        states, ids = part
+        logits = decode.logits(model, layout, params, states.reshape(-1, states.shape[-1]))
+        if network.num_ids:  # the head may have more rows than there are ids
+            is_id = jnp.arange(logits.shape[1])[None] < network.num_ids
+            logits = jnp.where(is_id, logits, decode.MASKED)
+        logps = jax.nn.log_softmax(logits, axis=-1).reshape(*ids.shape[:2], -1)
+        return jnp.take_along_axis(logps, ids, axis=2)
+
+    num_rows, num_nodes = slots.shape  # of nodes a power of two
+    num_parts = min(_filled(-(-slots.size // MOST_NODES), 1), num_nodes)
+
+    def parted(x: Array) -> Array:
+        return x.reshape(num_rows, num_parts, -1, x.shape[-1]).swapaxes(0, 1)
+
+    logps = jax.lax.map(of_part, (parted(states), parted(ids)))
+    return logps.swapaxes(0, 1).reshape(ids.shape)
 
 
 def _mean(tree: Sequence[tuple[Node, np.ndarray]]) -> float:

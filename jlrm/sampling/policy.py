@@ -123,7 +123,7 @@ def check_mesh(mesh: Mesh, model: QwenConfig) -> None:
         "head_dim": ("mesh.fsdp", fsdp),
         "hidden_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
         "num_experts": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
-        "intermediate_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
+        "intermediate_size": ("mesh.fsdp * mesh.tensor", 1 if model.num_experts else fsdp * tensor),
         "vocab_size": ("mesh.fsdp * mesh.tensor", fsdp * tensor),
     }
     for name, (axes, shards) in needs.items():

@@ -360,7 +360,8 @@ class Routes:
 
     async def docs(self, request: Request) -> Response:
         """Describe the routes for people."""
-        return pages.page(describe.page(self._service.defaults).encode(), "text/html")
+        address = str(request.base_url).rstrip("/")
+        return pages.page(describe.page(self._service.defaults, address).encode(), "text/html")
 
     async def _body(self, request: Request) -> dict[str, Any]:
         """Read a body of JSON, as far as it may go.
@@ -406,7 +407,8 @@ def _by_relevance(
     if ranking.scores is None:
         return [(i, 1 / (1 + math.exp(-ranking.strengths[i]))) for i in places]
     low, high = scale
-    scored = [((ranking.scores[i] or low) - low) / (high - low) for i in places]
+    scores = [score for score in (ranking.scores[i] for i in places) if score is not None]
+    scored = [(score - low) / (high - low) for score in scores]  # of all: others are in no order
     left_out = [(i, 0.0) for i in range(num_answers) if i not in places]
     return [*zip(places, scored, strict=True), *left_out]
 

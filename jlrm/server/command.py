@@ -185,6 +185,8 @@ def _bound(host: str, port: int) -> socket.socket:
       UsageError: no such address, or it is taken.
     """
     try:
+        if not 0 <= port < 2**16:  # some systems take the rest of the division
+            raise OverflowError("port must be 0-65535")
         (family, *_, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         bound = socket.socket(family, socket.SOCK_STREAM)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,6 +46,20 @@ JUDGED_PAIR = {
     "model": TEXT,
     "usage": {"type": "object"},
 }
+SCORED_ANSWER = {
+    "score": {"type": ["number", "null"], "description": "null where no vote gives one"},
+    "texts": {"type": "array", "items": TEXT, "description": "what the judge wrote, by vote"},
+    "expected_score": {"type": ["number", "null"], "description": "where wanted"},
+    **{
+        name: JUDGED_PAIR[name]
+        for name in ("reason", "status", "num_tokens", "id", "error", "criteria", "model", "usage")
+    },
+}
+RESULTS = {
+    "results": {"type": "array", "items": {"$ref": "#/components/schemas/JudgedPair"}},
+    "model": TEXT,
+    "usage": {"type": "object"},
+}
 NUMBERS = {"type": "array", "items": NUMBER}
 RANKING = {
     "order": {
@@ -96,8 +110,7 @@ def openapi(defaults: Defaults) -> dict[str, Any]:
             "/v1/judge": _post(
                 "Judge pairs, score an answer, or rank answers",
                 "JudgeRequest",
-                "JudgedPair",
-                "Ranking",
+                *("JudgedPair", "Results", "ScoredAnswer", "Ranking"),
             ),
             "/v1/chat/completions": _post("Continue a conversation", "ChatRequest"),
             "/v1/completions": _post("Continue a text", "CompletionRequest"),
@@ -114,8 +127,8 @@ def openapi(defaults: Defaults) -> dict[str, Any]:
     }
 
 
-def page(defaults: Defaults) -> str:
-    """Return the description as a page of HTML."""
+def page(defaults: Defaults, address: str) -> str:
+    """Return the description as a page of HTML; address: where the page was asked for."""
     described, schemas = openapi(defaults), _schemas(defaults)
     sections = []
     for path, methods in described["paths"].items():
@@ -143,7 +156,7 @@ def page(defaults: Defaults) -> str:
         "<link rel='stylesheet' href='/page.css'><main><h1>Routes</h1>"
         "<p>The same for programs: <a href='/openapi.json'>openapi.json</a>. "
         "A first request:</p>"
-        "<pre>curl -s http://localhost:8000/v1/judge -H 'Content-Type: application/json' \\\n"
+        f"<pre>curl -s {html.escape(address)}/v1/judge -H 'Content-Type: application/json' \\\n"
         f"  -d '{html.escape(pair)}'</pre>"
         f"<p>A ranking by one judgement of all answers, in place of one of each pair:</p>"
         f"<pre>  -d '{html.escape(listed)}'</pre>"
@@ -199,8 +212,10 @@ def _schemas(defaults: Defaults) -> dict[str, Any]:
         "Message": _object({"role": TEXT, "content": TEXT}, "role", "content"),
         "Pair": _object(PAIR, "question", "answer_1", "answer_2"),
         "JudgeRequest": _judge_request(defaults),
-        "JudgedPair": _object(JUDGED_PAIR),
-        "Ranking": _object(RANKING),
+        "JudgedPair": _object(JUDGED_PAIR, "winner", "status"),
+        "ScoredAnswer": _object(SCORED_ANSWER, "score", "status"),
+        "Results": _object(RESULTS, "results"),
+        "Ranking": _object(RANKING, "order"),
         "ChatRequest": _chat_request(defaults),
         "CompletionRequest": _completion_request(defaults),
         "RerankRequest": _rerank_request(defaults),
@@ -294,7 +309,11 @@ def _rerank_request(defaults: Defaults) -> dict[str, Any]:
     return _object(
         {
             "query": TEXT,
-            "documents": {"type": "array", "items": TEXT, "maxItems": MOST_DOCUMENTS},
+            "documents": {
+                "type": "array",
+                "items": {"oneOf": [TEXT, _object({"text": TEXT}, "text")]},
+                "maxItems": MOST_DOCUMENTS,
+            },
             "top_n": {"type": "integer", "minimum": 1},
             "return_documents": {**FLAG, "default": False},
             "at_once": {**FLAG, "default": defaults.judging == "lists"},

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,11 +26,13 @@ from jlrm.judgement import labels
 from jlrm.judgement.labels import Unusable
 from jlrm.reports import contracts
 from jlrm.reports.results_file import ItemRate, Rate
+from jlrm.runtime import commands
 from jlrm.serving import calibration
 from jlrm.serving.calibration import ConfidenceMap
 from jlrm.serving.tally import rate_by_question
 
 VERSION = 1  # of what --json prints
+VERDICTS = "verdicts.jsonl"  # in a directory of `jlrm judge`
 CLASSES = (1, 2, 0)  # the better answer; 0: a tie
 SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the rows that are answered, the surest first
 
@@ -164,13 +166,20 @@ def _abstentions(stated: np.ndarray, right: np.ndarray) -> Iterator[Abstention]:
 # --- The command ---
 
 
-def read(source: str, judge: str, human: str) -> list[Checked]:
-    """Read verdicts and labels from a table.
+def read(
+    source: str, judge: str, human: str, values: Mapping[str, str] | None = None
+) -> list[Checked]:
+    """Read verdicts and labels from a table, or from the directory that `jlrm judge` wrote.
+
+    Args:
+      values: what labels mean, as `labels.meanings` takes it.
 
     Raises:
       UsageError: no such file or column, or a value that names no class.
     """
     rows: list[Checked] = []
+    known, written = labels.meanings(values or {}), pathlib.Path(source) / VERDICTS
+    source = str(written) if written.is_file() else source
     for place, raw in readers.checked_rows(source, {}):
         where = str(place._replace(source=source))
         if not isinstance(raw, dict):
@@ -182,8 +191,8 @@ def read(source: str, judge: str, human: str) -> list[Checked]:
                 )
         rows.append(
             Checked(
-                _class(raw[judge], where),
-                _class(raw[human], where),
+                _class(raw[judge], {}, where),
+                _class(raw[human], known, where),
                 _confidence(raw.get("confidence"), where),
                 str(raw.get("question") or ""),
                 longer(raw.get("answer_1"), raw.get("answer_2")),
@@ -195,9 +204,9 @@ def read(source: str, judge: str, human: str) -> list[Checked]:
     return rows
 
 
-def _class(value: Any, where: str) -> int | None:
+def _class(value: Any, known: Mapping[str, int], where: str) -> int | None:
     try:
-        return labels.preference(value, {}, where)
+        return labels.preference(value, known, where)
     except Unusable:  # a graded label between two classes
         return None
 
@@ -228,6 +237,7 @@ def lines(found: Audit) -> Iterator[str]:
     yield (
         f"  {'agreement':26}{found.agreement.percent:.1f} % [{low:.1f}, {high:.1f}]"
         f", kappa {_number(found.kappa)}, alpha {_number(found.alpha)}"
+        + (f" (these two of the {found.rows - found.unread} read)" if found.unread else "")
     )
     for name, rate in found.recall.items():
         if rate.percent is not None:
@@ -265,9 +275,10 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m jlrm.judge check", description=(__doc__ or "").split("\n")[0]
     )
     add = parser.add_argument
-    add("file", help="verdicts.jsonl of `jlrm judge`, or a table (.jsonl, .csv, .tsv, .parquet)")
+    add("file", help="--out of `jlrm judge`, or a table (.jsonl, .csv, .tsv, .parquet)")
     add("--judge", default="winner", metavar="COLUMN", help="of the verdicts (winner)")
     add("--human", default="label", metavar="COLUMN", help="of the labels (label)")
+    commands.add_pair_flags(parser, ["values"])
     add("--at-least", type=float, metavar="SHARE", help="end with 1 if fewer agree, e.g. 0.6")
     add("--calibrate", action="store_true", help="fit a map of the confidence, and save it")
     add(
@@ -281,7 +292,11 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     if args.at_least is not None and not 0 <= args.at_least <= 1:
         raise UsageError(f"--at-least={args.at_least}: wanted a share from 0 to 1.")
-    rows = read(args.file, args.judge, args.human)
+    values = commands.read_pair_flags(args)["values"]
+    try:
+        rows = read(args.file, args.judge, args.human, values)
+    except UsageError as error:  # labels are read as those of a training config
+        raise UsageError(str(error).replace("data.values=", "--values ")) from None
     if args.calibrate and any(row.is_calibrated for row in rows):
         raise UsageError(
             f"{args.file} holds confidences that went through a map already. Judge again with "

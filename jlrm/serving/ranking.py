@@ -29,6 +29,7 @@ from jlrm.serving.results import (
     put_together,
 )
 
+DECIMALS = 6  # of strengths: what is left below is the minimiser's noise
 PRIOR = 3.0  # standard deviation of the strengths before anything is known
 NORMAL = 1.959963984540054  # standard errors of a 95 % interval
 
@@ -69,6 +70,7 @@ def strengths(outcomes: Sequence[Outcome], num_answers: int, prior: float = PRIO
     start = np.zeros(num_answers + 1)
     found = optimize.minimize(loss, start, method="BFGS", options={"gtol": 1e-9})
     values = found.x[:num_answers] - found.x[:num_answers].mean()
+    values = np.round(values, DECIMALS) + 0.0  # a tie is one, and no -0.0
     errors = _standard_errors(loss, found.x, num_answers, has_ties)
     intervals = [
         (float(value - NORMAL * error), float(value + NORMAL * error))

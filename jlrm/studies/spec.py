@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from jlrm.config import UsageError, nearest
+from jlrm.evaluation.benchmarks.registry import benchmark
 from jlrm.runtime import settings
 
 # Columns of a table that are no metric of a benchmark.
@@ -99,6 +100,8 @@ class Study:
             self._check_run(name, run, seen)
             seen.add(name)
         for name, evaluation in self.evaluations.items():
+            for each in evaluation.benchmark.split(","):
+                benchmark(each.strip())  # before the trainings, which take longer
             for run in evaluation.runs:
                 _check_name(f"evaluations.{name}.runs", run, self.runs)
         for name, table in self.tables.items():

@@ -70,6 +70,7 @@ class StageResult(NamedTuple):
 
     start: dict[str, float]  # held-out metrics before the first step; empty: not taken
     evaluation: dict[str, float]  # and after the last
+    num_steps: int
     num_tokens: int
     seconds: float
 
@@ -310,7 +311,7 @@ class Stage:
 
     def outcome(self) -> StageResult:
         """Return what the stage came to."""
-        return StageResult(self.start, self.evaluation, self.num_tokens, self.seconds)
+        return StageResult(self.start, self.evaluation, self._done, self.num_tokens, self.seconds)
 
     def _tell_compiled(self, step: int) -> float:
         """Say what a step has compiled, if that took long; return how long it all took."""

@@ -320,7 +320,8 @@ def _step(
     if state.base:
         base, of_all = qwen.to_compute_dtype(config, state.base), loss
         loss = lambda params, *rest: of_all(lora.join(base, params), *rest)  # noqa: E731
-    if batch[0].tokens.shape[0] == 1:
+    has_slices = layout.mesh.shape["data"] > 1  # which exchange gradients in loops alone
+    if batch[0].tokens.shape[0] == 1 and not has_slices:
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         (value, sums), grads = value_and_grad(params, None, _pass(batch, 0))
         grads = jax.lax.with_sharding_constraint(grads, shardings)

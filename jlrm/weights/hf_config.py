@@ -50,8 +50,12 @@ def num_labels(directory: pathlib.Path) -> int:
     named = described.get("architectures")
     if not (isinstance(named, list) and named and str(named[0]).endswith(CLASSIFIER)):
         return 0
-    labels = described.get("id2label") or range(described.get("num_labels") or 2)  # as transformers
-    return len(labels)
+    labels, where = described.get("id2label"), str(directory / "config.json")
+    if isinstance(labels, dict) and labels:
+        return len(labels)
+    if labels:
+        raise UsageError(f"{where}: id2label={_short(labels)} is not a mapping.")
+    return _size(described, where, "num_labels", 2)  # as transformers
 
 
 def scoring_to_hf(fields: dict[str, Any], kind: str, pad_id: int | None) -> dict[str, Any]:
@@ -195,8 +199,7 @@ def _refuse_unsupported(source: dict[str, Any], where: str) -> None:
         "layer_types with sliding attention": any(
             layer != "full_attention" for layer in _layer_types(source, where)
         ),
-        "use_sliding_window=true": not (source.get("layer_types") or family.sliding_window)
-        and _slides(source, where),
+        "use_sliding_window=true": _slides(source, where, family),
         **{f"{flag}={_plain(source.get(flag))}": bool(source.get(flag)) for flag in family.refused},
         f"decoder_sparse_step={_plain(source.get('decoder_sparse_step'))}": (
             family.has_experts and source.get("decoder_sparse_step", 1) != 1
@@ -225,19 +228,21 @@ def _layer_types(source: dict[str, Any], where: str) -> list[Any]:
     return value
 
 
-def _slides(source: dict[str, Any], where: str) -> bool:
+def _slides(source: dict[str, Any], where: str, family: Family) -> bool:
     """Return whether a layer's window is shorter than what it may see.
 
     As in transformers: layers from `max_window_layers` on have the window, of which a file may name
-    neither. `use_sliding_window` is in many files of which no layer slides.
+    neither, and `layer_types` wins; with experts all layers have it, whatever these two say.
+    `use_sliding_window` is in many files of which no layer slides.
     """
-    if not _flag(source, where, "use_sliding_window"):
+    is_said = source.get("layer_types") and not family.has_experts
+    if is_said or family.sliding_window or not _flag(source, where, "use_sliding_window"):
         return False
     if "sliding_window" in source and source["sliding_window"] is None:
         return False
     size = functools.partial(_size, source, where)
     is_shorter = size("sliding_window", 4096) < size("max_position_embeddings", 32768)
-    num_full = size("max_window_layers", 28, least=0)
+    num_full = 0 if family.has_experts else size("max_window_layers", 28, least=0)
     return is_shorter and num_full < size("num_hidden_layers", most=MOST_LAYERS)
 
 

@@ -133,7 +133,7 @@ def test_training_on_tpus_gives_the_same_values_and_gradients(dtype, monkeypatch
 
 
 @pytest.mark.parametrize("num_rows", [ROWS, 1], ids=["rows divide", "one row"])
-@pytest.mark.parametrize("most", [2**15, 2 * TOKENS * CHOSEN])
+@pytest.mark.parametrize("most", [2**15, 2 * TOKENS * CHOSEN, 5 * CHOSEN], ids=str)
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 2, 4)], ids=str)
 def test_experts_that_stay_where_they_are_give_the_same_sums(mesh, most, num_rows, monkeypatch):
     """Run whole, and part by part."""

@@ -41,13 +41,14 @@ def test_what_may_change_the_numbers_is_another_program(compiled, monkeypatch):
     planned(program=jnp.sin)
     planned(about="v5e:2x4")
     planned(assumed={"body": (3,)})
+    planned(program=jax.named_scope("a loop counted otherwise")(jnp.tanh))
     monkeypatch.setattr(slices, "versions", lambda is_tpu: {"jax": "0.0.0"})
     planned()
     monkeypatch.setenv("XLA_FLAGS", "--xla_other=1")
     planned()
     monkeypatch.setattr(remembered.inspect, "getsource", lambda module: "counts otherwise")
     planned()
-    assert len(compiled) == 8
+    assert len(compiled) == 9
 
 
 def test_nothing_is_remembered_of_devices_that_have_no_name(compiled):
@@ -55,7 +56,9 @@ def test_nothing_is_remembered_of_devices_that_have_no_name(compiled):
     assert planned(about="").output_shardings is not None and len(compiled) == 2
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"counts": {"total": {"x": 1}}}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"counts": {"total": {"x": 1}}}', b'{"counts": null}']
+)
 def test_a_file_that_can_not_be_read_is_written_anew(compiled, tmp_path, content):
     first = planned()
     (file,) = (tmp_path / "plans").iterdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import pytest
 
 from jlrm.runtime import commands
 
+ROOT = pathlib.Path(__file__).parents[2]
 SLEEPER = """
 import sys, time
 from jlrm.runtime import commands
@@ -55,6 +58,35 @@ def test_ctrl_c_does_not_wait_for_it():
     _, error = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == 130 and error == "Stopped at once.\n"
+
+
+@pytest.mark.parametrize("command", [["jlrm.judge"], ["jlrm", "judge"]], ids=str)
+def test_ctrl_c_ends_a_command_that_is_still_importing(command, tmp_path):
+    """Later it would be an exception, which an import turns into another one, or JAX swallows."""
+    (tmp_path / "yaml.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "check", "no-file"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and error == ""
+
+
+def test_what_a_terminal_can_not_show_is_spelled_out():
+    program = (
+        "import sys\nfrom jlrm.runtime import commands\n"
+        "sys.exit(commands.run(lambda: print('\u00e9 \u00b7')))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, check=True
+    )
+    assert ended.stdout == b"\\xe9 \\xb7\n"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

@@ -14,7 +14,7 @@ from conftest import tiny_config
 from jlrm.config import MeshConfig, UsageError
 from jlrm.model import qwen
 from jlrm.runtime.mesh import create_mesh
-from jlrm.sampling import decode
+from jlrm.sampling import decode, expected
 from jlrm.sampling.expected import Asked, Expectation
 from jlrm.sampling.generate import lay_out_program
 from jlrm.sampling.policy import Network
@@ -149,8 +149,10 @@ def test_other_scales(scale):
 
 
 @pytest.mark.slow
-def test_votes_and_rows_that_run_together_are_what_they_are_alone():
+@pytest.mark.parametrize("most", [expected.MOST_NODES, 16], ids=["whole", "in parts"])
+def test_votes_and_rows_that_run_together_are_what_they_are_alone(most, monkeypatch):
     """Votes share the prompt and see nothing of one another; rows are filled up to the devices."""
+    monkeypatch.setattr(expected, "MOST_NODES", most)
     names = list(WRITTEN)
     together = Asked(PROMPT, [WRITTEN[n][0] for n in names], [WRITTEN[n][1] for n in names])
     silent = Asked(PROMPT, [WRITTEN["digits"][0]] * 2, [[], WRITTEN["digits"][1]])

@@ -20,6 +20,7 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jsonschema
 import pytest
 from conftest import COMPILE_FASTEST, slowness
 from judges.test_local import CONFIG, write_model
@@ -561,6 +562,7 @@ def test_what_has_come_is_finished_when_the_server_is_asked_to_end(model, tmp_pa
         (["--model", "m", "--block", "0"], "--block=0"),
         (["--model", "m", "--api-key-env", "NO_SUCH"], "holds no key"),
         (["--model", "m", "--host", "no.such.host.example"], "--host"),
+        (["--model", "m", "--port", "99999"], "port must be 0-65535"),
     ],
 )
 def test_a_start_that_fails_says_why(flags, says):
@@ -591,6 +593,29 @@ def test_the_page_and_the_description_need_nothing_from_elsewhere(server):
     _, described, _ = server.ask("/openapi.json")
     references = re.findall(r'"#/components/schemas/(\w+)"', json.dumps(described))
     assert set(references) <= described["components"]["schemas"].keys()
+    assert f"http://127.0.0.1:{server.port}/v1/judge".encode() in server.ask("/docs")[1]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        PAIR,
+        {"pairs": [PAIR, PAIR]},
+        {"question": "q", "answer": "a"},
+        {"question": "q", "answers": ["a", "b", "c"]},
+        {"question": "q", "answers": ["a", "b", "c"], "at_once": True},
+    ],
+    ids=["pair", "pairs", "answer", "answers", "at once"],
+)
+def test_replies_are_what_the_description_says(server, body):
+    _, described, _ = server.ask("/openapi.json")
+    replies = described["paths"]["/v1/judge"]["post"]["responses"]["200"]["content"]
+    schema = replies["application/json"]["schema"] | {"components": described["components"]}
+    status, reply, _ = server.ask("/v1/judge", body)
+    assert status == 200
+    jsonschema.validate(reply, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": reply["model"]}, schema)
 
 
 def test_one_answer_is_scored_as_the_python_class_scores_it(model, tmp_path):

@@ -139,6 +139,19 @@ def test_the_command(table, capsys):
     assert "right among the surest" in out and "kappa 0." in out
 
 
+def test_the_directory_of_a_judge_and_labels_of_other_names(tmp_path, capsys):
+    rows = [{"winner": 1, "label": "good"}, {"winner": 2, "label": "bad"}, {"winner": None}]
+    rows[2]["label"] = "good"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "verdicts.jsonl").write_text(lines)
+    code, _, err = run(capsys, tmp_path)
+    assert code == 2 and "Say what it means by --values {good: N}" in err
+    code, out, err = run(capsys, tmp_path, "--values", "good=1", "bad=2")
+    assert code == 0, err
+    assert "3 labelled rows, 1 without" in out and "66.7 %" in out
+    assert "kappa 1.000, alpha 1.000 (these two of the 2 read)" in out
+
+
 def test_a_bar_for_builds(table, capsys):
     assert run(capsys, table, *COLUMNS, "--at-least", "0.5")[0] == 0
     code, _, err = run(capsys, table, *COLUMNS, "--at-least", "0.99")

@@ -56,6 +56,12 @@ def test_an_answer_that_always_wins_has_a_finite_strength():
 
 def test_without_any_outcome_nothing_is_known():
     values, intervals = strengths([], 3)
-    assert values == pytest.approx((0, 0, 0)) and all(
-        low < -3 < 3 < high for low, high in intervals
-    )
+    assert values == (0, 0, 0) and all(low < -3 < 3 < high for low, high in intervals)
+
+
+def test_answers_that_nothing_tells_apart_are_equal_to_the_last_bit():
+    """Else the minimiser's noise would rank them."""
+    outcomes = [Outcome(i, j, 0) for i in range(4) for j in range(i)]
+    assert strengths(outcomes, 4).values == (0, 0, 0, 0)
+    equal = strengths([Outcome(0, 1, 1), Outcome(0, 2, 1), Outcome(1, 2, 0)], 3).values
+    assert equal[0] > equal[1] == equal[2]

@@ -18,7 +18,7 @@ from jlrm import study
 from jlrm.config import UsageError
 from jlrm.reports import contracts, results_file
 from jlrm.reports.results_file import BenchmarkResult, Diagnostics, ItemRate, JudgeRecord, Results
-from jlrm.runtime import commands
+from jlrm.runtime import commands, lock
 from jlrm.studies import cells, outcomes, page, spec
 from jlrm.studies.cells import Record
 from jlrm.studies.outcomes import SeedMean, StudyOutcome
@@ -104,6 +104,10 @@ def test_a_record_of_something_else_is_refused(tmp_path):
     ("changes", "wanted"),
     [
         ({"runs": {}}, "The study has no runs"),
+        (
+            {"evaluations": {"pairs": {**PAIRS, "benchmark": "paris"}}},
+            "--benchmark paris is unknown",
+        ),
         ({"runs": {"a/b": {}}}, "names a folder"),
         ({"config": ""}, "has neither a config nor a model"),
         ({"runs": {"a": {"after": "b"}, "b": {}}}, "runs.a.after=b must stand above it"),
@@ -244,8 +248,21 @@ def test_settings_of_the_command_line_stand_over_the_files_and_under_a_runs_own(
     of_all = "run.eval_every=0 run.eval_every=5 sft.steps=9"
     assert f" {of_all} grpo.steps=0 run.dir=" in sft
     assert f" {of_all} sft.steps=0 grpo.steps=3 run.dir=" in grpo
-    assert commands.run(lambda: study.main([path, "--dry-run", "run.eval_evry=5"])) == 2
-    assert "Unknown key 'run.eval_evry'" in capfd.readouterr().err
+    for wrong, says in (
+        ("run.eval_evry=5", "Unknown key 'run.eval_evry'"),
+        ("sft.steps=many", "sft.steps"),  # which each run of this study sets itself
+        ("run.dir=elsewhere", "Use --dir"),
+        ("run.seed=3", "Use --seeds"),
+    ):
+        assert commands.run(lambda wrong=wrong: study.main([path, "--dry-run", wrong])) == 2
+        assert says in capfd.readouterr().err
+
+
+def test_a_study_has_one_writer(tmp_path, capfd):
+    path = str(written(tmp_path, runs=JUDGES))
+    with lock.sole_writer(tmp_path / "out"):
+        assert commands.run(lambda: study.main([path])) == 2
+    assert "is written by process" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -202,6 +202,16 @@ def test_a_shape_without_a_size_is_refused_by_name(field):
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ({"model_type": "qwen3_moe", "num_experts": 4}, "num_experts_per_tok=8 of num_experts=4"),
         ({"model_type": "qwen3_moe", "norm_topk_prob": 1}, "norm_topk_prob=1 is neither"),
+        # With experts transformers gives all layers the window, whatever these two fields say.
+        (
+            {"model_type": "qwen3_moe", "use_sliding_window": True, "max_window_layers": 48},
+            "use_sliding_window",
+        ),
+        (
+            {"model_type": "qwen3_moe", "use_sliding_window": True}
+            | {"layer_types": ["full_attention"] * 2},
+            "use_sliding_window",
+        ),
         ({"model_type": "qwen2_vl"}, "model_type=qwen2_vl"),
         ({"model_type": MISSING}, "model_type=None"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import mesh_of, tiny_config
 
+from jlrm.config import UsageError
 from jlrm.model import qwen
 from jlrm.runtime.mesh import training_layout
 from jlrm.sampling.policy import Network
@@ -33,6 +34,9 @@ def test_what_a_directory_says_of_its_scores(tmp_path):
         assert found(**fields) == len(names)
     assert found(architectures=["Qwen3ForSequenceClassification"]) == 2  # as transformers has it
     assert found(architectures="Qwen3ForSequenceClassification") == 0
+    for field, odd in (("num_labels", "3"), ("num_labels", -1), ("id2label", 5)):
+        with pytest.raises(UsageError, match=f"{field}="):
+            found(architectures=["Qwen3ForSequenceClassification"], **{field: odd})
 
 
 @pytest.mark.slow
