@@ -14,7 +14,7 @@ import sys
 import pytest
 from judges.test_local import write_model
 
-from jlrm import evaluate
+from jlrm import evaluate, judge
 from jlrm.config import RunError, UsageError
 from jlrm.data.comparisons import write_comparisons
 from jlrm.data.worlds import toy
@@ -115,6 +115,32 @@ def test_each_answer_is_scored_alone(pairs, tmp_path, judged_by, capsys):
     ran(capsys, *model(pairs, tmp_path / "again", *other))
     compared = json.loads((tmp_path / "again" / "results.json").read_text())
     assert compared["benchmarks"]["pairs"]["comparison"]["difference"] == 0.0
+
+
+def test_the_lines_of_jlrm_judge_are_verdicts_of_both_orders(pairs, tmp_path, capsys):
+    heuristic = ["--backend", "heuristic", "--model", "longer"]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row[f"answer_{1 + (i % 3 == 0)}"] = "the longer one"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge.main([str(pairs), *heuristic, "--out", str(tmp_path / "judged"), "--no-report"])
+    path, common = tmp_path / "judged" / "verdicts.jsonl", ("--benchmark", "pairs", "--data", pairs)
+    capsys.readouterr()
+    wanted = ran(capsys, *common, *heuristic, "--out", tmp_path / "o")["pairs"]
+    assert ran(capsys, *common, "--verdicts", path)["pairs"] == wanted
+    assert wanted["overall"] == pytest.approx(100 * 8 / 12) and wanted["consistency"] == 100
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:  # the same said in words, as each game showed the answers
+        for game in line["games"]:
+            scores = [9 if number == game["winner"] else 4 for number in game["order"]]
+            game["texts"] = ["why</think>" + "".join(f"<answer>{n}</answer>" for n in scores)]
+            game["winner"] = None
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert ran(capsys, *common, "--verdicts", path)["pairs"]["overall"] == wanted["overall"]
+    lines[0]["games"][0]["order"] = [1, 3]
+    path.write_text(json.dumps(lines[0]) + "\n")
+    with pytest.raises(UsageError, match=r"line 1: the 'order' of a game must be"):
+        evaluate.main([*map(str, common), "--verdicts", str(path)])
 
 
 def test_another_judge_to_compare_with_is_looked_for_before_anything_is_asked(

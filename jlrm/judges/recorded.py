@@ -9,9 +9,10 @@ Rows are JSON or JSONL. A row names its item by `id`, `idx` or `pair_id` and hol
 
 of the game in the item's own order, or with `swapped: true` of the other (1 is then the answer
 shown first, which is the item's second). `game` names a game outright: "ID:0-1", the indices of
-the answers as shown. Forms of the benchmarks' own repositories are read too: PandaLM's
-`gpt_result` and `result`, JudgeBench's `judgments` of two games, LLMBar's `results` (rows without
-an id are known by their texts), RM-Bench's `score_chosen` and `score_rejected`.
+the answers as shown. Lines of `jlrm judge` (verdicts.jsonl) hold all of their `games`. Forms of the
+benchmarks' own repositories are read too: PandaLM's `gpt_result` and `result`, JudgeBench's
+`judgments` of two games, LLMBar's `results` (rows without an id are known by their texts), and
+RM-Bench's `score_chosen` and `score_rejected`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ DECISIONS = {
     **{"1": 1, "2": 2, "0": 0, "tie": 0},
     **{"a": 1, "b": 2, "a>b": 1, "b>a": 2, "a=b": 0, "model_a": 1, "model_b": 2},
 }
-FORMS = "output, scores, decision, gpt_result, result, judgments, results, score_chosen"
+FORMS = "output, scores, decision, games, gpt_result, result, judgments, results, score_chosen"
 HOW_TO_GET = "Name a JSON or JSONL file of recorded verdicts: --verdicts FILE."
 SHOWN_CHARACTERS = 80  # of a decision that nobody knows
 Said = dict[tuple[int, int], Response]  # by the indices of the answers in the order shown
@@ -151,6 +152,8 @@ def _indices(order: str, item: Item) -> tuple[int, int] | None:
 
 def _said(row: sources.Row, item: Item, order: tuple[int, int] | None, where: str) -> Said:
     """Return what a row says, by the orders of the games it is about."""
+    if isinstance(row.get("games"), list):
+        return _games(row["games"], where)
     if "judgments" in row:
         return _judgments(row["judgments"], where)
     if "results" in row:
@@ -223,6 +226,24 @@ def _decision(value: Any, where: str, key: str) -> Response:
 
 def _shown(text: str) -> str:
     return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " …")
+
+
+def _games(value: Sequence[Any], where: str) -> Said:
+    """Read the games of a line of `jlrm judge`; its winners are numbers of the item's answers."""
+    said: Said = {}
+    for game in value:
+        order = _of_game(game, "order", where)
+        if order not in ([1, 2], [2, 1]):
+            raise UsageError(f"{where}: the 'order' of a game must be [1, 2] or [2, 1].")
+        if game.get("error"):  # it was not judged
+            continue
+        response = _decision(game.get("winner"), where, "winner")
+        if game.get("texts"):
+            response = Response("", texts=sources.texts(game, "texts", where))
+        elif order == [2, 1] and response.preference is not None:
+            response = Response("", preference=swap_preference(response.preference))
+        said[order[0] - 1, order[1] - 1] = response
+    return said
 
 
 def _judgments(value: Any, where: str) -> Said:

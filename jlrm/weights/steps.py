@@ -31,9 +31,14 @@ def split(source: str) -> tuple[str, str]:
     """Return a run's directory and what is wanted of it, of `RUN` or `RUN@...`.
 
     A directory may have an @ in its name: one that exists is meant as a whole.
+
+    Raises:
+      UsageError: nothing stands behind the @ of a run.
     """
-    run, _, wanted = source.rpartition("@")
+    run, at, wanted = source.rpartition("@")
     is_whole = not run or (epath.Path(source).expanduser() / "checkpoints").is_dir()
+    if at and not wanted and not is_whole and is_run(run):
+        raise UsageError(f"{source} names no step. Name one, or best, or leave out the @.")
     return (source, "") if is_whole else (run, wanted)
 
 

@@ -400,6 +400,8 @@ def test_a_run_may_have_any_name(saved, tmp_path, name):
 def test_an_at_sign_names_a_step_where_no_directory_has_that_name(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "r")
     assert steps.split(f"{run}@4") == (str(run), "4")
+    with pytest.raises(UsageError, match="names no step"):
+        steps.split(f"{run}@")
     assert steps.split(f"{tmp_path}/x@y@4") == (f"{tmp_path}/x@y", "4")
     assert steps.split("org/model") == ("org/model", "")
     other = shutil.copytree(saved, tmp_path / "r@4")
