@@ -26,7 +26,11 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 STUDIES = sorted((ROOT / "configs/study").glob("judgelrm_*.yaml"))
 # A slice in the head of a recipe: "#   v5e-8  --topology v5e:2x4  13.5 of 15.8  mesh.fsdp=4 ...",
 # with more settings on lines that are set further in.
-SLICE = re.compile(r"^#   v\S+ +--topology v\w+:(\S+) +\S+ of \S+(.*(?:\n#     .*)*)$", re.M)
+SLICE = re.compile(
+    r"^#   (?:(\d) x )?v\S+ +--topology v\w+:(\S+)(?: --slices \d)? +\S+ of \S+"
+    r"(.*(?:\n#     .*)*)$",
+    re.M,
+)
 SMALLEST = {
     "run": {"dir": "somewhere"},
     "data": {"train": "toy"},
@@ -50,20 +54,23 @@ def test_every_config_loads_and_says_command_outcome_and_hardware(path):
     assert "Expected" in head and "Hardware" in head
 
 
-def slices() -> list[tuple[pathlib.Path, str, list[str]]]:
+def slices() -> list[tuple[pathlib.Path, int, str, list[str]]]:
     return [
-        (path, topology, words.replace("#", " ").split())
+        (path, int(number or 1), topology, words.replace("#", " ").split())
         for path in (*CONFIGS, *STUDIES)
-        for topology, words in SLICE.findall(path.read_text())
+        for number, topology, words in SLICE.findall(path.read_text())
     ]
 
 
-@pytest.mark.parametrize(("path", "topology", "words"), slices(), ids=lambda each: str(each)[-30:])
-def test_the_settings_of_a_slice_are_for_that_slice(path, topology, words):
+@pytest.mark.parametrize(
+    ("path", "number", "topology", "words"), slices(), ids=lambda each: str(each)[-30:]
+)
+def test_the_settings_of_a_slice_are_for_that_slice(path, number, topology, words):
     recipe = ROOT / spec.load(path).config if path in STUDIES else path
     mesh = settings.load(recipe, words).mesh
     sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    num_chips, given = math.prod(map(int, topology.split("x"))), math.prod(map(abs, sizes))
+    num_chips, given = number * math.prod(map(int, topology.split("x"))), math.prod(map(abs, sizes))
+    assert mesh.data == number
     assert given == num_chips or (-1 in sizes and num_chips % given == 0)
 
 
