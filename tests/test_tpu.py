@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tpu_mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jlrm.config import LossConfig, OptimizerConfig
 from jlrm.model import experts, qwen
 from jlrm.model.visibility import Packing
-from jlrm.planning import counting
+from jlrm.planning import counting, slices
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.losses import PolicyTargets
-from jlrm.runtime.mesh import Layout, compiler_options, rollout_layout, training_layout
+from jlrm.runtime.mesh import AXES, Layout, compiler_options, rollout_layout, training_layout
 from jlrm.sampling import decode, sampler, slots
 from jlrm.sampling.sampler import SMALLEST_CACHE, SamplerSettings
 from jlrm.sampling.slots import Entering, SlotSettings
@@ -115,6 +116,19 @@ def test_update_and_scoring():
     assert "all-reduce-scatter" in text or " reduce-scatter(" in text
     score = partial(update.logprobs, config, layout, DISTRIBUTION)
     jax.jit(score).lower(state.params, rows).compile(compiler_options(layout.mesh))
+
+
+def test_slices_exchange_gradients_inside_of_loops():
+    """What they send outside of one is held as a part of the program, for every shape of rows."""
+    config = dataclasses.replace(model("qwen2.5-0.5b"), num_hidden_layers=16)
+    chips = np.array(slices.devices("v5e:2x2", 2)).reshape(2, 2, 2)
+    layout = training_layout(Mesh(chips, AXES))
+    lowered, state, _ = lowered_update(config, layout, num_passes=1)
+    compiled = lowered.compile(compiler_options(layout.mesh))
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert "_xla_megascale_reduce_operation" in text  # they do exchange something
+    gradients = slices.shard_bytes([state.params["layers"]])
+    assert memory.generated_code_size_in_bytes < gradients / 2
 
 
 def test_experts_are_trained_by_kernels():
