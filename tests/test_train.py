@@ -297,8 +297,9 @@ def saved_params(run_dir: pathlib.Path):
     return tree
 
 
-def test_eight_devices_learn_what_one_does(tmp_path, data, warm):
-    options = [*warm, "sft.steps=2", "grpo.steps=2"]
+@pytest.mark.parametrize("more", [[], LORA], ids=["all weights", "adapters"])
+def test_eight_devices_learn_what_one_does(tmp_path, data, warm, more):
+    options = [*warm, *more, "sft.steps=2", "grpo.steps=2"]
     run(tmp_path / "one", data, *options)
     run(tmp_path / "eight", data, *options, "mesh.data=2", "mesh.tensor=2", num_devices=8)
     for one, eight in zip(

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jlrm.model.lora import join
 from jlrm.runtime.mesh import AXES
 
+PARTS = 32  # of a matrix, one of which slices exchange at a time
 # layer(weights of one layer, x "B T D", context) -> x "B T D"
 Layer = Callable[[Any, Array, Any], Array]
 
@@ -85,17 +86,31 @@ def zeros(params: Any) -> Any:
 
     def zero(param: jax.ShapeDtypeStruct) -> Array:
         assert isinstance(param.sharding, NamedSharding)
-        num = math.prod(param.sharding.mesh.shape[axis] for axis in _sharing(param.sharding))
-        empty = jnp.zeros((num, *param.shape), jnp.float32)
+        empty = jnp.zeros((_num_sharing(param.sharding), *param.shape), jnp.float32)
         return jax.lax.with_sharding_constraint(empty, spread(param.sharding))
 
     return jax.tree.map(zero, params)
 
 
+def copies(params: Any, abstract: Any) -> Any:
+    """Return parameters with a leading axis over the devices that share them, which costs nothing.
+
+    The gradient of a copy is what its devices have. So passes need not sum over slices, whose
+    network is slow: `total` does, once a step.
+    """
+
+    def copy(x: Array, param: jax.ShapeDtypeStruct) -> Array:
+        assert isinstance(param.sharding, NamedSharding)
+        many = jnp.broadcast_to(x[None], (_num_sharing(param.sharding), *x.shape))
+        return jax.lax.with_sharding_constraint(many, spread(param.sharding))
+
+    return jax.tree.map(copy, params, abstract)
+
+
 def total(sums: Any, params: Any) -> Any:
-    """Return the sums over all devices, each where its parameter lies."""
+    """Return the sums over all devices of layers' gradients, each where its parameter lies."""
     if jax.tree.leaves(params)[0].sharding.mesh.shape["data"] > 1:
-        return _total_of_slices(sums, params)
+        return _exchanged(_in_loop, sums, params)
     return jax.tree.map(
         lambda x, param: jax.lax.with_sharding_constraint(jnp.sum(x, axis=0), param.sharding),
         sums,
@@ -103,30 +118,46 @@ def total(sums: Any, params: Any) -> Any:
     )
 
 
-def _total_of_slices(sums: Any, params: Any) -> Any:
-    """Return the same, layer by layer and in place.
+def total_of_copies(gradients: Any, params: Any) -> Any:
+    """Return the sums over all devices of the gradients of `copies`."""
 
-    For what slices send each other outside of a loop, libtpu 0.0.42 counts a buffer of its size to
-    the program's code, which stays in memory, once for every shape of rows: 9.5 GiB for a 14B on
-    two slices of v5e-64, and 1.9 so. In a loop it is temporary, and of one layer.
-    """
+    def in_parts(x: Array, axes: tuple[str, ...]) -> Array:
+        parts = x.reshape(math.gcd(len(x), PARTS), -1, *x.shape[1:])
+        return _in_loop(parts, axes).reshape(x.shape)
+
+    each = partial(jax.tree.map, in_parts)
+    return _exchanged(each, gradients, params)
+
+
+def _exchanged(exchange: Callable[[Any, Any], Any], sums: Any, params: Any) -> Any:
+    """Run `exchange` on what each device has, given the axes of the mesh to sum over."""
     shardings = jax.tree.map(lambda param: param.sharding, params)
     axes = jax.tree.map(_sharing, shardings)
-
-    def run(sums: Any) -> Any:
-        def add(i: Array, own: Any) -> Any:
-            return jax.tree.map(lambda x, axes: x.at[i].set(jax.lax.psum(x[i], axes)), own, axes)
-
-        own = jax.tree.map(lambda x: x[0], sums)
-        return jax.lax.fori_loop(0, len(jax.tree.leaves(own)[0]), add, own)
-
     return jax.shard_map(
-        run,
+        lambda sums: exchange(jax.tree.map(lambda x: x[0], sums), axes),
         mesh=jax.tree.leaves(shardings)[0].mesh,
         in_specs=(jax.tree.map(lambda sharding: spread(sharding).spec, shardings),),
         out_specs=jax.tree.map(lambda sharding: sharding.spec, shardings),
         check_vma=False,
     )(sums)
+
+
+def _in_loop(stack: Any, axes: Any) -> Any:
+    """Sum over devices, one of a stack at a time and in place.
+
+    For what slices send each other outside of a loop, libtpu 0.0.42 counts a buffer of its size to
+    the program's code, which stays in memory, once for every shape of rows: 9.5 GiB for a 14B on
+    two slices of v5e-64, and 1.9 so. In a loop it is temporary, and of one layer.
+    """
+
+    def add(i: Array, stack: Any) -> Any:
+        return jax.tree.map(lambda x, axes: x.at[i].set(jax.lax.psum(x[i], axes)), stack, axes)
+
+    return jax.lax.fori_loop(0, len(jax.tree.leaves(stack)[0]), add, stack)
+
+
+def _num_sharing(sharding: NamedSharding) -> int:
+    return math.prod(sharding.mesh.shape[axis] for axis in _sharing(sharding))
 
 
 def _sharing(sharding: NamedSharding) -> tuple[str, ...]:

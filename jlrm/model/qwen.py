@@ -291,7 +291,8 @@ def hidden_states(
 ) -> Float[Array, "B T D"]:
     """Return final hidden states of packed rows; T is a multiple of `visibility.BLOCK`.
 
-    Without adapters in `params` the states are those of the frozen model.
+    Without adapters in `params` the states are those of the frozen model. Parameters may be
+    `gradient_sums.copies`.
 
     The place of a token comes from `positions` and `packing` only. Padding may hold any ids.
 
@@ -317,6 +318,7 @@ def hidden_states(
     def run(
         params: Params, tokens: Array, positions: Array, packing: Packing, sums: Params | None
     ) -> Array:
+        params = jax.tree.map(lambda x, is_copy: x[0] if is_copy else x, params, are_copies)
         x = look_up(layout, params["embed"], tokens).astype(config.compute_dtype)
         angles_ = rope(config, positions)
 
@@ -333,7 +335,13 @@ def hidden_states(
 
     cells, rows = layout.activation("B -").spec, layout.activation("B").spec
     packed: Any = Packing(cells, cells, rows)  # pyright: ignore[reportArgumentType]
-    weights = jax.tree.map(lambda x: layout.param(x).spec, letters)
+    are_copies = jax.tree.map(lambda x, letters: x.ndim > len(letters), params, letters)
+
+    def lies(letters: Any, is_copy: bool) -> PartitionSpec:
+        sharding = layout.param(letters)
+        return (gradient_sums.spread(sharding) if is_copy else sharding).spec
+
+    weights = jax.tree.map(lies, letters, are_copies)
     summed, _ = lora.split(config.lora, letters["layers"])
     spread = jax.tree.map(lambda x: gradient_sums.spread(layout.param(x)).spec, summed)
     return jax.shard_map(

@@ -86,6 +86,9 @@ def summed_token_loss(
     past C. Log-probability and entropy are 0 there, without a gradient, and past C `data` is 0 too:
     such positions must get no weight. The rest is as in `completion_logps`.
 
+    The head may have a leading axis over slices, a copy for each (model/gradient_sums.py): then so
+    has its gradient, which is not summed over them.
+
     The gradient is that of the loss alone, by `states` and `head`. It is computed with the value: a
     chunk then costs three products with the head, where recomputation costs four. A call that is
     not differentiated costs one.
@@ -120,13 +123,14 @@ def _forward(
         step = partial(_add_gradients, token_loss, share)
         sums, by_states, by_head = share.run(step, (share.zero_sums(token_loss), *gradients))
         # Each device has gathered the states of all that share its vocabulary; `data` is left.
-        return jax.lax.psum(sums, AXES), by_states, jax.lax.psum(by_head, "data").T
+        by_head = by_head.T[None] if head.ndim == 3 else jax.lax.psum(by_head, "data").T
+        return jax.lax.psum(sums, AXES), by_states, by_head
 
-    out_specs = (WHOLE, ROWS, HEAD_ROWS)
+    out_specs = (WHOLE, ROWS, _head_spec(head))
     arrays = _Arrays(states, head, tokens, count, data)
     sums, by_states, by_head = _spread(local, out_specs, arrays, distribution, layout)
     # The head was padded to a whole number of rows per device.
-    by_head = by_head[: head.shape[0]].astype(head.dtype)
+    by_head = by_head[..., : head.shape[-2], :].astype(head.dtype)
     return sums, (by_states[:, : tokens.shape[1]], by_head)
 
 
@@ -309,9 +313,10 @@ def _spread(
     # Without axes of size 1, so that programs of one device hold no collectives.
     axes = tuple(axis for axis in VOCABULARY_AXES if layout.mesh.shape[axis] > 1)
     num_shards = math.prod(layout.mesh.shape[axis] for axis in axes)
-    vocabulary = Vocabulary(head.shape[0], axes, num_shards)
+    vocabulary = Vocabulary(head.shape[-2], axes, num_shards)
     # Padded ids are past `vocabulary.size`, so `kept_logits` removes them.
-    head = jnp.pad(head.astype(states.dtype), ((0, -head.shape[0] % num_shards), (0, 0)))
+    padding = ((0, 0),) * (head.ndim - 2) + ((0, -head.shape[-2] % num_shards), (0, 0))
+    head = jnp.pad(head.astype(states.dtype), padding)
 
     def run(states: Array, head: Array, tokens: Array, count: Array, data: Any) -> Any:
         num_rows, num_positions = tokens.shape
@@ -323,6 +328,7 @@ def _spread(
             missing = num_chunks * chunk - num_positions
             return jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2))
 
+        head = head[0] if head.ndim == 3 else head
         states, tokens, data = jax.tree.map(pad, (states, tokens, data))
         return local(_Share(states, head, tokens, count, data, chunk, distribution, vocabulary))
 
@@ -330,8 +336,12 @@ def _spread(
     spread = jax.shard_map(
         run,
         mesh=layout.mesh,
-        in_specs=(ROWS, HEAD_ROWS, ROWS, WHOLE, ROWS),
+        in_specs=(ROWS, _head_spec(head), ROWS, WHOLE, ROWS),
         out_specs=out_specs,
         check_vma=False,
     )
     return spread(states, head, tokens, jnp.asarray(count, jnp.int32), data)
+
+
+def _head_spec(head: Array) -> PartitionSpec:
+    return PartitionSpec("data", VOCABULARY_AXES) if head.ndim == 3 else HEAD_ROWS

@@ -329,7 +329,7 @@ def _step(
     elif config.remat == "full":
         (value, sums), grads = _summed_in_place(loss, params, abstract, batch)
     else:
-        (value, sums), grads = _summed(loss, params, shardings, batch)
+        (value, sums), grads = _summed(loss, params, abstract, batch)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
@@ -339,24 +339,26 @@ def _step(
     return after._replace(base=state.base), metrics
 
 
-def _summed(loss: Loss, params: Params, shardings: Any, batch: tuple[Rows, Any]) -> Any:
+def _summed(loss: Loss, params: Params, abstract: Params, batch: tuple[Rows, Any]) -> Any:
     """Return loss, further sums and gradients of all passes, added up pass by pass."""
+    params, shardings, total = _apart(params, abstract)
 
     def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
         value_and_sums, grads = jax.value_and_grad(loss, has_aux=True)(params, None, part)
         return value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)
 
-    def add(i: Array, total: Any) -> Any:
-        return jax.tree.map(jnp.add, total, value_and_grad(params, _pass(batch, i)))
+    def add(i: Array, so_far: Any) -> Any:
+        return jax.tree.map(jnp.add, so_far, value_and_grad(params, _pass(batch, i)))
 
     zeros = _zeros(jax.eval_shape(value_and_grad, params, _pass(batch, 0)))
-    return jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
+    value_and_sums, grads = jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
+    return value_and_sums, total(grads)
 
 
-def _summed_in_place(loss: Loss, params: Params, abstract: Any, batch: tuple[Rows, Any]) -> Any:
+def _summed_in_place(loss: Loss, params: Params, abstract: Params, batch: tuple[Rows, Any]) -> Any:
     """Return the same, with layers' gradients added up as they come (model/gradient_sums.py)."""
     outer = {name: tree for name, tree in params.items() if name != "layers"}
-    shardings = {name: jax.tree.map(lambda x: x.sharding, abstract[name]) for name in outer}
+    outer, shardings, total = _apart(outer, abstract)
 
     def value_and_grad(outer: Params, sums: Params, part: tuple[Rows, Any]) -> Any:
         def of_both(outer: Params, sums: Params) -> tuple[Array, dict[str, Array]]:
@@ -366,8 +368,8 @@ def _summed_in_place(loss: Loss, params: Params, abstract: Any, batch: tuple[Row
         value_and_sums, (grads, sums) = both(outer, sums)
         return (value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)), sums
 
-    def add(i: Array, total: Any) -> Any:
-        others, sums = total
+    def add(i: Array, so_far: Any) -> Any:
+        others, sums = so_far
         more, sums = value_and_grad(outer, sums, _pass(batch, i))
         return jax.tree.map(jnp.add, others, more), sums
 
@@ -375,7 +377,28 @@ def _summed_in_place(loss: Loss, params: Params, abstract: Any, batch: tuple[Row
     zeros = _zeros(jax.eval_shape(value_and_grad, outer, sums, _pass(batch, 0))[0])
     others, sums = jax.lax.fori_loop(0, batch[0].num_passes, add, (zeros, sums))
     value_and_sums, grads = others
-    return value_and_sums, {**grads, "layers": gradient_sums.total(sums, abstract["layers"])}
+    layers = gradient_sums.total(sums, abstract["layers"])
+    return value_and_sums, {**total(grads), "layers": layers}
+
+
+def _apart(params: Params, abstract: Params) -> tuple[Params, Any, Callable[[Params], Params]]:
+    """Let each slice sum gradients of its own: return the parameters to differentiate by.
+
+    Also where their gradients lie, and what makes the whole gradients of these.
+    """
+    wanted = {name: abstract[name] for name in params}
+    shardings = jax.tree.map(lambda x: x.sharding, wanted)
+    if jax.tree.leaves(abstract)[0].sharding.mesh.shape["data"] == 1 or not params:
+        return params, shardings, lambda grads: grads
+    copied = {name: tree for name, tree in wanted.items() if name != "score"}  # which is small
+    shardings |= jax.tree.map(lambda x: gradient_sums.spread(x.sharding), copied)
+
+    def total(grads: Params) -> Params:
+        mine = {name: grads[name] for name in copied}
+        return grads | gradient_sums.total_of_copies(mine, copied)
+
+    copies = gradient_sums.copies({name: params[name] for name in copied}, copied)
+    return params | copies, shardings, total
 
 
 def _zeros(shapes: Any) -> Any:
