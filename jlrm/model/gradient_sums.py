@@ -96,7 +96,7 @@ def copies(params: Any, abstract: Any) -> Any:
     """Return parameters with a leading axis over the devices that share them, which costs nothing.
 
     The gradient of a copy is what its devices have. So passes need not sum over slices, whose
-    network is slow: `total` does, once a step.
+    network is slow: `total_of_copies` does, once a step.
     """
 
     def copy(x: Array, param: jax.ShapeDtypeStruct) -> Array:

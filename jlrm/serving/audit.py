@@ -305,7 +305,8 @@ def main(argv: Sequence[str]) -> None:
     found = audit(rows, args.calibrate)
     print(json.dumps(contracts.encode(found)) if args.json else "\n".join(lines(found)))
     if found.calibration:
-        path = args.out or pathlib.Path(args.file).parent
+        given = pathlib.Path(args.file)
+        path = args.out or (given if given.is_dir() else given.parent)
         path = path / calibration.NAME if path.is_dir() else path
         calibration.write(path, found.calibration)
         if not args.json:

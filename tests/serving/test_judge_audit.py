@@ -163,6 +163,10 @@ def test_a_map_is_saved_and_used(table, tmp_path, capsys):
     code, out, err = run(capsys, table, *COLUMNS, "--calibrate")
     assert code == 0 and "after a fitted map" in out, err
     path = tmp_path / "calibration.json"
+    beside = path.read_bytes()
+    path.unlink()
+    assert run(capsys, tmp_path, *COLUMNS, "--calibrate")[0] == 0  # named by its directory
+    assert path.read_bytes() == beside
     found = calibration.find("", str(tmp_path))
     assert calibration.read(path) == found == calibration.find("", f"{tmp_path}@12")
     assert "confidences go through this map" in capsys.readouterr().err
