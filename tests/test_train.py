@@ -297,7 +297,7 @@ def saved_params(run_dir: pathlib.Path):
     return tree
 
 
-@pytest.mark.parametrize("more", [[], LORA], ids=["all weights", "adapters"])
+@pytest.mark.parametrize("more", [[], ["lora.rank=3"]], ids=["all weights", "adapters"])
 def test_eight_devices_learn_what_one_does(tmp_path, data, warm, more):
     options = [*warm, *more, "sft.steps=2", "grpo.steps=2"]
     run(tmp_path / "one", data, *options)
