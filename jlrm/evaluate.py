@@ -94,7 +94,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
     if args.compare and hosts.is_main():  # what is wrong there is said before anything is asked
         for run in runs:
-            _other(args.compare, run)
+            _other_judge(args.compare, run)
 
     @functools.cache  # the model is loaded for the first game that has no response yet
     def backend() -> Backend:
@@ -125,7 +125,7 @@ def evaluate(args: argparse.Namespace) -> tuple[Results, list[BenchmarkRun]]:
 
         # 5. Compare.
         if args.compare:
-            comparison = _comparison(_other(args.compare, run), run, evaluation)
+            comparison = _comparison(_other_judge(args.compare, run), run, evaluation)
             entries[name] = replace(entries[name], comparison=comparison)
 
     # 6. Write.
@@ -208,7 +208,7 @@ def _first_error(run: BenchmarkRun, kept: Journal) -> str:
     return f"The first game: {next(filter(None, reasons), 'it has no response').rstrip('.')}."
 
 
-class _Other(NamedTuple):
+class OtherJudge(NamedTuple):
     """Another judge that the judge is compared with, and its responses on one benchmark."""
 
     judge: str
@@ -216,7 +216,7 @@ class _Other(NamedTuple):
     responses: Mapping[str, Response]
 
 
-def _other(other_dir: pathlib.Path, run: BenchmarkRun) -> _Other:
+def _other_judge(other_dir: pathlib.Path, run: BenchmarkRun) -> OtherJudge:
     """Read the responses of another evaluation, which are read as that one read them.
 
     Raises:
@@ -229,11 +229,11 @@ def _other(other_dir: pathlib.Path, run: BenchmarkRun) -> _Other:
     judge = results_file.read(other_dir).judge
     low, high = judge.decoding.get("scale") or (1, 10)
     read = Reader(judge.parser, (low, high), judging=way_of(header))
-    return _Other(judge.name, read, responses)
+    return OtherJudge(judge.name, read, responses)
 
 
 def _comparison(
-    other: _Other, run: BenchmarkRun, mine: results.Evaluation
+    other: OtherJudge, run: BenchmarkRun, mine: results.Evaluation
 ) -> PairedComparison | None:
     """Compare with the responses of another evaluation.
 

@@ -92,6 +92,11 @@ def zeros(params: Any) -> Any:
     return jax.tree.map(zero, params)
 
 
+def has_slices(params: Any) -> bool:
+    """Return whether abstract parameters lie on several slices."""
+    return jax.tree.leaves(params)[0].sharding.mesh.shape["data"] > 1
+
+
 def copies(params: Any, abstract: Any) -> Any:
     """Return parameters with a leading axis over the devices that share them, which costs nothing.
 
@@ -109,7 +114,7 @@ def copies(params: Any, abstract: Any) -> Any:
 
 def total(sums: Any, params: Any) -> Any:
     """Return the sums over all devices of layers' gradients, each where its parameter lies."""
-    if jax.tree.leaves(params)[0].sharding.mesh.shape["data"] > 1:
+    if has_slices(params):
         return _exchanged(_in_loop, sums, params)
     return jax.tree.map(
         lambda x, param: jax.lax.with_sharding_constraint(jnp.sum(x, axis=0), param.sharding),

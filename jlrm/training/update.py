@@ -7,7 +7,6 @@ over their passes; how many there are is known at run time only. Passes are summ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from jlrm.config import DPOConfig, LossConfig, OptimizerConfig
-from jlrm.model import gradient_sums, lora, qwen
+from jlrm.model import lora, qwen
 from jlrm.model.qwen import Params, QwenConfig
 from jlrm.rl.distribution import Distribution
 from jlrm.rl.logprobs import completion_logps, summed_token_loss
@@ -30,9 +29,7 @@ from jlrm.rl.losses import (
 from jlrm.rl.preferences import PairTargets, RewardTargets, dpo_loss, reward_loss
 from jlrm.runtime.mesh import Layout
 from jlrm.training.packing import Rows
-
-# loss(params, sums of the layers' gradients or None, one pass) -> (loss, further sums)
-Loss = Callable[[Params, Params | None, tuple[Rows, Any]], tuple[Array, dict[str, Array]]]
+from jlrm.training.passes import Loss, one_pass, value_and_gradients
 
 
 class TrainState(NamedTuple):
@@ -151,10 +148,10 @@ def logprobs(
         return completion_logps(states, head, part.targets, part.count, distribution, layout)
 
     if rows.tokens.shape[0] == 1:
-        return jax.tree.map(lambda x: x[None], one(_pass(rows, 0)))
+        return jax.tree.map(lambda x: x[None], one(one_pass(rows, 0)))
 
     def write(i: Array, so_far: tuple[Array, Array]) -> tuple[Array, Array]:
-        return jax.tree.map(lambda all_, x: all_.at[i].set(x), so_far, one(_pass(rows, i)))
+        return jax.tree.map(lambda all_, x: all_.at[i].set(x), so_far, one(one_pass(rows, i)))
 
     empty = layout.shard(jnp.zeros(rows.targets.shape, jnp.float32), "- B -")
     return jax.lax.fori_loop(0, rows.num_passes, write, (empty, empty))
@@ -320,16 +317,7 @@ def _step(
     if state.base:
         base, of_all = qwen.to_compute_dtype(config, state.base), loss
         loss = lambda params, *rest: of_all(lora.join(base, params), *rest)  # noqa: E731
-    has_slices = layout.mesh.shape["data"] > 1  # which exchange gradients in loops alone
-    if batch[0].tokens.shape[0] == 1 and not has_slices:
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
-        (value, sums), grads = value_and_grad(params, None, _pass(batch, 0))
-        grads = jax.lax.with_sharding_constraint(grads, shardings)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.params)
-    elif config.remat == "full":
-        (value, sums), grads = _summed_in_place(loss, params, abstract, batch)
-    else:
-        (value, sums), grads = _summed(loss, params, abstract, batch)
+    (value, sums), grads = value_and_gradients(loss, params, abstract, batch, config.remat)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new_params: Any = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **sums}
@@ -337,77 +325,3 @@ def _step(
     before, taken = state._replace(base={}), TrainState(new_params, opt_state, state.step + 1)
     after = jax.tree.map(partial(jnp.where, is_finite), taken, before)
     return after._replace(base=state.base), metrics
-
-
-def _summed(loss: Loss, params: Params, abstract: Params, batch: tuple[Rows, Any]) -> Any:
-    """Return loss, further sums and gradients of all passes, added up pass by pass."""
-    params, shardings, total = _apart(params, abstract)
-
-    def value_and_grad(params: Params, part: tuple[Rows, Any]) -> Any:
-        value_and_sums, grads = jax.value_and_grad(loss, has_aux=True)(params, None, part)
-        return value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)
-
-    def add(i: Array, so_far: Any) -> Any:
-        return jax.tree.map(jnp.add, so_far, value_and_grad(params, _pass(batch, i)))
-
-    zeros = _zeros(jax.eval_shape(value_and_grad, params, _pass(batch, 0)))
-    value_and_sums, grads = jax.lax.fori_loop(0, batch[0].num_passes, add, zeros)
-    return value_and_sums, total(grads)
-
-
-def _summed_in_place(loss: Loss, params: Params, abstract: Params, batch: tuple[Rows, Any]) -> Any:
-    """Return the same, with layers' gradients added up as they come (model/gradient_sums.py)."""
-    outer = {name: tree for name, tree in params.items() if name != "layers"}
-    outer, shardings, total = _apart(outer, abstract)
-
-    def value_and_grad(outer: Params, sums: Params, part: tuple[Rows, Any]) -> Any:
-        def of_both(outer: Params, sums: Params) -> tuple[Array, dict[str, Array]]:
-            return loss({**outer, "layers": params["layers"]}, sums, part)
-
-        both = jax.value_and_grad(of_both, argnums=(0, 1), has_aux=True)
-        value_and_sums, (grads, sums) = both(outer, sums)
-        return (value_and_sums, jax.lax.with_sharding_constraint(grads, shardings)), sums
-
-    def add(i: Array, so_far: Any) -> Any:
-        others, sums = so_far
-        more, sums = value_and_grad(outer, sums, _pass(batch, i))
-        return jax.tree.map(jnp.add, others, more), sums
-
-    sums = gradient_sums.zeros(abstract["layers"])
-    zeros = _zeros(jax.eval_shape(value_and_grad, outer, sums, _pass(batch, 0))[0])
-    others, sums = jax.lax.fori_loop(0, batch[0].num_passes, add, (zeros, sums))
-    value_and_sums, grads = others
-    layers = gradient_sums.total(sums, abstract["layers"])
-    return value_and_sums, {**total(grads), "layers": layers}
-
-
-def _apart(params: Params, abstract: Params) -> tuple[Params, Any, Callable[[Params], Params]]:
-    """Let each slice sum gradients of its own: return the parameters to differentiate by.
-
-    Also where their gradients lie, and what makes the whole gradients of these.
-    """
-    wanted = {name: abstract[name] for name in params}
-    shardings = jax.tree.map(lambda x: x.sharding, wanted)
-    if jax.tree.leaves(abstract)[0].sharding.mesh.shape["data"] == 1 or not params:
-        return params, shardings, lambda grads: grads
-    copied = {name: tree for name, tree in wanted.items() if name != "score"}  # which is small
-    shardings |= jax.tree.map(lambda x: gradient_sums.spread(x.sharding), copied)
-
-    def total(grads: Params) -> Params:
-        mine = {name: grads[name] for name in copied}
-        return grads | gradient_sums.total_of_copies(mine, copied)
-
-    copies = gradient_sums.copies({name: params[name] for name in copied}, copied)
-    return params | copies, shardings, total
-
-
-def _zeros(shapes: Any) -> Any:
-    """Return zeros of these shapes, at least in float32."""
-    return jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), shapes
-    )
-
-
-def _pass(batch: Any, i: Int[Array, ""] | int) -> Any:
-    """Return the i-th pass; a number that belongs to all of them stays."""
-    return jax.tree.map(lambda x: x[i] if x.ndim else x, batch)

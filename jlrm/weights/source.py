@@ -143,7 +143,7 @@ def read_description(config: Config) -> QwenConfig:
 
 
 def as_computed(config: Config, model: QwenConfig, stored: str) -> QwenConfig:
-    """Return an architecture as a run trains it; `stored`: the dtype of the model's files.
+    """Return an architecture as a run computes it; `stored`: the dtype of the model's files.
 
     Raises:
       UsageError: what experts do not have is asked for: adapters, int8, `sampling.exact`.
