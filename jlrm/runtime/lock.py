@@ -27,7 +27,7 @@ from jlrm.runtime.storage import LOCK_FILE, Place, open_place
 
 BEAT = 15.0  # seconds between two changes of a writer's object
 SILENT = 60.0  # seconds without one, after which a writer counts as gone
-SETTLE = 2.0  # seconds in which two that take over at once see each other
+SETTLE = 2.0  # seconds in which two that take over at once see each other, and a write ends
 
 
 def is_locked(file: IO[Any]) -> bool:
@@ -110,7 +110,7 @@ def sole_writer_of_store(url: str) -> Iterator[Callable[[], bool]]:
     finally:
         has_ended.set()
         beating.join()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UsageError):
             if (_read(place, path) or {}).get("token") == mine["token"]:
                 place.system.rm_file(path)
 
@@ -159,14 +159,24 @@ def _make(place: Place, path: str, content: dict[str, Any]) -> bool:
 
 
 def _read(place: Place, path: str) -> dict[str, Any] | None:
-    """Return what the object holds, None if there is none."""
-    place.system.invalidate_cache()
-    try:
-        return json.loads(place.system.cat_file(path))
-    except FileNotFoundError:
-        return None
-    except ValueError:  # somebody else's file
-        raise UsageError(f"{place.name}/{LOCK_FILE} is no lock of jlrm. Remove it.") from None
+    """Return what the object holds, None if there is none.
+
+    A bucket's objects change at once; a file that is being written is read again.
+    """
+    until = time.monotonic() + SETTLE
+    while True:
+        place.system.invalidate_cache()
+        try:
+            content = json.loads(place.system.cat_file(path))
+            if isinstance(content, dict) and {"writer", "since", "token"} <= content.keys():
+                return content
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            pass
+        if time.monotonic() >= until:  # somebody else's file
+            raise UsageError(f"{place.name}/{LOCK_FILE} is no lock of jlrm. Remove it.")
+        time.sleep(SETTLE / 20)
 
 
 def _beat(place: Place, path: str, mine: dict[str, str], has_ended: threading.Event) -> None:

@@ -24,7 +24,7 @@ def store(tmp_path, monkeypatch) -> tuple[str, pathlib.Path]:
     """Return a store's url, and its object on this disk; seconds become hundredths."""
     monkeypatch.setattr(lock, "BEAT", 0.05)
     monkeypatch.setattr(lock, "SILENT", 1.0)
-    monkeypatch.setattr(lock, "SETTLE", 0.02)
+    monkeypatch.setattr(lock, "SETTLE", 0.2)
     return f"file://{tmp_path}/store/run", tmp_path / "store/run" / lock.LOCK_FILE
 
 
@@ -96,11 +96,37 @@ def test_of_two_that_take_over_one_leaves(store, monkeypatch):
     assert json.loads(path.read_text())["token"] == "other"
 
 
-def test_a_file_that_is_no_lock_is_named(store):
+@pytest.mark.parametrize("content", ["mine", "[]", '{"writer": 7}'])
+def test_a_file_that_is_no_lock_is_named(store, content):
     url, path = store
     path.parent.mkdir(parents=True)
-    path.write_text("mine")
+    path.write_text(content)
     assert ".writer is no lock of jlrm. Remove it" in refused(url)
+
+
+@pytest.mark.parametrize("half", ["", '{"writer": "pro'])
+def test_a_lock_that_is_being_written_is_read_again(store, monkeypatch, half):
+    """A store on a disk shows an object while it is written."""
+    url, path = store
+    monkeypatch.setattr(lock, "SETTLE", 20.0)
+    path.parent.mkdir(parents=True)
+    path.write_text(half)
+    has_ended = threading.Event()
+
+    def write() -> None:
+        beat = 0
+        while not has_ended.wait(0.2):
+            beat += 1
+            (path.parent / "new").write_text(json.dumps(DEAD | {"beat": beat}))
+            (path.parent / "new").rename(path)
+
+    writing = threading.Thread(target=write)
+    writing.start()
+    try:
+        assert "is written by process 7 on judge-0" in refused(url)
+    finally:
+        has_ended.set()
+        writing.join()
 
 
 @pytest.mark.slow  # two processes
