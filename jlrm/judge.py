@@ -55,7 +55,7 @@ VERDICTS, SUMMARY = audit.VERDICTS, "summary.json"
 # Flags that say nothing of pairs that are typed, and of those that a model of ours judges.
 UNTYPED = ("out", "single", "rank", "make_pairs", "make_judgements", "json", "columns", "values")
 UNTYPED += ("reference", "rubric", "expected_scores", "at_once")
-UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches", "apart")
+UNSTREAMED = ("num_beams", "repetition_penalty", "batch_size", "fit_batches", "refill", "apart")
 
 
 def judge(args: argparse.Namespace) -> tally.JudgingSummary:

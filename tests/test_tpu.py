@@ -255,3 +255,9 @@ def test_slots_of_a_server():
         kept = memory.argument_size_in_bytes - memory.alias_size_in_bytes
         assert memory.alias_size_in_bytes > 2 * 2 * prefix * 2  # two layers, in place
         assert kept + memory.temp_size_in_bytes < 2**31
+    resize = jax.jit(partial(slots.resize, layout), static_argnums=2)
+    for size in (512, 2048):
+        program = resize.lower(state.turn, state.caches, size).compile()
+        assert not re.search("all-gather|all-reduce|permute|all-to-all", program.as_text())
+        caches = 2 * sum(leaf.size for leaf in jax.tree.leaves(state.caches)) / layout.mesh.size
+        assert program.memory_analysis().temp_size_in_bytes <= caches

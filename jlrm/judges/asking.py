@@ -20,6 +20,7 @@ from jlrm.evaluation.games import Backend, Game, Response
 from jlrm.evaluation.journal import Journal
 from jlrm.runtime import commands, hosts
 
+BLOCKS = 4  # that a host takes at least, where there are so many games
 SHOWN = 3  # reasons why games have no response
 POLL_SECONDS = 0.2
 _numbers = itertools.count()  # of shared lists of games, in the same order on all hosts
@@ -62,17 +63,19 @@ def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_
             ) from None
 
 
-def in_blocks(judge: Backend, size: int) -> Backend:
+def in_blocks(judge: Backend, size: int, largest: int = 0) -> Backend:
     """Return a judge that each host has for itself, of `size` games at a time.
 
     A host takes the next block when it is done with its last, so a slow one does not hold the
-    others. Process 0 records what all of them judge.
+    others. Process 0 records what all of them judge. Of many games blocks are larger, up to
+    `largest` (0: `size`), so that each host takes several.
     """
 
     def shared(games: Sequence[Game], record: Callable[[Response], None]) -> None:
         # Prompts of a block are padded to one length, and the longest take longest: first.
         ordered = sorted(games, key=lambda game: game.num_characters, reverse=True)
-        blocks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        own = max(size, min(largest, len(games) // (BLOCKS * hosts.count())))
+        blocks = [ordered[start : start + own] for start in range(0, len(ordered), own)]
         name, left = f"games-{next(_numbers)}", len(blocks)
 
         def collect() -> int:

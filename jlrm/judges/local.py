@@ -3,11 +3,13 @@
 Three ways to decode. Sampling and greedy decoding are those of training (sampler.py); beams or a
 repetition penalty are the search of the paper's own evaluation (beam.py).
 
-What is written in a game depends on the game alone, not on when it is asked, nor on what else is
-left to ask: its prompt's width is a function of its length, batches are filled up to one size so
-that a width is one compiled program, and random numbers are addressed by (seed, game, vote, token).
+What is written in a game of a batch depends on the game alone, not on when it is asked, nor on what
+else is left to ask: its prompt's width is a function of its length, batches are filled up to one
+size so that a width is one compiled program, and random numbers are addressed by (seed, game, vote,
+token).
 Another batch size or mesh is another program, whose sums may differ in their last bits: there a
-text differs where two ids are as good as tied.
+text differs where two ids are as good as tied. With `refill` games begin where others end, and
+other games make such a difference too.
 
 Left out: int8 weights, swapping and voting (the benchmarks' business), progress (the caller's).
 """
@@ -49,6 +51,7 @@ from jlrm.sampling.writer import (
 from jlrm.weights import hf_config, steps
 from jlrm.weights.source import model_files, num_labels, read_params
 
+REFILLED = 16  # batches that a host takes at a time, where games begin as others end
 STOP = {"</answer>": 2}  # of a pair; others are stopped behind as many scores as they have answers
 Expect = Callable[[Params, Sequence["WrittenGame"]], list[Response]]
 
@@ -165,7 +168,8 @@ def make(
     if not apart:
         return judge
     weights()  # by all hosts: some read together, and one may find no games left
-    return asking.in_blocks(judge, decoding.batch_size)
+    size = decoding.batch_size
+    return asking.in_blocks(judge, size, REFILLED * size if decoding.refill else size)
 
 
 def with_expected(

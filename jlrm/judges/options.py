@@ -64,6 +64,13 @@ OPTIONS: dict[str, Option] = {
         "smaller batches for few games: sooner done, but each size is one more program",
         False,
     ),
+    "refill": Option(
+        (JLRM,),
+        False,
+        "games begin where others have ended, not batch by batch: sooner done, but what is written "
+        "may depend on the others where two tokens are as good as tied",
+        False,
+    ),
     "mesh": Option(
         (JLRM,),
         [],

@@ -1,9 +1,11 @@
-"""Decoding that prompts enter and leave while it goes on, as a server needs it.
+"""Decoding that prompts enter and leave while it goes on.
 
-The sampler's batch (sampler.py) begins and ends as one. Here a fixed number of slots decodes on and
-on. `enter` runs new prompts and puts them into slots that are free; `advance` draws a block of
-tokens in all slots. Between two of these calls the host looks at what was drawn, and decides who
-comes next. A completion that ends inside a block leaves its slot idle until the block's end.
+So a server decodes, and a judge of thousands of games (writer.py): the sampler's batch (sampler.py)
+begins and ends as one, and most of it is idle until its longest completion ends. Here a fixed
+number of slots decodes on and on. `enter` runs new prompts and puts them into slots that are free;
+`advance` draws a block of tokens in all slots. Between two of these calls the host looks at what
+was drawn, and decides who comes next. A completion that ends inside a block leaves its slot idle
+until the block's end.
 
 What is drawn is what the sampler draws: the same decoding step, stop tables, and random numbers
 addressed by (seed, number of the prompt, completion, token). Each slot has a temperature of its own
@@ -41,8 +43,10 @@ class SlotSettings:
     max_prompt_tokens: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    distribution: Distribution  # without its temperature, which each slot has for itself
+    distribution: Distribution
     num_turns: int = 8  # tokens of a block
+    # Each slot has a temperature of its own; else all have that of `distribution`.
+    has_temperatures: bool = True
 
 
 class Sequences(NamedTuple):
@@ -64,6 +68,11 @@ class SlotState(NamedTuple):
     sequences: Sequences
     prefix: Prefix
     caches: list[KeysValues]
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens of a sequence that the caches hold."""
+        return self.caches[0].values.shape[3]
 
 
 class Entering(NamedTuple):
@@ -88,9 +97,16 @@ class Turns(NamedTuple):
 
 
 def empty(
-    config: QwenConfig, layout: Layout, settings: SlotSettings, stops: StopTables
+    config: QwenConfig,
+    layout: Layout,
+    settings: SlotSettings,
+    stops: StopTables,
+    num_cached: int = 0,
 ) -> SlotState:
-    """Return the state in which all slots are idle."""
+    """Return the state in which all slots are idle.
+
+    num_cached: tokens that the caches hold; 0: the longest completion's. See `resize`.
+    """
     num = settings.num_slots
     shape = (num, config.num_key_value_heads, settings.max_prompt_tokens, config.head_dim)
     zeros, row = jnp.zeros(num, jnp.int32), layout.shard(jnp.zeros(num, jnp.int32), "P")
@@ -104,8 +120,28 @@ def empty(
             *(zeros, zeros, zeros, zeros.astype(jnp.float32)), addresses, states, states[..., 0]
         ),
         Prefix([KeysValues(keys, keys)] * config.num_hidden_layers, row, mask),
-        decode.empty_caches(config, layout, (num, 1), settings.max_new_tokens),
+        decode.empty_caches(config, layout, (num, 1), num_cached or settings.max_new_tokens),
     )
+
+
+def resize(
+    layout: Layout, turn: Int[Array, ""], caches: list[KeysValues], num_cached: int
+) -> tuple[Int[Array, ""], list[KeysValues]]:
+    """Return turn and caches of a state where the caches hold `num_cached` tokens.
+
+    That are as many as any slot will have drawn. A step reads the caches whole, so they are best no
+    longer than the longest completion needs.
+    """
+    before = caches[0].values.shape[3]
+    kept = min(before, num_cached)
+
+    def cut(x: Array, axis: int) -> Array:
+        # The token written last comes to the end, and the oldest ones go.
+        x = jnp.roll(x, before - turn, axis)
+        return jax.lax.slice_in_dim(x, before - kept, before, axis=axis)
+
+    rolled = [KeysValues(cut(each.keys, 4), cut(each.values, 3)) for each in caches]
+    return jnp.int32(kept % num_cached), decode.grow_caches(layout, rolled, num_cached)
 
 
 def enter(
@@ -204,7 +240,7 @@ def advance(
 
     def draw(carry: tuple[SlotState, Turns, Array]) -> tuple[SlotState, Turns, Array]:
         state, block, turn = carry
-        state = state._replace(turn=(state.turn + 1) % settings.max_new_tokens)
+        state = state._replace(turn=(state.turn + 1) % state.num_cached)
         new = _next_tokens(state)
         hidden, caches = decode.decode_step(config, layout, params, prefix, state.caches, new)
         logits = decode.logits(config, layout, params, hidden)
@@ -228,7 +264,7 @@ def advance(
 
 def _next_tokens(state: SlotState) -> NextTokens:
     """Return the tokens drawn last, as a decoding step takes them; see the sampler's."""
-    sequences, num_cached = state.sequences, state.caches[0].values.shape[3]
+    sequences, num_cached = state.sequences, state.num_cached
     ring = (state.turn - 1) % num_cached
     age = (ring - jnp.arange(num_cached)) % num_cached
     positions = state.prefix.lengths + sequences.count - 1
@@ -250,6 +286,9 @@ def _draw(
         return jax.random.uniform(jax.random.fold_in(key, count))
 
     uniforms = layout.shard(jax.vmap(uniform)(addresses, counts), "M")
+    if not settings.has_temperatures:
+        drawn, _ = sample(layout, logits, settings.distribution, uniforms)
+        return layout.shard(drawn, "M")
     scaled = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
     drawn, _ = sample(layout, scaled, settings.distribution, uniforms)
     greedy = dataclasses.replace(settings.distribution, temperature=0.0)

@@ -1,4 +1,10 @@
-"""Completions of many prompts, batch by batch: by sampling or by beam search, on one mesh."""
+"""Completions of many prompts on one mesh: by sampling or by beam search, in batches or in slots.
+
+A batch lasts as long as its longest completion. In slots (slots.py) the next prompts of a width are
+run as soon as an eighth of the slots is free. Where a text's keys and values lie in a cache then
+depends on when it began, and so do the last bits of its sums: another neighbour may change a text
+where two ids are as good as tied. In batches it can't.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,14 +26,16 @@ from jlrm.data.tokenizer import token_bytes
 from jlrm.model.qwen import Params
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import global_array, host_array, replicate
-from jlrm.sampling import beam
+from jlrm.sampling import beam, slots
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.policy import Network, TextPolicy
-from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.sampler import SamplerSettings, cache_sizes
+from jlrm.sampling.slots import RUNNING, STOPPED, Entering, SlotSettings, SlotState
 from jlrm.sampling.stops import StopTables, stop_tables
 
 SMALLEST_WIDTH = 256  # tokens of a prompt; each width is another program to compile
+PARTS = 8  # of the slots, of which one is free before prompts enter
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class DecodingSettings:
     stop_after: str = ""  # stop strings count behind the last one of this text; "": anywhere
     # Batches of few prompts are smaller: the next power of two. Each size is one more program.
     fit_batches: bool = False
+    refill: bool = False  # in slots, not in batches
 
 
 class Completion(NamedTuple):
@@ -63,10 +72,13 @@ class Written(NamedTuple):
     seconds: float
 
 
-# write(weights laid out for decoding, prompts): yields each prompt once, the longest first
+Ids = Sequence[int]
+# write(weights laid out for decoding, prompts): yields each prompt once, the widest first
 Writer = Callable[[Params, Sequence[Example]], Iterator[Written]]
 # the same of one batch of prompts; the numbers address their random numbers
-WriteBatch = Callable[[Params, Sequence[Sequence[int]], np.ndarray], list[list[Completion]]]
+WriteBatch = Callable[[Params, Sequence[Ids], np.ndarray], list[list[Completion]]]
+# the same of all prompts of one width: yields the completions of those that end together, by index
+WriteAll = Callable[[Params, Sequence[Ids], np.ndarray], Iterator[dict[int, list[Completion]]]]
 
 
 def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[int]) -> Writer:
@@ -78,22 +90,45 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
         decoding.stop_strings, spelled, policy.model.vocab_size, decoding.stop_after
     )
     is_search = decoding.num_beams > 1 or decoding.repetition_penalty != 1.0
-    batch_writer = _searching if is_search else _sampling
-    program = functools.cache(partial(batch_writer, policy, decoding, tables))
+
+    def fitted(num_prompts: int) -> int:
+        """Return how many prompts are decoded together where there are so many."""
+        if not decoding.fit_batches:
+            return num_rows
+        shards = -(-num_prompts // num_shards)
+        return min(num_shards << (shards - 1).bit_length(), num_rows)
+
+    def in_batches(width: int) -> WriteAll:
+        program = (_searching if is_search else _sampling)(policy, decoding, tables, width)
+
+        def write(
+            weights: Params, prompts: Sequence[Ids], numbers: np.ndarray
+        ) -> Iterator[dict[int, list[Completion]]]:
+            for start in range(0, len(prompts), num_rows):
+                batch = [*range(start, min(start + num_rows, len(prompts)))]
+                filled = batch + [batch[-1]] * (fitted(len(batch)) - len(batch))
+                written = program(weights, [prompts[i] for i in filled], numbers[filled])
+                yield dict(zip(batch, written, strict=False))
+
+        return write
+
+    @functools.cache
+    def writer(width: int, num_prompts: int) -> WriteAll:
+        """Return what writes to prompts of a width; `num_prompts` at once, in slots."""
+        if decoding.refill:
+            return _SlotPrograms(policy, decoding, tables, width, num_prompts).write
+        return in_batches(width)
 
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
-        for width, batch in _batches(examples, sizes, num_rows):
+        for width, fitting in _by_width(examples, sizes):
+            write_all = writer(width, fitted(len(fitting)) if decoding.refill else num_rows)
+            numbers = np.array([address(each.comparison.id) for each in fitting], np.int32)
             start = time.monotonic()
-            size = num_rows
-            if decoding.fit_batches:
-                shards = -(-len(batch) // num_shards)
-                size = min(num_shards << (shards - 1).bit_length(), num_rows)
-            filled = [*batch, *[batch[-1]] * (size - len(batch))]
-            numbers = np.array([address(each.comparison.id) for each in filled], np.int32)
-            written = program(width)(weights, [each.prompt_ids for each in filled], numbers)
-            seconds = (time.monotonic() - start) / len(batch)
-            for example, completions in zip(batch, written[: len(batch)], strict=True):
-                yield Written(example, completions, seconds)
+            for written in write_all(weights, [each.prompt_ids for each in fitting], numbers):
+                seconds = (time.monotonic() - start) / len(written)
+                for index, completions in written.items():
+                    yield Written(fitting[index], completions, seconds)
+                start = time.monotonic()
 
     return write
 
@@ -142,6 +177,12 @@ def check_decoding(decoding: DecodingSettings) -> None:
             f"num_beams={num_beams}, repetition_penalty={repetition_penalty}: wanted a number of "
             "beams from 1, and a penalty above 0. Both are off at 1."
         )
+    if decoding.refill and (num_beams > 1 or repetition_penalty != 1.0):
+        raise UsageError(
+            f"refill with num_beams={num_beams}, repetition_penalty={repetition_penalty}: beams "
+            "and the penalty are decoded batch by batch. Leave refill out, or set both of them to "
+            "1."
+        )
     if temperature > 0 and (num_beams > 1 or repetition_penalty != 1.0):
         raise UsageError(
             f"temperature={temperature} with num_beams={num_beams}, "
@@ -169,6 +210,139 @@ def _sampling(
         return [rows[i : i + votes] for i in range(0, len(rows), votes)]
 
     return write
+
+
+@dataclass
+class _Text:
+    """A completion that is being written in a slot."""
+
+    prompt: int
+    ids: list[int] = field(default_factory=list)
+    ending: int = RUNNING
+
+
+class _SlotPrograms:
+    """What `WriteAll` needs in slots: the programs of one width, and when which is called."""
+
+    def __init__(
+        self,
+        policy: TextPolicy,
+        decoding: DecodingSettings,
+        tables: StopTables,
+        width: int,
+        num_prompts: int,
+    ) -> None:
+        layout, sampled = policy.decoding, sampler_settings(policy, decoding)
+        settings = SlotSettings(
+            num_prompts * decoding.votes,
+            width,
+            sampled.max_new_tokens,
+            sampled.stop_ids,
+            sampled.distribution,
+            has_temperatures=False,
+        )
+        shards = layout.num_shards("P")
+        self.group = shards * max(num_prompts // PARTS // shards, 1)  # prompts that enter together
+        self.settings, self.decoding, self.layout = settings, decoding, layout
+        self.accept = tables.accept
+        self.stops: StopTables = self._everywhere(tables)
+        self.sizes = cache_sizes(settings.max_new_tokens)
+        bound = policy.model, layout, settings
+        self.empty = jax.jit(partial(slots.empty, *bound, num_cached=self.sizes[0]))
+        self.enter = jax.jit(partial(slots.enter, *bound), donate_argnums=1)
+        self.advance = jax.jit(partial(slots.advance, *bound, width), donate_argnums=1)
+        self.resize = jax.jit(partial(slots.resize, layout), static_argnums=2)
+
+    def write(
+        self, weights: Params, prompts: Sequence[Ids], numbers: np.ndarray
+    ) -> Iterator[dict[int, list[Completion]]]:
+        """Let prompts enter as slots become free, and decode until all have ended."""
+        votes, state = self.decoding.votes, self.empty(self.stops)
+        texts = [[_Text(i) for _ in range(votes)] for i in range(len(prompts))]
+        holds: list[_Text | None] = [None] * self.settings.num_slots
+        num_entered = 0
+        while num_entered < len(prompts) or any(holds):
+            free = [slot for slot, held in enumerate(holds) if held is None]
+            if num_entered < len(prompts) and len(free) >= self.group * votes:
+                chosen = [*range(num_entered, len(prompts))][: self.group]
+                places = np.array(free[: len(chosen) * votes], np.int32).reshape(-1, votes)
+                for i, own in zip(chosen, places, strict=True):
+                    for slot, text in zip(own, texts[i], strict=True):
+                        holds[slot] = text
+                num_entered += len(chosen)
+                # The caches stay outside: their size is no matter of this program.
+                caches, state = state.caches, state._replace(caches=[])
+                entering = self._entering(chosen, places, prompts, numbers)
+                state, block = self.enter(weights, state, *entering, self.stops)
+                state = state._replace(caches=caches)
+            else:
+                state = self._fitted(state, max(len(text.ids) for text in holds if text))
+                is_wanted = self._everywhere(np.array([text is not None for text in holds]))
+                state, block = self.advance(weights, state, is_wanted, self.stops)
+            drawn = map(host_array, replicate(self.layout, block))
+            ended = sorted(_take(holds, *drawn))
+            over = [i for i in ended if all(text.ending != RUNNING for text in texts[i])]
+            if over:
+                yield {i: _completions(texts[i]) for i in over}
+
+    def _entering(
+        self,
+        chosen: Sequence[int],
+        places: Int[np.ndarray, "P R"],
+        prompts: Sequence[Ids],
+        numbers: np.ndarray,
+    ) -> tuple[Prompts, Entering]:
+        """Return what enters; it is filled up by the last prompt, in the same slots."""
+        filled = np.minimum(np.arange(self.group), len(chosen) - 1)
+        rows = [chosen[i] for i in filled]
+        tokens, lengths = pad([prompts[i] for i in rows], self.settings.max_prompt_tokens)
+        of_prompts = (
+            global_array(tokens, self.layout.activation("P T")),
+            global_array(lengths, self.layout.activation("P")),
+        )
+        seed, votes = self.decoding.seed, range(self.decoding.votes)
+        entering = Entering(
+            places[filled],
+            np.full(self.group, self.settings.max_new_tokens, np.int32),
+            np.full(self.group, self.decoding.temperature, np.float32),
+            np.array([[(seed, numbers[i], vote) for vote in votes] for i in rows], np.int32),
+            np.tile(self.accept, (self.group, 1)),
+        )
+        return Prompts(*of_prompts), self._everywhere(entering)
+
+    def _fitted(self, state: SlotState, longest: int) -> SlotState:
+        """Return the state with the smallest caches that hold what the next block may draw."""
+        needed = min(longest + self.settings.num_turns, self.sizes[-1])
+        size = next(size for size in self.sizes if size >= needed)
+        if state.num_cached == size:
+            return state
+        turn, caches = self.resize(state.turn, state.caches, size)
+        return state._replace(turn=turn, caches=caches)
+
+    def _everywhere(self, tree: Any) -> Any:
+        return jax.tree.map(lambda x: global_array(x, self.layout.replicated()), tree)
+
+
+def _take(
+    holds: list[_Text | None],
+    tokens: Int[np.ndarray, "P turns"],
+    lengths: Int[np.ndarray, " P"],
+    endings: Int[np.ndarray, " P"],
+) -> set[int]:
+    """Give each text what was drawn for it; return the prompts of those that have ended."""
+    ended = set()
+    for slot, text in enumerate(holds):
+        if text is not None:
+            text.ids += tokens[slot, : lengths[slot]].tolist()
+            text.ending = int(endings[slot])
+            if text.ending != RUNNING:
+                holds[slot] = None
+                ended.add(text.prompt)
+    return ended
+
+
+def _completions(texts: Sequence[_Text]) -> list[Completion]:
+    return [Completion(text.ids, text.ending == STOPPED) for text in texts]
 
 
 def _searching(
@@ -213,11 +387,11 @@ def _cut(
     return [Completion(row[:length].tolist(), bool(finished)) for row, length, finished in rows]
 
 
-def _batches(
-    examples: Sequence[Example], sizes: Sequence[int], num_rows: int
+def _by_width(
+    examples: Sequence[Example], sizes: Sequence[int]
 ) -> Iterator[tuple[int, list[Example]]]:
-    """Yield batches of prompts that fit one width, with it: the longest first, memory's worst."""
+    """Yield the prompts that fit one width, with it: the longest first, memory's worst."""
     for below, width in reversed(list(zip([0, *sizes], sizes, strict=False))):
         fitting = [example for example in examples if below < len(example.prompt_ids) <= width]
-        for start in range(0, len(fitting), num_rows):
-            yield width, fitting[start : start + num_rows]
+        if fitting:
+            yield width, fitting

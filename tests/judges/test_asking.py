@@ -76,5 +76,8 @@ def test_a_slow_host_takes_fewer_blocks(monkeypatch):
     # Blocks are of like lengths, the longest first: the second holds games 7 and 6.
     assert mine == [[games[7].id, games[6].id]]
     assert not theirs and [r.texts[0] for r in recorded].count("mine") == 2 and len(recorded) == 10
+    mine.clear()
+    in_blocks(judge, 1, 3)(games * 3, recorded.append)  # 30 games, 2 hosts: 3 of them a block
+    assert len(mine) == 1 and len(mine[0]) == 3
     monkeypatch.undo()
     assert in_blocks(judge, 2) is judge  # one process has nobody to share with

@@ -25,7 +25,7 @@ from jlrm.evaluation.prompting import comparison
 from jlrm.judgement import prompts
 from jlrm.judges import local
 from jlrm.model.qwen import QwenConfig
-from jlrm.sampling import writer
+from jlrm.sampling import slots, writer
 from jlrm.weights import hf, hf_config
 
 VOCAB = 448  # of the generated tokenizer
@@ -150,6 +150,33 @@ def test_a_run_that_was_killed_goes_on_to_the_same_answers(judges, wanted, decod
 def test_mesh_and_batch_size_do_not_matter(judges, wanted, decoding):
     judge = judges(decoding, mesh=MeshConfig(1, 4, 2), batch_size=3)
     assert texts(judge, GAMES[:9]) == {game.id: wanted(decoding)[game.id] for game in GAMES[:9]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(1, 4, 2)])
+@pytest.mark.parametrize("decoding", ["greedy", "sampling"])
+def test_slots_that_the_next_game_takes_write_the_same(directory, monkeypatch, decoding, mesh):
+    """Texts of 5 to 40 tokens; caches grow to 20 and 40 meanwhile, and wrap."""
+    monkeypatch.setattr("jlrm.sampling.sampler.SMALLEST_CACHE", 12)
+    monkeypatch.setattr(local, "STOP", {"e": 2})
+    monkeypatch.setattr(prompts, "reasoning_end", lambda _: "")
+    settings = {**DECODINGS[decoding], "max_new_tokens": 40, "mesh": mesh}
+    sizes, resize = [], slots.resize
+    monkeypatch.setattr(slots, "resize", lambda *a: sizes.append(a[3]) or resize(*a))
+    found = answers(made(directory, refill=True, **settings), GAMES)
+    assert {*sizes} >= {20, 40}
+    expected = answers(made(directory, **settings), GAMES)
+    for game in GAMES:
+        assert found[game.id].texts == expected[game.id].texts
+        assert found[game.id].endings == expected[game.id].endings
+    lengths = {answer.num_tokens for answer in found.values()}
+    assert len(lengths) > 5 and min(lengths) < 15 and max(lengths) > 30
+
+
+@pytest.mark.slow
+def test_a_few_games_in_slots(directory, wanted):
+    judge = made(directory, refill=True, fit_batches=True)
+    assert texts(judge, GAMES[3:4]) == {GAMES[3].id: wanted("greedy")[GAMES[3].id]}
 
 
 @pytest.mark.slow
@@ -289,16 +316,15 @@ def test_widths_are_few_and_waste_little(longest):
         assert width - length <= max(256, width / 3)
 
 
-def test_batches_hold_every_prompt_once_in_the_narrowest_width(directory):
+def test_every_prompt_is_written_once_in_the_narrowest_width(directory):
     tokenizer = load_tokenizer(directory)
     items = [Item(str(i), "Name birds.", ("robin " * i, "wren")) for i in range(40)]
     examples = encoded(both_orders(items), tokenizer)
     sizes, found = [64, 96, 128], []
-    for width, batch in writer._batches(examples, sizes, 4):
-        assert 1 <= len(batch) <= 4
-        for example in batch:
+    for width, fitting in writer._by_width(examples, sizes):
+        for example in fitting:
             assert width == next(s for s in sizes if s >= len(example.prompt_ids))
-        found += batch
+        found += fitting
     assert sorted(e.comparison.id for e in found) == sorted(
         e.comparison.id for e in examples if len(e.prompt_ids) <= 128
     )
@@ -311,6 +337,8 @@ def test_batches_hold_every_prompt_once_in_the_narrowest_width(directory):
         ({"temperature": 0.2, "num_beams": 4}, "num_beams=4"),
         ({"temperature": 0.2, "repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"votes": 3}, "votes=3 at temperature 0"),
+        ({"refill": True, "num_beams": 4}, "refill with num_beams=4"),
+        ({"refill": True, "repetition_penalty": 1.2}, "repetition_penalty=1.2"),
         ({"num_beams": 0}, "num_beams=0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
         ({"max_new_tokens": 300}, "556 tokens.*positions for 512"),

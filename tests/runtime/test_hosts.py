@@ -454,19 +454,19 @@ def test_several_hosts_judge_one_benchmark(settings):
     flags += ["--data", str(settings / "rows.jsonl"), "--limit", "12", "--batch-size", "8"]
     flags += ["--max-prompt-tokens", "48", "--max-new-tokens", "8", "--compute-dtype", "float32"]
     found = {}
-    for count, apart in ((1, False), (2, False), (2, True)):
-        out, more = settings / f"judged_by_{count}_{apart}", ["--apart"] if apart else []
-        command = [*flags, *more, "--out", str(out), "--no-report"]
+    for count, flag in ((1, "--no-apart"), (2, "--no-apart"), (2, "--apart"), (2, "--refill")):
+        out = settings / f"judged_by_{count}{flag}"
+        command = [*flags, flag, "--out", str(out), "--no-report"]
         pod = Pod(settings / f"{out}.pod", count, *command)
         assert pod.wait() == [0] * count, pod.said(count - 1)
         assert ["Written" in pod.said(number) for number in range(count)] == [True, False][:count]
         lines = (out / "pairs" / "responses.jsonl").read_text().splitlines()[1:]
         rows = map(json.loads, lines)
-        found[count, apart] = {row["game"]: row["outputs"] for row in rows}
+        found[count, flag] = {row["game"]: row["outputs"] for row in rows}
         results = json.loads((out / "results.json").read_text())
         assert results["benchmarks"]["pairs"]["n"] == 12
-    one, together, blockwise = found.values()
-    assert one == together == blockwise and len(one) == 24
+    one, together, blockwise, refilled = found.values()
+    assert one == together == blockwise == refilled and len(one) == 24
 
 
 @pytest.mark.slow

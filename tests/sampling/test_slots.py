@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from functools import partial
 from typing import Any
@@ -144,6 +145,31 @@ def test_votes_of_a_prompt_share_its_run():
     wanted = draw(ids, lengths, stop_ids=END_IDS)
     for row, (tokens, length) in enumerate(zip(wanted.tokens, wanted.lengths, strict=True)):
         assert served.drawn[divmod(row, 2)] == tokens[:length].tolist()
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 1, 1), (2, 2, 2)])
+def test_caches_grow_and_shrink_between_blocks(mesh_shape):
+    """To every size that holds what is cached, and what a block may add, in a fixed order."""
+    ids, lengths = random_prompts()
+    served = Slots(4, mesh_shape=mesh_shape)
+    resize = jax.jit(partial(slots.resize, rollout_layout(mesh_of(*mesh_shape))), static_argnums=2)
+    advance, order, changes = served.advance, itertools.cycle((11, 4, 7, NUM_NEW, 5)), set()
+
+    def resized() -> None:
+        running = [len(served.drawn[held]) for held in served.holds if held]
+        needed = min(max(running, default=0) + 3, NUM_NEW)
+        size = next(each for each in order if each >= needed)
+        changes.add(np.sign(size - served.state.num_cached))
+        turn, caches = resize(served.state.turn, served.state.caches, size)
+        served.state = served.state._replace(turn=turn, caches=caches)
+        advance()
+
+    served.advance = resized
+    play(served, ids, lengths)
+    wanted = draw(ids, lengths, grid_keys(num_rollouts=1), stop_ids=END_IDS, mesh_shape=mesh_shape)
+    for number, (tokens, length) in enumerate(zip(wanted.tokens, wanted.lengths, strict=True)):
+        assert served.drawn[number, 0] == tokens[:length].tolist()
+    assert {-1, 1} <= changes
 
 
 def test_a_prompt_that_fills_a_call_enters_once():
