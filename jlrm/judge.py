@@ -11,8 +11,8 @@
     3  write   DIR/verdicts.jsonl, a line for each line read, in order; DIR/summary.json; and
                report.html, which shows them
 
-The same command goes on where it was stopped, and gives the same lines. A row that can't be judged
-has its line too, with the reason. On several hosts all of them run the command.
+The same command goes on where it was stopped, and gives the same lines (but for --refill). A row
+that can't be judged has its line too, with the reason. On several hosts all of them run it.
 """
 
 from __future__ import annotations

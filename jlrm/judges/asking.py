@@ -64,11 +64,11 @@ def judge(backend: Backend, left: Sequence[Game], kept: Journal, name: str, num_
 
 
 def in_blocks(judge: Backend, size: int, largest: int = 0) -> Backend:
-    """Return a judge that each host has for itself, of `size` games at a time.
+    """Return a judge that each host has for itself, of blocks of `size` games.
 
     A host takes the next block when it is done with its last, so a slow one does not hold the
-    others. Process 0 records what all of them judge. Of many games blocks are larger, up to
-    `largest` (0: `size`), so that each host takes several.
+    others. Of many games blocks are larger, up to `largest` (0: `size`), so that each host takes
+    several. Process 0 records what all of them judge, as it comes: `size` responses at a time.
     """
 
     def shared(games: Sequence[Game], record: Callable[[Response], None]) -> None:
@@ -79,16 +79,33 @@ def in_blocks(judge: Backend, size: int, largest: int = 0) -> Backend:
         name, left = f"games-{next(_numbers)}", len(blocks)
 
         def collect() -> int:
+            """Record what has come, and return how many blocks it ends."""
             arrived = hosts.received(name)
-            for response in itertools.chain(*arrived):
-                record(response)
-            return len(arrived)
+            for responses, _ in arrived:
+                for response in responses:
+                    record(response)
+            return sum(is_end for _, is_end in arrived)
+
+        def take(number: int) -> None:
+            waiting: list[Response] = []
+            parts = itertools.count(number * (own + 1))
+
+            def send(is_end: bool) -> None:
+                nonlocal left
+                hosts.send(name, next(parts), ([*waiting], is_end))
+                waiting.clear()
+                left -= collect() if hosts.is_main() else 0
+
+            def keep(response: Response) -> None:
+                waiting.append(response)
+                if len(waiting) == size:
+                    send(False)
+
+            judge(blocks[number], keep)
+            send(True)
 
         for number in hosts.taken(name, len(blocks)):
-            responses: list[Response] = []
-            judge(blocks[number], responses.append)
-            hosts.send(name, number, responses)
-            left -= collect() if hosts.is_main() else 0
+            take(number)
         while hosts.is_main() and left:
             time.sleep(POLL_SECONDS)
             left -= collect()

@@ -129,7 +129,8 @@ def make(
         with its last (`asking.in_blocks`). Otherwise all hosts judge each batch together.
 
     A prompt over `max_prompt_tokens` is answered with an error, and so never cut. At most
-    `len(widths(max_prompt_tokens))` programs are compiled, each when a prompt first needs it.
+    `len(widths(max_prompt_tokens))` programs are compiled, each when a prompt first needs it; with
+    `decoding.refill` for each width one that prompts enter by, and one for each size of caches.
 
     Raises:
       UsageError: anything the user can mend.

@@ -319,7 +319,7 @@ class _Seen:
     at: str = "start-up"
     host: str = "?"
     beat_time: float = 0.0
-    step_time: float = 0.0
+    passed_time: float | None = None  # since when another one is further; None: none is
 
 
 def _watch(timeout: float) -> None:
@@ -357,20 +357,23 @@ def _note(seen: dict[int, _Seen], alive: list[tuple[str, str]]) -> None:
         if beat != about.beat:
             about.beat, about.beat_time = beat, now
         if step != about.step:
-            about.step, about.step_time = step, now
+            about.step, about.passed_time = step, None
+    furthest = max(about.step for about in seen.values())
+    for about in seen.values():
+        if 0 <= about.step < furthest and about.passed_time is None:
+            about.passed_time = now
 
 
 def _check_alive(seen: dict[int, _Seen], timeout: float) -> None:
     """End this process if another one is silent, or hangs."""
-    now, furthest = time.monotonic(), max(about.step for about in seen.values())
+    now = time.monotonic()
     for number, about in seen.items():
         if now - about.beat_time > SILENT_SECONDS:
             silent = f"{now - about.beat_time:.0f} s"
             _give_up(GONE, f"Process {number} ({about.host}) has been silent for {silent}.")
         # Slowness alone is no fault: all may be in one long step. A process hangs only if another
         # has gone on without it.
-        is_behind = 0 <= about.step < furthest
-        if is_behind and now - about.step_time > timeout:
+        if about.passed_time is not None and now - about.passed_time > timeout:
             _give_up(
                 GONE,
                 f"Process {number} ({about.host}) hangs: it has come no further than "

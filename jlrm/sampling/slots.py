@@ -43,10 +43,9 @@ class SlotSettings:
     max_prompt_tokens: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
-    distribution: Distribution
+    distribution: Distribution  # of temperature 1 where each slot has one of its own
     num_turns: int = 8  # tokens of a block
-    # Each slot has a temperature of its own; else all have that of `distribution`.
-    has_temperatures: bool = True
+    has_temperatures: bool = True  # of its own; else all slots have that of the distribution
 
 
 class Sequences(NamedTuple):
@@ -64,7 +63,7 @@ class Sequences(NamedTuple):
 class SlotState(NamedTuple):
     """The prompts, the tokens so far and their caches, of all slots."""
 
-    turn: Int[Array, ""]  # decoding steps run so far, modulo the size of the caches
+    turn: Int[Array, ""]  # place in the caches that the next decoding step writes
     sequences: Sequences
     prefix: Prefix
     caches: list[KeysValues]
@@ -109,19 +108,20 @@ def empty(
     """
     num = settings.num_slots
     shape = (num, config.num_key_value_heads, settings.max_prompt_tokens, config.head_dim)
-    zeros, row = jnp.zeros(num, jnp.int32), layout.shard(jnp.zeros(num, jnp.int32), "P")
+    zeros = jnp.zeros(num, jnp.int32)
     keys = layout.shard(jnp.zeros(shape, config.compute_dtype), "P K T H")
-    mask = layout.shard(jnp.zeros((num, settings.max_prompt_tokens), bool), "P T")
+    mask = jnp.zeros((num, settings.max_prompt_tokens), bool)
     states = jnp.zeros((len(stops.tables), num, 1), stops.tables.dtype)
     addresses = jnp.zeros((num, 3), jnp.int32)
-    return SlotState(
+    state = SlotState(
         jnp.int32(0),
         Sequences(
             *(zeros, zeros, zeros, zeros.astype(jnp.float32)), addresses, states, states[..., 0]
         ),
-        Prefix([KeysValues(keys, keys)] * config.num_hidden_layers, row, mask),
+        Prefix([KeysValues(keys, keys)] * config.num_hidden_layers, zeros, mask),
         decode.empty_caches(config, layout, (num, 1), num_cached or settings.max_new_tokens),
     )
+    return _placed(layout, state)
 
 
 def resize(
@@ -129,8 +129,8 @@ def resize(
 ) -> tuple[Int[Array, ""], list[KeysValues]]:
     """Return turn and caches of a state where the caches hold `num_cached` tokens.
 
-    That are as many as any slot will have drawn. A step reads the caches whole, so they are best no
-    longer than the longest completion needs.
+    They must be as many as any slot will have drawn when it is resized next: what does not fit is
+    lost. A step reads the caches whole, so they are best no longer than the longest one needs.
     """
     before = caches[0].values.shape[3]
     kept = min(before, num_cached)
@@ -141,7 +141,8 @@ def resize(
         return jax.lax.slice_in_dim(x, before - kept, before, axis=axis)
 
     rolled = [KeysValues(cut(each.keys, 4), cut(each.values, 3)) for each in caches]
-    return jnp.int32(kept % num_cached), decode.grow_caches(layout, rolled, num_cached)
+    turn = layout.shard(jnp.int32(kept % num_cached), "")
+    return turn, decode.grow_caches(layout, rolled, num_cached)
 
 
 def enter(
@@ -201,7 +202,7 @@ def enter(
     drawn = _draw(layout, settings, logits, temperatures, addresses, jnp.zeros_like(slots))
     is_new = jnp.zeros_like(old.count, bool).at[slots].set(True)
     sequences, block = _record(settings, sequences, put(old.token, drawn), is_new, stops)
-    return state._replace(sequences=sequences, prefix=prefix), block
+    return _placed(layout, state._replace(sequences=sequences, prefix=prefix)), block
 
 
 def advance(
@@ -259,7 +260,21 @@ def advance(
     small, block, _ = jax.lax.while_loop(
         is_running, draw, (small, Turns(empty, nothing, nothing), jnp.int32(0))
     )
-    return small._replace(prefix=kept), block
+    return _placed(layout, small._replace(prefix=kept)), block
+
+
+def _placed(layout: Layout, state: SlotState) -> SlotState:
+    """Return the state with all that is small where each program leaves it, and wants it.
+
+    Keys, values and caches are put where they are made. A state that lies otherwise would be
+    compiled for anew.
+    """
+    named = state.sequences._asdict().items()
+    ranks = {"address": "M -", "stop_states": "- M -", "accept": "- M"}
+    sequences = Sequences(*(layout.shard(x, ranks.get(name, "M")) for name, x in named))
+    lengths, mask = layout.shard(state.prefix.lengths, "P"), layout.shard(state.prefix.mask, "P T")
+    prefix = state.prefix._replace(lengths=lengths, mask=mask)
+    return state._replace(turn=layout.shard(state.turn, ""), sequences=sequences, prefix=prefix)
 
 
 def _next_tokens(state: SlotState) -> NextTokens:

@@ -1,9 +1,9 @@
 """Completions of many prompts on one mesh: by sampling or by beam search, in batches or in slots.
 
 A batch lasts as long as its longest completion. In slots (slots.py) the next prompts of a width are
-run as soon as an eighth of the slots is free. Where a text's keys and values lie in a cache then
-depends on when it began, and so do the last bits of its sums: another neighbour may change a text
-where two ids are as good as tied. In batches it can't.
+run as soon as an eighth of the slots is free (of many devices a quarter). Where a text's keys and
+values lie in a cache then depends on when it began, and so do the last bits of its sums: another
+neighbour may change a text where two ids are as good as tied. In batches it can't.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from jlrm.sampling.stops import StopTables, stop_tables
 
 SMALLEST_WIDTH = 256  # tokens of a prompt; each width is another program to compile
 PARTS = 8  # of the slots, of which one is free before prompts enter
+FILLING = 4  # times as many prompts as enter may be run with them, on many devices
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class DecodingSettings:
     """How judgements are written."""
 
     max_new_tokens: int
-    batch_size: int  # prompts decoded together, each with all its votes or beams
+    # Prompts decoded together, each with all its votes or beams; with `refill` completions.
+    batch_size: int
     seed: int = 0
     temperature: float = 0.0  # 0 is greedy
     top_p: float = 1.0
@@ -98,6 +100,7 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
         shards = -(-num_prompts // num_shards)
         return min(num_shards << (shards - 1).bit_length(), num_rows)
 
+    @functools.cache
     def in_batches(width: int) -> WriteAll:
         program = (_searching if is_search else _sampling)(policy, decoding, tables, width)
 
@@ -113,15 +116,16 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
         return write
 
     @functools.cache
-    def writer(width: int, num_prompts: int) -> WriteAll:
-        """Return what writes to prompts of a width; `num_prompts` at once, in slots."""
-        if decoding.refill:
-            return _SlotPrograms(policy, decoding, tables, width, num_prompts).write
-        return in_batches(width)
+    def in_slots(width: int, num_slots: int) -> WriteAll:
+        return _SlotPrograms(policy, decoding, tables, width, num_slots).write
 
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
         for width, fitting in _by_width(examples, sizes):
-            write_all = writer(width, fitted(len(fitting)) if decoding.refill else num_rows)
+            if decoding.refill:
+                votes = -(-decoding.votes // num_shards) * num_shards
+                write_all = in_slots(width, max(fitted(len(fitting) * decoding.votes), votes))
+            else:
+                write_all = in_batches(width)
             numbers = np.array([address(each.comparison.id) for each in fitting], np.int32)
             start = time.monotonic()
             for written in write_all(weights, [each.prompt_ids for each in fitting], numbers):
@@ -230,19 +234,20 @@ class _SlotPrograms:
         decoding: DecodingSettings,
         tables: StopTables,
         width: int,
-        num_prompts: int,
+        num_slots: int,
     ) -> None:
         layout, sampled = policy.decoding, sampler_settings(policy, decoding)
         settings = SlotSettings(
-            num_prompts * decoding.votes,
+            num_slots,
             width,
             sampled.max_new_tokens,
             sampled.stop_ids,
             sampled.distribution,
             has_temperatures=False,
         )
-        shards = layout.num_shards("P")
-        self.group = shards * max(num_prompts // PARTS // shards, 1)  # prompts that enter together
+        shards, num_prompts = layout.num_shards("P"), num_slots // decoding.votes
+        self.group = shards * max(num_prompts // PARTS // shards, 1)  # most that enter together
+        self.least = max(num_prompts // PARTS, min(self.group // FILLING, num_prompts), 1)
         self.settings, self.decoding, self.layout = settings, decoding, layout
         self.accept = tables.accept
         self.stops: StopTables = self._everywhere(tables)
@@ -258,18 +263,20 @@ class _SlotPrograms:
     ) -> Iterator[dict[int, list[Completion]]]:
         """Let prompts enter as slots become free, and decode until all have ended."""
         votes, state = self.decoding.votes, self.empty(self.stops)
-        texts = [[_Text(i) for _ in range(votes)] for i in range(len(prompts))]
+        texts: dict[int, list[_Text]] = {}  # of the prompts that are in slots
         holds: list[_Text | None] = [None] * self.settings.num_slots
         num_entered = 0
-        while num_entered < len(prompts) or any(holds):
+        while (left := len(prompts) - num_entered) or texts:
             free = [slot for slot, held in enumerate(holds) if held is None]
-            if num_entered < len(prompts) and len(free) >= self.group * votes:
-                chosen = [*range(num_entered, len(prompts))][: self.group]
-                places = np.array(free[: len(chosen) * votes], np.int32).reshape(-1, votes)
+            num = min(self.group, len(free) // votes, left)
+            if left and num >= min(self.least, left):
+                chosen = [*range(num_entered, num_entered + num)]
+                num_entered += num
+                places = np.array(free[: num * votes], np.int32).reshape(num, votes)
                 for i, own in zip(chosen, places, strict=True):
+                    texts[i] = [_Text(i) for _ in range(votes)]
                     for slot, text in zip(own, texts[i], strict=True):
                         holds[slot] = text
-                num_entered += len(chosen)
                 # The caches stay outside: their size is no matter of this program.
                 caches, state = state.caches, state._replace(caches=[])
                 entering = self._entering(chosen, places, prompts, numbers)
@@ -279,11 +286,10 @@ class _SlotPrograms:
                 state = self._fitted(state, max(len(text.ids) for text in holds if text))
                 is_wanted = self._everywhere(np.array([text is not None for text in holds]))
                 state, block = self.advance(weights, state, is_wanted, self.stops)
-            drawn = map(host_array, replicate(self.layout, block))
-            ended = sorted(_take(holds, *drawn))
+            ended = sorted(_take(holds, *map(host_array, replicate(self.layout, block))))
             over = [i for i in ended if all(text.ending != RUNNING for text in texts[i])]
             if over:
-                yield {i: _completions(texts[i]) for i in over}
+                yield {i: _completions(texts.pop(i)) for i in over}
 
     def _entering(
         self,
@@ -305,7 +311,8 @@ class _SlotPrograms:
             places[filled],
             np.full(self.group, self.settings.max_new_tokens, np.int32),
             np.full(self.group, self.decoding.temperature, np.float32),
-            np.array([[(seed, numbers[i], vote) for vote in votes] for i in rows], np.int32),
+            # Wider first: a seed above 2**31 means what its lower 32 bits do.
+            np.array([[(seed, numbers[i], vote) for vote in votes] for i in rows]).astype(np.int32),
             np.tile(self.accept, (self.group, 1)),
         )
         return Prompts(*of_prompts), self._everywhere(entering)

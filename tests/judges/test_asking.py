@@ -59,7 +59,7 @@ def test_a_slow_host_takes_fewer_blocks(monkeypatch):
     def taken(name, size):
         for number in {0, *range(2, size)}:
             answers = [Response(f"{number}.{n}", texts=("theirs",)) for n in range(2)]
-            theirs[name, number] = answers
+            theirs[name, 3 * number] = answers, True
         yield 1
 
     def received(name):
@@ -77,7 +77,12 @@ def test_a_slow_host_takes_fewer_blocks(monkeypatch):
     assert mine == [[games[7].id, games[6].id]]
     assert not theirs and [r.texts[0] for r in recorded].count("mine") == 2 and len(recorded) == 10
     mine.clear()
-    in_blocks(judge, 1, 3)(games * 3, recorded.append)  # 30 games, 2 hosts: 3 of them a block
-    assert len(mine) == 1 and len(mine[0]) == 3
+    recorded.clear()
+    sent = []
+    monkeypatch.setattr(hosts, "send", lambda _, place, value: sent.append((place, value[1])))
+    monkeypatch.setattr(hosts, "is_main", lambda: False)
+    in_blocks(judge, 2, 5)(games * 4, recorded.append)  # 40 games, 2 hosts: 5 of them a block
+    assert len(mine) == 1 and len(mine[0]) == 5 and not recorded
+    assert sent == [(6, False), (7, False), (8, True)]  # two at a time; places of its own
     monkeypatch.undo()
     assert in_blocks(judge, 2) is judge  # one process has nobody to share with

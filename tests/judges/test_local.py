@@ -163,12 +163,25 @@ def test_slots_that_the_next_game_takes_write_the_same(directory, monkeypatch, d
     settings = {**DECODINGS[decoding], "max_new_tokens": 40, "mesh": mesh}
     sizes, resize = [], slots.resize
     monkeypatch.setattr(slots, "resize", lambda *a: sizes.append(a[3]) or resize(*a))
+    entered, used, entering = [], set(), writer._SlotPrograms._entering
+    monkeypatch.setattr(
+        writer._SlotPrograms,
+        "_entering",
+        lambda own, chosen, *rest: (
+            used.add(own) or entered.append(len(chosen)) or entering(own, chosen, *rest)
+        ),
+    )
     found = answers(made(directory, refill=True, **settings), GAMES)
+    # Not wave by wave of the eight slots.
+    assert sum(entered) == len(GAMES) < 8 * (len(entered) - 1) / settings.get("votes", 1)
     assert {*sizes} >= {20, 40}
     expected = answers(made(directory, **settings), GAMES)
     for game in GAMES:
         assert found[game.id].texts == expected[game.id].texts
         assert found[game.id].endings == expected[game.id].endings
+    (programs,) = used
+    compiled = programs.enter._cache_size(), programs.advance._cache_size()
+    assert compiled == (1, 3)  # of caches of 10, 20 and 40, wherever the state comes from
     lengths = {answer.num_tokens for answer in found.values()}
     assert len(lengths) > 5 and min(lengths) < 15 and max(lengths) > 30
 
@@ -177,6 +190,9 @@ def test_slots_that_the_next_game_takes_write_the_same(directory, monkeypatch, d
 def test_a_few_games_in_slots(directory, wanted):
     judge = made(directory, refill=True, fit_batches=True)
     assert texts(judge, GAMES[3:4]) == {GAMES[3].id: wanted("greedy")[GAMES[3].id]}
+    drawn = {"temperature": 1.0, "seed": 2**31 + 5}
+    in_slots = texts(made(directory, refill=True, **drawn), GAMES[:3])
+    assert in_slots == texts(made(directory, **drawn), GAMES[:3])
 
 
 @pytest.mark.slow

@@ -359,6 +359,33 @@ def test_a_collective_that_breaks_is_laid_to_the_process_that_is_gone(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_host_hangs_from_when_another_has_gone_on_without_it(monkeypatch):
+    """All may be in one place for longer than that: hosts judge for hours without another."""
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hosts, "_give_up", lambda code, message: said.append(message))
+    seen = {number: hosts._Seen() for number in range(2)}
+
+    def told_after(seconds: float, *steps: int) -> list[str]:
+        now[0] += seconds
+        alive = [
+            (f"jlrm/alive/{number}", json.dumps([now[0], step, "judging", "judge"]))
+            for number, step in enumerate(steps)
+        ]
+        hosts._note(seen, alive)
+        hosts._check_alive(seen, timeout=60)
+        return said
+
+    assert not told_after(0, 1, 1)
+    assert not told_after(1000, 1, 1)
+    assert not told_after(1, 2, 1)  # the first is done with judging
+    assert not told_after(59, 2, 1)
+    assert not told_after(1, 2, 2)
+    assert not told_after(1000, 2, 3)
+    assert not told_after(60, 2, 4)
+    assert "Process 0 (judge) hangs" in told_after(1, 2, 4)[0] and len(said) == 1
+
+
 def test_a_host_that_hangs_is_named(tmp_path):
     body = """
     hosts.gather("start", b"")
