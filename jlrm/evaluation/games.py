@@ -92,9 +92,9 @@ class Response:
     game counts as unjudged and is asked again by the next run. refused: why a content filter, or
     the judge itself, does not judge these texts; a policy may count it. endings: how each text
     ended, "stop" or "length" (the limit of tokens); None where nobody said. num_tokens: generated.
-    seconds: of wall time, of a batch divided by its games, or of those that ended together by
-    their number since others did. expected: of each text the expected
-    score at each of its `Reader.places`, None for a text without places; only where it is wanted.
+    seconds: of wall time, of a batch divided by its games; of slots since the last game ended.
+    expected: of each text the expected score at each of its `Reader.places`, None for a text
+    without places; only where it is wanted.
     """
 
     game: str
