@@ -7,6 +7,7 @@ sum has an order of its own, and each rounding is written out.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 LANES = 16  # columns that sum: with a single one, a product is another routine
+FEW = 64  # rows below which a float32 product is another routine (JAX 0.12: up to 60)
 
 
 def rounded(x: Array, dtype: Any) -> Array:
@@ -99,4 +101,8 @@ def _summed(x: Float[Array, "*batch N"]) -> Float[Array, "*batch lanes"]:
     # options of other programs its library of fused loops (JAX 0.10.2) then returns garbage.
     ones = np.ones((x.shape[-1], LANES), x.dtype)
     ones[:, -1] = 0.5
-    return jnp.einsum("...S,SO->...O", x, ones, preferred_element_type=jnp.float32)
+    num_rows = math.prod(x.shape[:-1])
+    if num_rows >= FEW:
+        return jnp.einsum("...S,SO->...O", x, ones, preferred_element_type=jnp.float32)
+    rows = jnp.pad(x.reshape(num_rows, -1), ((0, FEW - num_rows), (0, 0)))
+    return _summed(rows)[:num_rows].reshape(*x.shape[:-1], LANES)

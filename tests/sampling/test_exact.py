@@ -176,6 +176,17 @@ def test_sums_are_right_with_the_options_of_every_program(is_exact):
         np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_few_rows_sum_to_the_bits_of_many():
+    """JAX 0.12 sums a float32 product of up to 60 rows in another order, 0.10 one of a single."""
+    options = compiler_options(mesh_of(1, 1, 1), True)
+    x = np.exp(np.random.default_rng(0).normal(size=(512, 300)).astype(np.float32))
+    for sums in (exact.total_last, exact.log_total):
+        program = jax.jit(sums, compiler_options=options)
+        many = np.asarray(program(x))
+        for num_rows in (1, 2, 5, 24, 60, 61, 64, 100):
+            np.testing.assert_array_equal(program(x[:num_rows]), many[:num_rows])
+
+
 def test_several_devices_are_refused():
     model = dataclasses.replace(MODEL, exact=True)
     with pytest.raises(UsageError, match="one CPU device"):
