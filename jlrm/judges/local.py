@@ -6,10 +6,9 @@ repetition penalty are the search of the paper's own evaluation (beam.py).
 What is written in a game of a batch depends on the game alone, not on when it is asked, nor on what
 else is left to ask: its prompt's width is a function of its length, batches are filled up to one
 size so that a width is one compiled program, and random numbers are addressed by (seed, game, vote,
-token).
-Another batch size or mesh is another program, whose sums may differ in their last bits: there a
-text differs where two ids are as good as tied. With `refill` games begin where others end, and
-other games make such a difference too.
+token). Another batch size or mesh is another program, whose sums may differ in their last bits:
+there a text differs where two ids are as good as tied. With `refill` games begin where others end,
+and other games make such a difference too.
 
 Left out: int8 weights, swapping and voting (the benchmarks' business), progress (the caller's).
 """
@@ -170,7 +169,7 @@ def make(
         return judge
     weights()  # by all hosts: some read together, and one may find no games left
     size = decoding.batch_size
-    return asking.in_blocks(judge, size, REFILLED * size if decoding.refill else size)
+    return asking.in_blocks(judge, size, REFILLED * size if decoding.refill else 0)
 
 
 def with_expected(

@@ -13,7 +13,7 @@ lengths of 1,354 judgements of GPT-4 (132 tokens, at most 556), drawn by questio
 take 506 turns all at once; in half as many slots 943, or 656 if these change prompts. On the
 roofline of a 7B on 16 v5e chips that is 0.59, 1.09 and 0.91 s: a turn of few rollouts reads the
 same weights as one of many. At 128 x 8, where rows bind and not weights, it is 2.5, 2.25 and 2.27.
-Judging has nothing to wait for, and so its slots do change prompts (writer.py).
+Judging has nothing to wait for, and so its slots do change prompts (refill.py).
 
 Each slot writes its tokens turn by turn, whichever rollout they belong to. Completions are cut out
 of these records after the loop. Randomness is addressed by (seed, step, prompt, rollout, token): a

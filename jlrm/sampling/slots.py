@@ -1,6 +1,6 @@
 """Decoding that prompts enter and leave while it goes on.
 
-So a server decodes, and a judge of thousands of games (writer.py): the sampler's batch (sampler.py)
+So a server decodes, and a judge of thousands of games (refill.py): the sampler's batch (sampler.py)
 begins and ends as one, and most of it is idle until its longest completion ends. Here a fixed
 number of slots decodes on and on. `enter` runs new prompts and puts them into slots that are free;
 `advance` draws a block of tokens in all slots. Between two of these calls the host looks at what

@@ -1,9 +1,7 @@
 """Completions of many prompts on one mesh: by sampling or by beam search, in batches or in slots.
 
-A batch lasts as long as its longest completion. In slots (slots.py) the next prompts of a width are
-run as soon as an eighth of the slots is free (of many devices a quarter). Where a text's keys and
-values lie in a cache then depends on when it began, and so do the last bits of its sums: another
-neighbour may change a text where two ids are as good as tied. In batches it can't.
+A batch lasts as long as its longest completion. In slots (refill.py) a prompt is run as soon as
+others have ended.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,17 +24,16 @@ from jlrm.data.tokenizer import token_bytes
 from jlrm.model.qwen import Params
 from jlrm.rl.distribution import Distribution
 from jlrm.runtime.mesh import global_array, host_array, replicate
-from jlrm.sampling import beam, slots
+from jlrm.sampling import beam
 from jlrm.sampling.decode import Prompts
 from jlrm.sampling.generate import fetch, make_generator
 from jlrm.sampling.policy import Network, TextPolicy
-from jlrm.sampling.sampler import SamplerSettings, cache_sizes
-from jlrm.sampling.slots import RUNNING, STOPPED, Entering, SlotSettings, SlotState
+from jlrm.sampling.refill import Refill
+from jlrm.sampling.sampler import SamplerSettings
+from jlrm.sampling.slots import STOPPED, SlotSettings
 from jlrm.sampling.stops import StopTables, stop_tables
 
 SMALLEST_WIDTH = 256  # tokens of a prompt; each width is another program to compile
-PARTS = 8  # of the slots, of which one is free before prompts enter
-FILLING = 4  # times as many prompts as enter may be run with them, on many devices
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,7 @@ def make_writer(policy: TextPolicy, decoding: DecodingSettings, sizes: Sequence[
 
     @functools.cache
     def in_slots(width: int, num_slots: int) -> WriteAll:
-        return _SlotPrograms(policy, decoding, tables, width, num_slots).write
+        return _refilling(policy, decoding, tables, width, num_slots)
 
     def write(weights: Params, examples: Sequence[Example]) -> Iterator[Written]:
         for width, fitting in _by_width(examples, sizes):
@@ -216,140 +213,30 @@ def _sampling(
     return write
 
 
-@dataclass
-class _Text:
-    """A completion that is being written in a slot."""
-
-    prompt: int
-    ids: list[int] = field(default_factory=list)
-    ending: int = RUNNING
-
-
-class _SlotPrograms:
-    """What `WriteAll` needs in slots: the programs of one width, and when which is called."""
-
-    def __init__(
-        self,
-        policy: TextPolicy,
-        decoding: DecodingSettings,
-        tables: StopTables,
-        width: int,
-        num_slots: int,
-    ) -> None:
-        layout, sampled = policy.decoding, sampler_settings(policy, decoding)
-        settings = SlotSettings(
-            num_slots,
-            width,
-            sampled.max_new_tokens,
-            sampled.stop_ids,
-            sampled.distribution,
-            has_temperatures=False,
-        )
-        shards, num_prompts = layout.num_shards("P"), num_slots // decoding.votes
-        self.group = shards * max(num_prompts // PARTS // shards, 1)  # most that enter together
-        self.least = max(num_prompts // PARTS, min(self.group // FILLING, num_prompts), 1)
-        self.settings, self.decoding, self.layout = settings, decoding, layout
-        self.accept = tables.accept
-        self.stops: StopTables = self._everywhere(tables)
-        self.sizes = cache_sizes(settings.max_new_tokens)
-        bound = policy.model, layout, settings
-        self.empty = jax.jit(partial(slots.empty, *bound, num_cached=self.sizes[0]))
-        self.enter = jax.jit(partial(slots.enter, *bound), donate_argnums=1)
-        self.advance = jax.jit(partial(slots.advance, *bound, width), donate_argnums=1)
-        self.resize = jax.jit(partial(slots.resize, layout), static_argnums=2)
+def _refilling(
+    policy: TextPolicy, decoding: DecodingSettings, tables: StopTables, width: int, num_slots: int
+) -> WriteAll:
+    sampled = sampler_settings(policy, decoding)
+    settings = SlotSettings(
+        num_slots,
+        width,
+        sampled.max_new_tokens,
+        sampled.stop_ids,
+        sampled.distribution,
+        has_temperatures=False,
+    )
+    refill = Refill(policy, settings, tables, decoding.seed, decoding.votes)
 
     def write(
-        self, weights: Params, prompts: Sequence[Ids], numbers: np.ndarray
+        weights: Params, prompts: Sequence[Ids], numbers: np.ndarray
     ) -> Iterator[dict[int, list[Completion]]]:
-        """Let prompts enter as slots become free, and decode until all have ended."""
-        votes, state = self.decoding.votes, self.empty(self.stops)
-        texts: dict[int, list[_Text]] = {}  # of the prompts that are in slots
-        holds: list[_Text | None] = [None] * self.settings.num_slots
-        num_entered = 0
-        while (left := len(prompts) - num_entered) or texts:
-            free = [slot for slot, held in enumerate(holds) if held is None]
-            num = min(self.group, len(free) // votes, left)
-            if left and num >= min(self.least, left):
-                chosen = [*range(num_entered, num_entered + num)]
-                num_entered += num
-                places = np.array(free[: num * votes], np.int32).reshape(num, votes)
-                for i, own in zip(chosen, places, strict=True):
-                    texts[i] = [_Text(i) for _ in range(votes)]
-                    for slot, text in zip(own, texts[i], strict=True):
-                        holds[slot] = text
-                # The caches stay outside: their size is no matter of this program.
-                caches, state = state.caches, state._replace(caches=[])
-                entering = self._entering(chosen, places, prompts, numbers)
-                state, block = self.enter(weights, state, *entering, self.stops)
-                state = state._replace(caches=caches)
-            else:
-                state = self._fitted(state, max(len(text.ids) for text in holds if text))
-                is_wanted = self._everywhere(np.array([text is not None for text in holds]))
-                state, block = self.advance(weights, state, is_wanted, self.stops)
-            ended = sorted(_take(holds, *map(host_array, replicate(self.layout, block))))
-            over = [i for i in ended if all(text.ending != RUNNING for text in texts[i])]
-            if over:
-                yield {i: _completions(texts.pop(i)) for i in over}
+        for ended in refill.write(weights, prompts, numbers):
+            yield {
+                index: [Completion(text.ids, text.ending == STOPPED) for text in texts]
+                for index, texts in ended.items()
+            }
 
-    def _entering(
-        self,
-        chosen: Sequence[int],
-        places: Int[np.ndarray, "P R"],
-        prompts: Sequence[Ids],
-        numbers: np.ndarray,
-    ) -> tuple[Prompts, Entering]:
-        """Return what enters; it is filled up by the last prompt, in the same slots."""
-        filled = np.minimum(np.arange(self.group), len(chosen) - 1)
-        rows = [chosen[i] for i in filled]
-        tokens, lengths = pad([prompts[i] for i in rows], self.settings.max_prompt_tokens)
-        of_prompts = (
-            global_array(tokens, self.layout.activation("P T")),
-            global_array(lengths, self.layout.activation("P")),
-        )
-        seed, votes = self.decoding.seed, range(self.decoding.votes)
-        entering = Entering(
-            places[filled],
-            np.full(self.group, self.settings.max_new_tokens, np.int32),
-            np.full(self.group, self.decoding.temperature, np.float32),
-            # Wider first: a seed above 2**31 means what its lower 32 bits do.
-            np.array([[(seed, numbers[i], vote) for vote in votes] for i in rows]).astype(np.int32),
-            np.tile(self.accept, (self.group, 1)),
-        )
-        return Prompts(*of_prompts), self._everywhere(entering)
-
-    def _fitted(self, state: SlotState, longest: int) -> SlotState:
-        """Return the state with the smallest caches that hold what the next block may draw."""
-        needed = min(longest + self.settings.num_turns, self.sizes[-1])
-        size = next(size for size in self.sizes if size >= needed)
-        if state.num_cached == size:
-            return state
-        turn, caches = self.resize(state.turn, state.caches, size)
-        return state._replace(turn=turn, caches=caches)
-
-    def _everywhere(self, tree: Any) -> Any:
-        return jax.tree.map(lambda x: global_array(x, self.layout.replicated()), tree)
-
-
-def _take(
-    holds: list[_Text | None],
-    tokens: Int[np.ndarray, "P turns"],
-    lengths: Int[np.ndarray, " P"],
-    endings: Int[np.ndarray, " P"],
-) -> set[int]:
-    """Give each text what was drawn for it; return the prompts of those that have ended."""
-    ended = set()
-    for slot, text in enumerate(holds):
-        if text is not None:
-            text.ids += tokens[slot, : lengths[slot]].tolist()
-            text.ending = int(endings[slot])
-            if text.ending != RUNNING:
-                holds[slot] = None
-                ended.add(text.prompt)
-    return ended
-
-
-def _completions(texts: Sequence[_Text]) -> list[Completion]:
-    return [Completion(text.ids, text.ending == STOPPED) for text in texts]
+    return write
 
 
 def _searching(

@@ -25,7 +25,7 @@ from jlrm.evaluation.prompting import comparison
 from jlrm.judgement import prompts
 from jlrm.judges import local
 from jlrm.model.qwen import QwenConfig
-from jlrm.sampling import slots, writer
+from jlrm.sampling import refill, slots, writer
 from jlrm.weights import hf, hf_config
 
 VOCAB = 448  # of the generated tokenizer
@@ -163,9 +163,9 @@ def test_slots_that_the_next_game_takes_write_the_same(directory, monkeypatch, d
     settings = {**DECODINGS[decoding], "max_new_tokens": 40, "mesh": mesh}
     sizes, resize = [], slots.resize
     monkeypatch.setattr(slots, "resize", lambda *a: sizes.append(a[3]) or resize(*a))
-    entered, used, entering = [], set(), writer._SlotPrograms._entering
+    entered, used, entering = [], set(), refill.Refill._entering
     monkeypatch.setattr(
-        writer._SlotPrograms,
+        refill.Refill,
         "_entering",
         lambda own, chosen, *rest: (
             used.add(own) or entered.append(len(chosen)) or entering(own, chosen, *rest)
